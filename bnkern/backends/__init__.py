@@ -1,0 +1,110 @@
+"""Which kernels serve a call: one table, :func:`choose`, with :func:`use_backend` to force and :func:`explain` to see.
+
+A backend is a module with the five phases (``moments merge normalize grad_sums grad_input``, where it has kernels
+for them one by one), the two calls made by autograd, ``forward`` and ``backward``, both with the signatures of
+``reference.py``, and ``refuses(device_type, dtype) -> str | None``: why it cannot serve such an input.
+"""
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
+
+import torch
+
+# The table: for each device, the backends in order of preference. The first that does not refuse serves.
+NAMES = ("cuda", "triton", "cpu", "reference")
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _checked(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(sorted(NAMES))}; got {name!r}")
+    return name
+
+
+# The forced backend, "" for the table's choice. One per process, so that the backward's threads see it too.
+_forced = _checked(os.environ["BNKERN_BACKEND"]) if os.environ.get("BNKERN_BACKEND") else ""
+
+
+def forced() -> str:
+    """The backend forced by :func:`use_backend` or ``BNKERN_BACKEND``, or "" for the table's choice."""
+    return _forced
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend ("cpu", "triton", "cuda" or "reference") for all calls within, in every thread.
+
+    A call that it cannot serve raises and says why. The backward of a call runs on the backend of its forward,
+    also after the block. ``BNKERN_BACKEND`` in the environment does the same for a whole process.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@cache
+def _load(name: str) -> ModuleType | str:
+    """The backend's module, or the reason why it cannot be imported here."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+
+
+@cache
+def unavailable(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the named backend cannot serve tensors of this device and dtype here, or None if it can."""
+    module = _load(_checked(name))
+    return module if isinstance(module, str) else module.refuses(device_type, dtype)
+
+
+@cache
+def choose(name: str, device_type: str, dtype: torch.dtype) -> ModuleType:
+    """The backend module for tensors of this device and dtype: the named one, or for "" the table's first that can.
+
+    Raises RuntimeError where a named backend cannot serve. Falling back to the reference warns, once.
+    """
+    if name:
+        reason = unavailable(name, device_type, dtype)
+        if reason:
+            raise RuntimeError(f"backend {name!r} was asked for but cannot serve {device_type} {dtype}: {reason}")
+        return _load(name)
+    reasons = []
+    for candidate in PREFERENCE.get(device_type, ("reference",)):
+        reason = unavailable(candidate, device_type, dtype)
+        if reason is None:
+            if candidate == "reference":
+                why = "; ".join(reasons) or f"no backend has kernels for device {device_type!r}"
+                warnings.warn(f"bnkern uses its slow reference for {device_type} {dtype}: {why}", stacklevel=3)
+            return _load(candidate)
+        reasons.append(f"{candidate}: {reason}")
+    raise AssertionError("the reference serves everything")
+
+
+def explain(device_type: str, dtype: torch.dtype) -> str:
+    """The table for such an input, one backend a line: which serves it, and why not the others."""
+    chosen = None
+    lines = []
+    for name in PREFERENCE.get(device_type, ("reference",)) + tuple(
+        name for name in NAMES if name not in PREFERENCE.get(device_type, ("reference",))
+    ):
+        reason = unavailable(name, device_type, dtype)
+        if forced() and name != forced():
+            verdict = f"not asked for ({forced()} is forced)"
+        elif reason:
+            verdict = f"cannot: {reason}"
+        elif chosen is None:
+            chosen, verdict = name, "serves this call" + (" (forced)" if forced() else "")
+        else:
+            verdict = f"could serve; {chosen} comes first"
+        lines.append(f"{name:<10} {verdict}")
+    return "\n".join(lines)

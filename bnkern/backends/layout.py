@@ -1,0 +1,102 @@
+"""How every kernel sees a tensor: a choice of two layouts, made from sizes and strides alone.
+
+A batch-norm tensor has N samples, C channels and S positions per channel (S = 1 for N x C input).
+
+planes  (NCHW)           each (n, c) is a run of S elements of unit stride;
+                         element (n, c, s) lies at n * outer + c * inner + s.
+rows    (channels_last,  each of the M = N * S rows is a run of C elements of unit stride;
+         N x C, S = 1)   element (m, c) lies at m * outer + c, and inner is 1.
+
+Views whose outer strides are arbitrary (slices of the batch or of the channels, expanded batches) are addressed
+in place. Any other stride pattern is copied once, by :func:`addressed`, to the dense form of its layout.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """The layout of an input: ``rows`` or planes, and its sizes N, C, S."""
+
+    rows: bool
+    n: int
+    c: int
+    s: int
+
+    @property
+    def count(self) -> int:
+        """M = N * S, the number of values per channel."""
+        return self.n * self.s
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        """Shape of the ReLU mask, one bit per element, least significant bit first.
+
+        rows: flat over M * C, so that any number of channels packs tightly. planes: [N, C, ceil(S / 8)], so that
+        each plane begins a byte of its own and whoever writes a plane owns all of its bytes.
+        """
+        if self.rows:
+            return ((self.count * self.c + 7) // 8,)
+        return (self.n, self.c, (self.s + 7) // 8)
+
+
+def layout(x: Tensor) -> Layout:
+    """The layout of ``x`` [N, C, ...]: rows when the channel has unit stride or there is one position per channel."""
+    n, c = x.shape[0], x.shape[1]
+    s = 1
+    for size in x.shape[2:]:
+        s *= size
+    return Layout(s == 1 or (c > 1 and x.stride(1) == 1), n, c, s)
+
+
+def strides(x: Tensor, rows: bool) -> tuple[int, int] | None:
+    """(outer, inner) element strides of ``x`` in the given layout, or None where it cannot be addressed so."""
+    if rows and x.shape[1] > 1 and x.stride(1) != 1:
+        return None
+    # Fold the axes that must form one evenly strided run: the positions of a plane, or all rows.
+    axes = (0, *range(2, x.dim())) if rows else range(2, x.dim())
+    step = expected = None if rows else 1
+    for axis in reversed(axes):
+        size = x.shape[axis]
+        if size == 1:
+            continue
+        if expected is None:
+            step = expected = x.stride(axis)
+        elif x.stride(axis) != expected:
+            return None
+        expected *= size
+    if rows:
+        return (x.shape[1] if step is None else step), 1
+    return x.stride(0), x.stride(1)
+
+
+def dense(x: Tensor, rows: bool) -> Tensor:
+    """A new uninitialised tensor of the shape, dtype and device of ``x``, dense in the given layout."""
+    if not rows:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    n, c, *space = x.shape
+    return torch.empty((n, *space, c), dtype=x.dtype, device=x.device).movedim(-1, 1)
+
+
+def empty_like(x: Tensor, rows: bool) -> Tensor:
+    """A new uninitialised tensor in the memory format of ``x``: an output or a gradient."""
+    like = torch.empty_like(x)
+    return like if strides(like, rows) is not None else dense(x, rows)
+
+
+def addressed(t: Tensor, rows: bool) -> Tensor:
+    """``t`` itself where the kernels can address it in this layout, else a dense copy (the only copy ever made)."""
+    return t if strides(t, rows) is not None else dense(t, rows).copy_(t)
+
+
+def format_name(t: Tensor) -> str:
+    """The memory format in a user's words, for messages."""
+    return "channels_last" if layout(t).rows else "contiguous (channels first)"
+
+
+def formats_conflict(x: Tensor, other: Tensor) -> bool:
+    """Whether ``other`` is clearly of the other memory format: dense there and not addressable in ``x``'s."""
+    rows = layout(x).rows
+    return strides(other, rows) is None and strides(other, not rows) is not None and other.numel() > 0

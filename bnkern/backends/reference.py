@@ -1,0 +1,312 @@
+"""The five phases of batch norm in plain torch: the specification that every other backend is held against.
+
+Accurate rather than fast. Arithmetic is float64 for float64 input and float32 otherwise; called with float64
+input it is the truth of the tests. Symbols: x [N, C, ...] input, M = N * S values per channel, and per channel
+
+    mean   = sum x / M                        M2      = sum (x - mean)^2
+    invstd = 1 / sqrt(M2 / M + eps)           xhat    = (x - mean) * invstd
+    z      = weight * xhat + bias + residual  y       = act(round(z))
+    g      = dy where the ReLU mask is set    dbias   = sum g,  dweight = sum g * xhat
+    dx     = weight * invstd * (g - dbias / M - xhat * dweight / M)
+
+round() is the rounding to the dtype of x. The mask is set where not (round(z) <= 0), so that NaN passes, as in
+torch's threshold_backward. ``mean`` and ``invstd`` None mean identity normalisation, xhat = x.
+
+Source: Ioffe and Szegedy 2015, algorithm 1 and section 3; merging by Chan, Golub and LeVeque 1979.
+"""
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, empty_like, layout
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and saved statistics: float64 for float64, else float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def refuses(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve such an input, or None: plain torch serves them all."""
+    return None
+
+
+def _axes(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def _per_channel(v: Tensor, x: Tensor) -> Tensor:
+    """A [C] vector shaped to broadcast against x, in x's accumulator dtype."""
+    return v.to(accumulator(x.dtype)).view(1, -1, *[1] * (x.dim() - 2))
+
+
+# ---------------------------------------------------------------------------------------------- the five phases
+
+
+def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Count, mean [C] and M2 [C] of x, by two passes."""
+    acc, count = x.to(accumulator(x.dtype)), layout(x).count
+    if count == 0:
+        zero = acc.new_zeros(x.shape[1])
+        return 0, zero, zero.clone()
+    mean = acc.mean(_axes(x))
+    m2 = (acc - _per_channel(mean, x)).square().sum(_axes(x))
+    return count, mean, m2
+
+
+def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One (count, mean [C], M2 [C]) from K of them: counts [K], means and m2s [K, C], in the order given.
+
+    Chan: n = na + nb, d = mb - ma, mean = ma + d * nb / n, M2 = M2a + M2b + d^2 * na * nb / n.
+    A part of zero count changes nothing.
+    """
+    count, mean, m2 = torch.zeros_like(counts[:1]), torch.zeros_like(means[0]), torch.zeros_like(m2s[0])
+    for k in range(counts.shape[0]):
+        total = count + counts[k]
+        share = counts[k].to(means.dtype) / total.clamp(min=1)
+        delta = means[k] - mean
+        present = counts[k] > 0
+        mean = torch.where(present, mean + delta * share, mean)
+        m2 = torch.where(present, m2 + m2s[k] + delta * delta * count.to(means.dtype) * share, m2)
+        count = total
+    return count[0], mean, m2
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """y = act(round(weight * ((x - mean) * invstd) + bias + residual)) and, with residual and ReLU, its mask."""
+    z = _pre_activation(x, mean, invstd, weight, bias)
+    if residual is not None:
+        z = z + residual.to(z.dtype)
+    z = z.to(x.dtype)
+    mask = pack_mask(~(z <= 0), layout(x)) if act == "relu" and residual is not None else None
+    y = z.relu() if act == "relu" else z
+    return empty_like(x, layout(x).rows).copy_(y), mask
+
+
+def grad_sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    act: str | None,
+) -> tuple[Tensor, Tensor]:
+    """sum g [C] and sum g * xhat [C]: the gradients of bias and weight."""
+    g = _masked(dy, x, mean, invstd, weight, bias, mask, act)
+    return g.sum(_axes(x)), (g * _xhat(x, mean, invstd)).sum(_axes(x))
+
+
+def grad_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    act: str | None,
+    sums: tuple[Tensor, Tensor, int] | None,
+) -> tuple[Tensor, Tensor]:
+    """dx and the residual's gradient g. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode."""
+    g = _masked(dy, x, mean, invstd, weight, bias, mask, act)
+    dx = g
+    if sums is not None:
+        sum_dy, sum_dy_xhat, count = sums
+        dx = dx - (_per_channel(sum_dy / count, x) + _xhat(x, mean, invstd) * _per_channel(sum_dy_xhat / count, x))
+    if weight is not None:
+        dx = dx * _per_channel(weight, x)
+    if invstd is not None:
+        dx = dx * _per_channel(invstd, x)
+    return dx.to(x.dtype), g.to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------- the two calls of a backend
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    act: str | None,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y, mean, invstd and the mask. In training the running statistics and the counter are updated in place.
+
+    Not training: normalises by the running statistics, or by nothing at all (identity) where they are None.
+    An empty batch leaves the running statistics alone and returns mean 0 and invstd 0.
+    """
+    acc = accumulator(x.dtype)
+    if training:
+        count, mean, m2 = moments(x)
+        invstd = torch.rsqrt(m2 / count + eps) if count else torch.zeros_like(mean)
+        update_running(running_mean, running_var, num_batches_tracked, momentum, count, mean, m2)
+    elif running_mean is not None:
+        mean, invstd = running_mean.to(acc, copy=True), torch.rsqrt(running_var.to(acc) + eps)
+    else:
+        mean = invstd = None
+    y, mask = normalize(x, mean, invstd, weight, bias, residual, act)
+    return y, mean, invstd, mask if save_mask else None
+
+
+def update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    count: int,
+    mean: Tensor,
+    m2: Tensor,
+) -> None:
+    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance M2 / (M - 1), in place.
+
+    The counter, where given, goes up by one first; ``momentum`` None stands for 1 / counter, the cumulative mean.
+    """
+    if num_batches_tracked is not None:
+        num_batches_tracked += 1
+    if running_mean is None or count == 0:
+        return
+    share = momentum if momentum is not None else 1.0 / num_batches_tracked.to(mean.dtype)
+    for running, batch in ((running_mean, mean), (running_var, m2 / (count - 1))):
+        running.copy_(running.to(mean.dtype) * (1 - share) + batch * share)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    mask: Tensor | None,
+    act: str | None,
+    training: bool,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias, dresidual), each only where ``needs`` (x, weight, bias, residual) says so."""
+    need_x, need_weight, need_bias, need_residual = needs
+    common = (dy, x, mean, invstd, weight, bias, mask, act)
+    dx = dweight = dbias = dresidual = sums = None
+    if need_weight or need_bias or (need_x and training):
+        sum_dy, sum_dy_xhat = grad_sums(*common)
+        dweight = sum_dy_xhat.to(weight.dtype) if need_weight else None
+        dbias = sum_dy.to(bias.dtype) if need_bias else None
+        sums = (sum_dy, sum_dy_xhat, max(layout(x).count, 1)) if training else None
+    if need_x or need_residual:
+        dx, dresidual = grad_input(*common, sums)
+        rows = layout(x).rows
+        dx = empty_like(x, rows).copy_(dx) if need_x else None
+        dresidual = empty_like(x, rows).copy_(dresidual) if need_residual else None
+    return dx, dweight, dbias, dresidual
+
+
+def differentiable_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    mask: Tensor | None,
+    act: str | None,
+    training: bool,
+    eps: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """``backward`` as a differentiable function of dy, x and weight: what double backward differentiates.
+
+    In training the statistics are recomputed from x, since the second derivative runs through them. The ReLU mask
+    is constant almost everywhere and is taken as such.
+    """
+    if mask is None and act == "relu":
+        with torch.no_grad():
+            passed = ~(_pre_activation(x, mean, invstd, weight, bias).to(x.dtype) <= 0)
+            mask = pack_mask(passed, layout(x))
+    if training:
+        count, mean, m2 = moments(x)
+        invstd = torch.rsqrt(m2 / count + eps)
+    need_x, need_weight, need_bias, need_residual = needs
+    common = (dy, x, mean, invstd, weight, bias, mask, act)
+    sum_dy, sum_dy_xhat = grad_sums(*common)
+    dx, dresidual = grad_input(*common, (sum_dy, sum_dy_xhat, layout(x).count) if training else None)
+    return (
+        dx if need_x else None,
+        sum_dy_xhat.to(weight.dtype) if need_weight else None,
+        sum_dy.to(bias.dtype) if need_bias else None,
+        dresidual if need_residual else None,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- shared terms
+
+
+def _xhat(x: Tensor, mean: Tensor | None, invstd: Tensor | None) -> Tensor:
+    acc = x.to(accumulator(x.dtype))
+    return acc if mean is None else (acc - _per_channel(mean, x)) * _per_channel(invstd, x)
+
+
+def _pre_activation(
+    x: Tensor, mean: Tensor | None, invstd: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    z = _xhat(x, mean, invstd)
+    if weight is not None:
+        z = z * _per_channel(weight, x)
+    if bias is not None:
+        z = z + _per_channel(bias, x)
+    return z
+
+
+def _masked(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    act: str | None,
+) -> Tensor:
+    """g: dy where the ReLU let the value through. Without a saved mask it is recomputed as the forward rounded."""
+    g = dy.to(accumulator(x.dtype))
+    if act != "relu":
+        return g
+    if mask is not None:
+        passed = unpack_mask(mask, x)
+    else:
+        passed = ~(_pre_activation(x, mean, invstd, weight, bias).to(x.dtype) <= 0)
+    return torch.where(passed, g, torch.zeros_like(g))
+
+
+def pack_mask(passed: Tensor, like: Layout) -> Tensor:
+    """Boolean [N, C, ...] to the mask's bytes (``Layout.mask_shape``), least significant bit first."""
+    bits = passed.movedim(1, -1).reshape(1, -1) if like.rows else passed.reshape(like.n * like.c, like.s)
+    bits = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.shape[1] % 8))
+    bits = bits.view(bits.shape[0], bits.shape[1] // 8, 8)
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=passed.device)
+    return (bits * powers).sum(-1, dtype=torch.uint8).view(like.mask_shape)
+
+
+def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask's bytes back to boolean [N, C, ...], for the layout of x."""
+    rows, n, c, s = layout(x)
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (mask.unsqueeze(-1) >> shifts) & 1
+    if rows:
+        return bits.flatten()[: n * c * s].view(n, *x.shape[2:], c).movedim(-1, 1).bool()
+    return bits.flatten(-2)[..., :s].reshape(x.shape).bool()

@@ -1,0 +1,304 @@
+"""Batch norm with fused ReLU and residual add: validation at the door and one autograd.Function, nothing else.
+
+Nothing here knows a device: :mod:`bnkern.backends` chooses the kernels, :mod:`bnkern.ops` what torch.compile sees.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+from .backends import reference
+from .backends.layout import format_name, formats_conflict
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    act: str | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """``act(batch_norm(input) + residual)`` in one fused operation; ``F.batch_norm`` where neither is given.
+
+    Per channel c over the M = N * S values of the batch::
+
+        mean = sum x / M,  var = sum (x - mean)^2 / M          (training; else the running statistics)
+        y    = act(weight * (x - mean) / sqrt(var + eps) + bias + residual)
+        running = (1 - momentum) * running + momentum * batch, the variance unbiased (M - 1)
+
+    Arithmetic and statistics are float32 for float32, bfloat16 and float16 input, float64 for float64 input; the
+    sum is rounded once, to the dtype of ``input``, before the activation.
+
+    Args:
+        input: [N, C, ...] of 2 to 5 or more dimensions; float32, bfloat16, float16 or float64. NCHW, channels_last,
+            and views of them whose samples, channels or rows are strided are read in place; other strides are
+            copied once to the dense form of their layout.
+        running_mean, running_var: [C], updated in place in training; both or neither.
+        weight, bias: [C] or None, each on its own.
+        training: normalise by the batch's statistics (True) or the running ones (False).
+        momentum: weight of the batch in the running statistics; None for the cumulative mean, 1 / counter.
+        eps: added to the variance; not negative.
+        residual: a tensor of the shape, dtype and memory format of ``input``, added before the activation.
+        act: None or "relu".
+        num_batches_tracked: int64 scalar counter, raised by one in training when given; needed by momentum None.
+
+    Vectors of size C have the dtype of ``input``, or float32 for bfloat16 and float16 input.
+
+    Returns:
+        y, of the shape, dtype and memory format of ``input``. Differentiable in input, weight, bias and residual;
+        a second time through the reference formula. Saved for backward: input, weight, bias, two vectors, and
+        with residual and ReLU one bit per element.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; names it. Nothing was written by then.
+        RuntimeError: a forced backend cannot serve the call; says why.
+
+    Source: Ioffe and Szegedy, "Batch Normalization", 2015.
+    """
+    _check("batch_norm", input, residual, act)
+    _check_statistics(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    return _call(
+        input, weight, bias, residual, running_mean, running_var, num_batches_tracked, training, momentum, eps, act
+    )
+
+
+def add_act(x: Tensor, residual: Tensor | None = None, act: str | None = "relu") -> Tensor:
+    """``act(x + residual)`` by the kernels of :func:`batch_norm` without normalisation.
+
+    x and residual are as ``input`` and ``residual`` there; the sum is rounded once, before the activation.
+    Differentiable in both. Raises TypeError or ValueError naming the argument that is wrong.
+    """
+    _check("add_act", x, residual, act)
+    return _call(x, None, None, residual, None, None, None, False, None, 0.0, act)
+
+
+class Moments(NamedTuple):
+    """Per-channel moments: ``count`` values each, ``mean`` [C] and biased ``var`` [C]."""
+
+    count: int
+    mean: Tensor
+    var: Tensor
+
+
+def channel_moments(x: Tensor) -> Moments:
+    """Mean and biased variance of each channel of x [N, C, ...] over all other axes, in one pass over memory.
+
+    mean = sum x / M and var = sum (x - mean)^2 / M, float32 (float64 for float64 input), by local two-pass sums
+    merged with Chan's formula. Not differentiable: the results carry no graph. Raises TypeError or ValueError.
+    """
+    _check("channel_moments", x, None, None)
+    x = x.detach()
+    count, mean, m2 = _backend(x).moments(x)
+    return Moments(count, mean, m2 / count)
+
+
+def explain(input: Tensor, *args: object, **kwargs: object) -> str:
+    """Which backend serves ``batch_norm(input, ...)`` with these arguments here, and why not the others, as a table."""
+    _check("explain", input, kwargs.get("residual"), kwargs.get("act"))
+    return backends.explain(input.device.type, input.dtype)
+
+
+# --------------------------------------------------------------------------------------------------- the call
+
+
+def _backend(x: Tensor):
+    return backends.choose(backends.forced(), x.device.type, x.dtype)
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    act: str | None,
+) -> Tensor:
+    grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, residual)
+    )
+    save_mask = grad and act is not None and residual is not None
+    tensors = (x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
+    if not ops.direct(*tensors):
+        y, _, _, _, *new = torch.ops.bnkern.batch_norm_forward(
+            *tensors, training, momentum, eps, act, save_mask, backends.forced()
+        )
+        if training:
+            for buffer, value in zip(tensors[4:], new, strict=True):
+                if buffer is not None:
+                    buffer.copy_(value)
+        return y
+    backend = _backend(x)
+    if grad:
+        y = _BatchNorm.apply(*tensors, training, momentum, eps, act, save_mask, backend)
+    else:
+        y = backend.forward(*tensors, training, momentum, eps, act, save_mask)[0]
+    if training:
+        # The kernels write through addresses; autograd's version counters must hear of it.
+        torch.autograd.graph.increment_version([t for t in tensors[4:] if t is not None])
+    return y
+
+
+class _BatchNorm(torch.autograd.Function):
+    """The eager path: the backend's forward and backward, and for double backward the reference formula."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+        act,
+        save_mask,
+        backend,
+    ):
+        y, mean, invstd, mask = backend.forward(
+            x,
+            weight,
+            bias,
+            residual,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            act,
+            save_mask,
+        )
+        # Without an activation or normalisation the backward reads nothing of x.
+        ctx.save_for_backward(x, weight, bias, mean, invstd, mask)
+        ctx.act, ctx.training, ctx.eps, ctx.backend = act, training, eps, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, mean, invstd, mask = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            grads = reference.differentiable_backward(
+                dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, ctx.eps, needs
+            )
+        else:
+            grads = ctx.backend.backward(dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs)
+        return (*grads, None, None, None, None, None, None, None, None, None)
+
+
+# ------------------------------------------------------------------------------------------- checks at the door
+
+
+def _check(name: str, x: Tensor, residual: Tensor | None, act: str | None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: input must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in backends.DTYPES:
+        raise TypeError(f"{name}: input must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: input must be a strided (dense) tensor, got {x.layout}")
+    if x.dim() < 2:
+        raise ValueError(f"{name}: input must be [N, C, ...] with at least 2 dimensions, got shape {list(x.shape)}")
+    if act is not None and act != "relu":
+        raise ValueError(f'{name}: act must be None or "relu", got {act!r}')
+    if residual is None:
+        return
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"{name}: residual must be a torch.Tensor or None, got {type(residual).__name__}")
+    if residual.layout is not torch.strided:
+        raise TypeError(f"{name}: residual must be a strided (dense) tensor, got {residual.layout}")
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{name}: residual must have the shape of input, {list(x.shape)}, got {list(residual.shape)}; "
+            "it is not broadcast"
+        )
+    if residual.dtype != x.dtype:
+        raise TypeError(f"{name}: residual must have the dtype of input, {x.dtype}, got {residual.dtype}")
+    if residual.device != x.device:
+        raise ValueError(f"{name}: residual must be on the device of input, {x.device}, got {residual.device}")
+    if formats_conflict(x, residual):
+        raise ValueError(
+            f"{name}: residual must have the memory format of input, {format_name(x)}, got {format_name(residual)}; "
+            "convert one of them with .contiguous(memory_format=...)"
+        )
+
+
+def _check_statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    if (running_mean is None) != (running_var is None):
+        missing, given = ("running_mean", "running_var") if running_mean is None else ("running_var", "running_mean")
+        raise ValueError(f"batch_norm: {missing} must be given too, since {given} is; both or neither")
+    if not training and running_mean is None:
+        raise ValueError("batch_norm: running_mean and running_var must be given when training=False")
+    if not isinstance(eps, (float, int)) or isinstance(eps, bool):
+        raise TypeError(f"batch_norm: eps must be a number, got {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"batch_norm: eps must not be negative, got {eps}")
+    if momentum is not None and (not isinstance(momentum, (float, int)) or isinstance(momentum, bool)):
+        raise TypeError(f"batch_norm: momentum must be a number or None, got {type(momentum).__name__}")
+    for name, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if vector is not None:
+            _check_vector(name, vector, x)
+    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
+        if vector is not None and not vector.is_contiguous():
+            raise ValueError(f"batch_norm: {name} must be contiguous, since it is updated in place")
+    if num_batches_tracked is not None:
+        counter = num_batches_tracked
+        if not isinstance(counter, Tensor) or counter.dtype is not torch.int64 or counter.numel() != 1:
+            raise TypeError("batch_norm: num_batches_tracked must be an int64 tensor of one element or None")
+        if counter.device != x.device:
+            raise ValueError(
+                f"batch_norm: num_batches_tracked must be on the device of input, {x.device}, got {counter.device}"
+            )
+    elif training and momentum is None and running_mean is not None:
+        raise ValueError("batch_norm: num_batches_tracked must be given when momentum is None (cumulative mean)")
+    if training and x.shape[0] * x.shape[2:].numel() == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+
+
+def _check_vector(name: str, vector: Tensor, x: Tensor) -> None:
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"batch_norm: {name} must be a torch.Tensor or None, got {type(vector).__name__}")
+    if vector.layout is not torch.strided:
+        raise TypeError(f"batch_norm: {name} must be a strided (dense) tensor, got {vector.layout}")
+    if vector.dim() != 1 or vector.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"batch_norm: {name} must have one element per channel of input, shape [{x.shape[1]}], "
+            f"got {list(vector.shape)}"
+        )
+    if vector.device != x.device:
+        raise ValueError(f"batch_norm: {name} must be on the device of input, {x.device}, got {vector.device}")
+    if vector.dtype != x.dtype and (vector.dtype is not torch.float32 or x.dtype is torch.float64):
+        expected = f"{x.dtype}" if x.dtype in (torch.float32, torch.float64) else f"torch.float32 or {x.dtype}"
+        raise TypeError(f"batch_norm: {name} must be {expected} for {x.dtype} input, got {vector.dtype}")

@@ -1,0 +1,153 @@
+"""What torch.compile, export, fake tensors and functional transforms see: one functional op and its backward.
+
+The op writes nothing in place. It returns the new running statistics, which the caller copies back, so that
+functionalisation has nothing to undo. Absent results are tensors of no elements, since an op cannot return None.
+The argument ``backend`` is the forced backend's name or "" for the table's choice; the backward gets the same.
+"""
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.layout import empty_like, layout
+from .backends.reference import accumulator
+
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether eager may call the launcher with these tensors' addresses, without passing through an op.
+
+    Only plain tensors on a real device have an address, and only outside compilation, export, dispatch and
+    function modes and functorch transforms does nobody need to see the call.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(t is None or (type(t) in _PLAIN and t.device.type != "meta") for t in tensors)
+
+
+_library = torch.library.Library("bnkern", "DEF")
+_library.define(
+    "batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean,"
+    " Tensor? running_var, Tensor? num_batches_tracked, bool training, float? momentum, float eps, str? act,"
+    " bool save_mask, str backend) -> (Tensor y, Tensor mean, Tensor invstd, Tensor mask, Tensor new_running_mean,"
+    " Tensor new_running_var, Tensor new_num_batches_tracked)"
+)
+_library.define(
+    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, Tensor mask,"
+    " str? act, bool training, bool[] needs, str backend)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
+)
+
+
+def _or_empty(t: Tensor | None, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(0, dtype=dtype) if t is None else t
+
+
+def _or_none(t: Tensor) -> Tensor | None:
+    return t if t.numel() else None
+
+
+def _forward(
+    x,
+    weight,
+    bias,
+    residual,
+    running_mean,
+    running_var,
+    num_batches_tracked,
+    training,
+    momentum,
+    eps,
+    act,
+    save_mask,
+    backend,
+):
+    running = (running_mean, running_var, num_batches_tracked)
+    if training:
+        running = tuple(None if t is None else t.clone() for t in running)
+    kernels = backends.choose(backend, x.device.type, x.dtype)
+    y, mean, invstd, mask = kernels.forward(
+        x, weight, bias, residual, *running, training, momentum, eps, act, save_mask
+    )
+    if not training:
+        running = (None, None, None)
+    statistics = (_or_empty(mean, x), _or_empty(invstd, x), _or_empty(mask, x, torch.uint8))
+    return (y, *statistics, *(_or_empty(t, x) for t in running))
+
+
+def _forward_fake(
+    x,
+    weight,
+    bias,
+    residual,
+    running_mean,
+    running_var,
+    num_batches_tracked,
+    training,
+    momentum,
+    eps,
+    act,
+    save_mask,
+    backend,
+):
+    like = layout(x)
+    identity = not training and running_mean is None
+    statistic = [x.new_empty(0 if identity else like.c, dtype=accumulator(x.dtype)) for _ in range(2)]
+    saved = save_mask and act is not None and residual is not None
+    mask = x.new_empty(like.mask_shape if saved else 0, dtype=torch.uint8)
+    running = [
+        torch.empty_like(t) if training and t is not None else x.new_empty(0)
+        for t in (running_mean, running_var, num_batches_tracked)
+    ]
+    return (empty_like(x, like.rows), *statistic, mask, *running)
+
+
+def _backward(dy, x, weight, bias, mean, invstd, mask, act, training, needs, backend):
+    kernels = backends.choose(backend, x.device.type, x.dtype)
+    grads = kernels.backward(
+        dy, x, weight, bias, _or_none(mean), _or_none(invstd), _or_none(mask), act, training, tuple(needs)
+    )
+    return tuple(_or_empty(grad, x) for grad in grads)
+
+
+def _backward_fake(dy, x, weight, bias, mean, invstd, mask, act, training, needs, backend):
+    rows = layout(x).rows
+    need_x, need_weight, need_bias, need_residual = needs
+    return (
+        empty_like(x, rows) if need_x else x.new_empty(0),
+        torch.empty_like(weight) if need_weight else x.new_empty(0),
+        torch.empty_like(bias) if need_bias else x.new_empty(0),
+        empty_like(x, rows) if need_residual else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, _, _, _, _, ctx.training, _, _, ctx.act, _, ctx.backend = inputs
+    _, mean, invstd, mask, *running = output
+    ctx.save_for_backward(x, weight, bias, mean, invstd, mask)
+    ctx.mark_non_differentiable(mean, invstd, mask, *running)
+
+
+def _autograd(ctx, dy, *_):
+    x, weight, bias, mean, invstd, mask = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:4]
+    grads = torch.ops.bnkern.batch_norm_backward(
+        dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs, ctx.backend
+    )
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 9)
+
+
+for _name, _implementation, _fake in (
+    ("batch_norm_forward", _forward, _forward_fake),
+    ("batch_norm_backward", _backward, _backward_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bnkern::{_name}", _fake, lib=_library)
+torch.library.register_autograd(
+    "bnkern::batch_norm_forward", _autograd, setup_context=_setup_context, lib=_library
+)

@@ -1,0 +1,144 @@
+// The Python side of the native module: integers in (addresses, sizes, a dtype code, a stream),
+// launch, error text out as RuntimeError. Nothing else: checks and allocation live in Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <iterator>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/cpu.h"
+#include "cuda/kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> words(const char* text) {
+  std::istringstream in(text);
+  return {std::istream_iterator<std::string>(in), {}};
+}
+
+void* at(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+void raise_if(const std::string& error) {
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+// What this very file was compiled as; `python -m bnkern` shows it.
+py::dict build_info() {
+  py::dict info;
+#ifdef __clang__
+  info["compiler"] = "clang++ " __clang_version__;
+#else
+  info["compiler"] = "g++ " __VERSION__;
+#endif
+  info["isas"] = words(BNKERN_ISAS);
+#ifdef BNKERN_CUDA
+  info["cuda"] = BNKERN_CUDA;
+  info["cuda_archs"] = words(BNKERN_CUDA_ARCHS);
+#else
+  info["cuda"] = py::none();
+  info["cuda_archs"] = words("");
+#endif
+  return info;
+}
+
+#ifdef BNKERN_CUDA
+void cuda_merge(int dtype, std::uintptr_t count, std::uintptr_t mean, std::uintptr_t m2, std::uintptr_t merged_count,
+                std::uintptr_t merged_mean, std::uintptr_t merged_m2, std::int64_t rows, std::int64_t channels,
+                std::uintptr_t stream) {
+  raise_if(bnkern::cuda_merge({static_cast<bnkern::DType>(dtype), at(count), at(mean), at(m2), at(merged_count),
+                               at(merged_mean), at(merged_m2), rows, channels},
+                              stream));
+}
+#endif
+
+using bnkern::ChannelVector;
+using bnkern::DType;
+
+ChannelVector channel_vector(std::uintptr_t address, int dtype) { return {at(address), static_cast<DType>(dtype)}; }
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "bnkern's compiled kernels: raw pointers in, nothing of torch.";
+  m.def("build_info", &build_info, "Compiler, instruction sets, CUDA version or None, CUDA architectures.");
+  m.def("isa", [] { return bnkern::cpu_kernels().isa; }, "The instruction set of the CPU kernels on this machine.");
+  // A tensor is an address and two strides, a channel vector an address and a dtype; address 0 is an absent one.
+  m.def(
+      "cpu_forward",
+      [](int dtype, bool rows, std::int64_t n, std::int64_t c, std::int64_t s, bool moments, bool normalize, bool relu,
+         std::uintptr_t x, std::int64_t x_outer, std::int64_t x_inner, std::uintptr_t residual,
+         std::int64_t residual_outer, std::int64_t residual_inner, std::uintptr_t y, std::int64_t y_outer,
+         std::int64_t y_inner, std::uintptr_t mask, std::uintptr_t weight, int weight_dtype, std::uintptr_t bias,
+         int bias_dtype, std::uintptr_t mean, std::uintptr_t spread, std::uintptr_t running_mean,
+         int running_mean_dtype, std::uintptr_t running_var, int running_var_dtype, std::uintptr_t counter,
+         bool cumulative, double momentum, double eps, int threads) {
+        bnkern::cpu_kernels().forward({
+            .shape = {rows, n, c, s},
+            .dtype = static_cast<DType>(dtype),
+            .moments = moments,
+            .normalize = normalize,
+            .relu = relu,
+            .x = {at(x), x_outer, x_inner},
+            .residual = {at(residual), residual_outer, residual_inner},
+            .y = {at(y), y_outer, y_inner},
+            .mask = static_cast<std::uint8_t*>(at(mask)),
+            .weight = channel_vector(weight, weight_dtype),
+            .bias = channel_vector(bias, bias_dtype),
+            .mean = at(mean),
+            .spread = at(spread),
+            .running_mean = channel_vector(running_mean, running_mean_dtype),
+            .running_var = channel_vector(running_var, running_var_dtype),
+            .counter = static_cast<std::int64_t*>(at(counter)),
+            .cumulative = cumulative,
+            .momentum = momentum,
+            .eps = eps,
+            .threads = threads,
+        });
+      },
+      "moments and/or normalize on the CPU; see Forward in csrc/params.h.", py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cpu_backward",
+      [](int dtype, bool rows, std::int64_t n, std::int64_t c, std::int64_t s, bool sums, bool input, bool relu,
+         bool training, std::uintptr_t dy, std::int64_t dy_outer, std::int64_t dy_inner, std::uintptr_t x,
+         std::int64_t x_outer, std::int64_t x_inner, std::uintptr_t dx, std::int64_t dx_outer, std::int64_t dx_inner,
+         std::uintptr_t dresidual, std::int64_t dresidual_outer, std::int64_t dresidual_inner, std::uintptr_t mask,
+         std::uintptr_t weight, int weight_dtype, std::uintptr_t bias, int bias_dtype, std::uintptr_t mean,
+         std::uintptr_t invstd, std::uintptr_t sum_dy, std::uintptr_t sum_dy_xhat, std::uintptr_t dweight,
+         int dweight_dtype, std::uintptr_t dbias, int dbias_dtype, int threads) {
+        bnkern::cpu_kernels().backward({
+            .shape = {rows, n, c, s},
+            .dtype = static_cast<DType>(dtype),
+            .sums = sums,
+            .input = input,
+            .relu = relu,
+            .training = training,
+            .dy = {at(dy), dy_outer, dy_inner},
+            .x = {at(x), x_outer, x_inner},
+            .dx = {at(dx), dx_outer, dx_inner},
+            .dresidual = {at(dresidual), dresidual_outer, dresidual_inner},
+            .mask = static_cast<const std::uint8_t*>(at(mask)),
+            .weight = channel_vector(weight, weight_dtype),
+            .bias = channel_vector(bias, bias_dtype),
+            .mean = at(mean),
+            .invstd = at(invstd),
+            .sum_dy = at(sum_dy),
+            .sum_dy_xhat = at(sum_dy_xhat),
+            .dweight = channel_vector(dweight, dweight_dtype),
+            .dbias = channel_vector(dbias, dbias_dtype),
+            .threads = threads,
+        });
+      },
+      "grad_sums and/or grad_input on the CPU; see Backward in csrc/params.h.",
+      py::call_guard<py::gil_scoped_release>());
+#ifdef BNKERN_CUDA
+  m.def("cuda_merge", &cuda_merge, py::arg("dtype"), py::arg("count"), py::arg("mean"), py::arg("m2"),
+        py::arg("merged_count"), py::arg("merged_mean"), py::arg("merged_m2"), py::arg("rows"), py::arg("channels"),
+        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+#endif
+}

@@ -1,0 +1,58 @@
+// normalize: y = act(round(weight * ((x - mean) * invstd) + bias + residual)) and the ReLU mask's bits, one
+// read of x and the residual, one write of y.
+#include "tiles.h"
+
+namespace bnkern::BNKERN_ISA {
+namespace {
+
+template <class Channel, class T>
+BNKERN_INLINE void normalize_spans(const Partition& part, const Tensors<T>& t,
+                                   const Coefficients<Accumulator<T>>& k, std::int64_t group,
+                                   std::int64_t tile) {
+  using V = Vec<Accumulator<T>>;
+  const bool relu = t.relu, add = bool(t.residual), save = t.mask != nullptr;
+  for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
+    const T* const x = at<const T>(part, t.x, span);
+    const T* const residual = add ? at<const T>(part, t.residual, span) : nullptr;
+    T* const y = at<T>(part, t.y, span);
+    std::uint8_t* const mask = t.mask + span.mask_byte;
+    const bool past_cache = t.stream && streamable(y);
+    const Channel mean(k.mean, span.c), invstd(k.invstd, span.c), weight(k.weight, span.c), bias(k.bias, span.c);
+
+    const auto value = [&](std::int64_t i, V x, V residual, int n) __attribute__((always_inline)) {
+      V z = scale_shift(standardize(x, mean[i], invstd[i]), weight[i], bias[i]);
+      if (add) z = z + residual;
+      if (!relu) return z;
+      // The mask looks at the value as stored, so that forward and backward cannot disagree.
+      const auto passed = rounded(z, static_cast<T*>(nullptr)).above_zero();
+      if (save) store_bits(mask, i, passed.bits(), n);
+      return z.keep(passed);
+    };
+    std::int64_t i = 0;
+    for (; i + kLanes <= span.length; i += kLanes) {
+      const V z = value(i, load(x + i), add ? load(residual + i) : V::all(0), kLanes);
+      past_cache ? stream(y + i, z) : store(y + i, z);
+    }
+    if (i < span.length) {
+      const int n = static_cast<int>(span.length - i);
+      store_some(y + i, value(i, load_some(x + i, n), add ? load_some(residual + i, n) : V::all(0), n), n);
+    }
+  });
+}
+
+}  // namespace
+
+template <class T>
+void normalize_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
+                    std::int64_t group, std::int64_t tile) {
+  using A = Accumulator<T>;
+  part.shape.rows ? normalize_spans<RowChannels<A>>(part, t, k, group, tile)
+                  : normalize_spans<PlaneChannel<A>>(part, t, k, group, tile);
+}
+
+#define BNKERN_INSTANTIATE(T)                                                                      \
+  template void normalize_tile<T>(const Partition&, const Tensors<T>&,                             \
+                                  const Coefficients<Accumulator<T>>&, std::int64_t, std::int64_t);
+BNKERN_FOR_STORAGE_TYPES(BNKERN_INSTANTIATE)
+
+}  // namespace bnkern::BNKERN_ISA

@@ -1,0 +1,360 @@
+// One logical vector of 16 lanes, whatever the machine: one AVX-512 register, two AVX2 registers or
+// a plain array. All kernels are written on it once, so that every instruction set gives the same bits.
+//
+//   Vec<float>, Vec<double>   16 accumulator lanes
+//   Mask                      16 booleans, to and from 16 bits
+//   load<T>, store<T>         from and to storage, rounding to nearest even as torch does
+//   load_some, store_some     the same for the first n lanes only
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "../dtype.h"
+#include "../math.h"
+
+#define BNKERN_INLINE __attribute__((always_inline)) inline
+
+namespace bnkern::BNKERN_ISA {
+
+constexpr int kLanes = 16;
+
+// ------------------------------------------------------------------ plain arrays: any machine, and double
+
+template <class A>
+struct ArrayMask {
+  bool lane[kLanes];
+  static BNKERN_INLINE ArrayMask from_bits(std::uint16_t bits) {
+    ArrayMask m;
+    for (int i = 0; i < kLanes; ++i) m.lane[i] = bits >> i & 1;
+    return m;
+  }
+  BNKERN_INLINE std::uint16_t bits() const {
+    std::uint16_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= static_cast<std::uint16_t>(lane[i]) << i;
+    return bits;
+  }
+};
+
+template <class A>
+struct ArrayVec {
+  using Mask = ArrayMask<A>;
+  A lane[kLanes];
+  static BNKERN_INLINE ArrayVec all(A value) {
+    ArrayVec v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = value;
+    return v;
+  }
+  static BNKERN_INLINE ArrayVec load(const A* p) {
+    ArrayVec v;
+    std::memcpy(v.lane, p, sizeof v.lane);
+    return v;
+  }
+  BNKERN_INLINE void store(A* p) const { std::memcpy(p, lane, sizeof lane); }
+  BNKERN_INLINE void stream(A* p) const { store(p); }
+#define BNKERN_LANEWISE(op)                                                  \
+  friend BNKERN_INLINE ArrayVec operator op(ArrayVec a, ArrayVec b) {        \
+    for (int i = 0; i < kLanes; ++i) a.lane[i] = a.lane[i] op b.lane[i];     \
+    return a;                                                                \
+  }
+  BNKERN_LANEWISE(+)
+  BNKERN_LANEWISE(-)
+  BNKERN_LANEWISE(*)
+#undef BNKERN_LANEWISE
+  friend BNKERN_INLINE ArrayVec fma(ArrayVec a, ArrayVec b, ArrayVec c) {
+    for (int i = 0; i < kLanes; ++i) a.lane[i] = bnkern::fma(a.lane[i], b.lane[i], c.lane[i]);
+    return a;
+  }
+  // Where not (v <= 0): NaN passes, as in torch's threshold_backward.
+  BNKERN_INLINE Mask above_zero() const {
+    Mask m;
+    for (int i = 0; i < kLanes; ++i) m.lane[i] = !(lane[i] <= A(0));
+    return m;
+  }
+  BNKERN_INLINE ArrayVec keep(Mask m) const {
+    ArrayVec v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = m.lane[i] ? lane[i] : A(0);
+    return v;
+  }
+};
+
+template <class A>
+struct VecOf;
+template <>
+struct VecOf<double> {
+  using type = ArrayVec<double>;
+};
+
+// ------------------------------------------------------------------------------------------------ AVX-512
+
+#if defined(__AVX512F__)
+
+struct Mask512 {
+  __mmask16 m;
+  static BNKERN_INLINE Mask512 from_bits(std::uint16_t bits) { return {bits}; }
+  BNKERN_INLINE std::uint16_t bits() const { return m; }
+};
+
+struct FloatVec {
+  using Mask = Mask512;
+  __m512 v;
+  static BNKERN_INLINE FloatVec all(float value) { return {_mm512_set1_ps(value)}; }
+  static BNKERN_INLINE FloatVec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  BNKERN_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  BNKERN_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  friend BNKERN_INLINE FloatVec operator+(FloatVec a, FloatVec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  friend BNKERN_INLINE FloatVec operator-(FloatVec a, FloatVec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  friend BNKERN_INLINE FloatVec operator*(FloatVec a, FloatVec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend BNKERN_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) {
+    return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+  }
+  BNKERN_INLINE Mask above_zero() const {
+    return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ)};
+  }
+  BNKERN_INLINE FloatVec keep(Mask m) const { return {_mm512_maskz_mov_ps(m.m, v)}; }
+};
+
+using HalfLanes = __m256i;  // 16 lanes of 16 bits
+
+BNKERN_INLINE FloatVec widen(HalfLanes h, BFloat16*) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+BNKERN_INLINE FloatVec widen(HalfLanes h, Float16*) { return {_mm512_cvtph_ps(h)}; }
+BNKERN_INLINE HalfLanes narrow(FloatVec a, BFloat16*) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  rounded = _mm512_srli_epi32(rounded, 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+  return _mm512_cvtepi32_epi16(rounded);
+}
+BNKERN_INLINE HalfLanes narrow(FloatVec a, Float16*) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// --------------------------------------------------------------------------------------------------- AVX2
+
+#elif defined(__AVX2__)
+
+struct Mask256 {
+  __m256 lo, hi;
+  static BNKERN_INLINE __m256 half(int bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(bits), lane);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane));
+  }
+  static BNKERN_INLINE Mask256 from_bits(std::uint16_t bits) { return {half(bits), half(bits >> 8)}; }
+  BNKERN_INLINE std::uint16_t bits() const {
+    return static_cast<std::uint16_t>(_mm256_movemask_ps(lo) | _mm256_movemask_ps(hi) << 8);
+  }
+};
+
+struct FloatVec {
+  using Mask = Mask256;
+  __m256 lo, hi;
+  static BNKERN_INLINE FloatVec all(float value) {
+    return {_mm256_set1_ps(value), _mm256_set1_ps(value)};
+  }
+  static BNKERN_INLINE FloatVec load(const float* p) {
+    return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+  }
+  BNKERN_INLINE void store(float* p) const {
+    _mm256_storeu_ps(p, lo);
+    _mm256_storeu_ps(p + 8, hi);
+  }
+  BNKERN_INLINE void stream(float* p) const {
+    _mm256_stream_ps(p, lo);
+    _mm256_stream_ps(p + 8, hi);
+  }
+  friend BNKERN_INLINE FloatVec operator+(FloatVec a, FloatVec b) {
+    return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+  }
+  friend BNKERN_INLINE FloatVec operator-(FloatVec a, FloatVec b) {
+    return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+  }
+  friend BNKERN_INLINE FloatVec operator*(FloatVec a, FloatVec b) {
+    return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+  }
+  friend BNKERN_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+  }
+  BNKERN_INLINE Mask above_zero() const {
+    const __m256 zero = _mm256_setzero_ps();
+    return {_mm256_cmp_ps(lo, zero, _CMP_NLE_UQ), _mm256_cmp_ps(hi, zero, _CMP_NLE_UQ)};
+  }
+  BNKERN_INLINE FloatVec keep(Mask m) const {
+    return {_mm256_and_ps(m.lo, lo), _mm256_and_ps(m.hi, hi)};
+  }
+};
+
+using HalfLanes = __m256i;
+
+BNKERN_INLINE FloatVec widen(HalfLanes h, BFloat16*) {
+  const __m256i lo = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(h));
+  const __m256i hi = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+}
+BNKERN_INLINE FloatVec widen(HalfLanes h, Float16*) {
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+}
+BNKERN_INLINE __m256i bfloat16_bits(__m256 a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  rounded = _mm256_srli_epi32(rounded, 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+}
+BNKERN_INLINE HalfLanes narrow(FloatVec a, BFloat16*) {
+  // packus works within 128-bit halves; the permutation puts the quarters back in order.
+  const __m256i packed = _mm256_packus_epi32(bfloat16_bits(a.lo), bfloat16_bits(a.hi));
+  return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+BNKERN_INLINE HalfLanes narrow(FloatVec a, Float16*) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return _mm256_set_m128i(_mm256_cvtps_ph(a.hi, nearest), _mm256_cvtps_ph(a.lo, nearest));
+}
+
+#else
+
+using FloatVec = ArrayVec<float>;
+
+#endif
+
+template <>
+struct VecOf<float> {
+  using type = FloatVec;
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+
+// ------------------------------------------------------------------------------------- storage and rounding
+
+BNKERN_INLINE float bits_to_float(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+BNKERN_INLINE std::uint32_t float_to_bits(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// One value at a time: channel vectors, and the machines without vector conversions.
+BNKERN_INLINE float widen(BFloat16 h) { return bits_to_float(std::uint32_t{h.bits} << 16); }
+BNKERN_INLINE float widen(Float16 h) {
+  const std::uint32_t sign = (h.bits & 0x8000u) << 16, exponent = h.bits >> 10 & 31u, digits = h.bits & 0x3ffu;
+  if (exponent == 31) return bits_to_float(sign | 0x7f800000u | digits << 13);
+  if (exponent) return bits_to_float(sign | (exponent + 112) << 23 | digits << 13);
+  const float tiny = static_cast<float>(digits) * 0x1p-24f;  // subnormal: exact
+  return sign ? -tiny : tiny;
+}
+BNKERN_INLINE float widen(float value) { return value; }
+BNKERN_INLINE double widen(double value) { return value; }
+
+BNKERN_INLINE void narrow(float value, BFloat16* out) {
+  const std::uint32_t bits = float_to_bits(value);
+  out->bits = value != value ? 0x7fc0 : static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+BNKERN_INLINE void narrow(float value, Float16* out) {
+  const std::uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+  std::uint32_t half;
+  if (size > 0x7f800000u) {
+    half = 0x7e00u | (size >> 13 & 0x3ffu);  // NaN, made quiet, the upper payload kept: as F16C does
+  } else if (size >= 0x477ff000u) {
+    half = 0x7c00u;  // rounds to infinity
+  } else if (size < 0x38800000u) {
+    // Subnormal: the addition aligns the digits with those of 0.5 and rounds to nearest even.
+    half = float_to_bits(bits_to_float(size) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (size - 0x38000000u + 0xfffu + (size >> 13 & 1)) >> 13;
+  }
+  out->bits = static_cast<std::uint16_t>(sign | half);
+}
+BNKERN_INLINE void narrow(float value, float* out) { *out = value; }
+BNKERN_INLINE void narrow(double value, double* out) { *out = value; }
+
+BNKERN_INLINE Vec<float> load(const float* p) { return Vec<float>::load(p); }
+BNKERN_INLINE Vec<double> load(const double* p) { return Vec<double>::load(p); }
+BNKERN_INLINE void store(float* p, Vec<float> v) { v.store(p); }
+BNKERN_INLINE void store(double* p, Vec<double> v) { v.store(p); }
+BNKERN_INLINE void stream(float* p, Vec<float> v) { v.stream(p); }
+BNKERN_INLINE void stream(double* p, Vec<double> v) { v.stream(p); }
+
+#if defined(__AVX2__)
+template <class T>
+BNKERN_INLINE Vec<float> load(const T* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), static_cast<T*>(nullptr));
+}
+template <class T>
+BNKERN_INLINE void store(T* p, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, static_cast<T*>(nullptr)));
+}
+template <class T>
+BNKERN_INLINE void stream(T* p, Vec<float> v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, static_cast<T*>(nullptr)));
+}
+// The vector as storage would give it back.
+template <class T>
+BNKERN_INLINE Vec<float> rounded(Vec<float> v, T*) {
+  return widen(narrow(v, static_cast<T*>(nullptr)), static_cast<T*>(nullptr));
+}
+#else
+template <class T>
+BNKERN_INLINE Vec<float> load(const T* p) {
+  Vec<float> v;
+  for (int i = 0; i < kLanes; ++i) v.lane[i] = widen(p[i]);
+  return v;
+}
+template <class T>
+BNKERN_INLINE void store(T* p, Vec<float> v) {
+  for (int i = 0; i < kLanes; ++i) narrow(v.lane[i], p + i);
+}
+template <class T>
+BNKERN_INLINE void stream(T* p, Vec<float> v) {
+  store(p, v);
+}
+template <class T>
+BNKERN_INLINE Vec<float> rounded(Vec<float> v, T*) {
+  for (int i = 0; i < kLanes; ++i) {
+    T narrowed;
+    narrow(v.lane[i], &narrowed);
+    v.lane[i] = widen(narrowed);
+  }
+  return v;
+}
+#endif
+BNKERN_INLINE Vec<float> rounded(Vec<float> v, float*) { return v; }
+BNKERN_INLINE Vec<double> rounded(Vec<double> v, double*) { return v; }
+
+// The first n lanes from storage, zeros in the others.
+template <class T>
+BNKERN_INLINE Vec<Accumulator<T>> load_some(const T* p, int n) {
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+BNKERN_INLINE void store_some(T* p, Vec<Accumulator<T>> v, int n) {
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+
+// Sum of the lanes by a fixed tree.
+template <class A>
+BNKERN_INLINE A sum(Vec<A> v) {
+  A lane[kLanes];
+  v.store(lane);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] = lane[i] + lane[i + half];
+  return lane[0];
+}
+
+}  // namespace bnkern::BNKERN_ISA

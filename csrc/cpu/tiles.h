@@ -1,0 +1,176 @@
+// How a tensor is cut up. The cut depends on shape and density alone, never on the number of threads:
+// partial results are computed per tile and joined in tile order, so the bits are the same on every run.
+//
+// A group is what shares one loop over tiles: one channel (planes) or a stretch of channels (rows).
+// A tile is a piece of a group along N and S, about kTileElements long, so that a second look at it
+// finds it in the first-level cache. A span is a contiguous run within a tile.
+//
+// Dense rows are seen as flat memory in "wide" rows of lcm(C, 16) elements or a multiple: every span is
+// then whole vectors and whole mask bytes for any C, and the wide channels are folded onto the C at the end.
+#pragma once
+
+#include <cstdlib>
+
+#include "../params.h"
+#include "simd.h"
+
+namespace bnkern::BNKERN_ISA {
+
+constexpr std::int64_t kTileElements = 8192;
+constexpr std::int64_t kGroupChannels = 256;  // rows: 1 KB of fp32 per span, accumulators stay in L1
+constexpr std::int64_t kWideRow = 128;        // rows narrower than this are joined
+
+struct Partition {
+  Shape shape;
+  bool dense;                      // rows only: all tensors are without gaps
+  std::int64_t width;              // channels, or wide channels, in memory order
+  std::int64_t group;              // of them, how many form a group
+  std::int64_t groups, tiles;      // the grid: groups x tiles
+  std::int64_t planes_per_tile, spans_per_plane, span;  // planes
+  std::int64_t rows, leftover, rows_per_tile;           // rows; leftover elements follow the last whole row
+
+  std::int64_t count() const { return shape.n * shape.s; }
+};
+
+// Needs a non-empty shape. Rows that are not dense must have C divisible by 16.
+Partition make_partition(const Shape& shape, bool dense);
+
+// A contiguous run of elements: where it starts in any tensor of the partition.
+struct Span {
+  std::int64_t n, c, s;   // planes: sample, channel, position; rows: (wide) row, (wide) channel, 0
+  std::int64_t length;
+  std::int64_t mask_byte;
+};
+
+template <class T>
+BNKERN_INLINE T* at(const Partition& part, const View& view, const Span& span) {
+  const std::int64_t offset = !part.shape.rows ? span.n * view.outer + span.c * view.inner + span.s
+                              : part.dense     ? span.n * part.width + span.c
+                                               : span.n * view.outer + span.c;
+  return static_cast<T*>(view.data) + offset;
+}
+
+// Calls f(span) for the spans of a tile in memory order.
+template <class F>
+BNKERN_INLINE void for_spans(const Partition& part, std::int64_t group, std::int64_t tile, F f) {
+  if (part.shape.rows) {
+    const std::int64_t c = group * part.group;
+    const std::int64_t channels = part.width - c < part.group ? part.width - c : part.group;
+    const std::int64_t first = tile * part.rows_per_tile;
+    if (first >= part.rows) return f(Span{part.rows, 0, 0, part.leftover, part.rows * part.width / 8});
+    const std::int64_t end = part.rows - first < part.rows_per_tile ? part.rows : first + part.rows_per_tile;
+    for (std::int64_t r = first; r < end; ++r) f(Span{r, c, 0, channels, (r * part.width + c) / 8});
+  } else {
+    const std::int64_t plane_bytes = (part.shape.s + 7) / 8;
+    const std::int64_t first = tile / part.spans_per_plane * part.planes_per_tile;
+    const std::int64_t end =
+        part.shape.n - first < part.planes_per_tile ? part.shape.n : first + part.planes_per_tile;
+    const std::int64_t s = tile % part.spans_per_plane * part.span;
+    const std::int64_t length = part.shape.s - s < part.span ? part.shape.s - s : part.span;
+    for (std::int64_t n = first; n < end; ++n)
+      f(Span{n, group, s, length, (n * part.shape.c + group) * plane_bytes + s / 8});
+  }
+}
+
+// How many values of each channel of the group a tile holds.
+BNKERN_INLINE std::int64_t tile_count(const Partition& part, std::int64_t tile) {
+  if (part.shape.rows) {
+    const std::int64_t left = part.rows - tile * part.rows_per_tile;
+    return left <= 0 ? 1 : left < part.rows_per_tile ? left : part.rows_per_tile;
+  }
+  const std::int64_t planes = part.shape.n - tile / part.spans_per_plane * part.planes_per_tile;
+  const std::int64_t length = part.shape.s - tile % part.spans_per_plane * part.span;
+  return (planes < part.planes_per_tile ? planes : part.planes_per_tile) *
+         (length < part.span ? length : part.span);
+}
+
+// How many channels of the group a tile covers: all of them, but for the leftover of wide rows.
+BNKERN_INLINE std::int64_t tile_channels(const Partition& part, std::int64_t group, std::int64_t tile) {
+  if (!part.shape.rows) return 1;
+  if (tile * part.rows_per_tile >= part.rows) return part.leftover;
+  const std::int64_t c = group * part.group;
+  return part.width - c < part.group ? part.width - c : part.group;
+}
+
+// Per-channel numbers, each array `width` long.
+template <class A>
+struct Coefficients {
+  A *mean, *invstd, *weight, *bias;
+  A *mean_dy, *mean_dy_xhat, *scale;  // backward
+};
+
+// What tiles of the four phases read and write; the functions are in <phase>.cpp.
+template <class T>
+struct Tensors {
+  View x, residual, y, dy, dx, dresidual;
+  std::uint8_t* mask;
+  bool relu, training, stream;  // stream: results are too large for the caches, store past them
+};
+
+// mean[] and M2[] of one tile, tile_channels() of each.
+template <class T>
+void moments_tile(const Partition&, const View& x, std::int64_t group, std::int64_t tile, double* mean,
+                  double* m2);
+template <class T>
+void normalize_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&,
+                    std::int64_t group, std::int64_t tile);
+// sum g[] and sum g * xhat[] of one tile.
+template <class T>
+void grad_sums_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&,
+                    std::int64_t group, std::int64_t tile, double* sum_dy, double* sum_dy_xhat);
+template <class T>
+void grad_input_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&,
+                     std::int64_t group, std::int64_t tile);
+
+#define BNKERN_FOR_STORAGE_TYPES(macro) macro(float) macro(BFloat16) macro(Float16) macro(double)
+
+// The coefficients at element i of a span: one channel for all (planes) or one per element (rows).
+template <class A>
+struct PlaneChannel {
+  Vec<A> value;
+  BNKERN_INLINE PlaneChannel(const A* array, std::int64_t channel) : value(Vec<A>::all(array[channel])) {}
+  BNKERN_INLINE Vec<A> operator[](std::int64_t) const { return value; }
+};
+template <class A>
+struct RowChannels {
+  const A* array;
+  BNKERN_INLINE RowChannels(const A* array, std::int64_t channel) : array(array + channel) {}
+  BNKERN_INLINE Vec<A> operator[](std::int64_t i) const { return Vec<A>::load(array + i); }
+};
+
+BNKERN_INLINE std::uint16_t load_bits(const std::uint8_t* mask, std::int64_t i, int n = kLanes) {
+  std::uint16_t bits = 0;
+  std::memcpy(&bits, mask + i / 8, n > 8 ? 2 : 1);
+  return bits;
+}
+BNKERN_INLINE void store_bits(std::uint8_t* mask, std::int64_t i, std::uint16_t bits, int n = kLanes) {
+  if (n < kLanes) bits &= static_cast<std::uint16_t>((1 << n) - 1);
+  std::memcpy(mask + i / 8, &bits, n > 8 ? 2 : 1);
+}
+
+// A thread's scratch memory, grown where asked for and kept: accumulators of the rows' tiles.
+struct Scratch {
+  void* data = nullptr;
+  std::size_t size = 0;
+  ~Scratch() { std::free(data); }
+};
+template <class A>
+inline A* zeroed_scratch(std::int64_t count) {
+  static thread_local Scratch scratch;
+  const std::size_t size = (count * sizeof(A) + 63) / 64 * 64;
+  if (size > scratch.size) {
+    std::free(scratch.data);
+    scratch.data = std::aligned_alloc(64, size);
+    scratch.size = size;
+  }
+  std::memset(scratch.data, 0, size);
+  return static_cast<A*>(scratch.data);
+}
+
+// Streaming stores need their full alignment.
+template <class T>
+BNKERN_INLINE bool streamable(const T* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % (kLanes * sizeof(T)) == 0;
+}
+
+}  // namespace bnkern::BNKERN_ISA

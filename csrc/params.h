@@ -1,0 +1,64 @@
+// What Python hands to a kernel: plain addresses, sizes and strides. Strides count elements.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace bnkern {
+
+// The two layouts of bnkern/backends/layout.py.
+//   planes: element (n, c, s) lies at n * outer + c * inner + s
+//   rows:   element (m, c)    lies at m * outer + c, with m = n * s running over all rows
+struct Shape {
+  bool rows;
+  std::int64_t n, c, s;
+};
+
+struct View {
+  void* data = nullptr;
+  std::int64_t outer = 0, inner = 0;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// One value per channel, contiguous. A null weight stands for ones, a null bias for zeros.
+struct ChannelVector {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// moments and normalize. Which run: `moments`, `normalize`, or both as one.
+struct Forward {
+  Shape shape;
+  DType dtype;
+  bool moments, normalize, relu;
+  View x, residual, y;
+  std::uint8_t* mask;  // written where not null
+  ChannelVector weight, bias;
+  // Accumulator type, [C]. mean: written by moments, read by normalize. spread: M2 where moments run
+  // alone, else invstd, written or read likewise. Both null: identity normalisation.
+  void *mean, *spread;
+  ChannelVector running_mean, running_var;  // updated in place where not null
+  std::int64_t* counter;                    // raised by one where not null
+  bool cumulative;                          // momentum is 1 / counter
+  double momentum, eps;
+  int threads;
+};
+
+// grad_sums and grad_input. Which run: `sums`, `input`, or both as one.
+struct Backward {
+  Shape shape;
+  DType dtype;
+  bool sums, input, relu;
+  bool training;  // grad_input subtracts the means of the sums
+  View dy, x, dx, dresidual;  // dx, dresidual: written where not null
+  const std::uint8_t* mask;   // null with relu: recomputed from x
+  ChannelVector weight, bias;
+  const void *mean, *invstd;       // accumulator type, [C]; null: identity
+  void *sum_dy, *sum_dy_xhat;      // accumulator type, [C]: written by sums, else read
+  ChannelVector dweight, dbias;    // the sums once more, in the parameters' dtypes; where not null
+  int threads;
+};
+
+}  // namespace bnkern
