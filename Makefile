@@ -1,0 +1,67 @@
+# Every target is a command or two that also work by hand, in an environment of your own.
+# `make` alone says what there is.
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test test-all test-floor bench lint format gpu-check clean
+SHELL := bash
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+help: ## show this list
+	@echo "bnkern: start with 'make reproduce' (the paper's results) or 'make test'; both set up .venv first."
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@echo "Settings: PYTHON=python3.12, BNKERN_CUDA=0|1, BNKERN_CUDA_ARCHS='80-real;90', MAX_JOBS=2, ARGS='-k merge'"
+
+setup: .venv/done ## create .venv and build the kernels; done again only where something changed
+
+reproduce: setup ## run the experiments and write the report: results/report.html
+	.venv/bin/python -m experiments run gradient_signs moments_by_depth --scale laptop
+	.venv/bin/python -m experiments report
+
+test: setup ## the tests
+	.venv/bin/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+
+test-all: setup ## the tests, the slow ones too, and those of the floor versions
+	.venv/bin/python -m pytest -n 2 -m "not gpu" $(ARGS)
+	$(MAKE) test-floor
+
+test-floor: .venv-floor/done ## the Triton kernels under the oldest triton and numpy that are supported
+	.venv-floor/bin/python -m pytest -n 2 -m "not gpu" -k triton $(ARGS)
+
+bench: setup ## the benchmarks; pick some with ARGS='-k moments'
+	.venv/bin/python -m pytest benchmarks $(ARGS)
+
+lint: setup ## check style: ruff, clang-format
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	.venv/bin/clang-format --dry-run -Werror $(CSRC)
+
+format: setup ## put the style right
+	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
+	.venv/bin/clang-format -i $(CSRC)
+
+gpu-check: ## on a machine with a GPU and its own torch: build, test, measure; WHEELS=folder OUT=folder
+	$(or $(PYTHON),python3) benchmarks/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)")
+
+clean: ## remove what was built; the environments and results stay
+	rm -rf build dist *.egg-info bnkern/_native*.so .venv*/done
+
+# ---- environments. The file `done` is newer than all that was built from.
+SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(CSRC)
+
+# The first Python that runs (a version manager's shim may exist and not) and is new enough.
+define CREATE
+@test -x $(@D)/bin/pip || for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
+  $$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+  echo "creating $(@D) with $$($$python --version); the first set-up takes minutes" && exec $$python -m venv $(@D); \
+done || { echo "No usable Python: bnkern needs Python 3.11 or newer with its venv module (PYTHON=... names one)."; exit 1; }
+endef
+
+.venv/done: $(SOURCES)
+	$(CREATE)
+	.venv/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@ && .venv/bin/python -m bnkern
+
+# The pinned set first, then the floor on top by force: on a GPU machine torch insists on its own triton.
+.venv-floor/done: $(SOURCES)
+	$(CREATE)
+	.venv-floor/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	.venv-floor/bin/python -m pip install --no-deps triton==3.6.0 numpy==2.3.5
+	@touch $@

@@ -1,0 +1,90 @@
+"""``python -m bnkern [--json]``: versions, devices, and which backends work here and, where one does not, why."""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import bnkern
+from bnkern import backends
+
+BUILD = "build it with `pip install -e .` in the source tree, or `make setup`"
+
+
+def versions() -> dict[str, str]:
+    def installed(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    found = {"bnkern": bnkern.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return found | {package: installed(package) for package in ("triton", "numpy")}
+
+
+def devices() -> dict[str, str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
+    found = {"cpu": f"{model}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"}
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        found[f"cuda:{i}"] = f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    if "cuda:0" not in found:
+        found["cuda"] = "none: " + ("torch sees no GPU" if torch.version.cuda else "this torch is built without CUDA")
+    return found
+
+
+def native() -> dict[str, str]:
+    """The compiled module: what was built, and the instruction set that it picked on this CPU."""
+    try:
+        module = importlib.import_module("bnkern._native")
+    except ImportError as error:
+        return {"module": f"not there ({error}); {BUILD}"}
+    info = module.build_info()
+    isa = module.isa() if hasattr(module, "isa") else "not said by this build"
+    cuda = f"CUDA {info['cuda']} for {' '.join(info['cuda_archs'])}" if info["cuda"] else "not compiled in: CPU only"
+    return {
+        "compiler": info["compiler"],
+        "cpu kernels": f"{isa} (compiled: {' '.join(info['isas'])})",
+        "cuda kernels": cuda,
+    }
+
+
+def working_backends() -> dict[str, str]:
+    """Per backend the kinds of tensor it serves here, or why it serves none."""
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    found = {}
+    for name in backends.NAMES:
+        served = [kind for kind in kinds if backends.unavailable(name, kind) is None]
+        reason = backends.unavailable(name, "cuda") or backends.unavailable(name, "cpu")
+        found[name] = f"works on {' and '.join(served)} tensors" if served else f"no: {reason}"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bnkern", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="the same, for programs")
+    as_json = parser.parse_args().json
+    report = {
+        "versions": versions(),
+        "devices": devices(),
+        "native module": native(),
+        "backends": working_backends(),
+    }
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    for title, rows in report.items():
+        print(title)
+        for name, text in rows.items():
+            print(f"  {name:<12}  {text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Builds the native module with CMake; all else is in pyproject.toml. Needs no torch.
+
+BNKERN_CUDA, BNKERN_CUDA_ARCHS (see CMakeLists.txt) and MAX_JOBS are read from the environment.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        import pybind11  # here, since only the build needs it: a source archive is made without
+
+        # Our own folder, so that a second build compiles only what changed. An isolated build's
+        # pybind11 has a new path each time; a copy at a fixed one keeps bind.cpp from rebuilding.
+        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        headers = build / f"pybind11-{pybind11.__version__}"
+        if not headers.exists():
+            shutil.copytree(pybind11.get_include(), headers)
+        options = {
+            "Python_EXECUTABLE": sys.executable,
+            "BNKERN_PYBIND11_INCLUDE": headers,
+            "BNKERN_OUTPUT_DIR": build,
+            "BNKERN_CUDA": os.environ.get("BNKERN_CUDA", ""),
+            "BNKERN_CUDA_ARCHS": os.environ.get("BNKERN_CUDA_ARCHS", ""),
+        }
+        if ninja := shutil.which("ninja"):
+            options["CMAKE_MAKE_PROGRAM"] = ninja
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *defines], check=True)
+        subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
+        module = Path(self.get_ext_fullpath(ext.name))
+        module.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(build / module.name, module)
+
+
+setup(
+    ext_modules=[Extension("bnkern._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
