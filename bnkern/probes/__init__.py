@@ -1,0 +1,1 @@
+"""Looking inside training: what can be measured (:mod:`.quantities`)."""

@@ -1,0 +1,56 @@
+"""How results look: one style for all figures, and the words that the drawers share. Needs numpy and matplotlib alone.
+
+A drawer is a module of two functions and a text: ``tables(spec, results)`` gives named tables, each a list of rows;
+the first holds every number of the figure, ``draw(rows)`` draws it from those alone, and CAPTION says how to read it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+Rows = list[dict[str, object]]
+
+# Okabe and Ito's colours, told apart with every kind of colour vision; the shape of a marker says the same again.
+INK, GRID = "#1a1c20", "#c9ccd3"
+NETS = {"batch": ("with batch norm", "#0072b2", "o"), "none": ("without", "#d55e00", "s")}
+
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": INK,
+    "axes.facecolor": "none",  # so that the figure's ground is the only one
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.figsize": (5.4, 3.6),  # inches; a phone shows it at two thirds of its size, still readable
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "savefig.transparent": False,
+    "svg.fonttype": "none",  # text stays text: small files, readable aloud
+    "svg.hashsalt": "bnkern",  # the same ids on every run
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def save(draw: Callable[[Rows], Figure], rows: Rows, stem: Path) -> None:
+    """Draws ``rows`` in the common style as ``stem``.svg and .png, the same bytes for the same rows."""
+    with matplotlib.rc_context(STYLE):
+        figure = draw(rows)
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+        figure.savefig(stem.with_suffix(".png"), dpi=160, metadata={"Software": None})
+
+
+def column(rows: Rows, name: str, **where: object) -> list:
+    """One column of the rows that have these values."""
+    return [row[name] for row in rows if all(row[key] == value for key, value in where.items())]

@@ -1,0 +1,356 @@
+"""The report: every experiment's claim, the paper's numbers and ours, the verdict, the figure, and how to redo it.
+
+The same content four times: ``report.html``, one self-contained page; ``report.md``; ``report.json`` for programs;
+``figures/`` and ``data/`` beside them. The same results give the same bytes.
+"""
+
+import csv
+import json
+import math
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from . import draw, drawer, names, spec
+from .results import Finding, Results, judge, read
+from .specs import Spec
+
+PUBLISHED = Path(__file__).parent / "published"
+TITLE = "Understanding Batch Normalization, reproduced"
+LEAD = (
+    "Bjorck, Gomes, Selman and Weinberger (2018) explain what batch norm does by a set of experiments. Each is run "
+    "again here on bnkern's kernels, and what the paper claims is held against what came out. A claim counts as held "
+    "where the mean over seeds is what is stated under it; an experiment has held where all "
+    "its claims have."
+)
+CLASSES = {"held": "held", "held in part": "part", "did not hold": "not"}
+SIGNS = {True: "✓ held", False: "✗ not held", None: "shown"}
+COMMANDS = ("again", "to run it")  # those of a section's facts that are typed
+
+
+@dataclass(frozen=True)
+class Section:
+    """One experiment, ready to be told."""
+
+    name: str
+    spec: Spec
+    results: Results
+    verdict: str
+    findings: list[Finding]
+    tables: dict[str, draw.Rows]
+    facts: dict[str, str]  # under which conditions; by label
+
+    @property
+    def outcome(self) -> str:
+        """The verdict, and how many claims it rests on."""
+        checked = [finding.held for finding in self.findings if finding.held is not None]
+        if self.verdict not in CLASSES:
+            return self.verdict
+        return f"{self.verdict} ({sum(checked)} of {len(checked)} claims)"
+
+    @property
+    def caution(self) -> str:
+        """What limits the numbers, if anything does."""
+        if self.results.data == "synthetic":
+            return "Made-up images, not CIFAR-10: these numbers show that everything runs, and nothing else."
+        if self.results.scale == "smoke":
+            return "Smoke scale: these numbers show that everything runs, and nothing else."
+        return ""
+
+
+def report(out: Path, scale: str | None = None) -> Path:
+    """Writes the report on the results in ``out``, of one scale or of each experiment's largest; the page's path."""
+    for folder in ("figures", "data"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+        (out / folder).mkdir(parents=True)
+    sections = [_section(name, read(out / name, scale), out) for name in names()]
+    figures = {}
+    for section in sections:
+        for name, rows in section.tables.items():
+            _write_csv(out / "data" / f"{name}.csv", rows)
+        if section.tables:
+            stem = out / "figures" / section.name
+            draw.save(drawer(section.name).draw, next(iter(section.tables.values())), stem)
+            figures[section.name] = stem.with_suffix(".svg").read_text()
+    (out / "report.json").write_text(json.dumps(_json(sections), indent=1, ensure_ascii=False) + "\n")
+    (out / "report.md").write_text(_markdown(sections))
+    page = out / "report.html"
+    page.write_text(_html(sections, figures))
+    return page
+
+
+def publish(out: Path, to: Path = PUBLISHED) -> int:
+    """Copies the report, its figures and its CSV files to the folder that is committed; the exit status.
+
+    Refuses results that cannot speak about the paper.
+    """
+    told = json.loads((out / "report.json").read_text())["experiments"]
+    unfit = [e["name"] for e in told if e["verdict"] == "not judged"]
+    if unfit:
+        print(f"not published: {', '.join(unfit)} ran on made-up images or at smoke scale only", file=sys.stderr)
+        return 1
+    for folder in ("figures", "data"):
+        shutil.rmtree(to / folder, ignore_errors=True)
+        shutil.copytree(out / folder, to / folder)
+    for file in ("report.html", "report.md", "report.json"):
+        shutil.copy(out / file, to / file)
+    print(f"published: {to}")
+    return 0
+
+
+def _section(name: str, results: Results, out: Path) -> Section:
+    about = spec(name)
+    verdict, findings = judge(about, results)
+    tables = drawer(name).tables(about, results) if results.runs else {}
+    return Section(name, about, results, verdict, findings, tables, _facts(name, about, results, out))
+
+
+def _facts(name: str, about: Spec, results: Results, out: Path) -> dict[str, str]:
+    """The conditions of the runs, each said once where all agree, else listed."""
+    command = f"python -m experiments run {name} --scale {results.scale if results.runs else 'paper'}"
+    if not results.runs:
+        return {"to run it": command}
+
+    def all_of(value) -> str:
+        return "; ".join(sorted({str(value(run.env)) for run in results.runs}))
+
+    if results.data == "synthetic":
+        command += " --data synthetic"
+    prefix = f"{results.scale}-*" + ("-synthetic" if results.data == "synthetic" else "")
+    failed = len(list((out / name).glob(f"{prefix}/error.txt")))
+    seeds = sorted({run.config["seed"] for run in results.runs})
+    per_net = {net.label: len(results.where(label=net.label)) for net in about.runs}
+    return {
+        "scale": f"{results.scale}, {'made-up images' if results.data == 'synthetic' else 'CIFAR-10'}",
+        "runs": ", ".join(f"{label}: {count}" for label, count in per_net.items())
+        + f"; seeds {_span(seeds)}"
+        + (f"; {failed} failed" if failed else ""),
+        "took": f"{sum(run.env['seconds'] for run in results.runs):.0f} s in all",
+        "machine": all_of(lambda env: f"{env['device']}, {env['cpu']}, {env['threads']} threads, {env['system']}"),
+        "kernels": all_of(lambda env: f"bnkern backend {env['backend']}"),
+        "versions": all_of(lambda env: ", ".join(f"{k} {v}" for k, v in env["versions"].items())),
+        "commit": all_of(lambda env: env["commit"] + (" with changes" if env["dirty"] else "")),
+        "again": command,
+    }
+
+
+def _span(seeds: list[int]) -> str:
+    """0 to 9, where they are all there; else listed."""
+    first, last = seeds[0], seeds[-1]
+    return f"{first} to {last}" if last - first + 1 == len(seeds) > 2 else ", ".join(map(str, seeds))
+
+
+# ------------------------------------------------------------------------------------------------ words for numbers
+
+
+def number(value: object) -> str:
+    """Three digits for a reader, and "-" for what is not there."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float) or not math.isfinite(value):
+        return str(value)
+    if 1000 <= abs(value) < 1e5:
+        return f"{value:.0f}"
+    return _short(value, 3)
+
+
+def _short(value: float, digits: int = 6) -> str:
+    """0.85, 7.5e-5: with at most so many digits, and none that say nothing."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return re.sub(r"\.?0*e\+?(-?)0*", r"e\1", f"{value:.{digits - 1}e}")
+    return f"{value:.{digits}g}"
+
+
+def _paper(finding: Finding) -> str:
+    """The paper's number with the digits it prints."""
+    return "not available" if finding.claim.paper is None else _short(finding.claim.paper)
+
+
+def _ours(finding: Finding) -> tuple[str, str]:
+    """Our number, and its spread with n; an arithmetic mean to the digits that its spread leaves sense in."""
+    if not finding.values:
+        return "-", ""
+    count = f"n = {len(finding.values)}"
+    if not math.isfinite(finding.spread) or not finding.spread:
+        return number(finding.mean), count
+    if finding.claim.mean == "geometric":
+        return number(finding.mean), f"×/÷ {finding.spread:.2f}, {count}"
+    digits = max(0, 1 - math.floor(math.log10(finding.spread)))
+    return f"{finding.mean:.{digits}f}", f"± {finding.spread:.{digits}f}, {count}"
+
+
+def _check(finding: Finding) -> str:
+    return finding.claim.check.text if finding.claim.check else ""
+
+
+def _write_csv(file: Path, rows: draw.Rows) -> None:
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            values = {key: _plain(value) for key, value in row.items()}
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+
+
+# ------------------------------------------------------------------------------------------------ the three tellings
+
+
+def _json(sections: list[Section]) -> dict:
+    def plain(value: object) -> object:  # JSON has no nan and no inf
+        value = _plain(value)
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {
+        "title": TITLE,
+        "experiments": [
+            {
+                "name": section.name,
+                "title": section.spec.title,
+                "of": section.spec.of,
+                "verdict": section.verdict,
+                "remark": section.spec.remark,
+                "caution": section.caution,
+                "facts": section.facts,
+                "claims": [
+                    {
+                        "claim": finding.claim.text,
+                        "paper": finding.claim.paper,
+                        "ours": plain(finding.mean) if finding.values else None,
+                        "mean": finding.claim.mean,
+                        "spread": plain(finding.spread) if finding.values else None,
+                        "values": [plain(value) for value in finding.values],
+                        "check": _check(finding) or None,
+                        "held": finding.held,
+                    }
+                    for finding in section.findings
+                ],
+                "tables": {
+                    name: [{key: plain(value) for key, value in row.items()} for row in rows]
+                    for name, rows in section.tables.items()
+                },
+            }
+            for section in sections
+        ],
+    }
+
+
+def _markdown(sections: list[Section]) -> str:
+    def table(head: list[str], rows: list[list[str]]) -> list[str]:
+        lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+        return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+    text = [f"# {TITLE}", "", LEAD, ""]
+    text += table(
+        ["experiment", "of the paper", "verdict"],
+        [[f"[{s.spec.title}](#{s.name})", s.spec.of, s.outcome] for s in sections],
+    )
+    for s in sections:
+        text += [f'<a id="{s.name}"></a>', "", f"## {s.spec.title}", ""]
+        text += [f"{s.spec.of} · `{s.name}` · **{s.outcome}**", ""]
+        text += [f"> {s.caution}", ""] if s.caution else []
+        text += [f"**The paper.** {s.spec.shows}", "", f"**Here.** {s.spec.method}", ""]
+        text += [f"**To note.** {s.spec.remark}", ""] if s.spec.remark else []
+        if s.tables:
+            text += [f"![{s.spec.title}](figures/{s.name}.svg)", "", drawer(s.name).CAPTION, ""]
+            text += table(
+                ["claim", "paper", "ours", "spread", "must be", ""],
+                [[f.claim.text, _paper(f), *_ours(f), _check(f) or "-", SIGNS[f.held]] for f in s.findings],
+            )
+            text += ["Data: " + ", ".join(f"[{name}.csv](data/{name}.csv)" for name in s.tables), ""]
+        text += [
+            f"- {label}: {f'`{fact}`' if label in ('again', 'to run it') else fact}" for label, fact in s.facts.items()
+        ]
+        text += [""]
+    return "\n".join(text)
+
+
+def _html(sections: list[Section], figures: dict[str, str]) -> str:
+    style = (Path(__file__).parent / "report.css").read_text()
+    overview = "".join(
+        f'<tr><td><a href="#{s.name}">{escape(s.spec.title)}</a><small>{escape(s.spec.of)}</small></td>'
+        f"<td>{_badge(s)}</td></tr>"
+        for s in sections
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{TITLE}</title>\n<style>\n{style}</style>\n"
+        f"<h1>{TITLE}</h1>\n<p>{escape(LEAD)}</p>\n"
+        f"<table><tr><th>experiment</th><th>verdict</th></tr>{overview}</table>\n"
+        + "".join(_html_section(section, figures.get(section.name)) for section in sections)
+    )
+
+
+def _html_section(s: Section, figure: str | None) -> str:
+    parts = [
+        f'<section id="{s.name}">\n<h2>{escape(s.spec.title)}</h2>',
+        f'<p class="soft">{escape(s.spec.of)} · {_badge(s)}</p>',
+        f'<p class="warning">{escape(s.caution)}</p>' if s.caution else "",
+        f"<p><b>The paper.</b> {escape(s.spec.shows)}</p>",
+        f"<p><b>Here.</b> {escape(s.spec.method)}</p>",
+        f"<p><b>To note.</b> {escape(s.spec.remark)}</p>" if s.spec.remark else "",
+    ]
+    if figure:
+        caption = f"<figcaption>{escape(drawer(s.name).CAPTION)}</figcaption>"
+        parts.append(f"<figure>{_inline(figure, s.name)}{caption}</figure>")
+        parts.append(_html_findings([f for f in s.findings if f.claim.check]))
+        if shown := [f for f in s.findings if not f.claim.check]:
+            summary = f"<summary>{len(shown)} more numbers, without a check</summary>"
+            parts.append(f"<details>{summary}{_html_findings(shown)}</details>")
+        parts += [_html_table(name, rows) for name, rows in s.tables.items()]
+    facts = "".join(
+        f"<dt>{label}</dt><dd>{f'<code>{escape(fact)}</code>' if label in COMMANDS else escape(fact)}</dd>"
+        for label, fact in s.facts.items()
+    )
+    parts.append(f"<dl>{facts}</dl>\n</section>\n")
+    return "\n".join(part for part in parts if part)
+
+
+def _html_findings(findings: list[Finding]) -> str:
+    rows = []
+    for f in findings:
+        ours, spread = _ours(f)
+        check = f"<small>must be {escape(_check(f))}</small>" if f.claim.check else ""
+        mark = {True: "held", False: "not", None: "soft"}[f.held]
+        rows.append(
+            f'<tr><td>{escape(f.claim.text)}{check}</td><td class="number">{_paper(f)}</td>'
+            f'<td class="number">{ours}<small>{escape(spread)}</small></td>'
+            f'<td class="{mark}">{SIGNS[f.held]}</td></tr>'
+        )
+    head = '<th>claim</th><th class="number">paper</th><th class="number">ours</th><th></th>'
+    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _html_table(name: str, rows: draw.Rows) -> str:
+    head = "".join(f"<th>{escape(key)}</th>" for key in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(number(_plain(value)))}</td>" for value in row.values()) + "</tr>"
+        for row in rows
+    )
+    return (
+        f"<details><summary>{name}.csv</summary>"
+        f'<div class="scroll"><table class="raw"><tr>{head}</tr>{body}</table></div></details>'
+    )
+
+
+def _plain(value: object) -> object:
+    """numpy's numbers as Python's."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _badge(section: Section) -> str:
+    return f'<span class="verdict {CLASSES.get(section.verdict, "soft")}">{section.outcome}</span>'
+
+
+def _inline(svg: str, name: str) -> str:
+    """A figure for the page: without its prologue and white ground, in the page's colours, with ids of its own."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.S)
+    colours = {draw.INK: "currentColor", draw.GRID: "var(--grid)"}
+    colours |= {colour: f"var(--{net})" for net, (_, colour, _) in draw.NETS.items()}
+    for colour, own in colours.items():
+        svg = svg.replace(colour, own)
+    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)

@@ -1,0 +1,257 @@
+"""The runner: which runs are wanted, which are finished already, and the rest one after the other.
+
+A run lives in ``<out>/<experiment>/<scale>-<label>-seed<k>/``: ``config.json`` (what was asked), ``env.json`` (what it
+ran on), ``probes/<quantity>.npz`` (what it measured) and, written last, ``DONE``. A folder without DONE was
+interrupted or failed (then ``error.txt`` says why) and is done again.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import bnkern
+from bnkern import backends
+from bnkern.train import cifar10
+
+from . import spec
+from .measure import PROCEDURES
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run that is wanted: its folder and its whole configuration."""
+
+    folder: Path
+    config: dict
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+    def finished(self) -> bool:
+        """Whether it is done, as configured now."""
+        return (self.folder / "DONE").exists() and _read(self.folder / "config.json") == self.config
+
+
+def plan(experiments: list[str], scale: str, data: str, seeds: int | None, out: Path) -> list[Planned]:
+    """All runs of the experiments: every configuration of their specs at that scale, for seeds 0, 1, ..."""
+    wanted = []
+    for experiment in experiments:
+        at = spec(experiment).scale(scale)
+        for run in spec(experiment).at(at):
+            common = asdict(run) | {"experiment": experiment, "scale": at, "data": data}
+            own = common.pop("seeds")
+            for seed in range(seeds or own):
+                # through JSON, so that it compares equal to what a finished run has written
+                config = json.loads(json.dumps(common | {"seed": seed}))
+                name = f"{at}-{run.label}-seed{seed}" + ("-synthetic" if data == "synthetic" else "")
+                wanted.append(Planned(out / experiment / name, config))
+    return wanted
+
+
+def run(
+    experiments: list[str],
+    scale: str = "laptop",
+    data: str | None = None,
+    device: str | None = None,
+    seeds: int | None = None,
+    out: Path = Path("results"),
+    resume: bool = True,
+) -> int:
+    """Does what is not done yet; a run that fails is recorded and does not stop the others.
+
+    Args:
+        experiments: names.
+        scale: "smoke", "laptop" or "paper".
+        data: as for bnkern.train.cifar10.load; at scale "smoke", "synthetic" where nothing is given.
+        device: torch's name; default "cuda" where there is one, else "cpu".
+        seeds: how many, instead of each configuration's own number.
+        out: where result folders are.
+        resume: keep finished runs; else do them all again.
+
+    Returns:
+        the exit status: 0; 1 where a run failed, or data or disk are wanting; 130 after Ctrl-C.
+    """
+    data = data or os.environ.get("BNKERN_DATA") or ("synthetic" if scale == "smoke" else None)
+    kind = "synthetic" if data == "synthetic" else "cifar10"
+    wanted = plan(experiments, scale, kind, seeds, out)
+    todo = [planned for planned in wanted if not (resume and planned.finished())]
+    print(f"{len(wanted)} runs: {len(wanted) - len(todo)} finished before, {len(todo)} to do", flush=True)
+    if not todo:
+        return 0
+    try:
+        images = cifar10.load(data)
+        on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        failed = _run_all(todo, images, on)
+    except cifar10.DataError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        done = sum(planned.finished() for planned in wanted)
+        print(f"\nstopped: {done} of {len(wanted)} runs are finished; the same command does the rest", file=sys.stderr)
+        return 130
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(f"stopped: {error.strerror or error} ({out}); the same command does the rest", file=sys.stderr)
+        return 1
+    if failed:
+        print(f"{failed} of {len(todo)} runs failed; error.txt in their folders says why", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _run_all(todo: list[Planned], images: cifar10.Cifar10, device: torch.device) -> int:
+    """How many failed."""
+    failed = 0
+    with Progress(len(todo)) as progress:
+        for planned in todo:
+            progress.start(planned.name)
+            try:
+                _run_one(planned, images, device, progress.tick)
+            except OSError:
+                raise
+            except Exception as error:
+                failed += 1
+                (planned.folder / "error.txt").write_text(traceback.format_exc())
+                progress.end(f"FAILED: {type(error).__name__}: {error}")
+            else:
+                progress.end("done")
+    return failed
+
+
+def _run_one(planned: Planned, images: cifar10.Cifar10, device: torch.device, tick) -> None:
+    folder, config = planned.folder, planned.config
+    if (folder / "DONE").exists():
+        _put_aside(folder)
+    elif folder.exists():
+        shutil.rmtree(folder)
+    (folder / "probes").mkdir(parents=True)
+    _write(folder / "config.json", config)
+    started, clock = datetime.now(UTC), time.perf_counter()
+    for name, arrays in PROCEDURES[config["procedure"]](config, images, device, tick).items():
+        np.savez(folder / "probes" / f"{name}.npz", **arrays)
+    seconds = round(time.perf_counter() - clock, 2)
+    when = {"started": started.isoformat(timespec="seconds"), "seconds": seconds}
+    _write(folder / "env.json", when | environment(device, config["kernels"]))
+    (folder / "DONE").touch()
+
+
+def _put_aside(folder: Path) -> None:
+    """Keeps a finished run that is done again, in ``.old`` beside it, where nothing looks for results."""
+    old = folder.parent / ".old"
+    old.mkdir(exist_ok=True)
+    count = sum(other.name.startswith(f"{folder.name}~") for other in old.iterdir())
+    folder.rename(old / f"{folder.name}~{count + 1}")
+
+
+def _write(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+# ------------------------------------------------------------------------------------------------ environment
+
+
+def environment(device: torch.device, kernels: str = "bnkern") -> dict:
+    """What a run runs on: code, versions, machine, and the backend that serves its batch norm."""
+    served = kernels
+    if kernels == "bnkern":
+        module = backends.choose(backends.forced(), device.type, torch.float32)
+        served = module.__name__.rpartition(".")[2]
+    versions = {"python": platform.python_version(), "bnkern": bnkern.__version__, "torch": torch.__version__}
+    with contextlib.suppress(PackageNotFoundError):
+        versions["triton"] = version("triton")
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD") or "none",
+        "dirty": bool(_git("status", "--porcelain")),
+        "versions": versions | {"numpy": np.__version__},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": _cpu(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "backend": served,
+    }
+
+
+def _git(*words: str) -> str:
+    try:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+class Progress:
+    """Bars over runs and within a run on a terminal; elsewhere one line a run, with the time that is left."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.clock = time.perf_counter()
+        terminal = sys.stderr.isatty()
+        self.runs = tqdm(total=total, unit="run", disable=not terminal)
+        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+        self.run = tqdm(total=1, bar_format=form, disable=not terminal, leave=False)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.run.close()
+        self.runs.close()
+
+    def start(self, name: str) -> None:
+        self.name, self.started = name, time.perf_counter()
+        self.run.set_postfix_str("", refresh=False)
+        self.run.set_description(name, refresh=False)
+        self.run.reset()
+
+    def tick(self, share: float, what: str) -> None:
+        """``share`` of the run is done, ``what`` comes next."""
+        self.run.set_postfix_str(what, refresh=False)
+        self.run.update(share - self.run.n)
+
+    def end(self, outcome: str) -> None:
+        now = time.perf_counter()
+        self.done += 1
+        self.runs.update()
+        if self.runs.disable:
+            left = (now - self.clock) / self.done * (self.total - self.done)
+            line = (
+                f"[{self.done:>{len(str(self.total))}}/{self.total}] {self.name}: {outcome}, {now - self.started:.1f} s"
+            )
+            print(line + (f", about {duration(left)} left" if self.done < self.total else ""), flush=True)
+        elif outcome != "done":
+            self.runs.write(f"{self.name}: {outcome}", file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """For a reader: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,59 @@
+"""Table 1 and Appendix J: without batch norm the summands of a weight's gradient agree in sign."""
+
+from . import Claim, Run, Spec, between, within_factor
+
+LAYERS = (18, 54, 90)
+NETS = {"batch": "with batch norm", "none": "without"}
+PAPER = {  # quantity, norm: one value a layer
+    ("a/b", "batch"): (251.8, 112.8, 40.7),
+    ("a/b", "none"): (1.7, 2.6, 2.1),
+    ("a", "batch"): (7.5e-5, 1.9e-5, 6.6e-6),
+    ("a", "none"): (6.3e-5, 2.2e-4, 2.6e-4),
+    ("b", "batch"): (3.0e-7, 1.7e-7, 1.6e-7),
+    ("b", "none"): (3.6e-5, 8.4e-5, 1.2e-4),
+    ("a/(b sqrt N)", "batch"): (0.70, 0.62, 0.45),  # these two from the printed a/b
+    ("a/(b sqrt N)", "none"): (0.0047, 0.014, 0.023),
+    ("median a/b of single weights", "batch"): (None, None, None),  # Appendix J was not at hand
+    ("median a/b of single weights", "none"): (None, None, None),
+}
+
+
+def check(quantity: str, norm: str, paper: float):
+    """Of a and b the order of magnitude; of their ratio, which the paper argues from, more."""
+    if quantity == "a/b":
+        return within_factor(paper, 1.6) if norm == "batch" else between(1, 4)
+    return within_factor(paper, 3) if quantity in ("a", "b") else None
+
+
+def claim(quantity: str, norm: str, layer: int, paper: float | None) -> Claim:
+    return Claim(
+        f"{quantity}, layer {layer}, {NETS[norm]}",
+        lambda results: results.each(quantity, layer, norm=norm),
+        paper,
+        check(quantity, norm, paper),
+        mean="geometric",
+    )
+
+
+SPEC = Spec(
+    title="Do the summands of a gradient agree in sign?",
+    of="Table 1 and Appendix J",
+    order=5.1,
+    shows="The gradient of a convolution's weight is a sum over images and places. a is the mean of the summands' "
+    "absolute values, b the absolute value of their mean, both averaged over the layer's weights. At initialisation "
+    "with batch norm a/b is 40 to 250: the summands cancel. Without, it is about 2: they agree in sign, and "
+    "gradients are large in a few directions.",
+    method="ResNet-110 with projection shortcuts and Xavier-normal weights, before any step; a batch of 128 "
+    "standardised training images, network and batch drawn anew for each seed, the same two with and without batch "
+    "norm. d = dy[b,o,x,y] I[b,i,x+x',y+y'] with dy at the convolution's own output; sums over the N = B H W "
+    "summands are divided by N, and a/b is the ratio of averages. The sum of |d| is the convolution of absolute "
+    "values, all in float64. Means over seeds are geometric.",
+    claims=tuple(claim(*key, *at) for key in PAPER for at in zip(LAYERS, PAPER[key], strict=True)),
+    runs=tuple(Run(norm, "at_init", ("gradient_signs",), LAYERS, norm) for norm in NETS),
+    smaller={"smoke": {"batch": 4, "seeds": 2}},
+    paper=PAPER,
+    remark="Independent signs would give an a/b of about sqrt N. With batch norm a/b is 0.4 to 0.65 of that: its fall "
+    "with depth is mostly that of the resolution. The share of signs that agree, |sum sign d| over the number of "
+    "nonzero d, is not higher without batch norm than with it (last column of the data): what differs is that the "
+    "gradient before a batch norm sums to zero over each channel, so that the mean of I drops out of the sum.",
+)

@@ -1,0 +1,355 @@
+"""The experiments: specs and drawers in order, the runner's promises, verdicts, and the report."""
+
+import ast
+import errno
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bnkern import backends
+from bnkern.train import cifar10
+from experiments import drawer, names, spec
+from experiments import report as reporting
+from experiments import run as running
+from experiments.__main__ import main
+from experiments.results import Finished, Results, find, judge, read
+from experiments.specs import Claim, Run, above, between, within, within_factor
+
+ROOT = Path(__file__).parent.parent
+
+
+# ------------------------------------------------------------------------------------------------ made-up results
+
+
+def papers_arrays(config: dict) -> dict[str, np.ndarray]:
+    """What a run would have measured, had it found exactly the paper's numbers."""
+    about = spec(config["experiment"])
+    arrays = {}
+    for (name, norm), values in about.paper.items():
+        for layer, value in zip(config["layers"], values, strict=True):
+            if norm == config["norm"]:
+                arrays[f"{name}/{layer}"] = np.full(1, 1.0 if value is None else value)
+    if "gradient_signs" in config["quantities"]:
+        for layer in config["layers"]:
+            extra = {"count": 100, "sign agreement": 0.3}
+            extra |= {name: np.ones((4, 4, 3, 3)) for name in ("sum", "abs_sum", "sign_sum", "nonzero")}
+            arrays |= {f"{name}/{layer}": np.asarray(value) for name, value in extra.items()}
+    return arrays
+
+
+def made_up(name: str, seeds: int = 2, **changed: float) -> Results:
+    """Results at the paper's scale that equal the paper's numbers, but for ``changed``."""
+    runs = []
+    for run in spec(name).runs:
+        for seed in range(seeds):
+            config = {**vars(run), "seed": seed, "experiment": name}
+            made = Finished(Path(), config, {"seconds": 1.0})
+            made.__dict__["arrays"] = papers_arrays(config) | changed
+            runs.append(made)
+    return Results("paper", "cifar10", tuple(runs))
+
+
+class Procedure:
+    """Stands in for a measurement: gives the paper's numbers, counts its calls, and raises what ``fails`` says."""
+
+    def __init__(self, fails: dict[int, BaseException] | None = None) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.fails = fails or {}
+
+    def __call__(self, config: dict, data, device, tick) -> dict:
+        self.calls.append((config["label"], config["seed"]))
+        tick(0.5, "half way")
+        if error := self.fails.get(len(self.calls)):
+            raise error
+        return {"all": papers_arrays(config)}
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the developer's own environment says."""
+    monkeypatch.delenv("BNKERN_DATA", raising=False)
+
+
+@pytest.fixture
+def procedure(monkeypatch: pytest.MonkeyPatch) -> Procedure:
+    stand_in = Procedure()
+    monkeypatch.setitem(running.PROCEDURES, "at_init", stand_in)
+    return stand_in
+
+
+def run(out: Path, **options: object) -> int:
+    return running.run(["moments_by_depth"], **{"scale": "smoke", "out": out, **options})
+
+
+# ------------------------------------------------------------------------------------------------ specs and drawers
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_spec_is_whole_and_has_its_drawer(name: str) -> None:
+    about, draws = spec(name), drawer(name)
+    assert about.title and about.of and about.shows and about.method and about.claims and about.runs
+    assert any(claim.check for claim in about.claims)
+    assert draws.tables and draws.draw and draws.CAPTION
+    assert all(run.procedure in running.PROCEDURES for run in about.runs)
+    assert sum(run.seeds for run in about.at("smoke")) <= 8
+    lines = (ROOT / f"experiments/specs/{name}.py").read_text().splitlines()
+    assert len(lines) < 80, "a spec is data: what computes belongs elsewhere"
+
+
+def test_specs_import_nothing_but_their_own_words() -> None:
+    for file in (ROOT / "experiments/specs").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            allowed = {None, "dataclasses", "collections.abc"}  # None: from . import
+            assert set(modules) <= allowed, f"{file.name} imports {modules}"
+
+
+def test_drawing_and_reporting_need_neither_torch_nor_bnkern() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['bnkern'] = None\n"
+        "import experiments, experiments.report, experiments.__main__\n"
+        "[experiments.drawer(name) for name in experiments.names()]"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_scales() -> None:
+    about = spec("gradient_signs")
+    assert about.scale("laptop") == "paper" and about.scale("smoke") == "smoke"
+    assert about.at("paper") == about.runs and about.runs[0].batch == 128 and about.runs[0].seeds >= 5
+    assert {run.batch for run in about.at("smoke")} == {4}
+
+
+# ------------------------------------------------------------------------------------------------ verdicts
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_papers_own_numbers_hold(name: str) -> None:
+    verdict, findings = judge(spec(name), made_up(name))
+    assert verdict == "held"
+    assert [f.claim.text for f in findings if f.claim.check and not f.held] == []
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_claim_can_fail(name: str) -> None:
+    """Results that contradict the paper throughout: all layers alike, and far off."""
+    far = {key: np.float64(1e6) for key in papers_arrays({**vars(spec(name).runs[0]), "experiment": name})}
+    verdict, findings = judge(spec(name), made_up(name, **far))
+    assert [f.claim.text for f in findings if f.claim.check and f.held] == []
+    assert verdict == "did not hold"
+
+
+def test_one_false_claim_makes_it_held_in_part() -> None:
+    verdict, findings = judge(spec("moments_by_depth"), made_up("moments_by_depth", **{"ln_std/18": np.float64(0.76)}))
+    assert verdict == "held in part"
+    assert [f.claim.text for f in findings if f.held is False] == ["ln std, layer 18, with batch norm"]
+
+
+def test_what_is_no_number_never_holds() -> None:
+    results = made_up("moments_by_depth", **{"ln_std/18": np.float64(np.nan)})
+    assert judge(spec("moments_by_depth"), results)[0] == "held in part"
+
+
+def test_verdicts_are_withheld_where_they_would_mean_nothing() -> None:
+    about, good = spec("moments_by_depth"), made_up("moments_by_depth")
+    assert judge(about, Results("smoke", "cifar10", good.runs))[0] == "not judged"
+    assert judge(about, Results("paper", "synthetic", good.runs))[0] == "not judged"
+    assert judge(about, Results("paper", "cifar10", ()))[0] == "not run"
+
+
+def test_means_and_spreads() -> None:
+    results = Results("paper", "cifar10", ())
+    found = find(Claim("", lambda results: [1.0, 3.0], 2.0, within(2, 0.1)), results)
+    assert (found.mean, found.spread, found.held) == (2.0, pytest.approx(2**0.5), True)
+    found = find(Claim("", lambda results: [1.0, 4.0], 2.0, within_factor(2, 1.6), mean="geometric"), results)
+    assert found.mean == pytest.approx(2) and found.spread == pytest.approx(4 ** (0.5**0.5)) and found.held
+    assert not find(Claim("", lambda results: [3.3], 2.0, within_factor(2, 1.6)), results).held
+    assert find(Claim("", lambda results: [3.3], 2.0), results).held is None
+
+
+def test_checks() -> None:
+    assert [above(2).holds(x) for x in (2, 2.1)] == [False, True]
+    assert [between(1, 4).holds(x) for x in (0.9, 1, 4, 4.1)] == [False, True, True, False]
+    assert [within(-1, 0.5).holds(x) for x in (-1.6, -1.5, -0.5, -0.4)] == [False, True, True, False]
+    assert [within_factor(10, 2).holds(x) for x in (4.9, 5, 20, 20.1)] == [False, True, True, False]
+
+
+# ------------------------------------------------------------------------------------------------ the runner
+
+
+def test_everything_runs_at_smoke_scale_and_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["run", "all", "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert main(["report", "--out", str(tmp_path)]) == 0
+    assert re.search(r"\[1/8\] .* done, [\d.]+ s, about \d+ \w+ left", capsys.readouterr().out)
+    for name in names():
+        results = read(tmp_path / name)
+        assert (results.scale, results.data, len(results.runs)) == ("smoke", "synthetic", 4)
+        for done in results.runs:
+            assert done.env["backend"] == (backends.forced() or "cpu") and done.env["seconds"] > 0
+            assert {"commit", "dirty", "versions", "cpu", "threads", "started"} <= done.env.keys()
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert [e["verdict"] for e in told["experiments"]] == ["not judged"] * len(names())
+    assert all(claim["ours"] is not None for e in told["experiments"] for claim in e["claims"])
+    assert "Made-up images" in (tmp_path / "report.html").read_text()
+    assert reporting.publish(tmp_path, tmp_path / "published") == 1 and not (tmp_path / "published").exists()
+
+
+def test_finished_runs_are_not_repeated(tmp_path: Path, procedure: Procedure, capsys: pytest.CaptureFixture) -> None:
+    assert run(tmp_path) == 0 and len(procedure.calls) == 4
+    assert run(tmp_path) == 0 and len(procedure.calls) == 4
+    assert "4 runs: 4 finished before, 0 to do" in capsys.readouterr().out
+    assert run(tmp_path, seeds=3) == 0
+    assert procedure.calls[4:] == [("batch", 2), ("none", 2)]
+
+
+def test_an_interrupted_run_resumes(tmp_path: Path, procedure: Procedure, capsys: pytest.CaptureFixture) -> None:
+    procedure.fails = {3: KeyboardInterrupt()}
+    assert run(tmp_path) == 130
+    assert "stopped: 2 of 4 runs are finished; the same command does the rest" in capsys.readouterr().err
+    assert run(tmp_path) == 0
+    assert procedure.calls == [("batch", 0), ("batch", 1), ("none", 0), ("none", 0), ("none", 1)]
+    assert len(read(tmp_path / "moments_by_depth").runs) == 4
+
+
+def test_a_failing_run_does_not_lose_the_others(tmp_path: Path, procedure: Procedure, capsys) -> None:
+    procedure.fails = {2: RuntimeError("out of luck")}
+    assert run(tmp_path) == 1
+    said = capsys.readouterr()
+    assert "smoke-batch-seed1-synthetic: FAILED: RuntimeError: out of luck" in said.out and "1 of 4 runs" in said.err
+    failed = tmp_path / "moments_by_depth/smoke-batch-seed1-synthetic"
+    assert "out of luck" in (failed / "error.txt").read_text() and not (failed / "DONE").exists()
+    assert run(tmp_path) == 0
+    assert procedure.calls[4:] == [("batch", 1)] and not (failed / "error.txt").exists()
+
+
+def test_a_full_disk_stops_with_one_line(tmp_path: Path, procedure: Procedure, capsys: pytest.CaptureFixture) -> None:
+    procedure.fails = {2: OSError(errno.ENOSPC, "No space left on device")}
+    assert run(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"stopped: No space left on device \(.*\); the same command does the rest\n", said)
+    assert run(tmp_path) == 0 and len(procedure.calls) == 5
+
+
+def test_what_is_done_again_is_put_aside(tmp_path: Path, procedure: Procedure, monkeypatch) -> None:
+    """Because the spec has changed, or on demand; never overwritten."""
+    assert run(tmp_path, seeds=1) == 0
+    config = tmp_path / "moments_by_depth/smoke-batch-seed0-synthetic/config.json"
+    config.write_text(config.read_text().replace('"batch": 4', '"batch": 5'))
+    assert run(tmp_path, seeds=1) == 0
+    assert procedure.calls == [("batch", 0), ("none", 0), ("batch", 0)]
+    assert run(tmp_path, seeds=1, resume=False) == 0 and len(procedure.calls) == 5
+    aside = sorted(folder.name for folder in (tmp_path / "moments_by_depth/.old").iterdir())
+    assert aside == [f"smoke-{label}-seed0-synthetic~{n}" for label, n in (("batch", 1), ("batch", 2), ("none", 1))]
+    assert len(read(tmp_path / "moments_by_depth").runs) == 2
+
+
+def test_missing_data_is_one_message_and_leaves_nothing(tmp_path: Path, procedure: Procedure, capsys) -> None:
+    assert run(tmp_path / "results", scale="paper", data=str(tmp_path / "nowhere")) == 1
+    assert re.fullmatch(r"no CIFAR-10 in .*nowhere .*\n", capsys.readouterr().err)
+    assert not procedure.calls and not (tmp_path / "results").exists()
+
+
+def test_runs_of_different_scales_and_data_live_side_by_side(tmp_path: Path, procedure, monkeypatch) -> None:
+    assert run(tmp_path) == 0
+    assert run(tmp_path, scale="laptop", data="synthetic", seeds=1) == 0
+    assert (read(tmp_path / "moments_by_depth").scale, read(tmp_path / "moments_by_depth").data) == (
+        "paper",
+        "synthetic",
+    )
+    monkeypatch.setattr(cifar10, "load", lambda where: None)
+    assert run(tmp_path, data="some folder", seeds=1) == 0
+    assert (read(tmp_path / "moments_by_depth").scale, read(tmp_path / "moments_by_depth").data) == ("smoke", "cifar10")
+    assert read(tmp_path / "moments_by_depth", "paper").data == "synthetic"
+
+
+def test_an_unknown_name_suggests_the_nearest(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "gradient_sign"])
+    assert stopped.value.code == 2
+    assert "no experiment 'gradient_sign'; did you mean 'gradient_signs'?" in capsys.readouterr().err
+
+
+def test_list(capsys: pytest.CaptureFixture) -> None:
+    assert main(["list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == names()
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+
+@pytest.fixture
+def papers_results(tmp_path: Path, procedure: Procedure, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Result files at the paper's scale that hold the paper's own numbers."""
+    monkeypatch.setattr(cifar10, "load", lambda where: None)
+    assert running.run(names(), "paper", "some folder", "cpu", 3, tmp_path / "results") == 0
+    return tmp_path / "results"
+
+
+def test_report(papers_results: Path, tmp_path: Path) -> None:
+    page = reporting.report(papers_results).read_text()
+    assert page.count("<svg") == len(names()) and page.count(">held (") == 2 * len(names())
+    assert not re.search(r'(src|href)="(?!#)', page), "the page needs nothing beside itself"
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert {ref for ref in re.findall(r'(?:href="|url\()#([^")]+)', page)} <= set(ids)
+    told = json.loads((papers_results / "report.json").read_text())["experiments"]
+    for experiment in told:
+        assert experiment["verdict"] == "held"
+        for claim in experiment["claims"]:
+            assert claim["paper"] is None or claim["ours"] == pytest.approx(claim["paper"], rel=0.01)
+    assert (
+        "| a/b, layer 18, with batch norm | 251.8 | 252 | ×/÷ 1.00, n = 3 | within 1.6x of the paper's | ✓ held |"
+        in (papers_results / "report.md").read_text()
+    )
+    assert reporting.publish(papers_results, tmp_path / "published") == 0
+    assert (tmp_path / "published/figures/gradient_signs.svg").exists()
+    assert (tmp_path / "published/data/moments_by_depth.csv").read_text().startswith("norm,layer,seeds,ln_std,")
+
+
+def test_the_same_results_give_the_same_bytes(papers_results: Path) -> None:
+    def files() -> dict[str, bytes]:
+        reporting.report(papers_results)
+        found = [papers_results / f"report.{kind}" for kind in ("html", "md", "json")]
+        found += [*(papers_results / "figures").iterdir(), *(papers_results / "data").iterdir()]
+        return {file.name: file.read_bytes() for file in found}
+
+    assert files() == files()
+
+
+def test_a_report_without_results_says_what_to_run(tmp_path: Path) -> None:
+    page = reporting.report(tmp_path).read_text()
+    assert page.count("not run") == 2 * len(names()) and "<svg" not in page
+    assert "python -m experiments run gradient_signs --scale paper" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (7.5e-5, "7.5e-5"),
+        (2.2e-4, "2.2e-4"),
+        (3.0e-10, "3e-10"),
+        (2e6, "2e6"),
+        (251.8, "252"),
+        (0.0, "0"),
+        (-0.85, "-0.85"),
+        (131072, "131072"),
+        (12345.6, "12346"),
+        (None, "-"),
+    ],
+)
+def test_numbers_for_readers(value: object, text: str) -> None:
+    assert reporting.number(value) == text
+
+
+def test_a_run_is_its_own_documentation() -> None:
+    """What a finished run writes down is the whole of its configuration."""
+    [planned, *_] = running.plan(["gradient_signs"], "laptop", "cifar10", 1, Path("results"))
+    assert planned.name == "gradient_signs/paper-batch-seed0"
+    fields = set(Run.__dataclass_fields__) - {"seeds"}
+    assert planned.config.keys() == fields | {"experiment", "scale", "data", "seed"}
