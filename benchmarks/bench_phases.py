@@ -1,0 +1,109 @@
+"""The phases, one by one and joined to forward and backward: outputs reused, against a copy in the same rounds.
+
+A copy is y.copy_(x) of 256 MiB into memory that is there, on as many threads as the phases. It counts as one read
+and one write; what else the hardware moves for it (a store may first read the line it writes) it also moves for a
+phase. A shape that stays in the caches may go faster than the copy.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+
+import pytest
+import torch
+
+from benchmarks import shapes, traffic
+from benchmarks.shapes import Case, Inputs
+from bnkern import backends
+
+COPY_BYTES = 256 << 20
+NO_OUTPUTS = ("moments", "grad_sums")  # but for a few numbers per channel
+
+
+def cases(device: torch.device) -> list[Case]:
+    """A shape that fits the caches, and one past them, of 103 MB in every dtype."""
+    large = {"fp32": "large", "bf16": "large64", "fp16": "large64"}
+    cached = shapes.cases(("stage1",), device)
+    return cached + [case._replace(shape=large[case.dtype]) for case in cached]
+
+
+def bound(call: str, op: str, inputs: Inputs) -> partial:
+    """The backend's function bound to its arguments, and to the outputs of an earlier call where it takes ``out``."""
+    x, residual, dy = inputs
+    residual, act = (residual, "relu") if op == "bn_add_relu" else (None, None)
+    backend = backends.choose(backends.forced(), x.device.type, x.dtype)
+    count, mean, m2 = backend.moments(x)
+    invstd = torch.rsqrt(m2 / count + 1e-5)
+    weight, bias = torch.rand_like(mean) + 0.5, torch.randn_like(mean)
+    y, mask = backend.normalize(x, mean, invstd, weight, bias, residual, act)
+    gradient = dy, x, mean, invstd, weight, bias, mask, act
+    grads = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    running = torch.zeros_like(mean), torch.ones_like(mean), torch.zeros((), dtype=torch.int64, device=x.device)
+    needs = True, True, True, residual is not None
+    arguments, outputs = {
+        "moments": ((x,), None),
+        "normalize": ((x, mean, invstd, weight, bias, residual, act), (y, mask)),
+        "grad_sums": (gradient, None),
+        "grad_input": ((*gradient, (*backend.grad_sums(*gradient), count)), grads),
+        "forward": ((x, weight, bias, residual, *running, True, 0.1, 1e-5, act, act is not None), y),
+        "backward": ((dy, x, weight, bias, mean, invstd, mask, act, True, needs), grads),
+    }[call]
+    function = getattr(backend, call)
+    reused = {"out": outputs} if outputs is not None and "out" in signature(function).parameters else {}
+    return partial(function, *arguments, **reused)
+
+
+@pytest.fixture(scope="module")
+def copy(device: torch.device) -> Callable:
+    x = torch.randn(COPY_BYTES // 4, device=device)
+    return partial(torch.empty_like(x).copy_, x)
+
+
+@pytest.fixture
+def measure(case: Case, mode: str, inputs: Inputs, copy: Callable, compare: Callable) -> Callable:
+    def run(call: str, op: str) -> None:
+        moved = {
+            "bnkern": traffic.moved((call,), op, case.elements, case.itemsize)
+            | {"outputs": "reused" if call in NO_OUTPUTS or bound(call, op, inputs).keywords else "fresh"},
+            "copy": {"bytes": 2 * COPY_BYTES},
+        }
+        compare(
+            op,
+            case,
+            {"bnkern": lambda function: function(), "copy": lambda _: copy()},
+            make_data=lambda: bound(call, op, inputs.clone()),
+            mode=mode,
+            moved=moved.__getitem__,
+            budget_s=1.0,
+        )
+
+    return run
+
+
+def test_moments(measure: Callable) -> None:
+    measure("moments", "bn")
+
+
+@pytest.mark.parametrize("op", traffic.OPS)
+def test_normalize(op: str, measure: Callable) -> None:
+    measure("normalize", op)
+
+
+@pytest.mark.parametrize("op", traffic.OPS)
+def test_grad_sums(op: str, measure: Callable) -> None:
+    measure("grad_sums", op)
+
+
+@pytest.mark.parametrize("op", traffic.OPS)
+def test_grad_input(op: str, measure: Callable) -> None:
+    measure("grad_input", op)
+
+
+@pytest.mark.parametrize("op", traffic.OPS)
+def test_forward(op: str, measure: Callable) -> None:
+    measure("forward", op)
+
+
+@pytest.mark.parametrize("op", traffic.OPS)
+def test_backward(op: str, measure: Callable) -> None:
+    measure("backward", op)

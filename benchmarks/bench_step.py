@@ -1,0 +1,68 @@
+"""A whole training step of ResNet-20 on CIFAR-sized images, batch 128, fp32: forward, loss, backward, SGD.
+
+The same step without its normalisation ("no norm": ReLU and the residual addition stay) is the limit to what faster
+batch norm can give. The learning rate is 0, which is the same work, so that every step is of the same network.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import peers
+from benchmarks.shapes import LAYOUTS, Case
+from bnkern.train.resnet import ResNet
+
+ACTIVATION_BYTES = 100e6  # what a step works on is past any cache
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    """The torch model with ``out += residual`` and ``relu_(out)``, as torchvision's ResNet has them."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = peers.EagerInPlace  # the same parameters and ``act``, another forward
+    return model
+
+
+def networks(depth: int, quick: bool) -> dict[str, Callable[[], nn.Module]]:
+    torch_model = partial(ResNet, depth, kernels="torch")
+    found = {
+        "bnkern": partial(ResNet, depth),
+        "eager": torch_model,
+        "eager in place": lambda: in_place(torch_model()),
+        "no norm": partial(ResNet, depth, norm="none"),
+    }
+    return found if quick else found | {"compile": lambda: peers.compiled(torch_model())}
+
+
+def training_step(model: nn.Module, layout: str) -> Callable[[tuple[Tensor, Tensor]], None]:
+    model.to(memory_format=LAYOUTS[layout])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+
+    def step(batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
+        optimizer.zero_grad()
+        F.cross_entropy(model(images.contiguous(memory_format=LAYOUTS[layout])), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def test_step(compare, device: torch.device, quick: bool) -> None:
+    depth, case = (8, Case("few_images", "both", "fp32")) if quick else (20, Case("images", "both", "fp32"))
+    batch = torch.randn(case.size, device=device), torch.randint(10, case.size[:1], device=device)
+    compare(
+        f"resnet{depth}",
+        case,
+        {
+            f"{name} {layout}": training_step(build().to(device), layout)
+            for name, build in networks(depth, quick).items()
+            for layout in LAYOUTS
+        },
+        make_data=lambda: batch,
+        missing={"compile": "left out by --quick"} if quick else {},
+        nbytes=ACTIVATION_BYTES,
+        budget_s=40,
+    )
