@@ -55,8 +55,8 @@ def batch_norm(
 
     Returns:
         y, of the shape, dtype and memory format of ``input``. Differentiable in input, weight, bias and residual;
-        a second time through the reference formula. Saved for backward: input, weight, bias, two vectors, and
-        with residual and ReLU one bit per element.
+        a second time, by torch.func and in forward mode through the reference formula. Saved for backward: input,
+        weight, bias, two vectors, and with residual and ReLU one bit per element.
 
     Raises:
         TypeError, ValueError: an argument is not as above; names it. Nothing was written by then.
@@ -132,6 +132,9 @@ def _call(
     )
     save_mask = grad and act is not None and residual is not None
     tensors = (x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
+    if ops.transformed():
+        # torch.func and forward-mode differentiation go through the reference formula, as double backward does.
+        return reference.forward(*tensors, training, momentum, eps, act, False)[0]
     if not ops.direct(*tensors):
         y, _, _, _, *new = torch.ops.bnkern.batch_norm_forward(
             *tensors, training, momentum, eps, act, save_mask, backends.forced()
@@ -251,6 +254,8 @@ def _check_statistics(
     eps: float,
     num_batches_tracked: Tensor | None,
 ) -> None:
+    if not isinstance(training, bool):
+        raise TypeError(f"batch_norm: training must be True or False, got {training!r}")
     if (running_mean is None) != (running_var is None):
         missing, given = ("running_mean", "running_var") if running_mean is None else ("running_var", "running_mean")
         raise ValueError(f"batch_norm: {missing} must be given too, since {given} is; both or neither")

@@ -19,15 +19,27 @@ def direct(*tensors: Tensor | None) -> bool:
     """Whether eager may call the launcher with these tensors' addresses, without passing through an op.
 
     Only plain tensors on a real device have an address, and only outside compilation, export, dispatch and
-    function modes and functorch transforms does nobody need to see the call.
+    function modes, functorch transforms and forward-mode differentiation does nobody need to see the call.
     """
     if torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return False
     return all(t is None or (type(t) in _PLAIN and t.device.type != "meta") for t in tensors)
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform (grad, jvp, vmap) or forward-mode differentiation must look into the call.
+
+    They see through plain torch alone: an op's registered backward is unknown to them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    level = torch._C._functorch.peek_interpreter_stack()
+    inside = level is not None and level.key() != torch._C._functorch.TransformType.Functionalize
+    return inside or torch.autograd.forward_ad._current_level >= 0
 
 
 _library = torch.library.Library("bnkern", "DEF")
@@ -76,7 +88,8 @@ def _forward(
     )
     if not training:
         running = (None, None, None)
-    statistics = (_or_empty(mean, x), _or_empty(invstd, x), _or_empty(mask, x, torch.uint8))
+    acc = accumulator(x.dtype)
+    statistics = (_or_empty(mean, x, acc), _or_empty(invstd, x, acc), _or_empty(mask, x, torch.uint8))
     return (y, *statistics, *(_or_empty(t, x) for t in running))
 
 

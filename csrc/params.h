@@ -51,13 +51,13 @@ struct Backward {
   Shape shape;
   DType dtype;
   bool sums, input, relu;
-  bool training;  // grad_input subtracts the means of the sums
+  bool training;              // grad_input subtracts the means of the sums
   View dy, x, dx, dresidual;  // dx, dresidual: written where not null
   const std::uint8_t* mask;   // null with relu: recomputed from x
   ChannelVector weight, bias;
-  const void *mean, *invstd;       // accumulator type, [C]; null: identity
-  void *sum_dy, *sum_dy_xhat;      // accumulator type, [C]: written by sums, else read
-  ChannelVector dweight, dbias;    // the sums once more, in the parameters' dtypes; where not null
+  const void *mean, *invstd;     // accumulator type, [C]; null: identity
+  void *sum_dy, *sum_dy_xhat;    // accumulator type, [C]: written by sums, else read
+  ChannelVector dweight, dbias;  // the sums once more, in the parameters' dtypes; where not null
   int threads;
 };
 

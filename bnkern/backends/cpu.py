@@ -5,17 +5,21 @@ anything else is copied once to the dense form of its layout. Signatures and for
 Phases take an optional ``out`` to write into, which must be addressable like the input.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 # torch comes first: it brings the OpenMP runtime that the native module then shares.
 from .. import _native
-from .layout import Layout, addressed, dense, empty_like, layout, strides
+from .layout import Layout, addressed, dense, empty_like, layout, output_strides, strides
 from .reference import accumulator, merge
 
 __all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.uint8: 4}
+# Results from this size on come from the pool; malloc keeps smaller ones in reach by itself.
+_POOLED_BYTES = 256 << 10
 
 
 def refuses(device_type: str, dtype: torch.dtype) -> str | None:
@@ -29,6 +33,26 @@ def _readable(t: Tensor, rows: bool) -> Tensor:
     if rows and t.shape[1] % 16 and strides(t, rows)[0] != t.shape[1]:
         return dense(t, rows).copy_(t)
     return t
+
+
+def _empty(x: Tensor, rows: bool) -> Tensor:
+    """``empty_like``, large ones in memory that earlier results gave back: fresh pages cost more than the kernel."""
+    if x.numel() * x.element_size() < _POOLED_BYTES:
+        return empty_like(x, rows)
+    return torch.from_dlpack(_native.cpu_empty(_CODES[x.dtype], x.shape, output_strides(x, rows)))
+
+
+def _empty_mask(like: Layout) -> Tensor:
+    shape = like.mask_shape
+    if math.prod(shape) < _POOLED_BYTES:
+        return torch.empty(shape, dtype=torch.uint8)
+    steps = (1,) if like.rows else (shape[1] * shape[2], shape[2], 1)
+    return torch.from_dlpack(_native.cpu_empty(_CODES[torch.uint8], shape, steps))
+
+
+def release_memory() -> None:
+    """Return to the system the memory kept of freed results (at most BNKERN_POOL_MB, default an eighth of it)."""
+    _native.pool_clear()
 
 
 def _view(t: Tensor | None, rows: bool) -> tuple[int, int, int]:
@@ -120,8 +144,8 @@ def normalize(
     if out is not None:
         y, mask = out
     else:
-        y = empty_like(x, like.rows)
-        mask = torch.empty(like.mask_shape, dtype=torch.uint8) if act and residual is not None else None
+        y = _empty(x, like.rows)
+        mask = _empty_mask(like) if act and residual is not None else None
     if x.numel():
         _run_forward(
             x,
@@ -158,8 +182,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """moments and normalize as one call: y, mean, invstd, mask. Running statistics and counter change in place."""
     like = layout(x)
-    y = empty_like(x, like.rows) if out is None else out
-    mask = torch.empty(like.mask_shape, dtype=torch.uint8) if save_mask and act and residual is not None else None
+    y = _empty(x, like.rows) if out is None else out
+    mask = _empty_mask(like) if save_mask and act and residual is not None else None
     mean = invstd = None
     if training or running_mean is not None:
         mean, invstd = torch.empty((2, like.c), dtype=accumulator(x.dtype)).unbind()
@@ -286,7 +310,7 @@ def grad_input(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx and the residual's gradient; ``sums`` is (sum g, sum g * xhat, M), or None in eval mode. ``out``: which."""
     like = layout(x)
-    dx, dresidual = (empty_like(x, like.rows), empty_like(x, like.rows)) if out is None else out
+    dx, dresidual = (_empty(x, like.rows), _empty(x, like.rows)) if out is None else out
     sum_dy, sum_dy_xhat, count = (None, None, like.count) if sums is None else sums
     if count != like.count:  # the sums of other ranks are in: the kernel divides by this tensor's own count
         scale = like.count / count
@@ -333,8 +357,8 @@ def backward(
     if out is not None:
         dx, dresidual = out
     else:
-        dx = empty_like(x, like.rows) if need_x else None
-        dresidual = empty_like(x, like.rows) if need_residual else None
+        dx = _empty(x, like.rows) if need_x else None
+        dresidual = _empty(x, like.rows) if need_residual else None
     dweight = torch.zeros(like.c, dtype=weight.dtype) if need_weight else None
     dbias = torch.zeros(like.c, dtype=bias.dtype) if need_bias else None
     if x.numel():

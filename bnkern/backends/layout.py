@@ -53,6 +53,10 @@ def layout(x: Tensor) -> Layout:
 
 def strides(x: Tensor, rows: bool) -> tuple[int, int] | None:
     """(outer, inner) element strides of ``x`` in the given layout, or None where it cannot be addressed so."""
+    if not rows and x.is_contiguous():  # the usual cases, without a loop
+        return x.stride(0), x.stride(1)
+    if rows and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.shape[1], 1
     if rows and x.shape[1] > 1 and x.stride(1) != 1:
         return None
     # Fold the axes that must form one evenly strided run: the positions of a plane, or all rows.
@@ -72,18 +76,32 @@ def strides(x: Tensor, rows: bool) -> tuple[int, int] | None:
     return x.stride(0), x.stride(1)
 
 
+def dense_strides(x: Tensor, rows: bool) -> tuple[int, ...]:
+    """The strides of a tensor of x's shape that is dense in the given layout."""
+    order = (1, *range(x.dim() - 1, 1, -1), 0) if rows else range(x.dim() - 1, -1, -1)
+    result, step = [0] * x.dim(), 1
+    for axis in order:
+        result[axis] = step
+        step *= max(x.shape[axis], 1)
+    return tuple(result)
+
+
+def output_strides(x: Tensor, rows: bool) -> tuple[int, ...]:
+    """The strides of outputs and gradients for x: its own where it is dense, so that its memory format stays."""
+    if x.is_contiguous() or (rows and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x.stride()
+    like = torch.empty_like(x, device="meta")
+    return like.stride() if strides(like, rows) is not None else dense_strides(x, rows)
+
+
 def dense(x: Tensor, rows: bool) -> Tensor:
     """A new uninitialised tensor of the shape, dtype and device of ``x``, dense in the given layout."""
-    if not rows:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    n, c, *space = x.shape
-    return torch.empty((n, *space, c), dtype=x.dtype, device=x.device).movedim(-1, 1)
+    return torch.empty_strided(x.shape, dense_strides(x, rows), dtype=x.dtype, device=x.device)
 
 
 def empty_like(x: Tensor, rows: bool) -> Tensor:
     """A new uninitialised tensor in the memory format of ``x``: an output or a gradient."""
-    like = torch.empty_like(x)
-    return like if strides(like, rows) is not None else dense(x, rows)
+    return torch.empty_strided(x.shape, output_strides(x, rows), dtype=x.dtype, device=x.device)
 
 
 def addressed(t: Tensor, rows: bool) -> Tensor:
@@ -99,4 +117,6 @@ def format_name(t: Tensor) -> str:
 def formats_conflict(x: Tensor, other: Tensor) -> bool:
     """Whether ``other`` is clearly of the other memory format: dense there and not addressable in ``x``'s."""
     rows = layout(x).rows
-    return strides(other, rows) is None and strides(other, not rows) is not None and other.numel() > 0
+    if layout(other).rows == rows or other.numel() == 0:
+        return False
+    return strides(other, rows) is None and strides(other, not rows) is not None

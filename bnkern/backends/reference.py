@@ -88,7 +88,8 @@ def normalize(
     z = z.to(x.dtype)
     mask = pack_mask(~(z <= 0), layout(x)) if act == "relu" and residual is not None else None
     y = z.relu() if act == "relu" else z
-    return empty_like(x, layout(x).rows).copy_(y), mask
+    like = empty_like(x, layout(x).rows)
+    return like.copy_(y) if y is x or y.stride() != like.stride() else y, mask
 
 
 def grad_sums(

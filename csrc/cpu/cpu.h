@@ -18,10 +18,10 @@ struct CpuKernels {
 const CpuKernels& cpu_kernels();
 
 // One definition per instruction set, from the same sources. The tensors must not be empty.
-#define BNKERN_DECLARE_ISA(isa)       \
-  namespace isa {                     \
-  void forward(const Forward& p);     \
-  void backward(const Backward& p);   \
+#define BNKERN_DECLARE_ISA(isa)     \
+  namespace isa {                   \
+  void forward(const Forward& p);   \
+  void backward(const Backward& p); \
   }
 BNKERN_DECLARE_ISA(generic)
 BNKERN_DECLARE_ISA(avx2)

@@ -34,7 +34,8 @@ CpuKernels choose() {
     if (candidate.runs_here) return candidate.kernels;
     if (asked && *asked) throw std::runtime_error(std::string("BNKERN_ISA=") + asked + ": this machine cannot run it");
   }
-  throw std::runtime_error(std::string("BNKERN_ISA=") + asked + ": this build has avx512, avx2 (on x86-64) and generic");
+  throw std::runtime_error(std::string("BNKERN_ISA=") + asked +
+                           ": this build has avx512, avx2 (on x86-64) and generic");
 }
 
 }  // namespace

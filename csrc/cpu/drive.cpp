@@ -16,9 +16,10 @@
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-constexpr std::int64_t kThreadElements = 16384;      // less than this is not worth another thread
-constexpr std::int64_t kStreamBytes = 24 << 20;      // results larger than this are stored past the caches
-constexpr std::int64_t kBatchBytes = 8 << 20;        // what a batch of groups may hold, to be found in cache again
+constexpr std::int64_t kThreadElements = 16384;  // less than this is not worth another thread
+constexpr std::int64_t kStreamBytes = 24 << 20;  // results larger than this are stored past the caches
+constexpr std::int64_t kPlaneBytes = 256;        // shorter planes are better read in memory order
+constexpr std::int64_t kBatchBytes = 8 << 20;    // what a batch of groups may hold, to be found in cache again
 
 // The smallest factor that makes c a multiple of 16.
 std::int64_t factor_to_16(std::int64_t c) {
@@ -32,7 +33,8 @@ std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b;
 // One block of memory, handed out in pieces.
 class Workspace {
  public:
-  explicit Workspace(std::int64_t bytes) : data_(static_cast<char*>(std::aligned_alloc(64, divide_up(bytes, 64) * 64))) {}
+  explicit Workspace(std::int64_t bytes)
+      : data_(static_cast<char*>(std::aligned_alloc(64, divide_up(bytes, 64) * 64))) {}
   ~Workspace() { std::free(data_); }
   Workspace(const Workspace&) = delete;
   template <class A>
@@ -122,6 +124,7 @@ void run(const Partition& part, std::int64_t element_bytes, bool measuring, bool
   };
 
   const bool by_channel = !part.shape.rows && measuring && applying && part.groups >= threads &&
+                          part.shape.s * element_bytes >= kPlaneBytes &&
                           (part.groups % threads == 0 || part.groups >= 4 * threads);
   if (by_channel) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -262,8 +265,7 @@ void forward_as(const Forward& p) {
       [&](std::int64_t group, std::int64_t tile, const Pair& out) {
         moments_tile<T>(part, p.x, group, tile, out.first, out.second);
       },
-      join_moments, finish,
-      [&](std::int64_t group, std::int64_t tile) { normalize_tile<T>(part, t, k, group, tile); });
+      join_moments, finish, [&](std::int64_t group, std::int64_t tile) { normalize_tile<T>(part, t, k, group, tile); });
 }
 
 template <class T>

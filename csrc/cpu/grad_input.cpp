@@ -23,14 +23,14 @@ void grad_input_tile(const Partition& part, const Tensors<T>& t, const Coefficie
     std::int64_t i = 0;
     for (; i + kLanes <= span.length; i += kLanes) {
       const V xhat = gradient.xhat(i), g = gradient.g(i, xhat);
-      if (want_dx) past_cache ? stream(dx + i, input(i, xhat, g)) : store(dx + i, input(i, xhat, g));
-      if (want_dresidual) past_cache ? stream(dresidual + i, g) : store(dresidual + i, g);
+      if (want_dx) put(dx + i, Packed<T>::of(input(i, xhat, g)), past_cache);
+      if (want_dresidual) put(dresidual + i, Packed<T>::of(g), past_cache);
     }
     if (i < span.length) {
       const int n = static_cast<int>(span.length - i);
       const V xhat = gradient.xhat(i, n), g = gradient.g(i, xhat, n);
-      if (want_dx) store_some(dx + i, input(i, xhat, g), n);
-      if (want_dresidual) store_some(dresidual + i, g, n);
+      if (want_dx) put_some(dx + i, Packed<T>::of(input(i, xhat, g)), n);
+      if (want_dresidual) put_some(dresidual + i, Packed<T>::of(g), n);
     }
   });
 }

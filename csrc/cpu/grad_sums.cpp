@@ -31,18 +31,23 @@ void grad_sums_tile(const Partition& part, const Tensors<T>& t, const Coefficien
   } else {
     V sums[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
     V products[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
-    for_gradients<T>(part, t, k, group, tile, [&](const auto& gradient, const Span& span) __attribute__((always_inline)) {
-      const auto add = [&](int k, std::int64_t i, int n) __attribute__((always_inline)) {
-        const V xhat = gradient.xhat(i, n), g = gradient.g(i, xhat, n);
-        sums[k] = sums[k] + g;
-        products[k] = fma(g, xhat, products[k]);
-      };
-      std::int64_t i = 0;
-      for (; i + 4 * kLanes <= span.length; i += 4 * kLanes)
-        for (int k = 0; k < 4; ++k) add(k, i + k * kLanes, kLanes);
-      for (; i + kLanes <= span.length; i += kLanes) add(0, i, kLanes);
-      if (i < span.length) add(1, i, static_cast<int>(span.length - i));
-    });
+    for_gradients<T>(part, t, k, group, tile,
+                     [&](const auto& gradient, const Span& span) __attribute__((always_inline)) {
+                       const auto add = [&](int k, std::int64_t i, int n) __attribute__((always_inline)) {
+                         const V xhat = gradient.xhat(i, n), g = gradient.g(i, xhat, n);
+                         sums[k] = sums[k] + g;
+                         products[k] = fma(g, xhat, products[k]);
+                       };
+                       std::int64_t i = 0;
+                       for (; i + 4 * kLanes <= span.length; i += 4 * kLanes)
+                         for (int k = 0; k < 4; ++k) {
+                           prefetch_next_plane(gradient.dy + i + k * kLanes, t.dy.outer);
+                           prefetch_next_plane(gradient.x + i + k * kLanes, t.x.outer);
+                           add(k, i + k * kLanes, kLanes);
+                         }
+                       for (; i + kLanes <= span.length; i += kLanes) add(0, i, kLanes);
+                       if (i < span.length) add(1, i, static_cast<int>(span.length - i));
+                     });
     *sum_dy = sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
     *sum_dy_xhat = sum<A>((products[0] + products[1]) + (products[2] + products[3]));
   }

@@ -33,7 +33,7 @@ struct Gradient {
     if constexpr (kind == ReluMask::kSaved) g = g.keep(V::Mask::from_bits(load_bits(mask, i, n)));
     if constexpr (kind == ReluMask::kRecomputed) {
       const V z = scale_shift(xhat, weight[i], bias[i]);
-      g = g.keep(rounded(z, static_cast<T*>(nullptr)).above_zero());
+      g = g.keep(Packed<T>::of(z).above_zero());
     }
     return g;
   }
@@ -52,15 +52,21 @@ BNKERN_INLINE void for_gradients(const Partition& part, const Tensors<T>& t, con
   const ReluMask kind = !t.relu ? ReluMask::kNone : t.mask ? ReluMask::kSaved : ReluMask::kRecomputed;
   if (part.shape.rows) {
     switch (kind) {
-      case ReluMask::kNone: return run.template operator()<ReluMask::kNone, RowChannels<A>>();
-      case ReluMask::kSaved: return run.template operator()<ReluMask::kSaved, RowChannels<A>>();
-      case ReluMask::kRecomputed: return run.template operator()<ReluMask::kRecomputed, RowChannels<A>>();
+      case ReluMask::kNone:
+        return run.template operator()<ReluMask::kNone, RowChannels<A>>();
+      case ReluMask::kSaved:
+        return run.template operator()<ReluMask::kSaved, RowChannels<A>>();
+      case ReluMask::kRecomputed:
+        return run.template operator()<ReluMask::kRecomputed, RowChannels<A>>();
     }
   }
   switch (kind) {
-    case ReluMask::kNone: return run.template operator()<ReluMask::kNone, PlaneChannel<A>>();
-    case ReluMask::kSaved: return run.template operator()<ReluMask::kSaved, PlaneChannel<A>>();
-    case ReluMask::kRecomputed: return run.template operator()<ReluMask::kRecomputed, PlaneChannel<A>>();
+    case ReluMask::kNone:
+      return run.template operator()<ReluMask::kNone, PlaneChannel<A>>();
+    case ReluMask::kSaved:
+      return run.template operator()<ReluMask::kSaved, PlaneChannel<A>>();
+    case ReluMask::kRecomputed:
+      return run.template operator()<ReluMask::kRecomputed, PlaneChannel<A>>();
   }
 }
 

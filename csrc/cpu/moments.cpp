@@ -21,7 +21,10 @@ void planes_tile(const Partition& part, const View& x, std::int64_t group, std::
     const T* p = at<const T>(part, x, span);
     std::int64_t i = 0;
     for (; i + 4 * kLanes <= span.length; i += 4 * kLanes)
-      for (int k = 0; k < 4; ++k) sums[k] = sums[k] + load(p + i + k * kLanes);
+      for (int k = 0; k < 4; ++k) {
+        prefetch_next_plane(p + i + k * kLanes, x.outer);
+        sums[k] = sums[k] + load(p + i + k * kLanes);
+      }
     for (; i + kLanes <= span.length; i += kLanes) sums[0] = sums[0] + load(p + i);
     if (i < span.length) sums[1] = sums[1] + load_some(p + i, static_cast<int>(span.length - i));
   });
@@ -58,8 +61,7 @@ void planes_tile(const Partition& part, const View& x, std::int64_t group, std::
 // Rows: every lane has a channel of its own, so the sums are arrays over the group's channels. Rows are taken
 // four at a time: one load and store of a sum serves four values.
 template <class T>
-void rows_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, double* mean,
-               double* m2) {
+void rows_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, double* mean, double* m2) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   const std::int64_t channels = tile_channels(part, group, tile), count = tile_count(part, tile);

@@ -6,9 +6,8 @@ namespace bnkern::BNKERN_ISA {
 namespace {
 
 template <class Channel, class T>
-BNKERN_INLINE void normalize_spans(const Partition& part, const Tensors<T>& t,
-                                   const Coefficients<Accumulator<T>>& k, std::int64_t group,
-                                   std::int64_t tile) {
+BNKERN_INLINE void normalize_spans(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
+                                   std::int64_t group, std::int64_t tile) {
   using V = Vec<Accumulator<T>>;
   const bool relu = t.relu, add = bool(t.residual), save = t.mask != nullptr;
   for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
@@ -22,20 +21,18 @@ BNKERN_INLINE void normalize_spans(const Partition& part, const Tensors<T>& t,
     const auto value = [&](std::int64_t i, V x, V residual, int n) __attribute__((always_inline)) {
       V z = scale_shift(standardize(x, mean[i], invstd[i]), weight[i], bias[i]);
       if (add) z = z + residual;
-      if (!relu) return z;
-      // The mask looks at the value as stored, so that forward and backward cannot disagree.
-      const auto passed = rounded(z, static_cast<T*>(nullptr)).above_zero();
+      const auto packed = Packed<T>::of(z);
+      if (!relu) return packed;
+      const auto passed = packed.above_zero();
       if (save) store_bits(mask, i, passed.bits(), n);
-      return z.keep(passed);
+      return packed.keep(passed);
     };
     std::int64_t i = 0;
-    for (; i + kLanes <= span.length; i += kLanes) {
-      const V z = value(i, load(x + i), add ? load(residual + i) : V::all(0), kLanes);
-      past_cache ? stream(y + i, z) : store(y + i, z);
-    }
+    for (; i + kLanes <= span.length; i += kLanes)
+      put(y + i, value(i, load(x + i), add ? load(residual + i) : V::all(0), kLanes), past_cache);
     if (i < span.length) {
       const int n = static_cast<int>(span.length - i);
-      store_some(y + i, value(i, load_some(x + i, n), add ? load_some(residual + i, n) : V::all(0), n), n);
+      put_some(y + i, value(i, load_some(x + i, n), add ? load_some(residual + i, n) : V::all(0), n), n);
     }
   });
 }
@@ -50,9 +47,9 @@ void normalize_tile(const Partition& part, const Tensors<T>& t, const Coefficien
                   : normalize_spans<PlaneChannel<A>>(part, t, k, group, tile);
 }
 
-#define BNKERN_INSTANTIATE(T)                                                                      \
-  template void normalize_tile<T>(const Partition&, const Tensors<T>&,                             \
-                                  const Coefficients<Accumulator<T>>&, std::int64_t, std::int64_t);
+#define BNKERN_INSTANTIATE(T)                                                                               \
+  template void normalize_tile<T>(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, \
+                                  std::int64_t, std::int64_t);
 BNKERN_FOR_STORAGE_TYPES(BNKERN_INSTANTIATE)
 
 }  // namespace bnkern::BNKERN_ISA

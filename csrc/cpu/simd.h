@@ -3,12 +3,13 @@
 //
 //   Vec<float>, Vec<double>   16 accumulator lanes
 //   Mask                      16 booleans, to and from 16 bits
-//   load<T>, store<T>         from and to storage, rounding to nearest even as torch does
-//   load_some, store_some     the same for the first n lanes only
+//   Packed<T>                 16 values as stored, rounded to nearest even as torch does
+//   load<T>, load_some<T>     from storage; the second only the first n lanes, zeros in the others
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -56,10 +57,10 @@ struct ArrayVec {
   }
   BNKERN_INLINE void store(A* p) const { std::memcpy(p, lane, sizeof lane); }
   BNKERN_INLINE void stream(A* p) const { store(p); }
-#define BNKERN_LANEWISE(op)                                                  \
-  friend BNKERN_INLINE ArrayVec operator op(ArrayVec a, ArrayVec b) {        \
-    for (int i = 0; i < kLanes; ++i) a.lane[i] = a.lane[i] op b.lane[i];     \
-    return a;                                                                \
+#define BNKERN_LANEWISE(op)                                              \
+  friend BNKERN_INLINE ArrayVec operator op(ArrayVec a, ArrayVec b) {    \
+    for (int i = 0; i < kLanes; ++i) a.lane[i] = a.lane[i] op b.lane[i]; \
+    return a;                                                            \
   }
   BNKERN_LANEWISE(+)
   BNKERN_LANEWISE(-)
@@ -109,12 +110,8 @@ struct FloatVec {
   friend BNKERN_INLINE FloatVec operator+(FloatVec a, FloatVec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend BNKERN_INLINE FloatVec operator-(FloatVec a, FloatVec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend BNKERN_INLINE FloatVec operator*(FloatVec a, FloatVec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-  friend BNKERN_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) {
-    return {_mm512_fmadd_ps(a.v, b.v, c.v)};
-  }
-  BNKERN_INLINE Mask above_zero() const {
-    return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ)};
-  }
+  friend BNKERN_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  BNKERN_INLINE Mask above_zero() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ)}; }
   BNKERN_INLINE FloatVec keep(Mask m) const { return {_mm512_maskz_mov_ps(m.m, v)}; }
 };
 
@@ -157,12 +154,8 @@ struct Mask256 {
 struct FloatVec {
   using Mask = Mask256;
   __m256 lo, hi;
-  static BNKERN_INLINE FloatVec all(float value) {
-    return {_mm256_set1_ps(value), _mm256_set1_ps(value)};
-  }
-  static BNKERN_INLINE FloatVec load(const float* p) {
-    return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
-  }
+  static BNKERN_INLINE FloatVec all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+  static BNKERN_INLINE FloatVec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   BNKERN_INLINE void store(float* p) const {
     _mm256_storeu_ps(p, lo);
     _mm256_storeu_ps(p + 8, hi);
@@ -187,9 +180,7 @@ struct FloatVec {
     const __m256 zero = _mm256_setzero_ps();
     return {_mm256_cmp_ps(lo, zero, _CMP_NLE_UQ), _mm256_cmp_ps(hi, zero, _CMP_NLE_UQ)};
   }
-  BNKERN_INLINE FloatVec keep(Mask m) const {
-    return {_mm256_and_ps(m.lo, lo), _mm256_and_ps(m.hi, hi)};
-  }
+  BNKERN_INLINE FloatVec keep(Mask m) const { return {_mm256_and_ps(m.lo, lo), _mm256_and_ps(m.hi, hi)}; }
 };
 
 using HalfLanes = __m256i;
@@ -282,68 +273,115 @@ BNKERN_INLINE void narrow(double value, double* out) { *out = value; }
 
 BNKERN_INLINE Vec<float> load(const float* p) { return Vec<float>::load(p); }
 BNKERN_INLINE Vec<double> load(const double* p) { return Vec<double>::load(p); }
-BNKERN_INLINE void store(float* p, Vec<float> v) { v.store(p); }
-BNKERN_INLINE void store(double* p, Vec<double> v) { v.store(p); }
-BNKERN_INLINE void stream(float* p, Vec<float> v) { v.stream(p); }
-BNKERN_INLINE void stream(double* p, Vec<double> v) { v.stream(p); }
+
+// Where a ReLU lets the value pass is asked of the packed value, the one that is stored, so that forward and
+// backward cannot disagree.
+template <class T>
+struct Packed {  // float and double: stored as they are
+  using V = Vec<T>;
+  V v;
+  static BNKERN_INLINE Packed of(V v) { return {v}; }
+  BNKERN_INLINE void store(T* p) const { v.store(p); }
+  BNKERN_INLINE void stream(T* p) const { v.stream(p); }
+  BNKERN_INLINE typename V::Mask above_zero() const { return v.above_zero(); }
+  BNKERN_INLINE Packed keep(typename V::Mask m) const { return {v.keep(m)}; }
+};
 
 #if defined(__AVX2__)
+
 template <class T>
 BNKERN_INLINE Vec<float> load(const T* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), static_cast<T*>(nullptr));
 }
+
 template <class T>
-BNKERN_INLINE void store(T* p, Vec<float> v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, static_cast<T*>(nullptr)));
-}
-template <class T>
-BNKERN_INLINE void stream(T* p, Vec<float> v) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, static_cast<T*>(nullptr)));
-}
-// The vector as storage would give it back.
-template <class T>
-BNKERN_INLINE Vec<float> rounded(Vec<float> v, T*) {
-  return widen(narrow(v, static_cast<T*>(nullptr)), static_cast<T*>(nullptr));
-}
+struct PackedHalf {
+  HalfLanes h;
+  static BNKERN_INLINE PackedHalf of(Vec<float> v) { return {narrow(v, static_cast<T*>(nullptr))}; }
+  BNKERN_INLINE void store(T* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h); }
+  BNKERN_INLINE void stream(T* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), h); }
+  // As signed integers the stored values above zero are above zero, and so is a NaN without sign. Rounding to
+  // bfloat16 makes no other; float16 keeps a NaN's sign.
+#if defined(__AVX512F__)
+  BNKERN_INLINE Mask512 above_zero() const {
+    __mmask16 m = _mm256_cmpgt_epi16_mask(h, _mm256_setzero_si256());
+    if constexpr (std::is_same_v<T, Float16>)
+      m |= _mm256_cmpgt_epi16_mask(_mm256_and_si256(h, _mm256_set1_epi16(0x7fff)), _mm256_set1_epi16(0x7c00));
+    return {m};
+  }
+  BNKERN_INLINE PackedHalf keep(Mask512 m) const { return {_mm256_maskz_mov_epi16(m.m, h)}; }
 #else
+  BNKERN_INLINE Mask256 above_zero() const {
+    __m256i m = _mm256_cmpgt_epi16(h, _mm256_setzero_si256());
+    if constexpr (std::is_same_v<T, Float16>)
+      m = _mm256_or_si256(
+          m, _mm256_cmpgt_epi16(_mm256_and_si256(h, _mm256_set1_epi16(0x7fff)), _mm256_set1_epi16(0x7c00)));
+    return {_mm256_castsi256_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(m))),
+            _mm256_castsi256_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(m, 1)))};
+  }
+  BNKERN_INLINE PackedHalf keep(Mask256 m) const {
+    const __m256i packed = _mm256_packs_epi32(_mm256_castps_si256(m.lo), _mm256_castps_si256(m.hi));
+    return {_mm256_and_si256(h, _mm256_permute4x64_epi64(packed, 0xd8))};
+  }
+#endif
+};
+
+#else
+
 template <class T>
 BNKERN_INLINE Vec<float> load(const T* p) {
   Vec<float> v;
   for (int i = 0; i < kLanes; ++i) v.lane[i] = widen(p[i]);
   return v;
 }
-template <class T>
-BNKERN_INLINE void store(T* p, Vec<float> v) {
-  for (int i = 0; i < kLanes; ++i) narrow(v.lane[i], p + i);
-}
-template <class T>
-BNKERN_INLINE void stream(T* p, Vec<float> v) {
-  store(p, v);
-}
-template <class T>
-BNKERN_INLINE Vec<float> rounded(Vec<float> v, T*) {
-  for (int i = 0; i < kLanes; ++i) {
-    T narrowed;
-    narrow(v.lane[i], &narrowed);
-    v.lane[i] = widen(narrowed);
-  }
-  return v;
-}
-#endif
-BNKERN_INLINE Vec<float> rounded(Vec<float> v, float*) { return v; }
-BNKERN_INLINE Vec<double> rounded(Vec<double> v, double*) { return v; }
 
-// The first n lanes from storage, zeros in the others.
+template <class T>
+struct PackedHalf {
+  T lane[kLanes];
+  static BNKERN_INLINE PackedHalf of(Vec<float> v) {
+    PackedHalf packed;
+    for (int i = 0; i < kLanes; ++i) narrow(v.lane[i], packed.lane + i);
+    return packed;
+  }
+  BNKERN_INLINE void store(T* p) const { std::memcpy(p, lane, sizeof lane); }
+  BNKERN_INLINE void stream(T* p) const { store(p); }
+  BNKERN_INLINE Vec<float>::Mask above_zero() const { return load(lane).above_zero(); }
+  BNKERN_INLINE PackedHalf keep(Vec<float>::Mask m) const {
+    PackedHalf kept = *this;
+    for (int i = 0; i < kLanes; ++i) kept.lane[i].bits = m.lane[i] ? lane[i].bits : 0;
+    return kept;
+  }
+};
+
+#endif
+
+template <>
+struct Packed<BFloat16> : PackedHalf<BFloat16> {
+  static BNKERN_INLINE Packed of(Vec<float> v) { return {PackedHalf<BFloat16>::of(v)}; }
+  BNKERN_INLINE Packed keep(Vec<float>::Mask m) const { return {PackedHalf<BFloat16>::keep(m)}; }
+};
+template <>
+struct Packed<Float16> : PackedHalf<Float16> {
+  static BNKERN_INLINE Packed of(Vec<float> v) { return {PackedHalf<Float16>::of(v)}; }
+  BNKERN_INLINE Packed keep(Vec<float>::Mask m) const { return {PackedHalf<Float16>::keep(m)}; }
+};
+
 template <class T>
 BNKERN_INLINE Vec<Accumulator<T>> load_some(const T* p, int n) {
   T lanes[kLanes] = {};
   std::memcpy(lanes, p, n * sizeof(T));
   return load(lanes);
 }
+
+// Where a result goes: past the caches, to the first n lanes, or plainly.
 template <class T>
-BNKERN_INLINE void store_some(T* p, Vec<Accumulator<T>> v, int n) {
+BNKERN_INLINE void put(T* p, Packed<T> packed, bool past_cache) {
+  past_cache ? packed.stream(p) : packed.store(p);
+}
+template <class T>
+BNKERN_INLINE void put_some(T* p, Packed<T> packed, int n) {
   T lanes[kLanes];
-  store(lanes, v);
+  packed.store(lanes);
   std::memcpy(p, lanes, n * sizeof(T));
 }
 

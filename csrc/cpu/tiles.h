@@ -22,10 +22,10 @@ constexpr std::int64_t kWideRow = 128;        // rows narrower than this are joi
 
 struct Partition {
   Shape shape;
-  bool dense;                      // rows only: all tensors are without gaps
-  std::int64_t width;              // channels, or wide channels, in memory order
-  std::int64_t group;              // of them, how many form a group
-  std::int64_t groups, tiles;      // the grid: groups x tiles
+  bool dense;                                           // rows only: all tensors are without gaps
+  std::int64_t width;                                   // channels, or wide channels, in memory order
+  std::int64_t group;                                   // of them, how many form a group
+  std::int64_t groups, tiles;                           // the grid: groups x tiles
   std::int64_t planes_per_tile, spans_per_plane, span;  // planes
   std::int64_t rows, leftover, rows_per_tile;           // rows; leftover elements follow the last whole row
 
@@ -37,7 +37,7 @@ Partition make_partition(const Shape& shape, bool dense);
 
 // A contiguous run of elements: where it starts in any tensor of the partition.
 struct Span {
-  std::int64_t n, c, s;   // planes: sample, channel, position; rows: (wide) row, (wide) channel, 0
+  std::int64_t n, c, s;  // planes: sample, channel, position; rows: (wide) row, (wide) channel, 0
   std::int64_t length;
   std::int64_t mask_byte;
 };
@@ -63,8 +63,7 @@ BNKERN_INLINE void for_spans(const Partition& part, std::int64_t group, std::int
   } else {
     const std::int64_t plane_bytes = (part.shape.s + 7) / 8;
     const std::int64_t first = tile / part.spans_per_plane * part.planes_per_tile;
-    const std::int64_t end =
-        part.shape.n - first < part.planes_per_tile ? part.shape.n : first + part.planes_per_tile;
+    const std::int64_t end = part.shape.n - first < part.planes_per_tile ? part.shape.n : first + part.planes_per_tile;
     const std::int64_t s = tile % part.spans_per_plane * part.span;
     const std::int64_t length = part.shape.s - s < part.span ? part.shape.s - s : part.span;
     for (std::int64_t n = first; n < end; ++n)
@@ -80,8 +79,7 @@ BNKERN_INLINE std::int64_t tile_count(const Partition& part, std::int64_t tile) 
   }
   const std::int64_t planes = part.shape.n - tile / part.spans_per_plane * part.planes_per_tile;
   const std::int64_t length = part.shape.s - tile % part.spans_per_plane * part.span;
-  return (planes < part.planes_per_tile ? planes : part.planes_per_tile) *
-         (length < part.span ? length : part.span);
+  return (planes < part.planes_per_tile ? planes : part.planes_per_tile) * (length < part.span ? length : part.span);
 }
 
 // How many channels of the group a tile covers: all of them, but for the leftover of wide rows.
@@ -109,18 +107,17 @@ struct Tensors {
 
 // mean[] and M2[] of one tile, tile_channels() of each.
 template <class T>
-void moments_tile(const Partition&, const View& x, std::int64_t group, std::int64_t tile, double* mean,
-                  double* m2);
+void moments_tile(const Partition&, const View& x, std::int64_t group, std::int64_t tile, double* mean, double* m2);
 template <class T>
-void normalize_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&,
-                    std::int64_t group, std::int64_t tile);
+void normalize_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, std::int64_t group,
+                    std::int64_t tile);
 // sum g[] and sum g * xhat[] of one tile.
 template <class T>
-void grad_sums_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&,
-                    std::int64_t group, std::int64_t tile, double* sum_dy, double* sum_dy_xhat);
+void grad_sums_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, std::int64_t group,
+                    std::int64_t tile, double* sum_dy, double* sum_dy_xhat);
 template <class T>
-void grad_input_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&,
-                     std::int64_t group, std::int64_t tile);
+void grad_input_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, std::int64_t group,
+                     std::int64_t tile);
 
 #define BNKERN_FOR_STORAGE_TYPES(macro) macro(float) macro(BFloat16) macro(Float16) macro(double)
 
@@ -165,6 +162,13 @@ inline A* zeroed_scratch(std::int64_t count) {
   }
   std::memset(scratch.data, 0, size);
   return static_cast<A*>(scratch.data);
+}
+
+// Planes of one channel lie far apart, and no hardware prefetcher follows from one to the next: while one is
+// read, the same place in the next sample's is called for. An address past the end is harmless.
+template <class T>
+BNKERN_INLINE void prefetch_next_plane(const T* p, std::int64_t outer) {
+  __builtin_prefetch(p + outer);
 }
 
 // Streaming stores need their full alignment.

@@ -1,0 +1,108 @@
+#include "pool.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace bnkern {
+namespace {
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<PoolBlock> idle;  // the longest unused first
+  std::size_t idle_bytes = 0;
+};
+
+// Never destroyed: tensors may outlive static objects at exit.
+Pool& pool() {
+  static Pool* const the_pool = new Pool;
+  return *the_pool;
+}
+
+// Sizes are rounded up by at most an eighth, so that blocks of nearly equal requests serve one another.
+std::size_t size_class(std::size_t bytes) {
+  std::size_t step = 4096;
+  while (step * 16 < bytes) step *= 2;
+  return (bytes + step - 1) / step * step;
+}
+
+PoolBlock map(std::size_t size) {
+  const std::size_t alignment = size >= kHugePage ? kHugePage : 4096;
+  const std::size_t mapped = size + alignment;
+  void* const raw = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (raw == MAP_FAILED) throw std::bad_alloc();
+  const auto begin = reinterpret_cast<std::uintptr_t>(raw);
+  const std::uintptr_t aligned = (begin + alignment - 1) / alignment * alignment;
+  if (aligned > begin) munmap(raw, aligned - begin);
+  const std::uintptr_t end = begin + mapped;
+  if (end > aligned + size) munmap(reinterpret_cast<void*>(aligned + size), end - aligned - size);
+  void* const data = reinterpret_cast<void*>(aligned);
+  if (size >= kHugePage) madvise(data, size, MADV_HUGEPAGE);  // advice: where refused, small pages serve
+  return {data, size};
+}
+
+}  // namespace
+
+std::size_t pool_limit() {
+  static const std::size_t limit = [] {
+    if (const char* megabytes = std::getenv("BNKERN_POOL_MB"); megabytes && *megabytes)
+      return static_cast<std::size_t>(std::strtoull(megabytes, nullptr, 10)) << 20;
+    return static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::size_t>(sysconf(_SC_PAGE_SIZE)) / 8;
+  }();
+  return limit;
+}
+
+PoolBlock pool_take(std::size_t bytes) {
+  const std::size_t size = size_class(bytes);
+  Pool& p = pool();
+  {
+    const std::lock_guard lock(p.mutex);
+    // The most recently used first: it is the likeliest to be in a cache still.
+    const auto found =
+        std::find_if(p.idle.rbegin(), p.idle.rend(), [&](const PoolBlock& block) { return block.size == size; });
+    if (found != p.idle.rend()) {
+      const PoolBlock block = *found;
+      p.idle.erase(std::next(found).base());
+      p.idle_bytes -= block.size;
+      return block;
+    }
+  }
+  return map(size);
+}
+
+void pool_give(PoolBlock block) {
+  Pool& p = pool();
+  const std::lock_guard lock(p.mutex);
+  p.idle.push_back(block);
+  p.idle_bytes += block.size;
+  while (p.idle_bytes > pool_limit()) {
+    const PoolBlock oldest = p.idle.front();
+    p.idle.erase(p.idle.begin());
+    p.idle_bytes -= oldest.size;
+    munmap(oldest.data, oldest.size);
+  }
+}
+
+std::size_t pool_idle() {
+  Pool& p = pool();
+  const std::lock_guard lock(p.mutex);
+  return p.idle_bytes;
+}
+
+void pool_clear() {
+  Pool& p = pool();
+  const std::lock_guard lock(p.mutex);
+  for (const PoolBlock& block : p.idle) munmap(block.data, block.size);
+  p.idle.clear();
+  p.idle_bytes = 0;
+}
+
+}  // namespace bnkern
