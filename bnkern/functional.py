@@ -64,11 +64,12 @@ def batch_norm(
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
+    tensors = (input, weight, bias, residual, running_mean, running_var, num_batches_tracked)
+    if ops.nobody_looks() and _usual(*tensors, training, momentum, eps, act):
+        return _eager(*tensors, training, momentum, eps, act)
     _check("batch_norm", input, residual, act)
     _check_statistics(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    return _call(
-        input, weight, bias, residual, running_mean, running_var, num_batches_tracked, training, momentum, eps, act
-    )
+    return _call(*tensors, training, momentum, eps, act)
 
 
 def add_act(x: Tensor, residual: Tensor | None = None, act: str | None = "relu") -> Tensor:
@@ -114,6 +115,10 @@ def _backend(x: Tensor):
     return backends.choose(backends.forced(), x.device.type, x.dtype)
 
 
+def _grad_wanted(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _call(
     x: Tensor,
     weight: Tensor | None,
@@ -127,31 +132,48 @@ def _call(
     eps: float,
     act: str | None,
 ) -> Tensor:
-    grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, residual)
-    )
-    save_mask = grad and act is not None and residual is not None
+    """The three ways in: the launcher, plain torch for torch.func, and the op for all who must see the call."""
     tensors = (x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
     if ops.transformed():
         # torch.func and forward-mode differentiation go through the reference formula, as double backward does.
         return reference.forward(*tensors, training, momentum, eps, act, False)[0]
-    if not ops.direct(*tensors):
-        y, _, _, _, *new = torch.ops.bnkern.batch_norm_forward(
-            *tensors, training, momentum, eps, act, save_mask, backends.forced()
-        )
-        if training:
-            for buffer, value in zip(tensors[4:], new, strict=True):
-                if buffer is not None:
-                    buffer.copy_(value)
-        return y
+    if ops.direct(*tensors):
+        return _eager(*tensors, training, momentum, eps, act)
+    save_mask = act is not None and residual is not None and _grad_wanted(x, weight, bias, residual)
+    y, _, _, _, *new = torch.ops.bnkern.batch_norm_forward(
+        *tensors, training, momentum, eps, act, save_mask, backends.forced()
+    )
+    if training:
+        for buffer, value in zip(tensors[4:], new, strict=True):
+            if buffer is not None:
+                buffer.copy_(value)
+    return y
+
+
+def _eager(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    act: str | None,
+) -> Tensor:
+    tensors = (x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
     backend = _backend(x)
-    if grad:
+    if _grad_wanted(x, weight, bias, residual):
+        save_mask = act is not None and residual is not None
         y = _BatchNorm.apply(*tensors, training, momentum, eps, act, save_mask, backend)
     else:
-        y = backend.forward(*tensors, training, momentum, eps, act, save_mask)[0]
+        y = backend.forward(*tensors, training, momentum, eps, act, False)[0]
     if training:
         # The kernels write through addresses; autograd's version counters must hear of it.
-        torch.autograd.graph.increment_version([t for t in tensors[4:] if t is not None])
+        written = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
+        torch.autograd.graph.increment_version(written)
     return y
 
 
@@ -189,7 +211,6 @@ class _BatchNorm(torch.autograd.Function):
             act,
             save_mask,
         )
-        # Without an activation or normalisation the backward reads nothing of x.
         ctx.save_for_backward(x, weight, bias, mean, invstd, mask)
         ctx.act, ctx.training, ctx.eps, ctx.backend = act, training, eps, backend
         return y
@@ -208,6 +229,61 @@ class _BatchNorm(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------- checks at the door
+
+
+def _usual(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    act: str | None,
+) -> bool:
+    """Whether this is plainly a valid call on plain tensors: the checks below in brief, for the path of every step.
+
+    The kernels leave the caches cold, so every line here costs several times what it does in a loop of its own.
+    """
+    if type(x) not in ops.PLAIN or x.layout is not torch.strided or x.dim() < 2:
+        return False
+    dtype, device, channels = x.dtype, x.device, x.shape[1]
+    if dtype not in backends.DTYPES or device.type == "meta" or (training and x.numel() == channels):
+        return False
+    if (act is not None and act != "relu") or type(eps) is not float or not eps >= 0 or type(momentum) is not float:
+        return False
+    if type(training) is not bool:
+        return False
+    if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
+        return False
+    for vector in (weight, bias, running_mean, running_var):
+        if vector is not None and not (
+            type(vector) in ops.PLAIN
+            and vector.shape == (channels,)
+            and (vector.dtype is dtype or (vector.dtype is torch.float32 and dtype is not torch.float64))
+            and vector.device == device
+            and vector.layout is torch.strided
+            and vector.is_contiguous()
+        ):
+            return False
+    if num_batches_tracked is not None and not (
+        type(num_batches_tracked) in ops.PLAIN
+        and num_batches_tracked.dtype is torch.int64
+        and num_batches_tracked.numel() == 1
+        and num_batches_tracked.device == device
+    ):
+        return False
+    return residual is None or (
+        type(residual) in ops.PLAIN
+        and residual.layout is torch.strided
+        and residual.shape == x.shape
+        and residual.dtype is dtype
+        and residual.device == device
+        and residual.stride() == x.stride()
+    )
 
 
 def _check(name: str, x: Tensor, residual: Tensor | None, act: str | None) -> None:

@@ -12,22 +12,26 @@ from . import backends
 from .backends.layout import empty_like, layout
 from .backends.reference import accumulator
 
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def nobody_looks() -> bool:
+    """Whether no compilation, export, dispatch or function mode, transform or forward-mode level is at work."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def direct(*tensors: Tensor | None) -> bool:
     """Whether eager may call the launcher with these tensors' addresses, without passing through an op.
 
-    Only plain tensors on a real device have an address, and only outside compilation, export, dispatch and
-    function modes, functorch transforms and forward-mode differentiation does nobody need to see the call.
+    Only plain tensors on a real device have an address, and only where nobody looks need nobody see the call.
     """
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    return all(t is None or (type(t) in _PLAIN and t.device.type != "meta") for t in tensors)
+    return nobody_looks() and all(t is None or (type(t) in PLAIN and t.device.type != "meta") for t in tensors)
 
 
 def transformed() -> bool:
@@ -161,6 +165,4 @@ for _name, _implementation, _fake in (
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bnkern::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "bnkern::batch_norm_forward", _autograd, setup_context=_setup_context, lib=_library
-)
+torch.library.register_autograd("bnkern::batch_norm_forward", _autograd, setup_context=_setup_context, lib=_library)

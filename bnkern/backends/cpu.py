@@ -5,14 +5,16 @@ anything else is copied once to the dense form of its layout. Signatures and for
 Phases take an optional ``out`` to write into, which must be addressable like the input.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # torch comes first: it brings the OpenMP runtime that the native module then shares.
 from .. import _native
-from .layout import Layout, addressed, dense, empty_like, layout, output_strides, strides
+from .layout import Layout, dense, layout, output_strides, strides
 from .reference import accumulator, merge
 
 __all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
@@ -20,6 +22,7 @@ __all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments",
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.uint8: 4}
 # Results from this size on come from the pool; malloc keeps smaller ones in reach by itself.
 _POOLED_BYTES = 256 << 10
+_ABSENT = (0, 0, 0)
 
 
 def refuses(device_type: str, dtype: torch.dtype) -> str | None:
@@ -27,19 +30,47 @@ def refuses(device_type: str, dtype: torch.dtype) -> str | None:
     return None if device_type == "cpu" else f"its kernels run on the CPU, the input is on {device_type}"
 
 
-def _readable(t: Tensor, rows: bool) -> Tensor:
-    """``t``, or its dense copy where the kernels cannot address it."""
-    t = addressed(t, rows)
-    if rows and t.shape[1] % 16 and strides(t, rows)[0] != t.shape[1]:
-        return dense(t, rows).copy_(t)
-    return t
+class _Plan(NamedTuple):
+    """What a call needs to know of its input's sizes and strides, worked out once for each."""
+
+    like: Layout
+    stride: tuple[int, ...]
+    source: tuple[int, int] | None  # (outer, inner) strides of the input, None where it must be copied
+    result_stride: tuple[int, ...]
+    result: tuple[int, int]
 
 
-def _empty(x: Tensor, rows: bool) -> Tensor:
-    """``empty_like``, large ones in memory that earlier results gave back: fresh pages cost more than the kernel."""
-    if x.numel() * x.element_size() < _POOLED_BYTES:
-        return empty_like(x, rows)
-    return torch.from_dlpack(_native.cpu_empty(_CODES[x.dtype], x.shape, output_strides(x, rows)))
+@functools.lru_cache(maxsize=4096)
+def _plan(shape: torch.Size, stride: tuple[int, ...]) -> _Plan:
+    x = torch.empty_strided(shape, stride, device="meta")
+    like = layout(x)
+    result_stride = output_strides(x, like.rows)
+    result = strides(torch.empty_strided(shape, result_stride, device="meta"), like.rows)
+    return _Plan(like, stride, _source(x, like.rows), result_stride, result)
+
+
+def _source(t: Tensor, rows: bool) -> tuple[int, int] | None:
+    """The strides by which the kernels can read ``t``, or None."""
+    source = strides(t, rows)
+    if rows and t.shape[1] % 16 and source is not None and source[0] != t.shape[1]:
+        return None
+    return source
+
+
+def _readable(t: Tensor, plan: _Plan) -> tuple[Tensor, int, int, int]:
+    """``t``, or its dense copy where the kernels cannot address it, to be kept alive; its address and strides."""
+    source = plan.source if t.stride() == plan.stride else _source(t, plan.like.rows)
+    if source is None:
+        t = dense(t, plan.like.rows).copy_(t)
+        source = strides(t, plan.like.rows)
+    return t, t.data_ptr(), *source
+
+
+def _empty(x: Tensor, plan: _Plan) -> Tensor:
+    """A result for x, a large one in memory that earlier results gave back: fresh pages cost more than the kernel."""
+    if x.nbytes < _POOLED_BYTES:
+        return torch.empty_strided(x.shape, plan.result_stride, dtype=x.dtype)
+    return torch.from_dlpack(_native.cpu_empty(_CODES[x.dtype], x.shape, plan.result_stride))
 
 
 def _empty_mask(like: Layout) -> Tensor:
@@ -55,8 +86,10 @@ def release_memory() -> None:
     _native.pool_clear()
 
 
-def _view(t: Tensor | None, rows: bool) -> tuple[int, int, int]:
-    return (0, 0, 0) if t is None else (t.data_ptr(), *strides(t, rows))
+def _result(t: Tensor | None, plan: _Plan) -> tuple[int, int, int]:
+    if t is None:
+        return _ABSENT
+    return (t.data_ptr(), *(plan.result if t.stride() == plan.result_stride else strides(t, plan.like.rows)))
 
 
 def _vector(v: Tensor | None) -> tuple[int, int]:
@@ -73,8 +106,7 @@ def _contiguous(v: Tensor | None) -> Tensor | None:
 
 def _run_forward(
     x: Tensor,
-    like: Layout,
-    *,
+    plan: _Plan,
     moments: bool,
     normalize: bool,
     mean: Tensor | None,
@@ -84,26 +116,25 @@ def _run_forward(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
-    relu: bool = False,
+    act: str | None = None,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     counter: Tensor | None = None,
     momentum: float | None = 0.0,
     eps: float = 0.0,
 ) -> None:
-    rows = like.rows
-    x = _readable(x, rows)
-    residual = None if residual is None else _readable(residual, rows)
+    x, *source = _readable(x, plan)
+    residual, *added = (None, *_ABSENT) if residual is None else _readable(residual, plan)
     weight, bias = _contiguous(weight), _contiguous(bias)
     _native.cpu_forward(
         _CODES[x.dtype],
-        *like,
+        *plan.like,
         moments,
         normalize,
-        relu,
-        *_view(x, rows),
-        *_view(residual, rows),
-        *_view(y, rows),
+        act is not None,
+        *source,
+        *added,
+        *_result(y, plan),
         _address(mask),
         *_vector(weight),
         *_vector(bias),
@@ -121,11 +152,11 @@ def _run_forward(
 
 def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     """Count, mean [C] and M2 [C] of x."""
-    like = layout(x)
-    mean, m2 = torch.zeros((2, like.c), dtype=accumulator(x.dtype)).unbind()
+    plan = _plan(x.shape, x.stride())
+    mean, m2 = torch.zeros((2, plan.like.c), dtype=accumulator(x.dtype)).unbind()
     if x.numel():
-        _run_forward(x, like, moments=True, normalize=False, mean=mean, spread=m2)
-    return like.count, mean, m2
+        _run_forward(x, plan, True, False, mean, m2)
+    return plan.like.count, mean, m2
 
 
 def normalize(
@@ -140,27 +171,13 @@ def normalize(
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y and, with residual and ReLU, its mask. ``out`` gives both to write into."""
-    like = layout(x)
+    plan = _plan(x.shape, x.stride())
     if out is not None:
         y, mask = out
     else:
-        y = _empty(x, like.rows)
-        mask = _empty_mask(like) if act and residual is not None else None
+        y, mask = _empty(x, plan), _empty_mask(plan.like) if act and residual is not None else None
     if x.numel():
-        _run_forward(
-            x,
-            like,
-            moments=False,
-            normalize=True,
-            mean=mean,
-            spread=invstd,
-            y=y,
-            weight=weight,
-            bias=bias,
-            residual=residual,
-            mask=mask,
-            relu=act == "relu",
-        )
+        _run_forward(x, plan, False, True, mean, invstd, y, weight, bias, residual, mask, act)
     return y, mask
 
 
@@ -181,32 +198,16 @@ def forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """moments and normalize as one call: y, mean, invstd, mask. Running statistics and counter change in place."""
-    like = layout(x)
-    y = _empty(x, like.rows) if out is None else out
-    mask = _empty_mask(like) if save_mask and act and residual is not None else None
+    plan = _plan(x.shape, x.stride())
+    y = _empty(x, plan) if out is None else out
+    mask = _empty_mask(plan.like) if save_mask and act and residual is not None else None
     mean = invstd = None
     if training or running_mean is not None:
-        mean, invstd = torch.empty((2, like.c), dtype=accumulator(x.dtype)).unbind()
+        acc = accumulator(x.dtype)
+        mean, invstd = torch.empty(plan.like.c, dtype=acc), torch.empty(plan.like.c, dtype=acc)
     if x.numel():
-        _run_forward(
-            x,
-            like,
-            moments=training,
-            normalize=True,
-            mean=mean,
-            spread=invstd,
-            y=y,
-            weight=weight,
-            bias=bias,
-            residual=residual,
-            mask=mask,
-            relu=act == "relu",
-            running_mean=running_mean,
-            running_var=running_var,
-            counter=num_batches_tracked,
-            momentum=momentum,
-            eps=eps,
-        )
+        running = (running_mean, running_var, num_batches_tracked, momentum, eps)
+        _run_forward(x, plan, training, True, mean, invstd, y, weight, bias, residual, mask, act, *running)
     elif mean is not None:
         mean.zero_(), invstd.zero_()
         if training and num_batches_tracked is not None:
@@ -217,14 +218,13 @@ def forward(
 def _run_backward(
     dy: Tensor,
     x: Tensor,
-    like: Layout,
+    plan: _Plan,
     mean: Tensor | None,
     invstd: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     act: str | None,
-    *,
     sums: bool,
     input: bool,
     training: bool,
@@ -235,20 +235,20 @@ def _run_backward(
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
 ) -> None:
-    rows = like.rows
-    dy, x = _readable(dy, rows), _readable(x, rows)
+    dy, *incoming = _readable(dy, plan)
+    x, *source = _readable(x, plan)
     weight, bias = _contiguous(weight), _contiguous(bias)
     _native.cpu_backward(
         _CODES[x.dtype],
-        *like,
+        *plan.like,
         sums,
         input,
-        act == "relu",
+        act is not None,
         training,
-        *_view(dy, rows),
-        *_view(x, rows),
-        *_view(dx, rows),
-        *_view(dresidual, rows),
+        *incoming,
+        *source,
+        *_result(dx, plan),
+        *_result(dresidual, plan),
         _address(mask),
         *_vector(weight),
         *_vector(bias),
@@ -273,26 +273,11 @@ def grad_sums(
     act: str | None,
 ) -> tuple[Tensor, Tensor]:
     """sum g [C] and sum g * xhat [C]."""
-    like = layout(x)
-    sum_dy, sum_dy_xhat = torch.zeros((2, like.c), dtype=accumulator(x.dtype)).unbind()
+    plan = _plan(x.shape, x.stride())
+    sums = torch.zeros((2, plan.like.c), dtype=accumulator(x.dtype)).unbind()
     if x.numel():
-        _run_backward(
-            dy,
-            x,
-            like,
-            mean,
-            invstd,
-            weight,
-            bias,
-            mask,
-            act,
-            sums=True,
-            input=False,
-            training=True,
-            sum_dy=sum_dy,
-            sum_dy_xhat=sum_dy_xhat,
-        )
-    return sum_dy, sum_dy_xhat
+        _run_backward(dy, x, plan, mean, invstd, weight, bias, mask, act, True, False, True, None, None, *sums)
+    return sums
 
 
 def grad_input(
@@ -309,31 +294,16 @@ def grad_input(
     out: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx and the residual's gradient; ``sums`` is (sum g, sum g * xhat, M), or None in eval mode. ``out``: which."""
-    like = layout(x)
-    dx, dresidual = (_empty(x, like.rows), _empty(x, like.rows)) if out is None else out
-    sum_dy, sum_dy_xhat, count = (None, None, like.count) if sums is None else sums
-    if count != like.count:  # the sums of other ranks are in: the kernel divides by this tensor's own count
-        scale = like.count / count
+    plan = _plan(x.shape, x.stride())
+    dx, dresidual = (_empty(x, plan), _empty(x, plan)) if out is None else out
+    sum_dy, sum_dy_xhat, count = (None, None, plan.like.count) if sums is None else sums
+    if count != plan.like.count:  # other ranks' values are in the sums; the kernel divides by this tensor's own count
+        scale = plan.like.count / count
         sum_dy, sum_dy_xhat = sum_dy * scale, sum_dy_xhat * scale
     if x.numel():
-        _run_backward(
-            dy,
-            x,
-            like,
-            mean,
-            invstd,
-            weight,
-            bias,
-            mask,
-            act,
-            sums=False,
-            input=True,
-            training=sums is not None,
-            dx=dx,
-            dresidual=dresidual,
-            sum_dy=sum_dy,
-            sum_dy_xhat=sum_dy_xhat,
-        )
+        results = (dx, dresidual, sum_dy, sum_dy_xhat)
+        training = sums is not None
+        _run_backward(dy, x, plan, mean, invstd, weight, bias, mask, act, False, True, training, *results)
     return dx, dresidual
 
 
@@ -353,31 +323,20 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """grad_sums and grad_input as one call: (dx, dweight, dbias, dresidual), each where ``needs`` says so."""
     need_x, need_weight, need_bias, need_residual = needs
-    like = layout(x)
+    plan = _plan(x.shape, x.stride())
     if out is not None:
         dx, dresidual = out
     else:
-        dx = _empty(x, like.rows) if need_x else None
-        dresidual = _empty(x, like.rows) if need_residual else None
-    dweight = torch.zeros(like.c, dtype=weight.dtype) if need_weight else None
-    dbias = torch.zeros(like.c, dtype=bias.dtype) if need_bias else None
+        dx = _empty(x, plan) if need_x else None
+        dresidual = _empty(x, plan) if need_residual else None
+    dweight = torch.empty(plan.like.c, dtype=weight.dtype) if need_weight else None
+    dbias = torch.empty(plan.like.c, dtype=bias.dtype) if need_bias else None
     if x.numel():
-        _run_backward(
-            dy,
-            x,
-            like,
-            mean,
-            invstd,
-            weight,
-            bias,
-            mask,
-            act,
-            sums=need_weight or need_bias or (need_x and training),
-            input=need_x or need_residual,
-            training=training,
-            dx=dx,
-            dresidual=dresidual,
-            dweight=dweight,
-            dbias=dbias,
-        )
+        sums, input = need_weight or need_bias or (need_x and training), need_x or need_residual
+        results = (dx, dresidual, None, None, dweight, dbias)
+        _run_backward(dy, x, plan, mean, invstd, weight, bias, mask, act, sums, input, training, *results)
+    else:
+        for grad in (dweight, dbias):
+            if grad is not None:
+                grad.zero_()
     return dx, dweight, dbias, dresidual

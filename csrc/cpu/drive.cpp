@@ -188,18 +188,24 @@ void run(const Partition& part, std::int64_t element_bytes, bool measuring, bool
   }
 }
 
-// Calls f(c, first, end, step) for the real channels of a group: the wide channels first, first + step, ... of c.
+// The wide channels that hold values of one channel: first, first + step, ... below end.
+struct Columns {
+  std::int64_t first, end, step;
+};
+
+// Calls f(channel, columns) for the real channels of a group.
 template <class F>
 void for_channels(const Partition& part, std::int64_t group, F f) {
   const std::int64_t c0 = group * part.group;
   const std::int64_t c1 = c0 + part.group < part.width ? c0 + part.group : part.width;
   const bool wide = part.width != part.shape.c;  // then there is one group
-  for (std::int64_t c = c0; c < (wide ? part.shape.c : c1); ++c) f(c, c, wide ? part.width : c + 1, part.shape.c);
+  for (std::int64_t c = c0; c < (wide ? part.shape.c : c1); ++c)
+    f(c, Columns{c, wide ? part.width : c + 1, part.shape.c});
 }
 
 template <class A>
-void set_all(A* array, std::int64_t first, std::int64_t end, std::int64_t step, A value) {
-  for (std::int64_t v = first; v < end; v += step) array[v] = value;
+void set_all(A* array, const Columns& columns, A value) {
+  for (std::int64_t v = columns.first; v < columns.end; v += columns.step) array[v] = value;
 }
 
 bool gapless(const View& view, const Shape& shape) { return !view || view.outer == shape.c; }
@@ -228,16 +234,16 @@ void forward_as(const Forward& p) {
   A* const means = static_cast<A*>(p.mean);
   A* const spreads = static_cast<A*>(p.spread);
 
-  const auto coefficients = [&](std::int64_t c, std::int64_t first, std::int64_t end, std::int64_t step) {
-    set_all(k.mean, first, end, step, means ? means[c] : A(0));
-    set_all(k.invstd, first, end, step, spreads ? spreads[c] : A(1));
-    set_all(k.weight, first, end, step, read(p.weight, c, A(1)));
-    set_all(k.bias, first, end, step, read(p.bias, c, A(0)));
+  const auto coefficients = [&](std::int64_t c, const Columns& columns) {
+    set_all(k.mean, columns, means ? means[c] : A(0));
+    set_all(k.invstd, columns, spreads ? spreads[c] : A(1));
+    set_all(k.weight, columns, read(p.weight, c, A(1)));
+    set_all(k.bias, columns, read(p.bias, c, A(0)));
   };
   const auto finish = [&](std::int64_t group) {
-    for_channels(part, group, [&](std::int64_t c, std::int64_t first, std::int64_t end, std::int64_t step) {
+    for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
       Moments<double> all{0, 0, 0};
-      for (std::int64_t v = first; v < end; v += step)
+      for (std::int64_t v = columns.first; v < columns.end; v += columns.step)
         all = chan_merge(all, Moments<double>{values_of(part, v), totals.first[v], totals.second[v]});
       const double m2 = all.m2 < 0 ? 0 : all.m2;  // rounding only; NaN stays
       means[c] = static_cast<A>(all.mean);
@@ -247,17 +253,17 @@ void forward_as(const Forward& p) {
         write(p.running_mean, c, mean * (1 - momentum) + all.mean * momentum);
         write(p.running_var, c, var * (1 - momentum) + m2 / (all.count - 1) * momentum);
       }
-      if (p.normalize) coefficients(c, first, end, step);
+      if (p.normalize) coefficients(c, columns);
     });
   };
   if (!p.moments) {
     for (std::int64_t group = 0; group < part.groups; ++group)
-      for_channels(part, group, [&](std::int64_t c, std::int64_t first, std::int64_t end, std::int64_t step) {
+      for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
         if (p.running_mean) {
           means[c] = static_cast<A>(read(p.running_mean, c, 0.0));
           spreads[c] = static_cast<A>(1 / std::sqrt(read(p.running_var, c, 0.0) + p.eps));
         }
-        coefficients(c, first, end, step);
+        coefficients(c, columns);
       });
   }
   run(
@@ -292,21 +298,19 @@ void backward_as(const Backward& p) {
 
   A* const sums = static_cast<A*>(p.sum_dy);
   A* const products = static_cast<A*>(p.sum_dy_xhat);
-  const auto means_of_sums = [&](std::int64_t c, std::int64_t first, std::int64_t end, std::int64_t step, double sum,
-                                 double product) {
-    set_all(k.mean_dy, first, end, step, static_cast<A>(sum / count));
-    set_all(k.mean_dy_xhat, first, end, step, static_cast<A>(product / count));
-    (void)c;
+  const auto means_of_sums = [&](const Columns& columns, double sum, double product) {
+    set_all(k.mean_dy, columns, static_cast<A>(sum / count));
+    set_all(k.mean_dy_xhat, columns, static_cast<A>(product / count));
   };
   for (std::int64_t group = 0; group < part.groups; ++group)
-    for_channels(part, group, [&](std::int64_t c, std::int64_t first, std::int64_t end, std::int64_t step) {
+    for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
       const A invstd = p.invstd ? static_cast<const A*>(p.invstd)[c] : A(1), weight = read(p.weight, c, A(1));
-      set_all(k.mean, first, end, step, p.mean ? static_cast<const A*>(p.mean)[c] : A(0));
-      set_all(k.invstd, first, end, step, invstd);
-      set_all(k.weight, first, end, step, weight);
-      set_all(k.bias, first, end, step, read(p.bias, c, A(0)));
-      set_all(k.scale, first, end, step, weight * invstd);
-      if (!p.sums && p.training) means_of_sums(c, first, end, step, sums[c], products[c]);
+      set_all(k.mean, columns, p.mean ? static_cast<const A*>(p.mean)[c] : A(0));
+      set_all(k.invstd, columns, invstd);
+      set_all(k.weight, columns, weight);
+      set_all(k.bias, columns, read(p.bias, c, A(0)));
+      set_all(k.scale, columns, weight * invstd);
+      if (!p.sums && p.training) means_of_sums(columns, sums[c], products[c]);
     });
   run(
       part, 2 * sizeof(T), p.sums, p.input, p.threads, totals,
@@ -315,14 +319,15 @@ void backward_as(const Backward& p) {
       },
       join_sums,
       [&](std::int64_t group) {
-        for_channels(part, group, [&](std::int64_t c, std::int64_t first, std::int64_t end, std::int64_t step) {
+        for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
           double sum = 0, product = 0;
-          for (std::int64_t v = first; v < end; v += step) sum += totals.first[v], product += totals.second[v];
+          for (std::int64_t v = columns.first; v < columns.end; v += columns.step)
+            sum += totals.first[v], product += totals.second[v];
           if (sums) sums[c] = static_cast<A>(sum);
           if (products) products[c] = static_cast<A>(product);
           if (p.dbias) write(p.dbias, c, sum);
           if (p.dweight) write(p.dweight, c, product);
-          means_of_sums(c, first, end, step, sum, product);
+          means_of_sums(columns, sum, product);
         });
       },
       [&](std::int64_t group, std::int64_t tile) { grad_input_tile<T>(part, t, k, group, tile); });
