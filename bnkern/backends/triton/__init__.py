@@ -1,0 +1,80 @@
+"""Batch norm in Triton, for CUDA devices; through Triton's interpreter on the CPU, slowly, for tests."""
+
+import torch
+from torch import Tensor
+from triton import JITFunction
+
+from ..layout import layout
+from .grad_input import grad_input
+from .grad_sums import grad_sums
+from .merge import merge, statistics
+from .moments import moments, moments_kernel, partial_moments
+from .normalize import normalize
+
+__all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
+
+# TRITON_INTERPRET is read when a kernel is defined; later changes do not turn it.
+_INTERPRETED = not isinstance(moments_kernel, JITFunction)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def refuses(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why these kernels cannot serve such an input, or None."""
+    if device_type != "cuda" and not (device_type == "cpu" and _INTERPRETED):
+        return "Triton kernels run on CUDA devices; on the CPU only under TRITON_INTERPRET=1"
+    if dtype not in _DTYPES:
+        return f"has no kernels for {dtype}"
+    return None
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    act: str | None,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y, mean, invstd and the mask, as :func:`bnkern.backends.reference.forward`; three launches in training."""
+    mean = invstd = None
+    if training and x.numel() == 0:
+        _, mean, invstd = moments(x)
+        if num_batches_tracked is not None:
+            num_batches_tracked += 1
+    elif training or running_mean is not None:
+        parts = partial_moments(x) if training else None
+        running = (running_mean, running_var, num_batches_tracked)
+        mean, invstd = statistics(parts, layout(x).count, *running, momentum, eps, x.dtype)
+    y, mask = normalize(x, mean, invstd, weight, bias, residual, act, save_mask)
+    return y, mean, invstd, mask
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    mask: Tensor | None,
+    act: str | None,
+    training: bool,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias, dresidual), each only where ``needs`` says so; three launches where all are needed."""
+    need_x, need_weight, need_bias, need_residual = needs
+    common = (dy, x, mean, invstd, weight, bias, mask, act)
+    dweight = dbias = sums = None
+    if need_weight or need_bias or (need_x and training):
+        sum_dy, sum_dy_xhat = grad_sums(*common)
+        dweight = sum_dy_xhat.to(weight.dtype) if need_weight else None
+        dbias = sum_dy.to(bias.dtype) if need_bias else None
+        sums = (sum_dy, sum_dy_xhat, max(layout(x).count, 1)) if training else None
+    dx, dresidual = grad_input(*common, sums, need_x, need_residual)
+    return dx, dweight, dbias, dresidual

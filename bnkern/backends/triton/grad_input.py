@@ -1,0 +1,112 @@
+"""Phase ``grad_input``: the gradients of the input and of the residual."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import addressed, empty_like, layout
+from .common import (
+    addresses,
+    affine,
+    channel_of,
+    channel_vectors,
+    gated,
+    kernel,
+    launch,
+    locate,
+    per_channel,
+    plan,
+    position,
+)
+from .merge import divide
+
+
+@triton.jit
+def mean_gradients(sums, count, training, channel, known, ROWS: tl.constexpr, ALIGN: tl.constexpr):
+    """sum g / M and sum g * xhat / M at ``channel``; 0 in eval mode."""
+    total = per_channel(sums[0], training, 0.0, channel, known, ROWS, ALIGN)
+    dot = per_channel(sums[1], training, 0.0, channel, known, ROWS, ALIGN)
+    count = count.to(total.dtype)
+    return divide(total, count), divide(dot, count)
+
+
+@kernel
+def grad_input_kernel(
+    dy_ptr, x_ptr, dx_ptr, dresidual_ptr, mask_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, sum_ptr, dot_ptr,
+    dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner, dresidual_outer, dresidual_inner,
+    lines, length, channels, tiles, share, spans, beside,
+    has_statistics, has_weight, has_bias, count, relu, training, need_dx, need_dresidual,
+    ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    STORED: tl.constexpr = x_ptr.dtype.element_ty
+    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    vectors = (mean_ptr, invstd_ptr, weight_ptr, bias_ptr)
+    given = (has_statistics, has_weight, has_bias)
+    sums = (sum_ptr, dot_ptr)
+    first = tl.program_id(1) * share
+    if not FLAT:
+        _, octet = locate(first, 0, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
+        channel, exists = channel_of(octet, length, channels, ROWS, FLAT, ALIGN)
+        mean, invstd, weight, bias = affine(vectors, given, channel, exists, ROWS, ALIGN)
+        mean_g, mean_dot = mean_gradients(sums, count, training, channel, exists, ROWS, ALIGN)
+    for t in range(first, tl.minimum(first + share, tiles)):
+        places, dys, xs = (), (), ()
+        for u in tl.static_range(UNROLL):
+            line, octet = locate(t, u, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
+            known = (line < lines) & (position(octet) < length * ALIGN)
+            places += ((line, octet, known),)
+            at = addresses(dy_ptr, dy_outer, dy_inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            dys += (tl.load(at, mask=known, other=0.0),)
+            at = addresses(x_ptr, x_outer, x_inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            xs += (tl.load(at, mask=known, other=0.0),)
+        for u in tl.static_range(UNROLL):
+            line, octet, known = places[u]
+            if FLAT:
+                channel, _ = channel_of(octet, length, channels, ROWS, FLAT, ALIGN)
+                mean, invstd, weight, bias = affine(vectors, given, channel, known, ROWS, ALIGN)
+                mean_g, mean_dot = mean_gradients(sums, count, training, channel, known, ROWS, ALIGN)
+            xhat = (xs[u].to(ACC) - mean) * invstd
+            g = gated(
+                dys[u].to(ACC), xhat, weight, bias, mask_ptr, relu, line, octet, lines, length, channels, known,
+                STORED, ROWS, FLAT, ALIGN,
+            )  # fmt: skip
+            # In eval mode an infinite x must not meet the zero sums.
+            dx = tl.where(training != 0, g - tl.fma(xhat, mean_dot, mean_g), g) * (weight * invstd)
+            at = addresses(dx_ptr, dx_outer, dx_inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            tl.store(at, dx, mask=known & (need_dx != 0))
+            at = addresses(dresidual_ptr, dresidual_outer, dresidual_inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            tl.store(at, g, mask=known & (need_dresidual != 0))
+
+
+def grad_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    act: str | None,
+    sums: tuple[Tensor, Tensor, int] | None,
+    need_dx: bool = True,
+    need_dresidual: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and the residual's gradient g, where needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode."""
+    like = layout(x)
+    dx = empty_like(x, like.rows) if need_dx else None
+    dresidual = empty_like(x, like.rows) if need_dresidual else None
+    if x.numel() == 0 or not (need_dx or need_dresidual):
+        return dx, dresidual
+    dy, x = addressed(dy, like.rows), addressed(x, like.rows)
+    written = [dresidual if dx is None else dx, dx if dresidual is None else dresidual]
+    vectors, given = channel_vectors(x, mean, invstd, weight, bias)
+    total, dot, count = (vectors[0], vectors[0], 1) if sums is None else sums
+    total, dot = total.contiguous(), dot.contiguous()
+    how = plan(like, [dy, x, *written], [*vectors, total, dot], pointwise=True)
+    flags = (int(act == "relu"), int(sums is not None), int(need_dx), int(need_dresidual))
+    launch(
+        grad_input_kernel, how.grid, x.device, dy, x, *written, mask if act == "relu" else None, *vectors, total, dot,
+        *how.strides, *how.sizes, *given, count, *flags, **how.constants,
+    )  # fmt: skip
+    return dx, dresidual

@@ -1,0 +1,161 @@
+"""Phase ``merge``: several (count, mean, M2) to one by Chan's formula, and what a forward pass makes of it."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import accumulator
+from .common import kernel, launch
+
+PARTS, CHANNELS = 32, 16  # the block that a program merges at a time
+
+
+@triton.jit
+def chan(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """Chan, Golub and LeVeque: (count, mean, M2) of a and b together. A part of zero count changes nothing."""
+    count = count_a + count_b
+    delta = mean_b - mean_a
+    part = count_b / tl.maximum(count, 1.0)
+    return count, tl.fma(delta, part, mean_a), m2_a + m2_b + (delta * count_a) * (delta * part)
+
+
+@triton.jit
+def merged(counts_ptr, means_ptr, m2s_ptr, parts, channel, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+    """All parts of the channels [CHANNELS], in their order: a tree over each block, the blocks one by one.
+
+    The count returned is exact, in the dtype of the counts; the formula's own is per channel and rounded.
+    """
+    ACC: tl.constexpr = means_ptr.dtype.element_ty
+    exact = tl.zeros((), counts_ptr.dtype.element_ty)
+    count = tl.zeros((CHANNELS,), ACC)
+    mean = tl.zeros((CHANNELS,), ACC)
+    m2 = tl.zeros((CHANNELS,), ACC)
+    for first in range(0, parts, PARTS):
+        part = (first + tl.arange(0, PARTS))[:, None]
+        known = (part < parts) & (channel < channels)[None, :]
+        at = part.to(tl.int64) * channels + channel[None, :]
+        counts = tl.load(counts_ptr + part, mask=part < parts, other=0)
+        exact += tl.sum(counts)
+        counts = counts.to(ACC)
+        means = tl.where(counts > 0, tl.load(means_ptr + at, mask=known, other=0.0), 0.0)
+        m2s = tl.where(counts > 0, tl.load(m2s_ptr + at, mask=known, other=0.0), 0.0)
+        counts = tl.broadcast_to(counts, (PARTS, CHANNELS))
+        counts, means, m2s = tl.reduce((counts, means, m2s), 0, chan)
+        count, mean, m2 = chan(count, mean, m2, counts, means, m2s)
+    return exact, mean, m2
+
+
+@kernel
+def merge_kernel(
+    counts_ptr, means_ptr, m2s_ptr, count_ptr, mean_ptr, m2_ptr, parts, channels,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    count, mean, m2 = merged(counts_ptr, means_ptr, m2s_ptr, parts, channel, channels, PARTS, CHANNELS)
+    tl.store(mean_ptr + channel, mean, mask=channel < channels)
+    tl.store(m2_ptr + channel, m2, mask=channel < channels)
+    if tl.program_id(0) == 0:
+        tl.store(count_ptr, count)
+
+
+def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One (count, mean [C], M2 [C]) from K of them: counts [K], means and m2s [K, C], in the order given."""
+    counts, means, m2s = counts.contiguous(), means.contiguous(), m2s.contiguous()
+    parts, channels = means.shape
+    count, (mean, m2) = counts.new_empty(()), means.new_empty((2, channels))
+    grid = (triton.cdiv(channels, CHANNELS),)
+    launch(
+        merge_kernel, grid, means.device, counts, means, m2s, count, mean, m2, parts, channels,
+        PARTS=PARTS, CHANNELS=CHANNELS,
+    )  # fmt: skip
+    return count, mean, m2
+
+
+# ---------------------------------------------------------------------------- mean and invstd for a forward pass
+
+
+@triton.jit
+def divide(a, b):
+    """a / b as IEEE rounds it."""
+    if b.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def inverse_root(v):
+    """1 / sqrt(v), both as IEEE rounds them."""
+    if v.dtype == tl.float64:
+        return 1.0 / tl.sqrt(v)
+    else:
+        return tl.div_rn(tl.full(v.shape, 1.0, v.dtype), tl.sqrt_rn(v))
+
+
+@kernel
+def statistics_kernel(
+    counts_ptr, means_ptr, m2s_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, mean_ptr, invstd_ptr,
+    parts, channels, total, momentum: tl.float64, eps: tl.float64, training, has_running, cumulative,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """mean and invstd of the parts, or of the running statistics where there are no parts; updates the latter.
+
+    A cumulative momentum is 1 / counter, which one program may then read and raise; else it is raised by the first.
+    """
+    ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    share = momentum
+    if tracked_ptr is not None:
+        share = tl.where(cumulative != 0, 1.0 / (tl.load(tracked_ptr) + 1).to(tl.float64), momentum)
+    keep = tl.full((CHANNELS,), 1.0 - share, ACC)
+    share = tl.full((CHANNELS,), share, ACC)
+    for first in range(tl.program_id(0) * CHANNELS, channels, tl.num_programs(0) * CHANNELS):
+        channel = first + tl.arange(0, CHANNELS)
+        known = channel < channels
+        running_mean = tl.load(running_mean_ptr + channel, mask=known & (has_running != 0), other=0.0).to(ACC)
+        running_var = tl.load(running_var_ptr + channel, mask=known & (has_running != 0), other=0.0).to(ACC)
+        mean, var = running_mean, running_var
+        if training != 0:
+            _, mean, m2 = merged(counts_ptr, means_ptr, m2s_ptr, parts, channel, channels, PARTS, CHANNELS)
+            var = divide(m2, tl.full((CHANNELS,), total, ACC))
+            unbiased = divide(m2, tl.full((CHANNELS,), total - 1, ACC))
+            running_mean = running_mean * keep + mean * share
+            running_var = running_var * keep + unbiased * share
+            tl.store(running_mean_ptr + channel, running_mean, mask=known & (has_running != 0))
+            tl.store(running_var_ptr + channel, running_var, mask=known & (has_running != 0))
+        tl.store(mean_ptr + channel, mean, mask=known)
+        tl.store(invstd_ptr + channel, inverse_root(var + tl.full((CHANNELS,), eps, ACC)), mask=known)
+    if tracked_ptr is not None:
+        tl.debug_barrier()  # no thread raises the counter before all have read it
+        if (training != 0) & (tl.program_id(0) == 0):
+            tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+
+
+def statistics(
+    parts: tuple[Tensor, Tensor, Tensor] | None,
+    count: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """mean and invstd [C] of partial moments of ``count`` values, with which the running statistics are updated.
+
+    Without parts: those of the running statistics, which then stay as they are. ``dtype`` is the input's.
+    """
+    training, has_running = parts is not None, running_mean is not None
+    like = parts[1] if training else running_mean
+    channels = like.shape[-1]
+    mean, invstd = (torch.empty(channels, dtype=accumulator(dtype), device=like.device) for _ in range(2))
+    counts, means, m2s = parts if training else (mean, mean, mean)
+    running = (running_mean, running_var) if has_running else (mean, mean)
+    cumulative = training and has_running and momentum is None
+    grid = (1 if cumulative else triton.cdiv(channels, CHANNELS),)
+    launch(
+        statistics_kernel, grid, like.device, counts, means, m2s, *running, num_batches_tracked, mean, invstd,
+        len(counts), channels, count, momentum or 0.0, eps, int(training), int(has_running), int(cumulative),
+        PARTS=PARTS, CHANNELS=CHANNELS,
+    )  # fmt: skip
+    return mean, invstd

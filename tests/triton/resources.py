@@ -1,0 +1,179 @@
+"""What the compiler makes of the Triton kernels: registers, spills, shared memory, loads. Needs no GPU.
+
+resources.json holds, for a triton version, an architecture and a kernel, [registers, bytes of shared memory]; none
+spills. ``python -m tests.triton.resources --write`` compiles them all and replaces this version's rows there;
+without ``--write`` it prints them. fp32 and bf16 stand for the other dtypes.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from bnkern.backends import triton as backend
+from bnkern.backends.triton import common
+
+_launch = common.launch
+
+TABLE = Path(__file__).with_name("resources.json")
+ARCHITECTURES = (80, 90, 100)
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"} | {
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+
+# A tensor for each way that the kernels see memory. Sizes do not matter beyond that.
+WAYS = {
+    "planes": ((2, 3, 32, 32), torch.contiguous_format),  # vectors, long lines
+    "planes_short": ((64, 3, 8, 8), torch.contiguous_format),  # vectors, lines of 64
+    "planes_tiny": ((64, 3, 4, 4), torch.contiguous_format),
+    "planes_quads": ((4, 3, 14, 14), torch.contiguous_format),  # lines of whole quads
+    "planes_odd": ((4, 3, 7, 7), torch.contiguous_format),  # one by one
+    "rows_16": ((2, 16, 8, 8), torch.channels_last),
+    "rows_32": ((2, 32, 8, 8), torch.channels_last),
+    "rows_64": ((2, 64, 8, 8), torch.channels_last),
+    "rows_odd": ((2, 17, 8, 8), torch.channels_last),  # one by one, flat where no channel is reduced
+}
+
+
+# Activations and vectors of size C.
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.float32),
+    "fp16": (torch.float16, torch.float32),
+    "fp64": (torch.float64, torch.float64),
+    "pure_bf16": (torch.bfloat16, torch.bfloat16),
+}
+TABLED = ("fp32", "bf16")
+
+
+class Variant(NamedTuple):
+    """One instance to compile: a kernel, the types of its arguments, its constants."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constants: dict[str, object]
+
+    @property
+    def key(self) -> tuple:
+        return (self.kernel.fn.__name__, *self.signature.items(), *self.constants.items())
+
+
+class Usage(NamedTuple):
+    registers: int
+    spilled: int  # bytes of stack
+    shared: int
+    ptx: str
+
+
+def _variant(kernel: JITFunction, arguments: tuple, constants: dict) -> Variant:
+    """As triton's launcher sees a call. Nothing but types: the kernels are told not to specialise on values."""
+    given = iter(arguments)
+    signature, fixed = {}, dict(constants)
+    for p in kernel.params:
+        value = None if p.is_constexpr else next(given)
+        if value is None:
+            signature[p.name] = "constexpr"
+            fixed.setdefault(p.name, None)
+        elif isinstance(value, torch.Tensor):
+            signature[p.name] = POINTERS[value.dtype]
+        else:
+            signature[p.name] = p.annotation_type or ("i32" if abs(value) < 2**31 else "i64")
+        assert p.is_constexpr or (p.do_not_specialize and p.do_not_specialize_on_alignment)
+    return Variant(kernel, signature, {p.name: fixed[p.name] for p in kernel.params if p.name in fixed})
+
+
+@contextmanager
+def recording():
+    """A list that gathers the variants of all launches made within; nothing is launched."""
+    variants = []
+
+    def record(kernel, grid, device, *arguments, **constants) -> None:
+        variants.append(_variant(kernel, arguments, constants))
+
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{backend.__name__}.")]
+    try:
+        for module in modules:
+            module.launch = record
+        yield variants
+    finally:
+        for module in modules:
+            module.launch = _launch
+
+
+def variants(way: str, precision: str, fused: bool) -> dict[str, Variant]:
+    """The kernels of a training step by name: BN + add + ReLU with its mask if ``fused``, else BN + ReLU."""
+    (shape, memory_format), (dtype, params) = WAYS[way], DTYPES[precision]
+    x = torch.empty(shape, dtype=dtype).contiguous(memory_format=memory_format)
+    vector = torch.empty(shape[1], dtype=params)
+    residual = x if fused else None
+    with recording() as recorded:
+        y, mean, invstd, mask = backend.forward(
+            x, vector, vector, residual, vector, vector, torch.tensor(1), True, 0.1, 1e-5, "relu", True
+        )
+        backend.backward(y, x, vector, vector, mean, invstd, mask, "relu", True, (True, True, True, fused))
+        backend.moments(x)
+    return {variant.kernel.fn.__name__: variant for variant in recorded}
+
+
+def compile_for(variant: Variant, architecture: int) -> Usage:
+    compiled = triton.compile(
+        ASTSource(variant.kernel, variant.signature, variant.constants),
+        target=GPUTarget("cuda", architecture, 32),
+        options=common.OPTIONS,
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return Usage(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"])
+
+
+def rows_of(architecture: int, ways: list[str], precisions: list[str]) -> dict[str, tuple[Variant, Usage]]:
+    """Each distinct variant of these, compiled, under a name for people: kernel, way, dtype, fusion."""
+    rows, seen = {}, set()
+    for way in ways:
+        for precision in precisions:
+            for fused in (False, True):
+                for name, variant in variants(way, precision, fused).items():
+                    if variant.key not in seen:
+                        seen.add(variant.key)
+                        what = f"{way} {precision}{' residual' if fused else ''}"
+                        if "ALIGN" not in variant.constants:  # works on vectors and partial results only
+                            what = " ".join(sorted({t for t in variant.signature.values() if t.startswith("*")}))
+                        row = f"{name.removesuffix('_kernel')} {what}"
+                        rows[row] = (variant, compile_for(variant, architecture))
+    return rows
+
+
+def main() -> None:
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    table[triton.__version__] = {
+        f"sm_{architecture}": {
+            row: [usage.registers, usage.shared]
+            for row, (_, usage) in rows_of(architecture, list(WAYS), list(TABLED)).items()
+        }
+        for architecture in ARCHITECTURES
+    }
+    text = json.dumps(dict(sorted(table.items())), indent=1)
+    text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)  # one kernel, one line
+    if "--write" in sys.argv:
+        TABLE.write_text(text + "\n")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
