@@ -334,7 +334,8 @@ def backward(
     if x.numel():
         sums, input = need_weight or need_bias or (need_x and training), need_x or need_residual
         results = (dx, dresidual, None, None, dweight, dbias)
-        _run_backward(dy, x, plan, mean, invstd, weight, bias, mask, act, sums, input, training, *results)
+        # Without dx nothing is to be centred, and without sums there is nothing to centre by.
+        _run_backward(dy, x, plan, mean, invstd, weight, bias, mask, act, sums, input, training and need_x, *results)
     else:
         for grad in (dweight, dbias):
             if grad is not None:

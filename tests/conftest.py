@@ -1,0 +1,42 @@
+"""Fixtures shared by all tests: the backends to try, and settings that make every run the same."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+import bnkern
+from tests.cases import PRECISIONS, TARGETS, Precision, Target
+
+hypothesis.settings.register_profile("same-every-run", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("same-every-run")
+
+# Tests run side by side, one process per core. How many threads compute is the subject of test_threads.py.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(target, id=str(target), marks=[pytest.mark.gpu] if target.device == "cuda" else [])
+        for target in TARGETS
+    ]
+)
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Each backend that works here, on its device and forced for the length of the test."""
+    with bnkern.use_backend(request.param.backend):
+        yield request.param
+
+
+@pytest.fixture(params=PRECISIONS, ids=lambda precision: precision.name)
+def precision(request: pytest.FixtureRequest) -> Precision:
+    """Each dtype of activations, with float32 vectors and with vectors of its own dtype."""
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores torch's number of threads after a test that sets it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,207 @@
+"""The choice of kernels: the table, forcing, falling back, and ``explain``."""
+
+import os
+import subprocess
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import bnkern
+from bnkern import backends
+from bnkern.backends import reference
+from tests.cases import CASE, FP32, TARGETS, Target
+
+FP = torch.float32
+
+
+def test_the_cpu_kernels_are_here() -> None:
+    """The native module is built on every machine that runs these tests; without it most of them would not run."""
+    for dtype in backends.DTYPES:
+        assert backends.unavailable("cpu", "cpu", dtype) is None
+    assert Target("cpu", "cpu") in TARGETS and Target("reference", "cpu") in TARGETS
+    assert backends.choose("", "cpu", FP).__name__ == "bnkern.backends.cpu"
+
+
+@pytest.fixture
+def fresh_table() -> None:
+    """Choices are remembered; a test that changes what there is to choose forgets them before and after."""
+
+    def forget() -> None:
+        for remembered in (backends.choose, backends.unavailable, backends._load):
+            remembered.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch, fresh_table: None) -> Callable[..., None]:
+    """Makes backends impossible to import."""
+
+    def block(*names: str) -> None:
+        for name in names:
+            monkeypatch.setitem(sys.modules, f"bnkern.backends.{name}", None)
+
+    return block
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls that the backends got, as "backend.forward" and "backend.backward"."""
+    calls: list[str] = []
+
+    def spy_on(name: str, function: str) -> None:
+        module = backends._load(name)
+        original = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *args: calls.append(f"{name}.{function}") or original(*args))
+
+    for name in ("cpu", "reference"):
+        spy_on(name, "forward")
+        spy_on(name, "backward")
+    return calls
+
+
+def call() -> torch.Tensor:
+    return bnkern.batch_norm(CASE["nchw_tail"].problem(FP32).x.requires_grad_(), None, None, training=True)
+
+
+def test_every_backend_has_the_same_functions(target: Target) -> None:
+    module = backends.choose(target.backend, target.device, FP)
+    for name in ("moments", "merge", "normalize", "grad_sums", "grad_input", "forward", "backward", "refuses"):
+        assert callable(getattr(module, name)), f"{target.backend} lacks {name}"
+
+
+def test_forced(spied: list[str]) -> None:
+    assert backends.forced() == os.environ.get("BNKERN_BACKEND", "")
+    for name in ("reference", "cpu"):
+        with bnkern.use_backend(name):
+            assert backends.forced() == name
+            call().sum().backward()
+    assert spied == ["reference.forward", "reference.backward", "cpu.forward", "cpu.backward"]
+
+
+def test_the_table_prefers_kernels(spied: list[str]) -> None:
+    call().sum().backward()
+    assert spied == ["cpu.forward", "cpu.backward"]
+
+
+def test_forcing_nests_and_ends(spied: list[str]) -> None:
+    with bnkern.use_backend("reference"):
+        with bnkern.use_backend("cpu"):
+            call()
+        call()
+        with pytest.raises(ZeroDivisionError), bnkern.use_backend("cpu"):
+            raise ZeroDivisionError
+        assert backends.forced() == "reference"
+    assert spied == ["cpu.forward", "reference.forward"]
+    assert backends.forced() == os.environ.get("BNKERN_BACKEND", "")
+
+
+def test_the_forward_decides_for_its_backward(spied: list[str]) -> None:
+    with bnkern.use_backend("reference"):
+        y = call()
+    y.sum().backward()
+    assert spied == ["reference.forward", "reference.backward"]
+    z = call()
+    with bnkern.use_backend("reference"):
+        z.sum().backward()
+    assert spied[2:] == ["cpu.forward", "cpu.backward"]
+
+
+def test_forcing_holds_in_other_threads(spied: list[str]) -> None:
+    with bnkern.use_backend("reference"):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert spied == ["reference.forward"]
+
+
+def test_phases_follow_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(2, 3)
+    seen = []
+    monkeypatch.setattr(reference, "moments", lambda t: (seen.append(t), (2, t[0], t[0]))[1])
+    with bnkern.use_backend("reference"):
+        bnkern.channel_moments(x)
+    assert len(seen) == 1
+
+
+def test_unknown_name() -> None:
+    with (
+        pytest.raises(ValueError, match="backend must be one of cpu, cuda, reference, triton; got 'mkl'"),
+        bnkern.use_backend("mkl"),
+    ):
+        pass
+    assert backends.forced() == os.environ.get("BNKERN_BACKEND", "")
+
+
+def test_forced_backend_that_cannot_serve_says_why(without: Callable[..., None]) -> None:
+    without("cuda")
+    x, running = torch.ones(4, 3, requires_grad=True), torch.zeros(3)
+    with bnkern.use_backend("cuda"):
+        for attempt in (
+            lambda: bnkern.batch_norm(x, running, running, training=True),
+            lambda: bnkern.add_act(x),
+            lambda: bnkern.channel_moments(x),
+        ):
+            with pytest.raises(RuntimeError, match="backend 'cuda' was asked for but cannot serve cpu torch"):
+                attempt()
+    assert running.tolist() == [0.0] * 3
+
+
+def test_falling_back_to_the_reference_warns_once(without: Callable[..., None]) -> None:
+    without("cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            call().sum().backward()
+    ours = [str(w.message) for w in caught if "bnkern" in str(w.message)]
+    assert len(ours) == 1
+    assert ours[0].startswith("bnkern uses its slow reference for cpu torch.float32: cpu: cannot be imported")
+
+
+def test_first_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch, fresh_table: None) -> None:
+    """On a GPU: cuda before triton before the reference, by device and dtype."""
+    refusing = {"cuda": "no float64", "triton": None, "reference": None}
+    for name, reason in refusing.items():
+        module = types.SimpleNamespace(refuses=lambda device, dtype, _reason=reason: _reason, __name__=name)
+        monkeypatch.setitem(sys.modules, f"bnkern.backends.{name}", module)
+    assert backends.choose("", "cuda", FP).__name__ == "triton"
+    assert backends.explain("cuda", FP).splitlines() == [
+        "cuda       cannot: no float64",
+        "triton     serves this call",
+        "reference  could serve; triton comes first",
+        "cpu        cannot: its kernels run on the CPU, the input is on cuda",
+    ]
+
+
+def test_explain() -> None:
+    lines = bnkern.explain(torch.ones(4, 3)).splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["cpu", "reference"]
+    assert sorted(line.split()[0] for line in lines) == sorted(backends.NAMES)
+    if not backends.forced():
+        assert "serves this call" in lines[0] and "cpu comes first" in lines[1]
+    with bnkern.use_backend("reference"):
+        forced = bnkern.explain(torch.ones(4, 3), residual=torch.ones(4, 3), act="relu").splitlines()
+    assert forced[1].split(maxsplit=1) == ["reference", "serves this call (forced)"]
+    assert all("not asked for (reference is forced)" in line for line in forced if not line.startswith("reference"))
+    with pytest.raises(TypeError, match="input"):
+        bnkern.explain([1.0])
+
+
+@pytest.mark.parametrize(("value", "expected"), [("reference", "reference"), ("", ""), ("nonsense", None)])
+def test_environment_variable(value: str, expected: str | None) -> None:
+    """BNKERN_BACKEND forces a whole process; a name that does not exist is told at import."""
+    code = "import bnkern.backends; print(bnkern.backends.forced())"
+    environment = {**os.environ, "BNKERN_BACKEND": value}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if expected is None:
+        assert done.returncode != 0 and "backend must be one of" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == expected

@@ -1,0 +1,45 @@
+"""The phase ``grad_sums``: sum g and sum g * xhat of each channel, the gradients of bias and weight."""
+
+import pytest
+
+from bnkern import backends
+from bnkern.backends import reference
+from bnkern.backends.reference import accumulator
+from tests.cases import FEW, SWEEP, Case, Precision, Target, assert_close, by_channel, exact, passed, sums_bound
+
+ACTS = pytest.mark.parametrize("act", [None, "relu", "saved mask"])
+
+
+def check(target: Target, dy, x, mean, invstd, weight, bias, residual, act) -> None:
+    kernels = backends.choose(target.backend, target.device, x.dtype)
+    y, mask = kernels.normalize(x, mean, invstd, weight, bias, residual, act)
+    sum_dy, sum_dy_xhat = kernels.grad_sums(dy, x, mean, invstd, weight, bias, mask, act)
+    wide_dy, wide_x, wide_mean, wide_invstd = exact(dy, x, mean, invstd)
+    # The truth sums where the forward's own output says that the ReLU passed.
+    g = wide_dy.where(passed(y).cpu(), 0.0) if act else wide_dy
+    xhat = wide_x if mean is None else (wide_x - by_channel(wide_mean, x)) * by_channel(wide_invstd, x)
+    true_dy, true_dy_xhat = reference.grad_sums(g, wide_x, wide_mean, wide_invstd, None, None, None, None)
+    dy_bound, dy_xhat_bound = sums_bound(g, xhat, x.dtype)
+    assert sum_dy.dtype == sum_dy_xhat.dtype == accumulator(x.dtype)
+    assert_close(sum_dy, true_dy, dy_bound, "sum dy")
+    assert_close(sum_dy_xhat, true_dy_xhat, dy_xhat_bound, "sum dy * xhat")
+
+
+@ACTS
+@SWEEP
+def test_against_float64(target: Target, precision: Precision, case: Case, act: str | None) -> None:
+    p = case.problem(precision, target.device)
+    residual = p.residual if act == "saved mask" else None
+    check(target, p.dy, p.x, p.mean, p.invstd, p.weight, p.bias, residual, act and "relu")
+
+
+@ACTS
+@pytest.mark.parametrize("without", ["weight", "bias", "affine", "identity"])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_parts_left_out(target: Target, precision: Precision, case: Case, without: str, act: str | None) -> None:
+    p = case.problem(precision, target.device)
+    weight = None if without in ("weight", "affine", "identity") else p.weight
+    bias = None if without in ("bias", "affine", "identity") else p.bias
+    mean, invstd = (None, None) if without == "identity" else (p.mean, p.invstd)
+    residual = p.residual if act == "saved mask" else None
+    check(target, p.dy, p.x, mean, invstd, weight, bias, residual, act and "relu")

@@ -1,0 +1,81 @@
+"""The phase ``moments``: count, mean and M2 of each channel."""
+
+import pytest
+import torch
+
+import bnkern
+from bnkern import backends
+from bnkern.backends import reference
+from bnkern.backends.reference import accumulator
+from tests.cases import (
+    CASE,
+    CASES,
+    EPS,
+    FP32,
+    MIXED,
+    Case,
+    Precision,
+    Target,
+    assert_close,
+    exact,
+    invstd_bound,
+    mean_bound,
+    var_bound,
+)
+
+
+def kernels(target: Target, dtype: torch.dtype):
+    return backends.choose(target.backend, target.device, dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("precision", MIXED, ids=lambda p: p.name)
+def test_against_float64(target: Target, precision: Precision, case: Case) -> None:
+    x = case.problem(precision, target.device).x
+    count, mean, m2 = kernels(target, x.dtype).moments(x)
+    true_count, true_mean, true_m2 = reference.moments(*exact(x))
+    assert count == true_count
+    assert mean.dtype == m2.dtype == accumulator(x.dtype)
+    lost = ~true_m2.isfinite()
+    assert not m2.cpu()[lost].isfinite().any(), "a channel with Inf or NaN has no finite variance"
+    assert not mean.cpu()[lost].isfinite().any()
+    true_var = (true_m2 / count)[~lost]
+    true_mean = true_mean[~lost]
+    assert_close(mean.cpu()[~lost], true_mean, mean_bound(true_mean, true_var, x.dtype), "mean")
+    assert_close(m2.cpu()[~lost] / count, true_var, var_bound(true_mean, true_var, x.dtype), "variance")
+    assert (m2.cpu()[~lost] >= 0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 3.3, -1e4, 1e-30])
+@pytest.mark.parametrize("layout", ["constant", "constant_rows"])
+def test_constant_input(target: Target, layout: str, value: float) -> None:
+    """The variance is nothing beside eps, so that invstd is 1/sqrt(eps)."""
+    x = torch.full_like(CASE[layout].problem(FP32, target.device).x, value)
+    count, mean, m2 = kernels(target, x.dtype).moments(x)
+    true_mean = torch.full_like(mean, value, dtype=torch.float64).cpu()
+    nothing = torch.zeros_like(true_mean)
+    assert_close(mean, true_mean, mean_bound(true_mean, nothing, x.dtype), "mean")
+    assert_close(m2 / count, nothing, var_bound(true_mean, nothing, x.dtype), "variance")
+    if abs(value) < 100:
+        invstd = torch.rsqrt(m2 / count + EPS)
+        truth = torch.full_like(true_mean, EPS**-0.5)
+        assert_close(invstd, truth, invstd_bound(nothing, nothing, x.dtype), "invstd")
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4)])
+def test_empty(target: Target, shape: tuple[int, ...]) -> None:
+    count, mean, m2 = kernels(target, torch.float32).moments(torch.empty(shape, device=target.device))
+    assert count == 0
+    assert mean.tolist() == m2.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_channel_moments(target: Target) -> None:
+    """The public function: biased variance, no graph, also from an input that requires grad."""
+    x = CASE["nchw_tail"].problem(FP32, target.device).x.requires_grad_()
+    count, mean, var = bnkern.channel_moments(x)
+    (wide,) = exact(x)
+    assert count == 4 * 63
+    assert not mean.requires_grad and not var.requires_grad
+    true_var, true_mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+    assert_close(mean, true_mean, mean_bound(true_mean, true_var, x.dtype), "mean")
+    assert_close(var, true_var, var_bound(true_mean, true_var, x.dtype), "variance")
