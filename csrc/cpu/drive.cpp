@@ -18,6 +18,7 @@ namespace {
 
 constexpr std::int64_t kThreadElements = 16384;  // less than this is not worth another thread
 constexpr std::int64_t kStreamBytes = 24 << 20;  // results larger than this are stored past the caches
+constexpr std::int64_t kRowTiles = 512;          // rows: about as many tiles as there should be at most
 constexpr std::int64_t kPlaneBytes = 256;        // shorter planes are better read in memory order
 constexpr std::int64_t kBatchBytes = 8 << 20;    // what a batch of groups may hold, to be found in cache again
 
@@ -114,7 +115,7 @@ double values_of(const Partition& part, std::int64_t v) {
 // measure(group, tile, pair) gives a tile's partial result, join() adds it to its group's total, finish(group)
 // makes the group's coefficients of it, apply(group, tile) is the second phase. Either phase may be absent.
 template <class Measure, class Join, class Finish, class Apply>
-void run(const Partition& part, std::int64_t element_bytes, bool measuring, bool applying, int max_threads,
+void run(Partition& part, std::int64_t element_bytes, bool measuring, bool applying, int max_threads,
          const Pair& totals, Measure measure, Join join, Finish finish, Apply apply) {
   const std::int64_t elements = part.count() * part.shape.c;
   const std::int64_t enough = 1 + elements / kThreadElements;
@@ -123,10 +124,10 @@ void run(const Partition& part, std::int64_t element_bytes, bool measuring, bool
     return Pair{totals.first + group * part.group, totals.second + group * part.group};
   };
 
-  const bool by_channel = !part.shape.rows && measuring && applying && part.groups >= threads &&
-                          part.shape.s * element_bytes >= kPlaneBytes &&
-                          (part.groups % threads == 0 || part.groups >= 4 * threads);
-  if (by_channel) {
+  part.by_channel = !part.shape.rows && measuring && applying && part.groups >= threads &&
+                    part.shape.s * element_bytes >= kPlaneBytes &&
+                    (part.groups % threads == 0 || part.groups >= 4 * threads);
+  if (part.by_channel) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (std::int64_t group = 0; group < part.groups; ++group) {
       double first, second, seen = 0;
@@ -214,7 +215,7 @@ template <class T>
 void forward_as(const Forward& p) {
   using A = Accumulator<T>;
   const bool dense = p.shape.rows && gapless(p.x, p.shape) && gapless(p.residual, p.shape) && gapless(p.y, p.shape);
-  const Partition part = make_partition(p.shape, dense);
+  Partition part = make_partition(p.shape, dense);
   const std::int64_t elements = part.count() * p.shape.c;
 
   Workspace space(4 * Workspace::bytes<A>(part.width) + 2 * Workspace::bytes<double>(part.width));
@@ -279,7 +280,7 @@ void backward_as(const Backward& p) {
   using A = Accumulator<T>;
   const bool dense = p.shape.rows && gapless(p.dy, p.shape) && gapless(p.x, p.shape) && gapless(p.dx, p.shape) &&
                      gapless(p.dresidual, p.shape);
-  const Partition part = make_partition(p.shape, dense);
+  Partition part = make_partition(p.shape, dense);
   const std::int64_t elements = part.count() * p.shape.c;
   const double count = static_cast<double>(part.count());
 
@@ -348,7 +349,10 @@ Partition make_partition(const Shape& shape, bool dense) {
     const std::int64_t elements = part.count() * shape.c;
     part.rows = dense ? elements / part.width : part.count();
     part.leftover = dense ? elements % part.width : 0;
-    part.rows_per_tile = kTileElements / part.group < 8 ? 8 : kTileElements / part.group;
+    // Large tensors take larger tiles, up to what the second-level cache holds, so that joining them stays cheap.
+    std::int64_t tile = elements / kRowTiles;
+    tile = tile < kTileElements ? kTileElements : tile > 8 * kTileElements ? 8 * kTileElements : tile;
+    part.rows_per_tile = tile / part.group < 8 ? 8 : tile / part.group;
     part.tiles = divide_up(part.rows, part.rows_per_tile) + (part.leftover > 0);
   } else {
     part.width = part.groups = shape.c;

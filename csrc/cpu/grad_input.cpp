@@ -10,28 +10,30 @@ void grad_input_tile(const Partition& part, const Tensors<T>& t, const Coefficie
   using A = Accumulator<T>;
   using V = Vec<A>;
   const bool training = t.training, want_dx = bool(t.dx), want_dresidual = bool(t.dresidual);
-  for_gradients<T>(part, t, k, group, tile, [&](const auto& gradient, const Span& span) __attribute__((always_inline)) {
-    using Channel = std::remove_cvref_t<decltype(gradient.mean)>;
-    T* const dx = want_dx ? at<T>(part, t.dx, span) : nullptr;
-    T* const dresidual = want_dresidual ? at<T>(part, t.dresidual, span) : nullptr;
-    const bool past_cache = t.stream && streamable(dx) && streamable(dresidual);
-    const Channel mean_dy(k.mean_dy, span.c), mean_dy_xhat(k.mean_dy_xhat, span.c), scale(k.scale, span.c);
+  with_gradient_kind<A>(part, t, [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
+    for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
+      const Gradient<kind, Channel, T> gradient(part, t, k, span);
+      T* const dx = want_dx ? at<T>(part, t.dx, span) : nullptr;
+      T* const dresidual = want_dresidual ? at<T>(part, t.dresidual, span) : nullptr;
+      const bool past_cache = t.stream && streamable(dx) && streamable(dresidual);
+      const Channel mean_dy(k.mean_dy, span.c), mean_dy_xhat(k.mean_dy_xhat, span.c), scale(k.scale, span.c);
 
-    const auto input = [&](std::int64_t i, V xhat, V g) __attribute__((always_inline)) {
-      return training ? input_gradient(g, xhat, mean_dy[i], mean_dy_xhat[i], scale[i]) : g * scale[i];
-    };
-    std::int64_t i = 0;
-    for (; i + kLanes <= span.length; i += kLanes) {
-      const V xhat = gradient.xhat(i), g = gradient.g(i, xhat);
-      if (want_dx) put(dx + i, Packed<T>::of(input(i, xhat, g)), past_cache);
-      if (want_dresidual) put(dresidual + i, Packed<T>::of(g), past_cache);
-    }
-    if (i < span.length) {
-      const int n = static_cast<int>(span.length - i);
-      const V xhat = gradient.xhat(i, n), g = gradient.g(i, xhat, n);
-      if (want_dx) put_some(dx + i, Packed<T>::of(input(i, xhat, g)), n);
-      if (want_dresidual) put_some(dresidual + i, Packed<T>::of(g), n);
-    }
+      const auto input = [&](std::int64_t i, V xhat, V g) __attribute__((always_inline)) {
+        return training ? input_gradient(g, xhat, mean_dy[i], mean_dy_xhat[i], scale[i]) : g * scale[i];
+      };
+      std::int64_t i = 0;
+      for (; i + kLanes <= span.length; i += kLanes) {
+        const V xhat = gradient.xhat(i), g = gradient.g(i, xhat);
+        if (want_dx) put(dx + i, Packed<T>::of(input(i, xhat, g)), past_cache);
+        if (want_dresidual) put(dresidual + i, Packed<T>::of(g), past_cache);
+      }
+      if (i < span.length) {
+        const int n = static_cast<int>(span.length - i);
+        const V xhat = gradient.xhat(i, n), g = gradient.g(i, xhat, n);
+        if (want_dx) put_some(dx + i, Packed<T>::of(input(i, xhat, g)), n);
+        if (want_dresidual) put_some(dresidual + i, Packed<T>::of(g), n);
+      }
+    });
   });
 }
 

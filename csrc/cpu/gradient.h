@@ -14,21 +14,26 @@ struct Gradient {
   using V = Vec<A>;
   const T *dy, *x;
   const std::uint8_t* mask;
+  std::int64_t dy_ahead, x_ahead;
   Channel mean, invstd, weight, bias;
 
   BNKERN_INLINE Gradient(const Partition& part, const Tensors<T>& t, const Coefficients<A>& k, const Span& span)
       : dy(at<const T>(part, t.dy, span)),
         x(at<const T>(part, t.x, span)),
         mask(t.mask + span.mask_byte),
+        dy_ahead(read_ahead<T>(part, t.dy)),
+        x_ahead(read_ahead<T>(part, t.x)),
         mean(k.mean, span.c),
         invstd(k.invstd, span.c),
         weight(k.weight, span.c),
         bias(k.bias, span.c) {}
 
   BNKERN_INLINE V xhat(std::int64_t i, int n = kLanes) const {
+    __builtin_prefetch(x + i + x_ahead);
     return standardize(n == kLanes ? load(x + i) : load_some(x + i, n), mean[i], invstd[i]);
   }
   BNKERN_INLINE V g(std::int64_t i, V xhat, int n = kLanes) const {
+    __builtin_prefetch(dy + i + dy_ahead);
     V g = n == kLanes ? load(dy + i) : load_some(dy + i, n);
     if constexpr (kind == ReluMask::kSaved) g = g.keep(V::Mask::from_bits(load_bits(mask, i, n)));
     if constexpr (kind == ReluMask::kRecomputed) {
@@ -39,35 +44,22 @@ struct Gradient {
   }
 };
 
-// Calls f(Gradient, span) for each span of a tile, with the kind of mask and of layout made static.
-template <class T, class F>
-BNKERN_INLINE void for_gradients(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                                 std::int64_t group, std::int64_t tile, F f) {
-  using A = Accumulator<T>;
-  const auto run = [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
-    for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
-      f(Gradient<kind, Channel, T>(part, t, k, span), span);
-    });
-  };
+// Calls f.template operator()<ReluMask, Channel>() for this call's kind of mask and of layout.
+template <class A, class T, class F>
+BNKERN_INLINE void with_gradient_kind(const Partition& part, const Tensors<T>& t, F f) {
   const ReluMask kind = !t.relu ? ReluMask::kNone : t.mask ? ReluMask::kSaved : ReluMask::kRecomputed;
-  if (part.shape.rows) {
+  const auto with_channel = [&]<class Channel>() __attribute__((always_inline)) {
     switch (kind) {
       case ReluMask::kNone:
-        return run.template operator()<ReluMask::kNone, RowChannels<A>>();
+        return f.template operator()<ReluMask::kNone, Channel>();
       case ReluMask::kSaved:
-        return run.template operator()<ReluMask::kSaved, RowChannels<A>>();
+        return f.template operator()<ReluMask::kSaved, Channel>();
       case ReluMask::kRecomputed:
-        return run.template operator()<ReluMask::kRecomputed, RowChannels<A>>();
+        return f.template operator()<ReluMask::kRecomputed, Channel>();
     }
-  }
-  switch (kind) {
-    case ReluMask::kNone:
-      return run.template operator()<ReluMask::kNone, PlaneChannel<A>>();
-    case ReluMask::kSaved:
-      return run.template operator()<ReluMask::kSaved, PlaneChannel<A>>();
-    case ReluMask::kRecomputed:
-      return run.template operator()<ReluMask::kRecomputed, PlaneChannel<A>>();
-  }
+  };
+  part.shape.rows ? with_channel.template operator()<RowChannels<A>>()
+                  : with_channel.template operator()<PlaneChannel<A>>();
 }
 
 }  // namespace bnkern::BNKERN_ISA

@@ -1,5 +1,6 @@
 // moments: count, mean and M2 of a tile by a local two-pass sum with correction. The first pass brings the
-// tile into the first-level cache, the second finds it there; nothing is ever raw-squared.
+// tile into the first-level cache, the second finds it there and calls for the next tile meanwhile, so that
+// memory is never idle; nothing is ever raw-squared.
 //
 //   m = sum x / n,   d = sum (x - m),   q = sum (x - m)^2   ->   mean = m + d / n,   M2 = q - d^2 / n
 //
@@ -21,10 +22,7 @@ void planes_tile(const Partition& part, const View& x, std::int64_t group, std::
     const T* p = at<const T>(part, x, span);
     std::int64_t i = 0;
     for (; i + 4 * kLanes <= span.length; i += 4 * kLanes)
-      for (int k = 0; k < 4; ++k) {
-        prefetch_next_plane(p + i + k * kLanes, x.outer);
-        sums[k] = sums[k] + load(p + i + k * kLanes);
-      }
+      for (int k = 0; k < 4; ++k) sums[k] = sums[k] + load(p + i + k * kLanes);
     for (; i + kLanes <= span.length; i += kLanes) sums[0] = sums[0] + load(p + i);
     if (i < span.length) sums[1] = sums[1] + load_some(p + i, static_cast<int>(span.length - i));
   });
@@ -38,11 +36,15 @@ void planes_tile(const Partition& part, const View& x, std::int64_t group, std::
     errors[k] = errors[k] + delta;
     squares[k] = fma(delta, delta, squares[k]);
   };
+  const std::int64_t next = next_tile(part, x);
   for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
     const T* p = at<const T>(part, x, span);
     std::int64_t i = 0;
     for (; i + 4 * kLanes <= span.length; i += 4 * kLanes)
-      for (int k = 0; k < 4; ++k) add(k, load(p + i + k * kLanes));
+      for (int k = 0; k < 4; ++k) {
+        __builtin_prefetch(p + i + k * kLanes + next);
+        add(k, load(p + i + k * kLanes));
+      }
     for (; i + kLanes <= span.length; i += kLanes) add(0, load(p + i));
     if (i < span.length) {
       const int n = static_cast<int>(span.length - i);
@@ -88,8 +90,10 @@ void rows_tile(const Partition& part, const View& x, std::int64_t group, std::in
   for (std::int64_t c = 0; c < channels; c += kLanes) (V::load(sums + c) * V::all(share)).store(sums + c);
 
   p -= count * stride;
+  const std::int64_t next = next_tile(part, x);
   for (r = 0; r + 4 <= count; r += 4, p += 4 * stride)
     for (std::int64_t c = 0; c < channels; c += kLanes) {
+      for (int k = 0; k < 4; ++k) __builtin_prefetch(p + k * stride + c + next);
       const V shift = V::load(sums + c);
       const V d0 = load(p + c) - shift, d1 = load(p + stride + c) - shift;
       const V d2 = load(p + 2 * stride + c) - shift, d3 = load(p + 3 * stride + c) - shift;

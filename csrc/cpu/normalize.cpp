@@ -10,6 +10,7 @@ BNKERN_INLINE void normalize_spans(const Partition& part, const Tensors<T>& t, c
                                    std::int64_t group, std::int64_t tile) {
   using V = Vec<Accumulator<T>>;
   const bool relu = t.relu, add = bool(t.residual), save = t.mask != nullptr;
+  const std::int64_t x_ahead = read_ahead<T>(part, t.x), residual_ahead = read_ahead<T>(part, t.residual);
   for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
     const T* const x = at<const T>(part, t.x, span);
     const T* const residual = add ? at<const T>(part, t.residual, span) : nullptr;
@@ -28,8 +29,11 @@ BNKERN_INLINE void normalize_spans(const Partition& part, const Tensors<T>& t, c
       return packed.keep(passed);
     };
     std::int64_t i = 0;
-    for (; i + kLanes <= span.length; i += kLanes)
+    for (; i + kLanes <= span.length; i += kLanes) {
+      __builtin_prefetch(x + i + x_ahead);
+      if (add) __builtin_prefetch(residual + i + residual_ahead);
       put(y + i, value(i, load(x + i), add ? load(residual + i) : V::all(0), kLanes), past_cache);
+    }
     if (i < span.length) {
       const int n = static_cast<int>(span.length - i);
       put_some(y + i, value(i, load_some(x + i, n), add ? load_some(residual + i, n) : V::all(0), n), n);

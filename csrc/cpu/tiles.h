@@ -28,6 +28,7 @@ struct Partition {
   std::int64_t groups, tiles;                           // the grid: groups x tiles
   std::int64_t planes_per_tile, spans_per_plane, span;  // planes
   std::int64_t rows, leftover, rows_per_tile;           // rows; leftover elements follow the last whole row
+  bool by_channel;  // the order in which threads take tiles (drive.cpp): it matters to prefetching alone
 
   std::int64_t count() const { return shape.n * shape.s; }
 };
@@ -164,11 +165,23 @@ inline A* zeroed_scratch(std::int64_t count) {
   return static_cast<A*>(scratch.data);
 }
 
-// Planes of one channel lie far apart, and no hardware prefetcher follows from one to the next: while one is
-// read, the same place in the next sample's is called for. An address past the end is harmless.
+// How many elements ahead to call for memory while streaming through a view. The hardware's prefetchers stop at
+// every 4 KB page, and do not follow from one plane of a channel to the next, which lies far away. An address past
+// the end is harmless.
 template <class T>
-BNKERN_INLINE void prefetch_next_plane(const T* p, std::int64_t outer) {
-  __builtin_prefetch(p + outer);
+BNKERN_INLINE std::int64_t read_ahead(const Partition& part, const View& view) {
+  constexpr std::int64_t kPage = 4096, kAhead = 2048;
+  if (part.shape.rows) return 4 * (part.dense ? part.width : view.outer);  // rows are read by fours
+  if (part.shape.s * static_cast<std::int64_t>(sizeof(T)) <= kPage) return part.by_channel ? view.outer : view.inner;
+  return kAhead / static_cast<std::int64_t>(sizeof(T));
+}
+
+// From a place in a tile to the same place in the tile that the thread reads next.
+BNKERN_INLINE std::int64_t next_tile(const Partition& part, const View& view) {
+  if (part.shape.rows)
+    return part.groups > 1 ? part.group : part.rows_per_tile * (part.dense ? part.width : view.outer);
+  if (!part.by_channel) return view.inner;
+  return part.spans_per_plane > 1 ? part.span : part.planes_per_tile * view.outer;
 }
 
 // Streaming stores need their full alignment.
