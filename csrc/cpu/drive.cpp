@@ -4,8 +4,8 @@
 // Two ways to go, with the same bits:
 //   by channel   a thread takes a whole channel through both phases: the second reads it from the thread's
 //                own cache. Planes, where there are channels enough to keep all threads busy.
-//   in step      all threads share the tiles of a batch of groups, phase by phase, the second phase in
-//                reverse order. Rows, whose channels lie side by side, and planes of few channels.
+//   in step      all threads share the tiles of a batch of groups, phase by phase, the second phase from
+//                the last tile to the first. Rows, whose channels lie side by side, and planes of few channels.
 #include <cmath>
 #include <cstdlib>
 #include <type_traits>
@@ -138,7 +138,7 @@ void run(Partition& part, std::int64_t element_bytes, bool measuring, bool apply
         seen += count;
       }
       finish(group);
-      for (std::int64_t tile = part.tiles; tile-- > 0;) apply(group, tile);
+      for (std::int64_t tile = 0; tile < part.tiles; ++tile) apply(group, tile);
     }
     return;
   }
@@ -182,8 +182,9 @@ void run(Partition& part, std::int64_t element_bytes, bool measuring, bool apply
     if (applying) {
 #pragma omp for schedule(static)
       for (std::int64_t unit = 0; unit < units; ++unit) {
-        const std::int64_t backwards = units - 1 - unit;
-        apply(from + backwards % groups, backwards / groups);
+        // After measuring, the last tiles first: they are still in cache. Within a tile memory order is kept.
+        const std::int64_t tile = measuring ? part.tiles - 1 - unit / groups : unit / groups;
+        apply(from + unit % groups, tile);
       }
     }
   }
