@@ -205,3 +205,10 @@ def test_environment_variable(value: str, expected: str | None) -> None:
     else:
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == expected
+
+
+def test_cuda_says_what_it_lacks() -> None:
+    """Until its batch norm kernels are there, the CUDA backend serves no call and names the reason."""
+    assert "run on CUDA devices, the input is on cpu" in backends.unavailable("cuda", "cpu")
+    on_a_gpu = backends.unavailable("cuda", "cuda")
+    assert "built without CUDA" in on_a_gpu or "only merge has a CUDA kernel" in on_a_gpu
