@@ -84,7 +84,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_empty", &cpu_empty, py::arg("dtype"), py::arg("shape"), py::arg("strides"),
         "A DLPack capsule of uninitialised memory from the pool.");
   m.def("pool_idle", &bnkern::pool_idle, "Bytes of freed results kept for the next ones.");
-  m.def("pool_limit", &bnkern::pool_limit, "How many bytes may be kept: BNKERN_POOL_MB, or an eighth of memory.");
+  m.def("pool_limit", &bnkern::pool_limit,
+        "How many bytes may be kept: BNKERN_POOL_MB, or an eighth of memory (the container's, where it has less).");
   m.def("pool_clear", &bnkern::pool_clear, "Returns the kept bytes to the system.");
   // A tensor is an address and two strides, a channel vector an address and a dtype; address 0 is an absent one.
   m.def(

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <fstream>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -49,13 +50,22 @@ PoolBlock map(std::size_t size) {
   return {data, size};
 }
 
+// The machine's memory, or the container's where it has less.
+std::size_t memory() {
+  const auto machine =
+      static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::size_t>(sysconf(_SC_PAGE_SIZE));
+  std::size_t container = 0;  // the file says "max" where there is no limit: nothing is read then
+  if (std::ifstream("/sys/fs/cgroup/memory.max") >> container && container < machine) return container;
+  return machine;
+}
+
 }  // namespace
 
 std::size_t pool_limit() {
   static const std::size_t limit = [] {
     if (const char* megabytes = std::getenv("BNKERN_POOL_MB"); megabytes && *megabytes)
       return static_cast<std::size_t>(std::strtoull(megabytes, nullptr, 10)) << 20;
-    return static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::size_t>(sysconf(_SC_PAGE_SIZE)) / 8;
+    return memory() / 8;
   }();
   return limit;
 }

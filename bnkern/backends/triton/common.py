@@ -108,6 +108,8 @@ def plan(like: Layout, tensors: list[Tensor], vectors: list[Tensor], pointwise: 
     rows = like.rows and not flat
     # One element at a time, a thread has eight loads in flight in one group already.
     unroll = UNROLL if align > 1 else 1 if flat else UNROLL // 2
+    if itemsize == 8:
+        unroll = max(unroll // 2, 1)  # float64 would spill on sm_100 with four groups in flight
     grid, tiling, group, octets = partition(rows, flat, lines, length, like.c, itemsize, unroll)
     scaled = [stride // align for pair in pairs for stride in pair]
     constants = dict(ROWS=rows, FLAT=flat, ALIGN=align, WIDE=wide, GROUP=group, OCTETS=octets, UNROLL=unroll)
