@@ -26,7 +26,7 @@ class _Fused:
         act: str | None = None,
         **kwargs: object,
     ) -> None:
-        # Keywords that newer versions of torch add (bias= since 2.12) pass through to the parent that knows them.
+        # Keywords that newer versions of torch add (bias=, in 2.13) pass through to the parent that knows them.
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
         if act not in (None, "relu"):
             raise ValueError(f'act must be None or "relu", got {act!r}')
