@@ -167,7 +167,7 @@ def test_every_mode(
 
 
 def test_mean_of_1e4_sigma_in_channels_last(target: Target) -> None:
-    """Where torch 2.13's own channels_last CPU kernel returns a variance 8 times too large."""
+    """Where torch 2.13's own channels_last CPU kernel returns a variance several times too large."""
     case = Case("torch_is_wrong", (128, 4, 32, 32), "", "channels_last", ratio=1e4)
     for act in (None, "relu"):
         check(target, case, FP32, "training", act, False)
