@@ -25,11 +25,12 @@ class Rule(NamedTuple):
 
 
 # What every backend may know: how tensors lie in memory, and which dtype sums have.
-LEAVES = ("bnkern.backends.layout", "bnkern.backends.reference.accumulator")
+LEAVES = ("bnkern.backends.layout", "bnkern.backends.records", "bnkern.backends.reference.accumulator")
 
 # The first pattern that matches a module is its rule.
 RULES = {
     "bnkern.backends.layout": Rule(()),
+    "bnkern.backends.records": Rule((), ()),
     "bnkern.backends.reference": Rule(("bnkern.backends.layout",)),
     # Merging a handful of [C] vectors on the CPU needs no kernel of its own.
     "bnkern.backends.cpu": Rule((*LEAVES, "bnkern._native", "bnkern.backends.reference.merge")),
@@ -138,7 +139,7 @@ def test_the_rules_can_be_broken(tmp_path: Path) -> None:
 
 def test_the_table_of_backends_names_modules() -> None:
     """The choice imports by name: each of its names that exists is a module of backends, and nothing else is."""
-    here = {name.split(".")[2] for name in MODULES if name.startswith("bnkern.backends.")} - {"layout"}
+    here = {name.split(".")[2] for name in MODULES if name.startswith("bnkern.backends.")} - {"layout", "records"}
     assert here <= set(backends.NAMES)
     assert {"cpu", "reference"} <= here
 

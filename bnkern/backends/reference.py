@@ -147,11 +147,14 @@ def forward(
     eps: float,
     act: str | None,
     save_mask: bool,
+    *,
+    record: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, mean, invstd and the mask. In training the running statistics and the counter are updated in place.
 
     Not training: normalises by the running statistics, or by nothing at all (identity) where they are None.
     An empty batch leaves the running statistics alone and returns mean 0 and invstd 0.
+    ``record`` [8, C] float64 is filled with :func:`activation` of x and y, whatever normalises.
     """
     acc = accumulator(x.dtype)
     if training:
@@ -163,6 +166,8 @@ def forward(
     else:
         mean = invstd = None
     y, mask = normalize(x, mean, invstd, weight, bias, residual, act)
+    if record is not None:
+        record.copy_(activation(x, y))
     return y, mean, invstd, mask if save_mask else None
 
 
@@ -199,10 +204,19 @@ def backward(
     act: str | None,
     training: bool,
     needs: tuple[bool, bool, bool, bool],
+    *,
+    record_gradient: Tensor | None = None,
+    record_affine: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias, dresidual), each only where ``needs`` (x, weight, bias, residual) says so."""
+    """(dx, dweight, dbias, dresidual), each only where ``needs`` (x, weight, bias, residual) says so.
+
+    ``record_gradient`` [7, C] float64 is filled with :func:`gradient` of dx, where dx is needed; ``record_affine``
+    [8, C] float64 with :func:`affine`, unless the normalisation is the identity.
+    """
     need_x, need_weight, need_bias, need_residual = needs
     common = (dy, x, mean, invstd, weight, bias, mask, act)
+    if record_affine is not None and mean is not None:
+        record_affine.copy_(affine(*common))
     dx = dweight = dbias = dresidual = sums = None
     if need_weight or need_bias or (need_x and training):
         sum_dy, sum_dy_xhat = grad_sums(*common)
@@ -213,6 +227,8 @@ def backward(
         dx, dresidual = grad_input(*common, sums)
         rows = layout(x).rows
         dx = empty_like(x, rows).copy_(dx) if need_x else None
+        if record_gradient is not None and need_x:
+            record_gradient.copy_(gradient(dx))
         dresidual = empty_like(x, rows).copy_(dresidual) if need_residual else None
     return dx, dweight, dbias, dresidual
 
@@ -252,6 +268,101 @@ def differentiable_backward(
         sum_dy.to(bias.dtype) if need_bias else None,
         dresidual if need_residual else None,
     )
+
+
+# ------------------------------------------------------------------------------------- what the kernels record
+
+
+def activation(x: Tensor, y: Tensor) -> Tensor:
+    """The rows ``records.ACTIVATION`` [8, C] of an input x and the output y computed from it.
+
+    Per channel count M, mean = sum x / M, m_k = sum (x - mean)^k for k = 2, 3, 4, the least and largest x that is not
+    NaN (inf and -inf where there is none), and the number of y > 0. An empty batch has mean and m_k 0.
+    """
+    wide, axes, count = x.double(), _axes(x), layout(x).count
+    mean = wide.sum(axes) / max(count, 1)
+    delta = wide - mean.view(1, -1, *[1] * (x.dim() - 2))
+    powers = [(delta**k).sum(axes) for k in (2, 3, 4)]
+    wide = wide.movedim(1, 0).flatten(1)
+    least, largest = (
+        torch.cat([wide.where(~wide.isnan(), none), wide.new_full((len(wide), 1), none)], 1)
+        for none in (torch.inf, -torch.inf)
+    )
+    rows = [torch.full_like(mean, count), mean, *powers, least.amin(1), largest.amax(1), (y > 0).sum(axes)]
+    return torch.stack([row.double() for row in rows])
+
+
+def gradient(dx: Tensor) -> Tensor:
+    """The rows ``records.GRADIENT`` [7, C] of dx: per channel count, sum, sum of absolute values, of squares, and how
+    many values are above, below and equal to zero (a NaN is none of these)."""
+    wide, axes = dx.double(), _axes(dx)
+    sums = [wide.sum(axes), wide.abs().sum(axes), wide.square().sum(axes)]
+    signs = [(dx > 0).sum(axes), (dx < 0).sum(axes), (dx == 0).sum(axes)]
+    return torch.stack([torch.full_like(sums[0], layout(dx).count), *sums, *(sign.double() for sign in signs)])
+
+
+def affine(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    act: str | None,
+) -> Tensor:
+    """The rows ``records.AFFINE`` [8, C]: of the summands d = g (bias) and d = g * xhat (weight), in the accumulator's
+    dtype, per channel sum d, sum |d|, sum sign d and the number of d != 0. A NaN has sign 0 and counts as nonzero."""
+    g = _masked(dy, x, mean, invstd, weight, bias, mask, act)
+    rows = []
+    for d in (g, g * _xhat(x, mean, invstd)):
+        signs = (d > 0).double() - (d < 0).double()
+        rows += [total.sum(_axes(x)) for total in (d.double(), d.double().abs(), signs, (d != 0).double())]
+    return torch.stack(rows)
+
+
+# -------------------------------------------------------------------------------- beside the phases: convolutions
+
+
+def conv_grad_signs(
+    x: Tensor,
+    dy: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    wanted: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Of a convolution's weight gradient: sum, absolute sum, sign sum and number of its summands d, where ``wanted``.
+
+    The gradient of weight K[o, i, p, q] sums, over images n and output places (h, w) ::
+
+        d = dy[n, o, h, w] * x[n, i, h * stride + p - padding, w * stride + q - padding]
+
+    with zeros on the padding. Each d is one product, so |d| = |dy| |x| and sign d = sign dy * sign x: each result is
+    the weight gradient of other operands. sum and abs_sum have the accumulator's dtype; sign_sum and nonzero are exact,
+    int32. A NaN has sign 0 and is not zero; signs and zeros are those of the factors (0 * inf counts as zero).
+
+    x [N, I, H, W], dy [N, O, H', W'] of one dtype, any strides; each result [O, I, *kernel_size].
+    Source: Bjorck et al., "Understanding Batch Normalization", 2018, equation 4 and Table 1.
+    """
+    shape = (dy.shape[1], x.shape[1], *kernel_size)
+
+    def total(x: Tensor, dy: Tensor) -> Tensor:
+        if dy.numel() == 0 or x.numel() == 0:
+            return x.new_zeros(shape)
+        return torch.nn.grad.conv2d_weight(x, shape, dy, stride, padding)
+
+    def signs(t: Tensor) -> Tensor:
+        return (t > 0).double() - (t < 0).double()
+
+    acc = accumulator(x.dtype)
+    pairs = (
+        lambda: total(x.to(acc), dy.to(acc)),
+        lambda: total(x.to(acc).abs(), dy.to(acc).abs()),
+        lambda: total(signs(x), signs(dy)).round().int(),
+        lambda: total((x != 0).double(), (dy != 0).double()).round().int(),
+    )
+    return tuple(pair() if want else None for pair, want in zip(pairs, wanted, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------- shared terms
