@@ -3,7 +3,7 @@
 Nothing here knows a device: :mod:`bnkern.backends` chooses the kernels, :mod:`bnkern.ops` what torch.compile sees.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from . import backends, ops
 from .backends import reference
 from .backends.layout import format_name, formats_conflict
+
+if TYPE_CHECKING:
+    from .probes.buffer import Records
 
 
 def batch_norm(
@@ -26,6 +29,7 @@ def batch_norm(
     residual: Tensor | None = None,
     act: str | None = None,
     num_batches_tracked: Tensor | None = None,
+    records: "Records | None" = None,
 ) -> Tensor:
     """``act(batch_norm(input) + residual)`` in one fused operation; ``F.batch_norm`` where neither is given.
 
@@ -50,6 +54,8 @@ def batch_norm(
         residual: a tensor of the shape, dtype and memory format of ``input``, added before the activation.
         act: None or "relu".
         num_batches_tracked: int64 scalar counter, raised by one in training when given; needed by momentum None.
+        records: where the kernels write what they see, in the same pass (:mod:`bnkern.probes` gives it); the results
+            keep their bits.
 
     Vectors of size C have the dtype of ``input``, or float32 for bfloat16 and float16 input.
 
@@ -66,20 +72,22 @@ def batch_norm(
     """
     tensors = (input, weight, bias, residual, running_mean, running_var, num_batches_tracked)
     if ops.nobody_looks() and _usual(*tensors, training, momentum, eps, act):
-        return _eager(*tensors, training, momentum, eps, act)
+        return _eager(*tensors, training, momentum, eps, act, records)
     _check("batch_norm", input, residual, act)
     _check_statistics(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    return _call(*tensors, training, momentum, eps, act)
+    return _call(*tensors, training, momentum, eps, act, records)
 
 
-def add_act(x: Tensor, residual: Tensor | None = None, act: str | None = "relu") -> Tensor:
+def add_act(
+    x: Tensor, residual: Tensor | None = None, act: str | None = "relu", *, records: "Records | None" = None
+) -> Tensor:
     """``act(x + residual)`` by the kernels of :func:`batch_norm` without normalisation.
 
-    x and residual are as ``input`` and ``residual`` there; the sum is rounded once, before the activation.
-    Differentiable in both. Raises TypeError or ValueError naming the argument that is wrong.
+    x and residual are as ``input`` and ``residual`` there, and so is ``records``; the sum is rounded once, before the
+    activation. Differentiable in both. Raises TypeError or ValueError naming the argument that is wrong.
     """
     _check("add_act", x, residual, act)
-    return _call(x, None, None, residual, None, None, None, False, None, 0.0, act)
+    return _call(x, None, None, residual, None, None, None, False, None, 0.0, act, records)
 
 
 class Moments(NamedTuple):
@@ -131,6 +139,7 @@ def _call(
     momentum: float | None,
     eps: float,
     act: str | None,
+    records: "Records | None",
 ) -> Tensor:
     """The three ways in: the launcher, plain torch for torch.func, and the op for all who must see the call."""
     tensors = (x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
@@ -138,15 +147,20 @@ def _call(
         # torch.func and forward-mode differentiation go through the reference formula, as double backward does.
         return reference.forward(*tensors, training, momentum, eps, act, False)[0]
     if ops.direct(*tensors):
-        return _eager(*tensors, training, momentum, eps, act)
+        return _eager(*tensors, training, momentum, eps, act, records)
+    if records is not None and records.mirrors:
+        raise RuntimeError("several recordings of one layer at once are for eager calls, not for torch.compile")
     save_mask = act is not None and residual is not None and _grad_wanted(x, weight, bias, residual)
-    y, _, _, _, *new = torch.ops.bnkern.batch_norm_forward(
-        *tensors, training, momentum, eps, act, save_mask, backends.forced()
+    wanted = (None, None, None) if records is None else records[:3]
+    y, _, _, _, *new, activation = torch.ops.bnkern.batch_norm_forward(
+        *tensors, training, momentum, eps, act, save_mask, backends.forced(), wanted[0] is not None, *wanted[1:]
     )
     if training:
         for buffer, value in zip(tensors[4:], new, strict=True):
             if buffer is not None:
                 buffer.copy_(value)
+    if wanted[0] is not None:
+        wanted[0].copy_(activation)
     return y
 
 
@@ -162,14 +176,18 @@ def _eager(
     momentum: float | None,
     eps: float,
     act: str | None,
+    records: "Records | None",
 ) -> Tensor:
     tensors = (x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
     backend = _backend(x)
     if _grad_wanted(x, weight, bias, residual):
         save_mask = act is not None and residual is not None
-        y = _BatchNorm.apply(*tensors, training, momentum, eps, act, save_mask, backend)
-    else:
+        y = _BatchNorm.apply(*tensors, training, momentum, eps, act, save_mask, backend, records)
+    elif records is None:
         y = backend.forward(*tensors, training, momentum, eps, act, False)[0]
+    else:
+        y = backend.forward(*tensors, training, momentum, eps, act, False, record=records.activation)[0]
+        records.forward_written()
     if training:
         # The kernels write through addresses; autograd's version counters must hear of it.
         written = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
@@ -196,7 +214,9 @@ class _BatchNorm(torch.autograd.Function):
         act,
         save_mask,
         backend,
+        records,
     ):
+        recording = {} if records is None else {"record": records.activation}
         y, mean, invstd, mask = backend.forward(
             x,
             weight,
@@ -210,9 +230,12 @@ class _BatchNorm(torch.autograd.Function):
             eps,
             act,
             save_mask,
+            **recording,
         )
+        if records is not None:
+            records.forward_written()
         ctx.save_for_backward(x, weight, bias, mean, invstd, mask)
-        ctx.act, ctx.training, ctx.eps, ctx.backend = act, training, eps, backend
+        ctx.act, ctx.training, ctx.eps, ctx.backend, ctx.records = act, training, eps, backend, records
         return y
 
     @staticmethod
@@ -223,9 +246,15 @@ class _BatchNorm(torch.autograd.Function):
             grads = reference.differentiable_backward(
                 dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, ctx.eps, needs
             )
-        else:
+        elif ctx.records is None:
             grads = ctx.backend.backward(dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs)
-        return (*grads, None, None, None, None, None, None, None, None, None)
+        else:
+            places = {"record_gradient": ctx.records.gradient, "record_affine": ctx.records.affine}
+            grads = ctx.backend.backward(
+                dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs, **places
+            )
+            ctx.records.backward_written()
+        return (*grads, None, None, None, None, None, None, None, None, None, None)
 
 
 # ------------------------------------------------------------------------------------------- checks at the door

@@ -13,6 +13,8 @@ class _Fused:
     ``isinstance(module, torch.nn.BatchNorm2d)`` holds.
     """
 
+    taps: tuple = ()  # of the recordings that watch this module (bnkern.probes)
+
     def __init__(
         self,
         num_features: int,
@@ -54,6 +56,7 @@ class _Fused:
             residual=residual,
             act=self.act,
             num_batches_tracked=counter,
+            records=self.taps[0].records(self, input) if self.taps else None,
         )
 
     def extra_repr(self) -> str:
@@ -84,6 +87,8 @@ class BatchNorm3d(_Fused, torch.nn.BatchNorm3d):
 class Activation(torch.nn.Module):
     """``act(input + residual)``: the place of a batch norm in an un-normalised network, on the same kernels."""
 
+    taps: tuple = ()
+
     def __init__(self, act: str | None = "relu") -> None:
         super().__init__()
         if act not in (None, "relu"):
@@ -91,7 +96,12 @@ class Activation(torch.nn.Module):
         self.act = act
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return add_act(input, residual, self.act)
+        records = self.taps[0].records(self, input) if self.taps else None
+        return add_act(input, residual, self.act, records=records)
 
     def extra_repr(self) -> str:
         return f"act={self.act!r}"
+
+
+class Conv2d(torch.nn.Conv2d):
+    """``torch.nn.Conv2d`` whose weight gradient can be probed (``weight_gradient_signs`` of :mod:`bnkern.probes`)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends import records
 from .backends.layout import empty_like, layout
 from .backends.reference import accumulator
 
@@ -50,13 +51,14 @@ _library = torch.library.Library("bnkern", "DEF")
 _library.define(
     "batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean,"
     " Tensor? running_var, Tensor? num_batches_tracked, bool training, float? momentum, float eps, str? act,"
-    " bool save_mask, str backend) -> (Tensor y, Tensor mean, Tensor invstd, Tensor mask, Tensor new_running_mean,"
-    " Tensor new_running_var, Tensor new_num_batches_tracked)"
+    " bool save_mask, str backend, bool record=False, Tensor? record_gradient=None, Tensor? record_affine=None)"
+    " -> (Tensor y, Tensor mean, Tensor invstd, Tensor mask, Tensor new_running_mean, Tensor new_running_var,"
+    " Tensor new_num_batches_tracked, Tensor activation)"
 )
 _library.define(
     "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, Tensor mask,"
-    " str? act, bool training, bool[] needs, str backend)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
+    " str? act, bool training, bool[] needs, str backend, bool record_gradient=False, bool record_affine=False)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, Tensor gradient, Tensor affine)"
 )
 
 
@@ -82,19 +84,23 @@ def _forward(
     act,
     save_mask,
     backend,
+    record=False,
+    record_gradient=None,
+    record_affine=None,
 ):
     running = (running_mean, running_var, num_batches_tracked)
     if training:
         running = tuple(None if t is None else t.clone() for t in running)
     kernels = backends.choose(backend, x.device.type, x.dtype)
+    activation = _record(x, records.ACTIVATION, record)
     y, mean, invstd, mask = kernels.forward(
-        x, weight, bias, residual, *running, training, momentum, eps, act, save_mask
+        x, weight, bias, residual, *running, training, momentum, eps, act, save_mask, **_places(record=activation)
     )
     if not training:
         running = (None, None, None)
     acc = accumulator(x.dtype)
     statistics = (_or_empty(mean, x, acc), _or_empty(invstd, x, acc), _or_empty(mask, x, torch.uint8))
-    return (y, *statistics, *(_or_empty(t, x) for t in running))
+    return (y, *statistics, *(_or_empty(t, x) for t in running), activation)
 
 
 def _forward_fake(
@@ -111,6 +117,9 @@ def _forward_fake(
     act,
     save_mask,
     backend,
+    record=False,
+    record_gradient=None,
+    record_affine=None,
 ):
     like = layout(x)
     identity = not training and running_mean is None
@@ -121,18 +130,44 @@ def _forward_fake(
         torch.empty_like(t) if training and t is not None else x.new_empty(0)
         for t in (running_mean, running_var, num_batches_tracked)
     ]
-    return (empty_like(x, like.rows), *statistic, mask, *running)
+    return (empty_like(x, like.rows), *statistic, mask, *running, _record(x, records.ACTIVATION, record))
 
 
-def _backward(dy, x, weight, bias, mean, invstd, mask, act, training, needs, backend):
+def _record(x: Tensor, rows: tuple[str, ...], wanted: bool) -> Tensor:
+    """Where a kernel writes its record [rows, C]; no elements where none is wanted."""
+    return x.new_empty((len(rows), x.shape[1]) if wanted else 0, dtype=torch.float64)
+
+
+def _places(**records: Tensor) -> dict[str, Tensor]:
+    """The launcher's arguments for the records that are wanted."""
+    return {name: record for name, record in records.items() if record.dim() == 2}
+
+
+def _backward(
+    dy, x, weight, bias, mean, invstd, mask, act, training, needs, backend, record_gradient=False, record_affine=False
+):
     kernels = backends.choose(backend, x.device.type, x.dtype)
+    gradient = _record(x, records.GRADIENT, record_gradient)
+    affine = _record(x, records.AFFINE, record_affine)
     grads = kernels.backward(
-        dy, x, weight, bias, _or_none(mean), _or_none(invstd), _or_none(mask), act, training, tuple(needs)
+        dy,
+        x,
+        weight,
+        bias,
+        _or_none(mean),
+        _or_none(invstd),
+        _or_none(mask),
+        act,
+        training,
+        tuple(needs),
+        **_places(record_gradient=gradient, record_affine=affine),
     )
-    return tuple(_or_empty(grad, x) for grad in grads)
+    return (*(_or_empty(grad, x) for grad in grads), gradient, affine)
 
 
-def _backward_fake(dy, x, weight, bias, mean, invstd, mask, act, training, needs, backend):
+def _backward_fake(
+    dy, x, weight, bias, mean, invstd, mask, act, training, needs, backend, record_gradient=False, record_affine=False
+):
     rows = layout(x).rows
     need_x, need_weight, need_bias, need_residual = needs
     return (
@@ -140,23 +175,30 @@ def _backward_fake(dy, x, weight, bias, mean, invstd, mask, act, training, needs
         torch.empty_like(weight) if need_weight else x.new_empty(0),
         torch.empty_like(bias) if need_bias else x.new_empty(0),
         empty_like(x, rows) if need_residual else x.new_empty(0),
+        _record(x, records.GRADIENT, record_gradient),
+        _record(x, records.AFFINE, record_affine),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, _, _, _, _, ctx.training, _, _, ctx.act, _, ctx.backend = inputs
-    _, mean, invstd, mask, *running = output
+    x, weight, bias, _, _, _, _, ctx.training, _, _, ctx.act, _, ctx.backend, _, gradient, affine = inputs
+    _, mean, invstd, mask, *others = output
     ctx.save_for_backward(x, weight, bias, mean, invstd, mask)
-    ctx.mark_non_differentiable(mean, invstd, mask, *running)
+    ctx.places = gradient, affine  # to be written: saved tensors may not change
+    ctx.mark_non_differentiable(mean, invstd, mask, *others)
 
 
 def _autograd(ctx, dy, *_):
     x, weight, bias, mean, invstd, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad[:4]
-    grads = torch.ops.bnkern.batch_norm_backward(
-        dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs, ctx.backend
+    flags = [record is not None for record in ctx.places]
+    *grads, gradient, affine = torch.ops.bnkern.batch_norm_backward(
+        dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs, ctx.backend, *flags
     )
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 9)
+    for record, found in zip(ctx.places, (gradient, affine), strict=True):
+        if record is not None:
+            record.copy_(found)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 12)
 
 
 for _name, _implementation, _fake in (

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnkern.probes.quantities import log_moments, weight_gradient_signs
+import bnkern
 from bnkern.train.cifar10 import Cifar10, batches
 from bnkern.train.resnet import ResNet, layers
 
@@ -67,7 +67,7 @@ def _watch(modules: dict[int, nn.Module]) -> Iterator[dict[int, tuple[Tensor, Te
 def _gradient_signs(conv: nn.Conv2d, x: Tensor, y: Tensor) -> Arrays:
     """a = mean over weights of sum |d| / N, b = mean of |sum d| / N, their ratios, and the sums weight by weight."""
     # In float64, since |sum d| is hundreds of times smaller than sum |d|, both over up to 131,072 terms.
-    signs = weight_gradient_signs(x.double(), y.grad.double(), conv.kernel_size, conv.stride, conv.padding)
+    signs = bnkern.conv2d_grad_signs(x.double(), y.grad.double(), conv.kernel_size, conv.stride, conv.padding)
     count = y.numel() // y.shape[1]
     a, b = (t.abs().mean().item() / count for t in (signs.abs_sum, signs.sum))
     ratios = signs.abs_sum / signs.sum.abs()  # 0/0 between dead channels: left out of the median
@@ -83,7 +83,9 @@ def _gradient_signs(conv: nn.Conv2d, x: Tensor, y: Tensor) -> Arrays:
 
 
 def _log_moments(module: nn.Module, x: Tensor, y: Tensor) -> Arrays:
-    return {name: t.cpu().numpy() for name, t in log_moments(y)._asdict().items()}
+    """ln |mean| and ln std of each channel [C]; -inf for one that is exactly zero (dead or constant channels)."""
+    _, mean, var = bnkern.channel_moments(y)
+    return {"ln_abs_mean": mean.abs().log().cpu().numpy(), "ln_std": (var.log() / 2).cpu().numpy()}
 
 
 PROCEDURES = {"at_init": at_init}

@@ -1,0 +1,65 @@
+"""What a quantity is: which layers it serves, how it listens, how ranks merge, what a reader gets."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from torch import nn
+
+if TYPE_CHECKING:
+    from ..recorder import Recorder
+
+Arrays = dict[str, np.ndarray]
+
+QUANTITIES: dict[str, type["Quantity"]] = {}  # by name; a class enters when it is defined
+
+
+class Quantity:
+    """Something to record about layers. ``layers`` are patterns of module names (``fnmatch``: "blocks.*.conv1")."""
+
+    name: ClassVar[str]
+    rows: ClassVar[tuple[str, ...]]
+    by_default: ClassVar[str] = "*"  # the layers taken where none are named
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):
+            QUANTITIES[cls.name] = cls
+
+    def __init__(self, layers: str | Iterable[str] | None = None) -> None:
+        chosen = self.by_default if layers is None else layers
+        self.layers = (chosen,) if isinstance(chosen, str) else tuple(chosen)
+
+    def wants(self, layer: str) -> bool:
+        """Whether the name of the layer matches a pattern."""
+        return any(fnmatchcase(layer, pattern) for pattern in self.layers)
+
+    def options(self) -> dict[str, object]:
+        """The constructor's arguments, as JSON has them: what :func:`make` needs to read a file."""
+        return {"layers": list(self.layers)}
+
+    def concerns(self, module: nn.Module) -> bool:
+        """Whether one would ask this quantity of such a module at all."""
+        raise NotImplementedError
+
+    def refuses(self, module: nn.Module) -> str | None:
+        """Why a module that it concerns cannot be served, or None."""
+        return None
+
+    def attach(self, recorder: "Recorder", layer: str, module: nn.Module) -> list:
+        """Listen to the module; returns handles with ``remove()``."""
+        raise NotImplementedError
+
+    def merge(self, ranks: np.ndarray) -> np.ndarray:
+        """Records [ranks, steps, rows, ...] of equal steps of the ranks of a distributed run as those of the whole."""
+        return ranks.sum(0)
+
+    def derive(self, values: np.ndarray) -> Arrays:
+        """Named arrays [steps, ...] from records [steps, rows, ...]."""
+        return {row: values[:, k] for k, row in enumerate(self.rows)}
+
+
+def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, NaN where both are 0, without a warning."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return a / b

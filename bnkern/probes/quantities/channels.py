@@ -1,0 +1,187 @@
+"""Per channel, riding in the kernels of a norm layer: nothing is read for them that was not read anyway."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import bnkern.nn
+from bnkern.backends import records
+
+from .base import Arrays, Quantity, ratio
+
+if TYPE_CHECKING:
+    from ..recorder import Recorder
+
+
+class _ChannelQuantity(Quantity):
+    """One record of a norm layer's kernels: rows of ``bnkern.backends.records``, [rows, C]."""
+
+    record: ClassVar[str]  # which field of Records
+
+    def concerns(self, module: nn.Module) -> bool:
+        return isinstance(module, (nn.modules.batchnorm._NormBase, bnkern.nn.Activation))
+
+    def refuses(self, module: nn.Module) -> str | None:
+        if not hasattr(module, "taps"):
+            return f"{type(module).__name__} is not one of bnkern.nn's norm layers"
+        return None
+
+    def attach(self, recorder: "Recorder", layer: str, module: nn.Module) -> list:
+        if isinstance(module, nn.modules.batchnorm._NormBase):  # an Activation's channels show at its first call
+            device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+            recorder.reserve(self, layer, (module.num_features,), device)
+        return [recorder.tap(layer, module, self)]
+
+
+class ActivationMoments(_ChannelQuantity):
+    """``activation_moments``: the input x of a norm layer (the convolution's output), and how much of y is active.
+
+    Per channel over the M = N * S values: ``count`` M, ``mean``, ``var`` = sum (x - mean)^2 / M, ``third`` and
+    ``fourth`` central moments sum (x - mean)^k / M, ``min``, ``max``, ``abs_max`` (NaN ignored), and
+    ``active_fraction``, the share of y > 0 after residual and activation. Unit: that of x.
+
+    Rides on ``moments`` and ``normalize``. Across ranks: pairwise formulas of Chan et al. 1979 and Pebay 2008.
+    Source: the paper, Figures 4 and 5.
+    """
+
+    name = "activation_moments"
+    record = "activation"
+    rows = records.ACTIVATION
+
+    @staticmethod
+    def oracle(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """The derived arrays [C] from x and y [N, C, ...]."""
+        x, y = (t.detach().double().movedim(1, 0).flatten(1) for t in (x, y))
+        mean = x.mean(1)
+        delta = x - mean[:, None]
+        return {
+            "count": torch.full_like(mean, x.shape[1]),
+            "mean": mean,
+            "var": delta.pow(2).mean(1),
+            "third": delta.pow(3).mean(1),
+            "fourth": delta.pow(4).mean(1),
+            "min": x.amin(1),
+            "max": x.amax(1),
+            "abs_max": x.abs().amax(1),
+            "active_fraction": (y > 0).double().mean(1),
+        }
+
+    def merge(self, ranks: np.ndarray) -> np.ndarray:
+        total = ranks[0]
+        for part in ranks[1:]:
+            total = _merged_moments(total, part)
+        return total
+
+    def derive(self, values: np.ndarray) -> Arrays:
+        raw = super().derive(values)
+        count = np.maximum(raw["count"], 1)
+        return {
+            "count": raw["count"],
+            "mean": raw["mean"],
+            "var": raw["m2"] / count,
+            "third": raw["m3"] / count,
+            "fourth": raw["m4"] / count,
+            "min": raw["min"],
+            "max": raw["max"],
+            "abs_max": np.maximum(-raw["min"], raw["max"]),
+            "active_fraction": raw["active"] / count,
+        }
+
+
+class GradientChannelSigns(_ChannelQuantity):
+    """``gradient_channel_signs``: the gradient dL/dx at the input of a norm layer (the convolution's output).
+
+    Per channel: ``count``, ``sum``, ``abs_sum``, ``square_sum``, the numbers ``positive``, ``negative`` and ``zero``
+    (NaN is none of them), and ``ratio`` = |sum| / abs_sum (NaN where abs_sum is 0). In training a batch norm makes
+    the sum zero but for rounding. Unit: loss per unit of x.
+
+    Rides on ``grad_input``; nothing is recorded where x needs no gradient. Across ranks: sums.
+    Source: the paper, section 3.2 and equation 4, here for the summands over batch and places of one channel.
+    """
+
+    name = "gradient_channel_signs"
+    record = "gradient"
+    rows = records.GRADIENT
+
+    @staticmethod
+    def oracle(dx: Tensor) -> dict[str, Tensor]:
+        """The derived arrays [C] from dx [N, C, ...]."""
+        dx = dx.detach().double().movedim(1, 0).flatten(1)
+        total, absolute = dx.sum(1), dx.abs().sum(1)
+        return {
+            "count": torch.full_like(total, dx.shape[1]),
+            "sum": total,
+            "abs_sum": absolute,
+            "square_sum": dx.pow(2).sum(1),
+            "positive": (dx > 0).sum(1).double(),
+            "negative": (dx < 0).sum(1).double(),
+            "zero": (dx == 0).sum(1).double(),
+            "ratio": total.abs() / absolute,
+        }
+
+    def derive(self, values: np.ndarray) -> Arrays:
+        raw = super().derive(values)
+        return raw | {"ratio": ratio(np.abs(raw["sum"]), raw["abs_sum"])}
+
+
+class AffineGradientSigns(_ChannelQuantity):
+    """``affine_gradient_signs``: do the summands of the gradients of a norm layer's bias and weight agree in sign?
+
+    The gradient of the bias sums g, that of the weight g * xhat, over batch and places (g: the gradient after the
+    activation's mask). Of each: ``sum`` (the gradient), ``abs_sum``, ``sign_sum`` and ``nonzero``, prefixed ``bias_``
+    and ``weight_``, and the ``ratio`` |sum| / abs_sum. Unit: that of the loss.
+
+    Rides on ``grad_sums``. Across ranks: sums. Source: equation 4 of the paper, for the affine parameters.
+    """
+
+    name = "affine_gradient_signs"
+    record = "affine"
+    rows = records.AFFINE
+
+    def concerns(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.modules.batchnorm._NormBase)
+
+    @staticmethod
+    def oracle(g: Tensor, xhat: Tensor) -> dict[str, Tensor]:
+        """The derived arrays [C] from the masked gradient and the normalised input [N, C, ...]."""
+        found = {}
+        for name, d in (("bias", g), ("weight", g * xhat)):
+            d = d.detach().double().movedim(1, 0).flatten(1)
+            found |= {
+                f"{name}_sum": d.sum(1),
+                f"{name}_abs_sum": d.abs().sum(1),
+                f"{name}_sign_sum": d.sign().sum(1),
+                f"{name}_nonzero": (d != 0).sum(1).double(),
+                f"{name}_ratio": d.sum(1).abs() / d.abs().sum(1),
+            }
+        return found
+
+    def derive(self, values: np.ndarray) -> Arrays:
+        raw = super().derive(values)
+        ratios = {f"{of}_ratio": ratio(np.abs(raw[f"{of}_sum"]), raw[f"{of}_abs_sum"]) for of in ("bias", "weight")}
+        return raw | ratios
+
+
+def _merged_moments(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pairwise union of records.ACTIVATION [steps, 8, C] (Chan et al. 1979; Pebay 2008, equations 2.1, 3.1)."""
+    (na, ma, a2, a3, a4, amin, amax, aact), (nb, mb, b2, b3, b4, bmin, bmax, bact) = (
+        np.moveaxis(t, 1, 0) for t in (a, b)
+    )
+    n = na + nb
+    whole = np.maximum(n, 1)
+    delta = mb - ma
+    share = delta / whole
+    mean = ma + nb * share
+    m2 = a2 + b2 + na * nb * share * delta
+    m3 = a3 + b3 + na * nb * (na - nb) * delta * share**2 + 3 * share * (na * b2 - nb * a2)
+    m4 = (
+        a4
+        + b4
+        + na * nb * (na**2 - na * nb + nb**2) * delta * share**3
+        + 6 * share**2 * (na**2 * b2 + nb**2 * a2)
+        + 4 * share * (na * b3 - nb * a3)
+    )
+    rows = [n, mean, m2, m3, m4, np.minimum(amin, bmin), np.maximum(amax, bmax), aact + bact]
+    return np.stack(rows, 1)

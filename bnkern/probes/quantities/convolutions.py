@@ -1,0 +1,136 @@
+"""The summands of a convolution's weight gradient: equation 4, Table 1 and Figure 7 of the paper."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import bnkern
+
+from .base import Arrays, Quantity, ratio
+
+if TYPE_CHECKING:
+    from ..recorder import Recorder
+
+
+class WeightGradientSigns(Quantity):
+    """``weight_gradient_signs``: do the summands d of a convolution's weight gradient agree in sign?
+
+    The gradient of a weight is a sum of d = dy * x over images and output places (:func:`bnkern.conv2d_grad_signs`).
+    For each weight: ``sum`` (the gradient), ``abs_sum`` = sum |d|, ``sign_sum`` = sum sign d, and the number
+    ``nonzero``; and ``ratio`` = abs_sum / |sum|, ``agreement`` = |sign_sum| / nonzero. Unit: that of the loss.
+
+    Args:
+        layers: patterns of module names.
+        form: "full": the sums above, [O, I, kh, kw] each. "summary": over the weights of a layer, the means
+            ``abs_sum`` (the paper's a, times N) and ``abs_of_sum`` (b, times N), ``ratio`` = a / b, ``ratio_sqrt`` =
+            a / (b sqrt N), which is near 1 for independent signs, ``agreement`` = mean |sign_sum| / mean nonzero, and
+            N = B H' W' itself as ``places``. "channels": the paper's Figure 7, M[o, i] = sum over kh, kw of |sum d| as
+            ``abs_of_sum`` and of sum |d| as ``abs_sum``.
+        sums: which of sum, abs_sum, sign_sum, nonzero to take in the full form; fewer are faster.
+
+    Rides on the weight gradient (``conv_grad_signs``) from tiles loaded once. Across ranks: sums in the full form;
+    the other forms are not sums, and keep an axis of ranks. Source: the paper, equation 4, Table 1, Figure 7, App. J.
+    """
+
+    name = "weight_gradient_signs"
+    rows = ("sum", "abs_sum", "sign_sum", "nonzero")
+    FORMS: ClassVar = {
+        "full": rows,
+        "summary": ("places", "abs_sum", "abs_of_sum", "abs_of_sign_sum", "nonzero"),
+        "channels": ("abs_of_sum", "abs_sum"),
+    }
+    NEEDS: ClassVar = {"full": rows, "summary": rows, "channels": ("sum", "abs_sum")}
+
+    def __init__(
+        self,
+        layers: str | Iterable[str] | None = None,
+        form: str = "full",
+        sums: Iterable[str] | None = None,
+    ) -> None:
+        super().__init__(layers)
+        if form not in self.FORMS:
+            raise ValueError(f"weight_gradient_signs: form must be one of {', '.join(self.FORMS)}; got {form!r}")
+        unknown = set(sums or ()) - set(WeightGradientSigns.rows)
+        if unknown or (sums is not None and form != "full"):
+            raise ValueError(
+                f"weight_gradient_signs: sums must be among {', '.join(WeightGradientSigns.rows)}, and go with the "
+                f"full form; got {list(sums)} with form {form!r}"
+            )
+        self.form = form
+        self.sums = tuple(row for row in self.NEEDS[form] if sums is None or row in sums)
+        self.rows = self.sums if form == "full" else self.FORMS[form]
+
+    def options(self) -> dict[str, object]:
+        return super().options() | {"form": self.form, "sums": list(self.sums) if self.form == "full" else None}
+
+    def concerns(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv2d)
+
+    def refuses(self, module: nn.Module) -> str | None:
+        if module.groups != 1:
+            return f"the convolution has {module.groups} groups; 1 is served"
+        if module.dilation != (1, 1):
+            return f"the convolution has dilation {module.dilation}; 1 is served"
+        if isinstance(module.padding, str) or module.padding_mode != "zeros":
+            return "the convolution's padding is not a number of zeros"
+        if not module.weight.requires_grad:
+            return "its weight needs no gradient"
+        return None
+
+    def attach(self, recorder: "Recorder", layer: str, module: nn.Conv2d) -> list:
+        def measure(x: Tensor, dy: Tensor, out: Tensor) -> None:
+            found = bnkern.conv2d_grad_signs(x, dy, module.kernel_size, module.stride, module.padding, wanted=self.sums)
+            self._fill(out, found, places=dy.numel() // dy.shape[1])
+
+        shape = self._shape(module.weight)
+        return [recorder.listen_to_gradient(layer, module, self, shape, measure)]
+
+    def _shape(self, weight: Tensor) -> tuple[int, ...]:
+        return {"full": tuple(weight.shape), "summary": (), "channels": tuple(weight.shape[:2])}[self.form]
+
+    def _fill(self, out: Tensor, found: "bnkern.GradSigns", places: int) -> None:
+        if self.form == "full":
+            for k, row in enumerate(self.sums):
+                out[k].copy_(getattr(found, row))
+        elif self.form == "channels":
+            out[0].copy_(found.sum.double().abs().sum((2, 3)))
+            out[1].copy_(found.abs_sum.double().sum((2, 3)))
+        else:
+            means = (found.abs_sum, found.sum.abs(), found.sign_sum.abs(), found.nonzero)
+            out[0].fill_(places)
+            torch.stack([t.double().mean() for t in means], out=out[1:])
+
+    @staticmethod
+    def oracle(x: Tensor, dy: Tensor, module: nn.Conv2d) -> dict[str, Tensor]:
+        """The derived arrays of the full form, from every single summand: memory of N times the weight."""
+        columns = nn.functional.unfold(
+            x.detach().double(), module.kernel_size, 1, module.padding, module.stride
+        )  # [B, I kh kw, H' W']
+        d = torch.einsum("bop,bip->oibp", dy.detach().double().flatten(2), columns).flatten(2)
+        shape = module.weight.shape
+        total, absolute, sign = (t.sum(2).view(shape) for t in (d, d.abs(), d.sign()))
+        nonzero = (d != 0).sum(2).double().view(shape)
+        return {
+            "sum": total, "abs_sum": absolute, "sign_sum": sign, "nonzero": nonzero,
+            "ratio": absolute / total.abs(), "agreement": sign.abs() / nonzero,
+        }  # fmt: skip
+
+    def merge(self, ranks: np.ndarray) -> np.ndarray:
+        return ranks.sum(0) if self.form == "full" else np.moveaxis(ranks, 0, -1)
+
+    def derive(self, values: np.ndarray) -> Arrays:
+        raw = super().derive(values)
+        if self.form == "channels":
+            return raw
+        if self.form == "summary":
+            quotient = ratio(raw["abs_sum"], raw["abs_of_sum"])
+            agreement = ratio(raw.pop("abs_of_sign_sum"), raw.pop("nonzero"))
+            return raw | {"ratio": quotient, "ratio_sqrt": quotient / np.sqrt(raw["places"]), "agreement": agreement}
+        if "sum" in raw and "abs_sum" in raw:
+            raw["ratio"] = ratio(raw["abs_sum"], np.abs(raw["sum"]))
+        if "sign_sum" in raw and "nonzero" in raw:
+            raw["agreement"] = ratio(np.abs(raw["sign_sum"]), raw["nonzero"])
+        return raw

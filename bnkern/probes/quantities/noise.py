@@ -1,0 +1,100 @@
+"""The noise of a batch's gradient."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .base import Arrays, Quantity
+
+if TYPE_CHECKING:
+    from ..recorder import Recorder
+
+
+class GradientNoiseScale(Quantity):
+    """``gradient_noise_scale``: how noisy the gradient of a batch is, from the parts of an accumulated gradient.
+
+    For a step of k >= 2 backward passes over parts of equal size b, with the gradients g_1 .. g_k of the parts and
+    their mean G (batch k b)::
+
+        |G|^2 unbiased   square = (k |G|^2 - mean |g_j|^2) / (k - 1)
+        tr Sigma         noise  = (mean |g_j|^2 - |G|^2) * b k / (k - 1)
+        B_simple         scale  = noise / square
+
+    ``noise`` is tr Sigma of a single example's gradient, in units of b = ``part`` examples (give the number to have
+    it per example), ``parts`` is k. Losses of the parts divided by k, as accumulation is usually written, or not:
+    ``divided``. A step of one backward pass records nothing. One estimate is very noisy: average ``noise`` and
+    ``square`` over steps before dividing.
+
+    Args:
+        layers: patterns of parameter names whose gradients count; all by default.
+        part: examples in a part.
+        divided: whether each part's loss was divided by k before backward.
+
+    Reads each part's gradients once more. Call ``rec.step`` before ``zero_grad`` and before clipping. Across ranks:
+    keeps an axis of ranks. Source: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, appendix A.
+    """
+
+    name = "gradient_noise_scale"
+    rows = ("parts", "part_square", "total_square")
+
+    def __init__(self, layers: str | Iterable[str] | None = None, part: int = 1, divided: bool = True) -> None:
+        super().__init__(layers)
+        self.part, self.divided = part, divided
+
+    def options(self) -> dict[str, object]:
+        return super().options() | {"part": self.part, "divided": self.divided}
+
+    def wants(self, layer: str) -> bool:
+        return layer == ""  # patterns are of parameters: the model as a whole is the layer
+
+    def concerns(self, module: nn.Module) -> bool:
+        return True
+
+    def attach(self, recorder: "Recorder", layer: str, module: nn.Module) -> list:
+        parameters = [p for name, p in module.named_parameters() if p.requires_grad and Quantity.wants(self, name)]
+        if not parameters:
+            raise ValueError(f"gradient_noise_scale: no parameter that needs a gradient matches {list(self.layers)}")
+        squares: list[Tensor] = []
+        passes = [0] * len(parameters)
+
+        def heard(k: int) -> Callable[[Tensor], None]:
+            def hook(gradient: Tensor) -> None:
+                if recorder.active:
+                    squares.append(gradient.detach().double().square().sum())
+                    passes[k] += 1
+
+            return hook
+
+        def closed() -> None:
+            parts = max(passes)
+            if parts > 1:
+                total = sum(p.grad.detach().double().square().sum() for p in parameters if p.grad is not None)
+                out = recorder.slot(self, layer, 0, (), parameters[0].device)
+                torch.stack([total.new_tensor(float(parts)), sum(squares) / parts, total], out=out)
+            squares.clear()
+            passes[:] = [0] * len(passes)
+
+        hooks = [parameter.register_hook(heard(k)) for k, parameter in enumerate(parameters)]
+        return [*hooks, recorder.at_step(closed)]
+
+    @staticmethod
+    def oracle(parts: list[Tensor], part: int = 1) -> dict[str, float]:
+        """From the flat gradients g_j of the parts' own mean losses."""
+        k = len(parts)
+        small = sum(float(g.double().square().sum()) for g in parts) / k
+        big = float((sum(g.double() for g in parts) / k).square().sum())
+        square, noise = (k * big - small) / (k - 1), (small - big) * part * k / (k - 1)
+        return {"parts": k, "square": square, "noise": noise, "scale": noise / square}
+
+    def merge(self, ranks: np.ndarray) -> np.ndarray:
+        return np.moveaxis(ranks, 0, -1)
+
+    def derive(self, values: np.ndarray) -> Arrays:
+        k, small, big = values[:, 0], values[:, 1], values[:, 2]
+        # Of mean gradients: a divided loss made each part's gradient g_j / k and their sum G; else g_j and k G.
+        small, big = (small * k**2, big) if self.divided else (small, big / k**2)
+        square, noise = (k * big - small) / (k - 1), (small - big) * self.part * k / (k - 1)
+        return {"parts": k, "square": square, "noise": noise, "scale": noise / square}

@@ -1,0 +1,406 @@
+"""``record``: attach quantities to the layers of a model, collect each step's records, write them to files.
+
+The order of things in a step: forwards, backwards, ``rec.step(loss)``, ``optimizer.zero_grad()``. Listeners exist
+from entering the context to leaving it; in steps that the schedule leaves out they return at once, and norm layers
+run the kernels without records.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+from .buffer import Buffer, Records
+from .files import Writer
+from .quantities import Quantity, make
+from .schedules import every
+
+Schedule = Callable[..., bool]
+EVERY_STEP = every(1)
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    quantities: Iterable[str | Quantity],
+    schedule: Schedule = EVERY_STEP,
+    out: str | PathLike = "probes",
+    *,
+    layers: str | Iterable[str] = "*",
+    first_step: int = 0,
+    append: bool = False,
+    in_eval: bool = False,
+    on_device: bool = False,
+    capacity: int | None = None,
+):
+    """Record quantities of a model's layers while it trains, into files under ``out``.
+
+    ::
+
+        with bnkern.probes.record(model, ["activation_moments"], every(10), "run/probes") as rec:
+            for images, labels in data:
+                loss = criterion(model(images), labels)
+                loss.backward()
+                optimizer.step()
+                rec.step(loss)
+                optimizer.zero_grad()
+
+    Never changes a bit of what the model computes, and never waits for the device.
+
+    Args:
+        model: any module made of torch's convolutions and bnkern's norm layers; layers go by their names in it.
+        quantities: names out of ``bnkern.probes.QUANTITIES``, or quantities made with options.
+        schedule: which steps to record; ``every(n)``, ``steps([...])``, ``log_spaced()``, ``while_loss(above=...)`` or
+            any function of (step, loss of the step before).
+        out: folder for the files; :func:`bnkern.probes.load` reads it, and so does numpy alone.
+        layers: patterns of layer names, on top of the quantities' own.
+        first_step: number of the first step, in a run that continues.
+        append: go on in a folder that holds records; else that is an error.
+        in_eval: record layers in eval mode too.
+        on_device: let the device decide by ``schedule`` and count the steps, so that a step can be captured in a CUDA
+            graph together with ``rec.step``: records are then taken in every step and kept where it says so. Run one
+            step before capturing, and call ``rec.flush()`` at least every ``capacity`` recorded steps.
+        capacity: rows the buffer on the device holds; by default 64 MB worth. When it is full and cannot be written
+            in time, the newest rows are dropped and counted (``rec.dropped``).
+
+    Yields:
+        Recorder.
+
+    Raises:
+        ValueError: nothing matches, a name is unknown, or ``out`` holds records and ``append`` is not set.
+        OSError: ``out`` cannot be written; then or at a later step.
+    """
+    patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+    recorder = Recorder(
+        model, [make(q) for q in quantities], schedule, out, patterns, first_step, append, in_eval, on_device, capacity
+    )
+    try:
+        yield recorder
+    except BaseException:
+        recorder.close(failed=True)
+        raise
+    recorder.close()
+
+
+class Tap:
+    """What a norm layer asks, at each call, for places to record in; several where several recordings watch it.
+
+    A copy of a module that is being recorded, deep or pickled, is not recorded: its tap belongs to no recorder.
+    """
+
+    def __init__(self, recorder: "Recorder | None", layer: str) -> None:
+        self.recorder, self.layer = recorder, layer
+        self.quantities: dict[str, Quantity] = {}  # by field of Records
+
+    def __reduce__(self):
+        return Tap, (None, self.layer)
+
+    @staticmethod
+    def records(module: nn.Module, x: Tensor) -> Records | None:
+        """Where this call of a module with ``taps`` records, or None."""
+        first: dict[str, Tensor] = {}
+        mirrors = []
+        for tap in module.taps:
+            if tap.recorder is None or not tap.recorder.listens(module):
+                continue
+            places = tap._places(x)
+            mirrors.append(Records(**{field: place for field, place in places.items() if field in first}))
+            first |= {field: place for field, place in places.items() if field not in first}
+        return Records(**first, mirrors=tuple(mirrors[1:])) if first else None
+
+    def _places(self, x: Tensor) -> dict[str, Tensor]:
+        call = self.recorder.call_of(self.layer, self)
+        return {
+            field: self.recorder.slot(quantity, self.layer, call, tuple(x.shape[1:2]), x.device)
+            for field, quantity in self.quantities.items()
+        }
+
+
+class Ear:
+    """A forward hook of one module; a copy of that module, deep or pickled, has a deaf one."""
+
+    def __init__(self, module: nn.Module | None, seen: Callable | None) -> None:
+        self.module, self.seen = module, seen
+
+    def __reduce__(self):
+        return Ear, (None, None)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: object) -> object:
+        return self.seen(args, kwargs, y) if module is self.module else None
+
+
+class _Heard(torch.autograd.Function):
+    """The identity, whose backward shows the gradient to a listener: a tensor's hook, as torch.compile can trace it."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor | None, listener: Callable[[Tensor | None, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.listener = listener
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            ctx.listener(x, dy)
+        return dy, None, None
+
+
+class _Handle:
+    """Something that can be taken back."""
+
+    def __init__(self, remove: Callable[[], None]) -> None:
+        self.remove = remove
+
+
+class Recorder:
+    """A recording under way: what ``record`` yields.
+
+    Attributes:
+        active: whether the step under way is recorded.
+        unserved: {(quantity, layer): why that layer cannot be recorded}.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        quantities: list[Quantity],
+        schedule: Schedule,
+        out: str | PathLike,
+        patterns: tuple[str, ...],
+        first_step: int,
+        append: bool,
+        in_eval: bool,
+        on_device: bool,
+        capacity: int | None,
+    ) -> None:
+        if on_device and not hasattr(schedule, "on_device"):
+            raise ValueError("probes: with on_device the schedule must be one of bnkern.probes' own, or have on_device")
+        self.schedule, self.in_eval, self.on_device = schedule, in_eval, on_device
+        self.unserved: dict[tuple[str, str], str] = {}
+        self._step = first_step
+        self._buffer = Buffer(first_step, capacity)
+        self._loss: Tensor | None = None
+        self._rows = 0  # in the ring, at most
+        self._calls: dict[object, int] = defaultdict(int)
+        self._open: dict[object, list[int]] = defaultdict(list)
+        self._closing: list[Callable[[], None]] = []
+        self._taps: dict[nn.Module, Tap] = {}
+        self._handles: list = []
+        self._writer: Writer | None = None
+        self.active = on_device or bool(schedule(first_step, None))
+        try:
+            self._attach(model, quantities, patterns)
+            self._writer = Writer(out, quantities, self.unserved, append)
+        except BaseException:
+            self._forget()
+            raise
+
+    # ---- what the training loop calls
+
+    def step(self, loss: Tensor | float | None = None) -> None:
+        """Close the step under way: call once per optimiser step, after backward and before ``zero_grad``.
+
+        ``loss`` is for schedules that look at it; a tensor stays on its device with ``on_device``, and is otherwise
+        read only by schedules that use it, on the CPU without cost.
+        """
+        self._writer.raise_if_failed()
+        if self.active:
+            for measure in self._closing:
+                measure()
+            self._commit()
+        self._calls.clear()
+        self._open.clear()
+        self._step += 1
+        if not self.on_device:
+            self.active = bool(self.schedule(self._step, loss.detach() if isinstance(loss, Tensor) else loss))
+        elif self._buffer.device is not None:
+            self._buffer.step += 1
+            if isinstance(loss, Tensor):
+                self._keep(loss)
+
+    def flush(self) -> None:
+        """Hand all closed steps to the thread that writes them; does not wait for it unless its queue is full."""
+        self._hand_out()
+
+    @property
+    def dropped(self) -> int:
+        """Rows lost because the buffer was full and the disk too slow. Waits for the device."""
+        return 0 if self._buffer.device is None else int(self._buffer.dropped)
+
+    def close(self, failed: bool = False) -> None:
+        """Stop listening, write what is left. ``record`` calls it; after an exception too, without a second one."""
+        self._forget()
+        try:
+            self._hand_out()
+            self._writer.close(self.dropped)
+        except Exception:
+            if not failed:
+                raise
+        if self.dropped:
+            warnings.warn(f"probes: {self.dropped} records were dropped, the buffer was full", stacklevel=3)
+
+    # ---- what quantities and taps call
+
+    def listens(self, module: nn.Module) -> bool:
+        """Whether a call of this module is to be recorded now."""
+        return self.active and (module.training or self.in_eval)
+
+    def slot(self, quantity: Quantity, layer: str, call: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Where to write this step's record [rows, *shape] of a layer's call: float64, to be filled wholly."""
+        return self._buffer.slot((quantity.name, layer), call, (len(quantity.rows), *shape), device)
+
+    def tap(self, layer: str, module: nn.Module, quantity: Quantity) -> _Handle:
+        """Have the kernels of a norm layer record."""
+        tap = self._taps.get(module)
+        if tap is None:
+            tap = self._taps[module] = Tap(self, layer)
+            module.taps = (*module.taps, tap)
+        tap.quantities[quantity.record] = quantity
+
+        def remove() -> None:
+            module.taps = tuple(other for other in module.taps if other is not tap)
+            if not module.taps:
+                del module.taps  # the class's own, so that compiled code finds what it knew
+
+        return _Handle(remove)
+
+    def listen_to_gradient(
+        self,
+        layer: str,
+        module: nn.Module,
+        quantity: Quantity,
+        shape: tuple[int, ...] | None,
+        measure: Callable[[Tensor, Tensor, Tensor], None],
+    ):
+        """Call ``measure(x, dy, out)`` in backward: the module's input, its output's gradient, the record to fill.
+
+        ``shape``: the record's without its rows; None for that of the output, fixed by the first step.
+        """
+        places: list[tuple[int, ...]] = []
+        if shape is not None:
+            places.append(shape)
+            self.reserve(quantity, layer, shape, next(module.parameters()).device)
+
+        def seen(args: tuple, kwargs: dict, y: object) -> Tensor | None:
+            if not self.listens(module) or not isinstance(y, Tensor) or not y.requires_grad:
+                return None
+            x = args[0].detach() if args and isinstance(args[0], Tensor) else None
+            call = self.call_of(layer, quantity)
+            if not places:
+                places.append(tuple(y.shape))
+
+            def heard(x: Tensor | None, dy: Tensor) -> None:
+                measure(x, dy, self.slot(quantity, layer, call, places[0], dy.device))
+
+            if torch.compiler.is_compiling():
+                return _Heard.apply(y, x, heard)
+            y.register_hook(lambda dy: _unseen(heard, x, dy))
+            return None
+
+        return self.on_forward(module, seen)
+
+    def on_forward(self, module: nn.Module, seen: Callable[[tuple, dict, object], object]):
+        """Call ``seen(args, kwargs, y)`` after each forward of the module; what it returns, if anything, replaces y."""
+        return module.register_forward_hook(Ear(module, seen), with_kwargs=True)
+
+    def reserve(self, quantity: Quantity, layer: str, shape: tuple[int, ...], device: torch.device) -> None:
+        """Make a record known before its first step, which torch.compile and graph capture then need not repeat."""
+        self._buffer.slot((quantity.name, layer), 0, (len(quantity.rows), *shape), device)
+
+    def at_step(self, measure: Callable[[], None]) -> _Handle:
+        """Call ``measure`` whenever a recorded step closes."""
+        self._closing.append(measure)
+        return _Handle(lambda: self._closing.remove(measure))
+
+    def call_of(self, layer: str, listener: object) -> int:
+        """Which call of the layer within the step this is: 0, 1, ...
+
+        A forward that runs within a backward is a checkpoint's recomputation, not another call: it is the latest that
+        was not recomputed yet, since backward goes from the last to the first.
+        """
+        if torch.compiler.is_compiling():
+            return 0  # the code of one step, traced once
+        key = layer, id(listener)
+        if torch._C._current_graph_task_id() != -1 and self._open[key]:
+            return self._open[key].pop()
+        call = self._calls[key]
+        self._calls[key] += 1
+        self._open[key].append(call)
+        return call
+
+    # ---- inside
+
+    def _attach(self, model: nn.Module, quantities: list[Quantity], patterns: tuple[str, ...]) -> None:
+        among = Quantity(patterns)
+        for quantity in quantities:
+            served = 0
+            for layer, module in model.named_modules():
+                if not (quantity.wants(layer) and among.wants(layer) and quantity.concerns(module)):
+                    continue
+                reason = quantity.refuses(module)
+                if reason:
+                    self.unserved[quantity.name, layer] = reason
+                    continue
+                handles = quantity.attach(self, layer, module)
+                self._handles += handles
+                served += bool(handles)
+            if not served:
+                reasons = {reason for (name, _), reason in self.unserved.items() if name == quantity.name}
+                raise ValueError(
+                    f"probes: {quantity.name} finds no layer that it can serve"
+                    + (f": {'; '.join(sorted(reasons))}" if reasons else f" (patterns {', '.join(quantity.layers)})")
+                )
+        if self._buffer.grown():
+            self._buffer.grow()
+        if self.unserved:
+            some = ", ".join(f"{name} of {layer}: {why}" for (name, layer), why in list(self.unserved.items())[:3])
+            more = ", ..." if len(self.unserved) > 3 else ""
+            warnings.warn(
+                f"probes: {len(self.unserved)} layers cannot be recorded ({some}{more}); rec.unserved has them all",
+                stacklevel=5,
+            )
+
+    def _forget(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _keep(self, loss: Tensor) -> None:
+        """Copies the loss to one place on the device, which a captured graph can read."""
+        if self._loss is None:
+            self._loss = loss.detach().float().clone()
+        else:
+            self._loss.copy_(loss.detach())
+
+    def _commit(self) -> None:
+        buffer = self._buffer
+        calls = max(self._calls.values(), default=1)
+        if buffer.grown():
+            self._hand_out()
+            buffer.grow()
+        if not buffer.capacity:
+            return  # nothing was recorded yet
+        if self._rows + calls > buffer.capacity and not buffer.capturing() and not self._writer.busy():
+            self._hand_out()
+        if self.on_device:
+            buffer.close_step(calls, self.schedule.on_device(buffer.step, self._loss))
+        else:
+            buffer.step.fill_(self._step)
+            buffer.close_step(calls)
+        self._rows += calls
+
+    def _hand_out(self) -> None:
+        filled = self._buffer.hand_out()
+        self._rows = 0
+        if filled is not None:
+            self._writer.put(filled)
+
+
+def _unseen(heard: Callable[[Tensor | None, Tensor], None], x: Tensor | None, dy: Tensor) -> None:
+    with torch.no_grad():
+        heard(x, dy)
