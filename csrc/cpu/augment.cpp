@@ -36,13 +36,9 @@ void crop(const std::uint8_t* image, int down, int right, bool flip, std::uint8_
 
 template <class T>
 void look_up(const std::uint8_t* pixels, const T* table, bool rows, T* out) {
-  if (rows) {
-    for (int i = 0; i < kPlane; ++i)
-      for (int c = 0; c < kChannels; ++c) out[i * kChannels + c] = table[c * 256 + pixels[c * kPlane + i]];
-  } else {
-    for (int c = 0; c < kChannels; ++c)
-      for (int i = 0; i < kPlane; ++i) out[c * kPlane + i] = table[c * 256 + pixels[c * kPlane + i]];
-  }
+  const int pixel = rows ? kChannels : 1, plane = rows ? 1 : kPlane;
+  for (int i = 0; i < kPlane; ++i)
+    for (int c = 0; c < kChannels; ++c) out[i * pixel + c * plane] = table[c * 256 + pixels[c * kPlane + i]];
 }
 
 template <class T>

@@ -37,7 +37,8 @@ def augment_kernel(
     inside = exists & (y >= 0) & (y < 32) & (x >= 0) & (x < 32)
     pixel = tl.load(images_ptr + index * 3072 + (channel * 1024 + y * 32 + x), mask=inside, other=0)
     value = tl.load(table_ptr + (channel * 256 + pixel.to(tl.int32)))
-    tl.store(out_ptr + k * 3072 + element, tl.where(exists, value, float("nan")))
+    nan = tl.full((BLOCK,), float("nan"), tl.float32).to(value.dtype)  # the interpreter has no bfloat16 constants
+    tl.store(out_ptr + k * 3072 + element, tl.where(exists, value, nan))
     label = tl.load(labels_ptr + index, mask=exists, other=-1)
     tl.store(labels_out_ptr + k, label, mask=tl.program_id(1) == 0)
 
