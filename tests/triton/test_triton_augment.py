@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+import bnkern
+from bnkern.train import cifar10
 from tests import test_augment as of_augment
+from tests import test_cifar10 as of_cifar10
 from tests.cases import Target
 from tests.triton.interpreter import interpreted
 
@@ -31,3 +34,14 @@ def test_a_position_beyond_the_epoch(case: of_augment.Case) -> None:
 
 def test_parts_make_the_whole() -> None:
     interpreted(of_augment.test_parts_make_the_whole, TRITON)
+
+
+def filled(memory_format: torch.memory_format) -> None:
+    split = cifar10.synthetic(50, 10).train
+    with bnkern.use_backend("triton"):
+        of_cifar10.test_fill_is_at_with_the_number_on_the_device(TRITON, split, memory_format)
+
+
+@pytest.mark.parametrize("memory_format", of_cifar10.FORMATS, ids=str)
+def test_batches(memory_format: torch.memory_format) -> None:
+    interpreted(filled, memory_format)
