@@ -10,9 +10,9 @@ namespace bnkern::BNKERN_ISA {
 namespace {
 
 constexpr int kChannels = 3, kSide = 32, kPad = 4, kPlane = kSide * kSide, kImage = kChannels * kPlane;
-constexpr std::uint32_t kStream = 1;       // of the generator: crops and flips
-constexpr std::int64_t kThreadImages = 8;  // fewer are not worth another thread
-constexpr std::int64_t kAhead = 64;        // bytes in a line of the cache
+constexpr std::uint32_t kStream = 1;        // of the generator: crops and flips
+constexpr std::int64_t kThreadImages = 16;  // fewer are not worth another thread
+constexpr std::int64_t kAhead = 64;         // bytes in a line of the cache
 
 // The window of an image, within kPad zeros on every side, that begins `down` and `right`.
 void crop(const std::uint8_t* image, int down, int right, bool flip, std::uint8_t* window) {
