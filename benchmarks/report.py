@@ -4,7 +4,8 @@ A row is one provider in one case: the labels ``bench op shape layout dtype size
 times ``median_ms p20_ms p80_ms rounds``; ``speedup`` over each eager form, and over the fastest of them as "best";
 ``times`` the unprobed steps, for steps that record;
 where bytes are known ``bytes`` (the least) and ``phased_bytes``, and by the least ``gb_per_s`` and ``share_of_copy``;
-for whole batch norms ``error``, relative to float64. A provider that could not be had has ``missing`` instead: why.
+for whole batch norms ``error``, relative to float64; for batches of images ``images``, how many. A provider that
+could not be had has ``missing`` instead: why.
 """
 
 from collections import defaultdict
@@ -89,7 +90,7 @@ def markdown(results: dict) -> str:
 
 
 def _table(row: dict) -> str:
-    named = {"batch_norm": "Whole batch norms", "step": "Training steps"}
+    named = {"batch_norm": "Whole batch norms", "step": "Training steps", "augment": "Batches of images"}
     return "Recording" if "times" in row else named.get(row["bench"], "Phases")
 
 
@@ -160,11 +161,23 @@ def _recording(rows: list[dict]) -> Iterator[str]:
         yield _line(row["op"], row["provider"], _time(row), f"{row['times'][base]:.2f}x")
 
 
+def _batches(rows: list[dict]) -> Iterator[str]:
+    yield "A batch of images in milliseconds, median (p20 to p80); thousands of images a second."
+    yield ""
+    yield from _header("case", "provider", "ms", "1000 images/s", "over the best eager form")
+    for row in rows:
+        rate, speedup = "", ""
+        if "speedup" in row:
+            rate, speedup = f"{row['images'] / row['median_ms']:.0f}", f"{row['speedup']['best']:.2f}x"
+        yield _line(_case(row), row["provider"], _time(row), rate, speedup)
+
+
 _RENDER = {
     "Whole batch norms": _batch_norms,
     "Phases": _phases,
     "Training steps": _steps,
     "Recording": _recording,
+    "Batches of images": _batches,
 }
 
 

@@ -184,3 +184,11 @@ def test_quick_run_writes_its_file_and_the_table_reads_it(tmp_path: Path, monkey
     assert "| bn_add_relu tiny channels_last fp32 |" in table
     assert "missing: left out by --quick" in table
     assert table.strip() in run.stdout  # the summary at the end of the run is this table
+
+
+def test_table_of_batches_says_images_a_second() -> None:
+    label = {"bench": "augment", "op": "augment", "shape": "images", "layout": "nchw", "dtype": "fp32"}
+    times = {"median_ms": 0.25, "p20_ms": 0.2, "p80_ms": 0.3, "images": 128, "speedup": {"eager": 4.0, "best": 2.0}}
+    lines = list(report._batches([label | {"provider": "bnkern"} | times, label | {"provider": "a", "missing": "b"}]))
+    assert lines[-2] == "| augment images nchw fp32 | bnkern | 0.25 (0.2 to 0.3) | 512 | 2.00x |"
+    assert lines[-1] == "| augment images nchw fp32 | a | missing: b |  |  |"

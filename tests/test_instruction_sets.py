@@ -14,6 +14,7 @@ import torch
 
 from bnkern import _native
 from tests.cases import CASE, FEW, MIXED, Target
+from tests.test_augment import FORMATS, MANY, augment
 from tests.test_threads import LARGE, everything
 
 
@@ -59,6 +60,11 @@ def main() -> None:
                 result = torch.where(result.isnan(), torch.nan, result) if result.is_floating_point() else result
                 bits.update(result.contiguous().view(torch.uint8).numpy().tobytes())
             print(case, precision.name, bits.hexdigest())
+    for precision in MIXED:
+        for layout in FORMATS:
+            images, _ = augment(Target("cpu", "cpu"), MANY, precision.dtype, layout)
+            bits = hashlib.sha256(images.contiguous().view(torch.uint8).numpy().tobytes())
+            print(MANY, layout, precision.name, bits.hexdigest())
 
 
 if __name__ == "__main__":

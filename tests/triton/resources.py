@@ -123,7 +123,15 @@ def variants(way: str, precision: str, fused: bool) -> dict[str, Variant]:
         )
         backend.backward(y, x, vector, vector, mean, invstd, mask, "relu", True, (True, True, True, fused))
         backend.moments(x)
+        _augment(dtype)
     return {variant.kernel.fn.__name__: variant for variant in recorded}
+
+
+def _augment(dtype: torch.dtype) -> None:
+    """A batch of images for the network: one kernel for each dtype."""
+    images, one = torch.empty(1, 3, 32, 32, dtype=torch.uint8), torch.empty(1, dtype=torch.int64)
+    table = torch.empty(3, 256, dtype=dtype)
+    backend.augment(images, one, one, one, one, table, images.to(dtype), one, 1, 0, True)
 
 
 def compile_for(variant: Variant, architecture: int) -> Usage:

@@ -42,11 +42,11 @@ def test_resources(architecture: int, ways: list[str], precisions: list[str]) ->
 
 
 def test_instances() -> None:
-    """Few kernels are compiled: what a residual network of three widths needs, and all of one dtype."""
+    """Few kernels are compiled: what a residual network of three widths and its data need, and all of one dtype."""
 
     def count(ways: list[str]) -> int:
         return len({v.key for way in ways for fused in (0, 1) for v in resources.variants(way, "bf16", fused).values()})
 
-    assert count(["planes", "planes_short"]) <= 17
-    assert count(["rows_16", "rows_32", "rows_64"]) <= 24
-    assert count(list(resources.WAYS)) <= 66
+    assert count(["planes", "planes_short"]) <= 18
+    assert count(["rows_16", "rows_32", "rows_64"]) <= 25
+    assert count(list(resources.WAYS)) <= 67
