@@ -329,7 +329,9 @@ def _check_statistics(
     momentum: float | None,
     eps: float,
     num_batches_tracked: Tensor | None,
+    others: bool = False,
 ) -> None:
+    """``others``: ranks of a distributed run add their values, so that a single one here may do."""
     if not isinstance(training, bool):
         raise TypeError(f"batch_norm: training must be True or False, got {training!r}")
     if (running_mean is None) != (running_var is None):
@@ -364,7 +366,7 @@ def _check_statistics(
             )
     elif training and momentum is None and running_mean is not None:
         raise ValueError("batch_norm: num_batches_tracked must be given when momentum is None (cumulative mean)")
-    if training and x.shape[0] * x.shape[2:].numel() == 1:
+    if training and not others and x.shape[0] * x.shape[2:].numel() == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
 
 

@@ -37,7 +37,7 @@ RULES = {
     "bnkern.backends.triton*": Rule((*LEAVES, "bnkern.backends.triton*"), ("torch", "triton")),
     "bnkern.backends": Rule(()),  # loads its backends by name, from the table
     "bnkern.ops": Rule(("bnkern.backends", *LEAVES)),
-    "bnkern.distributed": Rule(()),
+    "bnkern.distributed": Rule(("bnkern.functional", "bnkern.ops", "bnkern.backends", *LEAVES)),
     "bnkern.probes.buffer": Rule(()),
     "bnkern.functional": Rule(
         (
@@ -45,11 +45,10 @@ RULES = {
             "bnkern.backends",
             "bnkern.backends.layout",
             "bnkern.backends.reference",
-            "bnkern.distributed",
             "bnkern.probes.buffer",
         )
     ),
-    "bnkern.nn": Rule(("bnkern.functional",)),
+    "bnkern.nn": Rule(("bnkern.functional", "bnkern.distributed")),
     "bnkern.convert": Rule(("bnkern.nn",)),
     "bnkern.probes*": Rule(("bnkern", "bnkern.nn", "bnkern.functional", "bnkern.probes*"), ("torch", "numpy")),
     "bnkern.train*": Rule(("bnkern*",), ("torch", "numpy", "tqdm", "PIL")),
