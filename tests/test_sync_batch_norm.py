@@ -242,7 +242,7 @@ def test_small_variance(ranks: Ranks) -> None:
         m2 = m2 + part_var * n + (part_mean - mean).square() * count * n * factor
         mean, count = (count * factor) * mean + n * factor * part_mean, count + n
     theirs = (m2 / (count - 1) / true_var - 1).abs().max().item()
-    assert error < 1e-5  # float32 inputs at r = 1e4: the bound of tests/cases.py is 1e-4
+    assert error < 1e-4  # r = 1e4: the bound of tests/cases.py
     assert theirs > 100 * error
 
 
