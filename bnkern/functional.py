@@ -136,6 +136,11 @@ def _call(
     tensors = (x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
     if ops.transformed():
         # torch.func and forward-mode differentiation go through the reference formula, as double backward does.
+        if training and running_mean is not None and ops.over_members(x) and not ops.over_members(running_mean):
+            raise RuntimeError(
+                "batch_norm: vmap maps over input but not over running_mean and running_var, which cannot take every "
+                "member's update; make the module with track_running_stats=False, or call it in eval mode"
+            )
         return reference.forward(*tensors, training, momentum, eps, act, False)[0]
     if ops.direct(*tensors):
         return _eager(*tensors, training, momentum, eps, act)
