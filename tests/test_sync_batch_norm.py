@@ -1,4 +1,4 @@
-"""SyncBatchNorm: several processes over gloo compute what one computes over their joint batch."""
+"""SyncBatchNorm: several processes over gloo compute what one computes over their joint batch. Also DDP and FSDP2."""
 
 import copy
 import warnings
@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._composable_state import _get_module_state
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
@@ -16,8 +18,6 @@ import bnkern
 from bnkern import distributed
 from tests.cases import BF16, FP32, FP64, Precision, ulp
 from tests.ranks import GROUPS, Ranks
-
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 
 WORLD = 3
 # How a batch of 8 is dealt out: 2 and 3 ranks; even, uneven, one of a single value, one or more of none.
@@ -270,6 +270,15 @@ def net() -> Net:
     return Net().double()
 
 
+def random_batches(split: tuple[int, ...]) -> list[list[tuple[Tensor, Tensor]]]:
+    """For each rank its part of three batches of input and target."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((8, 3, 6, 6), (8, 4))
+    batches = [[torch.randn(shape, generator=generator).double() for shape in shapes] for _ in range(3)]
+    parts = [dealt(batch, split) for batch in batches]
+    return [[tuple(part[rank]) for part in parts] for rank in range(len(split))]
+
+
 def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]], weight: float) -> dict[str, Tensor]:
     """Steps of SGD on weight * sum of squares, as one process would do them."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -303,15 +312,11 @@ def test_network_under_ddp(ranks: Ranks, split: tuple[int, ...], compiled: bool)
     """Three steps of DDP, with buffers broadcast, end where one process with the joint batch does: 1e-10 in float64."""
     if compiled and 0 in split:
         pytest.skip("an empty convolution has no compiled form")
-    generator = torch.Generator().manual_seed(1)
-    batches = [
-        (torch.randn(8, 3, 6, 6, generator=generator).double(), torch.randn(8, 4, generator=generator).double())
-        for _ in range(3)
-    ]
-    parts = [dealt(list(batch), split) for batch in batches]
-    given = [([tuple(p[rank]) for p in parts], 1 / 8, compiled) for rank in range(len(split))]
+    parts = random_batches(split)
+    given = [(batches, 1 / 8, compiled) for batches in parts]
     results = ranks.run(train_rank, given)
-    joint = train(net(), batches, 1 / 8)
+    joint = [tuple(map(torch.cat, zip(*pieces, strict=True))) for pieces in zip(*parts, strict=True)]
+    joint = train(net(), joint, 1 / 8)
     assert results[0]["state"].keys() == joint["state"].keys()
     for name, value in joint["state"].items():
         for result in results:
@@ -341,35 +346,53 @@ def test_two_forwards_under_ddp(ranks: Ranks) -> None:
             torch.testing.assert_close(2 * grads[k], p.grad, rtol=1e-10, atol=1e-10)
 
 
-def sharded(x: Tensor, target: Tensor, group) -> dict:
-    """FSDP2 over the ranks, parameters in shards, around a network of SyncBatchNorms."""
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = bnkern.nn.convert_sync_batchnorm(net(), group)
+def fully_sharded(model: Net, group: dist.ProcessGroup) -> nn.Module:
+    """FSDP2: each rank holds a part of every parameter, batch norms' included."""
     mesh = DeviceMesh.from_group(group, "cpu")
     for module in (model.first, model.last, model.head, model):
         fully_shard(module, mesh=mesh)
-    assert _get_module_state(model.first) is not None
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        (model(x) - target).square().sum().backward()
-        optimizer.step()
-    return {k: getattr(v, "full_tensor", lambda v=v: v)() for k, v in model.state_dict().items()}
+    assert isinstance(model.first.weight, DTensor)
+    return model
 
 
-def test_network_under_fsdp(ranks: Ranks) -> None:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(8, 3, 6, 6, generator=generator).double()
-    target = torch.randn(8, 4, generator=generator).double()
-    results = ranks.run(sharded, [tuple(part) for part in dealt([x, target], (4, 4))])
+def train_wrapped(batches: list[tuple[Tensor, Tensor]], wrapper: str, sync: bool, group) -> dict[str, Tensor]:
+    model = bnkern.nn.convert_sync_batchnorm(net(), group) if sync else net()
+    model = DistributedDataParallel(model, process_group=group) if wrapper == "ddp" else fully_sharded(model, group)
+    state = train(model, batches, 1.0)["state"]
+    return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_plain_batch_norms_in_wrappers(ranks: Ranks, wrapper: str) -> None:
+    """Each rank normalises by its own batch; gradients are averaged; DDP takes buffers from rank 0 before a step."""
+    parts = random_batches((3, 5))
+    results = ranks.run(train_wrapped, [(batches, wrapper, False) for batches in parts])
+    models = [net() for _ in parts]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9) for model in models]
+    for step_batches in zip(*parts, strict=True):
+        if wrapper == "ddp":
+            models[1].load_state_dict(models[0].state_dict())
+        for model, (x, target) in zip(models, step_batches, strict=True):
+            model.zero_grad()
+            (model(x) - target).square().sum().backward()
+        for ps in zip(*(model.parameters() for model in models), strict=True):
+            mean = sum(p.grad for p in ps) / len(ps)
+            for p in ps:
+                p.grad = mean.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for model, state in zip(models, results, strict=True):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-10)
+
+
+def test_synchronized_network_under_fsdp(ranks: Ranks) -> None:
+    """As one process with the joint batch, whose gradient FSDP divides by the number of ranks."""
+    parts = random_batches((4, 4))
+    results = ranks.run(train_wrapped, [(batches, "fsdp", True) for batches in parts])
+    joint = [tuple(map(torch.cat, zip(*pieces, strict=True))) for pieces in zip(*parts, strict=True)]
     model = net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        (model(x) - target).square().sum().div(2).backward()  # FSDP takes the mean of the ranks' gradients
-        optimizer.step()
+    train(model, joint, 1 / 2)
     for name, value in model.state_dict().items():
         for state in results:
             torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-10)
