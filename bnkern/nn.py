@@ -31,8 +31,7 @@ class _Fused:
         **kwargs: object,
     ) -> None:
         # Keywords that newer versions of torch add (bias=, in 2.13) pass through to the parent that knows them.
-        kwargs |= {"device": device, "dtype": dtype}
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
         if act not in (None, "relu"):
             raise ValueError(f'act must be None or "relu", got {act!r}')
         self.act = act

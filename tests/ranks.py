@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-TIMEOUT_S = 120  # of one call; the slowest compiles a network
+TIMEOUT_S = 240  # of one call; the slowest compiles a network
 
 
 class Ranks:
