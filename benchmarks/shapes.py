@@ -12,6 +12,7 @@ SHAPES = {
     "stage3": (128, 64, 8, 8),  # its third: 2 MB in fp32, short planes, the fixed cost of a call shows
     "large": (32, 256, 56, 56),  # a ResNet-50 stage at 32 images: 103 MB in fp32, past every cache
     "large64": (64, 256, 56, 56),  # the same at 64 images: past 64 MB in bf16 too
+    "least": (2, 16, 4, 4),  # 2 KB: nothing but the fixed cost of a call
     "images": (128, 3, 32, 32),  # a batch of CIFAR images, for whole networks
     "few_images": (4, 3, 32, 32),  # the same for --quick
     "tiny": (8, 16, 7, 7),  # --quick: does it run at all; planes that are no multiple of a vector

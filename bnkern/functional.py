@@ -145,6 +145,11 @@ def _call(
     tensors = (x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
     if ops.transformed():
         # torch.func and forward-mode differentiation go through the reference formula, as double backward does.
+        if training and running_mean is not None and ops.over_members(x) and not ops.over_members(running_mean):
+            raise RuntimeError(
+                "batch_norm: vmap maps over input but not over running_mean and running_var, which cannot take every "
+                "member's update; make the module with track_running_stats=False, or call it in eval mode"
+            )
         return reference.forward(*tensors, training, momentum, eps, act, False)[0]
     if ops.direct(*tensors):
         return _eager(*tensors, training, momentum, eps, act, records)
@@ -358,7 +363,9 @@ def _check_statistics(
     momentum: float | None,
     eps: float,
     num_batches_tracked: Tensor | None,
+    others: bool = False,
 ) -> None:
+    """``others``: ranks of a distributed run add their values, so that a single one here may do."""
     if not isinstance(training, bool):
         raise TypeError(f"batch_norm: training must be True or False, got {training!r}")
     if (running_mean is None) != (running_var is None):
@@ -393,7 +400,7 @@ def _check_statistics(
             )
     elif training and momentum is None and running_mean is not None:
         raise ValueError("batch_norm: num_batches_tracked must be given when momentum is None (cumulative mean)")
-    if training and x.shape[0] * x.shape[2:].numel() == 1:
+    if training and not others and x.shape[0] * x.shape[2:].numel() == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
 
 

@@ -1,8 +1,12 @@
 """Modules: torch.nn's batch norms with ``act`` and ``residual``, and the same state_dict both ways."""
 
+import warnings
+
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
+from .distributed import ranks_of, sync_batch_norm
 from .functional import add_act, batch_norm
 
 
@@ -105,3 +109,112 @@ class Activation(torch.nn.Module):
 
 class Conv2d(torch.nn.Conv2d):
     """``torch.nn.Conv2d`` whose weight gradient can be probed (``weight_gradient_signs`` of :mod:`bnkern.probes`)."""
+
+
+class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
+    """``torch.nn.SyncBatchNorm`` ([N, C, ...]) computing ``act(batch_norm(input) + residual)`` over all ranks' batches.
+
+    Arguments are those of torch.nn.SyncBatchNorm and ``act``: None or "relu". In training, in a process group of two
+    ranks or more, statistics are those of the joint batch (:func:`bnkern.distributed.sync_batch_norm`): every rank
+    must call, be its batch empty or not. In eval, and with one rank or none, a plain batch norm. Works on the CPU
+    (gloo) as on CUDA (nccl); for the CPU's sake no instance of torch's class, which DistributedDataParallel refuses.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        act: str | None = None,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, act=act, **kwargs)
+        self.process_group = process_group
+
+    _check_input_dim = torch.nn.SyncBatchNorm._check_input_dim
+    _check_non_zero_input_channels = torch.nn.SyncBatchNorm._check_non_zero_input_channels
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        group = ranks_of(self.process_group) if self.training else None
+        if group is None:
+            return super().forward(input, residual)
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        tracked = self.track_running_stats
+        counter = self.num_batches_tracked if tracked else None
+        momentum = 0.0 if self.momentum is None and counter is None else self.momentum
+        return sync_batch_norm(
+            input,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight,
+            self.bias,
+            momentum,
+            self.eps,
+            group=group,
+            residual=residual,
+            act=self.act,
+            num_batches_tracked=counter,
+        )
+
+
+def convert_sync_batchnorm(
+    model: torch.nn.Module, process_group: "torch.distributed.ProcessGroup | None" = None
+) -> torch.nn.Module:
+    """Every batch norm of the model, torch's or ours, becomes a :class:`SyncBatchNorm` of the group.
+
+    As ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``: the model is changed in place, a model that is itself a
+    batch norm is returned anew. The new modules have the old ones' parameters and buffers (the very same tensors),
+    mode, hooks and ``act``; a module in two places stays one. Subclasses with a forward of their own would lose it
+    and are left as they are, with a warning.
+
+    Raises:
+        ValueError: a batch norm that is lazy or parametrized; names it.
+    """
+    done: dict[torch.nn.Module, torch.nn.Module] = {}
+
+    def converted(module: torch.nn.Module, name: str) -> torch.nn.Module:
+        if module not in done:
+            done[module] = _synchronized(module, name or "the model", process_group)
+            for key, child in module._modules.items():
+                if child is not None:
+                    done[module]._modules[key] = converted(child, f"{name}.{key}" if name else key)
+        return done[module]
+
+    return converted(model, "")
+
+
+_FORWARDS = (
+    torch.nn.modules.batchnorm._BatchNorm.forward,
+    torch.nn.SyncBatchNorm.forward,
+    _Fused.forward,
+    SyncBatchNorm.forward,
+)
+
+
+def _synchronized(
+    module: torch.nn.Module, name: str, process_group: "torch.distributed.ProcessGroup | None"
+) -> torch.nn.Module:
+    """The module itself, or for a batch norm the SyncBatchNorm with its parameters, buffers and hooks."""
+    if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        return module
+    kind = type(module).__name__
+    if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
+        raise ValueError(f"convert_sync_batchnorm: {name} ({kind}) must be initialised by a first call before")
+    if parametrize.is_parametrized(module):
+        raise ValueError(f"convert_sync_batchnorm: {name} must not be parametrized; remove its parametrizations before")
+    if type(module).forward not in _FORWARDS:
+        warnings.warn(f"convert_sync_batchnorm: {name} ({kind}) has a forward of its own, left as it is", stacklevel=4)
+        return module
+    new = SyncBatchNorm.__new__(SyncBatchNorm)
+    new.__dict__ = module.__dict__.copy()
+    for kept in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[kept] = module.__dict__[kept].copy()
+    new.act, new.process_group = getattr(module, "act", None), process_group
+    return new

@@ -47,6 +47,16 @@ def transformed() -> bool:
     return inside or torch.autograd.forward_ad._current_level >= 0
 
 
+def over_members(t: Tensor) -> bool:
+    """Whether vmap maps over ``t``, at any of its levels."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
+
+
 _library = torch.library.Library("bnkern", "DEF")
 _library.define(
     "batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean,"

@@ -38,7 +38,7 @@ RULES = {
     "bnkern.backends.triton*": Rule((*LEAVES, "bnkern.backends.triton*"), ("torch", "triton")),
     "bnkern.backends": Rule(()),  # loads its backends by name, from the table
     "bnkern.ops": Rule(("bnkern.backends", *LEAVES)),
-    "bnkern.distributed": Rule(()),
+    "bnkern.distributed": Rule(("bnkern.functional", "bnkern.ops", "bnkern.backends", *LEAVES)),
     "bnkern.probes.buffer": Rule(()),
     "bnkern.functional": Rule(
         (
@@ -46,11 +46,10 @@ RULES = {
             "bnkern.backends",
             "bnkern.backends.layout",
             "bnkern.backends.reference",
-            "bnkern.distributed",
             "bnkern.probes.buffer",
         )
     ),
-    "bnkern.nn": Rule(("bnkern.functional",)),
+    "bnkern.nn": Rule(("bnkern.functional", "bnkern.distributed")),
     "bnkern.convert": Rule(("bnkern.nn",)),
     "bnkern.probes*": Rule((*LEAVES, "bnkern", "bnkern.nn", "bnkern.functional", "bnkern.probes*"), ("torch", "numpy")),
     "bnkern.train*": Rule(("bnkern*",), ("torch", "numpy", "tqdm", "PIL")),

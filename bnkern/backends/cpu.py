@@ -290,12 +290,18 @@ def grad_input(
     mask: Tensor | None,
     act: str | None,
     sums: tuple[Tensor, Tensor, int] | None,
+    need_dx: bool = True,
+    need_dresidual: bool = True,
     *,
     out: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx and the residual's gradient; ``sums`` is (sum g, sum g * xhat, M), or None in eval mode. ``out``: which."""
+    """dx and the residual's gradient, where needed; ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
+
+    ``out`` gives both to write into, and says which.
+    """
     plan = _plan(x.shape, x.stride())
-    dx, dresidual = (_empty(x, plan), _empty(x, plan)) if out is None else out
+    wanted = (need_dx, need_dresidual)
+    dx, dresidual = (_empty(x, plan) if want else None for want in wanted) if out is None else out
     sum_dy, sum_dy_xhat, count = (None, None, plan.like.count) if sums is None else sums
     if count != plan.like.count:  # other ranks' values are in the sums; the kernel divides by this tensor's own count
         scale = plan.like.count / count

@@ -117,8 +117,10 @@ def grad_input(
     mask: Tensor | None,
     act: str | None,
     sums: tuple[Tensor, Tensor, int] | None,
-) -> tuple[Tensor, Tensor]:
-    """dx and the residual's gradient g. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode."""
+    need_dx: bool = True,
+    need_dresidual: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and the residual's gradient g, where needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode."""
     g = _masked(dy, x, mean, invstd, weight, bias, mask, act)
     dx = g
     if sums is not None:
@@ -128,7 +130,7 @@ def grad_input(
         dx = dx * _per_channel(weight, x)
     if invstd is not None:
         dx = dx * _per_channel(invstd, x)
-    return dx.to(x.dtype), g.to(x.dtype)
+    return dx.to(x.dtype) if need_dx else None, g.to(x.dtype) if need_dresidual else None
 
 
 # ----------------------------------------------------------------------------------- the two calls of a backend
