@@ -341,3 +341,38 @@ def backward(
             if grad is not None:
                 grad.zero_()
     return dx, dweight, dbias, dresidual
+
+
+# -------------------------------------------------------------------------------- beside the phases: convolutions
+
+
+def _image(t: Tensor) -> tuple[Tensor, int, torch.Size, tuple[int, ...]]:
+    """``t`` [N, C, H, W], or a dense copy where neither channels nor columns have unit stride, to be kept alive; its
+    address, sizes and strides."""
+    unit = [axis for axis in (1, 3) if t.stride(axis) == 1 or t.shape[axis] == 1]
+    if not unit:
+        t = t.contiguous()
+    stride = tuple(1 if axis in unit else step for axis, step in enumerate(t.stride()))
+    return t, t.data_ptr(), t.shape, stride
+
+
+def conv_grad_signs(
+    x: Tensor,
+    dy: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    wanted: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Sum, absolute sum, sign sum and number of nonzero summands of a convolution's weight gradient, where wanted."""
+    shape = (dy.shape[1], x.shape[1], *kernel_size)
+    make = torch.empty if x.numel() and dy.numel() else torch.zeros
+    dtypes = (accumulator(x.dtype),) * 2 + (torch.int32,) * 2
+    results = [make(shape, dtype=dtype) if want else None for dtype, want in zip(dtypes, wanted, strict=True)]
+    if x.numel() and dy.numel():
+        x, *of_x = _image(x)
+        dy, *of_dy = _image(dy)
+        addresses = [_address(result) for result in results]
+        sizes = (kernel_size, stride, padding)
+        _native.cpu_conv_grad_signs(_CODES[x.dtype], *of_x, *of_dy, *sizes, addresses, torch.get_num_threads())
+    return tuple(results)
