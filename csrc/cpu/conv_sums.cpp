@@ -42,12 +42,15 @@ Groups groups_of(const ConvGradSigns& p) {
   return {p.x.c, width, divide_up(p.x.c, width), p.kernel_h, p.dy.c, p.kernel_w};
 }
 
-// Where a tile's operands lie: rows of x and dy for each row of a block.
+// Where a tile's operands lie, position by position: strides of x and dy over images, rows and columns of dy; and
+// what it calls for from memory on the way, one line a position.
 template <class A>
 struct Walk {
   std::int64_t images, rows, columns;
-  std::int64_t x_image, x_row, x_step;  // strides of the packed x
-  std::int64_t dy_step;                 // of the packed dy, whose positions lie one after the other
+  std::int64_t x_image, x_row, x_column;
+  std::int64_t dy_image, dy_row, dy_column;
+  const char* ahead;
+  std::int64_t ahead_image, ahead_row, ahead_column, ahead_columns;  // of one column, of 16; in bytes
 };
 
 template <class A, int kV, int kO, bool kBoth>
@@ -58,17 +61,20 @@ void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* s
   for (std::int64_t image = 0; image < walk.images; ++image)
     for (std::int64_t row = 0; row < walk.rows; ++row) {
       const A* from = x + image * walk.x_image + row * walk.x_row;
-      for (std::int64_t column = 0; column < walk.columns; ++column, from += walk.x_step, dy += walk.dy_step) {
+      const A* by = dy + image * walk.dy_image + row * walk.dy_row;
+      const char* const ahead = walk.ahead + image * walk.ahead_image + row * walk.ahead_row;
+      for (std::int64_t column = 0; column < walk.columns; ++column, from += walk.x_column, by += walk.dy_column) {
+        __builtin_prefetch(ahead + column % 16 * walk.ahead_column + column / 16 * walk.ahead_columns, 0, 2);
         Vec<A> values[kV];
         for (int v = 0; v < kV; ++v) values[v] = Vec<A>::load(from + v * kLanes);
         for (int o = 0; o < kO; ++o) {
-          const Vec<A> g = Vec<A>::all(dy[o]);
+          const Vec<A> g = Vec<A>::all(by[o]);
           for (int v = 0; v < kV; ++v) sums[o][v] = fma(g, values[v], sums[o][v]);
         }
         if constexpr (kBoth) {
           for (int v = 0; v < kV; ++v) values[v] = magnitude(values[v]);
           for (int o = 0; o < kO; ++o) {
-            const Vec<A> g = magnitude(Vec<A>::all(dy[o]));
+            const Vec<A> g = magnitude(Vec<A>::all(by[o]));
             for (int v = 0; v < kV; ++v) abs_sums[o][v] = fma(g, values[v], abs_sums[o][v]);
           }
         }
@@ -111,15 +117,18 @@ void run_of_sums(const Walk<A>& walk, const A* x, const A* dy, std::int64_t outp
   }
 }
 
-// Adds a block's sums to those of its chunk, for outputs [output, output + outputs).
+// Adds a block's sums to those of its chunk, for outputs [output, output + outputs). While it computes it calls for
+// the x of the block that is `next`.
 template <class T>
-void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& block, std::int64_t output,
-               std::int64_t outputs, Accumulator<T>* sum, Accumulator<T>* abs_sum, Accumulator<T>* x,
-               Accumulator<T>* dy) {
+void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& block, const Rectangle& next,
+               std::int64_t output, std::int64_t outputs, Accumulator<T>* sum, Accumulator<T>* abs_sum,
+               Accumulator<T>* x, Accumulator<T>* dy) {
   using A = Accumulator<T>;
   const bool both = sum && abs_sum, absolute = !sum;
   const std::int64_t positions = block.images * block.rows * p.dy.w;
-  for (std::int64_t o = 0; o < outputs; o += kLanes) {
+  // dy is read where it lies if it is as the tiles read it.
+  const bool in_place = std::is_same_v<T, A> && p.dy.stride_c == 1 && !absolute;
+  for (std::int64_t o = 0; o < outputs && !in_place; o += kLanes) {
     const std::int64_t width = std::min<std::int64_t>(kLanes, outputs - o);
     A* to = dy + o * positions;
     for (std::int64_t image = 0; image < block.images; ++image)
@@ -127,6 +136,7 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
         pack_row<T>(p.dy, block.image + image, block.row + row, 0, p.dy.w, output + o, width, absolute, to);
   }
   const std::int64_t rows = x_rows(p, block.rows), columns = x_columns(p);
+  const std::int64_t next_row = next.row ? next.row * p.stride_h + p.kernel_h - 1 - p.padding_h : 0;
   for (std::int64_t g = 0; g < groups.count; ++g) {
     const std::int64_t width = groups.width_of(g);
     A* to = x;
@@ -135,18 +145,36 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
         pack_row<T>(p.x, block.image + image, block.row * p.stride_h - p.padding_h + row, p.padding_w, columns,
                     g * groups.width, width, absolute, to);
     std::fill_n(to, kLanes, A(0));  // the last run ends within a vector
+    std::int64_t part = 0;          // of stride_h x stride_w lines to call for at each position
     for (std::int64_t k = 0; k < p.kernel_h; ++k)
-      for (std::int64_t o = 0; o < outputs; o += kLanes) {
+      for (std::int64_t o = 0; o < outputs; o += kLanes, ++part) {
         const std::int64_t dy_width = std::min<std::int64_t>(kLanes, outputs - o);
-        const Walk<A> walk{block.images,       block.rows, p.dy.w, rows * columns * width, p.stride_h * columns * width,
-                           p.stride_w * width, dy_width};
+        Walk<A> walk{};
+        walk.images = block.images, walk.rows = block.rows, walk.columns = p.dy.w;
+        walk.x_image = rows * columns * width;
+        walk.x_row = p.stride_h * columns * width;
+        walk.x_column = p.stride_w * width;
+        walk.dy_image = in_place ? p.dy.stride_n : block.rows * p.dy.w * dy_width;
+        walk.dy_row = in_place ? p.dy.stride_h : p.dy.w * dy_width;
+        walk.dy_column = in_place ? p.dy.stride_w : dy_width;
+        const bool planes = p.x.stride_c != 1;
+        const std::int64_t item = sizeof(T), column = part % p.stride_w * p.dy.w;
+        walk.ahead = static_cast<const char*>(p.x.data) +
+                     item * (next.image * p.x.stride_n + g * groups.width * p.x.stride_c +
+                             (next_row + part / p.stride_w % p.stride_h) * p.x.stride_h + column * p.x.stride_w);
+        walk.ahead_image = item * p.x.stride_n;
+        walk.ahead_row = item * p.stride_h * p.x.stride_h;
+        walk.ahead_column = item * (planes ? p.x.stride_c : p.x.stride_w);
+        walk.ahead_columns = item * 16 * p.x.stride_w;
         const A* const x_first = x + k * columns * width;
-        const A* const dy_first = dy + o * positions;
+        const A* const dy_first = in_place ? static_cast<const A*>(p.dy.data) + block.image * p.dy.stride_n +
+                                                 block.row * p.dy.stride_h + output + o
+                                           : dy + o * positions;
         const std::int64_t offset = groups.offset(g, k, output + o), pitch = groups.pitch(g);
         if (both)
           run_of_sums<A, true>(walk, x_first, dy_first, dy_width, pitch, sum + offset, abs_sum + offset);
         else
-          run_of_sums<A, false>(walk, x_first, dy_first, dy_width, pitch, (absolute ? abs_sum : sum) + offset, dy);
+          run_of_sums<A, false>(walk, x_first, dy_first, dy_width, pitch, (absolute ? abs_sum : sum) + offset, x);
       }
   }
 }
@@ -218,7 +246,8 @@ void conv_sums_as(const ConvGradSigns& p) {
             if (partial) std::fill_n(partial + groups.offset(g, k, output), own_outputs * groups.pitch(g), A(0));
       const Pieces blocks = blocks_of(p, chunks[chunk], positions);
       for (std::int64_t b = 0; b < blocks.count(); ++b)
-        add_block<T>(p, groups, blocks[b], output, own_outputs, chunk_sum, chunk_abs_sum, x, dy);
+        add_block<T>(p, groups, blocks[b], blocks[std::min(b + 1, blocks.count() - 1)], output, own_outputs, chunk_sum,
+                     chunk_abs_sum, x, dy);
     }
   }
   if (sum) join(p, groups, sum, chunks.count(), static_cast<A*>(p.sum), threads);
