@@ -25,6 +25,7 @@ constexpr std::int64_t kWords = 8;               // what a plane's length is a m
 constexpr std::int64_t kLeastPositions = 2048;   // of a chunk
 constexpr std::int64_t kBlockPositions = 8192;   // of a block
 constexpr std::int64_t kBlockBytes = 768 << 10;  // of a block's planes
+constexpr std::int64_t kAheadImages = 2;         // how many images' rows ahead memory is called for
 
 // ------------------------------------------------------------------------------- counting bits, many at once
 
@@ -154,23 +155,44 @@ bool make_planes(const Image& t, const Rectangle& block, const Lattice& lattice,
     for (std::int64_t plane = 0; plane < 2 * planes.channels * planes.taps * planes.remainders; ++plane)
       out[plane * planes.plane() + k] = 0;
 
+  std::uint16_t *const present = column_marks, *const negative = column_marks + lattice.read_columns;
   for (std::int64_t c = 0; c < planes.channels; c += kLanes) {
     const std::int64_t width = std::min<std::int64_t>(kLanes, planes.channels - c);
     const unsigned own = (1u << width) - 1;
+    const auto mark = [&](std::int64_t k, Vec<A> v) {
+      const unsigned above = v.above_zero().bits() & own;  // or NaN
+      const unsigned below = (Vec<A>::all(0) - v).above_zero().bits() & own;
+      any_nan |= above & below;
+      present[k] = static_cast<std::uint16_t>(all ? above | below : above ^ below);
+      negative[k] = static_cast<std::uint16_t>(below & ~above);
+    };
     for (std::int64_t remainder = 0; remainder < planes.remainders; ++remainder)
       for (std::int64_t r = 0; r < planes.rows; ++r) {
         const std::int64_t row = lattice.first_row + r * lattice.row_step + remainder;
         for (std::int64_t image = 0; image < block.images; ++image) {
-          pack_row<T>(t, block.image + image, row, lattice.padding, lattice.read_columns, first + c, width, false,
-                      values);
-          std::uint16_t *const present = column_marks, *const negative = column_marks + lattice.read_columns;
-          for (std::int64_t k = 0; k < lattice.read_columns; ++k) {
-            const Vec<A> v = Vec<A>::load(values + k * width);
-            const unsigned above = v.above_zero().bits() & own;  // or NaN
-            const unsigned below = (Vec<A>::all(0) - v).above_zero().bits() & own;
-            any_nan |= above & below;
-            present[k] = static_cast<std::uint16_t>(all ? above | below : above ^ below);
-            negative[k] = static_cast<std::uint16_t>(below & ~above);
+          const std::int64_t then = image + kAheadImages;  // in the order in which rows are read
+          const Ahead ahead = Ahead::of<T>(t, block.image + then % block.images, first + c,
+                                           row + then / block.images * lattice.row_step, -lattice.padding);
+          if (t.stride_c == 1 && width == kLanes && row >= 0 && row < t.h) {
+            const std::int64_t begin = std::min(lattice.padding, lattice.read_columns);
+            const std::int64_t end = std::min(lattice.padding + t.w, lattice.read_columns);
+            const T* const from =
+                static_cast<const T*>(t.data) + (block.image + image) * t.stride_n + first + c + row * t.stride_h;
+            for (std::uint16_t* const marked : {present, negative}) {
+              std::fill(marked, marked + begin, std::uint16_t{0});
+              std::fill(marked + end, marked + lattice.read_columns, std::uint16_t{0});
+            }
+            for (std::int64_t k = begin; k < end; ++k) {
+              ahead.call(k);
+              mark(k, load(from + (k - begin) * t.stride_w));
+            }
+          } else {
+            pack_row<T>(t, block.image + image, row, lattice.padding, lattice.read_columns, first + c, width, false,
+                        values);
+            for (std::int64_t k = 0; k < lattice.read_columns; ++k) {
+              ahead.call(k);
+              mark(k, Vec<A>::load(values + k * width));
+            }
           }
           for (std::int64_t sign = 0; sign < 2; ++sign)
             for (std::int64_t tap = 0; tap < planes.taps; ++tap) {

@@ -49,8 +49,8 @@ struct Walk {
   std::int64_t images, rows, columns;
   std::int64_t x_image, x_row, x_column;
   std::int64_t dy_image, dy_row, dy_column;
-  const char* ahead;
-  std::int64_t ahead_image, ahead_row, ahead_column, ahead_columns;  // of one column, of 16; in bytes
+  Ahead ahead;
+  std::int64_t ahead_image, ahead_row;  // in bytes
 };
 
 template <class A, int kV, int kO, bool kBoth>
@@ -62,9 +62,10 @@ void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* s
     for (std::int64_t row = 0; row < walk.rows; ++row) {
       const A* from = x + image * walk.x_image + row * walk.x_row;
       const A* by = dy + image * walk.dy_image + row * walk.dy_row;
-      const char* const ahead = walk.ahead + image * walk.ahead_image + row * walk.ahead_row;
+      Ahead ahead = walk.ahead;
+      ahead.row += image * walk.ahead_image + row * walk.ahead_row;
       for (std::int64_t column = 0; column < walk.columns; ++column, from += walk.x_column, by += walk.dy_column) {
-        __builtin_prefetch(ahead + column % 16 * walk.ahead_column + column / 16 * walk.ahead_columns, 0, 2);
+        ahead.call(column);
         Vec<A> values[kV];
         for (int v = 0; v < kV; ++v) values[v] = Vec<A>::load(from + v * kLanes);
         for (int o = 0; o < kO; ++o) {
@@ -127,8 +128,8 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
   const bool both = sum && abs_sum, absolute = !sum;
   const std::int64_t positions = block.images * block.rows * p.dy.w;
   // dy is read where it lies if it is as the tiles read it.
-  const bool in_place = std::is_same_v<T, A> && p.dy.stride_c == 1 && !absolute;
-  for (std::int64_t o = 0; o < outputs && !in_place; o += kLanes) {
+  const bool dy_in_place = std::is_same_v<T, A> && p.dy.stride_c == 1 && !absolute;
+  for (std::int64_t o = 0; o < outputs && !dy_in_place; o += kLanes) {
     const std::int64_t width = std::min<std::int64_t>(kLanes, outputs - o);
     A* to = dy + o * positions;
     for (std::int64_t image = 0; image < block.images; ++image)
@@ -139,37 +140,38 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
   const std::int64_t next_row = next.row ? next.row * p.stride_h + p.kernel_h - 1 - p.padding_h : 0;
   for (std::int64_t g = 0; g < groups.count; ++g) {
     const std::int64_t width = groups.width_of(g);
-    A* to = x;
-    for (std::int64_t image = 0; image < block.images; ++image)
-      for (std::int64_t row = 0; row < rows; ++row, to += columns * width)
-        pack_row<T>(p.x, block.image + image, block.row * p.stride_h - p.padding_h + row, p.padding_w, columns,
-                    g * groups.width, width, absolute, to);
-    std::fill_n(to, kLanes, A(0));  // the last run ends within a vector
-    std::int64_t part = 0;          // of stride_h x stride_w lines to call for at each position
+    const bool x_in_place = std::is_same_v<T, A> && p.x.stride_c == 1 && !absolute && p.kernel_w == 1 &&
+                            p.padding_h == 0 && p.padding_w == 0 && width % kLanes == 0;
+    if (!x_in_place) {
+      A* to = x;
+      for (std::int64_t image = 0; image < block.images; ++image)
+        for (std::int64_t row = 0; row < rows; ++row, to += columns * width)
+          pack_row<T>(p.x, block.image + image, block.row * p.stride_h - p.padding_h + row, p.padding_w, columns,
+                      g * groups.width, width, absolute, to);
+      std::fill_n(to, kLanes, A(0));  // the last run ends within a vector
+    }
+    std::int64_t part = 0;  // of stride_h x stride_w lines to call for at each position
     for (std::int64_t k = 0; k < p.kernel_h; ++k)
       for (std::int64_t o = 0; o < outputs; o += kLanes, ++part) {
         const std::int64_t dy_width = std::min<std::int64_t>(kLanes, outputs - o);
         Walk<A> walk{};
         walk.images = block.images, walk.rows = block.rows, walk.columns = p.dy.w;
-        walk.x_image = rows * columns * width;
-        walk.x_row = p.stride_h * columns * width;
-        walk.x_column = p.stride_w * width;
-        walk.dy_image = in_place ? p.dy.stride_n : block.rows * p.dy.w * dy_width;
-        walk.dy_row = in_place ? p.dy.stride_h : p.dy.w * dy_width;
-        walk.dy_column = in_place ? p.dy.stride_w : dy_width;
-        const bool planes = p.x.stride_c != 1;
-        const std::int64_t item = sizeof(T), column = part % p.stride_w * p.dy.w;
-        walk.ahead = static_cast<const char*>(p.x.data) +
-                     item * (next.image * p.x.stride_n + g * groups.width * p.x.stride_c +
-                             (next_row + part / p.stride_w % p.stride_h) * p.x.stride_h + column * p.x.stride_w);
-        walk.ahead_image = item * p.x.stride_n;
-        walk.ahead_row = item * p.stride_h * p.x.stride_h;
-        walk.ahead_column = item * (planes ? p.x.stride_c : p.x.stride_w);
-        walk.ahead_columns = item * 16 * p.x.stride_w;
-        const A* const x_first = x + k * columns * width;
-        const A* const dy_first = in_place ? static_cast<const A*>(p.dy.data) + block.image * p.dy.stride_n +
-                                                 block.row * p.dy.stride_h + output + o
-                                           : dy + o * positions;
+        walk.x_image = x_in_place ? p.x.stride_n : rows * columns * width;
+        walk.x_row = p.stride_h * (x_in_place ? p.x.stride_h : columns * width);
+        walk.x_column = p.stride_w * (x_in_place ? p.x.stride_w : width);
+        walk.dy_image = dy_in_place ? p.dy.stride_n : block.rows * p.dy.w * dy_width;
+        walk.dy_row = dy_in_place ? p.dy.stride_h : p.dy.w * dy_width;
+        walk.dy_column = dy_in_place ? p.dy.stride_w : dy_width;
+        walk.ahead = Ahead::of<T>(p.x, next.image, g * groups.width, next_row + part / p.stride_w % p.stride_h,
+                                  part % p.stride_w * p.dy.w);
+        walk.ahead_image = static_cast<std::int64_t>(sizeof(T)) * p.x.stride_n;
+        walk.ahead_row = static_cast<std::int64_t>(sizeof(T)) * p.x.stride_h * p.stride_h;
+        const A* const x_first = x_in_place ? static_cast<const A*>(p.x.data) + block.image * p.x.stride_n +
+                                                  (block.row * p.stride_h + k) * p.x.stride_h + g * groups.width
+                                            : x + k * columns * width;
+        const A* const dy_first = dy_in_place ? static_cast<const A*>(p.dy.data) + block.image * p.dy.stride_n +
+                                                    block.row * p.dy.stride_h + output + o
+                                              : dy + o * positions;
         const std::int64_t offset = groups.offset(g, k, output + o), pitch = groups.pitch(g);
         if (both)
           run_of_sums<A, true>(walk, x_first, dy_first, dy_width, pitch, sum + offset, abs_sum + offset);
