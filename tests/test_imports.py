@@ -50,6 +50,7 @@ RULES = {
             "bnkern.probes.buffer",
         )
     ),
+    "bnkern.conv": Rule(("bnkern.backends",)),
     "bnkern.nn": Rule(("bnkern.functional",)),
     "bnkern.convert": Rule(("bnkern.nn",)),
     "bnkern.probes*": Rule(("bnkern", "bnkern.nn", "bnkern.functional", "bnkern.probes*"), ("torch", "numpy")),

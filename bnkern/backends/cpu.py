@@ -17,7 +17,17 @@ from .. import _native
 from .layout import Layout, dense, layout, output_strides, strides
 from .reference import accumulator, merge
 
-__all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
+__all__ = [
+    "backward",
+    "conv_grad_signs",
+    "forward",
+    "grad_input",
+    "grad_sums",
+    "merge",
+    "moments",
+    "normalize",
+    "refuses",
+]
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.uint8: 4}
 # Results from this size on come from the pool; malloc keeps smaller ones in reach by itself.
