@@ -72,7 +72,12 @@ def markdown(results: dict) -> str:
 
 
 def _table(row: dict) -> str:
-    return {"batch_norm": "Whole batch norms", "step": "Training steps"}.get(row["bench"], "Phases")
+    tables = {
+        "batch_norm": "Whole batch norms",
+        "step": "Training steps",
+        "conv_grad_signs": "Signs of a convolution's weight gradient",
+    }
+    return tables.get(row["bench"], "Phases")
 
 
 def _groups(rows: list[dict], *keys: Callable[[dict], str]) -> dict[tuple, list[dict]]:
@@ -133,7 +138,25 @@ def _steps(rows: list[dict]) -> Iterator[str]:
         yield _line(row["op"], row["provider"], _time(row), speedup)
 
 
-_RENDER = {"Whole batch norms": _batch_norms, "Phases": _phases, "Training steps": _steps}
+def _grad_signs(rows: list[dict]) -> Iterator[str]:
+    yield "What is wanted, in milliseconds, median (p20 to p80); beside torch's weight gradient alone."
+    yield ""
+    yield from _header(
+        "case", "bnkern", "torch's gradient", "by identities", "over the gradient", "identities over bnkern"
+    )
+    for (case,), group in _groups(rows, _case).items():
+        ours, *peers = group
+        ratios = ours["speedup"]
+        over = f"{1 / ratios['eager gradient']:.2f}x", f"{ratios['eager identities']:.2f}x"
+        yield _line(case, _time(ours), *map(_time, peers), *over)
+
+
+_RENDER = {
+    "Whole batch norms": _batch_norms,
+    "Phases": _phases,
+    "Training steps": _steps,
+    "Signs of a convolution's weight gradient": _grad_signs,
+}
 
 
 def _targets(found: list[dict]) -> Iterator[str]:
