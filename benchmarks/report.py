@@ -97,6 +97,7 @@ def _table(row: dict) -> str:
         "overhead": "The fixed cost of a call",
         "step": "Training steps",
         "augment": "Batches of images",
+        "conv_grad_signs": "Signs of a convolution's weight gradient",
     }
     return "Recording" if "times" in row else named.get(row["bench"], "Phases")
 
@@ -180,6 +181,19 @@ def _batches(rows: list[dict]) -> Iterator[str]:
         yield _line(_case(row), row["provider"], _time(row), rate, speedup)
 
 
+def _grad_signs(rows: list[dict]) -> Iterator[str]:
+    yield "What is wanted, in milliseconds, median (p20 to p80); beside torch's weight gradient alone."
+    yield ""
+    yield from _header(
+        "case", "bnkern", "torch's gradient", "by identities", "over the gradient", "identities over bnkern"
+    )
+    for (case,), group in _groups(rows, _case).items():
+        ours, *peers = group
+        ratios = ours["speedup"]
+        over = f"{1 / ratios['eager gradient']:.2f}x", f"{ratios['eager identities']:.2f}x"
+        yield _line(case, _time(ours), *map(_time, peers), *over)
+
+
 _RENDER = {
     "Whole batch norms": _batch_norms,
     "The fixed cost of a call": _batch_norms,
@@ -187,6 +201,7 @@ _RENDER = {
     "Training steps": _steps,
     "Recording": _recording,
     "Batches of images": _batches,
+    "Signs of a convolution's weight gradient": _grad_signs,
 }
 
 

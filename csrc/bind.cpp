@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <iterator>
 #include <sstream>
@@ -177,6 +178,36 @@ PYBIND11_MODULE(_native, m) {
         });
       },
       "A batch of CIFAR images on the CPU; see Augment in csrc/params.h.", py::call_guard<py::gil_scoped_release>());
+
+  // x and dy: address, sizes and strides, N, C, H, W; the kernel's, stride's and padding's pairs; results' addresses.
+  m.def(
+      "cpu_conv_grad_signs",
+      [](int dtype, std::uintptr_t x, std::array<std::int64_t, 4> x_size, std::array<std::int64_t, 4> x_stride,
+         std::uintptr_t dy, std::array<std::int64_t, 4> dy_size, std::array<std::int64_t, 4> dy_stride,
+         std::array<std::int64_t, 2> kernel, std::array<std::int64_t, 2> stride, std::array<std::int64_t, 2> padding,
+         std::array<std::uintptr_t, 4> results, int threads) {
+        const auto image = [](std::uintptr_t data, const auto& size, const auto& stride) {
+          return bnkern::Image{at(data),  size[0],   size[1],   size[2],  size[3],
+                               stride[0], stride[1], stride[2], stride[3]};
+        };
+        bnkern::cpu_kernels().conv_grad_signs({
+            .dtype = static_cast<DType>(dtype),
+            .x = image(x, x_size, x_stride),
+            .dy = image(dy, dy_size, dy_stride),
+            .kernel_h = kernel[0],
+            .kernel_w = kernel[1],
+            .stride_h = stride[0],
+            .stride_w = stride[1],
+            .padding_h = padding[0],
+            .padding_w = padding[1],
+            .sum = at(results[0]),
+            .abs_sum = at(results[1]),
+            .sign_sum = static_cast<std::int32_t*>(at(results[2])),
+            .nonzero = static_cast<std::int32_t*>(at(results[3])),
+            .threads = threads,
+        });
+      },
+      "conv_grad_signs on the CPU; see ConvGradSigns in csrc/params.h.", py::call_guard<py::gil_scoped_release>());
 #ifdef BNKERN_CUDA
   m.def("cuda_merge", &cuda_merge, py::arg("dtype"), py::arg("count"), py::arg("mean"), py::arg("m2"),
         py::arg("merged_count"), py::arg("merged_mean"), py::arg("merged_m2"), py::arg("rows"), py::arg("channels"),

@@ -78,4 +78,22 @@ struct Augment {
   int threads;
 };
 
+// A tensor [N, C, H, W]: of unit stride along channels (channels_last) or along columns (NCHW).
+struct Image {
+  const void* data;
+  std::int64_t n, c, h, w;
+  std::int64_t stride_n, stride_c, stride_h, stride_w;
+};
+
+// conv_grad_signs: x [N, I, H, W], dy [N, O, H', W'], neither empty; results dense [O, I, kernel_h, kernel_w], null
+// where not wanted.
+struct ConvGradSigns {
+  DType dtype;
+  Image x, dy;
+  std::int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
+  void *sum, *abs_sum;  // accumulator type
+  std::int32_t *sign_sum, *nonzero;
+  int threads;
+};
+
 }  // namespace bnkern

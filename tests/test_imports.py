@@ -49,6 +49,7 @@ RULES = {
             "bnkern.probes.buffer",
         )
     ),
+    "bnkern.conv": Rule(("bnkern.backends",)),
     "bnkern.nn": Rule(("bnkern.functional", "bnkern.distributed")),
     "bnkern.convert": Rule(("bnkern.nn",)),
     "bnkern.probes*": Rule((*LEAVES, "bnkern", "bnkern.nn", "bnkern.functional", "bnkern.probes*"), ("torch", "numpy")),

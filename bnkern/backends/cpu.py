@@ -17,7 +17,18 @@ from .. import _native
 from .layout import Layout, dense, layout, output_strides, strides
 from .reference import accumulator, merge
 
-__all__ = ["augment", "backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
+__all__ = [
+    "augment",
+    "backward",
+    "conv_grad_signs",
+    "forward",
+    "grad_input",
+    "grad_sums",
+    "merge",
+    "moments",
+    "normalize",
+    "refuses",
+]
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.uint8: 4}
 # Results from this size on come from the pool; malloc keeps smaller ones in reach by itself.
@@ -382,3 +393,38 @@ def augment(
         labels_out.data_ptr(),
         torch.get_num_threads(),
     )
+
+
+# -------------------------------------------------------------------------------- beside the phases: convolutions
+
+
+def _image(t: Tensor) -> tuple[Tensor, int, torch.Size, tuple[int, ...]]:
+    """``t`` [N, C, H, W], or a dense copy where neither channels nor columns have unit stride, to be kept alive; its
+    address, sizes and strides."""
+    unit = [axis for axis in (1, 3) if t.stride(axis) == 1 or t.shape[axis] == 1]
+    if not unit:
+        t = t.contiguous()
+    stride = tuple(1 if axis in unit else step for axis, step in enumerate(t.stride()))
+    return t, t.data_ptr(), t.shape, stride
+
+
+def conv_grad_signs(
+    x: Tensor,
+    dy: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    wanted: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Sum, absolute sum, sign sum and number of nonzero summands of a convolution's weight gradient, where wanted."""
+    shape = (dy.shape[1], x.shape[1], *kernel_size)
+    make = torch.empty if x.numel() and dy.numel() else torch.zeros
+    dtypes = (accumulator(x.dtype),) * 2 + (torch.int32,) * 2
+    results = [make(shape, dtype=dtype) if want else None for dtype, want in zip(dtypes, wanted, strict=True)]
+    if x.numel() and dy.numel():
+        x, *of_x = _image(x)
+        dy, *of_dy = _image(dy)
+        addresses = [_address(result) for result in results]
+        sizes = (kernel_size, stride, padding)
+        _native.cpu_conv_grad_signs(_CODES[x.dtype], *of_x, *of_dy, *sizes, addresses, torch.get_num_threads())
+    return tuple(results)

@@ -12,6 +12,7 @@ struct CpuKernels {
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
   void (*augment)(const Augment&);
+  void (*conv_grad_signs)(const ConvGradSigns&);
 };
 
 // The best that this machine runs, or the one named by BNKERN_ISA in the environment ("avx512", "avx2",
@@ -19,11 +20,12 @@ struct CpuKernels {
 const CpuKernels& cpu_kernels();
 
 // One definition per instruction set, from the same sources. The tensors must not be empty.
-#define BNKERN_DECLARE_ISA(isa)     \
-  namespace isa {                   \
-  void forward(const Forward& p);   \
-  void backward(const Backward& p); \
-  void augment(const Augment& p);   \
+#define BNKERN_DECLARE_ISA(isa)                 \
+  namespace isa {                               \
+  void forward(const Forward& p);               \
+  void backward(const Backward& p);             \
+  void conv_grad_signs(const ConvGradSigns& p); \
+  void augment(const Augment& p);               \
   }
 BNKERN_DECLARE_ISA(generic)
 BNKERN_DECLARE_ISA(avx2)

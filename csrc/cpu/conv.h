@@ -1,0 +1,220 @@
+// What the two halves of conv_grad_signs share: the geometry of a convolution, how its positions are cut up, and
+// how pieces of x and dy are packed. conv_sums.cpp forms the sums, conv_signs.cpp the signs and counts.
+//
+// A chunk is a rectangle of images x rows of dy; partial results are made per chunk and joined in order. A block is
+// a rectangle within a chunk, small enough that its packed values stay in the caches. Both depend on shapes alone.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "../params.h"
+#include "pool.h"
+#include "simd.h"
+
+namespace bnkern::BNKERN_ISA {
+
+constexpr std::int64_t kMostChunks = 32;
+constexpr std::int64_t kPartialBytes = 32 << 20;  // of one result's partials, unless a single chunk has more
+
+inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
+
+// A rectangle of images and rows.
+struct Rectangle {
+  std::int64_t image, images, row, rows;
+};
+
+// Even pieces of a rectangle, of `images` x `rows` at most.
+struct Pieces {
+  Rectangle whole;
+  std::int64_t images, rows;
+  std::int64_t by_row() const { return divide_up(whole.rows, rows); }
+  std::int64_t count() const { return divide_up(whole.images, images) * by_row(); }
+  Rectangle operator[](std::int64_t k) const {
+    const std::int64_t i = k / by_row() * images, r = k % by_row() * rows;
+    return {whole.image + i, std::min(images, whole.images - i), whole.row + r, std::min(rows, whole.rows - r)};
+  }
+};
+
+// About `wanted` pieces: of whole images where there are enough.
+inline Pieces split(const Rectangle& whole, std::int64_t wanted) {
+  const std::int64_t images = divide_up(whole.images, std::clamp<std::int64_t>(wanted, 1, whole.images));
+  const std::int64_t by_row = wanted / divide_up(whole.images, images);
+  return {whole, images, divide_up(whole.rows, std::clamp<std::int64_t>(by_row, 1, whole.rows))};
+}
+
+// The chunks of a convolution: each of `least` positions or more, and their partials of `bytes` each bounded.
+inline Pieces chunks_of(const ConvGradSigns& p, std::int64_t least, std::int64_t bytes) {
+  const std::int64_t positions = p.dy.n * p.dy.h * p.dy.w;
+  return split({0, p.dy.n, 0, p.dy.h}, std::min({kMostChunks, positions / least, kPartialBytes / bytes}));
+}
+
+// The blocks of a chunk: of `positions` or fewer, but a row at least.
+inline Pieces blocks_of(const ConvGradSigns& p, const Rectangle& chunk, std::int64_t positions) {
+  const std::int64_t rows = std::max<std::int64_t>(positions / p.dy.w, 1);
+  if (rows < chunk.rows) return {chunk, 1, divide_up(chunk.rows, divide_up(chunk.rows, rows))};
+  return {chunk, std::min(rows / chunk.rows, chunk.images), chunk.rows};
+}
+
+// The rows of x that `rows` rows of dy meet, and the columns that all of its columns meet, the padding's included.
+inline std::int64_t x_rows(const ConvGradSigns& p, std::int64_t rows) { return (rows - 1) * p.stride_h + p.kernel_h; }
+inline std::int64_t x_columns(const ConvGradSigns& p) { return (p.dy.w - 1) * p.stride_w + p.kernel_w; }
+
+// How many outputs a task takes: all, unless chunks alone would leave threads idle. Changes no bits.
+inline std::int64_t outputs_per_task(const ConvGradSigns& p, std::int64_t chunks) {
+  const std::int64_t parts = divide_up(2 * p.threads, chunks);
+  return chunks >= p.threads ? p.dy.c : round_up(divide_up(p.dy.c, parts), kLanes);
+}
+
+// Memory from the pool, handed out in pieces.
+class PoolSpace {
+ public:
+  explicit PoolSpace(std::int64_t bytes) : block_(pool_take(static_cast<std::size_t>(bytes))) {}
+  ~PoolSpace() { pool_give(block_); }
+  PoolSpace(const PoolSpace&) = delete;
+  char* data() const { return static_cast<char*>(block_.data); }
+
+ private:
+  PoolBlock block_;
+};
+
+template <class A>
+BNKERN_INLINE A* take(char*& space, std::int64_t count) {
+  A* const piece = reinterpret_cast<A*>(space);
+  space += round_up(count * static_cast<std::int64_t>(sizeof(A)), 64);
+  return piece;
+}
+
+// ------------------------------------------------------------------------------------------------- packing
+
+BNKERN_INLINE float magnitude(float a) { return __builtin_fabsf(a); }
+BNKERN_INLINE double magnitude(double a) { return __builtin_fabs(a); }
+template <class A>
+BNKERN_INLINE ArrayVec<A> magnitude(ArrayVec<A> a) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] = magnitude(a.lane[i]);
+  return a;
+}
+#if defined(__AVX512F__)
+BNKERN_INLINE FloatVec magnitude(FloatVec a) { return {_mm512_abs_ps(a.v)}; }
+#elif defined(__AVX2__)
+BNKERN_INLINE FloatVec magnitude(FloatVec a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+#endif
+
+template <class T>
+BNKERN_INLINE void convert(const T* from, std::int64_t count, bool absolute, Accumulator<T>* to) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const auto v = load(from + i);
+    (absolute ? magnitude(v) : v).store(to + i);
+  }
+  for (; i < count; ++i) to[i] = absolute ? magnitude(widen(from[i])) : widen(from[i]);
+}
+
+// 16 channels x 16 columns, from unit stride along columns to unit stride along channels.
+template <class T>
+BNKERN_INLINE void transpose(const T* from, std::int64_t step, bool absolute, Accumulator<T>* to, std::int64_t pitch) {
+#if defined(__AVX512F__)
+  if constexpr (!std::is_same_v<T, double>) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = load(from + i * step).v;
+    if (absolute)
+      for (int i = 0; i < 16; ++i) a[i] = _mm512_abs_ps(a[i]);
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    // Of rows 4k to 4k + 3, the columns that are i modulo 4.
+    for (int k = 0; k < 16; k += 4)
+      for (int i = 0; i < 2; ++i) {
+        const __m512d lo = _mm512_castps_pd(b[k + i]), hi = _mm512_castps_pd(b[k + i + 2]);
+        a[k + 2 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+        a[k + 2 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+      }
+    // Quarters of registers are put in place.
+    for (int i = 0; i < 4; ++i) {
+      const __m512 even01 = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88),
+                   odd01 = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+      const __m512 even23 = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88),
+                   odd23 = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+      b[i] = _mm512_shuffle_f32x4(even01, even23, 0x88);
+      b[i + 4] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+      b[i + 8] = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+      b[i + 12] = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + i * pitch, b[i]);
+    return;
+  }
+#endif
+  for (int c = 0; c < kLanes; ++c)
+    for (int i = 0; i < kLanes; ++i) {
+      const Accumulator<T> value = widen(from[c * step + i]);
+      to[i * pitch + c] = absolute ? magnitude(value) : value;
+    }
+}
+
+// `columns` columns of one row of an image, channels [channel, channel + width): out [columns][width], where column k
+// is the image's column k - padding, or zeros outside the image.
+template <class T>
+BNKERN_INLINE void pack_row(const Image& t, std::int64_t image, std::int64_t row, std::int64_t padding,
+                            std::int64_t columns, std::int64_t channel, std::int64_t width, bool absolute,
+                            Accumulator<T>* out) {
+  using A = Accumulator<T>;
+  const std::int64_t first = std::min(padding, columns), last = std::min(padding + t.w, columns);
+  if (row < 0 || row >= t.h || last <= first) {
+    std::fill_n(out, columns * width, A(0));
+    return;
+  }
+  std::fill_n(out, first * width, A(0));
+  std::fill_n(out + last * width, (columns - last) * width, A(0));
+  const T* const from = static_cast<const T*>(t.data) + image * t.stride_n + channel * t.stride_c + row * t.stride_h;
+  A* const to = out + first * width;
+  const std::int64_t length = last - first;
+  if (width == t.c && (t.stride_c == 1 || width == 1) && t.stride_w == width)
+    return convert(from, length * width, absolute, to);
+  if (t.stride_c == 1) {
+    for (std::int64_t i = 0; i < length; ++i) convert(from + i * t.stride_w, width, absolute, to + i * width);
+    return;
+  }
+  for (std::int64_t c = 0; c < width; c += kLanes)
+    for (std::int64_t i = 0; i < length; i += kLanes) {
+      if (c + kLanes <= width && i + kLanes <= length) {
+        transpose(from + c * t.stride_c + i, t.stride_c, absolute, to + i * width + c, width);
+        continue;
+      }
+      const std::int64_t c_end = std::min(c + kLanes, width), i_end = std::min(i + kLanes, length);
+      for (std::int64_t k = c; k < c_end; ++k)
+        for (std::int64_t j = i; j < i_end; ++j) {
+          const A value = widen(from[k * t.stride_c + j]);
+          to[j * width + k] = absolute ? magnitude(value) : value;
+        }
+    }
+}
+
+// Calls for memory ahead of its use, a line of 16 floats of 16 channels at a time, column by column of a row.
+struct Ahead {
+  const char* row;
+  std::int64_t column, columns;  // bytes from one column to the next, or one channel's run, and from 16 to the next 16
+  template <class T>
+  static BNKERN_INLINE Ahead of(const Image& t, std::int64_t image, std::int64_t channel, std::int64_t row,
+                                std::int64_t column) {
+    constexpr std::int64_t item = sizeof(T);
+    const std::int64_t offset =
+        image * t.stride_n + channel * t.stride_c + row * t.stride_h + column * t.stride_w;  // may lie outside
+    return {reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(t.data) + item * offset),
+            item * (t.stride_c == 1 ? t.stride_w : t.stride_c), item * 16 * t.stride_w};
+  }
+  BNKERN_INLINE void call(std::int64_t k) const {
+    const std::int64_t offset = (k & 15) * column + (k >> 4) * columns;
+    __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(row) + offset), 0, 2);
+  }
+};
+
+// The two halves. Each writes those of its results that are not null.
+void conv_sums(const ConvGradSigns& p);
+void conv_signs(const ConvGradSigns& p);
+
+}  // namespace bnkern::BNKERN_ISA

@@ -1,0 +1,270 @@
+// The weight gradient of a convolution and its absolute sum, as sums of outer products.
+//
+// Channels of x go along the vector's lanes: with `width` of them side by side in packed rows, the values that a
+// whole row of the kernel meets at one position, kernel_w x width of them, lie in one run. A tile holds the sums of
+// such a run for some outputs in registers while it walks over a block's positions: per vector of x and output one
+// broadcast value of dy and one fma. Each sum is one chain of fmas, so no cut into tiles and no width of registers
+// changes its bits: chains run over a block, blocks are added within a chunk, chunks in double.
+#include <omp.h>
+
+#include <type_traits>
+
+#include "conv.h"
+#include "cpu.h"
+
+namespace bnkern::BNKERN_ISA {
+namespace {
+
+constexpr std::int64_t kLeastPositions = 512;    // of a chunk
+constexpr std::int64_t kBlockPositions = 256;    // the length of a chain; what L1 holds of a group of channels
+constexpr std::int64_t kBlockBytes = 512 << 10;  // of packed values: what L2 holds
+
+// How many vectors of x and how many outputs a tile has: as many sums as there are registers.
+#if defined(__AVX512F__)
+constexpr int kVectors = 3, kOutputs = 8;
+#else
+constexpr int kVectors = 1, kOutputs = 4;
+#endif
+
+// Channels of x in groups, and where their sums lie in a chunk's partial result: [group][kernel row][output][run].
+struct Groups {
+  std::int64_t channels, width, count, rows, outputs, kernel_w;
+  std::int64_t width_of(std::int64_t g) const { return std::min(width, channels - g * width); }
+  std::int64_t pitch(std::int64_t g) const { return round_up(kernel_w * width_of(g), kLanes); }
+  std::int64_t offset(std::int64_t g, std::int64_t p, std::int64_t o) const {
+    return g * rows * outputs * round_up(kernel_w * width, kLanes) + (p * outputs + o) * pitch(g);
+  }
+  std::int64_t size() const { return offset(count - 1, rows, 0); }
+};
+
+Groups groups_of(const ConvGradSigns& p) {
+  const std::int64_t width = p.kernel_w == 1 ? 2 * kLanes : kLanes;
+  return {p.x.c, width, divide_up(p.x.c, width), p.kernel_h, p.dy.c, p.kernel_w};
+}
+
+// Where a tile's operands lie, position by position: strides of x and dy over images, rows and columns of dy; and
+// what it calls for from memory on the way, one line a position.
+template <class A>
+struct Walk {
+  std::int64_t images, rows, columns;
+  std::int64_t x_image, x_row, x_column;
+  std::int64_t dy_image, dy_row, dy_column;
+  Ahead ahead;
+  std::int64_t ahead_image, ahead_row;  // in bytes
+};
+
+template <class A, int kV, int kO, bool kBoth>
+void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* sum, A* abs_sum) {
+  Vec<A> sums[kO][kV], abs_sums[kO][kV];
+  for (int o = 0; o < kO; ++o)
+    for (int v = 0; v < kV; ++v) sums[o][v] = abs_sums[o][v] = Vec<A>::all(0);
+  for (std::int64_t image = 0; image < walk.images; ++image)
+    for (std::int64_t row = 0; row < walk.rows; ++row) {
+      const A* from = x + image * walk.x_image + row * walk.x_row;
+      const A* by = dy + image * walk.dy_image + row * walk.dy_row;
+      Ahead ahead = walk.ahead;
+      ahead.row += image * walk.ahead_image + row * walk.ahead_row;
+      for (std::int64_t column = 0; column < walk.columns; ++column, from += walk.x_column, by += walk.dy_column) {
+        ahead.call(column);
+        Vec<A> values[kV];
+        for (int v = 0; v < kV; ++v) values[v] = Vec<A>::load(from + v * kLanes);
+        for (int o = 0; o < kO; ++o) {
+          const Vec<A> g = Vec<A>::all(by[o]);
+          for (int v = 0; v < kV; ++v) sums[o][v] = fma(g, values[v], sums[o][v]);
+        }
+        if constexpr (kBoth) {
+          for (int v = 0; v < kV; ++v) values[v] = magnitude(values[v]);
+          for (int o = 0; o < kO; ++o) {
+            const Vec<A> g = magnitude(Vec<A>::all(by[o]));
+            for (int v = 0; v < kV; ++v) abs_sums[o][v] = fma(g, values[v], abs_sums[o][v]);
+          }
+        }
+      }
+    }
+  for (int o = 0; o < kO; ++o)
+    for (int v = 0; v < kV; ++v) {
+      A* const out = sum + o * pitch + v * kLanes;
+      (Vec<A>::load(out) + sums[o][v]).store(out);
+      if constexpr (kBoth) {
+        A* const out = abs_sum + o * pitch + v * kLanes;
+        (Vec<A>::load(out) + abs_sums[o][v]).store(out);
+      }
+    }
+}
+
+// All sums of a run for `outputs` outputs, by tiles of kO outputs, then of half as many for the rest.
+template <class A, int kV, int kO, bool kBoth>
+void tiles(const Walk<A>& walk, const A* x, const A* dy, std::int64_t outputs, std::int64_t pitch, A* sum, A* abs_sum) {
+  std::int64_t o = 0;
+  for (; o + kO <= outputs; o += kO)
+    tile<A, kV, kO, kBoth>(walk, x, dy + o, pitch, sum + o * pitch, abs_sum + o * pitch);
+  if constexpr (kO > 1)
+    if (o < outputs)
+      tiles<A, kV, kO / 2, kBoth>(walk, x, dy + o, outputs - o, pitch, sum + o * pitch, abs_sum + o * pitch);
+}
+
+template <class A, bool kBoth>
+void run_of_sums(const Walk<A>& walk, const A* x, const A* dy, std::int64_t outputs, std::int64_t pitch, A* sum,
+                 A* abs_sum) {
+  constexpr int kO = kBoth ? kOutputs / 2 : kOutputs;
+  for (std::int64_t v = 0; v < pitch; v += kVectors * kLanes) {
+    const std::int64_t vectors = (pitch - v) / kLanes;
+    if (kVectors >= 3 && vectors >= 3)
+      tiles<A, kVectors, kO, kBoth>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
+    else if (kVectors >= 2 && vectors >= 2)
+      tiles<A, kVectors >= 2 ? 2 : 1, kO, kBoth>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
+    else
+      tiles<A, 1, kO, kBoth>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
+  }
+}
+
+// Adds a block's sums to those of its chunk, for outputs [output, output + outputs). While it computes it calls for
+// the x of the block that is `next`.
+template <class T>
+void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& block, const Rectangle& next,
+               std::int64_t output, std::int64_t outputs, Accumulator<T>* sum, Accumulator<T>* abs_sum,
+               Accumulator<T>* x, Accumulator<T>* dy) {
+  using A = Accumulator<T>;
+  const bool both = sum && abs_sum, absolute = !sum;
+  const std::int64_t positions = block.images * block.rows * p.dy.w;
+  // dy is read where it lies if it is as the tiles read it.
+  const bool dy_in_place = std::is_same_v<T, A> && p.dy.stride_c == 1 && !absolute;
+  for (std::int64_t o = 0; o < outputs && !dy_in_place; o += kLanes) {
+    const std::int64_t width = std::min<std::int64_t>(kLanes, outputs - o);
+    A* to = dy + o * positions;
+    for (std::int64_t image = 0; image < block.images; ++image)
+      for (std::int64_t row = 0; row < block.rows; ++row, to += p.dy.w * width)
+        pack_row<T>(p.dy, block.image + image, block.row + row, 0, p.dy.w, output + o, width, absolute, to);
+  }
+  const std::int64_t rows = x_rows(p, block.rows), columns = x_columns(p);
+  const std::int64_t next_row = next.row ? next.row * p.stride_h + p.kernel_h - 1 - p.padding_h : 0;
+  for (std::int64_t g = 0; g < groups.count; ++g) {
+    const std::int64_t width = groups.width_of(g);
+    const bool x_in_place = std::is_same_v<T, A> && p.x.stride_c == 1 && !absolute && p.kernel_w == 1 &&
+                            p.padding_h == 0 && p.padding_w == 0 && width % kLanes == 0;
+    if (!x_in_place) {
+      A* to = x;
+      for (std::int64_t image = 0; image < block.images; ++image)
+        for (std::int64_t row = 0; row < rows; ++row, to += columns * width)
+          pack_row<T>(p.x, block.image + image, block.row * p.stride_h - p.padding_h + row, p.padding_w, columns,
+                      g * groups.width, width, absolute, to);
+      std::fill_n(to, kLanes, A(0));  // the last run ends within a vector
+    }
+    std::int64_t part = 0;  // of stride_h x stride_w lines to call for at each position
+    for (std::int64_t k = 0; k < p.kernel_h; ++k)
+      for (std::int64_t o = 0; o < outputs; o += kLanes, ++part) {
+        const std::int64_t dy_width = std::min<std::int64_t>(kLanes, outputs - o);
+        Walk<A> walk{};
+        walk.images = block.images, walk.rows = block.rows, walk.columns = p.dy.w;
+        walk.x_image = x_in_place ? p.x.stride_n : rows * columns * width;
+        walk.x_row = p.stride_h * (x_in_place ? p.x.stride_h : columns * width);
+        walk.x_column = p.stride_w * (x_in_place ? p.x.stride_w : width);
+        walk.dy_image = dy_in_place ? p.dy.stride_n : block.rows * p.dy.w * dy_width;
+        walk.dy_row = dy_in_place ? p.dy.stride_h : p.dy.w * dy_width;
+        walk.dy_column = dy_in_place ? p.dy.stride_w : dy_width;
+        walk.ahead = Ahead::of<T>(p.x, next.image, g * groups.width, next_row + part / p.stride_w % p.stride_h,
+                                  part % p.stride_w * p.dy.w);
+        walk.ahead_image = static_cast<std::int64_t>(sizeof(T)) * p.x.stride_n;
+        walk.ahead_row = static_cast<std::int64_t>(sizeof(T)) * p.x.stride_h * p.stride_h;
+        const A* const x_first = x_in_place ? static_cast<const A*>(p.x.data) + block.image * p.x.stride_n +
+                                                  (block.row * p.stride_h + k) * p.x.stride_h + g * groups.width
+                                            : x + k * columns * width;
+        const A* const dy_first = dy_in_place ? static_cast<const A*>(p.dy.data) + block.image * p.dy.stride_n +
+                                                    block.row * p.dy.stride_h + output + o
+                                              : dy + o * positions;
+        const std::int64_t offset = groups.offset(g, k, output + o), pitch = groups.pitch(g);
+        if (both)
+          run_of_sums<A, true>(walk, x_first, dy_first, dy_width, pitch, sum + offset, abs_sum + offset);
+        else
+          run_of_sums<A, false>(walk, x_first, dy_first, dy_width, pitch, (absolute ? abs_sum : sum) + offset, x);
+      }
+  }
+}
+
+// The chunks' partial results, `size` apart, joined in order: result [O, I, kernel_h, kernel_w].
+template <class A>
+void join(const ConvGradSigns& p, const Groups& groups, const A* partials, std::int64_t chunks, A* result,
+          int threads) {
+  const std::int64_t size = groups.size(), rows = groups.count * p.kernel_h;
+#pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
+  for (std::int64_t row = 0; row < rows; ++row)
+    for (std::int64_t o = 0; o < p.dy.c; ++o) {
+      const std::int64_t g = row / p.kernel_h, k = row % p.kernel_h, width = groups.width_of(g);
+      for (std::int64_t v = 0; v < groups.pitch(g); v += kLanes) {
+        double totals[kLanes] = {};
+        for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+          const A* const partial = partials + chunk * size + groups.offset(g, k, o) + v;
+          for (int i = 0; i < kLanes; ++i) totals[i] += static_cast<double>(partial[i]);
+        }
+        for (std::int64_t i = v; i < std::min(v + kLanes, p.kernel_w * width); ++i) {
+          const std::int64_t c = g * groups.width + i % width, q = i / width;
+          result[((o * p.x.c + c) * p.kernel_h + k) * p.kernel_w + q] = static_cast<A>(totals[i - v]);
+        }
+      }
+    }
+}
+
+template <class T>
+void conv_sums_as(const ConvGradSigns& p) {
+  using A = Accumulator<T>;
+  const Groups groups = groups_of(p);
+  const std::int64_t size = groups.size();
+  const Pieces chunks = chunks_of(p, kLeastPositions, size * static_cast<std::int64_t>(sizeof(A)));
+  const std::int64_t outputs = outputs_per_task(p, chunks.count()), parts = divide_up(p.dy.c, outputs);
+  const std::int64_t tasks = chunks.count() * parts;
+  const int threads = static_cast<int>(std::min<std::int64_t>(tasks, p.threads));
+
+  // What a position takes in packed form; rows of x that two blocks share do not count.
+  const std::int64_t position_bytes = (p.x.c * p.stride_h * p.stride_w + p.dy.c) * static_cast<std::int64_t>(sizeof(A));
+  const std::int64_t positions = std::min(kBlockPositions, kBlockBytes / position_bytes);
+  std::int64_t dy_size = 0, x_size = 0;
+  for (std::int64_t k = 0; k < chunks.count(); ++k) {
+    const Pieces block = blocks_of(p, chunks[k], positions);
+    dy_size = std::max(dy_size, block.images * block.rows * p.dy.w * outputs);
+    x_size = std::max(x_size, block.images * x_rows(p, block.rows) * x_columns(p) * groups.width + kLanes);
+  }
+  const std::int64_t scratch = round_up((dy_size + x_size) * static_cast<std::int64_t>(sizeof(A)), 64) + 128;
+  const std::int64_t partials = chunks.count() * size;
+  const PoolSpace pool(((p.sum != nullptr) + (p.abs_sum != nullptr)) * (partials * sizeof(A) + 64) + threads * scratch);
+  char* space = pool.data();
+  A* const sum = p.sum ? take<A>(space, partials) : nullptr;
+  A* const abs_sum = p.abs_sum ? take<A>(space, partials) : nullptr;
+  char* const scratches = space;
+
+#pragma omp parallel num_threads(threads)
+  {
+    char* own = scratches + omp_get_thread_num() * scratch;
+    A* const dy = take<A>(own, dy_size);
+    A* const x = take<A>(own, x_size);
+#pragma omp for schedule(dynamic)
+    for (std::int64_t task = 0; task < tasks; ++task) {
+      const std::int64_t chunk = task / parts, output = task % parts * outputs;
+      const std::int64_t own_outputs = std::min(outputs, p.dy.c - output);
+      A* const chunk_sum = sum ? sum + chunk * size : nullptr;
+      A* const chunk_abs_sum = abs_sum ? abs_sum + chunk * size : nullptr;
+      for (std::int64_t g = 0; g < groups.count; ++g)
+        for (std::int64_t k = 0; k < p.kernel_h; ++k)
+          for (A* const partial : {chunk_sum, chunk_abs_sum})
+            if (partial) std::fill_n(partial + groups.offset(g, k, output), own_outputs * groups.pitch(g), A(0));
+      const Pieces blocks = blocks_of(p, chunks[chunk], positions);
+      for (std::int64_t b = 0; b < blocks.count(); ++b)
+        add_block<T>(p, groups, blocks[b], blocks[std::min(b + 1, blocks.count() - 1)], output, own_outputs, chunk_sum,
+                     chunk_abs_sum, x, dy);
+    }
+  }
+  if (sum) join(p, groups, sum, chunks.count(), static_cast<A*>(p.sum), threads);
+  if (abs_sum) join(p, groups, abs_sum, chunks.count(), static_cast<A*>(p.abs_sum), threads);
+}
+
+}  // namespace
+
+void conv_sums(const ConvGradSigns& p) {
+  with_dtype(p.dtype, [&](auto* t) { conv_sums_as<std::remove_pointer_t<decltype(t)>>(p); });
+}
+
+void conv_grad_signs(const ConvGradSigns& p) {
+  if (p.sum || p.abs_sum) conv_sums(p);
+  if (p.sign_sum || p.nonzero) conv_signs(p);
+}
+
+}  // namespace bnkern::BNKERN_ISA
