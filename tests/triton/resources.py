@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ TABLE = Path(__file__).with_name("resources.json")
 ARCHITECTURES = (80, 90, 100)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"} | {
     torch.uint8: "*u8",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
@@ -55,6 +57,18 @@ DTYPES = {
     "pure_bf16": (torch.bfloat16, torch.bfloat16),
 }
 TABLED = ("fp32", "bf16")
+
+# For convolutions: input and output channels, kernel, memory format.
+CONVOLUTIONS = {
+    "rows_16": (16, 16, 3, torch.channels_last),
+    "rows_32": (32, 32, 3, torch.channels_last),  # the larger block
+    "rows_stem": (3, 16, 3, torch.channels_last),  # x one by one
+    "planes_16": (16, 16, 3, torch.contiguous_format),
+    "planes_32": (32, 32, 3, torch.contiguous_format),
+    "planes_1x1": (32, 32, 1, torch.contiguous_format),  # x by vectors
+}
+WANTED = {"sum": (True, False, False, False), "all": (True,) * 4}
+CONV_DTYPES = ("fp32", "bf16", "fp16", "fp64")
 
 
 class Variant(NamedTuple):
@@ -166,12 +180,37 @@ def rows_of(architecture: int, ways: list[str], precisions: list[str]) -> dict[s
     return rows
 
 
+def conv_variants(arguments: tuple, wanted: tuple[bool, ...]) -> list[Variant]:
+    """The kernels that such a call of conv_grad_signs launches."""
+    with recording() as recorded:
+        backend.conv_grad_signs(*arguments, wanted)
+    return recorded
+
+
+def conv_rows_of(architecture: int, precisions: list[str]) -> dict[str, tuple[Variant, Usage]]:
+    """As ``rows_of``, of the convolutions: kernel, dtype, way, the sums wanted."""
+    rows, seen = {}, set()
+    for (way, (inputs, outputs, kernel, memory_format)), precision in product(CONVOLUTIONS.items(), precisions):
+        shapes = (8, inputs, 32, 32), (8, outputs, 32, 32)
+        x, dy = (torch.empty(s, dtype=DTYPES[precision][0]).contiguous(memory_format=memory_format) for s in shapes)
+        for what, wanted in WANTED.items():
+            for variant in conv_variants((x, dy, (kernel, kernel), (1, 1), (kernel // 2, kernel // 2)), wanted):
+                if variant.key not in seen:
+                    seen.add(variant.key)
+                    main = "ROWS" in variant.constants
+                    row = f"conv_grad_signs {precision} {way} {what}" if main else f"conv_fold {precision} {what}"
+                    rows[row] = (variant, compile_for(variant, architecture))
+    return rows
+
+
 def main() -> None:
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     table[triton.__version__] = {
         f"sm_{architecture}": {
             row: [usage.registers, usage.shared]
-            for row, (_, usage) in rows_of(architecture, list(WAYS), list(TABLED)).items()
+            for row, (_, usage) in (
+                rows_of(architecture, list(WAYS), list(TABLED)) | conv_rows_of(architecture, list(TABLED))
+            ).items()
         }
         for architecture in ARCHITECTURES
     }

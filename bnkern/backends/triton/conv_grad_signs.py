@@ -1,0 +1,278 @@
+"""``conv_grad_signs``: a convolution's weight gradient, and the absolute, sign and nonzero sums of its summands.
+
+An implicit matrix product: columns (one per weight of an output channel) by output channels, summed over positions
+(images and output places). A program takes BLOCK_N columns of BLOCK_M outputs and a run of ``share`` blocks of
+positions; each block of x and dy is loaded once and feeds every sum that is asked for. The runs' partial results are
+added in their order by ``fold_kernel``. Nothing that decides the order of summation depends on which sums those are,
+so the gradient has the same bits alone and with the others.
+
+Sums are products of tensor cores where there are any for the dtype (float16, bfloat16 and float64; float32 in full
+precision, which is none, by fused multiply-adds) in the accumulator's dtype. Signs and counts are int8 products with
+int32 accumulators: exact.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import addressed, layout, strides
+from ..reference import accumulator
+from .common import INT32_OFFSETS, PROGRAMS, kernel, launch
+
+PARTS, ELEMENTS = 64, 32  # the block that a program of the fold adds at a time
+
+
+@kernel
+def conv_grad_signs_kernel(
+    x_ptr, dy_ptr, sum_ptr, abs_sum_ptr, sign_sum_ptr, nonzero_ptr,
+    x_outer, x_inner, dy_outer, dy_inner, inputs, height, width, outputs, out_height, out_width, positions,
+    kernel_height, kernel_width, stride_height, stride_width, padding_height, padding_width,
+    step_n, step_h, step_w, share,
+    ROWS: tl.constexpr, X_VECTOR: tl.constexpr, DY_VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One row of partial sums, [outputs, columns], per split. A sum whose pointer is None is not formed.
+
+    Blocks are loaded with their contiguous axis last: [4, K / 4, channels] in rows, [channels, 4, K / 4] in planes.
+    The 4 positions of one column lie in one thread's registers, and the permutation makes them neighbours along K,
+    which is how an int8 product wants its operands: packed by four.
+    """
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    offsets = kernel_height * kernel_width
+    columns = inputs * offsets
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    output = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if ROWS:
+        i, offset = column % inputs, column // inputs
+    else:
+        i, offset = column // offsets, column % offsets
+    p, q = offset // kernel_width, offset % kernel_width
+    # Below the image for every row: one comparison then tells padding and idle columns alike.
+    below = tl.where(column < columns, p, height + padding_height)
+    first = tl.program_id(2)
+    if WIDE:
+        first, output, i = first.to(tl.int64), output.to(tl.int64), i.to(tl.int64)
+    first *= share * BLOCK_K
+    last = tl.minimum(first + share * BLOCK_K, positions)
+    # A position (n, h, w) is a number with three digits, to which each step adds BLOCK_K: no division in the loop.
+    at = first + tl.arange(0, 4)[:, None] * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)[None, :]
+    n = at // (out_height * out_width)
+    h = (at // out_width % out_height).to(tl.int32)
+    w = (at % out_width).to(tl.int32)
+    total = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    abs_total = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    sign_total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    nonzero_total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for _ in range(first, last, BLOCK_K):
+        top, left = h * stride_height - padding_height, w * stride_width - padding_width
+        corner = (n * height + top) * width + left if ROWS else n * x_outer + top * width + left
+        top = tl.where(at < last, top, height)
+        if ROWS:
+            dy_at = (at * dy_outer)[:, :, None] + output[None, None, :]
+            in_run, in_outputs = (at < last)[:, :, None], (output < outputs)[None, None, :]
+            x_at = (corner * x_outer)[:, :, None] + ((p * width + q) * x_outer + i)[None, None, :]
+            row, col = top[:, :, None] + below[None, None, :], left[:, :, None] + q[None, None, :]
+        else:
+            dy_at = (n * dy_outer + h * out_width + w)[None, :, :] + (output * dy_inner)[:, None, None]
+            in_run, in_outputs = (at < last)[None, :, :], (output < outputs)[:, None, None]
+            x_at = corner[None, :, :] + (i * x_inner + p * width + q)[:, None, None]
+            row, col = top[None, :, :] + below[:, None, None], left[None, :, :] + q[:, None, None]
+        # As unsigned numbers, negative ones are beyond any size.
+        in_height, in_width = row.to(tl.uint32) < height.to(tl.uint32), col.to(tl.uint32) < width.to(tl.uint32)
+        x = load(x_ptr, x_at, in_height, in_width, X_VECTOR)
+        dy = load(dy_ptr, dy_at, in_run, in_outputs, DY_VECTOR)
+        if ROWS:
+            x = tl.trans(tl.reshape(tl.permute(x, (1, 0, 2)), (BLOCK_K, BLOCK_N)))
+            dy = tl.reshape(tl.permute(dy, (1, 0, 2)), (BLOCK_K, BLOCK_M))
+        else:
+            x = tl.reshape(tl.permute(x, (0, 2, 1)), (BLOCK_N, BLOCK_K))
+            dy = tl.trans(tl.reshape(tl.permute(dy, (0, 2, 1)), (BLOCK_M, BLOCK_K)))
+        # Counts come first: in this order nothing spills.
+        if sign_sum_ptr is not None:
+            sign_total = tl.dot(sign(x), sign(dy), sign_total, out_dtype=tl.int32)
+        if nonzero_ptr is not None:
+            nonzero_total = tl.dot(nonzero(x), nonzero(dy), nonzero_total, out_dtype=tl.int32)
+        if sum_ptr is not None:
+            total = tl.dot(x, dy, total, input_precision="ieee", out_dtype=ACC)
+        if abs_sum_ptr is not None:
+            abs_total = tl.dot(magnitude(x), magnitude(dy), abs_total, input_precision="ieee", out_dtype=ACC)
+        at += BLOCK_K
+        w += step_w
+        h += step_h + (w >= out_width).to(tl.int32)
+        w = tl.where(w >= out_width, w - out_width, w)
+        n += step_n + (h >= out_height).to(tl.int32)
+        h = tl.where(h >= out_height, h - out_height, h)
+    to = (tl.program_id(2) * outputs + output)[None, :].to(tl.int64) * columns + column[:, None]
+    known = (output < outputs)[None, :] & (column < columns)[:, None]
+    if sum_ptr is not None:
+        tl.store(sum_ptr + to, total, mask=known)
+    if abs_sum_ptr is not None:
+        tl.store(abs_sum_ptr + to, abs_total, mask=known)
+    if sign_sum_ptr is not None:
+        tl.store(sign_sum_ptr + to, sign_total, mask=known)
+    if nonzero_ptr is not None:
+        tl.store(nonzero_ptr + to, nonzero_total, mask=known)
+
+
+@triton.jit
+def load(ptr, offsets, known, also, VECTOR: tl.constexpr):
+    """Values at these offsets, zero where not ``known & also``. VECTOR neighbours of the last axis lie together,
+    aligned to 16 bytes, and are known or not as one. (These hints are lost on what is not computed here.)"""
+    at, known = ptr + offsets, known & also
+    if VECTOR > 1:
+        at = tl.multiple_of(tl.max_contiguous(at, (1, 1, VECTOR)), (1, 1, 16))
+        known = tl.max_constancy(known, (1, 1, VECTOR))
+    return tl.load(at, mask=known, other=0.0)
+
+
+@triton.jit
+def widened(v):
+    """float16 and bfloat16 as float32: the interpreter has no arithmetic of bfloat16, and a GPU's costs the same."""
+    return v if v.dtype == tl.float64 else v.to(tl.float32)
+
+
+@triton.jit
+def magnitude(v):
+    return tl.abs(widened(v)).to(v.dtype)
+
+
+@triton.jit
+def sign(v):
+    """-1, 0 or 1 as int8; 0 of NaN."""
+    wide = widened(v)
+    return tl.where(wide > 0, 1, tl.where(wide < 0, -1, 0)).to(tl.int8)
+
+
+@triton.jit
+def nonzero(v):
+    """0 or 1 as int8; 1 of NaN."""
+    return (widened(v) != 0).to(tl.int8)
+
+
+@kernel
+def fold_kernel(
+    sums_ptr, abs_sums_ptr, sign_sums_ptr, nonzeros_ptr, sum_ptr, abs_sum_ptr, sign_sum_ptr, nonzero_ptr,
+    parts, size, PARTS: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    """The parts [parts, size] of each sum added in their order: a tree over each block, the blocks one by one."""
+    if sums_ptr is not None:
+        fold(0, sums_ptr, sum_ptr, parts, size, PARTS, ELEMENTS)
+    if abs_sums_ptr is not None:
+        fold(1, abs_sums_ptr, abs_sum_ptr, parts, size, PARTS, ELEMENTS)
+    if sign_sums_ptr is not None:
+        fold(2, sign_sums_ptr, sign_sum_ptr, parts, size, PARTS, ELEMENTS)
+    if nonzeros_ptr is not None:
+        fold(3, nonzeros_ptr, nonzero_ptr, parts, size, PARTS, ELEMENTS)
+
+
+@triton.jit
+def fold(which, parts_ptr, total_ptr, parts, size, PARTS: tl.constexpr, ELEMENTS: tl.constexpr):
+    """One of the sums, by the programs whose it is."""
+    if tl.program_id(1) == which:
+        element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+        total = tl.zeros((ELEMENTS,), total_ptr.dtype.element_ty)
+        for first in range(0, parts, PARTS):
+            part = (first + tl.arange(0, PARTS))[:, None]
+            known = (part < parts) & (element < size)[None, :]
+            total += tl.sum(tl.load(parts_ptr + part.to(tl.int64) * size + element[None, :], mask=known, other=0), 0)
+        tl.store(total_ptr + element, total, mask=element < size)
+
+
+class Blocks(NamedTuple):
+    """How many outputs, columns and positions a program takes at a time."""
+
+    m: int
+    n: int
+    k: int
+
+
+def blocks(rows: bool, itemsize: int, outputs: int) -> Blocks:
+    """The largest of which four accumulators, the operands and the addresses fit into registers on every GPU."""
+    if itemsize == 8:
+        return Blocks(16, 16, 32)
+    if itemsize == 4:
+        return Blocks(16, 64 if rows else 32, 32)
+    return Blocks(16, 64, 64 if rows else 32) if outputs <= 16 else Blocks(32, 64, 32)
+
+
+@lru_cache(maxsize=4096)
+def partition(block: Blocks, outputs: int, columns: int, positions: int, programs: int) -> tuple[tuple[int, ...], int]:
+    """The grid (blocks of columns, of outputs, splits) and the blocks of positions in a split, from these alone."""
+    units = triton.cdiv(columns, block.n), triton.cdiv(outputs, block.m)
+    run = triton.cdiv(positions, block.k)
+    share = triton.cdiv(run, max(1, min(programs // (units[0] * units[1]), run)))
+    return (*units, triton.cdiv(run, share)), share
+
+
+def conv_grad_signs(
+    x: Tensor,
+    dy: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    wanted: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """sum, abs_sum, sign_sum and nonzero, each [O, I, *kernel_size], as ``reference.conv_grad_signs``; two launches.
+
+    In the memory format of x. A dy in the other format, and what is dense in neither, is copied first. In planes
+    (NCHW) x is read one by one, since a kernel's offset moves it against 16-byte vectors; 1 x 1 kernels excepted.
+    """
+    like, acc = layout(x), accumulator(x.dtype)
+    (_, inputs, height, width), (outputs, *out_size) = x.shape, dy.shape[1:]
+    places, offsets = out_size[0] * out_size[1], kernel_size[0] * kernel_size[1]
+    positions, columns = dy.shape[0] * places, inputs * offsets
+    shape = (outputs, *kernel_size, inputs) if like.rows else (outputs, inputs, *kernel_size)
+    dtypes = [dtype if want else None for dtype, want in zip((acc, acc, torch.int32, torch.int32), wanted, strict=True)]
+
+    def results(make, *leading: int) -> list[Tensor | None]:
+        return [make(*leading, *shape, dtype=dtype, device=x.device) if dtype else None for dtype in dtypes]
+
+    def in_format(results: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+        return tuple(t.permute(0, 3, 1, 2) if like.rows and t is not None else t for t in results)
+
+    if x.numel() == 0 or dy.numel() == 0:
+        return in_format(results(torch.zeros))
+    if not any(wanted):
+        return (None,) * 4
+    x, dy = addressed(x, like.rows), addressed(dy, like.rows)
+    block = blocks(like.rows, x.element_size(), outputs)
+    grid, share = partition(block, outputs, columns, positions, PROGRAMS)
+    whole = kernel_size == (1, 1) and stride == (1, 1) and padding == (0, 0)  # then x has the positions of dy
+    wide = max(reach(x, like.rows), reach(dy, like.rows), positions + share * block.k) > INT32_OFFSETS
+    parts = results(torch.empty, grid[2])
+    launch(
+        conv_grad_signs_kernel, grid, x.device, x, dy, *parts, *strides(x, like.rows), *strides(dy, like.rows),
+        inputs, height, width, outputs, *out_size, positions, *kernel_size, *stride, *padding,
+        block.k // places, block.k // out_size[1] % out_size[0], block.k % out_size[1], share,
+        ROWS=like.rows, X_VECTOR=vector(x, like.rows) if like.rows or whole else 1, DY_VECTOR=vector(dy, like.rows),
+        WIDE=wide, BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k,
+    )  # fmt: skip
+    if grid[2] == 1:
+        return in_format([part[0] if part is not None else None for part in parts])
+    totals = results(torch.empty)
+    size = outputs * columns
+    launch(
+        fold_kernel, (triton.cdiv(size, ELEMENTS), 4), x.device, *parts, *totals, grid[2], size,
+        PARTS=PARTS, ELEMENTS=ELEMENTS,
+    )  # fmt: skip
+    return in_format(totals)
+
+
+def vector(t: Tensor, rows: bool) -> int:
+    """8 where every line of eight elements begins at 16 bytes, else 1."""
+    outer, inner = strides(t, rows)
+    step = outer | t.shape[1] if rows else outer | inner | t.shape[2] * t.shape[3]
+    return 8 if step % 8 == 0 and t.data_ptr() % 16 == 0 else 1
+
+
+def reach(t: Tensor, rows: bool) -> int:
+    """One more than the largest offset of an element of ``t``."""
+    n, c, height, width = t.shape
+    outer, inner = strides(t, rows)
+    if rows:
+        return (n * height * width - 1) * outer + c
+    return (n - 1) * outer + (c - 1) * inner + height * width
