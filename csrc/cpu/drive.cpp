@@ -8,7 +8,10 @@
 //                the last tile to the first. Rows, whose channels lie side by side, and planes of few channels.
 #include <cmath>
 #include <cstdlib>
+#include <initializer_list>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "cpu.h"
 #include "tiles.h"
@@ -21,6 +24,9 @@ constexpr std::int64_t kStreamBytes = 24 << 20;  // results larger than this are
 constexpr std::int64_t kRowTiles = 512;          // rows: about as many tiles as there should be at most
 constexpr std::int64_t kPlaneBytes = 256;        // shorter planes are better read in memory order
 constexpr std::int64_t kBatchBytes = 8 << 20;    // what a batch of groups may hold, to be found in cache again
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr std::int64_t kActiveRow = 7;  // of a record; the others are written from the first on
 
 // The smallest factor that makes c a multiple of 16.
 std::int64_t factor_to_16(std::int64_t c) {
@@ -76,32 +82,46 @@ void write(const ChannelVector& vector, std::int64_t c, A value) {
 
 // ---- partial results
 
-// Two numbers per wide channel, (mean, M2) or the two sums, and how many values of each channel they cover.
-struct Pair {
-  double *first, *second;
-};
-
 // Joins a tile's (mean, M2) to those of the tiles before it.
-void join_moments(std::int64_t channels, double before, const Pair& total, double count, const Pair& tile) {
+void join_moments(std::int64_t channels, double before, const Rows& total, double count, const Rows& tile) {
   if (before == 0) {
-    std::memcpy(total.first, tile.first, channels * sizeof(double));
-    std::memcpy(total.second, tile.second, channels * sizeof(double));
+    std::memcpy(total[kMean], tile[kMean], channels * sizeof(double));
+    std::memcpy(total[kM2], tile[kM2], channels * sizeof(double));
     return;
   }
   // chan_merge with its ratio of counts, the same for all channels, taken out of the loop.
   const double share = count / (before + count), weight = before * share;
   for (std::int64_t c = 0; c < channels; ++c) {
-    const double delta = tile.first[c] - total.first[c];
-    total.first[c] = fma(delta, share, total.first[c]);
-    total.second[c] = fma(delta * delta, weight, total.second[c] + tile.second[c]);
+    const double delta = tile[kMean][c] - total[kMean][c];
+    total[kMean][c] = fma(delta, share, total[kMean][c]);
+    total[kM2][c] = fma(delta * delta, weight, total[kM2][c] + tile[kM2][c]);
   }
 }
 
-void join_sums(std::int64_t channels, double, const Pair& total, double, const Pair& tile) {
-  for (std::int64_t c = 0; c < channels; ++c) {
-    total.first[c] += tile.first[c];
-    total.second[c] += tile.second[c];
+// The rows that a record has besides, before join_moments() changes mean and M2.
+void join_higher(std::int64_t channels, double before, const Rows& total, double count, const Rows& tile) {
+  if (before == 0) {
+    for (const int r : {kM3, kM4, kMin, kMax}) std::memcpy(total[r], tile[r], channels * sizeof(double));
+    return;
   }
+  const double *const mean = total[kMean], *const m2 = total[kM2];
+  const double *const tile_mean = tile[kMean], *const tile_m2 = tile[kM2];
+  const double *const tile_m3 = tile[kM3], *const tile_m4 = tile[kM4];
+  double *const m3 = total[kM3], *const m4 = total[kM4];
+#pragma GCC ivdep
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const HigherMoments<double> both =
+        pebay_merge(Moments<double>{before, mean[c], m2[c]}, HigherMoments<double>{m3[c], m4[c]},
+                    Moments<double>{count, tile_mean[c], tile_m2[c]}, HigherMoments<double>{tile_m3[c], tile_m4[c]});
+    m3[c] = both.m3, m4[c] = both.m4;
+  }
+  for (std::int64_t c = 0; c < channels; ++c) total[kMin][c] = least(tile[kMin][c], total[kMin][c]);
+  for (std::int64_t c = 0; c < channels; ++c) total[kMax][c] = largest(tile[kMax][c], total[kMax][c]);
+}
+
+void join_sums(int rows, std::int64_t channels, const Rows& total, const Rows& tile) {
+  for (int r = 0; r < rows; ++r)
+    for (std::int64_t c = 0; c < channels; ++c) total[r][c] += tile[r][c];
 }
 
 // How many values wide channel v saw.
@@ -112,17 +132,23 @@ double values_of(const Partition& part, std::int64_t v) {
 
 // ---- the two ways through two phases
 
-// measure(group, tile, pair) gives a tile's partial result, join() adds it to its group's total, finish(group)
-// makes the group's coefficients of it, apply(group, tile) is the second phase. Either phase may be absent.
-template <class Measure, class Join, class Finish, class Apply>
-void run(Partition& part, std::int64_t element_bytes, bool measuring, bool applying, int max_threads,
-         const Pair& totals, Measure measure, Join join, Finish finish, Apply apply) {
+// How many rows of numbers a phase gives, and room for their totals over all tiles.
+struct Given {
+  int rows = 0;
+  Rows totals;
+};
+
+// measure(group, tile, out) gives a tile's partial result, join() adds it to its group's total, finish(group) makes
+// the group's coefficients of it; absent where it gives no rows. apply(group, tile, out) is the second phase, which
+// may be absent as well. The rows that it gives are sums for a record: close(group) is called with their totals.
+template <class Measure, class Join, class Finish, class Apply, class Close>
+void run(Partition& part, std::int64_t element_bytes, bool applying, int max_threads, const Given& measured,
+         const Given& applied, Measure measure, Join join, Finish finish, Apply apply, Close close) {
+  const bool measuring = measured.rows > 0;
   const std::int64_t elements = part.count() * part.shape.c;
   const std::int64_t enough = 1 + elements / kThreadElements;
   const int threads = enough < max_threads ? static_cast<int>(enough) : max_threads;
-  const auto total_of = [&](std::int64_t group) {
-    return Pair{totals.first + group * part.group, totals.second + group * part.group};
-  };
+  const auto total_of = [&](const Given& given, std::int64_t group) { return given.totals.at(group * part.group); };
 
   part.by_channel = !part.shape.rows && measuring && applying && part.groups >= threads &&
                     part.shape.s * element_bytes >= kPlaneBytes &&
@@ -130,15 +156,20 @@ void run(Partition& part, std::int64_t element_bytes, bool measuring, bool apply
   if (part.by_channel) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (std::int64_t group = 0; group < part.groups; ++group) {
-      double first, second, seen = 0;
+      double values[kMostRows], seen = 0;
+      const Rows one{values, 1};
       for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
-        measure(group, tile, Pair{&first, &second});
+        measure(group, tile, one);
         const double count = static_cast<double>(tile_count(part, tile));
-        join(1, seen, total_of(group), count, Pair{&first, &second});
+        join(1, seen, total_of(measured, group), count, one);
         seen += count;
       }
       finish(group);
-      for (std::int64_t tile = 0; tile < part.tiles; ++tile) apply(group, tile);
+      for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
+        apply(group, tile, one);
+        join_sums(applied.rows, 1, total_of(applied, group), one);
+      }
+      close(group);
     }
     return;
   }
@@ -150,30 +181,32 @@ void run(Partition& part, std::int64_t element_bytes, bool measuring, bool apply
     batch = kBatchBytes / group_bytes < 1 ? 1 : kBatchBytes / group_bytes;
     batch = batch < part.groups ? batch : part.groups;
   }
-  // Partial results lie tile by tile, groups side by side.
+  // Partial results lie tile by tile, row by row, groups side by side.
   const std::int64_t pitch = batch * part.group;
-  Workspace space(measuring ? 2 * Workspace::bytes<double>(pitch * part.tiles) : 0);
-  const Pair partial{space.take<double>(measuring ? pitch * part.tiles : 0),
-                     space.take<double>(measuring ? pitch * part.tiles : 0)};
+  const auto room = [&](const Given& given) { return given.rows * pitch * part.tiles; };
+  Workspace space(Workspace::bytes<double>(room(measured)) + Workspace::bytes<double>(room(applied)));
+  double* const measured_parts = space.take<double>(room(measured));
+  double* const applied_parts = space.take<double>(room(applied));
 
 #pragma omp parallel num_threads(threads)
   for (std::int64_t from = 0; from < part.groups; from += batch) {
     const std::int64_t groups = part.groups - from < batch ? part.groups - from : batch;
     const std::int64_t units = groups * part.tiles;
-    const auto partial_of = [&](std::int64_t tile, std::int64_t group) {
-      const std::int64_t offset = tile * pitch + group * part.group;
-      return Pair{partial.first + offset, partial.second + offset};
+    const auto part_of = [&](double* parts, int rows, std::int64_t tile, std::int64_t group) {
+      return Rows{parts + tile * rows * pitch + group * part.group, pitch};
     };
     if (measuring) {
 #pragma omp for schedule(static)
       for (std::int64_t unit = 0; unit < units; ++unit)
-        measure(from + unit % groups, unit / groups, partial_of(unit / groups, unit % groups));
+        measure(from + unit % groups, unit / groups,
+                part_of(measured_parts, measured.rows, unit / groups, unit % groups));
 #pragma omp for schedule(static)
       for (std::int64_t group = 0; group < groups; ++group) {
         double seen = 0;
         for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
           const double count = static_cast<double>(tile_count(part, tile));
-          join(tile_channels(part, from + group, tile), seen, total_of(from + group), count, partial_of(tile, group));
+          join(tile_channels(part, from + group, tile), seen, total_of(measured, from + group), count,
+               part_of(measured_parts, measured.rows, tile, group));
           seen += count;
         }
         finish(from + group);
@@ -184,7 +217,16 @@ void run(Partition& part, std::int64_t element_bytes, bool measuring, bool apply
       for (std::int64_t unit = 0; unit < units; ++unit) {
         // After measuring, the last tiles first: they are still in cache. Within a tile memory order is kept.
         const std::int64_t tile = measuring ? part.tiles - 1 - unit / groups : unit / groups;
-        apply(from + unit % groups, tile);
+        apply(from + unit % groups, tile, part_of(applied_parts, applied.rows, tile, unit % groups));
+      }
+    }
+    if (applied.rows) {
+#pragma omp for schedule(static)
+      for (std::int64_t group = 0; group < groups; ++group) {
+        for (std::int64_t tile = 0; tile < part.tiles; ++tile)
+          join_sums(applied.rows, tile_channels(part, from + group, tile), total_of(applied, from + group),
+                    part_of(applied_parts, applied.rows, tile, group));
+        close(from + group);
       }
     }
   }
@@ -210,6 +252,27 @@ void set_all(A* array, const Columns& columns, A value) {
   for (std::int64_t v = columns.first; v < columns.end; v += columns.step) array[v] = value;
 }
 
+// Row after row of a record [rows, C], for channel c.
+void write_record(double* record, std::int64_t channels, std::int64_t c, std::initializer_list<double> rows) {
+  for (const double value : rows) {
+    record[c] = value;
+    record += channels;
+  }
+}
+
+// The sum of one row over the wide channels of a channel.
+double add_up(const double* row, const Columns& columns) {
+  double sum = 0;
+  for (std::int64_t v = columns.first; v < columns.end; v += columns.step) sum += row[v];
+  return sum;
+}
+
+Given make_room(Workspace& space, int rows, std::int64_t width) {
+  const Given given{rows, Rows{space.take<double>(rows * width), width}};
+  std::memset(given.totals.data, 0, rows * width * sizeof(double));
+  return given;
+}
+
 bool gapless(const View& view, const Shape& shape) { return !view || view.outer == shape.c; }
 
 template <class T>
@@ -219,13 +282,18 @@ void forward_as(const Forward& p) {
   Partition part = make_partition(p.shape, dense);
   const std::int64_t elements = part.count() * p.shape.c;
 
-  Workspace space(4 * Workspace::bytes<A>(part.width) + 2 * Workspace::bytes<double>(part.width));
+  // A record's moments ride in the phase moments; where that does not run they are taken of a tile right before it is
+  // normalised, which then counts as measuring.
+  const bool record = p.record != nullptr, as_one = record && !p.moments;
+  Workspace space(4 * Workspace::bytes<A>(part.width) + Workspace::bytes<double>(kMostRows * part.width) * 2);
   Coefficients<A> k{};
   k.mean = space.take<A>(part.width);
   k.invstd = space.take<A>(part.width);
   k.weight = space.take<A>(part.width);
   k.bias = space.take<A>(part.width);
-  const Pair totals{space.take<double>(part.width), space.take<double>(part.width)};
+  const int moments_rows = record ? kRecordedMomentsRows : p.moments ? kMomentsRows : 0;
+  const Given measured = make_room(space, moments_rows + (as_one ? kRecordedNormalizeRows : 0), part.width);
+  const Given applied = make_room(space, record && !as_one ? kRecordedNormalizeRows : 0, part.width);
 
   Tensors<T> t{};
   t.x = p.x, t.residual = p.residual, t.y = p.y, t.mask = p.mask, t.relu = p.relu;
@@ -242,12 +310,31 @@ void forward_as(const Forward& p) {
     set_all(k.weight, columns, read(p.weight, c, A(1)));
     set_all(k.bias, columns, read(p.bias, c, A(0)));
   };
+  const auto record_active = [&](std::int64_t group, const double* active) {
+    for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
+      p.record[kActiveRow * p.shape.c + c] = add_up(active, columns);
+    });
+  };
   const auto finish = [&](std::int64_t group) {
+    const Rows& totals = measured.totals;
     for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
       Moments<double> all{0, 0, 0};
-      for (std::int64_t v = columns.first; v < columns.end; v += columns.step)
-        all = chan_merge(all, Moments<double>{values_of(part, v), totals.first[v], totals.second[v]});
+      HigherMoments<double> higher{0, 0};
+      double low = kInfinity, high = -kInfinity;
+      for (std::int64_t v = columns.first; v < columns.end; v += columns.step) {
+        const Moments<double> some{values_of(part, v), totals[kMean][v], totals[kM2][v]};
+        if (record) {
+          higher = pebay_merge(all, higher, some, HigherMoments<double>{totals[kM3][v], totals[kM4][v]});
+          low = least(low, totals[kMin][v]), high = largest(high, totals[kMax][v]);
+        }
+        all = chan_merge(all, some);
+      }
       const double m2 = all.m2 < 0 ? 0 : all.m2;  // rounding only; NaN stays
+      if (record) {
+        const double m4 = higher.m4 < 0 ? 0 : higher.m4;
+        write_record(p.record, p.shape.c, c, {all.count, all.mean, m2, higher.m3, m4, low, high});
+      }
+      if (!p.moments) return;
       means[c] = static_cast<A>(all.mean);
       spreads[c] = static_cast<A>(p.normalize ? 1 / std::sqrt(m2 / all.count + p.eps) : m2);
       if (p.running_mean) {
@@ -257,6 +344,7 @@ void forward_as(const Forward& p) {
       }
       if (p.normalize) coefficients(c, columns);
     });
+    if (as_one) record_active(group, totals[moments_rows + kActive]);
   };
   if (!p.moments) {
     for (std::int64_t group = 0; group < part.groups; ++group)
@@ -268,12 +356,23 @@ void forward_as(const Forward& p) {
         coefficients(c, columns);
       });
   }
+  const auto take_moments = record ? moments_tile<T, true> : moments_tile<T, false>;
+  const auto normalize = record ? normalize_tile<T, true> : normalize_tile<T, false>;
   run(
-      part, sizeof(T), p.moments, p.normalize, p.threads, totals,
-      [&](std::int64_t group, std::int64_t tile, const Pair& out) {
-        moments_tile<T>(part, p.x, group, tile, out.first, out.second);
+      part, sizeof(T), p.normalize && !as_one, p.threads, measured, applied,
+      [&](std::int64_t group, std::int64_t tile, const Rows& out) {
+        take_moments(part, p.x, group, tile, out);
+        if (as_one) normalize(part, t, k, group, tile, out.from(moments_rows));
       },
-      join_moments, finish, [&](std::int64_t group, std::int64_t tile) { normalize_tile<T>(part, t, k, group, tile); });
+      [&](std::int64_t channels, double before, const Rows& total, double count, const Rows& tile) {
+        if (record) join_higher(channels, before, total, count, tile);
+        join_moments(channels, before, total, count, tile);
+        if (as_one) join_sums(kRecordedNormalizeRows, channels, total.from(moments_rows), tile.from(moments_rows));
+      },
+      finish, [&](std::int64_t group, std::int64_t tile, const Rows& out) { normalize(part, t, k, group, tile, out); },
+      [&](std::int64_t group) {
+        if (applied.rows) record_active(group, applied.totals[kActive]);
+      });
 }
 
 template <class T>
@@ -285,13 +384,14 @@ void backward_as(const Backward& p) {
   const std::int64_t elements = part.count() * p.shape.c;
   const double count = static_cast<double>(part.count());
 
-  Workspace space(7 * Workspace::bytes<A>(part.width) + 2 * Workspace::bytes<double>(part.width));
+  Workspace space(7 * Workspace::bytes<A>(part.width) + 2 * Workspace::bytes<double>(kMostRows * part.width));
   Coefficients<A> k{};
   for (A** array : {&k.mean, &k.invstd, &k.weight, &k.bias, &k.mean_dy, &k.mean_dy_xhat, &k.scale})
     *array = space.take<A>(part.width);
-  const Pair totals{space.take<double>(part.width), space.take<double>(part.width)};
-  std::memset(totals.first, 0, part.width * sizeof(double));
-  std::memset(totals.second, 0, part.width * sizeof(double));
+  const bool record_affine = p.record_affine && p.sums, record_gradient = p.record_gradient && p.dx;
+  const int sums_rows = record_affine ? kRecordedGradSumsRows : kGradSumsRows;
+  const Given measured = make_room(space, p.sums ? sums_rows : 0, part.width);
+  const Given applied = make_room(space, record_gradient ? kRecordedGradInputRows : 0, part.width);
 
   Tensors<T> t{};
   t.x = p.x, t.dy = p.dy, t.dx = p.dx, t.dresidual = p.dresidual;
@@ -314,25 +414,43 @@ void backward_as(const Backward& p) {
       set_all(k.scale, columns, weight * invstd);
       if (!p.sums && p.training) means_of_sums(columns, sums[c], products[c]);
     });
+  const auto grad_sums = record_affine ? grad_sums_tile<T, true> : grad_sums_tile<T, false>;
+  const auto grad_input = record_gradient ? grad_input_tile<T, true> : grad_input_tile<T, false>;
   run(
-      part, 2 * sizeof(T), p.sums, p.input, p.threads, totals,
-      [&](std::int64_t group, std::int64_t tile, const Pair& out) {
-        grad_sums_tile<T>(part, t, k, group, tile, out.first, out.second);
+      part, 2 * sizeof(T), p.input, p.threads, measured, applied,
+      [&](std::int64_t group, std::int64_t tile, const Rows& out) { grad_sums(part, t, k, group, tile, out); },
+      [&](std::int64_t channels, double, const Rows& total, double, const Rows& tile) {
+        join_sums(measured.rows, channels, total, tile);
       },
-      join_sums,
       [&](std::int64_t group) {
         for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
-          double sum = 0, product = 0;
-          for (std::int64_t v = columns.first; v < columns.end; v += columns.step)
-            sum += totals.first[v], product += totals.second[v];
+          const auto total = [&](int r) { return add_up(measured.totals[r], columns); };
+          const double sum = total(kSumDy), product = total(kSumDyXhat);
           if (sums) sums[c] = static_cast<A>(sum);
           if (products) products[c] = static_cast<A>(product);
           if (p.dbias) write(p.dbias, c, sum);
           if (p.dweight) write(p.dweight, c, product);
           means_of_sums(columns, sum, product);
+          if (!record_affine) return;
+          double* record = p.record_affine;
+          for (const auto& [summands, sizes] : {std::pair{sum, kSizesOfDy}, std::pair{product, kSizesOfDyXhat}}) {
+            const double sign_sum = total(sizes + kPositive) - total(sizes + kNegative);
+            const double nonzero = count - total(sizes + kZero);
+            write_record(record, p.shape.c, c, {summands, total(sizes + kAbsSum), sign_sum, nonzero});
+            record += 4 * p.shape.c;
+          }
         });
       },
-      [&](std::int64_t group, std::int64_t tile) { grad_input_tile<T>(part, t, k, group, tile); });
+      [&](std::int64_t group, std::int64_t tile, const Rows& out) { grad_input(part, t, k, group, tile, out); },
+      [&](std::int64_t group) {
+        if (!record_gradient) return;
+        for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
+          const auto total = [&](int r) { return add_up(applied.totals[r], columns); };
+          write_record(p.record_gradient, p.shape.c, c,
+                       {count, total(kSum), total(kSizes + kAbsSum), total(kSquareSum), total(kSizes + kPositive),
+                        total(kSizes + kNegative), total(kSizes + kZero)});
+        });
+      });
 }
 
 }  // namespace

@@ -1,14 +1,27 @@
 // normalize: y = act(round(weight * ((x - mean) * invstd) + bias + residual)) and the ReLU mask's bits, one
-// read of x and the residual, one write of y.
-#include "tiles.h"
+// read of x and the residual, one write of y. For a record, how many y are above zero.
+#include "sums.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-template <class Channel, class T>
+template <class Channel, bool record, class T>
 BNKERN_INLINE void normalize_spans(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                                   std::int64_t group, std::int64_t tile) {
-  using V = Vec<Accumulator<T>>;
+                                   std::int64_t group, std::int64_t tile, Rows out) {
+  using A = Accumulator<T>;
+  using V = Vec<A>;
+  constexpr bool rows = std::is_same_v<Channel, RowChannels<A>>;
+  const std::int64_t channels = tile_channels(part, group, tile), vectors = vector_channels(channels);
+  A* const row_sums = record && rows ? zeroed_scratch<A>(vectors) : nullptr;
+  V plane_sums = V::all(0);
+  const auto look = [&](std::int64_t i, const Packed<T>& y, V one) __attribute__((always_inline)) {
+    if constexpr (!record) return;
+    const auto active = y.wide().positive();
+    if constexpr (rows)
+      V::load(row_sums + i).plus_where(active, one).store(row_sums + i);
+    else
+      plane_sums = plane_sums.plus_where(active, one);
+  };
   const bool relu = t.relu, add = bool(t.residual), save = t.mask != nullptr;
   const std::int64_t x_ahead = read_ahead<T>(part, t.x), residual_ahead = read_ahead<T>(part, t.residual);
   for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
@@ -32,28 +45,37 @@ BNKERN_INLINE void normalize_spans(const Partition& part, const Tensors<T>& t, c
     for (; i + kLanes <= span.length; i += kLanes) {
       __builtin_prefetch(x + i + x_ahead);
       if (add) __builtin_prefetch(residual + i + residual_ahead);
-      put(y + i, value(i, load(x + i), add ? load(residual + i) : V::all(0), kLanes), past_cache);
+      const auto packed = value(i, load(x + i), add ? load(residual + i) : V::all(0), kLanes);
+      put(y + i, packed, past_cache);
+      look(i, packed, V::all(1));
     }
     if (i < span.length) {
       const int n = static_cast<int>(span.length - i);
-      put_some(y + i, value(i, load_some(x + i, n), add ? load_some(residual + i, n) : V::all(0), n), n);
+      const auto packed = value(i, load_some(x + i, n), add ? load_some(residual + i, n) : V::all(0), n);
+      put_some(y + i, packed, n);
+      look(i, packed, V::all(1).keep(first_lanes<V>(n)));
     }
   });
+  if constexpr (record && rows) give(row_sums, vectors, kRecordedNormalizeRows, channels, out);
+  if constexpr (record && !rows) *out[kActive] = sum<A>(plane_sums);
 }
 
 }  // namespace
 
-template <class T>
+template <class T, bool record>
 void normalize_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                    std::int64_t group, std::int64_t tile) {
+                    std::int64_t group, std::int64_t tile, Rows out) {
   using A = Accumulator<T>;
-  part.shape.rows ? normalize_spans<RowChannels<A>>(part, t, k, group, tile)
-                  : normalize_spans<PlaneChannel<A>>(part, t, k, group, tile);
+  part.shape.rows ? normalize_spans<RowChannels<A>, record>(part, t, k, group, tile, out)
+                  : normalize_spans<PlaneChannel<A>, record>(part, t, k, group, tile, out);
 }
 
-#define BNKERN_INSTANTIATE(T)                                                                               \
-  template void normalize_tile<T>(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, \
-                                  std::int64_t, std::int64_t);
+#define BNKERN_INSTANTIATE_AS(T, record)                                                                            \
+  template void normalize_tile<T, record>(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, \
+                                          std::int64_t, std::int64_t, Rows);
+#define BNKERN_INSTANTIATE(T)     \
+  BNKERN_INSTANTIATE_AS(T, false) \
+  BNKERN_INSTANTIATE_AS(T, true)
 BNKERN_FOR_STORAGE_TYPES(BNKERN_INSTANTIATE)
 
 }  // namespace bnkern::BNKERN_ISA

@@ -72,6 +72,18 @@ BNKERN_INLINE void for_spans(const Partition& part, std::int64_t group, std::int
   }
 }
 
+// The same for rows, four at a time where there are as many: one load and store of a channel's sums serves four.
+template <class Four, class One>
+BNKERN_INLINE void for_rows(const Partition& part, std::int64_t group, std::int64_t tile, Four four, One one) {
+  Span waiting[4];
+  int count = 0;
+  for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
+    waiting[count++] = span;
+    if (count == 4) four(waiting), count = 0;
+  });
+  for (int r = 0; r < count; ++r) one(waiting[r]);
+}
+
 // How many values of each channel of the group a tile holds.
 BNKERN_INLINE std::int64_t tile_count(const Partition& part, std::int64_t tile) {
   if (part.shape.rows) {
@@ -106,19 +118,41 @@ struct Tensors {
   bool relu, training, stream;  // stream: results are too large for the caches, store past them
 };
 
-// mean[] and M2[] of one tile, tile_channels() of each.
-template <class T>
-void moments_tile(const Partition&, const View& x, std::int64_t group, std::int64_t tile, double* mean, double* m2);
-template <class T>
+// Numbers per channel that a tile gives, or a group's total of them: row r of channel c at data[r * pitch + c].
+struct Rows {
+  double* data = nullptr;
+  std::int64_t pitch = 0;
+  BNKERN_INLINE double* operator[](int r) const { return data + r * pitch; }
+  BNKERN_INLINE Rows from(int r) const { return {data + r * pitch, pitch}; }
+  BNKERN_INLINE Rows at(std::int64_t channel) const { return {data + channel, pitch}; }
+};
+
+// What a tile gives of tile_channels() channels, in `out`; the rows below the first break only with `record`,
+// which adds work to the phase and changes no bit of its results.
+//
+//   moments      kMean, kM2                   kM3, kM4, kMin, kMax
+//   normalize                                 kActive
+//   grad_sums    kSumDy, kSumDyXhat           of each summand kAbsSum, kPositive, kNegative, kZero
+//   grad_input                                kSum, kSquareSum, and the four of dx
+constexpr int kMean = 0, kM2 = 1, kMomentsRows = 2, kM3 = 2, kM4 = 3, kMin = 4, kMax = 5, kRecordedMomentsRows = 6;
+constexpr int kActive = 0, kRecordedNormalizeRows = 1;
+constexpr int kAbsSum = 0, kPositive = 1, kNegative = 2, kZero = 3, kSizesRows = 4;
+constexpr int kSumDy = 0, kSumDyXhat = 1, kGradSumsRows = 2, kSizesOfDy = 2, kSizesOfDyXhat = kSizesOfDy + kSizesRows;
+constexpr int kRecordedGradSumsRows = kSizesOfDyXhat + kSizesRows;
+constexpr int kSum = 0, kSquareSum = 1, kSizes = 2, kRecordedGradInputRows = kSizes + kSizesRows;
+constexpr int kMostRows = 16;
+
+template <class T, bool record>
+void moments_tile(const Partition&, const View& x, std::int64_t group, std::int64_t tile, Rows out);
+template <class T, bool record>
 void normalize_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, std::int64_t group,
-                    std::int64_t tile);
-// sum g[] and sum g * xhat[] of one tile.
-template <class T>
+                    std::int64_t tile, Rows out);
+template <class T, bool record>
 void grad_sums_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, std::int64_t group,
-                    std::int64_t tile, double* sum_dy, double* sum_dy_xhat);
-template <class T>
+                    std::int64_t tile, Rows out);
+template <class T, bool record>
 void grad_input_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, std::int64_t group,
-                     std::int64_t tile);
+                     std::int64_t tile, Rows out);
 
 #define BNKERN_FOR_STORAGE_TYPES(macro) macro(float) macro(BFloat16) macro(Float16) macro(double)
 
