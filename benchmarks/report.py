@@ -3,7 +3,7 @@
 A row is one provider in one case: the labels ``bench op shape layout dtype size tensor_bytes mode provider``; the
 times ``median_ms p20_ms p80_ms rounds``; ``speedup`` over each eager form, and over the fastest of them as "best";
 where bytes are known ``bytes`` (the least) and ``phased_bytes``, and by the least ``gb_per_s`` and ``share_of_copy``;
-for whole batch norms ``error``, relative to float64. A provider that could not be had has ``missing`` instead: why.
+for whole batch norms ``error``, relative to float64; for records ``cost``, times the same call without. A provider that could not be had has ``missing`` instead: why.
 """
 
 from collections import defaultdict
@@ -25,6 +25,8 @@ def measured(comparison: Comparison, name: str, moved: Callable[[str], dict]) ->
         row["speedup"] = {other: comparison.ratio(other, name) for other in eager}
         best = min(eager, key=lambda other: comparison.summary(other).median_ms)
         row["speedup"]["best"] = row["speedup"][best]
+    if "without records" in comparison.samplers:
+        row["cost"] = comparison.ratio(name, "without records")
     row |= moved(name)
     if "bytes" in row:
         row["gb_per_s"] = row["bytes"] / row["median_ms"] / 1e6
@@ -72,7 +74,8 @@ def markdown(results: dict) -> str:
 
 
 def _table(row: dict) -> str:
-    return {"batch_norm": "Whole batch norms", "step": "Training steps"}.get(row["bench"], "Phases")
+    tables = {"batch_norm": "Whole batch norms", "step": "Training steps", "records": "Records"}
+    return tables.get(row["bench"], "Phases")
 
 
 def _groups(rows: list[dict], *keys: Callable[[dict], str]) -> dict[tuple, list[dict]]:
@@ -124,6 +127,14 @@ def _phases(rows: list[dict]) -> Iterator[str]:
         yield _line(bench, case, f"{ours['bytes'] / 1e6:.1f}", _time(ours) + fresh, *rates)
 
 
+def _records(rows: list[dict]) -> Iterator[str]:
+    yield "A call with all its records, in ms, median (p20 to p80), and how many times the same call without them."
+    yield ""
+    yield from _header("case", "ms", "without", "cost")
+    for (case,), (ours, without) in _groups(rows, _case).items():
+        yield _line(case, _time(ours), _time(without), f"{ours['cost']:.2f}x")
+
+
 def _steps(rows: list[dict]) -> Iterator[str]:
     yield "A training step in milliseconds, median (p20 to p80)."
     yield ""
@@ -133,7 +144,7 @@ def _steps(rows: list[dict]) -> Iterator[str]:
         yield _line(row["op"], row["provider"], _time(row), speedup)
 
 
-_RENDER = {"Whole batch norms": _batch_norms, "Phases": _phases, "Training steps": _steps}
+_RENDER = {"Whole batch norms": _batch_norms, "Phases": _phases, "Training steps": _steps, "Records": _records}
 
 
 def _targets(found: list[dict]) -> Iterator[str]:

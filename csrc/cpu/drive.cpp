@@ -6,12 +6,12 @@
 //                own cache. Planes, where there are channels enough to keep all threads busy.
 //   in step      all threads share the tiles of a batch of groups, phase by phase, the second phase from
 //                the last tile to the first. Rows, whose channels lie side by side, and planes of few channels.
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <initializer_list>
 #include <limits>
 #include <type_traits>
-#include <utility>
 
 #include "cpu.h"
 #include "tiles.h"
@@ -22,6 +22,8 @@ namespace {
 constexpr std::int64_t kThreadElements = 16384;  // less than this is not worth another thread
 constexpr std::int64_t kStreamBytes = 24 << 20;  // results larger than this are stored past the caches
 constexpr std::int64_t kRowTiles = 512;          // rows: about as many tiles as there should be at most
+constexpr std::int64_t kBlockRows = 512;         // rows: at most so many under one of a record's sums
+constexpr std::int64_t kBlocks = 16;             // rows: about as few blocks as there should be at least
 constexpr std::int64_t kPlaneBytes = 256;        // shorter planes are better read in memory order
 constexpr std::int64_t kBatchBytes = 8 << 20;    // what a batch of groups may hold, to be found in cache again
 
@@ -83,7 +85,8 @@ void write(const ChannelVector& vector, std::int64_t c, A value) {
 // ---- partial results
 
 // Joins a tile's (mean, M2) to those of the tiles before it.
-void join_moments(std::int64_t channels, double before, const Rows& total, double count, const Rows& tile) {
+void join_moments(std::int64_t channels, double before, const Rows<double>& total, double count,
+                  const Rows<double>& tile) {
   if (before == 0) {
     std::memcpy(total[kMean], tile[kMean], channels * sizeof(double));
     std::memcpy(total[kM2], tile[kM2], channels * sizeof(double));
@@ -99,7 +102,8 @@ void join_moments(std::int64_t channels, double before, const Rows& total, doubl
 }
 
 // The rows that a record has besides, before join_moments() changes mean and M2.
-void join_higher(std::int64_t channels, double before, const Rows& total, double count, const Rows& tile) {
+void join_higher(std::int64_t channels, double before, const Rows<double>& total, double count,
+                 const Rows<double>& tile) {
   if (before == 0) {
     for (const int r : {kM3, kM4, kMin, kMax}) std::memcpy(total[r], tile[r], channels * sizeof(double));
     return;
@@ -119,9 +123,10 @@ void join_higher(std::int64_t channels, double before, const Rows& total, double
   for (std::int64_t c = 0; c < channels; ++c) total[kMax][c] = largest(tile[kMax][c], total[kMax][c]);
 }
 
-void join_sums(int rows, std::int64_t channels, const Rows& total, const Rows& tile) {
+template <class D>
+void join_sums(int rows, std::int64_t channels, const Rows<double>& total, const Rows<D>& part) {
   for (int r = 0; r < rows; ++r)
-    for (std::int64_t c = 0; c < channels; ++c) total[r][c] += tile[r][c];
+    for (std::int64_t c = 0; c < channels; ++c) total[r][c] += part[r][c];
 }
 
 // How many values wide channel v saw.
@@ -135,15 +140,17 @@ double values_of(const Partition& part, std::int64_t v) {
 // How many rows of numbers a phase gives, and room for their totals over all tiles.
 struct Given {
   int rows = 0;
-  Rows totals;
+  Rows<double> totals;
 };
 
-// measure(group, tile, out) gives a tile's partial result, join() adds it to its group's total, finish(group) makes
-// the group's coefficients of it; absent where it gives no rows. apply(group, tile, out) is the second phase, which
-// may be absent as well. The rows that it gives are sums for a record: close(group) is called with their totals.
-template <class Measure, class Join, class Finish, class Apply, class Close>
+// measure(group, tile, out, sums) gives a tile's partial result, join() adds `out` to its group's total, finish(group)
+// makes the group's coefficients of it; absent where it gives no rows. apply(group, tile, sums) is the second phase,
+// which may be absent as well. `sums` are of type A and a record's, shared by the tiles of a block; close(group) is
+// called with the totals of the second phase's.
+template <class A, class Measure, class Join, class Finish, class Apply, class Close>
 void run(Partition& part, std::int64_t element_bytes, bool applying, int max_threads, const Given& measured,
-         const Given& applied, Measure measure, Join join, Finish finish, Apply apply, Close close) {
+         const Given& measured_sums, const Given& applied_sums, Measure measure, Join join, Finish finish, Apply apply,
+         Close close) {
   const bool measuring = measured.rows > 0;
   const std::int64_t elements = part.count() * part.shape.c;
   const std::int64_t enough = 1 + elements / kThreadElements;
@@ -157,17 +164,20 @@ void run(Partition& part, std::int64_t element_bytes, bool applying, int max_thr
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (std::int64_t group = 0; group < part.groups; ++group) {
       double values[kMostRows], seen = 0;
-      const Rows one{values, 1};
+      A values_of_sums[kMostRows];
+      const Rows<double> out{values, 1};
+      const Rows<A> sums{values_of_sums, 1};
       for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
-        measure(group, tile, one);
+        measure(group, tile, out, sums);
         const double count = static_cast<double>(tile_count(part, tile));
-        join(1, seen, total_of(measured, group), count, one);
+        join(1, seen, total_of(measured, group), count, out);
+        join_sums(measured_sums.rows, 1, total_of(measured_sums, group), sums);
         seen += count;
       }
       finish(group);
       for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
-        apply(group, tile, one);
-        join_sums(applied.rows, 1, total_of(applied, group), one);
+        apply(group, tile, sums);
+        join_sums(applied_sums.rows, 1, total_of(applied_sums, group), sums);
       }
       close(group);
     }
@@ -181,51 +191,74 @@ void run(Partition& part, std::int64_t element_bytes, bool applying, int max_thr
     batch = kBatchBytes / group_bytes < 1 ? 1 : kBatchBytes / group_bytes;
     batch = batch < part.groups ? batch : part.groups;
   }
-  // Partial results lie tile by tile, row by row, groups side by side.
+  // Partial results lie tile by tile, row by row, groups side by side; a record's sums block by block.
   const std::int64_t pitch = batch * part.group;
-  const auto room = [&](const Given& given) { return given.rows * pitch * part.tiles; };
-  Workspace space(Workspace::bytes<double>(room(measured)) + Workspace::bytes<double>(room(applied)));
-  double* const measured_parts = space.take<double>(room(measured));
-  double* const applied_parts = space.take<double>(room(applied));
+  const std::int64_t block = measured_sums.rows || applied_sums.rows ? part.tiles_per_block : 1;
+  const std::int64_t blocks = divide_up(part.tiles, block);
+  const int sums_rows = std::max(measured_sums.rows, applied_sums.rows);  // one phase after the other
+  Workspace space(Workspace::bytes<double>(measured.rows * pitch * part.tiles) +
+                  Workspace::bytes<A>(sums_rows * pitch * blocks));
+  double* const parts = space.take<double>(measured.rows * pitch * part.tiles);
+  A* const parts_of_sums = space.take<A>(sums_rows * pitch * blocks);
+  const auto part_of = [&](std::int64_t tile, std::int64_t group) {
+    return Rows<double>{parts + tile * measured.rows * pitch + group * part.group, pitch};
+  };
+  const auto sums_of = [&](const Given& given, std::int64_t index, std::int64_t group) {
+    return Rows<A>{parts_of_sums + index * given.rows * pitch + group * part.group, pitch};
+  };
 
 #pragma omp parallel num_threads(threads)
   for (std::int64_t from = 0; from < part.groups; from += batch) {
     const std::int64_t groups = part.groups - from < batch ? part.groups - from : batch;
-    const std::int64_t units = groups * part.tiles;
-    const auto part_of = [&](double* parts, int rows, std::int64_t tile, std::int64_t group) {
-      return Rows{parts + tile * rows * pitch + group * part.group, pitch};
+    const auto channels_of = [&](std::int64_t group) {
+      const std::int64_t left = part.width - (from + group) * part.group;
+      return left < part.group ? left : part.group;
+    };
+    const auto cleared_sums = [&](const Given& given, std::int64_t index, std::int64_t group) {
+      const Rows<A> sums = sums_of(given, index, group);
+      for (int r = 0; r < given.rows; ++r) std::memset(sums[r], 0, channels_of(group) * sizeof(A));
+      return sums;
+    };
+    const auto join_blocks = [&](const Given& given, std::int64_t group) {
+      for (std::int64_t index = 0; given.rows && index < blocks; ++index)
+        join_sums(given.rows, channels_of(group), total_of(given, from + group), sums_of(given, index, group));
     };
     if (measuring) {
 #pragma omp for schedule(static)
-      for (std::int64_t unit = 0; unit < units; ++unit)
-        measure(from + unit % groups, unit / groups,
-                part_of(measured_parts, measured.rows, unit / groups, unit % groups));
+      for (std::int64_t unit = 0; unit < groups * blocks; ++unit) {
+        const std::int64_t index = unit / groups, group = unit % groups;
+        const Rows<A> sums = cleared_sums(measured_sums, index, group);
+        const std::int64_t end = std::min((index + 1) * block, part.tiles);
+        for (std::int64_t tile = index * block; tile < end; ++tile)
+          measure(from + group, tile, part_of(tile, group), sums);
+      }
 #pragma omp for schedule(static)
       for (std::int64_t group = 0; group < groups; ++group) {
         double seen = 0;
         for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
           const double count = static_cast<double>(tile_count(part, tile));
           join(tile_channels(part, from + group, tile), seen, total_of(measured, from + group), count,
-               part_of(measured_parts, measured.rows, tile, group));
+               part_of(tile, group));
           seen += count;
         }
+        join_blocks(measured_sums, group);
         finish(from + group);
       }
     }
     if (applying) {
 #pragma omp for schedule(static)
-      for (std::int64_t unit = 0; unit < units; ++unit) {
+      for (std::int64_t unit = 0; unit < groups * blocks; ++unit) {
         // After measuring, the last tiles first: they are still in cache. Within a tile memory order is kept.
-        const std::int64_t tile = measuring ? part.tiles - 1 - unit / groups : unit / groups;
-        apply(from + unit % groups, tile, part_of(applied_parts, applied.rows, tile, unit % groups));
+        const std::int64_t index = measuring ? blocks - 1 - unit / groups : unit / groups, group = unit % groups;
+        const Rows<A> sums = cleared_sums(applied_sums, index, group);
+        const std::int64_t end = std::min((index + 1) * block, part.tiles);
+        for (std::int64_t tile = end - 1; tile >= index * block; --tile) apply(from + group, tile, sums);
       }
     }
-    if (applied.rows) {
+    if (applied_sums.rows) {
 #pragma omp for schedule(static)
       for (std::int64_t group = 0; group < groups; ++group) {
-        for (std::int64_t tile = 0; tile < part.tiles; ++tile)
-          join_sums(applied.rows, tile_channels(part, from + group, tile), total_of(applied, from + group),
-                    part_of(applied_parts, applied.rows, tile, group));
+        join_blocks(applied_sums, group);
         close(from + group);
       }
     }
@@ -268,7 +301,7 @@ double add_up(const double* row, const Columns& columns) {
 }
 
 Given make_room(Workspace& space, int rows, std::int64_t width) {
-  const Given given{rows, Rows{space.take<double>(rows * width), width}};
+  const Given given{rows, Rows<double>{space.take<double>(rows * width), width}};
   std::memset(given.totals.data, 0, rows * width * sizeof(double));
   return given;
 }
@@ -285,15 +318,15 @@ void forward_as(const Forward& p) {
   // A record's moments ride in the phase moments; where that does not run they are taken of a tile right before it is
   // normalised, which then counts as measuring.
   const bool record = p.record != nullptr, as_one = record && !p.moments;
-  Workspace space(4 * Workspace::bytes<A>(part.width) + Workspace::bytes<double>(kMostRows * part.width) * 2);
+  Workspace space(4 * Workspace::bytes<A>(part.width) + 3 * Workspace::bytes<double>(kMostRows * part.width));
   Coefficients<A> k{};
   k.mean = space.take<A>(part.width);
   k.invstd = space.take<A>(part.width);
   k.weight = space.take<A>(part.width);
   k.bias = space.take<A>(part.width);
-  const int moments_rows = record ? kRecordedMomentsRows : p.moments ? kMomentsRows : 0;
-  const Given measured = make_room(space, moments_rows + (as_one ? kRecordedNormalizeRows : 0), part.width);
-  const Given applied = make_room(space, record && !as_one ? kRecordedNormalizeRows : 0, part.width);
+  const Given measured = make_room(space, record ? kRecordedMomentsRows : p.moments ? kMomentsRows : 0, part.width);
+  const Given measured_sums = make_room(space, as_one ? kRecordedNormalizeRows : 0, part.width);
+  const Given applied_sums = make_room(space, record && !as_one ? kRecordedNormalizeRows : 0, part.width);
 
   Tensors<T> t{};
   t.x = p.x, t.residual = p.residual, t.y = p.y, t.mask = p.mask, t.relu = p.relu;
@@ -310,20 +343,20 @@ void forward_as(const Forward& p) {
     set_all(k.weight, columns, read(p.weight, c, A(1)));
     set_all(k.bias, columns, read(p.bias, c, A(0)));
   };
-  const auto record_active = [&](std::int64_t group, const double* active) {
+  const auto record_active = [&](std::int64_t group, const Given& sums) {
     for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
-      p.record[kActiveRow * p.shape.c + c] = add_up(active, columns);
+      p.record[kActiveRow * p.shape.c + c] = add_up(sums.totals[kActive], columns);
     });
   };
   const auto finish = [&](std::int64_t group) {
-    const Rows& totals = measured.totals;
+    const Rows<double>& totals = measured.totals;
     for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
       Moments<double> all{0, 0, 0};
       HigherMoments<double> higher{0, 0};
       double low = kInfinity, high = -kInfinity;
       for (std::int64_t v = columns.first; v < columns.end; v += columns.step) {
         const Moments<double> some{values_of(part, v), totals[kMean][v], totals[kM2][v]};
-        if (record) {
+        if (record && some.count > 0) {
           higher = pebay_merge(all, higher, some, HigherMoments<double>{totals[kM3][v], totals[kM4][v]});
           low = least(low, totals[kMin][v]), high = largest(high, totals[kMax][v]);
         }
@@ -344,7 +377,7 @@ void forward_as(const Forward& p) {
       }
       if (p.normalize) coefficients(c, columns);
     });
-    if (as_one) record_active(group, totals[moments_rows + kActive]);
+    if (as_one) record_active(group, measured_sums);
   };
   if (!p.moments) {
     for (std::int64_t group = 0; group < part.groups; ++group)
@@ -358,20 +391,20 @@ void forward_as(const Forward& p) {
   }
   const auto take_moments = record ? moments_tile<T, true> : moments_tile<T, false>;
   const auto normalize = record ? normalize_tile<T, true> : normalize_tile<T, false>;
-  run(
-      part, sizeof(T), p.normalize && !as_one, p.threads, measured, applied,
-      [&](std::int64_t group, std::int64_t tile, const Rows& out) {
+  run<A>(
+      part, sizeof(T), p.normalize && !as_one, p.threads, measured, measured_sums, applied_sums,
+      [&](std::int64_t group, std::int64_t tile, const Rows<double>& out, const Rows<A>& sums) {
         take_moments(part, p.x, group, tile, out);
-        if (as_one) normalize(part, t, k, group, tile, out.from(moments_rows));
+        if (as_one) normalize(part, t, k, group, tile, sums);
       },
-      [&](std::int64_t channels, double before, const Rows& total, double count, const Rows& tile) {
+      [&](std::int64_t channels, double before, const Rows<double>& total, double count, const Rows<double>& tile) {
         if (record) join_higher(channels, before, total, count, tile);
         join_moments(channels, before, total, count, tile);
-        if (as_one) join_sums(kRecordedNormalizeRows, channels, total.from(moments_rows), tile.from(moments_rows));
       },
-      finish, [&](std::int64_t group, std::int64_t tile, const Rows& out) { normalize(part, t, k, group, tile, out); },
+      finish,
+      [&](std::int64_t group, std::int64_t tile, const Rows<A>& sums) { normalize(part, t, k, group, tile, sums); },
       [&](std::int64_t group) {
-        if (applied.rows) record_active(group, applied.totals[kActive]);
+        if (applied_sums.rows) record_active(group, applied_sums);
       });
 }
 
@@ -384,14 +417,14 @@ void backward_as(const Backward& p) {
   const std::int64_t elements = part.count() * p.shape.c;
   const double count = static_cast<double>(part.count());
 
-  Workspace space(7 * Workspace::bytes<A>(part.width) + 2 * Workspace::bytes<double>(kMostRows * part.width));
+  Workspace space(7 * Workspace::bytes<A>(part.width) + 3 * Workspace::bytes<double>(kMostRows * part.width));
   Coefficients<A> k{};
   for (A** array : {&k.mean, &k.invstd, &k.weight, &k.bias, &k.mean_dy, &k.mean_dy_xhat, &k.scale})
     *array = space.take<A>(part.width);
   const bool record_affine = p.record_affine && p.sums, record_gradient = p.record_gradient && p.dx;
-  const int sums_rows = record_affine ? kRecordedGradSumsRows : kGradSumsRows;
-  const Given measured = make_room(space, p.sums ? sums_rows : 0, part.width);
-  const Given applied = make_room(space, record_gradient ? kRecordedGradInputRows : 0, part.width);
+  const Given measured = make_room(space, p.sums ? kGradSumsRows : 0, part.width);
+  const Given measured_sums = make_room(space, record_affine ? kRecordedGradSumsRows : 0, part.width);
+  const Given applied_sums = make_room(space, record_gradient ? kRecordedGradInputRows : 0, part.width);
 
   Tensors<T> t{};
   t.x = p.x, t.dy = p.dy, t.dx = p.dx, t.dresidual = p.dresidual;
@@ -416,39 +449,40 @@ void backward_as(const Backward& p) {
     });
   const auto grad_sums = record_affine ? grad_sums_tile<T, true> : grad_sums_tile<T, false>;
   const auto grad_input = record_gradient ? grad_input_tile<T, true> : grad_input_tile<T, false>;
-  run(
-      part, 2 * sizeof(T), p.input, p.threads, measured, applied,
-      [&](std::int64_t group, std::int64_t tile, const Rows& out) { grad_sums(part, t, k, group, tile, out); },
-      [&](std::int64_t channels, double, const Rows& total, double, const Rows& tile) {
+  run<A>(
+      part, 2 * sizeof(T), p.input, p.threads, measured, measured_sums, applied_sums,
+      [&](std::int64_t group, std::int64_t tile, const Rows<double>& out, const Rows<A>& sums) {
+        grad_sums(part, t, k, group, tile, out, sums);
+      },
+      [&](std::int64_t channels, double, const Rows<double>& total, double, const Rows<double>& tile) {
         join_sums(measured.rows, channels, total, tile);
       },
       [&](std::int64_t group) {
         for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
-          const auto total = [&](int r) { return add_up(measured.totals[r], columns); };
-          const double sum = total(kSumDy), product = total(kSumDyXhat);
+          const double sum = add_up(measured.totals[kSumDy], columns);
+          const double product = add_up(measured.totals[kSumDyXhat], columns);
           if (sums) sums[c] = static_cast<A>(sum);
           if (products) products[c] = static_cast<A>(product);
           if (p.dbias) write(p.dbias, c, sum);
           if (p.dweight) write(p.dweight, c, product);
           means_of_sums(columns, sum, product);
           if (!record_affine) return;
-          double* record = p.record_affine;
-          for (const auto& [summands, sizes] : {std::pair{sum, kSizesOfDy}, std::pair{product, kSizesOfDyXhat}}) {
-            const double sign_sum = total(sizes + kPositive) - total(sizes + kNegative);
-            const double nonzero = count - total(sizes + kZero);
-            write_record(record, p.shape.c, c, {summands, total(sizes + kAbsSum), sign_sum, nonzero});
-            record += 4 * p.shape.c;
-          }
+          const auto total = [&](int r) { return add_up(measured_sums.totals[r], columns); };
+          const auto sign_sum = [&](int of) { return total(of + kPositive) - total(of + kNegative); };
+          const auto nonzero = [&](int of) { return count - total(of + kZero); };
+          write_record(p.record_affine, p.shape.c, c,
+                       {sum, total(kOfDy + kAbsSum), sign_sum(kOfDy), nonzero(kOfDy), product,
+                        total(kOfDyXhat + kAbsSum), sign_sum(kOfDyXhat), nonzero(kOfDyXhat)});
         });
       },
-      [&](std::int64_t group, std::int64_t tile, const Rows& out) { grad_input(part, t, k, group, tile, out); },
+      [&](std::int64_t group, std::int64_t tile, const Rows<A>& sums) { grad_input(part, t, k, group, tile, sums); },
       [&](std::int64_t group) {
         if (!record_gradient) return;
         for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
-          const auto total = [&](int r) { return add_up(applied.totals[r], columns); };
+          const auto total = [&](int r) { return add_up(applied_sums.totals[r], columns); };
           write_record(p.record_gradient, p.shape.c, c,
-                       {count, total(kSum), total(kSizes + kAbsSum), total(kSquareSum), total(kSizes + kPositive),
-                        total(kSizes + kNegative), total(kSizes + kZero)});
+                       {count, total(kSum), total(kOfDx + kAbsSum), total(kSquareSum), total(kOfDx + kPositive),
+                        total(kOfDx + kNegative), total(kOfDx + kZero)});
         });
       });
 }
@@ -473,6 +507,9 @@ Partition make_partition(const Shape& shape, bool dense) {
     tile = tile < kTileElements ? kTileElements : tile > 8 * kTileElements ? 8 * kTileElements : tile;
     part.rows_per_tile = tile / part.group < 8 ? 8 : tile / part.group;
     part.tiles = divide_up(part.rows, part.rows_per_tile) + (part.leftover > 0);
+    // As long a sum as in a large tensor's tile, but blocks enough for many threads.
+    const std::int64_t most = kBlockRows / part.rows_per_tile, few = part.tiles / kBlocks;
+    part.tiles_per_block = std::max<std::int64_t>(1, std::min(most, few));
   } else {
     part.width = part.groups = shape.c;
     part.group = 1;
@@ -481,6 +518,7 @@ Partition make_partition(const Shape& shape, bool dense) {
     part.spans_per_plane = divide_up(shape.s, part.span);
     part.planes_per_tile = pieces > 1 ? 1 : kTileElements / shape.s;
     part.tiles = divide_up(shape.n, part.planes_per_tile) * part.spans_per_plane;
+    part.tiles_per_block = 1;
   }
   return part;
 }

@@ -13,7 +13,7 @@ struct InputSums : Sums<A, kRecordedGradInputRows> {
   BNKERN_INLINE void add(V dx, V one) {
     this->row[kSum] = this->row[kSum] + dx;
     this->row[kSquareSum] = fma(dx, dx, this->row[kSquareSum]);
-    this->add_sizes(kSizes, dx, one);
+    this->add_sizes(kOfDx, dx, one);
   }
 };
 
@@ -68,7 +68,7 @@ struct InputSpan {
 
 template <ReluMask kind, class Channel, bool record, class T>
 BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                               std::int64_t group, std::int64_t tile, Rows out) {
+                               std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums_out) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   InputSums<A> sums{InputSums<A>::zero()};
@@ -81,30 +81,22 @@ BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const
     for (; i + kLanes <= span.length; i += kLanes) place.write(i, look);
     if (i < span.length) place.write_some(i, static_cast<int>(span.length - i), look);
   });
-  if constexpr (record) sums.give(out);
+  if constexpr (record) sums.fold(sums_out);
 }
 
 template <ReluMask kind, class Channel, class T>
 BNKERN_INLINE void recorded_rows_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                                      std::int64_t group, std::int64_t tile, Rows out) {
+                                      std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums_out) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   using Place = InputSpan<kind, Channel, T>;
-  const std::int64_t channels = tile_channels(part, group, tile), vectors = vector_channels(channels);
-  A* const row_sums = zeroed_scratch<A>(kRecordedGradInputRows * vectors);
+  const std::int64_t channels = tile_channels(part, group, tile);
 
   // Calls f(look) with the sums of 16 channels loaded.
   const auto with_sums = [&](std::int64_t i, auto f) __attribute__((always_inline)) {
-    InputSums<A> sums{InputSums<A>::load(row_sums + i, vectors)};
+    InputSums<A> sums{InputSums<A>::load(sums_out, i)};
     f([&](V dx, V one) __attribute__((always_inline)) { sums.add(dx, one); });
-    sums.store(row_sums + i, vectors);
-  };
-  const auto four = [&](const Span* spans) __attribute__((always_inline)) {
-    const Place r0(part, t, k, spans[0]), r1(part, t, k, spans[1]), r2(part, t, k, spans[2]), r3(part, t, k, spans[3]);
-    for (std::int64_t i = 0; i < channels; i += kLanes)
-      with_sums(i, [&](auto look) __attribute__((always_inline)) {
-        r0.write(i, look), r1.write(i, look), r2.write(i, look), r3.write(i, look);
-      });
+    sums.store(sums_out, i);
   };
   const auto one = [&](const Span& span) __attribute__((always_inline)) {
     const Place place(part, t, k, span);
@@ -116,27 +108,38 @@ BNKERN_INLINE void recorded_rows_tile(const Partition& part, const Tensors<T>& t
         place.write_some(i, static_cast<int>(span.length - i), look);
       });
   };
+  const auto four = [&](const Span* spans) __attribute__((always_inline)) {
+    if constexpr (std::is_same_v<V, ArrayVec<A>>) {  // the same sums, with less code
+      for (int r = 0; r < 4; ++r) one(spans[r]);
+    } else {
+      const Place places[4] = {
+          {part, t, k, spans[0]}, {part, t, k, spans[1]}, {part, t, k, spans[2]}, {part, t, k, spans[3]}};
+      for (std::int64_t i = 0; i < channels; i += kLanes)
+        with_sums(i, [&](auto look) __attribute__((always_inline)) {
+          for (int r = 0; r < 4; ++r) places[r].write(i, look);
+        });
+    }
+  };
   for_rows(part, group, tile, four, one);
-  give(row_sums, vectors, kRecordedGradInputRows, channels, out);
 }
 
 }  // namespace
 
 template <class T, bool record>
 void grad_input_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                     std::int64_t group, std::int64_t tile, Rows out) {
+                     std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums_out) {
   using A = Accumulator<T>;
   with_gradient_kind<A>(part, t, [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
     if constexpr (record && std::is_same_v<Channel, RowChannels<A>>)
-      recorded_rows_tile<kind, Channel>(part, t, k, group, tile, out);
+      recorded_rows_tile<kind, Channel>(part, t, k, group, tile, sums_out);
     else
-      planes_tile<kind, Channel, record>(part, t, k, group, tile, out);
+      planes_tile<kind, Channel, record>(part, t, k, group, tile, sums_out);
   });
 }
 
 #define BNKERN_INSTANTIATE_AS(T, record)                                                                             \
   template void grad_input_tile<T, record>(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, \
-                                           std::int64_t, std::int64_t, Rows);
+                                           std::int64_t, std::int64_t, Rows<Accumulator<T>>);
 #define BNKERN_INSTANTIATE(T)     \
   BNKERN_INSTANTIATE_AS(T, false) \
   BNKERN_INSTANTIATE_AS(T, true)

@@ -8,12 +8,12 @@ namespace {
 
 // What a record adds to the two sums.
 template <class A>
-struct SummandSizes : Sums<A, 2 * kSizesRows> {
+struct SummandSizes : Sums<A, kRecordedGradSumsRows> {
   using V = Vec<A>;
-  using Sums<A, 2 * kSizesRows>::add_sizes;
+  using Sums<A, kRecordedGradSumsRows>::add_sizes;
   BNKERN_INLINE void add(V g, V xhat, V one) {
-    add_sizes(0, g, one);
-    add_sizes(kSizesRows, g * xhat, one);
+    add_sizes(kOfDy, g, one);
+    add_sizes(kOfDyXhat, g * xhat, one);
   }
   // A tail's g is 0, and 0 * xhat is not where xhat is NaN.
   BNKERN_INLINE void add_some(V g, V xhat, int n) {
@@ -24,7 +24,8 @@ struct SummandSizes : Sums<A, 2 * kSizesRows> {
 
 template <ReluMask kind, class Channel, bool record, class T>
 BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                               std::int64_t group, std::int64_t tile, Rows out) {
+                               std::int64_t group, std::int64_t tile, Rows<double> out,
+                               Rows<Accumulator<T>> sizes_out) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   SummandSizes<A> sizes{SummandSizes<A>::zero()};
@@ -46,21 +47,21 @@ BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const
   });
   *out[kSumDy] = sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   *out[kSumDyXhat] = sum<A>((products[0] + products[1]) + (products[2] + products[3]));
-  if constexpr (record) sizes.give(out.from(kSizesOfDy));
+  if constexpr (record) sizes.fold(sizes_out);
 }
 
 // Sums are arrays over the group's channels.
 template <ReluMask kind, class Channel, bool record, class T>
 BNKERN_INLINE void rows_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                             std::int64_t group, std::int64_t tile, Rows out) {
+                             std::int64_t group, std::int64_t tile, Rows<double> out, Rows<Accumulator<T>> sizes_out) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   using Row = Gradient<kind, Channel, T>;
   using Sizes = SummandSizes<A>;
-  const std::int64_t channels = tile_channels(part, group, tile), vectors = vector_channels(channels);
-  constexpr int rows = record ? kRecordedGradSumsRows : kGradSumsRows;
-  A* const sums = zeroed_scratch<A>(rows * vectors);
-  A *const products = sums + vectors, *const row_sizes = products + vectors;
+  const std::int64_t channels = tile_channels(part, group, tile);
+  const std::int64_t vectors = (channels + kLanes - 1) / kLanes * kLanes;
+  A* const sums = zeroed_scratch<A>(2 * vectors);
+  A* const products = sums + vectors;
 
   const auto one = [&](const Span& span) __attribute__((always_inline)) {
     const Row row(part, t, k, span);
@@ -69,9 +70,9 @@ BNKERN_INLINE void rows_tile(const Partition& part, const Tensors<T>& t, const C
       (V::load(sums + i) + g).store(sums + i);
       fma(g, xhat, V::load(products + i)).store(products + i);
       if constexpr (record) {
-        Sizes sizes{Sizes::load(row_sizes + i, vectors)};
+        Sizes sizes{Sizes::load(sizes_out, i)};
         n == kLanes ? sizes.add(g, xhat, V::all(1)) : sizes.add_some(g, xhat, n);
-        sizes.store(row_sizes + i, vectors);
+        sizes.store(sizes_out, i);
       }
     };
     std::int64_t i = 0;
@@ -87,34 +88,34 @@ BNKERN_INLINE void rows_tile(const Partition& part, const Tensors<T>& t, const C
       const V even = fma(g2, x2, g0 * x0), odd = fma(g3, x3, g1 * x1);
       (V::load(products + i) + (even + odd)).store(products + i);
       if constexpr (record) {
-        Sizes sizes{Sizes::load(row_sizes + i, vectors)};
+        Sizes sizes{Sizes::load(sizes_out, i)};
         sizes.add(g0, x0, V::all(1)), sizes.add(g1, x1, V::all(1));
         sizes.add(g2, x2, V::all(1)), sizes.add(g3, x3, V::all(1));
-        sizes.store(row_sizes + i, vectors);
+        sizes.store(sizes_out, i);
       }
     }
   };
   for_rows(part, group, tile, four, one);
-  give(sums, vectors, rows, channels, out);
+  for (std::int64_t c = 0; c < channels; ++c) out[kSumDy][c] = sums[c], out[kSumDyXhat][c] = products[c];
 }
 
 }  // namespace
 
 template <class T, bool record>
 void grad_sums_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                    std::int64_t group, std::int64_t tile, Rows out) {
+                    std::int64_t group, std::int64_t tile, Rows<double> out, Rows<Accumulator<T>> sizes_out) {
   using A = Accumulator<T>;
   with_gradient_kind<A>(part, t, [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
     if constexpr (std::is_same_v<Channel, RowChannels<A>>)
-      rows_tile<kind, Channel, record>(part, t, k, group, tile, out);
+      rows_tile<kind, Channel, record>(part, t, k, group, tile, out, sizes_out);
     else
-      planes_tile<kind, Channel, record>(part, t, k, group, tile, out);
+      planes_tile<kind, Channel, record>(part, t, k, group, tile, out, sizes_out);
   });
 }
 
 #define BNKERN_INSTANTIATE_AS(T, record)                                                                            \
   template void grad_sums_tile<T, record>(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, \
-                                          std::int64_t, std::int64_t, Rows);
+                                          std::int64_t, std::int64_t, Rows<double>, Rows<Accumulator<T>>);
 #define BNKERN_INSTANTIATE(T)     \
   BNKERN_INSTANTIATE_AS(T, false) \
   BNKERN_INSTANTIATE_AS(T, true)

@@ -27,7 +27,7 @@ BNKERN_INLINE void give_higher(double count, double error, double square, double
 }
 
 template <class T, bool record>
-void planes_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, Rows out) {
+void planes_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, Rows<double> out) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   const double count = static_cast<double>(tile_count(part, tile));
@@ -93,7 +93,7 @@ void planes_tile(const Partition& part, const View& x, std::int64_t group, std::
 // Rows: every lane has a channel of its own, so the sums are arrays over the group's channels. Rows are taken
 // four at a time: one load and store of a sum serves four values.
 template <class T, bool record>
-void rows_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, Rows out) {
+void rows_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, Rows<double> out) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   const std::int64_t channels = tile_channels(part, group, tile), count = tile_count(part, tile);
@@ -177,13 +177,13 @@ void rows_tile(const Partition& part, const View& x, std::int64_t group, std::in
 }  // namespace
 
 template <class T, bool record>
-void moments_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, Rows out) {
+void moments_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, Rows<double> out) {
   (part.shape.rows ? rows_tile<T, record> : planes_tile<T, record>)(part, x, group, tile, out);
 }
 
-#define BNKERN_INSTANTIATE(T)                                                                            \
-  template void moments_tile<T, false>(const Partition&, const View&, std::int64_t, std::int64_t, Rows); \
-  template void moments_tile<T, true>(const Partition&, const View&, std::int64_t, std::int64_t, Rows);
+#define BNKERN_INSTANTIATE(T)                                                                                    \
+  template void moments_tile<T, false>(const Partition&, const View&, std::int64_t, std::int64_t, Rows<double>); \
+  template void moments_tile<T, true>(const Partition&, const View&, std::int64_t, std::int64_t, Rows<double>);
 BNKERN_FOR_STORAGE_TYPES(BNKERN_INSTANTIATE)
 
 }  // namespace bnkern::BNKERN_ISA

@@ -1,26 +1,25 @@
 // normalize: y = act(round(weight * ((x - mean) * invstd) + bias + residual)) and the ReLU mask's bits, one
 // read of x and the residual, one write of y. For a record, how many y are above zero.
-#include "sums.h"
+#include "tiles.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
 
 template <class Channel, bool record, class T>
 BNKERN_INLINE void normalize_spans(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                                   std::int64_t group, std::int64_t tile, Rows out) {
+                                   std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums) {
   using A = Accumulator<T>;
   using V = Vec<A>;
-  constexpr bool rows = std::is_same_v<Channel, RowChannels<A>>;
-  const std::int64_t channels = tile_channels(part, group, tile), vectors = vector_channels(channels);
-  A* const row_sums = record && rows ? zeroed_scratch<A>(vectors) : nullptr;
-  V plane_sums = V::all(0);
+  V plane_sum = V::all(0);
   const auto look = [&](std::int64_t i, const Packed<T>& y, V one) __attribute__((always_inline)) {
     if constexpr (!record) return;
     const auto active = y.wide().positive();
-    if constexpr (rows)
-      V::load(row_sums + i).plus_where(active, one).store(row_sums + i);
-    else
-      plane_sums = plane_sums.plus_where(active, one);
+    if constexpr (std::is_same_v<Channel, PlaneChannel<A>>) {
+      plane_sum = plane_sum.plus_where(active, one);
+    } else {
+      A* const row_sum = sums[kActive] + i;
+      V::load(row_sum).plus_where(active, one).store(row_sum);
+    }
   };
   const bool relu = t.relu, add = bool(t.residual), save = t.mask != nullptr;
   const std::int64_t x_ahead = read_ahead<T>(part, t.x), residual_ahead = read_ahead<T>(part, t.residual);
@@ -56,23 +55,22 @@ BNKERN_INLINE void normalize_spans(const Partition& part, const Tensors<T>& t, c
       look(i, packed, V::all(1).keep(first_lanes<V>(n)));
     }
   });
-  if constexpr (record && rows) give(row_sums, vectors, kRecordedNormalizeRows, channels, out);
-  if constexpr (record && !rows) *out[kActive] = sum<A>(plane_sums);
+  if constexpr (record && std::is_same_v<Channel, PlaneChannel<A>>) *sums[kActive] = sum<A>(plane_sum);
 }
 
 }  // namespace
 
 template <class T, bool record>
 void normalize_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                    std::int64_t group, std::int64_t tile, Rows out) {
+                    std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums) {
   using A = Accumulator<T>;
-  part.shape.rows ? normalize_spans<RowChannels<A>, record>(part, t, k, group, tile, out)
-                  : normalize_spans<PlaneChannel<A>, record>(part, t, k, group, tile, out);
+  part.shape.rows ? normalize_spans<RowChannels<A>, record>(part, t, k, group, tile, sums)
+                  : normalize_spans<PlaneChannel<A>, record>(part, t, k, group, tile, sums);
 }
 
 #define BNKERN_INSTANTIATE_AS(T, record)                                                                            \
   template void normalize_tile<T, record>(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, \
-                                          std::int64_t, std::int64_t, Rows);
+                                          std::int64_t, std::int64_t, Rows<Accumulator<T>>);
 #define BNKERN_INSTANTIATE(T)     \
   BNKERN_INSTANTIATE_AS(T, false) \
   BNKERN_INSTANTIATE_AS(T, true)

@@ -5,9 +5,22 @@
 
 namespace bnkern::BNKERN_ISA {
 
-// R sums by lane. A plane keeps them in registers for the whole tile; rows keep them in memory, beside the channels
-// (row r of channel c at p[r * pitch + c]), and load 16 channels' at a time. Counts are exact: a tile is smaller
-// than 2^24.
+// Runs f, which adds 16 lanes to sums: in place, or, where a vector is an array, by a call. Unrolled in place it would
+// there be a hundred times the code, for no speed.
+template <class F>
+__attribute__((noinline)) void called(F f) {
+  f();
+}
+template <class A, class F>
+BNKERN_INLINE void compactly(F f) {
+  if constexpr (std::is_same_v<Vec<A>, ArrayVec<A>>)
+    called(f);
+  else
+    f();
+}
+
+// R sums by lane. A plane keeps them in registers for the whole tile; rows keep them in memory, beside the channels,
+// and load 16 channels' at a time. Counts are exact: far fewer than 2^24 values meet in a lane.
 template <class A, int R>
 struct Sums {
   using V = Vec<A>;
@@ -18,34 +31,26 @@ struct Sums {
     for (int r = 0; r < R; ++r) sums.row[r] = V::all(0);
     return sums;
   }
-  static BNKERN_INLINE Sums load(const A* p, std::int64_t pitch) {
+  static BNKERN_INLINE Sums load(const Rows<A>& rows, std::int64_t i) {
     Sums sums;
-    for (int r = 0; r < R; ++r) sums.row[r] = V::load(p + r * pitch);
+    for (int r = 0; r < R; ++r) sums.row[r] = V::load(rows[r] + i);
     return sums;
   }
-  BNKERN_INLINE void store(A* p, std::int64_t pitch) const {
-    for (int r = 0; r < R; ++r) row[r].store(p + r * pitch);
+  BNKERN_INLINE void store(const Rows<A>& rows, std::int64_t i) const {
+    for (int r = 0; r < R; ++r) row[r].store(rows[r] + i);
+  }
+  BNKERN_INLINE void fold(const Rows<A>& rows) const {
+    for (int r = 0; r < R; ++r) *rows[r] = sum<A>(row[r]);
   }
   // |d| and its sign, to the four rows from r on, of the lanes where `one` is 1; d is 0 in the others.
   BNKERN_INLINE void add_sizes(int r, V d, V one) {
-    row[r + kAbsSum] = row[r + kAbsSum] + d.magnitude();
-    row[r + kPositive] = row[r + kPositive].plus_where(d.positive(), one);
-    row[r + kNegative] = row[r + kNegative].plus_where(d.negative(), one);
-    row[r + kZero] = row[r + kZero].plus_where(d.zero(), one);
-  }
-  BNKERN_INLINE void give(Rows out) const {
-    for (int r = 0; r < R; ++r) *out[r] = sum<A>(row[r]);
+    compactly<A>([&]() __attribute__((always_inline)) {
+      row[r + kAbsSum] = row[r + kAbsSum] + d.magnitude();
+      row[r + kPositive] = row[r + kPositive].plus_where(d.positive(), one);
+      row[r + kNegative] = row[r + kNegative].plus_where(d.negative(), one);
+      row[r + kZero] = row[r + kZero].plus_where(d.zero(), one);
+    });
   }
 };
-
-// The rows' sums, given as doubles.
-template <class A>
-BNKERN_INLINE void give(const A* p, std::int64_t pitch, int rows, std::int64_t channels, Rows out) {
-  for (int r = 0; r < rows; ++r)
-    for (std::int64_t c = 0; c < channels; ++c) out[r][c] = p[r * pitch + c];
-}
-
-// The channels of a tile, rounded up to whole vectors.
-BNKERN_INLINE std::int64_t vector_channels(std::int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
 
 }  // namespace bnkern::BNKERN_ISA
