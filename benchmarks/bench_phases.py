@@ -2,7 +2,8 @@
 
 A copy is y.copy_(x) of 256 MiB into memory that is there, on as many threads as the phases. It counts as one read
 and one write; what else the hardware moves for it (a store may first read the line it writes) it also moves for a
-phase. A shape that stays in the caches may go faster than the copy.
+phase. A shape that stays in the caches may go faster than the copy. What records cost is measured against the same
+call without them.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from benchmarks import shapes, traffic
 from benchmarks.shapes import Case, Inputs
 from bnkern import backends
+from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
 
 COPY_BYTES = 256 << 20
 NO_OUTPUTS = ("moments", "grad_sums")  # but for a few numbers per channel
@@ -51,6 +53,15 @@ def bound(call: str, op: str, inputs: Inputs) -> partial:
     function = getattr(backend, call)
     reused = {"out": outputs} if outputs is not None and "out" in signature(function).parameters else {}
     return partial(function, *arguments, **reused)
+
+
+def bound_with_records(call: str, op: str, inputs: Inputs) -> tuple[partial, partial]:
+    """``bound``, and the same call with all its records."""
+    plain = bound(call, op, inputs)
+    rows = {"forward": {"record": ACTIVATION}, "backward": {"record_gradient": GRADIENT, "record_affine": AFFINE}}[call]
+    x = inputs[0]
+    wanted = {k: torch.empty(len(v), x.shape[1], dtype=torch.float64, device=x.device) for k, v in rows.items()}
+    return plain, partial(plain, **wanted)
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +118,18 @@ def test_forward(op: str, measure: Callable) -> None:
 @pytest.mark.parametrize("op", traffic.OPS)
 def test_backward(op: str, measure: Callable) -> None:
     measure("backward", op)
+
+
+@pytest.mark.parametrize("call", traffic.PHASED)
+@pytest.mark.parametrize("op", traffic.OPS)
+def test_records(op: str, call: str, case: Case, mode: str, inputs: Inputs, compare: Callable) -> None:
+    """With all records of a call, against the same call without."""
+    compare(
+        f"{op} {call}",
+        case,
+        {"bnkern": lambda functions: functions[1](), "without records": lambda functions: functions[0]()},
+        make_data=lambda: bound_with_records(call, op, inputs.clone()),
+        mode=mode,
+        moved=lambda _: traffic.moved((call,), op, case.elements, case.itemsize),
+        budget_s=1.0,
+    )

@@ -4,8 +4,8 @@ A row is one provider in one case: the labels ``bench op shape layout dtype size
 times ``median_ms p20_ms p80_ms rounds``; ``speedup`` over each eager form, and over the fastest of them as "best";
 ``times`` the unprobed steps, for steps that record;
 where bytes are known ``bytes`` (the least) and ``phased_bytes``, and by the least ``gb_per_s`` and ``share_of_copy``;
-for whole batch norms ``error``, relative to float64; for batches of images ``images``, how many. A provider that
-could not be had has ``missing`` instead: why.
+for whole batch norms ``error``, relative to float64; for records ``cost``, times the same call without; for batches of
+images ``images``, how many. A provider that could not be had has ``missing`` instead: why.
 """
 
 from collections import defaultdict
@@ -27,6 +27,8 @@ def measured(comparison: Comparison, name: str, moved: Callable[[str], dict]) ->
         row["speedup"] = {other: comparison.ratio(other, name) for other in eager}
         best = min(eager, key=lambda other: comparison.summary(other).median_ms)
         row["speedup"]["best"] = row["speedup"][best]
+    if "without records" in comparison.samplers:
+        row["cost"] = comparison.ratio(name, "without records")
     row |= moved(name)
     for base in (other for other in comparison.samplers if other.startswith("unprobed")):
         row.setdefault("times", {})[base] = 1 / comparison.ratio(base, name)
@@ -97,6 +99,7 @@ def _table(row: dict) -> str:
         "overhead": "The fixed cost of a call",
         "step": "Training steps",
         "augment": "Batches of images",
+        "records": "Records",
         "conv_grad_signs": "Signs of a convolution's weight gradient",
     }
     return "Recording" if "times" in row else named.get(row["bench"], "Phases")
@@ -152,6 +155,14 @@ def _phases(rows: list[dict]) -> Iterator[str]:
         yield _line(bench, case, f"{ours['bytes'] / 1e6:.1f}", _time(ours) + fresh, *rates)
 
 
+def _records(rows: list[dict]) -> Iterator[str]:
+    yield "A call with all its records, in ms, median (p20 to p80), and how many times the same call without them."
+    yield ""
+    yield from _header("case", "ms", "without", "cost")
+    for (case,), (ours, without) in _groups(rows, _case).items():
+        yield _line(case, _time(ours), _time(without), f"{ours['cost']:.2f}x")
+
+
 def _steps(rows: list[dict]) -> Iterator[str]:
     yield "A training step in milliseconds, median (p20 to p80)."
     yield ""
@@ -200,6 +211,7 @@ _RENDER = {
     "Phases": _phases,
     "Training steps": _steps,
     "Recording": _recording,
+    "Records": _records,
     "Batches of images": _batches,
     "Signs of a convolution's weight gradient": _grad_signs,
 }

@@ -97,7 +97,7 @@ PYBIND11_MODULE(_native, m) {
          std::int64_t y_inner, std::uintptr_t mask, std::uintptr_t weight, int weight_dtype, std::uintptr_t bias,
          int bias_dtype, std::uintptr_t mean, std::uintptr_t spread, std::uintptr_t running_mean,
          int running_mean_dtype, std::uintptr_t running_var, int running_var_dtype, std::uintptr_t counter,
-         bool cumulative, double momentum, double eps, int threads) {
+         bool cumulative, double momentum, double eps, std::uintptr_t record, int threads) {
         bnkern::cpu_kernels().forward({
             .shape = {rows, n, c, s},
             .dtype = static_cast<DType>(dtype),
@@ -118,6 +118,7 @@ PYBIND11_MODULE(_native, m) {
             .cumulative = cumulative,
             .momentum = momentum,
             .eps = eps,
+            .record = static_cast<double*>(at(record)),
             .threads = threads,
         });
       },
@@ -130,7 +131,8 @@ PYBIND11_MODULE(_native, m) {
          std::uintptr_t dresidual, std::int64_t dresidual_outer, std::int64_t dresidual_inner, std::uintptr_t mask,
          std::uintptr_t weight, int weight_dtype, std::uintptr_t bias, int bias_dtype, std::uintptr_t mean,
          std::uintptr_t invstd, std::uintptr_t sum_dy, std::uintptr_t sum_dy_xhat, std::uintptr_t dweight,
-         int dweight_dtype, std::uintptr_t dbias, int dbias_dtype, int threads) {
+         int dweight_dtype, std::uintptr_t dbias, int dbias_dtype, std::uintptr_t record_gradient,
+         std::uintptr_t record_affine, int threads) {
         bnkern::cpu_kernels().backward({
             .shape = {rows, n, c, s},
             .dtype = static_cast<DType>(dtype),
@@ -151,6 +153,8 @@ PYBIND11_MODULE(_native, m) {
             .sum_dy_xhat = at(sum_dy_xhat),
             .dweight = channel_vector(dweight, dweight_dtype),
             .dbias = channel_vector(dbias, dbias_dtype),
+            .record_gradient = static_cast<double*>(at(record_gradient)),
+            .record_affine = static_cast<double*>(at(record_affine)),
             .threads = threads,
         });
       },

@@ -28,6 +28,16 @@ BNKERN_HD double fma(double a, double b, double c) {
 #endif
 }
 
+// A NaN in a is passed over: of a value and the least so far, in this order.
+template <class T>
+BNKERN_HD T least(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+BNKERN_HD T largest(T a, T b) {
+  return a > b ? a : b;
+}
+
 template <class T>
 struct Moments {
   T count;
@@ -44,6 +54,27 @@ BNKERN_HD Moments<T> chan_merge(Moments<T> a, Moments<T> b) {
   const T share = b.count / count;
   const T delta = b.mean - a.mean;
   return {count, fma(delta, share, a.mean), fma(delta * delta, a.count * share, a.m2 + b.m2)};
+}
+
+// Beside them, sums of (x - mean)^3 and (x - mean)^4.
+template <class T>
+struct HigherMoments {
+  T m3, m4;
+};
+
+// Those of two parts joined: the pairwise formulas of Pebay 2008.
+template <class T>
+BNKERN_HD HigherMoments<T> pebay_merge(Moments<T> a, HigherMoments<T> of_a, Moments<T> b, HigherMoments<T> of_b) {
+  if (b.count == T(0)) return of_a;
+  if (a.count == T(0)) return of_b;
+  const T count = a.count + b.count;
+  const T share_a = a.count / count, share_b = b.count / count, between = a.count * share_b;
+  const T delta = b.mean - a.mean, square = delta * delta;
+  const T m3 = square * (between * (share_a - share_b)) + T(3) * (share_a * b.m2 - share_b * a.m2);
+  const T m4 = square * (between * (share_a * share_a - share_a * share_b + share_b * share_b)) +
+               T(6) * (share_a * share_a * b.m2 + share_b * share_b * a.m2);
+  return {of_a.m3 + of_b.m3 + delta * m3,
+          of_a.m4 + of_b.m4 + square * m4 + T(4) * delta * (share_a * of_b.m3 - share_b * of_a.m3)};
 }
 
 // The unit-variance value, xhat.

@@ -43,6 +43,7 @@ struct Forward {
   std::int64_t* counter;                    // raised by one where not null
   bool cumulative;                          // momentum is 1 / counter
   double momentum, eps;
+  double* record;  // with normalize, where not null: [8, C], the rows ACTIVATION of bnkern/backends/records.py
   int threads;
 };
 
@@ -58,6 +59,8 @@ struct Backward {
   const void *mean, *invstd;     // accumulator type, [C]; null: identity
   void *sum_dy, *sum_dy_xhat;    // accumulator type, [C]: written by sums, else read
   ChannelVector dweight, dbias;  // the sums once more, in the parameters' dtypes; where not null
+  // Where not null: [7, C] with dx and [8, C] with sums, the rows GRADIENT and AFFINE of records.py.
+  double *record_gradient, *record_affine;
   int threads;
 };
 

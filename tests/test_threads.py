@@ -9,7 +9,9 @@ from torch import Tensor
 
 import bnkern
 from bnkern import backends
+from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
 from tests.cases import CASE, CASES, EPS, FEW, MIXED, Case, Precision, Target
+from tests.record_cases import Call, empty_record
 
 # Large enough that several threads share the work, in every way there is to share it.
 LARGE = [
@@ -33,7 +35,7 @@ HUGE = [
 
 
 def everything(target: Target, case: Case, precision: Precision) -> list[Tensor]:
-    """All that a forward and a backward write, with and without the saved mask."""
+    """All that a forward and a backward write, with and without the saved mask, and what they record."""
     p = case.problem(precision, target.device)
     kernels = backends.choose(target.backend, target.device, p.x.dtype)
     results = [*kernels.moments(p.x)[1:]]
@@ -43,7 +45,13 @@ def everything(target: Target, case: Case, precision: Precision) -> list[Tensor]
         needs = (True, True, True, residual is not None)
         grads = kernels.backward(p.dy, p.x, p.weight, p.bias, *saved, "relu", True, needs)
         results += [t for t in (y, *saved, *running, *grads) if t is not None]
-    return results
+    call = Call("training", "relu")
+    activation, gradient, affine = (empty_record(rows, p.x) for rows in (ACTIVATION, GRADIENT, AFFINE))
+    _, *saved = call.forward(kernels, p, activation)[:4]
+    call.backward(kernels, p, saved, call.needs(p), record_gradient=gradient, record_affine=affine)
+    unnormalised = empty_record(ACTIVATION, p.x)
+    Call("identity", None).forward(kernels, p, unnormalised)
+    return [*results, activation, gradient, affine, unnormalised]
 
 
 def assert_same(runs: list[list[Tensor]]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 # torch comes first: it brings the OpenMP runtime that the native module then shares.
 from .. import _native
 from .layout import Layout, dense, layout, output_strides, strides
+from .records import ACTIVATION
 from .reference import accumulator, merge
 
 __all__ = [
@@ -133,6 +134,7 @@ def _run_forward(
     counter: Tensor | None = None,
     momentum: float | None = 0.0,
     eps: float = 0.0,
+    record: Tensor | None = None,
 ) -> None:
     x, *source = _readable(x, plan)
     residual, *added = (None, *_ABSENT) if residual is None else _readable(residual, plan)
@@ -157,6 +159,7 @@ def _run_forward(
         momentum is None,
         momentum or 0.0,
         eps,
+        _address(record),
         torch.get_num_threads(),
     )
 
@@ -207,8 +210,12 @@ def forward(
     save_mask: bool,
     *,
     out: Tensor | None = None,
+    record: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """moments and normalize as one call: y, mean, invstd, mask. Running statistics and counter change in place."""
+    """moments and normalize as one call: y, mean, invstd, mask. Running statistics and counter change in place.
+
+    ``record``, a contiguous float64 [8, C], is filled in the same pass over memory with the rows ``ACTIVATION``.
+    """
     plan = _plan(x.shape, x.stride())
     y = _empty(x, plan) if out is None else out
     mask = _empty_mask(plan.like) if save_mask and act and residual is not None else None
@@ -218,11 +225,15 @@ def forward(
         mean, invstd = torch.empty(plan.like.c, dtype=acc), torch.empty(plan.like.c, dtype=acc)
     if x.numel():
         running = (running_mean, running_var, num_batches_tracked, momentum, eps)
-        _run_forward(x, plan, training, True, mean, invstd, y, weight, bias, residual, mask, act, *running)
-    elif mean is not None:
-        mean.zero_(), invstd.zero_()
-        if training and num_batches_tracked is not None:
-            num_batches_tracked += 1
+        _run_forward(x, plan, training, True, mean, invstd, y, weight, bias, residual, mask, act, *running, record)
+    else:
+        if mean is not None:
+            mean.zero_(), invstd.zero_()
+            if training and num_batches_tracked is not None:
+                num_batches_tracked += 1
+        if record is not None:
+            record.zero_()
+            record[ACTIVATION.index("min")], record[ACTIVATION.index("max")] = torch.inf, -torch.inf
     return y, mean, invstd, mask
 
 
@@ -245,6 +256,8 @@ def _run_backward(
     sum_dy_xhat: Tensor | None = None,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
+    record_gradient: Tensor | None = None,
+    record_affine: Tensor | None = None,
 ) -> None:
     dy, *incoming = _readable(dy, plan)
     x, *source = _readable(x, plan)
@@ -269,6 +282,8 @@ def _run_backward(
         _address(sum_dy_xhat),
         *_vector(dweight),
         *_vector(dbias),
+        _address(record_gradient),
+        _address(record_affine),
         torch.get_num_threads(),
     )
 
@@ -337,8 +352,14 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
     *,
     out: tuple[Tensor | None, Tensor | None] | None = None,
+    record_gradient: Tensor | None = None,
+    record_affine: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """grad_sums and grad_input as one call: (dx, dweight, dbias, dresidual), each where ``needs`` says so."""
+    """grad_sums and grad_input as one call: (dx, dweight, dbias, dresidual), each where ``needs`` says so.
+
+    Filled in the same passes over memory, contiguous and float64: ``record_gradient`` [7, C] with the rows
+    ``GRADIENT`` where dx is needed, ``record_affine`` [8, C] with ``AFFINE`` unless the normalisation is the identity.
+    """
     need_x, need_weight, need_bias, need_residual = needs
     plan = _plan(x.shape, x.stride())
     if out is not None:
@@ -348,15 +369,20 @@ def backward(
         dresidual = _empty(x, plan) if need_residual else None
     dweight = torch.empty(plan.like.c, dtype=weight.dtype) if need_weight else None
     dbias = torch.empty(plan.like.c, dtype=bias.dtype) if need_bias else None
+    if not need_x:
+        record_gradient = None
+    if mean is None:
+        record_affine = None
     if x.numel():
-        sums, input = need_weight or need_bias or (need_x and training), need_x or need_residual
-        results = (dx, dresidual, None, None, dweight, dbias)
+        sums = need_weight or need_bias or (need_x and training) or record_affine is not None
+        input = need_x or need_residual
+        results = (dx, dresidual, None, None, dweight, dbias, record_gradient, record_affine)
         # Without dx nothing is to be centred, and without sums there is nothing to centre by.
         _run_backward(dy, x, plan, mean, invstd, weight, bias, mask, act, sums, input, training and need_x, *results)
     else:
-        for grad in (dweight, dbias):
-            if grad is not None:
-                grad.zero_()
+        for sums in (dweight, dbias, record_gradient, record_affine):
+            if sums is not None:
+                sums.zero_()
     return dx, dweight, dbias, dresidual
 
 

@@ -6,8 +6,11 @@
 //                own cache. Planes, where there are channels enough to keep all threads busy.
 //   in step      all threads share the tiles of a batch of groups, phase by phase, the second phase from
 //                the last tile to the first. Rows, whose channels lie side by side, and planes of few channels.
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <initializer_list>
+#include <limits>
 #include <type_traits>
 
 #include "cpu.h"
@@ -19,8 +22,13 @@ namespace {
 constexpr std::int64_t kThreadElements = 16384;  // less than this is not worth another thread
 constexpr std::int64_t kStreamBytes = 24 << 20;  // results larger than this are stored past the caches
 constexpr std::int64_t kRowTiles = 512;          // rows: about as many tiles as there should be at most
+constexpr std::int64_t kBlockRows = 512;         // rows: at most so many under one of a record's sums
+constexpr std::int64_t kBlocks = 16;             // rows: about as few blocks as there should be at least
 constexpr std::int64_t kPlaneBytes = 256;        // shorter planes are better read in memory order
 constexpr std::int64_t kBatchBytes = 8 << 20;    // what a batch of groups may hold, to be found in cache again
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr std::int64_t kActiveRow = 7;  // of a record; the others are written from the first on
 
 // The smallest factor that makes c a multiple of 16.
 std::int64_t factor_to_16(std::int64_t c) {
@@ -76,32 +84,49 @@ void write(const ChannelVector& vector, std::int64_t c, A value) {
 
 // ---- partial results
 
-// Two numbers per wide channel, (mean, M2) or the two sums, and how many values of each channel they cover.
-struct Pair {
-  double *first, *second;
-};
-
 // Joins a tile's (mean, M2) to those of the tiles before it.
-void join_moments(std::int64_t channels, double before, const Pair& total, double count, const Pair& tile) {
+void join_moments(std::int64_t channels, double before, const Rows<double>& total, double count,
+                  const Rows<double>& tile) {
   if (before == 0) {
-    std::memcpy(total.first, tile.first, channels * sizeof(double));
-    std::memcpy(total.second, tile.second, channels * sizeof(double));
+    std::memcpy(total[kMean], tile[kMean], channels * sizeof(double));
+    std::memcpy(total[kM2], tile[kM2], channels * sizeof(double));
     return;
   }
   // chan_merge with its ratio of counts, the same for all channels, taken out of the loop.
   const double share = count / (before + count), weight = before * share;
   for (std::int64_t c = 0; c < channels; ++c) {
-    const double delta = tile.first[c] - total.first[c];
-    total.first[c] = fma(delta, share, total.first[c]);
-    total.second[c] = fma(delta * delta, weight, total.second[c] + tile.second[c]);
+    const double delta = tile[kMean][c] - total[kMean][c];
+    total[kMean][c] = fma(delta, share, total[kMean][c]);
+    total[kM2][c] = fma(delta * delta, weight, total[kM2][c] + tile[kM2][c]);
   }
 }
 
-void join_sums(std::int64_t channels, double, const Pair& total, double, const Pair& tile) {
-  for (std::int64_t c = 0; c < channels; ++c) {
-    total.first[c] += tile.first[c];
-    total.second[c] += tile.second[c];
+// The rows that a record has besides, before join_moments() changes mean and M2.
+void join_higher(std::int64_t channels, double before, const Rows<double>& total, double count,
+                 const Rows<double>& tile) {
+  if (before == 0) {
+    for (const int r : {kM3, kM4, kMin, kMax}) std::memcpy(total[r], tile[r], channels * sizeof(double));
+    return;
   }
+  const double *const mean = total[kMean], *const m2 = total[kM2];
+  const double *const tile_mean = tile[kMean], *const tile_m2 = tile[kM2];
+  const double *const tile_m3 = tile[kM3], *const tile_m4 = tile[kM4];
+  double *const m3 = total[kM3], *const m4 = total[kM4];
+#pragma GCC ivdep
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const HigherMoments<double> both =
+        pebay_merge(Moments<double>{before, mean[c], m2[c]}, HigherMoments<double>{m3[c], m4[c]},
+                    Moments<double>{count, tile_mean[c], tile_m2[c]}, HigherMoments<double>{tile_m3[c], tile_m4[c]});
+    m3[c] = both.m3, m4[c] = both.m4;
+  }
+  for (std::int64_t c = 0; c < channels; ++c) total[kMin][c] = least(tile[kMin][c], total[kMin][c]);
+  for (std::int64_t c = 0; c < channels; ++c) total[kMax][c] = largest(tile[kMax][c], total[kMax][c]);
+}
+
+template <class D>
+void join_sums(int rows, std::int64_t channels, const Rows<double>& total, const Rows<D>& part) {
+  for (int r = 0; r < rows; ++r)
+    for (std::int64_t c = 0; c < channels; ++c) total[r][c] += part[r][c];
 }
 
 // How many values wide channel v saw.
@@ -112,17 +137,25 @@ double values_of(const Partition& part, std::int64_t v) {
 
 // ---- the two ways through two phases
 
-// measure(group, tile, pair) gives a tile's partial result, join() adds it to its group's total, finish(group)
-// makes the group's coefficients of it, apply(group, tile) is the second phase. Either phase may be absent.
-template <class Measure, class Join, class Finish, class Apply>
-void run(Partition& part, std::int64_t element_bytes, bool measuring, bool applying, int max_threads,
-         const Pair& totals, Measure measure, Join join, Finish finish, Apply apply) {
+// How many rows of numbers a phase gives, and room for their totals over all tiles.
+struct Given {
+  int rows = 0;
+  Rows<double> totals;
+};
+
+// measure(group, tile, out, sums) gives a tile's partial result, join() adds `out` to its group's total, finish(group)
+// makes the group's coefficients of it; absent where it gives no rows. apply(group, tile, sums) is the second phase,
+// which may be absent as well. `sums` are of type A and a record's, shared by the tiles of a block; close(group) is
+// called with the totals of the second phase's.
+template <class A, class Measure, class Join, class Finish, class Apply, class Close>
+void run(Partition& part, std::int64_t element_bytes, bool applying, int max_threads, const Given& measured,
+         const Given& measured_sums, const Given& applied_sums, Measure measure, Join join, Finish finish, Apply apply,
+         Close close) {
+  const bool measuring = measured.rows > 0;
   const std::int64_t elements = part.count() * part.shape.c;
   const std::int64_t enough = 1 + elements / kThreadElements;
   const int threads = enough < max_threads ? static_cast<int>(enough) : max_threads;
-  const auto total_of = [&](std::int64_t group) {
-    return Pair{totals.first + group * part.group, totals.second + group * part.group};
-  };
+  const auto total_of = [&](const Given& given, std::int64_t group) { return given.totals.at(group * part.group); };
 
   part.by_channel = !part.shape.rows && measuring && applying && part.groups >= threads &&
                     part.shape.s * element_bytes >= kPlaneBytes &&
@@ -130,15 +163,23 @@ void run(Partition& part, std::int64_t element_bytes, bool measuring, bool apply
   if (part.by_channel) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (std::int64_t group = 0; group < part.groups; ++group) {
-      double first, second, seen = 0;
+      double values[kMostRows], seen = 0;
+      A values_of_sums[kMostRows];
+      const Rows<double> out{values, 1};
+      const Rows<A> sums{values_of_sums, 1};
       for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
-        measure(group, tile, Pair{&first, &second});
+        measure(group, tile, out, sums);
         const double count = static_cast<double>(tile_count(part, tile));
-        join(1, seen, total_of(group), count, Pair{&first, &second});
+        join(1, seen, total_of(measured, group), count, out);
+        join_sums(measured_sums.rows, 1, total_of(measured_sums, group), sums);
         seen += count;
       }
       finish(group);
-      for (std::int64_t tile = 0; tile < part.tiles; ++tile) apply(group, tile);
+      for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
+        apply(group, tile, sums);
+        join_sums(applied_sums.rows, 1, total_of(applied_sums, group), sums);
+      }
+      close(group);
     }
     return;
   }
@@ -150,41 +191,75 @@ void run(Partition& part, std::int64_t element_bytes, bool measuring, bool apply
     batch = kBatchBytes / group_bytes < 1 ? 1 : kBatchBytes / group_bytes;
     batch = batch < part.groups ? batch : part.groups;
   }
-  // Partial results lie tile by tile, groups side by side.
+  // Partial results lie tile by tile, row by row, groups side by side; a record's sums block by block.
   const std::int64_t pitch = batch * part.group;
-  Workspace space(measuring ? 2 * Workspace::bytes<double>(pitch * part.tiles) : 0);
-  const Pair partial{space.take<double>(measuring ? pitch * part.tiles : 0),
-                     space.take<double>(measuring ? pitch * part.tiles : 0)};
+  const std::int64_t block = measured_sums.rows || applied_sums.rows ? part.tiles_per_block : 1;
+  const std::int64_t blocks = divide_up(part.tiles, block);
+  const int sums_rows = std::max(measured_sums.rows, applied_sums.rows);  // one phase after the other
+  Workspace space(Workspace::bytes<double>(measured.rows * pitch * part.tiles) +
+                  Workspace::bytes<A>(sums_rows * pitch * blocks));
+  double* const parts = space.take<double>(measured.rows * pitch * part.tiles);
+  A* const parts_of_sums = space.take<A>(sums_rows * pitch * blocks);
+  const auto part_of = [&](std::int64_t tile, std::int64_t group) {
+    return Rows<double>{parts + tile * measured.rows * pitch + group * part.group, pitch};
+  };
+  const auto sums_of = [&](const Given& given, std::int64_t index, std::int64_t group) {
+    return Rows<A>{parts_of_sums + index * given.rows * pitch + group * part.group, pitch};
+  };
 
 #pragma omp parallel num_threads(threads)
   for (std::int64_t from = 0; from < part.groups; from += batch) {
     const std::int64_t groups = part.groups - from < batch ? part.groups - from : batch;
-    const std::int64_t units = groups * part.tiles;
-    const auto partial_of = [&](std::int64_t tile, std::int64_t group) {
-      const std::int64_t offset = tile * pitch + group * part.group;
-      return Pair{partial.first + offset, partial.second + offset};
+    const auto channels_of = [&](std::int64_t group) {
+      const std::int64_t left = part.width - (from + group) * part.group;
+      return left < part.group ? left : part.group;
+    };
+    const auto cleared_sums = [&](const Given& given, std::int64_t index, std::int64_t group) {
+      const Rows<A> sums = sums_of(given, index, group);
+      for (int r = 0; r < given.rows; ++r) std::memset(sums[r], 0, channels_of(group) * sizeof(A));
+      return sums;
+    };
+    const auto join_blocks = [&](const Given& given, std::int64_t group) {
+      for (std::int64_t index = 0; given.rows && index < blocks; ++index)
+        join_sums(given.rows, channels_of(group), total_of(given, from + group), sums_of(given, index, group));
     };
     if (measuring) {
 #pragma omp for schedule(static)
-      for (std::int64_t unit = 0; unit < units; ++unit)
-        measure(from + unit % groups, unit / groups, partial_of(unit / groups, unit % groups));
+      for (std::int64_t unit = 0; unit < groups * blocks; ++unit) {
+        const std::int64_t index = unit / groups, group = unit % groups;
+        const Rows<A> sums = cleared_sums(measured_sums, index, group);
+        const std::int64_t end = std::min((index + 1) * block, part.tiles);
+        for (std::int64_t tile = index * block; tile < end; ++tile)
+          measure(from + group, tile, part_of(tile, group), sums);
+      }
 #pragma omp for schedule(static)
       for (std::int64_t group = 0; group < groups; ++group) {
         double seen = 0;
         for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
           const double count = static_cast<double>(tile_count(part, tile));
-          join(tile_channels(part, from + group, tile), seen, total_of(from + group), count, partial_of(tile, group));
+          join(tile_channels(part, from + group, tile), seen, total_of(measured, from + group), count,
+               part_of(tile, group));
           seen += count;
         }
+        join_blocks(measured_sums, group);
         finish(from + group);
       }
     }
     if (applying) {
 #pragma omp for schedule(static)
-      for (std::int64_t unit = 0; unit < units; ++unit) {
+      for (std::int64_t unit = 0; unit < groups * blocks; ++unit) {
         // After measuring, the last tiles first: they are still in cache. Within a tile memory order is kept.
-        const std::int64_t tile = measuring ? part.tiles - 1 - unit / groups : unit / groups;
-        apply(from + unit % groups, tile);
+        const std::int64_t index = measuring ? blocks - 1 - unit / groups : unit / groups, group = unit % groups;
+        const Rows<A> sums = cleared_sums(applied_sums, index, group);
+        const std::int64_t end = std::min((index + 1) * block, part.tiles);
+        for (std::int64_t tile = end - 1; tile >= index * block; --tile) apply(from + group, tile, sums);
+      }
+    }
+    if (applied_sums.rows) {
+#pragma omp for schedule(static)
+      for (std::int64_t group = 0; group < groups; ++group) {
+        join_blocks(applied_sums, group);
+        close(from + group);
       }
     }
   }
@@ -210,6 +285,27 @@ void set_all(A* array, const Columns& columns, A value) {
   for (std::int64_t v = columns.first; v < columns.end; v += columns.step) array[v] = value;
 }
 
+// Row after row of a record [rows, C], for channel c.
+void write_record(double* record, std::int64_t channels, std::int64_t c, std::initializer_list<double> rows) {
+  for (const double value : rows) {
+    record[c] = value;
+    record += channels;
+  }
+}
+
+// The sum of one row over the wide channels of a channel.
+double add_up(const double* row, const Columns& columns) {
+  double sum = 0;
+  for (std::int64_t v = columns.first; v < columns.end; v += columns.step) sum += row[v];
+  return sum;
+}
+
+Given make_room(Workspace& space, int rows, std::int64_t width) {
+  const Given given{rows, Rows<double>{space.take<double>(rows * width), width}};
+  std::memset(given.totals.data, 0, rows * width * sizeof(double));
+  return given;
+}
+
 bool gapless(const View& view, const Shape& shape) { return !view || view.outer == shape.c; }
 
 template <class T>
@@ -219,13 +315,18 @@ void forward_as(const Forward& p) {
   Partition part = make_partition(p.shape, dense);
   const std::int64_t elements = part.count() * p.shape.c;
 
-  Workspace space(4 * Workspace::bytes<A>(part.width) + 2 * Workspace::bytes<double>(part.width));
+  // A record's moments ride in the phase moments; where that does not run they are taken of a tile right before it is
+  // normalised, which then counts as measuring.
+  const bool record = p.record != nullptr, as_one = record && !p.moments;
+  Workspace space(4 * Workspace::bytes<A>(part.width) + 3 * Workspace::bytes<double>(kMostRows * part.width));
   Coefficients<A> k{};
   k.mean = space.take<A>(part.width);
   k.invstd = space.take<A>(part.width);
   k.weight = space.take<A>(part.width);
   k.bias = space.take<A>(part.width);
-  const Pair totals{space.take<double>(part.width), space.take<double>(part.width)};
+  const Given measured = make_room(space, record ? kRecordedMomentsRows : p.moments ? kMomentsRows : 0, part.width);
+  const Given measured_sums = make_room(space, as_one ? kRecordedNormalizeRows : 0, part.width);
+  const Given applied_sums = make_room(space, record && !as_one ? kRecordedNormalizeRows : 0, part.width);
 
   Tensors<T> t{};
   t.x = p.x, t.residual = p.residual, t.y = p.y, t.mask = p.mask, t.relu = p.relu;
@@ -242,12 +343,31 @@ void forward_as(const Forward& p) {
     set_all(k.weight, columns, read(p.weight, c, A(1)));
     set_all(k.bias, columns, read(p.bias, c, A(0)));
   };
+  const auto record_active = [&](std::int64_t group, const Given& sums) {
+    for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
+      p.record[kActiveRow * p.shape.c + c] = add_up(sums.totals[kActive], columns);
+    });
+  };
   const auto finish = [&](std::int64_t group) {
+    const Rows<double>& totals = measured.totals;
     for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
       Moments<double> all{0, 0, 0};
-      for (std::int64_t v = columns.first; v < columns.end; v += columns.step)
-        all = chan_merge(all, Moments<double>{values_of(part, v), totals.first[v], totals.second[v]});
+      HigherMoments<double> higher{0, 0};
+      double low = kInfinity, high = -kInfinity;
+      for (std::int64_t v = columns.first; v < columns.end; v += columns.step) {
+        const Moments<double> some{values_of(part, v), totals[kMean][v], totals[kM2][v]};
+        if (record && some.count > 0) {
+          higher = pebay_merge(all, higher, some, HigherMoments<double>{totals[kM3][v], totals[kM4][v]});
+          low = least(low, totals[kMin][v]), high = largest(high, totals[kMax][v]);
+        }
+        all = chan_merge(all, some);
+      }
       const double m2 = all.m2 < 0 ? 0 : all.m2;  // rounding only; NaN stays
+      if (record) {
+        const double m4 = higher.m4 < 0 ? 0 : higher.m4;
+        write_record(p.record, p.shape.c, c, {all.count, all.mean, m2, higher.m3, m4, low, high});
+      }
+      if (!p.moments) return;
       means[c] = static_cast<A>(all.mean);
       spreads[c] = static_cast<A>(p.normalize ? 1 / std::sqrt(m2 / all.count + p.eps) : m2);
       if (p.running_mean) {
@@ -257,6 +377,7 @@ void forward_as(const Forward& p) {
       }
       if (p.normalize) coefficients(c, columns);
     });
+    if (as_one) record_active(group, measured_sums);
   };
   if (!p.moments) {
     for (std::int64_t group = 0; group < part.groups; ++group)
@@ -268,12 +389,23 @@ void forward_as(const Forward& p) {
         coefficients(c, columns);
       });
   }
-  run(
-      part, sizeof(T), p.moments, p.normalize, p.threads, totals,
-      [&](std::int64_t group, std::int64_t tile, const Pair& out) {
-        moments_tile<T>(part, p.x, group, tile, out.first, out.second);
+  const auto take_moments = record ? moments_tile<T, true> : moments_tile<T, false>;
+  const auto normalize = record ? normalize_tile<T, true> : normalize_tile<T, false>;
+  run<A>(
+      part, sizeof(T), p.normalize && !as_one, p.threads, measured, measured_sums, applied_sums,
+      [&](std::int64_t group, std::int64_t tile, const Rows<double>& out, const Rows<A>& sums) {
+        take_moments(part, p.x, group, tile, out);
+        if (as_one) normalize(part, t, k, group, tile, sums);
       },
-      join_moments, finish, [&](std::int64_t group, std::int64_t tile) { normalize_tile<T>(part, t, k, group, tile); });
+      [&](std::int64_t channels, double before, const Rows<double>& total, double count, const Rows<double>& tile) {
+        if (record) join_higher(channels, before, total, count, tile);
+        join_moments(channels, before, total, count, tile);
+      },
+      finish,
+      [&](std::int64_t group, std::int64_t tile, const Rows<A>& sums) { normalize(part, t, k, group, tile, sums); },
+      [&](std::int64_t group) {
+        if (applied_sums.rows) record_active(group, applied_sums);
+      });
 }
 
 template <class T>
@@ -285,13 +417,14 @@ void backward_as(const Backward& p) {
   const std::int64_t elements = part.count() * p.shape.c;
   const double count = static_cast<double>(part.count());
 
-  Workspace space(7 * Workspace::bytes<A>(part.width) + 2 * Workspace::bytes<double>(part.width));
+  Workspace space(7 * Workspace::bytes<A>(part.width) + 3 * Workspace::bytes<double>(kMostRows * part.width));
   Coefficients<A> k{};
   for (A** array : {&k.mean, &k.invstd, &k.weight, &k.bias, &k.mean_dy, &k.mean_dy_xhat, &k.scale})
     *array = space.take<A>(part.width);
-  const Pair totals{space.take<double>(part.width), space.take<double>(part.width)};
-  std::memset(totals.first, 0, part.width * sizeof(double));
-  std::memset(totals.second, 0, part.width * sizeof(double));
+  const bool record_affine = p.record_affine && p.sums, record_gradient = p.record_gradient && p.dx;
+  const Given measured = make_room(space, p.sums ? kGradSumsRows : 0, part.width);
+  const Given measured_sums = make_room(space, record_affine ? kRecordedGradSumsRows : 0, part.width);
+  const Given applied_sums = make_room(space, record_gradient ? kRecordedGradInputRows : 0, part.width);
 
   Tensors<T> t{};
   t.x = p.x, t.dy = p.dy, t.dx = p.dx, t.dresidual = p.dresidual;
@@ -314,25 +447,44 @@ void backward_as(const Backward& p) {
       set_all(k.scale, columns, weight * invstd);
       if (!p.sums && p.training) means_of_sums(columns, sums[c], products[c]);
     });
-  run(
-      part, 2 * sizeof(T), p.sums, p.input, p.threads, totals,
-      [&](std::int64_t group, std::int64_t tile, const Pair& out) {
-        grad_sums_tile<T>(part, t, k, group, tile, out.first, out.second);
+  const auto grad_sums = record_affine ? grad_sums_tile<T, true> : grad_sums_tile<T, false>;
+  const auto grad_input = record_gradient ? grad_input_tile<T, true> : grad_input_tile<T, false>;
+  run<A>(
+      part, 2 * sizeof(T), p.input, p.threads, measured, measured_sums, applied_sums,
+      [&](std::int64_t group, std::int64_t tile, const Rows<double>& out, const Rows<A>& sums) {
+        grad_sums(part, t, k, group, tile, out, sums);
       },
-      join_sums,
+      [&](std::int64_t channels, double, const Rows<double>& total, double, const Rows<double>& tile) {
+        join_sums(measured.rows, channels, total, tile);
+      },
       [&](std::int64_t group) {
         for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
-          double sum = 0, product = 0;
-          for (std::int64_t v = columns.first; v < columns.end; v += columns.step)
-            sum += totals.first[v], product += totals.second[v];
+          const double sum = add_up(measured.totals[kSumDy], columns);
+          const double product = add_up(measured.totals[kSumDyXhat], columns);
           if (sums) sums[c] = static_cast<A>(sum);
           if (products) products[c] = static_cast<A>(product);
           if (p.dbias) write(p.dbias, c, sum);
           if (p.dweight) write(p.dweight, c, product);
           means_of_sums(columns, sum, product);
+          if (!record_affine) return;
+          const auto total = [&](int r) { return add_up(measured_sums.totals[r], columns); };
+          const auto sign_sum = [&](int of) { return total(of + kPositive) - total(of + kNegative); };
+          const auto nonzero = [&](int of) { return count - total(of + kZero); };
+          write_record(p.record_affine, p.shape.c, c,
+                       {sum, total(kOfDy + kAbsSum), sign_sum(kOfDy), nonzero(kOfDy), product,
+                        total(kOfDyXhat + kAbsSum), sign_sum(kOfDyXhat), nonzero(kOfDyXhat)});
         });
       },
-      [&](std::int64_t group, std::int64_t tile) { grad_input_tile<T>(part, t, k, group, tile); });
+      [&](std::int64_t group, std::int64_t tile, const Rows<A>& sums) { grad_input(part, t, k, group, tile, sums); },
+      [&](std::int64_t group) {
+        if (!record_gradient) return;
+        for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
+          const auto total = [&](int r) { return add_up(applied_sums.totals[r], columns); };
+          write_record(p.record_gradient, p.shape.c, c,
+                       {count, total(kSum), total(kOfDx + kAbsSum), total(kSquareSum), total(kOfDx + kPositive),
+                        total(kOfDx + kNegative), total(kOfDx + kZero)});
+        });
+      });
 }
 
 }  // namespace
@@ -355,6 +507,9 @@ Partition make_partition(const Shape& shape, bool dense) {
     tile = tile < kTileElements ? kTileElements : tile > 8 * kTileElements ? 8 * kTileElements : tile;
     part.rows_per_tile = tile / part.group < 8 ? 8 : tile / part.group;
     part.tiles = divide_up(part.rows, part.rows_per_tile) + (part.leftover > 0);
+    // As long a sum as in a large tensor's tile, but blocks enough for many threads.
+    const std::int64_t most = kBlockRows / part.rows_per_tile, few = part.tiles / kBlocks;
+    part.tiles_per_block = std::max<std::int64_t>(1, std::min(most, few));
   } else {
     part.width = part.groups = shape.c;
     part.group = 1;
@@ -363,6 +518,7 @@ Partition make_partition(const Shape& shape, bool dense) {
     part.spans_per_plane = divide_up(shape.s, part.span);
     part.planes_per_tile = pieces > 1 ? 1 : kTileElements / shape.s;
     part.tiles = divide_up(shape.n, part.planes_per_tile) * part.spans_per_plane;
+    part.tiles_per_block = 1;
   }
   return part;
 }

@@ -1,14 +1,34 @@
-// grad_sums: sum g and sum g * xhat per channel, the gradients of bias and weight. One read of dy and x.
+// grad_sums: sum g and sum g * xhat per channel, the gradients of bias and weight. One read of dy and x. For a
+// record, absolute sums and counts of signs of the summands g and g * xhat.
 #include "gradient.h"
+#include "sums.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-template <ReluMask kind, class Channel, class T>
+// What a record adds to the two sums.
+template <class A>
+struct SummandSizes : Sums<A, kRecordedGradSumsRows> {
+  using V = Vec<A>;
+  using Sums<A, kRecordedGradSumsRows>::add_sizes;
+  BNKERN_INLINE void add(V g, V xhat, V one) {
+    add_sizes(kOfDy, g, one);
+    add_sizes(kOfDyXhat, g * xhat, one);
+  }
+  // A tail's g is 0, and 0 * xhat is not where xhat is NaN.
+  BNKERN_INLINE void add_some(V g, V xhat, int n) {
+    const auto present = first_lanes<V>(n);
+    add(g, xhat.keep(present), V::all(1).keep(present));
+  }
+};
+
+template <ReluMask kind, class Channel, bool record, class T>
 BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                               std::int64_t group, std::int64_t tile, double* sum_dy, double* sum_dy_xhat) {
+                               std::int64_t group, std::int64_t tile, Rows<double> out,
+                               Rows<Accumulator<T>> sizes_out) {
   using A = Accumulator<T>;
   using V = Vec<A>;
+  SummandSizes<A> sizes{SummandSizes<A>::zero()};
   V sums[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
   V products[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
   for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
@@ -17,6 +37,7 @@ BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const
       const V xhat = gradient.xhat(i, n), g = gradient.g(i, xhat, n);
       sums[which] = sums[which] + g;
       products[which] = fma(g, xhat, products[which]);
+      if constexpr (record) n == kLanes ? sizes.add(g, xhat, V::all(1)) : sizes.add_some(g, xhat, n);
     };
     std::int64_t i = 0;
     for (; i + 4 * kLanes <= span.length; i += 4 * kLanes)
@@ -24,18 +45,19 @@ BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const
     for (; i + kLanes <= span.length; i += kLanes) add(0, i, kLanes);
     if (i < span.length) add(1, i, static_cast<int>(span.length - i));
   });
-  *sum_dy = sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  *sum_dy_xhat = sum<A>((products[0] + products[1]) + (products[2] + products[3]));
+  *out[kSumDy] = sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  *out[kSumDyXhat] = sum<A>((products[0] + products[1]) + (products[2] + products[3]));
+  if constexpr (record) sizes.fold(sizes_out);
 }
 
-// Sums are arrays over the group's channels; rows are taken four at a time, so that one load and store of a sum
-// serves four values.
-template <ReluMask kind, class Channel, class T>
+// Sums are arrays over the group's channels.
+template <ReluMask kind, class Channel, bool record, class T>
 BNKERN_INLINE void rows_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                             std::int64_t group, std::int64_t tile, double* sum_dy, double* sum_dy_xhat) {
+                             std::int64_t group, std::int64_t tile, Rows<double> out, Rows<Accumulator<T>> sizes_out) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   using Row = Gradient<kind, Channel, T>;
+  using Sizes = SummandSizes<A>;
   const std::int64_t channels = tile_channels(part, group, tile);
   const std::int64_t vectors = (channels + kLanes - 1) / kLanes * kLanes;
   A* const sums = zeroed_scratch<A>(2 * vectors);
@@ -47,6 +69,11 @@ BNKERN_INLINE void rows_tile(const Partition& part, const Tensors<T>& t, const C
       const V xhat = row.xhat(i, n), g = row.g(i, xhat, n);
       (V::load(sums + i) + g).store(sums + i);
       fma(g, xhat, V::load(products + i)).store(products + i);
+      if constexpr (record) {
+        Sizes sizes{Sizes::load(sizes_out, i)};
+        n == kLanes ? sizes.add(g, xhat, V::all(1)) : sizes.add_some(g, xhat, n);
+        sizes.store(sizes_out, i);
+      }
     };
     std::int64_t i = 0;
     for (; i + kLanes <= span.length; i += kLanes) add(i, kLanes);
@@ -60,35 +87,38 @@ BNKERN_INLINE void rows_tile(const Partition& part, const Tensors<T>& t, const C
       (V::load(sums + i) + ((g0 + g1) + (g2 + g3))).store(sums + i);
       const V even = fma(g2, x2, g0 * x0), odd = fma(g3, x3, g1 * x1);
       (V::load(products + i) + (even + odd)).store(products + i);
+      if constexpr (record) {
+        Sizes sizes{Sizes::load(sizes_out, i)};
+        sizes.add(g0, x0, V::all(1)), sizes.add(g1, x1, V::all(1));
+        sizes.add(g2, x2, V::all(1)), sizes.add(g3, x3, V::all(1));
+        sizes.store(sizes_out, i);
+      }
     }
   };
-  Span waiting[4];
-  int count = 0;
-  for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
-    waiting[count++] = span;
-    if (count == 4) four(waiting), count = 0;
-  });
-  for (int r = 0; r < count; ++r) one(waiting[r]);
-  for (std::int64_t c = 0; c < channels; ++c) sum_dy[c] = sums[c], sum_dy_xhat[c] = products[c];
+  for_rows(part, group, tile, four, one);
+  for (std::int64_t c = 0; c < channels; ++c) out[kSumDy][c] = sums[c], out[kSumDyXhat][c] = products[c];
 }
 
 }  // namespace
 
-template <class T>
+template <class T, bool record>
 void grad_sums_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                    std::int64_t group, std::int64_t tile, double* sum_dy, double* sum_dy_xhat) {
+                    std::int64_t group, std::int64_t tile, Rows<double> out, Rows<Accumulator<T>> sizes_out) {
   using A = Accumulator<T>;
   with_gradient_kind<A>(part, t, [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
     if constexpr (std::is_same_v<Channel, RowChannels<A>>)
-      rows_tile<kind, Channel>(part, t, k, group, tile, sum_dy, sum_dy_xhat);
+      rows_tile<kind, Channel, record>(part, t, k, group, tile, out, sizes_out);
     else
-      planes_tile<kind, Channel>(part, t, k, group, tile, sum_dy, sum_dy_xhat);
+      planes_tile<kind, Channel, record>(part, t, k, group, tile, out, sizes_out);
   });
 }
 
-#define BNKERN_INSTANTIATE(T)                                                                               \
-  template void grad_sums_tile<T>(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, \
-                                  std::int64_t, std::int64_t, double*, double*);
+#define BNKERN_INSTANTIATE_AS(T, record)                                                                            \
+  template void grad_sums_tile<T, record>(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, \
+                                          std::int64_t, std::int64_t, Rows<double>, Rows<Accumulator<T>>);
+#define BNKERN_INSTANTIATE(T)     \
+  BNKERN_INSTANTIATE_AS(T, false) \
+  BNKERN_INSTANTIATE_AS(T, true)
 BNKERN_FOR_STORAGE_TYPES(BNKERN_INSTANTIATE)
 
 }  // namespace bnkern::BNKERN_ISA

@@ -5,14 +5,29 @@
 //   m = sum x / n,   d = sum (x - m),   q = sum (x - m)^2   ->   mean = m + d / n,   M2 = q - d^2 / n
 //
 // m is rounded, d / n says by how much: mean and M2 are then right to the last bits of a double.
+//
+// A record's third and fourth moments, least and largest value ride in the second pass: with t and f the sums of
+// (x - m)^3 and (x - m)^4, and e = d / n,  M3 = t - e (3 q - 2 e d),  M4 = f - e (4 t - e (6 q - 3 e d)).
+#include <limits>
+
 #include "tiles.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-template <class T>
-void planes_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, double* mean,
-                 double* m2) {
+template <class A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+// The sums about m become moments about the mean.
+BNKERN_INLINE void give_higher(double count, double error, double square, double cube, double fourth, double* m3,
+                               double* m4) {
+  const double e = error / count;
+  *m3 = cube - e * (3 * square - 2 * (e * error));
+  *m4 = fourth - e * (4 * cube - e * (6 * square - 3 * (e * error)));
+}
+
+template <class T, bool record>
+void planes_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, Rows<double> out) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   const double count = static_cast<double>(tile_count(part, tile));
@@ -31,10 +46,20 @@ void planes_tile(const Partition& part, const View& x, std::int64_t group, std::
 
   V errors[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
   V squares[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
+  V cubes[2] = {V::all(0), V::all(0)}, fourths[2] = {V::all(0), V::all(0)};
+  V lows[2] = {V::all(kInfinity<A>), V::all(kInfinity<A>)}, highs[2] = {V::all(-kInfinity<A>), V::all(-kInfinity<A>)};
+  const auto look = [&](int k, V value, V delta) __attribute__((always_inline)) {
+    const V square = delta * delta;
+    cubes[k] = fma(square, delta, cubes[k]);
+    fourths[k] = fma(square, square, fourths[k]);
+    lows[k] = least(value, lows[k]);
+    highs[k] = largest(value, highs[k]);
+  };
   const auto add = [&](int k, V value) __attribute__((always_inline)) {
     const V delta = value - shift;
     errors[k] = errors[k] + delta;
     squares[k] = fma(delta, delta, squares[k]);
+    if constexpr (record) look(k % 2, value, delta);
   };
   const std::int64_t next = next_tile(part, x);
   for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
@@ -48,22 +73,27 @@ void planes_tile(const Partition& part, const View& x, std::int64_t group, std::
     for (; i + kLanes <= span.length; i += kLanes) add(0, load(p + i));
     if (i < span.length) {
       const int n = static_cast<int>(span.length - i);
-      const auto present = V::Mask::from_bits(static_cast<std::uint16_t>((1 << n) - 1));
-      const V delta = (load_some(p + i, n) - shift).keep(present);
+      const V delta = (load_some(p + i, n) - shift).keep(first_lanes<V>(n));
       errors[1] = errors[1] + delta;
       squares[1] = fma(delta, delta, squares[1]);
+      if constexpr (record) look(1, load_some(p + i, n, p[i]), delta);
     }
   });
   const double error = sum<A>((errors[0] + errors[1]) + (errors[2] + errors[3]));
   const double square = sum<A>((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  *mean = first + error / count;
-  *m2 = square - error * (error / count);
+  *out[kMean] = first + error / count;
+  *out[kM2] = square - error * (error / count);
+  if constexpr (record) {
+    give_higher(count, error, square, sum<A>(cubes[0] + cubes[1]), sum<A>(fourths[0] + fourths[1]), out[kM3], out[kM4]);
+    *out[kMin] = least_lane<A>(least(lows[0], lows[1]));
+    *out[kMax] = largest_lane<A>(largest(highs[0], highs[1]));
+  }
 }
 
 // Rows: every lane has a channel of its own, so the sums are arrays over the group's channels. Rows are taken
 // four at a time: one load and store of a sum serves four values.
-template <class T>
-void rows_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, double* mean, double* m2) {
+template <class T, bool record>
+void rows_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, Rows<double> out) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   const std::int64_t channels = tile_channels(part, group, tile), count = tile_count(part, tile);
@@ -72,11 +102,21 @@ void rows_tile(const Partition& part, const View& x, std::int64_t group, std::in
   const T* p = at<const T>(part, x, Span{row, row < part.rows ? group * part.group : 0, 0, 0, 0});
 
   if (row >= part.rows) {  // the leftover: one value per channel, and perhaps no whole vector
-    for (std::int64_t c = 0; c < channels; ++c) mean[c] = widen(p[c]), m2[c] = 0;
+    for (std::int64_t c = 0; c < channels; ++c) out[kMean][c] = widen(p[c]), out[kM2][c] = 0;
+    if constexpr (record)
+      for (std::int64_t c = 0; c < channels; ++c) {
+        out[kM3][c] = out[kM4][c] = 0;
+        out[kMin][c] = least<double>(widen(p[c]), kInfinity<double>);
+        out[kMax][c] = largest<double>(widen(p[c]), -kInfinity<double>);
+      }
     return;
   }
-  A* const sums = zeroed_scratch<A>(3 * channels);
+  A* const sums = zeroed_scratch<A>((record ? 7 : 3) * channels);
   A *const errors = sums + channels, *const squares = errors + channels;
+  A *const cubes = squares + channels, *const fourths = cubes + channels;
+  A *const lows = fourths + channels, *const highs = lows + channels;
+  if constexpr (record)
+    for (std::int64_t c = 0; c < channels; ++c) lows[c] = kInfinity<A>, highs[c] = -kInfinity<A>;
 
   std::int64_t r = 0;
   for (; r + 4 <= count; r += 4, p += 4 * stride)
@@ -95,36 +135,55 @@ void rows_tile(const Partition& part, const View& x, std::int64_t group, std::in
     for (std::int64_t c = 0; c < channels; c += kLanes) {
       for (int k = 0; k < 4; ++k) __builtin_prefetch(p + k * stride + c + next);
       const V shift = V::load(sums + c);
-      const V d0 = load(p + c) - shift, d1 = load(p + stride + c) - shift;
-      const V d2 = load(p + 2 * stride + c) - shift, d3 = load(p + 3 * stride + c) - shift;
+      const V x0 = load(p + c), x1 = load(p + stride + c), x2 = load(p + 2 * stride + c), x3 = load(p + 3 * stride + c);
+      const V d0 = x0 - shift, d1 = x1 - shift, d2 = x2 - shift, d3 = x3 - shift;
       (V::load(errors + c) + ((d0 + d1) + (d2 + d3))).store(errors + c);
       const V even = fma(d2, d2, d0 * d0), odd = fma(d3, d3, d1 * d1);
       (V::load(squares + c) + (even + odd)).store(squares + c);
+      if constexpr (record) {
+        const V s0 = d0 * d0, s1 = d1 * d1, s2 = d2 * d2, s3 = d3 * d3;
+        (V::load(cubes + c) + (fma(s2, d2, s0 * d0) + fma(s3, d3, s1 * d1))).store(cubes + c);
+        (V::load(fourths + c) + (fma(s2, s2, s0 * s0) + fma(s3, s3, s1 * s1))).store(fourths + c);
+        least(x0, least(x1, least(x2, least(x3, V::load(lows + c))))).store(lows + c);
+        largest(x0, largest(x1, largest(x2, largest(x3, V::load(highs + c))))).store(highs + c);
+      }
     }
   for (; r < count; ++r, p += stride)
     for (std::int64_t c = 0; c < channels; c += kLanes) {
-      const V delta = load(p + c) - V::load(sums + c);
+      const V value = load(p + c), delta = value - V::load(sums + c);
       (V::load(errors + c) + delta).store(errors + c);
       fma(delta, delta, V::load(squares + c)).store(squares + c);
+      if constexpr (record) {
+        const V square = delta * delta;
+        fma(square, delta, V::load(cubes + c)).store(cubes + c);
+        fma(square, square, V::load(fourths + c)).store(fourths + c);
+        least(value, V::load(lows + c)).store(lows + c);
+        largest(value, V::load(highs + c)).store(highs + c);
+      }
     }
   const double exact_share = 1.0 / static_cast<double>(count);
   for (std::int64_t c = 0; c < channels; ++c) {
     const double error = errors[c];
-    mean[c] = sums[c] + error * exact_share;
-    m2[c] = squares[c] - error * (error * exact_share);
+    out[kMean][c] = sums[c] + error * exact_share;
+    out[kM2][c] = squares[c] - error * (error * exact_share);
   }
+  if constexpr (record)
+    for (std::int64_t c = 0; c < channels; ++c) {
+      give_higher(static_cast<double>(count), errors[c], squares[c], cubes[c], fourths[c], out[kM3] + c, out[kM4] + c);
+      out[kMin][c] = lows[c], out[kMax][c] = highs[c];
+    }
 }
 
 }  // namespace
 
-template <class T>
-void moments_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, double* mean,
-                  double* m2) {
-  (part.shape.rows ? rows_tile<T> : planes_tile<T>)(part, x, group, tile, mean, m2);
+template <class T, bool record>
+void moments_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, Rows<double> out) {
+  (part.shape.rows ? rows_tile<T, record> : planes_tile<T, record>)(part, x, group, tile, out);
 }
 
-#define BNKERN_INSTANTIATE(T) \
-  template void moments_tile<T>(const Partition&, const View&, std::int64_t, std::int64_t, double*, double*);
+#define BNKERN_INSTANTIATE(T)                                                                                    \
+  template void moments_tile<T, false>(const Partition&, const View&, std::int64_t, std::int64_t, Rows<double>); \
+  template void moments_tile<T, true>(const Partition&, const View&, std::int64_t, std::int64_t, Rows<double>);
 BNKERN_FOR_STORAGE_TYPES(BNKERN_INSTANTIATE)
 
 }  // namespace bnkern::BNKERN_ISA

@@ -1,14 +1,26 @@
 // normalize: y = act(round(weight * ((x - mean) * invstd) + bias + residual)) and the ReLU mask's bits, one
-// read of x and the residual, one write of y.
+// read of x and the residual, one write of y. For a record, how many y are above zero.
 #include "tiles.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-template <class Channel, class T>
+template <class Channel, bool record, class T>
 BNKERN_INLINE void normalize_spans(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                                   std::int64_t group, std::int64_t tile) {
-  using V = Vec<Accumulator<T>>;
+                                   std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums) {
+  using A = Accumulator<T>;
+  using V = Vec<A>;
+  V plane_sum = V::all(0);
+  const auto look = [&](std::int64_t i, const Packed<T>& y, V one) __attribute__((always_inline)) {
+    if constexpr (!record) return;
+    const auto active = y.wide().positive();
+    if constexpr (std::is_same_v<Channel, PlaneChannel<A>>) {
+      plane_sum = plane_sum.plus_where(active, one);
+    } else {
+      A* const row_sum = sums[kActive] + i;
+      V::load(row_sum).plus_where(active, one).store(row_sum);
+    }
+  };
   const bool relu = t.relu, add = bool(t.residual), save = t.mask != nullptr;
   const std::int64_t x_ahead = read_ahead<T>(part, t.x), residual_ahead = read_ahead<T>(part, t.residual);
   for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
@@ -32,28 +44,36 @@ BNKERN_INLINE void normalize_spans(const Partition& part, const Tensors<T>& t, c
     for (; i + kLanes <= span.length; i += kLanes) {
       __builtin_prefetch(x + i + x_ahead);
       if (add) __builtin_prefetch(residual + i + residual_ahead);
-      put(y + i, value(i, load(x + i), add ? load(residual + i) : V::all(0), kLanes), past_cache);
+      const auto packed = value(i, load(x + i), add ? load(residual + i) : V::all(0), kLanes);
+      put(y + i, packed, past_cache);
+      look(i, packed, V::all(1));
     }
     if (i < span.length) {
       const int n = static_cast<int>(span.length - i);
-      put_some(y + i, value(i, load_some(x + i, n), add ? load_some(residual + i, n) : V::all(0), n), n);
+      const auto packed = value(i, load_some(x + i, n), add ? load_some(residual + i, n) : V::all(0), n);
+      put_some(y + i, packed, n);
+      look(i, packed, V::all(1).keep(first_lanes<V>(n)));
     }
   });
+  if constexpr (record && std::is_same_v<Channel, PlaneChannel<A>>) *sums[kActive] = sum<A>(plane_sum);
 }
 
 }  // namespace
 
-template <class T>
+template <class T, bool record>
 void normalize_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                    std::int64_t group, std::int64_t tile) {
+                    std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums) {
   using A = Accumulator<T>;
-  part.shape.rows ? normalize_spans<RowChannels<A>>(part, t, k, group, tile)
-                  : normalize_spans<PlaneChannel<A>>(part, t, k, group, tile);
+  part.shape.rows ? normalize_spans<RowChannels<A>, record>(part, t, k, group, tile, sums)
+                  : normalize_spans<PlaneChannel<A>, record>(part, t, k, group, tile, sums);
 }
 
-#define BNKERN_INSTANTIATE(T)                                                                               \
-  template void normalize_tile<T>(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, \
-                                  std::int64_t, std::int64_t);
+#define BNKERN_INSTANTIATE_AS(T, record)                                                                            \
+  template void normalize_tile<T, record>(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, \
+                                          std::int64_t, std::int64_t, Rows<Accumulator<T>>);
+#define BNKERN_INSTANTIATE(T)     \
+  BNKERN_INSTANTIATE_AS(T, false) \
+  BNKERN_INSTANTIATE_AS(T, true)
 BNKERN_FOR_STORAGE_TYPES(BNKERN_INSTANTIATE)
 
 }  // namespace bnkern::BNKERN_ISA

@@ -3,8 +3,8 @@
 //
 //   Vec<float>, Vec<double>   16 accumulator lanes
 //   Mask                      16 booleans, to and from 16 bits
-//   Packed<T>                 16 values as stored, rounded to nearest even as torch does
-//   load<T>, load_some<T>     from storage; the second only the first n lanes, zeros in the others
+//   Packed<T>                 16 values as stored, rounded to nearest even as torch does; wide() reads them back
+//   load<T>, load_some<T>     from storage; the second only the first n lanes, zeros or a given value in the others
 #pragma once
 
 #include <cstdint>
@@ -81,6 +81,39 @@ struct ArrayVec {
     for (int i = 0; i < kLanes; ++i) v.lane[i] = m.lane[i] ? lane[i] : A(0);
     return v;
   }
+  BNKERN_INLINE ArrayVec plus_where(Mask m, ArrayVec b) const {
+    ArrayVec v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = m.lane[i] ? lane[i] + b.lane[i] : lane[i];
+    return v;
+  }
+  BNKERN_INLINE ArrayVec magnitude() const {
+    ArrayVec v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = std::fabs(lane[i]);
+    return v;
+  }
+  BNKERN_INLINE Mask positive() const {
+    Mask m;
+    for (int i = 0; i < kLanes; ++i) m.lane[i] = lane[i] > A(0);
+    return m;
+  }
+  BNKERN_INLINE Mask negative() const {
+    Mask m;
+    for (int i = 0; i < kLanes; ++i) m.lane[i] = lane[i] < A(0);
+    return m;
+  }
+  BNKERN_INLINE Mask zero() const {
+    Mask m;
+    for (int i = 0; i < kLanes; ++i) m.lane[i] = lane[i] == A(0);
+    return m;
+  }
+  friend BNKERN_INLINE ArrayVec least(ArrayVec a, ArrayVec b) {
+    for (int i = 0; i < kLanes; ++i) a.lane[i] = bnkern::least(a.lane[i], b.lane[i]);
+    return a;
+  }
+  friend BNKERN_INLINE ArrayVec largest(ArrayVec a, ArrayVec b) {
+    for (int i = 0; i < kLanes; ++i) a.lane[i] = bnkern::largest(a.lane[i], b.lane[i]);
+    return a;
+  }
 };
 
 template <class A>
@@ -113,6 +146,13 @@ struct FloatVec {
   friend BNKERN_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   BNKERN_INLINE Mask above_zero() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ)}; }
   BNKERN_INLINE FloatVec keep(Mask m) const { return {_mm512_maskz_mov_ps(m.m, v)}; }
+  BNKERN_INLINE FloatVec plus_where(Mask m, FloatVec b) const { return {_mm512_mask_add_ps(v, m.m, v, b.v)}; }
+  BNKERN_INLINE FloatVec magnitude() const { return {_mm512_abs_ps(v)}; }
+  BNKERN_INLINE Mask positive() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ)}; }
+  BNKERN_INLINE Mask negative() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ)}; }
+  BNKERN_INLINE Mask zero() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ)}; }
+  friend BNKERN_INLINE FloatVec least(FloatVec a, FloatVec b) { return {_mm512_min_ps(a.v, b.v)}; }
+  friend BNKERN_INLINE FloatVec largest(FloatVec a, FloatVec b) { return {_mm512_max_ps(a.v, b.v)}; }
 };
 
 using HalfLanes = __m256i;  // 16 lanes of 16 bits
@@ -181,6 +221,26 @@ struct FloatVec {
     return {_mm256_cmp_ps(lo, zero, _CMP_NLE_UQ), _mm256_cmp_ps(hi, zero, _CMP_NLE_UQ)};
   }
   BNKERN_INLINE FloatVec keep(Mask m) const { return {_mm256_and_ps(m.lo, lo), _mm256_and_ps(m.hi, hi)}; }
+  // Sums begin at +0 and so never are -0: adding 0 to the other lanes changes nothing.
+  BNKERN_INLINE FloatVec plus_where(Mask m, FloatVec b) const { return *this + b.keep(m); }
+  BNKERN_INLINE FloatVec magnitude() const {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, lo), _mm256_andnot_ps(sign, hi)};
+  }
+  template <int relation>
+  BNKERN_INLINE Mask to_zero() const {
+    const __m256 zero = _mm256_setzero_ps();
+    return {_mm256_cmp_ps(lo, zero, relation), _mm256_cmp_ps(hi, zero, relation)};
+  }
+  BNKERN_INLINE Mask positive() const { return to_zero<_CMP_GT_OQ>(); }
+  BNKERN_INLINE Mask negative() const { return to_zero<_CMP_LT_OQ>(); }
+  BNKERN_INLINE Mask zero() const { return to_zero<_CMP_EQ_OQ>(); }
+  friend BNKERN_INLINE FloatVec least(FloatVec a, FloatVec b) {
+    return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
+  }
+  friend BNKERN_INLINE FloatVec largest(FloatVec a, FloatVec b) {
+    return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+  }
 };
 
 using HalfLanes = __m256i;
@@ -285,6 +345,7 @@ struct Packed {  // float and double: stored as they are
   BNKERN_INLINE void stream(T* p) const { v.stream(p); }
   BNKERN_INLINE typename V::Mask above_zero() const { return v.above_zero(); }
   BNKERN_INLINE Packed keep(typename V::Mask m) const { return {v.keep(m)}; }
+  BNKERN_INLINE V wide() const { return v; }
 };
 
 #if defined(__AVX2__)
@@ -300,6 +361,7 @@ struct PackedHalf {
   static BNKERN_INLINE PackedHalf of(Vec<float> v) { return {narrow(v, static_cast<T*>(nullptr))}; }
   BNKERN_INLINE void store(T* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h); }
   BNKERN_INLINE void stream(T* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), h); }
+  BNKERN_INLINE Vec<float> wide() const { return widen(h, static_cast<T*>(nullptr)); }
   // As signed integers the stored values above zero are above zero, and so is a NaN without sign. Rounding to
   // bfloat16 makes no other; float16 keeps a NaN's sign.
 #if defined(__AVX512F__)
@@ -345,7 +407,8 @@ struct PackedHalf {
   }
   BNKERN_INLINE void store(T* p) const { std::memcpy(p, lane, sizeof lane); }
   BNKERN_INLINE void stream(T* p) const { store(p); }
-  BNKERN_INLINE Vec<float>::Mask above_zero() const { return load(lane).above_zero(); }
+  BNKERN_INLINE Vec<float> wide() const { return load(lane); }
+  BNKERN_INLINE Vec<float>::Mask above_zero() const { return wide().above_zero(); }
   BNKERN_INLINE PackedHalf keep(Vec<float>::Mask m) const {
     PackedHalf kept = *this;
     for (int i = 0; i < kLanes; ++i) kept.lane[i].bits = m.lane[i] ? lane[i].bits : 0;
@@ -366,10 +429,22 @@ struct Packed<Float16> : PackedHalf<Float16> {
   BNKERN_INLINE Packed keep(Vec<float>::Mask m) const { return {PackedHalf<Float16>::keep(m)}; }
 };
 
+// Lanes below n.
+template <class V>
+BNKERN_INLINE typename V::Mask first_lanes(int n) {
+  return V::Mask::from_bits(static_cast<std::uint16_t>((1 << n) - 1));
+}
+
 template <class T>
 BNKERN_INLINE Vec<Accumulator<T>> load_some(const T* p, int n) {
   T lanes[kLanes] = {};
   std::memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+BNKERN_INLINE Vec<Accumulator<T>> load_some(const T* p, int n, T others) {
+  T lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? p[i] : others;
   return load(lanes);
 }
 
@@ -385,14 +460,26 @@ BNKERN_INLINE void put_some(T* p, Packed<T> packed, int n) {
   std::memcpy(p, lanes, n * sizeof(T));
 }
 
-// Sum of the lanes by a fixed tree.
-template <class A>
-BNKERN_INLINE A sum(Vec<A> v) {
+// Sum of the lanes by a fixed tree, and the least and largest of them.
+template <class A, class F>
+BNKERN_INLINE A fold(Vec<A> v, F f) {
   A lane[kLanes];
   v.store(lane);
   for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] + lane[i + half];
+    for (int i = 0; i < half; ++i) lane[i] = f(lane[i], lane[i + half]);
   return lane[0];
+}
+template <class A>
+BNKERN_INLINE A sum(Vec<A> v) {
+  return fold<A>(v, [](A a, A b) __attribute__((always_inline)) { return a + b; });
+}
+template <class A>
+BNKERN_INLINE A least_lane(Vec<A> v) {
+  return fold<A>(v, [](A a, A b) __attribute__((always_inline)) { return bnkern::least(a, b); });
+}
+template <class A>
+BNKERN_INLINE A largest_lane(Vec<A> v) {
+  return fold<A>(v, [](A a, A b) __attribute__((always_inline)) { return bnkern::largest(a, b); });
 }
 
 }  // namespace bnkern::BNKERN_ISA

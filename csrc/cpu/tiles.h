@@ -28,6 +28,7 @@ struct Partition {
   std::int64_t groups, tiles;                           // the grid: groups x tiles
   std::int64_t planes_per_tile, spans_per_plane, span;  // planes
   std::int64_t rows, leftover, rows_per_tile;           // rows; leftover elements follow the last whole row
+  std::int64_t tiles_per_block;                         // how many tiles share a record's sums
   bool by_channel;  // the order in which threads take tiles (drive.cpp): it matters to prefetching alone
 
   std::int64_t count() const { return shape.n * shape.s; }
@@ -72,6 +73,18 @@ BNKERN_INLINE void for_spans(const Partition& part, std::int64_t group, std::int
   }
 }
 
+// The same for rows, four at a time where there are as many: one load and store of a channel's sums serves four.
+template <class Four, class One>
+BNKERN_INLINE void for_rows(const Partition& part, std::int64_t group, std::int64_t tile, Four four, One one) {
+  Span waiting[4];
+  int count = 0;
+  for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
+    waiting[count++] = span;
+    if (count == 4) four(waiting), count = 0;
+  });
+  for (int r = 0; r < count; ++r) one(waiting[r]);
+}
+
 // How many values of each channel of the group a tile holds.
 BNKERN_INLINE std::int64_t tile_count(const Partition& part, std::int64_t tile) {
   if (part.shape.rows) {
@@ -106,19 +119,43 @@ struct Tensors {
   bool relu, training, stream;  // stream: results are too large for the caches, store past them
 };
 
-// mean[] and M2[] of one tile, tile_channels() of each.
-template <class T>
-void moments_tile(const Partition&, const View& x, std::int64_t group, std::int64_t tile, double* mean, double* m2);
-template <class T>
+// Numbers per channel: row r of channel c at data[r * pitch + c].
+template <class D>
+struct Rows {
+  D* data = nullptr;
+  std::int64_t pitch = 0;
+  BNKERN_INLINE D* operator[](int r) const { return data + r * pitch; }
+  BNKERN_INLINE Rows at(std::int64_t channel) const { return {data + channel, pitch}; }
+};
+
+// What a tile gives of tile_channels() channels: the numbers that make the results in `out`, and with `record`, which
+// changes no bit of them, in `out` or `sums` what a record wants besides. Rows add to `sums`, whole vectors of them:
+// several tiles share them, since each holds few values of many channels. Planes write them, one tile at a time.
+//
+//                out                                    sums
+//   moments      kMean, kM2; record: kM3 to kMax
+//   normalize                                           kActive
+//   grad_sums    kSumDy, kSumDyXhat                     of each summand kAbsSum, kPositive, kNegative, kZero
+//   grad_input                                          kSum, kSquareSum, and the four of dx
+constexpr int kMean = 0, kM2 = 1, kMomentsRows = 2, kM3 = 2, kM4 = 3, kMin = 4, kMax = 5, kRecordedMomentsRows = 6;
+constexpr int kActive = 0, kRecordedNormalizeRows = 1;
+constexpr int kAbsSum = 0, kPositive = 1, kNegative = 2, kZero = 3, kSizesRows = 4;
+constexpr int kSumDy = 0, kSumDyXhat = 1, kGradSumsRows = 2;
+constexpr int kOfDy = 0, kOfDyXhat = kSizesRows, kRecordedGradSumsRows = 2 * kSizesRows;
+constexpr int kSum = 0, kSquareSum = 1, kOfDx = 2, kRecordedGradInputRows = 2 + kSizesRows;
+constexpr int kMostRows = 8;
+
+template <class T, bool record>
+void moments_tile(const Partition&, const View& x, std::int64_t group, std::int64_t tile, Rows<double> out);
+template <class T, bool record>
 void normalize_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, std::int64_t group,
-                    std::int64_t tile);
-// sum g[] and sum g * xhat[] of one tile.
-template <class T>
+                    std::int64_t tile, Rows<Accumulator<T>> sums);
+template <class T, bool record>
 void grad_sums_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, std::int64_t group,
-                    std::int64_t tile, double* sum_dy, double* sum_dy_xhat);
-template <class T>
+                    std::int64_t tile, Rows<double> out, Rows<Accumulator<T>> sums);
+template <class T, bool record>
 void grad_input_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, std::int64_t group,
-                     std::int64_t tile);
+                     std::int64_t tile, Rows<Accumulator<T>> sums);
 
 #define BNKERN_FOR_STORAGE_TYPES(macro) macro(float) macro(BFloat16) macro(Float16) macro(double)
 
