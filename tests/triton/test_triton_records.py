@@ -90,22 +90,20 @@ def check_activation(record: Tensor, x: Tensor, y: Tensor) -> None:
     truth = dict(zip(ACTIVATION, reference.activation(x, y), strict=True))
     for exact in ("count", "min", "max", "active"):
         assert torch.equal(actual[exact], truth[exact]), exact
-    # Deviations d are differences of float32 numbers, each right to 2 eps of the range, and so is the mean, whatever
-    # its size. An error of a in d makes one of k * a * |d|^(k - 1) in d^k, within k * 2 eps * range / |d| * sum |d|^k;
-    # the range is some sigma, and an outlier's d is itself the range. To this the roundings of powers and sums.
-    unit = _unit(x.dtype)
-    wide = x.double()
-    axes = [0, *range(2, x.dim())]
+    # Deviations d from a lane's first value are exact or rounded once, so that errors are a few eps32 of their range
+    # whatever the mean: 2e-7 of it in the mean, 1e-6 sum |d|^k in m_k, as for the variance elsewhere. (An outlier is
+    # the range, and its power most of the sum.) To this the rounding of the truth's own mean, in float64.
+    unit, wide, axes = _unit(x.dtype), x.double(), [0, *range(2, x.dim())]
     delta = wide - truth["mean"].view(1, -1, *[1] * (x.dim() - 2))
-    floor = 1e-6 * unit * wide.abs().amax(axes)  # what the truth's own mean may be off by is far below
-    near(actual["mean"], truth["mean"], 1e-6 * unit * delta.abs().amax(axes) + 1e-15 * wide.abs().amax(axes), "mean")
+    rounding = 1e-15 * wide.abs().amax(axes)
+    near(actual["mean"], truth["mean"], 2e-7 * unit * delta.abs().amax(axes) + rounding, "mean")
     for k in (2, 3, 4):
-        bound = k * 1e-6 * unit * (delta.abs() ** k).sum(axes) + (1e-9 * floor) ** k
+        bound = 1e-6 * unit * (delta.abs() ** k).sum(axes) + truth["count"] * rounding**k
         near(actual[f"m{k}"], truth[f"m{k}"], bound, f"m{k}")
 
 
 def check_sums(record: Tensor, truth: Tensor, rows: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Counts exactly; sums in float32 over some ten values a lane and then all lanes, hence 1e-6 of sum |terms|."""
+    """Counts exactly; sums of some ten values a lane and then of lanes, in float32: to 1e-6 of sum |terms|."""
     actual, truth = (dict(zip(rows, r, strict=True)) for r in (record, truth))
     for name in rows:
         if name in ("sum", "bias_sum", "weight_sum"):
@@ -149,10 +147,15 @@ def test_recomputed_mask(case: Case) -> None:
     interpreted(check, FP32, case, "training", None, False)
 
 
-@pytest.mark.parametrize(("precision", "case"), SWEEP)
-def test_without_normalisation(precision: Precision, case: Case) -> None:
+@pytest.mark.parametrize("case", WAYS + HARD[2:], ids=str)
+def test_without_normalisation(case: Case) -> None:
     """The moments ride in ``normalize``, and with a ReLU many gradients are zero."""
-    interpreted(check, precision, case, "identity", "relu", True)
+    interpreted(check, FP32, case, "identity", "relu", True)
+
+
+@pytest.mark.parametrize("precision", [BF16, FP64], ids=lambda p: p.name)
+def test_without_normalisation_in(precision: Precision) -> None:
+    interpreted(check, precision, CASE["nhwc_c5_s49"], "identity", "relu", True)
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
@@ -193,7 +196,7 @@ def wide_offsets(case: Case) -> None:
     from bnkern.backends.triton import common
 
     p = case.problem()
-    for mode in ("training", "eval"):
+    for mode in ("training", "eval") if case.layout == "contiguous" else ("eval",):
         narrow, common.INT32_OFFSETS = records_of(p, mode), 0
         try:
             same_bits(records_of(p, mode), narrow)
@@ -201,7 +204,7 @@ def wide_offsets(case: Case) -> None:
             common.INT32_OFFSETS = 2**31 - 2**20
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("case", [FEW[0], CASE["nhwc_c5_s49"]], ids=str)
 def test_wide_offsets(case: Case) -> None:
     """The variants for more than 2^31 elements record the same."""
     interpreted(wide_offsets, case)

@@ -120,6 +120,8 @@ def plan(
         lines, length = (-(-lines // 8), length * 8) if octuple else (1, lines * length)
     # One element at a time, a thread has eight loads in flight in one group already.
     unroll = UNROLL if align > 1 else UNROLL // 2 if octuple or not flat else 1
+    if pointwise and recording:
+        unroll = max(unroll // 2, 1)  # a record takes registers, and results do not depend on the tiles
     if itemsize == 8:
         unroll = max(unroll // 2, 1)  # float64 would spill on sm_100 with four groups in flight
     grid, tiling, group, octets = partition(rows, flat and not octuple, lines, length, like.c, itemsize, unroll)
