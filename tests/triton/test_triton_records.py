@@ -10,6 +10,7 @@ from bnkern.backends.layout import layout
 from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
 from tests.cases import BF16, CASE, FP16, FP32, FP64, Case, Precision, _unit
 from tests.triton.interpreter import interpreted
+from tests.triton.test_triton_phases import LARGE, on_gpu
 
 pytest.importorskip("triton")
 
@@ -20,9 +21,9 @@ WAYS = [
     Case("quads", (3, 2, 4, 5), "planes that end with half an octet"),
     Case("octet_rows", (5, 16, 3, 3), "rows of whole octets", "channels_last"),
     Case("wide_octet_rows", (20, 72), "rows of more channels than a program takes"),
-    Case("odd_rows", (7, 9, 5, 3), "105 rows of 9: lines of eight rows, the last of one", "channels_last"),
+    Case("odd_rows", (3, 9, 3, 3), "27 rows of 9: lines of eight rows, the last of three", "channels_last"),
     Case("wide_odd_rows", (21, 19), "lines of eight rows longer than a program takes"),
-    *(CASE[name] for name in ("nchw_s49", "nc_small", "nhwc_c17", "c1", "two_values", "two_values_planes")),
+    *(CASE[name] for name in ("nchw_s49", "nc_small", "c1", "two_values", "two_values_planes")),
     *(CASE[name] for name in ("sliced_channels", "sliced_channels_last", "expanded_batch_rows", "misaligned")),
 ]
 FEW = [case for case in WAYS if case.name in ("octets", "octet_rows", "nchw_s49", "odd_rows")]
@@ -52,13 +53,14 @@ def _bits(t: Tensor) -> Tensor:
 
 def blank(rows: tuple[str, ...], x: Tensor) -> Tensor:
     """A record that is wrong wherever nothing is written."""
-    return torch.full((len(rows), x.shape[1]), -7.0, dtype=torch.float64)
+    return torch.full((len(rows), x.shape[1]), -7.0, dtype=torch.float64, device=x.device)
 
 
 def forward(p, mode: str, act: str | None, with_residual: bool, record: Tensor | None) -> list[Tensor | None]:
     """y, mean, invstd, mask and what the running statistics became."""
-    triton = backends.choose("triton", "cpu", p.x.dtype)
-    state = [None] * 3 if mode == "identity" else [p.mean.clone(), p.invstd.square().reciprocal(), torch.tensor(1)]
+    triton = backends.choose("triton", p.x.device.type, p.x.dtype)
+    running = p.mean.clone(), p.invstd.square().reciprocal(), torch.tensor(1, device=p.x.device)
+    state = [None] * 3 if mode == "identity" else running
     residual = p.residual if with_residual else None
     weight, bias = (None, None) if mode == "identity" else (p.weight, p.bias)
     results = triton.forward(
@@ -68,7 +70,7 @@ def forward(p, mode: str, act: str | None, with_residual: bool, record: Tensor |
 
 
 def backward(p, mode: str, act: str | None, saved: list[Tensor | None], needs, *records) -> list[Tensor | None]:
-    triton = backends.choose("triton", "cpu", p.x.dtype)
+    triton = backends.choose("triton", p.x.device.type, p.x.dtype)
     weight, bias = (None, None) if mode == "identity" else (p.weight, p.bias)
     gradient, affine = records or (None, None)
     grads = triton.backward(
@@ -114,8 +116,10 @@ def check_sums(record: Tensor, truth: Tensor, rows: tuple[str, ...], dtype: torc
             assert torch.equal(actual[name], truth[name]), name
 
 
-def check(precision: Precision, case: Case, mode: str, act: str | None, with_residual: bool) -> None:
-    p = case.problem(precision)
+def check(
+    precision: Precision, case: Case, mode: str, act: str | None, with_residual: bool, device: str = "cpu"
+) -> None:
+    p = case.problem(precision, device)
     activation, gradient, affine = blank(ACTIVATION, p.x), blank(GRADIENT, p.x), blank(AFFINE, p.x)
     plain = forward(p, mode, act, with_residual, None)
     y, *saved = plain[:4]
@@ -257,3 +261,37 @@ def empty_batch(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 3)])
 def test_empty_batch(shape: tuple[int, ...]) -> None:
     interpreted(empty_batch, shape)
+
+
+# ----------------------------------------------------------------------------------------------- on a real GPU
+
+
+@on_gpu
+@pytest.mark.parametrize("mode", ["training", "eval", "identity"])
+@pytest.mark.parametrize("case", [*LARGE, *FEW], ids=str)
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=lambda p: p.name)
+def test_compiled(precision: Precision, case: Case, mode: str) -> None:
+    """Compiled, with programs that end in any order."""
+    check(precision, case, mode, "relu", True, "cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("mode", ["training", "identity"])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_cuda_graph(case: Case, mode: str) -> None:
+    """Captured, then replayed on other values: the records are those of these, and each time the same bits."""
+    p = case.problem(BF16, "cuda")
+    expected = records_of(p, mode)
+    live = p._replace(x=p.x.clone(), dy=p.dy.clone())
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        records_of(live, mode)
+    torch.cuda.current_stream().wait_stream(side)
+    live.x.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = records_of(live, mode)
+    live.x.copy_(p.x)
+    for _ in range(20):
+        graph.replay()
+        same_bits(captured, expected)
