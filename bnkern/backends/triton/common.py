@@ -228,12 +228,13 @@ def mask_addresses(
 ):  # fmt: skip
     """Where the mask bytes [GROUP, 1] of the octets lie, and which their line has. Single rows: ALIGN must be 8."""
     octets = (length * ALIGN + 7) // 8
-    there = octet < octets
     if ROWS and FLAT:
-        there = there & (line * 8 + octet * 8 // channels < lines)
-    if not (ROWS or FLAT):
-        line = line * channels + tl.program_id(0)
-    return mask_ptr + (line * octets + octet), there
+        there = (octet < octets) & (line * 8 + octet * 8 // channels < lines)
+        return mask_ptr + (line * octets + octet), there
+    else:
+        if not (ROWS or FLAT):
+            line = line * channels + tl.program_id(0)
+        return mask_ptr + (line * octets + octet), octet < octets
 
 
 @triton.jit
