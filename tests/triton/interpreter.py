@@ -40,7 +40,7 @@ def _set_up() -> None:
 
     from bnkern.backends.triton import common
 
-    modules = {name: sys.modules[f"bnkern.backends.triton.{name}"] for name in ("merge", "grad_sums")}
+    modules = {name: sys.modules[f"bnkern.backends.triton.{name}"] for name in ("merge", "grad_sums", "records")}
     common.GROUP_BYTES, common.PROGRAMS = 256, 6
     for module in modules.values():
         module.PARTS, module.CHANNELS = 2, 4

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from bnkern.backends import records
 from bnkern.backends import triton as backend
 from bnkern.backends.triton import common
 
@@ -70,6 +71,10 @@ CONVOLUTIONS = {
 WANTED = {"sum": (True, False, False, False), "all": (True,) * 4}
 CONV_DTYPES = ("fp32", "bf16", "fp16", "fp64")
 
+# Whether the kernels record, in a training step or without normalisation, where the moments ride in ``normalize``.
+RECORDINGS = ("", "recorded", "recorded identity")
+RECORDED_WAYS = ("planes", "planes_odd", "rows_16", "rows_odd")  # tabled; the others lie between them
+
 
 class Variant(NamedTuple):
     """One instance to compile: a kernel, the types of its arguments, its constants."""
@@ -88,6 +93,7 @@ class Usage(NamedTuple):
     spilled: int  # bytes of stack
     shared: int
     ptx: str
+    ttgir: str  # Triton's own, with the layout of each tensor
 
 
 def _variant(kernel: JITFunction, arguments: tuple, constants: dict) -> Variant:
@@ -108,7 +114,7 @@ def _variant(kernel: JITFunction, arguments: tuple, constants: dict) -> Variant:
 
 
 @contextmanager
-def recording():
+def launches():
     """A list that gathers the variants of all launches made within; nothing is launched."""
     variants = []
 
@@ -125,20 +131,39 @@ def recording():
             module.launch = _launch
 
 
-def variants(way: str, precision: str, fused: bool) -> dict[str, Variant]:
-    """The kernels of a training step by name: BN + add + ReLU with its mask if ``fused``, else BN + ReLU."""
+def variants(way: str, precision: str, fused: bool, recording: str = "") -> dict[str, Variant]:
+    """The kernels of a training step by name: BN + add + ReLU with its mask if ``fused``, else BN + ReLU.
+
+    If ``recording`` (of RECORDINGS), those that then take a record or parts of one.
+    """
     (shape, memory_format), (dtype, params) = WAYS[way], DTYPES[precision]
     x = torch.empty(shape, dtype=dtype).contiguous(memory_format=memory_format)
     vector = torch.empty(shape[1], dtype=params)
     residual = x if fused else None
-    with recording() as recorded:
+    training = recording != "recorded identity"
+    running = (vector, vector, torch.tensor(1)) if training else (None, None, None)
+    activation, gradient, affine = (
+        torch.empty(len(rows), shape[1], dtype=torch.float64) if recording else None
+        for rows in (records.ACTIVATION, records.GRADIENT, records.AFFINE)
+    )
+    with launches() as launched:
         y, mean, invstd, mask = backend.forward(
-            x, vector, vector, residual, vector, vector, torch.tensor(1), True, 0.1, 1e-5, "relu", True
+            x, vector, vector, residual, *running, training, 0.1, 1e-5, "relu", True, record=activation
         )
-        backend.backward(y, x, vector, vector, mean, invstd, mask, "relu", True, (True, True, True, fused))
-        backend.moments(x)
-        _augment(dtype)
-    return {variant.kernel.fn.__name__: variant for variant in recorded}
+        if training:
+            backend.backward(
+                y, x, vector, vector, mean, invstd, mask, "relu", True, (True, True, True, fused),
+                record_gradient=gradient, record_affine=affine,
+            )  # fmt: skip
+        if not recording:
+            backend.moments(x)
+            _augment(dtype)
+    recorded = {"parts_ptr", "row_ptr", "record_ptr"}
+    return {
+        variant.kernel.fn.__name__: variant
+        for variant in launched
+        if not recording or any(variant.signature.get(name) == "*fp64" for name in recorded)
+    }
 
 
 def _augment(dtype: torch.dtype) -> None:
@@ -160,31 +185,32 @@ def compile_for(variant: Variant, architecture: int) -> Usage:
         cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         text = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return Usage(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"])
+    texts = (compiled.asm["ptx"], compiled.asm["ttgir"])
+    return Usage(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, *texts)
 
 
-def rows_of(architecture: int, ways: list[str], precisions: list[str]) -> dict[str, tuple[Variant, Usage]]:
-    """Each distinct variant of these, compiled, under a name for people: kernel, way, dtype, fusion."""
+def rows_of(
+    architecture: int, ways: list[str], precisions: list[str], recordings: tuple[str, ...] = RECORDINGS
+) -> dict[str, tuple[Variant, Usage]]:
+    """Each distinct variant of these, compiled, under a name for people: kernel, way, dtype, fusion, recording."""
     rows, seen = {}, set()
-    for way in ways:
-        for precision in precisions:
-            for fused in (False, True):
-                for name, variant in variants(way, precision, fused).items():
-                    if variant.key not in seen:
-                        seen.add(variant.key)
-                        what = f"{way} {precision}{' residual' if fused else ''}"
-                        if "ALIGN" not in variant.constants:  # works on vectors and partial results only
-                            what = " ".join(sorted({t for t in variant.signature.values() if t.startswith("*")}))
-                        row = f"{name.removesuffix('_kernel')} {what}"
-                        rows[row] = (variant, compile_for(variant, architecture))
+    for way, precision, fused, recording in product(ways, precisions, (False, True), recordings):
+        for name, variant in variants(way, precision, fused, recording).items():
+            if variant.key not in seen:
+                seen.add(variant.key)
+                what = f"{way} {precision}{' residual' if fused else ''}"
+                if "ALIGN" not in variant.constants:  # works on vectors and partial results only
+                    what = " ".join(sorted({t for t in variant.signature.values() if t.startswith("*")}))
+                row = f"{name.removesuffix('_kernel')} {what} {recording}".rstrip()
+                rows[row] = (variant, compile_for(variant, architecture))
     return rows
 
 
 def conv_variants(arguments: tuple, wanted: tuple[bool, ...]) -> list[Variant]:
     """The kernels that such a call of conv_grad_signs launches."""
-    with recording() as recorded:
+    with launches() as launched:
         backend.conv_grad_signs(*arguments, wanted)
-    return recorded
+    return launched
 
 
 def conv_rows_of(architecture: int, precisions: list[str]) -> dict[str, tuple[Variant, Usage]]:
@@ -203,15 +229,17 @@ def conv_rows_of(architecture: int, precisions: list[str]) -> dict[str, tuple[Va
     return rows
 
 
+def tabled(architecture: int) -> dict[str, tuple[Variant, Usage]]:
+    """All rows of the committed table."""
+    plain = rows_of(architecture, list(WAYS), list(TABLED), RECORDINGS[:1])
+    recorded = rows_of(architecture, list(RECORDED_WAYS), list(TABLED), RECORDINGS[1:])
+    return plain | recorded | conv_rows_of(architecture, list(TABLED))
+
+
 def main() -> None:
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     table[triton.__version__] = {
-        f"sm_{architecture}": {
-            row: [usage.registers, usage.shared]
-            for row, (_, usage) in (
-                rows_of(architecture, list(WAYS), list(TABLED)) | conv_rows_of(architecture, list(TABLED))
-            ).items()
-        }
+        f"sm_{architecture}": {row: [usage.registers, usage.shared] for row, (_, usage) in tabled(architecture).items()}
         for architecture in ARCHITECTURES
     }
     text = json.dumps(dict(sorted(table.items())), indent=1)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -12,24 +13,28 @@ resources = pytest.importorskip("tests.triton.resources")
 if resources.backend.refuses("cpu", torch.float32) is None:
     pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
 
+RECORDINGS = resources.RECORDINGS
 EVERY_TEST = [
-    pytest.param(90, ["planes", "planes_odd", "rows_16", "rows_odd"], ["fp32", "bf16"], id="sm_90"),
-    pytest.param(80, ["planes", "rows_16"], ["bf16"], id="sm_80"),
-    pytest.param(100, ["planes", "rows_16"], ["bf16"], id="sm_100"),
+    pytest.param(90, ["planes", "planes_odd", "rows_16", "rows_odd"], ["fp32", "bf16"], RECORDINGS[:1], id="sm_90"),
+    pytest.param(90, ["planes", "rows_odd"], ["bf16"], RECORDINGS[1:], id="sm_90_recorded"),
+    pytest.param(80, ["planes", "rows_16"], ["bf16"], RECORDINGS[:1], id="sm_80"),
+    pytest.param(100, ["planes", "rows_16"], ["bf16"], RECORDINGS[:1], id="sm_100"),
 ]
 ALL = [
-    pytest.param(arch, list(resources.WAYS), list(resources.DTYPES), id=f"sm_{arch}_all", marks=pytest.mark.slow)
+    pytest.param(
+        arch, list(resources.WAYS), list(resources.DTYPES), RECORDINGS, id=f"sm_{arch}_all", marks=pytest.mark.slow
+    )
     for arch in resources.ARCHITECTURES
 ]
 
 
-@pytest.mark.parametrize(("architecture", "ways", "precisions"), EVERY_TEST + ALL)
-def test_resources(architecture: int, ways: list[str], precisions: list[str]) -> None:
+@pytest.mark.parametrize(("architecture", "ways", "precisions", "recordings"), EVERY_TEST + ALL)
+def test_resources(architecture: int, ways: list[str], precisions: list[str], recordings: tuple[str, ...]) -> None:
     """Nothing spills, tensors that can be are read and written by 16 bytes, and the table is of these kernels.
 
     After a change of the kernels: ``python -m tests.triton.resources --write``, and look at what it changed.
     """
-    rows = resources.rows_of(architecture, ways, precisions)
+    rows = resources.rows_of(architecture, ways, precisions, recordings)
     table = json.loads(resources.TABLE.read_text()).get(triton.__version__, {}).get(f"sm_{architecture}", {})
     for row, (variant, usage) in rows.items():
         assert usage.spilled == 0, f"{row} spills"
@@ -50,3 +55,29 @@ def test_instances() -> None:
     assert count(["planes", "planes_short"]) <= 18
     assert count(["rows_16", "rows_32", "rows_64"]) <= 25
     assert count(list(resources.WAYS)) <= 67
+
+
+def test_instances_that_record() -> None:
+    """Recording compiles each kernel of a training step once more, and ``normalize`` twice."""
+    for way in resources.WAYS:
+        plain, training, identity = (resources.variants(way, "bf16", True, recording) for recording in RECORDINGS)
+        assert set(training) == set(plain) - {"merge_kernel"} | {"gradient_kernel"}
+        assert set(identity) == {"normalize_kernel", "activation_kernel"}
+
+
+def reductions(variant: resources.Variant) -> list[str]:
+    """The operands of each reduction, with the layout that fixes its order, of a kernel compiled for sm_90."""
+    module = resources.compile_for(variant, 90).ttgir
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg.*)$", module, re.MULTILINE))
+    operands = re.findall(r"\}\) : \((tensor<.*>)\) -> .*tensor<", module)
+    return sorted(re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), text) for text in operands)
+
+
+@pytest.mark.parametrize("way", list(resources.WAYS))
+def test_recording_keeps_the_order_of_sums(way: str) -> None:
+    """The interpreter cannot show it: the compiler gives the results' reductions the layouts that they had."""
+    plain, recorded = (resources.variants(way, "bf16", True, recording) for recording in RECORDINGS[:2])
+    for name in ("moments_kernel", "statistics_kernel", "grad_sums_kernel", "fold_kernel"):
+        before, after = reductions(plain[name]), reductions(recorded[name])
+        assert before
+        assert not Counter(before) - Counter(after), name

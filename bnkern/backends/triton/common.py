@@ -10,6 +10,8 @@ because the compiler then has one choice of layout only: whole vectors to neighb
 A program owns one channel (planes) or OCTETS * 8 channels (rows) and ``share`` consecutive tiles of them, so that
 a few channels still fill a large GPU. Kernels that work element by element have a third way to see rows where they
 cannot be read by vectors: ``FLAT``, all of memory as one line, so that any number of channels packs its mask bytes.
+Where they record sums of each channel as well, a line is eight rows (``ROWS`` and ``FLAT``): whole mask bytes again,
+and a lane stays with its channel.
 """
 
 import inspect
@@ -77,12 +79,21 @@ class Plan(NamedTuple):
 
     grid: tuple[int, int]
     strides: list[int]  # outer, inner of each tensor
-    sizes: tuple[int, ...]  # lines, length, channels, tiles, share, spans, beside
+    sizes: tuple[int, ...]  # lines (single rows, where one is eight), length, channels, tiles, share, spans, beside
     constants: dict[str, int | bool]
 
+    @property
+    def parts(self) -> int:
+        """Into how many parts the values of a channel are cut."""
+        return self.grid[1] * (8 if self.constants["ROWS"] and self.constants["FLAT"] else 1)
 
-def plan(like: Layout, tensors: list[Tensor], vectors: list[Tensor], pointwise: bool = False) -> Plan:
+
+def plan(
+    like: Layout, tensors: list[Tensor], vectors: list[Tensor], pointwise: bool = False, recording: bool = False
+) -> Plan:
     """The plan for ``tensors`` of one shape and dtype in one layout, with per-channel ``vectors``.
+
+    ``pointwise``: no channel is reduced, unless for a record if ``recording``.
 
     ALIGN is 8 or 4 where every address, stride and line is a multiple of so many elements, else 1. ``length`` and
     the strides are passed in units of it, which is how the compiler knows, and so vectorises.
@@ -103,17 +114,20 @@ def plan(like: Layout, tensors: list[Tensor], vectors: list[Tensor], pointwise: 
     flat = pointwise and like.rows and align == 1
     reach = max((lines - 1) * outer + (like.c - 1) * inner + length for outer, inner in pairs)
     wide = max(reach, lines * length) > INT32_OFFSETS
+    octuple = flat and recording  # a line is eight rows
+    rows = like.rows and (octuple or not flat)
     if flat:
-        lines, length = 1, lines * length
-    rows = like.rows and not flat
+        lines, length = (-(-lines // 8), length * 8) if octuple else (1, lines * length)
     # One element at a time, a thread has eight loads in flight in one group already.
-    unroll = UNROLL if align > 1 else 1 if flat else UNROLL // 2
+    unroll = UNROLL if align > 1 else UNROLL // 2 if octuple or not flat else 1
+    if pointwise and recording:
+        unroll = max(unroll // 2, 1)  # a record takes registers, and results do not depend on the tiles
     if itemsize == 8:
         unroll = max(unroll // 2, 1)  # float64 would spill on sm_100 with four groups in flight
-    grid, tiling, group, octets = partition(rows, flat, lines, length, like.c, itemsize, unroll)
+    grid, tiling, group, octets = partition(rows, flat and not octuple, lines, length, like.c, itemsize, unroll)
     scaled = [stride // align for pair in pairs for stride in pair]
     constants = dict(ROWS=rows, FLAT=flat, ALIGN=align, WIDE=wide, GROUP=group, OCTETS=octets, UNROLL=unroll)
-    return Plan(grid, scaled, (lines, length // align, like.c, *tiling), constants)
+    return Plan(grid, scaled, (like.count if octuple else lines, length // align, like.c, *tiling), constants)
 
 
 @lru_cache(maxsize=4096)
@@ -173,6 +187,14 @@ def position(octet):
 
 
 @triton.jit
+def inside(line, octet, lines, length, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr):
+    """Which elements of the octets, [GROUP, 8], are the tensor's."""
+    if ROWS and FLAT:
+        line = line * 8 + position(octet) // channels
+    return (line < lines) & (position(octet) < length * ALIGN)
+
+
+@triton.jit
 def channel_of(octet, length, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr):
     """The channel of each element, [GROUP, 8], and whether there is one; in planes one channel for them all."""
     if ROWS or FLAT:
@@ -188,7 +210,9 @@ def addresses(
 ):  # fmt: skip
     """Where the elements [GROUP, 8] lie. Strides are in units of ALIGN."""
     at = position(octet)
-    if FLAT:
+    if ROWS and FLAT:
+        offsets = (line * 8 + at // channels) * outer + at % channels
+    elif FLAT:
         offsets = at // channels * outer + at % channels
     elif ROWS:
         offsets = line * outer * ALIGN + at
@@ -200,13 +224,17 @@ def addresses(
 
 @triton.jit
 def mask_addresses(
-    mask_ptr, line, octet, length, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr
+    mask_ptr, line, octet, lines, length, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip
-    """Where the mask bytes [GROUP, 1] of the octets lie, and which exist in their line. Rows: ALIGN must be 8."""
+    """Where the mask bytes [GROUP, 1] of the octets lie, and which their line has. Single rows: ALIGN must be 8."""
     octets = (length * ALIGN + 7) // 8
-    if not (ROWS or FLAT):
-        line = line * channels + tl.program_id(0)
-    return mask_ptr + (line * octets + octet), octet < octets
+    if ROWS and FLAT:
+        there = (octet < octets) & (line * 8 + octet * 8 // channels < lines)
+        return mask_ptr + (line * octets + octet), there
+    else:
+        if not (ROWS or FLAT):
+            line = line * channels + tl.program_id(0)
+        return mask_ptr + (line * octets + octet), octet < octets
 
 
 @triton.jit
@@ -236,12 +264,12 @@ def gated(
     """g: dy where ReLU let the value through, by the saved bit, or else by the forward's own expression."""
     if mask_ptr is None:
         stopped = (relu != 0) & (tl.fma(xhat, weight, bias).to(STORED).to(xhat.dtype) <= 0)
-    elif ROWS and ALIGN < 8:  # octets of the mask begin anywhere in a row
+    elif ROWS and not FLAT and ALIGN < 8:  # octets of the mask begin anywhere in a row
         bit = line * channels + position(octet)
         byte = tl.load(mask_ptr + bit // 8, mask=known, other=0)
         stopped = ((byte >> (bit % 8).to(tl.uint8)) & 1) == 0
     else:
-        at, there = mask_addresses(mask_ptr, line, octet, length, channels, ROWS, FLAT, ALIGN)
+        at, there = mask_addresses(mask_ptr, line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
         byte = tl.load(at, mask=(line < lines) & there, other=0)
         stopped = ((byte >> tl.arange(0, 8)[None, :].to(tl.uint8)) & 1) == 0
     return tl.where(stopped, 0.0, dy)

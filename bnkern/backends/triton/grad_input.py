@@ -1,5 +1,6 @@
 """Phase ``grad_input``: the gradients of the input and of the residual."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,14 +12,15 @@ from .common import (
     channel_of,
     channel_vectors,
     gated,
+    inside,
     kernel,
     launch,
     locate,
     per_channel,
     plan,
-    position,
 )
 from .merge import divide
+from .records import columns_sum, fold_gradient, owned, write_part
 
 
 @triton.jit
@@ -33,28 +35,36 @@ def mean_gradients(sums, count, training, channel, known, ROWS: tl.constexpr, AL
 @kernel
 def grad_input_kernel(
     dy_ptr, x_ptr, dx_ptr, dresidual_ptr, mask_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, sum_ptr, dot_ptr,
-    dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner, dresidual_outer, dresidual_inner,
+    parts_ptr, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner, dresidual_outer, dresidual_inner,
     lines, length, channels, tiles, share, spans, beside,
     has_statistics, has_weight, has_bias, count, relu, training, need_dx, need_dresidual,
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
+    """With ``parts_ptr`` also parts of the record of dx, as it is stored."""
     STORED: tl.constexpr = x_ptr.dtype.element_ty
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     vectors = (mean_ptr, invstd_ptr, weight_ptr, bias_ptr)
     given = (has_statistics, has_weight, has_bias)
     sums = (sum_ptr, dot_ptr)
     first = tl.program_id(1) * share
-    if not FLAT:
+    if ROWS or not FLAT:
         _, octet = locate(first, 0, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
         channel, exists = channel_of(octet, length, channels, ROWS, FLAT, ALIGN)
         mean, invstd, weight, bias = affine(vectors, given, channel, exists, ROWS, ALIGN)
         mean_g, mean_dot = mean_gradients(sums, count, training, channel, exists, ROWS, ALIGN)
+    if parts_ptr is not None:
+        total = tl.zeros((GROUP, 8), ACC)
+        absolute = tl.zeros((GROUP, 8), ACC)
+        squares = tl.zeros((GROUP, 8), ACC)
+        positive = tl.zeros((GROUP, 8), tl.int32)
+        negative = tl.zeros((GROUP, 8), tl.int32)
+        zero = tl.zeros((GROUP, 8), tl.int32)
     for t in range(first, tl.minimum(first + share, tiles)):
         places, dys, xs = (), (), ()
         for u in tl.static_range(UNROLL):
             line, octet = locate(t, u, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
-            known = (line < lines) & (position(octet) < length * ALIGN)
+            known = inside(line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
             places += ((line, octet, known),)
             at = addresses(dy_ptr, dy_outer, dy_inner, line, octet, channels, ROWS, FLAT, ALIGN)
             dys += (tl.load(at, mask=known, other=0.0),)
@@ -62,7 +72,7 @@ def grad_input_kernel(
             xs += (tl.load(at, mask=known, other=0.0),)
         for u in tl.static_range(UNROLL):
             line, octet, known = places[u]
-            if FLAT:
+            if FLAT and not ROWS:
                 channel, _ = channel_of(octet, length, channels, ROWS, FLAT, ALIGN)
                 mean, invstd, weight, bias = affine(vectors, given, channel, known, ROWS, ALIGN)
                 mean_g, mean_dot = mean_gradients(sums, count, training, channel, known, ROWS, ALIGN)
@@ -77,6 +87,25 @@ def grad_input_kernel(
             tl.store(at, dx, mask=known & (need_dx != 0))
             at = addresses(dresidual_ptr, dresidual_outer, dresidual_inner, line, octet, channels, ROWS, FLAT, ALIGN)
             tl.store(at, g, mask=known & (need_dresidual != 0))
+            if parts_ptr is not None:
+                value = tl.where(known, dx.to(STORED).to(ACC), 0.0)
+                total += value
+                absolute += tl.abs(value)
+                squares = tl.fma(value, value, squares)
+                positive += (value > 0).to(tl.int32)
+                negative += (value < 0).to(tl.int32)
+                zero += (known & (value == 0)).to(tl.int32)
+    if parts_ptr is not None:
+        WIDTH: tl.constexpr = OCTETS * 8 if ROWS else 1
+        total = columns_sum(total, WIDTH)
+        absolute = columns_sum(absolute, WIDTH)
+        squares = columns_sum(squares, WIDTH)
+        positive = columns_sum(positive, WIDTH)
+        negative = columns_sum(negative, WIDTH)
+        zero = columns_sum(zero, WIDTH)
+        part, channel, there = owned(channels, WIDTH, FLAT)
+        rows = (total, absolute, squares, positive, negative, zero)
+        write_part(parts_ptr, rows, 0, 6, part, channel, channels, there)
 
 
 def grad_input(
@@ -91,11 +120,18 @@ def grad_input(
     sums: tuple[Tensor, Tensor, int] | None,
     need_dx: bool = True,
     need_dresidual: bool = True,
+    record: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx and the residual's gradient g, where needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode."""
+    """dx and the residual's gradient g, where needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
+
+    ``record`` [7, C] is filled, by a second launch, with ``records.GRADIENT`` of dx, where that is needed.
+    """
     like = layout(x)
     dx = empty_like(x, like.rows) if need_dx else None
     dresidual = empty_like(x, like.rows) if need_dresidual else None
+    record = record if need_dx else None
+    if x.numel() == 0 and record is not None:
+        record.zero_()
     if x.numel() == 0 or not (need_dx or need_dresidual):
         return dx, dresidual
     dy, x = addressed(dy, like.rows), addressed(x, like.rows)
@@ -103,10 +139,13 @@ def grad_input(
     vectors, given = channel_vectors(x, mean, invstd, weight, bias)
     total, dot, count = (vectors[0], vectors[0], 1) if sums is None else sums
     total, dot = total.contiguous(), dot.contiguous()
-    how = plan(like, [dy, x, *written], [*vectors, total, dot], pointwise=True)
+    how = plan(like, [dy, x, *written], [*vectors, total, dot], pointwise=True, recording=record is not None)
+    parts = None if record is None else torch.empty((how.parts, 6, like.c), dtype=torch.float64, device=x.device)
     flags = (int(act == "relu"), int(sums is not None), int(need_dx), int(need_dresidual))
     launch(
         grad_input_kernel, how.grid, x.device, dy, x, *written, mask if act == "relu" else None, *vectors, total, dot,
-        *how.strides, *how.sizes, *given, count, *flags, **how.constants,
+        parts, *how.strides, *how.sizes, *given, count, *flags, **how.constants,
     )  # fmt: skip
+    if record is not None:
+        fold_gradient(parts, record, like.count)
     return dx, dresidual

@@ -8,19 +8,26 @@ from torch import Tensor
 from ..layout import addressed, layout
 from ..reference import accumulator
 from .common import addresses, affine, channel_of, channel_vectors, gated, kernel, launch, locate, plan, position
+from .records import columns_sum, fold_row, owned, write_part
 
 PARTS, CHANNELS = 32, 16  # the block that a program of the fold adds at a time
 
 
+@triton.jit
+def sign(v):
+    """1, -1 or 0, which NaN has as well."""
+    return (v > 0).to(tl.int32) - (v < 0).to(tl.int32)
+
+
 @kernel
 def grad_sums_kernel(
-    dy_ptr, x_ptr, mask_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, sums_ptr, dots_ptr,
+    dy_ptr, x_ptr, mask_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, sums_ptr, dots_ptr, parts_ptr,
     dy_outer, dy_inner, x_outer, x_inner, lines, length, channels, tiles, share, spans, beside,
     has_statistics, has_weight, has_bias, relu,
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One row of partial sums per split."""
+    """One row of partial sums per split; with ``parts_ptr`` a part of the record as well."""
     STORED: tl.constexpr = x_ptr.dtype.element_ty
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     first = tl.program_id(1) * share
@@ -31,6 +38,13 @@ def grad_sums_kernel(
     mean, invstd, weight, bias = affine(vectors, given, channel, exists, ROWS, ALIGN)
     total = tl.zeros((GROUP, 8), ACC)
     dot = tl.zeros((GROUP, 8), ACC)
+    if parts_ptr is not None:
+        absolute = tl.zeros((GROUP, 8), ACC)
+        signs = tl.zeros((GROUP, 8), tl.int32)
+        nonzero = tl.zeros((GROUP, 8), tl.int32)
+        absolute_dot = tl.zeros((GROUP, 8), ACC)
+        dot_signs = tl.zeros((GROUP, 8), tl.int32)
+        dot_nonzero = tl.zeros((GROUP, 8), tl.int32)
     for t in range(first, tl.minimum(first + share, tiles)):
         places, dys, xs = (), (), ()
         for u in tl.static_range(UNROLL):
@@ -51,6 +65,14 @@ def grad_sums_kernel(
             total += g
             # An idle lane has g = 0, but its xhat may overflow.
             dot = tl.fma(g, tl.where(known, xhat, 0.0), dot)
+            if parts_ptr is not None:
+                absolute += tl.abs(g)
+                signs += sign(g)
+                nonzero += (g != 0).to(tl.int32)
+                summand = g * tl.where(known, xhat, 0.0)
+                absolute_dot += tl.abs(summand)
+                dot_signs += sign(summand)
+                dot_nonzero += (summand != 0).to(tl.int32)
     # All lanes of a channel into one.
     WIDTH: tl.constexpr = OCTETS * 8 if ROWS else 1
     total = tl.sum(tl.reshape(total, (GROUP * 8 // WIDTH, WIDTH)), 0)
@@ -59,14 +81,30 @@ def grad_sums_kernel(
     at = tl.program_id(1) * channels
     tl.store(sums_ptr + at + channel, total, mask=channel < channels)
     tl.store(dots_ptr + at + channel, dot, mask=channel < channels)
+    if parts_ptr is not None:
+        absolute = columns_sum(absolute, WIDTH)
+        signs = columns_sum(signs, WIDTH)
+        nonzero = columns_sum(nonzero, WIDTH)
+        absolute_dot = columns_sum(absolute_dot, WIDTH)
+        dot_signs = columns_sum(dot_signs, WIDTH)
+        dot_nonzero = columns_sum(dot_nonzero, WIDTH)
+        rows = (total, absolute, signs, nonzero, dot, absolute_dot, dot_signs, dot_nonzero)
+        part, channel, there = owned(channels, WIDTH, FLAT)
+        write_part(parts_ptr, rows, 0, 8, part, channel, channels, there)
 
 
 @kernel
 def fold_kernel(
-    sums_ptr, dots_ptr, sum_ptr, dot_ptr, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
+    sums_ptr, dots_ptr, sum_ptr, dot_ptr, parts_ptr, record_ptr, parts, channels,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The parts added in their order: a tree over each block, the blocks one by one."""
+    """The parts added in their order: a tree over each block, the blocks one by one. More programs, the record's."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    if record_ptr is not None:
+        row = tl.program_id(1) - 1
+        if row >= 0:
+            fold_row(parts_ptr, row, 8, record_ptr, row, parts, channel, channels, PARTS, CHANNELS)
+            return
     total = tl.zeros((CHANNELS,), sum_ptr.dtype.element_ty)
     dot = tl.zeros((CHANNELS,), sum_ptr.dtype.element_ty)
     for first in range(0, parts, PARTS):
@@ -88,10 +126,13 @@ def grad_sums(
     bias: Tensor | None,
     mask: Tensor | None,
     act: str | None,
+    record: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sum g [C] and sum g * xhat [C]."""
+    """sum g [C] and sum g * xhat [C]. ``record`` [8, C] is filled, by these launches, with ``records.AFFINE``."""
     like, acc = layout(x), accumulator(x.dtype)
     if x.numel() == 0:
+        if record is not None:
+            record.zero_()
         zeros = torch.zeros(like.c, dtype=acc, device=x.device)
         return zeros, zeros.clone()
     dy, x = addressed(dy, like.rows), addressed(x, like.rows)
@@ -99,12 +140,14 @@ def grad_sums(
     how = plan(like, [dy, x], vectors)
     sums, dots = torch.empty((2, how.grid[1], like.c), dtype=acc, device=x.device)
     total, dot = (torch.empty(like.c, dtype=acc, device=x.device) for _ in range(2))
+    parts = None if record is None else torch.empty((how.parts, 8, like.c), dtype=torch.float64, device=x.device)
     launch(
-        grad_sums_kernel, how.grid, x.device, dy, x, mask if act == "relu" else None, *vectors, sums, dots,
+        grad_sums_kernel, how.grid, x.device, dy, x, mask if act == "relu" else None, *vectors, sums, dots, parts,
         *how.strides, *how.sizes, *given, int(act == "relu"), **how.constants,
     )  # fmt: skip
     launch(
-        fold_kernel, (triton.cdiv(like.c, CHANNELS),), x.device, sums, dots, total, dot, how.grid[1], like.c,
+        fold_kernel, (triton.cdiv(like.c, CHANNELS), 1 if record is None else 9), x.device,
+        sums, dots, total, dot, parts, record, how.grid[1], like.c,
         PARTS=PARTS, CHANNELS=CHANNELS,
     )  # fmt: skip
     return total, dot

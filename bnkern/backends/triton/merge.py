@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..reference import accumulator
 from .common import kernel, launch
+from .records import fold_moments
 
 PARTS, CHANNELS = 32, 16  # the block that a program merges at a time
 
@@ -96,14 +97,23 @@ def inverse_root(v):
 @kernel
 def statistics_kernel(
     counts_ptr, means_ptr, m2s_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, mean_ptr, invstd_ptr,
-    parts, channels, total, momentum: tl.float64, eps: tl.float64, training, has_running, cumulative,
-    PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+    parts_ptr, record_ptr, parts, channels, total, momentum: tl.float64, eps: tl.float64,
+    training, has_running, cumulative, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """mean and invstd of the parts, or of the running statistics where there are no parts; updates the latter.
 
     A cumulative momentum is 1 / counter, which one program may then read and raise; else it is raised by the first.
+    With ``record_ptr`` a second line of programs folds the record, and begins the tallies in its last row.
     """
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
+    if record_ptr is not None:  # noqa: SIM102 (known when compiling; the other is not)
+        if tl.program_id(1) == 1:
+            for first in range(tl.program_id(0) * CHANNELS, channels, tl.num_programs(0) * CHANNELS):
+                channel = first + tl.arange(0, CHANNELS)
+                fold_moments(parts_ptr, record_ptr, total, parts, channel, channels, PARTS, CHANNELS)
+                zero = tl.zeros((CHANNELS,), tl.float64)  # of all bits 0, as the integer
+                tl.store(record_ptr + 7 * channels + channel, zero, mask=channel < channels)
+            return
     share = momentum
     if tracked_ptr is not None:
         share = tl.where(cumulative != 0, 1.0 / (tl.load(tracked_ptr) + 1).to(tl.float64), momentum)
@@ -132,7 +142,7 @@ def statistics_kernel(
 
 
 def statistics(
-    parts: tuple[Tensor, Tensor, Tensor] | None,
+    parts: tuple[Tensor, ...] | None,
     count: int,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -140,22 +150,26 @@ def statistics(
     momentum: float | None,
     eps: float,
     dtype: torch.dtype,
+    record: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """mean and invstd [C] of partial moments of ``count`` values, with which the running statistics are updated.
 
     Without parts: those of the running statistics, which then stay as they are. ``dtype`` is the input's.
+    ``record`` [8, C], of which the parts must hold parts, is filled but for the last row, which becomes 0; without
+    parts it is left alone.
     """
     training, has_running = parts is not None, running_mean is not None
     like = parts[1] if training else running_mean
     channels = like.shape[-1]
     mean, invstd = (torch.empty(channels, dtype=accumulator(dtype), device=like.device) for _ in range(2))
-    counts, means, m2s = parts if training else (mean, mean, mean)
+    counts, means, m2s = parts[:3] if training else (mean, mean, mean)
     running = (running_mean, running_var) if has_running else (mean, mean)
     cumulative = training and has_running and momentum is None
-    grid = (1 if cumulative else triton.cdiv(channels, CHANNELS),)
+    recorded = (parts[3], record) if training and record is not None else (None, None)
+    grid = (1 if cumulative else triton.cdiv(channels, CHANNELS), 1 if recorded[1] is None else 2)
     launch(
         statistics_kernel, grid, like.device, counts, means, m2s, *running, num_batches_tracked, mean, invstd,
-        len(counts), channels, count, momentum or 0.0, eps, int(training), int(has_running), int(cumulative),
+        *recorded, len(counts), channels, count, momentum or 0.0, eps, int(training), int(has_running), int(cumulative),
         PARTS=PARTS, CHANNELS=CHANNELS,
     )  # fmt: skip
     return mean, invstd

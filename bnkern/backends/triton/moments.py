@@ -1,83 +1,156 @@
 """Phase ``moments``: count, mean and M2 of every channel, by local two-pass sums merged with Chan's formula."""
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..layout import addressed, layout
 from ..reference import accumulator
-from .common import addresses, kernel, launch, locate, plan, position
+from .common import addresses, inside, kernel, launch, locate, plan
 from .merge import chan, merge
+from .records import about, owned, write_part
 
 
-@kernel
-def moments_kernel(
-    x_ptr, counts_ptr, means_ptr, m2s_ptr, outer, inner, lines, length, channels, tiles, share, spans, beside,
-    ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """One row of partial (count, mean, M2) per split."""
-    ACC: tl.constexpr = means_ptr.dtype.element_ty
-    first = tl.program_id(1) * share
-    # Each lane keeps moments of its own, about the first value that it sees, so that they are small numbers however
-    # large the mean, and zero in a constant channel. Lanes of an octet share a count unless a line may end within.
-    COUNTED: tl.constexpr = 1 if ROWS or ALIGN == 8 else 8
-    count = tl.zeros((GROUP, COUNTED), ACC)
-    pivot = tl.zeros((GROUP, 8), ACC)
-    mean = tl.zeros((GROUP, 8), ACC)
-    m2 = tl.zeros((GROUP, 8), ACC)
-    for t in range(first, tl.minimum(first + share, tiles)):
-        xs, known = (), ()
-        tile_count = tl.zeros((GROUP, COUNTED), ACC)
-        tile_mean = tl.zeros((GROUP, 8), ACC)
-        tile_m2 = tl.zeros((GROUP, 8), ACC)
-        for u in tl.static_range(UNROLL):
-            line, octet = locate(t, u, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
-            there = (line < lines) & (position(octet) < length * ALIGN)
-            at = addresses(x_ptr, outer, inner, line, octet, channels, ROWS, FLAT, ALIGN)
-            xs += (tl.load(at, mask=there, other=0.0),)
-            known += (there,)
-            if ROWS:  # lanes beyond the last channel may count: their results are dropped
-                tile_count += (line < lines).to(ACC)
-            elif ALIGN == 8:
-                tile_count += ((line < lines) & (octet * 8 < length * ALIGN)).to(ACC)
-            else:
-                tile_count += there.to(ACC)
-        pivot = tl.where(count == 0, xs[0].to(ACC), pivot)
-        for u in tl.static_range(UNROLL):
-            tile_mean += tl.where(known[u], xs[u].to(ACC) - pivot, 0.0)
-        tile_mean *= 1.0 / tl.maximum(tile_count, 1.0)
-        for u in tl.static_range(UNROLL):
-            deviation = tl.where(known[u], (xs[u].to(ACC) - pivot) - tile_mean, 0.0)
-            tile_m2 = tl.fma(deviation, deviation, tile_m2)
-        count, mean, m2 = chan(count, mean, m2, tile_count, tile_mean, tile_m2)
-    # All lanes of a channel into one, about a centre that they share.
-    WIDTH: tl.constexpr = OCTETS * 8 if ROWS else 1  # channels of a program
-    LANES: tl.constexpr = GROUP * 8 // WIDTH
-    count = tl.reshape(tl.broadcast_to(count, (GROUP, 8)), (LANES, WIDTH))
+@triton.jit
+def no_moments(ACC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr):
+    """What lanes know before their first value: count, pivot, mean, M2 and, for records, M3, M4, least, largest.
+
+    Lanes of an octet share a count unless a line may end within, or one of the rows that it is made of.
+    """
+    COUNTED: tl.constexpr = 1 if (ROWS and not FLAT) or ALIGN == 8 else 8
+    zero = tl.zeros((GROUP, 8), ACC)
+    infinite = tl.full((GROUP, 8), float("inf"), ACC)
+    return tl.zeros((GROUP, COUNTED), ACC), zero, zero, zero, zero, zero, infinite, -infinite
+
+
+@triton.jit
+def counted(line, octet, known, lines, length, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr):
+    """Which lanes have a value, [GROUP, 1] where that is the same for those of an octet, else ``known``."""
+    if ROWS and not FLAT:  # lanes beyond the last channel may count: their results are dropped
+        return line < lines
+    elif ALIGN == 8:
+        return (line < lines) & (octet * 8 < length * ALIGN)
+    else:
+        return known
+
+
+@triton.jit
+def add_tile(lanes, xs, known, tile_count, UNROLL: tl.constexpr, RECORD: tl.constexpr):
+    """The moments of lanes that have seen the values ``xs`` of a tile as well, UNROLL each, where ``known``.
+
+    They are about the first value that a lane sees, its pivot, so that they are small numbers however large the mean,
+    and zero in a constant channel.
+    """
+    count, pivot, mean, m2, m3, m4, least, largest = lanes
+    tile_mean = tl.zeros_like(mean)
+    tile_m2 = tl.zeros_like(mean)
+    pivot = tl.where(count == 0, xs[0].to(mean.dtype), pivot)
+    for u in tl.static_range(UNROLL):
+        tile_mean += tl.where(known[u], xs[u].to(mean.dtype) - pivot, 0.0)
+    tile_mean *= 1.0 / tl.maximum(tile_count, 1.0)
+    tile_m3 = tl.zeros_like(mean)
+    tile_m4 = tl.zeros_like(mean)
+    for u in tl.static_range(UNROLL):
+        deviation = tl.where(known[u], (xs[u].to(mean.dtype) - pivot) - tile_mean, 0.0)
+        tile_m2 = tl.fma(deviation, deviation, tile_m2)
+        if RECORD:
+            square = deviation * deviation
+            tile_m3 = tl.fma(square, deviation, tile_m3)
+            tile_m4 = tl.fma(square, square, tile_m4)
+            value = xs[u].to(mean.dtype)
+            least = tl.where(known[u] & (value < least), value, least)  # NaN is neither
+            largest = tl.where(known[u] & (value > largest), value, largest)
+    total, middle, m2_of_both = chan(count, mean, m2, tile_count, tile_mean, tile_m2)
+    if RECORD:
+        m3, m4 = about(count, m2, m3, m4, mean - middle)
+        tile_m3, tile_m4 = about(tile_count, tile_m2, tile_m3, tile_m4, tile_mean - middle)
+        m3 += tile_m3
+        m4 += tile_m4
+    return total, pivot, middle, m2_of_both, m3, m4, least, largest
+
+
+@triton.jit
+def join_lanes(lanes, WIDTH: tl.constexpr, RECORD: tl.constexpr):
+    """All lanes of each of WIDTH channels into one: its count, a centre, the mean's distance from it, and the rest."""
+    count, pivot, mean, m2, m3, m4, least, largest = lanes
+    LANES: tl.constexpr = mean.numel // WIDTH
+    count = tl.reshape(tl.broadcast_to(count, mean.shape), (LANES, WIDTH))
     pivot = tl.reshape(pivot, (LANES, WIDTH))
     mean = tl.reshape(mean, (LANES, WIDTH))
     m2 = tl.reshape(m2, (LANES, WIDTH))
     centre = tl.sum((pivot + mean) * (count / tl.maximum(tl.sum(count, 0), 1.0)[None, :]), 0)
     mean = tl.where(count > 0, (pivot - centre[None, :]) + mean, 0.0)
-    count, mean, m2 = tl.reduce((count, mean, m2), 0, chan)
+    total, middle, m2_of_all = tl.reduce((count, mean, m2), 0, chan)
+    if RECORD:
+        m3 = tl.reshape(m3, (LANES, WIDTH))
+        m4 = tl.reshape(m4, (LANES, WIDTH))
+        m3, m4 = about(count, m2, m3, m4, mean - middle[None, :])
+        m3 = tl.sum(m3, 0)
+        m4 = tl.sum(m4, 0)
+        least = tl.min(tl.reshape(least, (LANES, WIDTH)), 0)
+        largest = tl.max(tl.reshape(largest, (LANES, WIDTH)), 0)
+    return total, centre, middle, m2_of_all, m3, m4, least, largest
+
+
+@triton.jit
+def write_moments(parts_ptr, joined, part, channel, channels, known):
+    """The first seven rows of a part of ``records.ACTIVATION``. The mean is not rounded: M3 would feel it."""
+    count, centre, mean, m2, m3, m4, least, largest = joined
+    mean = centre.to(tl.float64) + mean.to(tl.float64)
+    write_part(parts_ptr, (count, mean, m2, m3, m4, least, largest), 0, 8, part, channel, channels, known)
+
+
+@kernel
+def moments_kernel(
+    x_ptr, counts_ptr, means_ptr, m2s_ptr, parts_ptr,
+    outer, inner, lines, length, channels, tiles, share, spans, beside,
+    ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """One row of partial (count, mean, M2) per split; with ``parts_ptr`` a part of the record as well."""
+    ACC: tl.constexpr = means_ptr.dtype.element_ty
+    RECORD: tl.constexpr = parts_ptr is not None
+    first = tl.program_id(1) * share
+    lanes = no_moments(ACC, GROUP, ROWS, FLAT, ALIGN)
+    for t in range(first, tl.minimum(first + share, tiles)):
+        xs, known = (), ()
+        tile_count = tl.zeros_like(lanes[0])
+        for u in tl.static_range(UNROLL):
+            line, octet = locate(t, u, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
+            there = inside(line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
+            at = addresses(x_ptr, outer, inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            xs += (tl.load(at, mask=there, other=0.0),)
+            known += (there,)
+            tile_count += counted(line, octet, there, lines, length, ROWS, FLAT, ALIGN).to(ACC)
+        lanes = add_tile(lanes, xs, known, tile_count, UNROLL, RECORD)
+    WIDTH: tl.constexpr = OCTETS * 8 if ROWS else 1  # channels of a program
+    joined = join_lanes(lanes, WIDTH, RECORD)
+    count, centre, mean, m2 = joined[0], joined[1], joined[2], joined[3]
     channel = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     at = tl.program_id(1) * channels + channel
     tl.store(means_ptr + at, centre + mean, mask=channel < channels)
     tl.store(m2s_ptr + at, m2, mask=channel < channels)
     if tl.program_id(0) == 0:
         tl.store(counts_ptr + tl.program_id(1), tl.max(count, 0))
+    if RECORD:
+        part, channel, there = owned(channels, WIDTH, FLAT)
+        write_moments(parts_ptr, joined, part, channel, channels, there)
 
 
-def partial_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts [K], means [K, C] and M2s [K, C] of the K parts into which the partition cuts each channel of x."""
+def partial_moments(x: Tensor, recording: bool = False) -> tuple[Tensor, ...]:
+    """Counts [K], means [K, C] and M2s [K, C] of the K parts into which the partition cuts each channel of x.
+
+    If ``recording`` also the parts [K, 8, C] of ``records.ACTIVATION``, without their last row.
+    """
     like = layout(x)
     x = addressed(x, like.rows)
     how = plan(like, [x], [])
     means, m2s = torch.empty((2, how.grid[1], like.c), dtype=accumulator(x.dtype), device=x.device)
     counts = means.new_empty(how.grid[1])
-    launch(moments_kernel, how.grid, x.device, x, counts, means, m2s, *how.strides, *how.sizes, **how.constants)
-    return counts, means, m2s
+    parts = means.new_empty((how.grid[1], 8, like.c), dtype=torch.float64) if recording else None
+    launch(moments_kernel, how.grid, x.device, x, counts, means, m2s, parts, *how.strides, *how.sizes, **how.constants)
+    return (counts, means, m2s, parts) if recording else (counts, means, m2s)
 
 
 def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:

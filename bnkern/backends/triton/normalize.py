@@ -10,37 +10,45 @@ from .common import (
     affine,
     channel_of,
     channel_vectors,
+    inside,
     kernel,
     launch,
     locate,
     mask_addresses,
     plan,
-    position,
 )
+from .moments import add_tile, counted, join_lanes, no_moments, write_moments
+from .records import columns_sum, fold_activation, owned, tell, write_part
 
 
 @kernel
 def normalize_kernel(
-    x_ptr, residual_ptr, y_ptr, mask_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr,
+    x_ptr, residual_ptr, y_ptr, mask_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, parts_ptr, tally_ptr, row_ptr,
     x_outer, x_inner, residual_outer, residual_inner, y_outer, y_inner,
     lines, length, channels, tiles, share, spans, beside,
-    has_statistics, has_weight, has_bias, has_residual, relu,
+    has_statistics, has_weight, has_bias, has_residual, relu, told,
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
+    """With ``tally_ptr`` the record's count above zero as well; with ``parts_ptr`` parts of the whole record."""
     STORED: tl.constexpr = y_ptr.dtype.element_ty
+    RECORD: tl.constexpr = parts_ptr is not None or tally_ptr is not None
     vectors = (mean_ptr, invstd_ptr, weight_ptr, bias_ptr)
     given = (has_statistics, has_weight, has_bias)
     first = tl.program_id(1) * share
-    if not FLAT:
+    if ROWS or not FLAT:
         _, octet = locate(first, 0, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
         channel, exists = channel_of(octet, length, channels, ROWS, FLAT, ALIGN)
         mean, invstd, weight, bias = affine(vectors, given, channel, exists, ROWS, ALIGN)
+    if RECORD:
+        active = tl.zeros((GROUP, 8), tl.int32)
+    if parts_ptr is not None:
+        lanes = no_moments(mean_ptr.dtype.element_ty, GROUP, ROWS, FLAT, ALIGN)
     for t in range(first, tl.minimum(first + share, tiles)):
         places, xs, residuals = (), (), ()
         for u in tl.static_range(UNROLL):
             line, octet = locate(t, u, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
-            known = (line < lines) & (position(octet) < length * ALIGN)
+            known = inside(line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
             places += ((line, octet, known),)
             at = addresses(x_ptr, x_outer, x_inner, line, octet, channels, ROWS, FLAT, ALIGN)
             xs += (tl.load(at, mask=known, other=0.0),)
@@ -48,7 +56,7 @@ def normalize_kernel(
             residuals += (tl.load(at, mask=known & (has_residual != 0), other=0.0),)
         for u in tl.static_range(UNROLL):
             line, octet, known = places[u]
-            if FLAT:
+            if FLAT and not ROWS:
                 channel, _ = channel_of(octet, length, channels, ROWS, FLAT, ALIGN)
                 mean, invstd, weight, bias = affine(vectors, given, channel, known, ROWS, ALIGN)
             xhat = (xs[u].to(mean.dtype) - mean) * invstd
@@ -56,11 +64,29 @@ def normalize_kernel(
             stopped = z <= 0  # NaN is not, and passes
             at = addresses(y_ptr, y_outer, y_inner, line, octet, channels, ROWS, FLAT, ALIGN)
             tl.store(at, tl.where((relu != 0) & stopped, 0.0, z), mask=known)
+            if RECORD:
+                active += (known & (z > 0)).to(tl.int32)
             if mask_ptr is not None:
                 bits = tl.where(known & (stopped == 0), 1 << tl.arange(0, 8)[None, :], 0)
                 byte = tl.sum(bits, 1, keep_dims=True).to(tl.uint8)
-                at, there = mask_addresses(mask_ptr, line, octet, length, channels, ROWS, FLAT, ALIGN)
+                at, there = mask_addresses(mask_ptr, line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
                 tl.store(at, byte, mask=(line < lines) & there)
+        if parts_ptr is not None:
+            everywhere, tile_count = (), tl.zeros_like(lanes[0])
+            for u in tl.static_range(UNROLL):
+                line, octet, known = places[u]
+                everywhere += (known,)
+                tile_count += counted(line, octet, known, lines, length, ROWS, FLAT, ALIGN).to(mean.dtype)
+            lanes = add_tile(lanes, xs, everywhere, tile_count, UNROLL, 1)
+    if RECORD:
+        WIDTH: tl.constexpr = OCTETS * 8 if ROWS else 1
+        part, channel, there = owned(channels, WIDTH, FLAT)
+        active = columns_sum(active, WIDTH)
+        if parts_ptr is not None:
+            write_moments(parts_ptr, join_lanes(lanes, WIDTH, 1), part, channel, channels, there)
+            write_part(parts_ptr, (active,), 7, 8, part, channel, channels, there)
+        else:
+            tell(tally_ptr, row_ptr, active, told, channel, there)
 
 
 def normalize(
@@ -72,8 +98,13 @@ def normalize(
     residual: Tensor | None,
     act: str | None,
     save_mask: bool = True,
+    record: Tensor | None = None,
+    tallied: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """y and, with residual and ReLU and unless not wanted, the mask."""
+    """y and, with residual and ReLU and unless not wanted, the mask.
+
+    ``record`` [8, C] is filled, by a second launch; if ``tallied``, only its last row, which must be 0, by this one.
+    """
     like = layout(x)
     save_mask = save_mask and act == "relu" and residual is not None
     y = empty_like(x, like.rows)
@@ -83,9 +114,18 @@ def normalize(
     x = addressed(x, like.rows)
     z = x if residual is None else addressed(residual, like.rows)
     vectors, given = channel_vectors(x, mean, invstd, weight, bias)
-    how = plan(like, [x, z, y], vectors, pointwise=True)
+    how = plan(like, [x, z, y], vectors, pointwise=True, recording=record is not None)
+    told = how.parts
+    parts = tally = row = None
+    if record is not None and tallied:
+        row = record[-1]
+        tally = row.view(torch.int64)
+    elif record is not None:
+        parts = torch.empty((told, 8, like.c), dtype=torch.float64, device=x.device)
     launch(
-        normalize_kernel, how.grid, x.device, x, z, y, mask, *vectors,
-        *how.strides, *how.sizes, *given, int(residual is not None), int(act == "relu"), **how.constants,
+        normalize_kernel, how.grid, x.device, x, z, y, mask, *vectors, parts, tally, row,
+        *how.strides, *how.sizes, *given, int(residual is not None), int(act == "relu"), told, **how.constants,
     )  # fmt: skip
+    if parts is not None:
+        fold_activation(parts, record, like.count)
     return y, mask
