@@ -66,10 +66,12 @@ def convert(model: nn.Module, fuse: bool = True) -> nn.Module:
     """
     revert(model)
     for module in model.modules():
+        note = Note(type(module), "" if fuse else "fuse=False")
         if type(module) in _OURS:
             _become_ours(module)
+            module._conversion = note
         elif type(module) in _OURS.values() and module.act is None:
-            module._conversion = Note(type(module))
+            module._conversion = note
     if fuse:
         fuse_all(model)
     return model
@@ -138,9 +140,7 @@ def _why_left(module: nn.Module) -> str:
 
 
 def _become_ours(bn: nn.Module) -> None:
-    was, ours = type(bn), _OURS[type(bn)]
-    # What our constructor sets beyond torch's.
+    ours = _OURS[type(bn)]
     for name, value in vars(ours(1, device="meta")).items():
-        vars(bn).setdefault(name, value)
+        vars(bn).setdefault(name, value)  # what our constructor sets beyond torch's
     bn.__class__ = ours
-    bn._conversion = Note(was)

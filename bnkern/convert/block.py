@@ -6,6 +6,7 @@ All of it is state of instances: a module's class is exchanged for a subclass th
 """
 
 import functools
+import importlib
 import inspect
 import types
 import warnings
@@ -21,8 +22,8 @@ from ..backends.layout import formats_conflict
 class Note:
     """What happened to one batch norm: ``was``, its class before; ``outcome`` and ``why`` not more, in words."""
 
-    def __init__(self, was: type[nn.Module]) -> None:
-        self.was, self.outcome, self.why = was, "batch norm", ""
+    def __init__(self, was: type[nn.Module], why: str) -> None:
+        self.was, self.outcome, self.why = was, "batch norm", why
         self.separate_adds = 0  # calls whose addition torch did
 
 
@@ -71,7 +72,7 @@ def _alike(x: Tensor, residual: Any) -> bool:
 
 
 class Guard(NamedTuple):
-    """A module that must still be of this class; a batch norm with its act, any other one, not called, without hooks."""
+    """A module that must be of this class still: a batch norm with its act, or one that nobody calls or hooks."""
 
     path: str
     cls: type[nn.Module]
@@ -114,7 +115,7 @@ class Recipe:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.globals = {
-            key: __import__(value, fromlist=["_"]) if is_module else value
+            key: importlib.import_module(value) if is_module else value
             for key, (value, is_module) in state["globals"].items()
         }
         self.code = self._compile()
@@ -181,7 +182,7 @@ def give_up(block: nn.Module, why: str) -> None:
     recipe, block._recipe = block._recipe, None
     for path, _, is_norm in recipe.guards:
         module = _find(block, path)
-        if is_norm and "_conversion" in vars(module or object):
+        if is_norm and hasattr(module, "_conversion"):
             module.act = None
             module._conversion.outcome, module._conversion.why = "batch norm", why
 

@@ -15,13 +15,33 @@ def fuse_all(model: nn.Module) -> None:
     the end of a module that it calls."""
     holders = Counter(id(child) for m in model.modules() for child in m._modules.values() if child is not None)
     entered: set[nn.Module] = set()  # their forward is part of another's by now
-    for module in list(model.modules()):
+    views: dict[str, dict[str, str] | str] = {}
+    for name, module in list(model.named_modules()):
         called = not is_norm(module) and type(module).forward is not nn.Module.forward  # an nn.ModuleList is not
         if called and any(is_norm(m) for m in module.modules()) and module not in entered:
-            entered |= _Fusion(module, holders).apply()
-    for module in model.modules():
+            fusion = _Fusion(module, holders)
+            entered |= fusion.apply()
+            views[name] = fusion.view
+    for name, module in model.named_modules():
         if is_norm(module) and module.act is None and not module._conversion.why:
-            module._conversion.why = "no ReLU follows"
+            count = holders[id(module)]
+            module._conversion.why = f"the model holds it in {count} places" if count > 1 else _follower(name, views)
+
+
+def _follower(name: str, views: dict[str, dict[str, str] | str]) -> str:
+    """What the result of a batch norm goes into: looked for in its block, and above as long as blocks return it."""
+    above = name
+    while above:
+        above = above.rpartition(".")[0]
+        view = views.get(above)
+        if isinstance(view, str):
+            return view
+        follower = view and view.get(name.removeprefix(f"{above}."))
+        if follower:
+            return f"{follower} follows"
+        if follower == "":
+            name = above
+    return "no ReLU follows"
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -41,15 +61,16 @@ class _Fusion:
         self.block, self.holders = block, holders
         self.name = type(block).__name__
         self.barred: set[str] = set()  # submodules that must be called, not looked into
+        self.view: dict[str, str] | str = {}  # submodule -> what its result goes into, "" where it is returned
 
     def apply(self) -> set[nn.Module]:
         """Fuses; returns the modules that the block no longer calls, but has taken over."""
         try:
             graph, constants, patterns, inline = self._analyse()
         except Untraceable as reason:
-            for module in self.block.modules():
-                self._tell(module, f"{self.name}.forward {reason}")
+            self.view = f"{self.name}.forward {reason}"
             return set()
+        self.view = {node.target: self._followers(node) for node in graph.nodes if node.op == "call_module"}
         replaced = []
         for match in patterns.matches:
             bn = self._at(match.bn)
@@ -65,7 +86,6 @@ class _Fusion:
                 replaced.append(match)
         for path, why in patterns.why.items():
             self._tell(self.block.get_submodule(path), why)
-        self._tell_what_follows(graph)
         if not replaced:
             return set()
         self._replace_forward(graph, constants, patterns, replaced, inline)
@@ -180,15 +200,10 @@ class _Fusion:
         if is_norm(module) and module.act is None:
             module._conversion.why = why
 
-    def _tell_what_follows(self, graph: fx.Graph) -> None:
-        for node in graph.nodes:
-            if node.op != "call_module" or not is_norm(self._at(node)) or self._at(node)._conversion.why:
-                continue
-            if self.holders[id(self._at(node))] > 1:
-                self._tell(self._at(node), f"the model holds it in {self.holders[id(self._at(node))]} places")
-                continue
-            for user in node.users:
-                if user.op == "call_module":
-                    self._tell(self._at(node), f"{type(self._at(user)).__name__} follows")
-                elif user.op in ("call_function", "call_method"):
-                    self._tell(self._at(node), f"{getattr(user.target, '__name__', user.target)} follows")
+    def _followers(self, node: fx.Node) -> str:
+        for user in node.users:
+            if user.op == "call_module":
+                return type(self._at(user)).__name__
+            if user.op != "output":
+                return getattr(user.target, "__name__", str(user.target))
+        return ""

@@ -7,7 +7,10 @@ stand-in cannot answer. The modules that are traced are shallow copies; the mode
 """
 
 import inspect
+import operator
 import random
+import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +18,7 @@ from torch import fx, nn
 
 # Attributes whose value a trace may rest on: they are compared again when the result of the trace is run.
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
+_PLAIN += (types.FunctionType, types.BuiltinFunctionType)
 # What torch itself reads of a module.
 _INTERNAL = (set(dir(nn.Module)) | set(vars(nn.Module()))) - {"training"}
 
@@ -32,7 +36,9 @@ class Trace(NamedTuple):
 
 def parameters(cls: type[nn.Module]) -> tuple[list[str], list[str]]:
     """The names that a forward must be given, and those it may be given. *args and **kwargs count as not given."""
-    named = [p for p in inspect.signature(cls.forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    named = [
+        p for p in inspect.signature(cls.forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
     required = [p.name for p in named[1:] if p.default is p.empty]
     return required, [p.name for p in named[1:] if p.default is not p.empty]
 
@@ -148,9 +154,9 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if type(a) is _Stand:
             return a.node
-        if isinstance(a, torch.Tensor):
-            if not any(a is t for t in (*self.root.parameters(), *self.root.buffers())):
-                raise Untraceable("makes a tensor of its own")
+        own = (*self.root.parameters(), *self.root.buffers())
+        if isinstance(a, torch.Tensor) and not any(a is t for t in own):
+            raise Untraceable("makes a tensor of its own")
         return super().create_arg(a)
 
 
@@ -164,6 +170,16 @@ class _Stand(fx.Proxy):
             if not type(module).__module__.startswith(("torch.nn.", "bnkern.")):
                 raise Untraceable(f"asks for the type of what {self.node.target} returns")
         return torch.Tensor
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+# fx's own has none of ``x += y`` and its kind; Python would take ``x = x + y`` instead, which leaves x as it was.
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_Stand, f"__{_name}__", _in_place(_name))
 
 
 def _contexts() -> tuple[Any, ...]:
