@@ -5,7 +5,7 @@ import io
 import pickle
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -50,22 +50,45 @@ def run(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
 
 
 def assert_same_model(before: nn.Module, after: nn.Module, *inputs: Tensor, floor: float = 2e-6) -> None:
-    """Outputs, gradients and buffers in training and in eval: the error against float64 is at most twice torch's.
+    """Outputs, gradients and buffers, in training and in eval, are those of the model that was converted.
 
-    Errors are root mean squares over a tensor. The floor is for tensors where torch happens to be nearly exact: 2e-6
-    of the tensor's own size (16 units in the last place of float32, which sums over a few hundred values explain), or
-    of 1 where the exact result is zero, as a convolution's bias gradient is before batch norm.
+    In float64 they agree but for rounding: 1e-9 of a tensor's size, far above a hundred layers' worth of 1e-16 and
+    far below any mistake. As the model is, the error against float64 is at most twice torch's. Errors are root mean
+    squares over a tensor. The floor is for tensors where torch happens to be nearly exact: 2e-6 of the tensor's own
+    size (16 units in the last place of float32, which sums over a few hundred values explain), or of 1 where the
+    exact result is zero, as a convolution's bias gradient is before batch norm.
+
+    Every so often some ReLU of a deep network gets a value within rounding of zero, and its gradient is there or not:
+    now torch's gradients are off by 1e-3, now ours. So a gradient that fails is tried again with two other inputs.
     """
-    exact = copy.deepcopy(before).double()
+    failed = _differences(before, after, inputs, floor)
+    for seed in (11, 12):
+        if failed:
+            assert all("grad" in name or "input" in name for name in failed), failed
+            others = [torch.empty_like(x).copy_(image(*x.shape, seed=seed)) for x in inputs]
+            again = _differences(before, after, others, floor)
+            failed = {name: failed[name] for name in failed.keys() & again.keys()}
+    assert not failed, failed
+
+
+def _differences(before: nn.Module, after: nn.Module, inputs: Sequence[Tensor], floor: float) -> dict[str, str]:
+    exact, ours_exact = copy.deepcopy(before).double(), copy.deepcopy(after).double()
+    ours_exact.load_state_dict(exact.state_dict())  # running statistics may have come apart in float32 by now
+    failed = {}
     for training in (True, False):
-        truth = run(exact.train(training), *(x.double() for x in inputs))
+        doubles = [x.double() for x in inputs]
+        truth, in_double = (run(m.train(training), *doubles) for m in (exact, ours_exact))
         theirs, ours = (run(m.train(training), *inputs) for m in (before, after))
-        assert ours.keys() == theirs.keys() == truth.keys()
+        assert ours.keys() == theirs.keys() == truth.keys() == in_double.keys()
         for name, true in truth.items():
             assert ours[name].dtype == theirs[name].dtype and ours[name].stride() == theirs[name].stride(), name
-            error, accepted = ((t[name].double() - true).square().mean().sqrt().item() for t in (ours, theirs))
+            values = (in_double[name], ours[name], theirs[name])
+            double, error, accepted = ((v.double() - true).square().mean().sqrt().item() for v in values)
             scale = true.double().square().mean().sqrt().clamp(min=1).item()
-            assert error <= 2 * accepted + floor * scale, f"{name}, training={training}: {error} against {accepted}"
+            assert double <= 1e-9 * scale, f"{name}, training={training}: {double} in float64"
+            if not error <= 2 * accepted + floor * scale:
+                failed[f"{name}, training={training}"] = f"error {error} against {accepted}"
+    return failed
 
 
 def outcomes(model: nn.Module) -> dict[str, str]:

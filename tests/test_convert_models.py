@@ -65,7 +65,7 @@ CASES = {
     "efficientnet": Case(lambda: pytorchcv("efficientnet", "efficientnet_b0"), 0, 0, 49),
     "seresnet": Case(lambda: pytorchcv("seresnet", "seresnet10"), 5, 3, 4),
     "resnext": Case(lambda: pytorchcv("resnext", "resnext14_32x4d"), 9, 4, 4),
-    "seresnext": Case(lambda: pytorchcv("seresnext", "seresnext26_32x4d"), 17, 4, 8),
+    "seresnext": Case(lambda: pytorchcv("seresnext", "seresnext50_32x4d"), 33, 4, 16),
     "resnet, transformers": Case(lambda: transformers("ResNet", **SMALL), 9, 4, 1),
     "resnet basic, transformers": Case(lambda: transformers("ResNet", layer_type="basic", **SMALL), 5, 4, 1),
     "regnet, transformers": Case(lambda: transformers("RegNet", groups_width=8, **SMALL), 9, 4, 2),
