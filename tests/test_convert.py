@@ -459,6 +459,13 @@ def test_shared_relu() -> None:
     assert (after.eval()(image()) >= 0).all()
 
 
+def test_relu_called_twice() -> None:
+    before = net(lambda self, y, x: self.relu(self.conv(self.relu(y))), relu=nn.ReLU())
+    after = bnkern.convert(copy.deepcopy(before))
+    assert outcomes(after) == {"bn": RELU} and type(after.relu) is nn.ReLU
+    assert_same_model(before, after, image())
+
+
 @pytest.mark.parametrize("place", ["bn", "relu", "body"])
 def test_hooks_are_kept(place: str) -> None:
     """A hook sees what it saw before: a batch norm or ReLU that has one stays, and so does a module around them."""
