@@ -6,6 +6,7 @@ Importing needs no GPU and no compiled module; the kernels of a backend are load
 from . import nn, probes
 from .backends import use_backend
 from .conv import GradSigns, conv2d_grad_signs
+from .convert import convert, revert
 from .functional import Moments, add_act, batch_norm, channel_moments, explain
 
 __version__ = "0.1.0"
@@ -16,8 +17,10 @@ __all__ = [
     "batch_norm",
     "channel_moments",
     "conv2d_grad_signs",
+    "convert",
     "explain",
     "nn",
     "probes",
+    "revert",
     "use_backend",
 ]

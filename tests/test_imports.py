@@ -51,7 +51,8 @@ RULES = {
     ),
     "bnkern.conv": Rule(("bnkern.backends",)),
     "bnkern.nn": Rule(("bnkern.functional", "bnkern.distributed")),
-    "bnkern.convert": Rule(("bnkern.nn",)),
+    # A residual that lies in memory as the input does is the kernels' business, any other is torch's.
+    "bnkern.convert*": Rule(("bnkern.nn", "bnkern.convert*", "bnkern.backends.layout")),
     "bnkern.probes*": Rule((*LEAVES, "bnkern", "bnkern.nn", "bnkern.functional", "bnkern.probes*"), ("torch", "numpy")),
     "bnkern.train*": Rule(("bnkern*",), ("torch", "numpy", "tqdm", "PIL")),
     "bnkern.__main__": Rule(("bnkern*",)),

@@ -1,0 +1,144 @@
+"""``model = bnkern.convert(model)``: an existing network on bnkern's kernels, the same network otherwise."""
+
+from collections import Counter
+from typing import NamedTuple
+
+from torch import nn
+
+from .. import nn as fused
+from .block import AbsorbedReLU, Note, block_class
+from .fuse import fuse_all
+
+# torch's batch norms and ours; a subclass that somebody else wrote is somebody else's.
+_OURS = {
+    getattr(nn, name): getattr(fused, name) for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
+}
+
+
+class Layer(NamedTuple):
+    """One batch norm: its name in the model, what became of it, and why not more."""
+
+    name: str
+    outcome: str
+    why: str
+
+
+class Summary(tuple[Layer, ...]):
+    """What :func:`convert` made of each batch norm; prints as a table."""
+
+    def __str__(self) -> str:
+        width = max((len(layer.name) for layer in self), default=0)
+        lines = [f"{layer.name:{width}}  {layer.outcome}{layer.why and ': ' + layer.why}" for layer in self]
+        counts = Counter(layer.outcome for layer in self)
+        total = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+        return "\n".join([*lines, f"{len(self)} batch norms: {total}" if self else "no batch norms"])
+
+
+def convert(model: nn.Module, fuse: bool = True) -> nn.Module:
+    """Puts the batch norms of ``model`` on bnkern's kernels, in place, and returns the model.
+
+    Every ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` becomes bnkern's: the very same module
+    object of another class, so that parameters, buffers, names, hooks, mode, device, dtype and state_dict stay.
+    With ``fuse`` a ReLU that follows one is computed in the same pass, and so is an addition between the two::
+
+        relu(bn(x))             nn.ReLU or F.relu, torch.relu, x.relu_() ..., in one forward or in nested Sequentials
+        relu(bn(x) + residual)  also out += residual, out.add_(residual), residual + bn(x), and with either side's bn
+
+    An nn.ReLU that always follows its batch norm stays under its name and returns its input. Where a forward calls
+    the ReLU as a function, or adds, the forward of that one block is replaced by its torch.fx trace with the calls
+    joined; only where nothing but its tensor arguments decides what it does. What the trace rests on is compared at
+    every call: a block that was changed since goes back to its own forward, with a warning.
+
+    Everything that is not certain stays as it was: batch norms with hooks, shared ones, subclasses written by others,
+    results that others use too, forwards that cannot be traced. ``bnkern.convert.summary(model)`` names each batch
+    norm with what became of it and why. A residual that torch would broadcast or promote is added by torch.
+
+    Args:
+        model: any module; its tensors may lie anywhere. Changed in place. A converted model is converted anew, so
+            that twice is the same as once.
+        fuse: False exchanges the batch norms and nothing else.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+        RuntimeError: something else has changed the classes of converted modules since; see :func:`revert`.
+    """
+    revert(model)
+    for module in model.modules():
+        note = Note(type(module), "" if fuse else "fuse=False")
+        if type(module) in _OURS:
+            _become_ours(module)
+            module._conversion = note
+        elif type(module) in _OURS.values() and module.act is None:
+            module._conversion = note
+    if fuse:
+        fuse_all(model)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undoes :func:`convert`, in place, and returns the model: the same modules of torch's classes as before.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+        RuntimeError: a converted module's class was changed since (by parametrize or fully_shard, say); names it.
+            Nothing was changed by then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    converted = {name: m for name, m in model.named_modules() if "_conversion" in vars(m) or "_recipe" in vars(m)}
+    for name, module in converted.items():
+        note = vars(module).get("_conversion")
+        expected = _OURS.get(note.was, note.was) if note else block_class(module._base)
+        if type(module) is not expected:
+            raise RuntimeError(
+                f"convert: {name or 'the model'} is a {type(module).__name__} now; what changed its class since it "
+                "was converted must be undone first"
+            )
+    for module in converted.values():
+        note = vars(module).pop("_conversion", None)
+        if note is None:
+            module.__class__ = module._base
+            del module._recipe
+        elif note.was in _OURS:
+            module.__class__ = note.was
+            del module.act
+        else:
+            module.act = None
+    for module in model.modules():
+        if type(module) is AbsorbedReLU:
+            module.__class__ = nn.ReLU
+    return model
+
+
+def summary(model: nn.Module) -> Summary:
+    """Every batch norm of a model in the order of its modules, with what :func:`convert` made of it and why."""
+    layers = []
+    for name, module in model.named_modules():
+        note = vars(module).get("_conversion")
+        if note is not None:
+            why = note.why
+            if note.separate_adds:
+                why = f"torch added the residual in {note.separate_adds} calls, to broadcast or promote it"
+            layers.append(Layer(name, note.outcome, why))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            layers.append(Layer(name, "left alone", _why_left(module)))
+    return Summary(layers)
+
+
+convert.summary = summary
+
+
+def _why_left(module: nn.Module) -> str:
+    cls = type(module)
+    if cls in _OURS:
+        return "not converted"
+    if cls in _OURS.values():
+        return f"bnkern's, with act={module.act!r}"
+    return f"its class is {cls.__module__}.{cls.__qualname__}"
+
+
+def _become_ours(bn: nn.Module) -> None:
+    ours = _OURS[type(bn)]
+    for name, value in vars(ours(1, device="meta")).items():
+        vars(bn).setdefault(name, value)  # what our constructor sets beyond torch's
+    bn.__class__ = ours

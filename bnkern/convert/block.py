@@ -1,0 +1,205 @@
+"""What a converted model is made of besides :mod:`bnkern.nn`: a ReLU that was absorbed, a block whose forward is a
+recipe, and the one fused call that a recipe makes.
+
+All of it is state of instances: a module's class is exchanged for a subclass that bears its name, so that
+``isinstance``, names, hooks, parameters and state_dict stay, and :func:`bnkern.revert` puts the class back.
+"""
+
+import functools
+import importlib
+import inspect
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..backends.layout import formats_conflict
+
+
+class Note:
+    """What happened to one batch norm: ``was``, its class before; ``outcome`` and ``why`` not more, in words."""
+
+    def __init__(self, was: type[nn.Module], why: str) -> None:
+        self.was, self.outcome, self.why = was, "batch norm", why
+        self.separate_adds = 0  # calls whose addition torch did
+
+
+class AbsorbedReLU(nn.ReLU):
+    """An nn.ReLU whose work the batch norm before it does; returns its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, [super().extra_repr(), "done by the batch norm before it"]))
+
+
+def add_relu(bn: nn.Module, x: Tensor, residual: Tensor, in_place: bool) -> Tensor:
+    """``relu(bn(x) + residual)`` in one call; where torch would broadcast or promote, the addition is torch's own.
+
+    ``bn.act`` is "relu". ``in_place`` says that the model wrote ``out += residual``, which rounds to out's dtype.
+    """
+    if _alike(x, residual):
+        return bn(x, residual)
+    if not torch.compiler.is_compiling():
+        bn._conversion.separate_adds += 1
+    y = without_act(bn)(x)
+    return torch.relu(y.add_(residual) if in_place else y + residual)
+
+
+def without_act(bn: nn.Module) -> nn.Module:
+    """The same batch norm, hooks, parameters and buffers shared, without its activation."""
+    plain = object.__new__(type(bn))
+    vars(plain).update(vars(bn), act=None)
+    return plain
+
+
+def _alike(x: Tensor, residual: Any) -> bool:
+    return (
+        isinstance(residual, Tensor)
+        and residual.shape == x.shape
+        and residual.dtype is x.dtype
+        and residual.device == x.device
+        and residual.layout is torch.strided
+        and (residual.stride() == x.stride() or not formats_conflict(x, residual))
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+class Guard(NamedTuple):
+    """A module that must be of this class still: a batch norm with its act, or one that nobody calls or hooks."""
+
+    path: str
+    cls: type[nn.Module]
+    is_norm: bool
+
+
+class Recipe:
+    """A forward that was traced, fused and turned into code, and what it rests on.
+
+    Args:
+        graph: what to compute, over the paths of the block's submodules.
+        names: the arguments that the forward must be given; each a tensor.
+        constants: the attributes read while tracing, (path, name) -> value.
+        guards: the modules that are looked into, or whose work is done elsewhere, and the fused batch norms.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, names: list[str], constants: dict[tuple[str, str], Any], guards: list[Guard]
+    ) -> None:
+        code = graph.python_code("self")
+        self.source, self.globals = code.src, code.globals
+        self.names, self.guards = tuple(names), tuple(guards)
+        self.constants = tuple((path, name, value) for (path, name), value in constants.items())
+        self.code = self._compile()
+
+    def _compile(self) -> Callable[..., Tensor]:
+        scope = dict(self.globals)
+        exec(compile(self.source, "<forward made by bnkern.convert>", "exec"), scope)
+        return scope["forward"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Functions are pickled by name; modules cannot be, and code need not be.
+        state = {key: value for key, value in vars(self).items() if key != "code"}
+        state["globals"] = {
+            key: (value.__name__ if isinstance(value, types.ModuleType) else value, isinstance(value, types.ModuleType))
+            for key, value in self.globals.items()
+        }
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.globals = {
+            key: importlib.import_module(value) if is_module else value
+            for key, (value, is_module) in state["globals"].items()
+        }
+        self.code = self._compile()
+
+    def objection(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why the recipe does not stand for this call, or None."""
+        if len(args) + len(kwargs) != len(self.names) or any(name not in self.names for name in kwargs):
+            return "it was called with optional arguments"
+        for value in (*args, *kwargs.values()):
+            if not isinstance(value, Tensor):
+                return "it was called with an argument that is no tensor"
+        for path, cls, is_norm in self.guards:
+            module = _find(block, path)
+            if type(module) is not cls or (is_norm and module.act is None):
+                return f"{path} is another module than when it was converted"
+            if not is_norm and has_hooks(module):
+                return f"a hook was placed on {path}, which is not called"
+        for path, name, value in self.constants:
+            if getattr(_find(block, path), name) != value:
+                return f"{path + '.' if path else ''}{name} was {value!r} when it was converted"
+        return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody waits for the module to be called, or for its gradient."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _find(block: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split(".") if path else ():
+        block = block._modules.get(name)
+        if block is None:
+            return None
+    return block
+
+
+class Block:
+    """Mixed into the class of a block whose forward is a recipe. A recipe that no longer holds is given up for good."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        _, (cls, *args), *rest = super().__reduce_ex__(max(protocol, 2))
+        return (_new, (cls._base, *args), *rest)
+
+
+def _run(block: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    recipe = block._recipe
+    if recipe is not None:
+        objection = recipe.objection(block, args, kwargs)
+        if objection is None:
+            return recipe.code(block, *args, **kwargs)
+        give_up(block, objection)
+    return original(block, *args, **kwargs)
+
+
+def give_up(block: nn.Module, why: str) -> None:
+    """Back to the block's own forward, and its batch norms to mere batch norms; says so once."""
+    warnings.warn(
+        f"bnkern.convert: {type(block).__name__} runs its own forward again, not the fused one: {why}. "
+        "Call bnkern.convert again when the model is as you want it.",
+        stacklevel=4,
+    )
+    recipe, block._recipe = block._recipe, None
+    for path, _, is_norm in recipe.guards:
+        module = _find(block, path)
+        if is_norm and hasattr(module, "_conversion"):
+            module.act = None
+            module._conversion.outcome, module._conversion.why = "batch norm", why
+
+
+@functools.cache
+def block_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``cls``, of the same name, whose forward runs the instance's recipe."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _run(self, cls.forward, args, kwargs)
+
+    forward.__signature__ = inspect.signature(cls.forward)
+    named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (Block, cls), {"forward": forward, "_base": cls, **named})
+
+
+def _new(cls: type[nn.Module], *args: Any) -> nn.Module:
+    cls = block_class(cls)
+    return cls.__new__(cls, *args)

@@ -1,0 +1,209 @@
+"""Fusing, block by block: what a block's own forward shows to be BN -> ReLU or BN -> add -> ReLU."""
+
+from collections import Counter
+
+import torch
+from torch import fx, nn
+
+from .block import AbsorbedReLU, Guard, Recipe, add_relu, block_class, has_hooks
+from .match import Match, Patterns
+from .trace import Untraceable, parameters, trace
+
+
+def fuse_all(model: nn.Module) -> None:
+    """Goes through the modules that hold batch norms, from the outside in: a block may take over the batch norm at
+    the end of a module that it calls."""
+    holders = Counter(id(child) for m in model.modules() for child in m._modules.values() if child is not None)
+    entered: set[nn.Module] = set()  # their forward is part of another's by now
+    views: dict[str, dict[str, str] | str] = {}
+    for name, module in list(model.named_modules()):
+        called = not is_norm(module) and type(module).forward is not nn.Module.forward  # an nn.ModuleList is not
+        if called and any(is_norm(m) for m in module.modules()) and module not in entered:
+            fusion = _Fusion(module, holders)
+            entered |= fusion.apply()
+            views[name] = fusion.view
+    for name, module in model.named_modules():
+        if is_norm(module) and module.act is None and not module._conversion.why:
+            count = holders[id(module)]
+            module._conversion.why = f"the model holds it in {count} places" if count > 1 else _follower(name, views)
+
+
+def _follower(name: str, views: dict[str, dict[str, str] | str]) -> str:
+    """What the result of a batch norm goes into: looked for in its block, and above as long as blocks return it."""
+    above = name
+    while above:
+        above = above.rpartition(".")[0]
+        view = views.get(above)
+        if isinstance(view, str):
+            return view
+        follower = view and view.get(name.removeprefix(f"{above}."))
+        if follower:
+            return f"{follower} follows"
+        if follower == "":
+            name = above
+    return "no ReLU follows"
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is a batch norm that :func:`bnkern.convert` may work on."""
+    return "_conversion" in vars(module)
+
+
+def has_plain_forward(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward and nothing else."""
+    return type(module).__call__ is nn.Module.__call__ and "forward" not in vars(module)
+
+
+class _Fusion:
+    """One block: ``apply`` finds what its forward lets be fused, and does it."""
+
+    def __init__(self, block: nn.Module, holders: Counter[int]) -> None:
+        self.block, self.holders = block, holders
+        self.name = type(block).__name__
+        self.barred: set[str] = set()  # submodules that must be called, not looked into
+        self.view: dict[str, str] | str = {}  # submodule -> what its result goes into, "" where it is returned
+
+    def apply(self) -> set[nn.Module]:
+        """Fuses; returns the modules that the block no longer calls, but has taken over."""
+        try:
+            graph, constants, patterns, inline = self._analyse()
+        except Untraceable as reason:
+            self.view = f"{self.name}.forward {reason}"
+            return set()
+        self.view = {node.target: self._followers(node) for node in graph.nodes if node.op == "call_module"}
+        replaced = []
+        for match in patterns.matches:
+            bn = self._at(match.bn)
+            hooked = [n.target for n in (match.bn, match.relu) if n.op == "call_module" and has_hooks(self._at(n))]
+            if hooked:
+                self._tell(bn, f"a hook sits on {hooked[0]}")
+            elif self._absorbs(match, graph):
+                self._at(match.relu).__class__ = AbsorbedReLU
+                self._fused(bn, "batch norm + ReLU")
+            elif not self._replaceable():
+                self._tell(bn, f"{self.name} does not run its class's forward as it stands")
+            else:
+                replaced.append(match)
+        for path, why in patterns.why.items():
+            self._tell(self.block.get_submodule(path), why)
+        if not replaced:
+            return set()
+        self._replace_forward(graph, constants, patterns, replaced, inline)
+        return {self.block.get_submodule(path) for path in inline}
+
+    def _at(self, node: fx.Node) -> nn.Module:
+        return self.block.get_submodule(node.target)
+
+    # ---------------------------------------------------------------------------------------------- analysis
+
+    def _analyse(self) -> tuple[fx.Graph, dict, Patterns, frozenset[str]]:
+        """The trace and its patterns, looking into as few submodules as the patterns need."""
+        inline: frozenset[str] = frozenset()
+        graph, constants, patterns = self._patterns(inline)
+        while patterns.enter:
+            path = patterns.enter[0]
+            try:
+                graph, constants, patterns = self._patterns(inline | {path})
+                inline |= {path}
+            except Untraceable:
+                self.barred.add(path)
+                graph, constants, patterns = self._patterns(inline)
+        needed = frozenset(p for p in inline if any(m.bn.target.startswith(f"{p}.") for m in patterns.matches))
+        if needed != inline:
+            self.barred |= inline
+            graph, constants, patterns = self._patterns(needed)
+        return graph, constants, patterns, needed
+
+    def _patterns(self, inline: frozenset[str]) -> tuple[fx.Graph, dict, Patterns]:
+        graph, constants = trace(self.block, inline)
+        patterns = Patterns(graph, self.block.get_submodule, self._is_free_norm, self._can_enter)
+        return graph, constants, patterns
+
+    def _is_free_norm(self, module: nn.Module) -> bool:
+        return is_norm(module) and module.act is None and self.holders[id(module)] == 1
+
+    def _can_enter(self, path: str) -> bool:
+        """Whether a submodule may be looked into: only this block calls it, it is somebody's plain module (torch's own
+        wrappers do more than they show), and it has a batch norm to give."""
+        module = self.block.get_submodule(path)
+        return (
+            path not in self.barred
+            and not is_norm(module)
+            and any(self._is_free_norm(m) for m in module.modules())
+            and (type(module) is nn.Sequential or not type(module).__module__.startswith("torch."))
+            and self.holders[id(module)] == 1
+            and not has_hooks(module)
+            and has_plain_forward(module)
+        )
+
+    def _absorbs(self, match: Match, graph: fx.Graph) -> bool:
+        """Whether the ReLU is a module that serves nobody else, so that it can give its work away for good."""
+        if match.add is not None or match.relu.op != "call_module":
+            return False
+        calls = [node.target for node in graph.nodes if node.op == "call_module"]
+        if calls.count(match.relu.target) > 1 or self.holders[id(self._at(match.relu))] > 1:
+            return False
+        if not parameters(type(self.block))[1]:
+            return True
+        # The pattern must be there, too, when the forward is given its optional arguments.
+        path = match.bn.target.split(".")
+        try:
+            inline = frozenset(".".join(path[:k]) for k in range(1, len(path)))
+            graph, _ = trace(self.block, inline, options=True)
+        except Untraceable:
+            return False
+        others = Patterns(graph, self.block.get_submodule, self._is_free_norm, self._can_enter).matches
+        return any((m.bn.target, m.relu.target) == (match.bn.target, match.relu.target) for m in others)
+
+    def _replaceable(self) -> bool:
+        return has_plain_forward(self.block) and not isinstance(self.block, (fx.GraphModule, torch.jit.ScriptModule))
+
+    # ------------------------------------------------------------------------------------------------- edits
+
+    def _fused(self, bn: nn.Module, outcome: str) -> None:
+        bn.act = "relu"
+        bn._conversion.outcome, bn._conversion.why = outcome, ""
+
+    def _replace_forward(
+        self, graph: fx.Graph, constants: dict, patterns: Patterns, matches: list[Match], inline: frozenset[str]
+    ) -> None:
+        guarded = set(inline)
+        for match in matches:
+            guarded.add(match.bn.target)
+            self._fused(self._at(match.bn), "batch norm + ReLU" if match.add is None else "batch norm + add + ReLU")
+            joined = match.bn
+            if match.add is not None:
+                with graph.inserting_before(match.add):
+                    bn = graph.get_attr(match.bn.target)
+                    in_place = patterns.in_place(match.add)
+                    joined = graph.call_function(add_relu, (bn, match.bn.args[0], match.residual, in_place))
+            match.relu.replace_all_uses_with(joined)
+            # What is not called any more: down from the ReLU, each node once it has no user left.
+            parts = (match.relu, match.add, match.bn if match.add is not None else None)
+            for node in reversed(graph.nodes):
+                if not node.users and (node in parts or patterns.is_identity(node)):
+                    graph.erase_node(node)
+                    if node.op == "call_module":
+                        guarded.add(node.target)
+        guards = [
+            Guard(path, type(module), is_norm(module))
+            for path in sorted(guarded)
+            for module in [self.block.get_submodule(path)]
+        ]
+        graph.lint()
+        self.block._recipe = Recipe(graph, parameters(type(self.block))[0], constants, guards)
+        self.block.__class__ = block_class(type(self.block))
+
+    # ----------------------------------------------------------------------------------------- why not more
+
+    def _tell(self, module: nn.Module, why: str) -> None:
+        if is_norm(module) and module.act is None:
+            module._conversion.why = why
+
+    def _followers(self, node: fx.Node) -> str:
+        for user in node.users:
+            if user.op == "call_module":
+                return type(self._at(user)).__name__
+            if user.op != "output":
+                return getattr(user.target, "__name__", str(user.target))
+        return ""

@@ -1,0 +1,175 @@
+"""Where a block's graph has BN -> ReLU or BN -> add -> ReLU."""
+
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .block import has_hooks
+
+_RELU = (F.relu, F.relu_, torch.relu, torch.relu_)
+_ADD = (operator.add, operator.iadd, torch.add)
+
+
+class Match(NamedTuple):
+    """Nodes of a graph: ``relu(bn)``, or ``relu(add)`` where ``add`` adds ``residual`` to what bn gave."""
+
+    bn: fx.Node
+    relu: fx.Node
+    add: fx.Node | None = None
+    residual: fx.Node | None = None
+
+
+class Patterns:
+    """The patterns in one graph, and why others are none.
+
+    Args:
+        graph: a trace; statements like ``x.add_(y)`` become values here, since x is what they return.
+        module: submodule by path.
+        is_norm: whether a module is a batch norm of ours that may be given more to do.
+        can_enter: whether a module that is called may be looked into instead.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        module: Callable[[str], nn.Module],
+        is_norm: Callable[[nn.Module], bool],
+        can_enter: Callable[[str], bool],
+    ) -> None:
+        self.graph, self.module, self.is_norm, self.can_enter = graph, module, is_norm, can_enter
+        self.matches: list[Match] = []
+        self.enter: list[str] = []  # modules whose last operation decides whether there is a pattern
+        self.why: dict[str, str] = {}  # path of a batch norm -> why it stays without the ReLU after it
+        self._chain_in_place()
+        self.order = {node: k for k, node in enumerate(graph.nodes)}
+        for node in graph.nodes:
+            if self._is_relu(node):
+                self._match(node)
+
+    # ------------------------------------------------------------------------------------------ kinds of nodes
+
+    def called(self, node: object) -> nn.Module | None:
+        return self.module(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+    def is_identity(self, node: object) -> bool:
+        """nn.Identity, of which nobody would notice that it is not called."""
+        module = self.called(node)
+        return type(module) is nn.Identity and len(node.args) == 1 and not has_hooks(module)
+
+    def _is_relu(self, node: fx.Node) -> bool:
+        if type(self.called(node)) is nn.ReLU:
+            return True
+        return (node.op == "call_function" and node.target in _RELU) or (
+            node.op == "call_method" and node.target in ("relu", "relu_")
+        )
+
+    def _is_add(self, node: object) -> bool:
+        """a + b of two values; a scale (alpha=) or a place for the result (out=) makes it another operation."""
+        if not isinstance(node, fx.Node) or node.kwargs or len(node.args) != 2:
+            return False
+        named = (node.op == "call_function" and node.target in _ADD) or (
+            node.op == "call_method" and node.target in ("add", "add_", "__add__", "__iadd__", "__radd__")
+        )
+        return named and all(isinstance(arg, fx.Node) for arg in node.args)
+
+    def in_place(self, node: fx.Node) -> bool:
+        """Whether the node returns its first argument, changed."""
+        if node.op == "call_method":
+            return node.target in ("add_", "relu_", "__iadd__")
+        if node.op == "call_module":
+            return type(self.called(node)) is nn.ReLU and self.called(node).inplace
+        if node.target is F.relu:
+            return bool(node.kwargs.get("inplace", node.args[1] if len(node.args) > 1 else False))
+        return node.target in (operator.iadd, torch.relu_, F.relu_)
+
+    def _chain_in_place(self) -> None:
+        """Whoever uses x after ``x.add_(y)`` uses what that returned."""
+        tensors = set()
+        order = {node: k for k, node in enumerate(self.graph.nodes)}
+        for node in self.graph.nodes:
+            source = node.args[0] if node.args else None
+            if node.op == "call_module" or self._is_relu(node) or (self._is_add(node) and source in tensors):
+                tensors.add(node)
+            if node in tensors and source in tensors and self.in_place(node):
+                later = [user for user in source.users if order[user] > order[node]]
+                for user in later:
+                    user.replace_input_with(source, node)
+
+    # ----------------------------------------------------------------------------------------------- patterns
+
+    def _only(self, node: object) -> fx.Node | None:
+        """The node behind nn.Identity, if nobody but the one asking uses it; else None."""
+        while isinstance(node, fx.Node) and len(node.users) == 1:
+            if not self.is_identity(node):
+                return node
+            node = node.args[0]
+        return None
+
+    def _is_norm(self, node: fx.Node | None) -> bool:
+        module = self.called(node)
+        if module is None or not self.is_norm(module):
+            return False
+        return len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
+
+    def _refuse(self, node: object, why: str) -> None:
+        """Leaves word with the batch norm behind ``node``, if one is."""
+        while self.is_identity(node):
+            node = node.args[0]
+        if self.called(node) is not None and self.is_norm(self.called(node)):
+            self.why[node.target] = why
+
+    def _match(self, relu: fx.Node) -> None:
+        if not relu.args:
+            return
+        source = self._only(relu.args[0])
+        if source is None:
+            self._refuse(relu.args[0], "its output is used by others than the ReLU")
+        elif self._is_norm(source):
+            self._take(Match(source, relu))
+        elif self._is_add(source):
+            self._match_sum(source, relu)
+        elif source.op == "call_module" and self.can_enter(source.target):
+            self.enter.append(source.target)
+
+    def _match_sum(self, add: fx.Node, relu: fx.Node) -> None:
+        left, right = add.args
+        sides = [(left, right), (right, left)]
+        if self.in_place(add):  # left is overwritten: it may be dropped only where nobody else can see it
+            sides = sides[:1]
+            if self._is_norm(self._only(right)) and not self._is_norm(self._only(left)):
+                self._refuse(right, "it is added in place to a tensor that others may see")
+        for side, other in sides:
+            source = None if left is right else self._only(side)
+            if source is None:
+                self._refuse(side, "its output is used by others than the addition")
+            elif self._is_norm(source):
+                if self._undisturbed(source, add):
+                    return self._take(Match(source, relu, add, other))
+                self._refuse(source, "something in between may change its input in place")
+            elif source.op == "call_module" and self.can_enter(source.target):
+                self.enter.append(source.target)
+                return None  # looked into first; the other side's turn comes if that leads nowhere
+        return None
+
+    def _take(self, match: Match) -> None:
+        calls = [node for node in self.graph.nodes if node.op == "call_module" and node.target == match.bn.target]
+        if len(calls) > 1:
+            self._refuse(match.bn, "it is called more than once")
+        else:
+            self.matches.append(match)
+
+    def _undisturbed(self, bn: fx.Node, until: fx.Node) -> bool:
+        """Whether bn may be computed as late as ``until``: nothing before that can change its input in place.
+
+        A convolution's or linear layer's result that only bn takes is out of everyone's reach.
+        """
+        producer = bn.args[0]
+        private = (nn.modules.conv._ConvNd, nn.Linear)
+        if len(producer.users) == 1 and isinstance(self.called(producer), private):
+            return True
+        between = [node for node in self.graph.nodes if self.order[bn] < self.order[node] < self.order[until]]
+        return all(isinstance(self.called(node), (*private, nn.Identity)) or self._is_norm(node) for node in between)

@@ -1,0 +1,193 @@
+"""What a module's forward does, as a torch.fx graph; or :class:`Untraceable`, which says why that is not known.
+
+fx records what one run on stand-ins did. That is the truth about other runs only where nothing but the stand-ins
+could have made a difference, so what fx would silently bake in is looked for here and refused: the mode, gradient and
+autocast contexts, random numbers, attributes that may change, tensors made on the spot, questions about types that a
+stand-in cannot answer. The modules that are traced are shallow copies; the model itself is not touched.
+"""
+
+import inspect
+import operator
+import random
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+# Attributes whose value a trace may rest on: they are compared again when the result of the trace is run.
+_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
+_PLAIN += (types.FunctionType, types.BuiltinFunctionType)
+# What torch itself reads of a module.
+_INTERNAL = (set(dir(nn.Module)) | set(vars(nn.Module()))) - {"training"}
+
+
+class Untraceable(Exception):
+    """The reason, in words that follow the name of a module's forward: "reads self.training"."""
+
+
+class Trace(NamedTuple):
+    """``graph`` of a forward; ``constants``: the plain attributes it rests on, (path of the module, name) -> value."""
+
+    graph: fx.Graph
+    constants: dict[tuple[str, str], Any]
+
+
+def parameters(cls: type[nn.Module]) -> tuple[list[str], list[str]]:
+    """The names that a forward must be given, and those it may be given. *args and **kwargs count as not given."""
+    named = [
+        p for p in inspect.signature(cls.forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    required = [p.name for p in named[1:] if p.default is p.empty]
+    return required, [p.name for p in named[1:] if p.default is not p.empty]
+
+
+def trace(block: nn.Module, inline: frozenset[str], options: bool = False) -> Trace:
+    """The forward of ``block``, with the submodules at the paths ``inline`` looked into and all others called.
+
+    Optional arguments are left at their defaults, or with ``options`` given too. In train and in eval mode, with
+    gradients and without, under autocast and outside, the traces must agree.
+    """
+    traces = [
+        _trace(block, inline, options, training, grad, autocast)
+        for training, grad, autocast in ((True, True, False), (False, True, False), (True, False, True))
+    ]
+    first, *others = (_text(t.graph) for t in traces)
+    if any(other != first for other in others):
+        raise Untraceable("does another thing in eval mode, without gradients or under autocast")
+    return traces[0]
+
+
+def _text(graph: fx.Graph) -> str:
+    return "\n".join(f"{n.op} {n.name} {n.target} {n.args} {n.kwargs}" for n in graph.nodes)
+
+
+def _trace(
+    block: nn.Module, inline: frozenset[str], options: bool, training: bool, grad: bool, autocast: bool
+) -> Trace:
+    constants: dict[tuple[str, str], Any] = {}
+    required, optional = parameters(type(block))
+    names = required + optional if options else required
+    # The modules that are only called stay as they are; one that is asked for its mode must answer with this one.
+    modes = [(m, m.training) for m in block.modules()]
+    seeds = random.getstate(), torch.get_rng_state()
+    try:
+        for module, _ in modes:
+            module.training = training
+        root = _shadow(block, "", inline, constants)
+        type(root).forward = _with_arguments(type(block), names)
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            graph = _Tracer(inline).trace(root)
+        if (random.getstate(), torch.get_rng_state().tolist()) != (seeds[0], seeds[1].tolist()):
+            raise Untraceable("draws random numbers")
+    except Untraceable:
+        raise
+    except Exception as error:  # whatever a forward may raise on stand-ins
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Untraceable(f"cannot be traced: {line}") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        random.setstate(seeds[0])
+        torch.set_rng_state(seeds[1])
+    return Trace(graph, constants)
+
+
+def _with_arguments(cls: type[nn.Module], names: list[str]) -> Any:
+    """A forward that takes just these arguments, and hands them on by name: fx reads them off its code."""
+    if not all(name.isidentifier() for name in names):
+        raise Untraceable("has arguments of unusual names")
+    scope: dict[str, Any] = {"forward_of": cls.forward}
+    given = ", ".join(f"{name}={name}" for name in names)
+    exec(f"def forward({', '.join(['self', *names])}): return forward_of(self, {given})", scope)
+    return scope["forward"]
+
+
+def _shadow(module: nn.Module, path: str, inline: frozenset[str], constants: dict[tuple[str, str], Any]) -> nn.Module:
+    """A shallow copy that notes which plain attributes are read, and refuses what a trace cannot stand for."""
+    base = type(module)
+
+    def __getattribute__(self: nn.Module, name: str) -> Any:
+        value = base.__getattribute__(self, name)
+        if name in _INTERNAL or name.startswith("__"):
+            return value
+        if name == "training":
+            raise Untraceable("reads self.training")
+        if isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(v, _PLAIN) for v in value)):
+            constants[path, name] = value
+        elif name in vars(self) and not isinstance(value, (nn.Module, torch.Tensor)):
+            raise Untraceable(f"reads self.{name}, a {type(value).__name__}, which may change")
+        return value
+
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        raise Untraceable(f"sets self.{name}")
+
+    copy = object.__new__(base)
+    vars(copy).update(vars(module))
+    vars(copy)["_modules"] = {
+        name: _shadow(child, at, inline, constants) if at in inline else child
+        for name, child in module._modules.items()
+        for at in [f"{path}.{name}".lstrip(".")]
+    }
+    copy.__class__ = type(base.__name__, (base,), {"__getattribute__": __getattribute__, "__setattr__": __setattr__})
+    return copy
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, inline: frozenset[str]) -> None:
+        super().__init__()
+        self.inline = inline
+        self.contexts = _contexts()
+
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return qualified_name not in self.inline
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Stand(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _contexts() != self.contexts:
+            raise Untraceable("works inside a context (no_grad, autocast, checkpoint or the like)")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is _Stand:
+            return a.node
+        own = (*self.root.parameters(), *self.root.buffers())
+        if isinstance(a, torch.Tensor) and not any(a is t for t in own):
+            raise Untraceable("makes a tensor of its own")
+        return super().create_arg(a)
+
+
+class _Stand(fx.Proxy):
+    """A stand-in for a tensor, also to those who ask ``isinstance(x, torch.Tensor)``: fx's own would say no."""
+
+    @property
+    def __class__(self) -> type:
+        if self.node.op == "call_module":
+            module = self.tracer.root.get_submodule(self.node.target)
+            if not type(module).__module__.startswith(("torch.nn.", "bnkern.")):
+                raise Untraceable(f"asks for the type of what {self.node.target} returns")
+        return torch.Tensor
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+# fx's own has none of ``x += y`` and its kind; Python would take ``x = x + y`` instead, which leaves x as it was.
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_Stand, f"__{_name}__", _in_place(_name))
+
+
+def _contexts() -> tuple[Any, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+    )
