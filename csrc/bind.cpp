@@ -155,6 +155,28 @@ PYBIND11_MODULE(_native, m) {
       },
       "grad_sums and/or grad_input on the CPU; see Backward in csrc/params.h.",
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cpu_augment",
+      [](int dtype, bool rows, bool random, std::uint64_t seed, std::uint32_t epoch, std::uintptr_t images,
+         std::uintptr_t labels, std::uintptr_t chosen, std::int64_t count, std::uintptr_t table, std::uintptr_t out,
+         std::uintptr_t labels_out, int threads) {
+        bnkern::cpu_kernels().augment({
+            .images = static_cast<const std::uint8_t*>(at(images)),
+            .labels = static_cast<const std::int64_t*>(at(labels)),
+            .chosen = static_cast<const std::int64_t*>(at(chosen)),
+            .count = count,
+            .table = at(table),
+            .out = at(out),
+            .labels_out = static_cast<std::int64_t*>(at(labels_out)),
+            .dtype = static_cast<DType>(dtype),
+            .rows = rows,
+            .random = random,
+            .seed = seed,
+            .epoch = epoch,
+            .threads = threads,
+        });
+      },
+      "A batch of CIFAR images on the CPU; see Augment in csrc/params.h.", py::call_guard<py::gil_scoped_release>());
 #ifdef BNKERN_CUDA
   m.def("cuda_merge", &cuda_merge, py::arg("dtype"), py::arg("count"), py::arg("mean"), py::arg("m2"),
         py::arg("merged_count"), py::arg("merged_mean"), py::arg("merged_m2"), py::arg("rows"), py::arg("channels"),

@@ -61,4 +61,21 @@ struct Backward {
   int threads;
 };
 
+// augment: a batch of CIFAR images, see bnkern/backends/reference.py.
+struct Augment {
+  const std::uint8_t* images;  // [n, 3, 32, 32]
+  const std::int64_t* labels;  // [n]
+  const std::int64_t* chosen;  // [count]: which of them make the batch
+  std::int64_t count;
+  const void* table;         // [3, 256]
+  void* out;                 // [count, 3, 32, 32], dense
+  std::int64_t* labels_out;  // [count]
+  DType dtype;               // of table and out
+  bool rows;                 // out is channels_last
+  bool random;               // crop and flip
+  std::uint64_t seed;
+  std::uint32_t epoch;
+  int threads;
+};
+
 }  // namespace bnkern

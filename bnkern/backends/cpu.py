@@ -17,7 +17,7 @@ from .. import _native
 from .layout import Layout, dense, layout, output_strides, strides
 from .reference import accumulator, merge
 
-__all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
+__all__ = ["augment", "backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.uint8: 4}
 # Results from this size on come from the pool; malloc keeps smaller ones in reach by itself.
@@ -341,3 +341,38 @@ def backward(
             if grad is not None:
                 grad.zero_()
     return dx, dweight, dbias, dresidual
+
+
+def augment(
+    images: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    state: Tensor,
+    position: Tensor,
+    table: Tensor,
+    out: Tensor,
+    labels_out: Tensor,
+    size: int,
+    first: int,
+    random: bool,
+) -> None:
+    """One batch of an epoch into ``out`` and ``labels_out``. Raises IndexError where the order has no such batch."""
+    batch = position.item()
+    if not 0 <= batch < len(order) // size:
+        raise IndexError(f"position must be 0 to {len(order) // size - 1}, got {batch}")
+    seed, epoch = state.tolist()
+    _native.cpu_augment(
+        _CODES[out.dtype],
+        layout(out).rows,
+        random,
+        seed & 2**64 - 1,
+        epoch,
+        images.data_ptr(),
+        labels.data_ptr(),
+        order.data_ptr() + order.itemsize * (batch * size + first),
+        len(out),
+        table.data_ptr(),
+        out.data_ptr(),
+        labels_out.data_ptr(),
+        torch.get_num_threads(),
+    )

@@ -11,6 +11,7 @@ struct CpuKernels {
   const char* isa;
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
+  void (*augment)(const Augment&);
 };
 
 // The best that this machine runs, or the one named by BNKERN_ISA in the environment ("avx512", "avx2",
@@ -22,6 +23,7 @@ const CpuKernels& cpu_kernels();
   namespace isa {                   \
   void forward(const Forward& p);   \
   void backward(const Backward& p); \
+  void augment(const Augment& p);   \
   }
 BNKERN_DECLARE_ISA(generic)
 BNKERN_DECLARE_ISA(avx2)

@@ -21,12 +21,12 @@ CpuKernels choose() {
 #endif
   const Candidate candidates[] = {
 #ifdef BNKERN_HAS_AVX512
-      {{"avx512", avx512::forward, avx512::backward}, avx512},
+      {{"avx512", avx512::forward, avx512::backward, avx512::augment}, avx512},
 #endif
 #ifdef BNKERN_HAS_AVX2
-      {{"avx2", avx2::forward, avx2::backward}, avx2},
+      {{"avx2", avx2::forward, avx2::backward, avx2::augment}, avx2},
 #endif
-      {{"generic", generic::forward, generic::backward}, true},
+      {{"generic", generic::forward, generic::backward, generic::augment}, true},
   };
   const char* const asked = std::getenv("BNKERN_ISA");
   for (const Candidate& candidate : candidates) {

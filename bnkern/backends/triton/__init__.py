@@ -5,13 +5,14 @@ from torch import Tensor
 from triton import JITFunction
 
 from ..layout import layout
+from .augment import augment
 from .grad_input import grad_input
 from .grad_sums import grad_sums
 from .merge import merge, statistics
 from .moments import moments, moments_kernel, partial_moments
 from .normalize import normalize
 
-__all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
+__all__ = ["augment", "backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
 
 # TRITON_INTERPRET is read when a kernel is defined; later changes do not turn it.
 _INTERPRETED = not isinstance(moments_kernel, JITFunction)
