@@ -52,6 +52,7 @@ RULES = {
     "bnkern.nn": Rule(("bnkern.functional",)),
     "bnkern.convert": Rule(("bnkern.nn",)),
     "bnkern.probes*": Rule(("bnkern", "bnkern.nn", "bnkern.functional", "bnkern.probes*"), ("torch", "numpy")),
+    "bnkern.train.sweep": Rule(("bnkern*",), ("torch", "ray")),
     "bnkern.train*": Rule(("bnkern*",), ("torch", "numpy", "tqdm", "PIL")),
     "bnkern.__main__": Rule(("bnkern*",)),
     "bnkern": Rule(("bnkern.*",)),
