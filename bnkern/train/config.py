@@ -171,7 +171,7 @@ def _presets() -> dict[str, Config]:
 PRESETS = _presets()
 
 
-def preset(name: str, epochs_factor: float = 1.0, **changes: object) -> Config:
+def preset(name: str, epochs_factor: float = 1.0, /, **changes: object) -> Config:
     """A run of the paper by name, its epochs times ``epochs_factor`` (rounded, at least 1), and ``changes``."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
@@ -183,7 +183,7 @@ def preset(name: str, epochs_factor: float = 1.0, **changes: object) -> Config:
 LAPTOP = 10 / 165  # of the paper's epochs: 10 at lr 0.1, 80 at 0.003, 145 at 0.0001
 
 
-def laptop(name: str, **changes: object) -> Config:
+def laptop(name: str, /, **changes: object) -> Config:
     """The preset for two CPU cores: ResNet-20, and the epochs of all runs times :data:`LAPTOP`, their ratios kept.
 
     So few epochs under-train the low learning rates as they do the high one.
