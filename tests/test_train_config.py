@@ -89,5 +89,5 @@ def test_presets_are_the_papers_runs() -> None:
     assert [laptop(name).epochs for name in figure] == [10, 80, 145, 145]
     assert laptop("fixup-0.1", seed=3).title == "fixup-0.1-laptop-seed3"
     assert preset("fig1-batch-0.1", 0.001).epochs == 1 and preset("fig1-batch-0.1", epochs=7).epochs == 7
-    with pytest.raises(ValueError, match="did you mean 'final-0.03'"):
+    with pytest.raises(ValueError, match=r"did you mean 'final-0\.03'"):
         preset("final-0.3")

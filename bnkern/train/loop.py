@@ -45,8 +45,8 @@ def train(
 
     A loss that is not finite, or above 1e3 after step 0, ends the run as a result: ``diverged.pt`` (for
     :func:`.checkpoint.read`) then has ``step``, the parameters ``before`` and ``after`` the last update, that of
-    step - 1, by name, its ``lr`` and ``velocity``, ``batches`` (epoch, index, images and labels of step - 1 and of
-    ``step``, which showed it), and ``rng``.
+    step - 1, by name, its ``lr`` and (with momentum) ``velocity``, so that after = before - lr velocity, ``batches``
+    (epoch, index, images and labels of step - 1, "update", and of ``step``, "shown"), and ``rng``.
 
     In several processes (torch.distributed initialised) each makes its share of every batch, batch norm runs over
     all of them, gradients are averaged, and the process of rank 0 alone writes.
@@ -364,7 +364,7 @@ class _Run:
             "step": step,
             "before": {name: t.clone() for name, t in self.step.before_by_name().items()},
             "after": {name: t.detach() for name, t in self.network.named_parameters()},
-            "velocity": dict(zip(names, velocity, strict=True)),
+            "velocity": dict(zip(names, velocity, strict=bool(velocity))),
             "lr": lr,
             "batches": shown,
             "rng": _rng(self.device),

@@ -22,10 +22,10 @@ WARM_UP = 3  # steps before a CUDA graph is recorded, as torch asks for; they ar
 class Step:
     """Call it to train on the batch that ``index`` names; see the module.
 
-    The update is SGD with momentum: v = momentum v + (gradient + weight_decay p), p = p - lr v (torch.optim.SGD's
-    kernel, one launch for many parameters). From the first loss over :data:`LIMIT` or not finite on, parameters,
-    velocities and ``before`` are left as they are, however many steps follow; batch norm's running statistics alone
-    move on.
+    The update is SGD with momentum: v = momentum v + (gradient + weight_decay p), p = p - lr v, by torch.optim.SGD's
+    kernel, one launch for many parameters; without momentum no velocity v is kept. From the first loss over
+    :data:`LIMIT` or not finite on, parameters, velocities and ``before`` are left as they are, however many steps
+    follow; batch norm's running statistics alone move on.
 
     Args:
         model: the network, ``network`` or what wraps it for compilation or several processes.
@@ -57,7 +57,7 @@ class Step:
         options = {"dtype": batches.dtype, "device": device, "memory_format": batches.memory_format}
         self._images = torch.empty(batches.shape, **options)
         self._labels = torch.empty(batches.shape[:1], dtype=torch.int64, device=device)
-        self._velocity = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self._velocity = [torch.zeros_like(parameter) for parameter in self._parameters if config.momentum]
         self._stop = torch.zeros((), device=device)  # 1 once diverged: the update's found_inf
         self.lr = torch.zeros((), device=device)
         self.index, self.taken = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
