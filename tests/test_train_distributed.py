@@ -1,4 +1,4 @@
-"""One run in two processes (torchrun, gloo, SyncBatchNorm, DDP) against the same run in one, on the joint batch."""
+"""A run in two or three processes (torchrun, gloo, DDP, SyncBatchNorm) against the same in one, on the joint batch."""
 
 import os
 import subprocess
@@ -17,8 +17,8 @@ RUNS = {
     "plain": {"norm": "none"},
     "again": {"norm": "none"},  # its last checkpoint and all that came after are lost, and it goes on
     "diverging": {"norm": "none", "lr": 16.0, "warmup": 7, "drops": []},
-    "batch": {"norm": "batch"},
-    "final": {"norm": "final"},
+    "batch": {"norm": "batch", "batch": 12, "log_every": 2},  # shares of 6 and of 4
+    "final": {"norm": "final", "batch": 12, "log_every": 2},
 }
 SCRIPT = """
 import sys, torch, torch.distributed as dist
@@ -43,9 +43,9 @@ def one_run(name: str, folder: Path) -> None:
     train(tiny(**settings | RUNS[name]), folder / name, images())
 
 
-def torchrun(folder: Path, *names: str) -> Path:
-    """Does the runs in two processes, all in one launch, since starting takes longer than training."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+def torchrun(folder: Path, processes: int, *names: str) -> Path:
+    """Does the runs in that many processes, all in one launch, since starting takes longer than training."""
+    words = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
     (folder / "run.py").write_text(SCRIPT)
     words += ["--rdzv-endpoint=localhost:0", str(folder / "run.py"), str(folder), *names]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -56,22 +56,22 @@ def torchrun(folder: Path, *names: str) -> Path:
 
 @pytest.fixture(scope="module")
 def unnormalised(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return torchrun(tmp_path_factory.mktemp("two"), "plain", "again", "diverging")
+    return torchrun(tmp_path_factory.mktemp("two"), 2, "plain", "again", "diverging")
 
 
-@pytest.fixture(scope="module")
-def normalised(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return torchrun(tmp_path_factory.mktemp("two"), "batch", "final")
+@pytest.fixture(scope="module", params=[2, 3])
+def normalised(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    return torchrun(tmp_path_factory.mktemp("some"), request.param, "batch", "final")
 
 
-def assert_close_run(two: Path, one: Path) -> None:
+def assert_close_run(several: Path, one: Path) -> None:
     """Parameters, running statistics, velocities, metrics: 12 steps let a rounding of 1e-16 grow, not by a million."""
-    ours, theirs = tensors(two), tensors(one)
+    ours, theirs = tensors(several), tensors(one)
     assert ours.keys() == theirs.keys() and len(ours) > 20
     for name, value in theirs.items():
         if not name.startswith("/rng"):
             torch.testing.assert_close(ours[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-    written = [rows(folder) for folder in (two, one)]
+    written = [rows(folder) for folder in (several, one)]
     assert len(written[0]) == len(written[1]) > 5
     for row, other in zip(*written, strict=True):
         assert row.keys() == other.keys()
@@ -85,7 +85,7 @@ def test_two_processes_are_one(unnormalised: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["batch", "final"])
-def test_two_processes_are_one_with_batch_norm(normalised: Path, tmp_path: Path, name: str) -> None:
+def test_processes_are_one_with_batch_norm(normalised: Path, tmp_path: Path, name: str) -> None:
     one_run(name, tmp_path)
     assert_close_run(normalised / name, tmp_path / name)
 
