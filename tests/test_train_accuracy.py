@@ -12,27 +12,32 @@ from tests.training import stepper, tiny
 @pytest.mark.parametrize("norm", ["batch", "none", "final"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 def test_gradients_are_as_good_as_torchs(norm: str, channels_last: bool) -> None:
-    """Error of a float32 ResNet-20's gradients against float64, over all parameters, at most twice torch's.
+    """Error of a float32 ResNet-14's gradients against float64, over all parameters, at most twice torch's.
 
-    The same parameters and images; the convolutions, which both share, make most of either error.
+    The same parameters and images. The convolutions, which both share, make most of either error, about 1e-6; but a
+    value next to zero whose ReLU rounding turns over costs 0.1 % and more, in one batch bnkern, in another torch. So
+    the best of 5 batches is compared.
     """
-    torch.manual_seed(3)
-    data = cifar10.synthetic(train=32, test=1)
-    images, labels = data.normalise(data.train.images), data.train.labels
+    data = cifar10.synthetic(train=5 * 8, test=1)
 
-    def gradients(kernels: str, precision: str) -> torch.Tensor:
-        torch.manual_seed(0)
-        config = tiny(depth=20, norm=norm, kernels=kernels, precision=precision, channels_last=channels_last)
+    def gradients(batch: int, kernels: str, precision: str) -> torch.Tensor:
+        torch.manual_seed(batch)
+        config = tiny(depth=14, norm=norm, kernels=kernels, precision=precision, channels_last=channels_last)
         network = build(config)
-        x = images.double() if precision == "fp64" else images
+        images, labels = (t[batch::5] for t in data.train)
+        x = data.normalise(images).to(next(network.parameters()).dtype)
         x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         F.cross_entropy(network(x), labels).backward()
         return torch.cat([parameter.grad.flatten().double() for parameter in network.parameters()])
 
-    truth = gradients("torch", "fp64")
-    ours, torchs = ((gradients(kernels, "fp32") - truth).norm() for kernels in ("bnkern", "torch"))
+    errors: dict[str, list[float]] = {"bnkern": [], "torch": []}
+    for batch in range(5):
+        truth = gradients(batch, "torch", "fp64")
+        for kernels, found in errors.items():
+            found.append(((gradients(batch, kernels, "fp32") - truth).norm() / truth.norm()).item())
+    ours, torchs = (min(found) for found in errors.values())
     assert 0 < ours <= 2 * torchs
-    assert torchs < 0.01 * truth.norm()  # else both are wrong; a ReLU that rounding flips costs 0.1 % and more
+    assert torchs < 1e-5  # else both are wrong
 
 
 @pytest.mark.slow
