@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bnkern.train import cifar10
 from bnkern.train import sweep as sweeping
 from bnkern.train.__main__ import main
 from bnkern.train.config import Config
@@ -91,6 +92,14 @@ def test_a_killed_process_is_a_failed_run(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(command_line, "command", lambda *asked: [sys.executable, "-c", code])
     assert sweep(configs()[::2], tmp_path, processes=2) == 2
     assert (tmp_path / "tiny-seed0/error.txt").read_text() == "killed by signal 9\n"
+
+
+def test_without_data_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sweeping, "_load", cifar10.load)
+    words = ["final-0.03", "fixup-0.1", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(words) == 1
+    assert f"DataError: no CIFAR-10 in {tmp_path}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_ray_is_asked_for_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from . import cifar10
-from .checkpoint import CheckpointError
 from .config import PRESETS, Config, from_dict, laptop, parse, preset
 from .loop import train
 from .sweep import sweep
@@ -74,7 +73,7 @@ def main(words: list[str] | None = None) -> int:
             return _distributed(configs[0], asked)
         options = ("data", "device", "processes", "ray", "gpus", "resume", "tensorboard")
         return min(1, sweep(configs, asked.out, **{name: getattr(asked, name) for name in options}))
-    except (cifar10.DataError, CheckpointError, ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:  # among them DataError and CheckpointError
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -63,6 +63,9 @@ def train(
         resume: else a run that is there is put aside and done anew.
         tensorboard: mirror the metrics in ``folder / "tensorboard"``.
 
+    Returns:
+        how the run ended; where the rank is not 0, nothing of it.
+
     Raises:
         ValueError: the folder has another run; the data are not the config's; the config does not fit the processes.
         CheckpointError: there are checkpoints and none can be used.
@@ -79,9 +82,12 @@ def train(
         dist.broadcast_object_list(box)  # the other processes may have no file system in common
         done, state = box
     if not done:
-        with numerics(config, torch.device(device)), ExitStack() as stack:
+        device = torch.device(device)
+        with numerics(config, device), ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
             torch.manual_seed(config.seed)
-            _Run(config, folder, data, torch.device(device), probes, state, tensorboard, stack).train()
+            _Run(config, folder, data, device, probes, state, tensorboard, stack).train()
     return outcome(folder) if rank == 0 else Outcome(0, None, None, None, None)
 
 

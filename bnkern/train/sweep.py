@@ -52,6 +52,7 @@ def sweep(
 
     Raises:
         ValueError: two runs share a title, or the folder of one has another run.
+        DataError: CIFAR-10 cannot be had.
         RuntimeError: Ray is asked for and not installed.
     """
     titles = [config.title for config in configs]
@@ -90,8 +91,8 @@ def run(
 ) -> str | None:
     """Does one run here; what went wrong, in a line, or None. ``error.txt`` in its folder has the whole story."""
     folder = out / config.title
+    images = _load("synthetic" if config.data == "synthetic" else data)  # without data no run can be done
     try:
-        images = _load("synthetic" if config.data == "synthetic" else data)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         train(config, folder, images, device, resume=resume, tensorboard=tensorboard)
     except Exception as error:
