@@ -5,27 +5,22 @@ ran on), ``probes/<quantity>.npz`` (what it measured) and, written last, ``DONE`
 interrupted or failed (then ``error.txt`` says why) and is done again.
 """
 
-import contextlib
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import bnkern
-from bnkern import backends
 from bnkern.train import cifar10
+from bnkern.train.runlog import environment, finished, put_aside, write_json
 
 from . import spec
 from .measure import PROCEDURES
@@ -44,7 +39,7 @@ class Planned:
 
     def finished(self) -> bool:
         """Whether it is done, as configured now."""
-        return (self.folder / "DONE").exists() and _read(self.folder / "config.json") == self.config
+        return finished(self.folder, self.config)
 
 
 def plan(experiments: list[str], scale: str, data: str, seeds: int | None, out: Path) -> list[Planned]:
@@ -134,74 +129,18 @@ def _run_all(todo: list[Planned], images: cifar10.Cifar10, device: torch.device)
 def _run_one(planned: Planned, images: cifar10.Cifar10, device: torch.device, tick) -> None:
     folder, config = planned.folder, planned.config
     if (folder / "DONE").exists():
-        _put_aside(folder)
+        put_aside(folder)
     elif folder.exists():
         shutil.rmtree(folder)
     (folder / "probes").mkdir(parents=True)
-    _write(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     started, clock = datetime.now(UTC), time.perf_counter()
     for name, arrays in PROCEDURES[config["procedure"]](config, images, device, tick).items():
         np.savez(folder / "probes" / f"{name}.npz", **arrays)
     seconds = round(time.perf_counter() - clock, 2)
     when = {"started": started.isoformat(timespec="seconds"), "seconds": seconds}
-    _write(folder / "env.json", when | environment(device, config["kernels"]))
+    write_json(folder / "env.json", when | environment(device, config["kernels"]))
     (folder / "DONE").touch()
-
-
-def _put_aside(folder: Path) -> None:
-    """Keeps a finished run that is done again, in ``.old`` beside it, where nothing looks for results."""
-    old = folder.parent / ".old"
-    old.mkdir(exist_ok=True)
-    count = sum(other.name.startswith(f"{folder.name}~") for other in old.iterdir())
-    folder.rename(old / f"{folder.name}~{count + 1}")
-
-
-def _write(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _read(file: Path) -> dict:
-    return json.loads(file.read_text())
-
-
-# ------------------------------------------------------------------------------------------------ environment
-
-
-def environment(device: torch.device, kernels: str = "bnkern") -> dict:
-    """What a run runs on: code, versions, machine, and the backend that serves its batch norm."""
-    served = kernels
-    if kernels == "bnkern":
-        module = backends.choose(backends.forced(), device.type, torch.float32)
-        served = module.__name__.rpartition(".")[2]
-    versions = {"python": platform.python_version(), "bnkern": bnkern.__version__, "torch": torch.__version__}
-    with contextlib.suppress(PackageNotFoundError):
-        versions["triton"] = version("triton")
-    return {
-        "commit": _git("rev-parse", "--short=12", "HEAD") or "none",
-        "dirty": bool(_git("status", "--porcelain")),
-        "versions": versions | {"numpy": np.__version__},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu": _cpu(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "backend": served,
-    }
-
-
-def _git(*words: str) -> str:
-    try:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
 
 
 # ------------------------------------------------------------------------------------------------ progress

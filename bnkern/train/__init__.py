@@ -1,1 +1,1 @@
-"""Training on CIFAR-10: the networks of the paper (:mod:`.resnet`) and its data (:mod:`.cifar10`)."""
+"""Training on CIFAR-10: networks (:mod:`.resnet`), data (:mod:`.cifar10`), runs (:mod:`.config`, :mod:`.loop`)."""

@@ -4,29 +4,44 @@ Layers are numbered as in "Understanding Batch Normalization": 1 is the first co
 layers 2 + 2k and 3 + 2k, and the last number, the depth, is the classifier. Projections carry no number.
 """
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bnkern
 import bnkern.nn
 
 WIDTHS = (16, 32, 64)  # channels of the three stages, on 32 x 32, 16 x 16 and 8 x 8 pixels
+NORMS = ("batch", "none", "final", "layer", "group", "instance")
+SHORTCUTS = ("projection", "padding")
+INITS = ("xavier_normal", "xavier_uniform", "kaiming", "fixup")
+KERNELS = ("bnkern", "torch")
+GROUPS = 8  # of norm="group": 2, 4 and 8 channels each. Wu and He's 32 groups do not fit 16 channels.
 
 
 class ResNet(nn.Module):
     """A residual network of 6n + 2 layers for 32 x 32 images: 3 stages of n blocks of 2 convolutions.
 
-    Convolutions are 3 x 3 without bias, Xavier-normal (the paper, section 5); the classifier keeps torch's
-    initialisation. Parameters are drawn from torch's global generator, so ``torch.manual_seed`` fixes them, and
-    equally for every ``norm`` and ``kernels``.
+    Convolutions are 3 x 3 without bias; the classifier keeps torch's initialisation (but see "fixup"). Parameters are
+    drawn from torch's global generator, so ``torch.manual_seed`` fixes them, and equally for every ``norm`` and
+    ``kernels``.
 
     Args:
-        depth: 6n + 2: 8, 14, 20, ... 110, ...
-        norm: "batch", or "none" for the un-normalised network.
+        depth: 6n + 2: 8, 14, 20, ... 110, ... 1202, ...
+        norm: "batch"; "none" for the un-normalised network; "final" for one batch norm of the last block's output,
+            before the pooling, and none elsewhere; "layer", "group" (8 groups) and "instance" for those norms with
+            a weight and a bias per channel, "layer" over channels and places of an image.
         shortcut: where the shape changes, "projection" (1 x 1 convolution, normalised like the others; option B of
             He et al.) or "padding" (every second pixel, zero channels on both sides; option A).
         kernels: "bnkern" for the fused kernels, "torch" for torch's own modules one by one: the baseline, with the
             same parameters from the same seed and the same state_dict.
         classes: number of logits.
+        init: of the convolutions: "xavier_normal" (the paper, section 5), "xavier_uniform", "kaiming" (normal, fan
+            out) or "fixup" (Zhang, Dauphin and Ma, 2019; only with norm="none"): Kaiming normal, in branches times
+            L^(-1/2) for L blocks; the last convolution of each branch and the classifier zero; a scalar bias before
+            each convolution, activation and the classifier, and one multiplier per branch.
 
     forward: images [N, 3, H, W] -> logits [N, classes].
 
@@ -41,17 +56,14 @@ class ResNet(nn.Module):
         shortcut: str = "projection",
         kernels: str = "bnkern",
         classes: int = 10,
+        init: str = "xavier_normal",
     ) -> None:
         super().__init__()
-        if depth < 8 or depth % 6 != 2:
-            raise ValueError(f"depth must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {depth}")
-        _check("norm", norm, ("batch", "none"))
-        _check("shortcut", shortcut, ("projection", "padding"))
-        _check("kernels", kernels, tuple(_KERNELS))
-        normed, plain = _KERNELS[kernels]
+        check_options(depth, norm, shortcut, kernels, init)
+        fixup = init == "fixup"
 
-        def norm_act(channels: int, act: str | None = "relu") -> nn.Module:
-            return normed(channels, act=act) if norm == "batch" else plain(act)
+        def norm_act(channels: int, act: str | None = "relu", scaled: bool = False) -> nn.Module:
+            return _Fixup(act, kernels, scaled) if fixup else _norm_act(norm, kernels, channels, act)
 
         self.depth = depth
         self.conv = _conv(3, WIDTHS[0])
@@ -59,17 +71,24 @@ class ResNet(nn.Module):
         blocks, channels = [], WIDTHS[0]
         for width in WIDTHS:
             for _ in range((depth - 2) // 6):
-                blocks.append(_Block(channels, width, shortcut, norm_act))
+                blocks.append(_Block(channels, width, shortcut, norm_act, fixup))
                 channels = width
         self.blocks = nn.Sequential(*blocks)
+        self.final = _norm_act("batch", kernels, channels, None) if norm == "final" else None
+        self.bias = _scalar(0.0) if fixup else None  # Fixup's, before the classifier
         self.fc = nn.Linear(channels, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.xavier_normal_(module.weight)
+                _draw_(module.weight, init)
+        if fixup:
+            _fixup_(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.blocks(self.norm(self.conv(images)))
-        return self.fc(x.mean((2, 3)))
+        if self.final is not None:
+            x = self.final(x)
+        x = x.mean((2, 3))
+        return self.fc(x if self.bias is None else x + self.bias)
 
 
 def layers(model: ResNet) -> dict[int, nn.Module]:
@@ -80,26 +99,47 @@ def layers(model: ResNet) -> dict[int, nn.Module]:
     return dict(enumerate([*numbered, model.fc], start=1))
 
 
+def check_options(depth: int, norm: str, shortcut: str, kernels: str, init: str) -> None:
+    """ValueError, naming it, for an option of :class:`ResNet` that is not one of its values."""
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"depth must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {depth}")
+    for name, value, allowed in (
+        ("norm", norm, NORMS),
+        ("shortcut", shortcut, SHORTCUTS),
+        ("kernels", kernels, KERNELS),
+        ("init", init, INITS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    if init == "fixup" and norm != "none":
+        raise ValueError(f'init="fixup" is for the un-normalised network, norm="none"; got norm={norm!r}')
+
+
 class _Block(nn.Module):
     """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); halves the resolution where the width changes."""
 
-    def __init__(self, channels: int, width: int, shortcut: str, norm_act) -> None:
+    def __init__(self, channels: int, width: int, shortcut: str, norm_act: Callable, fixup: bool) -> None:
         super().__init__()
         stride = 1 if channels == width else 2
+        self.bias1, self.bias2 = (_scalar(0.0), _scalar(0.0)) if fixup else (None, None)
         self.conv1 = _conv(channels, width, stride)
         self.norm1 = norm_act(width)
         self.conv2 = _conv(width, width)
-        self.norm2 = norm_act(width)
+        self.norm2 = norm_act(width, scaled=True)
         if stride == 1:
             self.shortcut = nn.Identity()
         elif shortcut == "padding":
             self.shortcut = _Padding((width - channels) // 2)
         else:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), norm_act(width, act=None))
+            normed = nn.Identity() if fixup else norm_act(width, act=None)
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), normed)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(self.conv1(x))
-        return self.norm2(self.conv2(y), self.shortcut(x))
+        if self.bias1 is None:
+            y = self.norm1(self.conv1(x))
+            return self.norm2(self.conv2(y), self.shortcut(x))
+        y = self.norm1(self.conv1(x + self.bias1))
+        return self.norm2(self.conv2(y + self.bias2), self.shortcut(x))
 
 
 class _Padding(nn.Module):
@@ -111,6 +151,19 @@ class _Padding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.channels, self.channels))
+
+
+def _conv(channels: int, width: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+
+
+# --------------------------------------------------------------- norm + residual + activation, on either's kernels
+
+
+def _torch_act(x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+    if residual is not None:
+        x = x + residual
+    return F.relu(x) if act else x
 
 
 class _TorchBatchNorm2d(nn.BatchNorm2d):
@@ -135,23 +188,102 @@ class _TorchActivation(nn.Module):
         return _torch_act(x, residual, self.act)
 
 
-def _torch_act(x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-    if residual is not None:
-        x = x + residual
-    return F.relu(x) if act else x
+class _GroupNorm(nn.GroupNorm):
+    """act(group_norm(x) + residual): torch's norm, the rest by bnkern (``fused``) or by torch."""
+
+    def __init__(self, groups: int, channels: int, act: str | None, fused: bool) -> None:
+        super().__init__(groups, channels)
+        self.act, self.fused = act, fused
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = super().forward(x)
+        if self.fused and (self.act or residual is not None):
+            return bnkern.add_act(x, residual, self.act)
+        return _torch_act(x, residual, self.act)
 
 
-# what norm + activation, and activation alone, are made of
-_KERNELS = {
-    "bnkern": (bnkern.nn.BatchNorm2d, bnkern.nn.Activation),
-    "torch": (_TorchBatchNorm2d, _TorchActivation),
-}
+class _InstanceNorm(nn.InstanceNorm2d):
+    """act(instance_norm(x) + residual): batch norm's kernels on one image of N C channels (``fused``), or torch's.
+
+    Those N C channels are runs in memory in NCHW alone; channels_last is copied to it and back.
+    """
+
+    def __init__(self, channels: int, act: str | None, fused: bool) -> None:
+        super().__init__(channels, affine=True)
+        self.act, self.fused = act, fused
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not self.fused:
+            return _torch_act(super().forward(x), residual, self.act)
+        n, c, *places = x.shape
+        y = bnkern.batch_norm(
+            x.reshape(1, n * c, *places),
+            None,
+            None,
+            self.weight.repeat(n),
+            self.bias.repeat(n),
+            training=True,
+            eps=self.eps,
+            residual=None if residual is None else residual.reshape(1, n * c, *places),
+            act=self.act,
+        )
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return y.reshape(x.shape).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _conv(channels: int, width: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+class _Fixup(nn.Module):
+    """act(scale * x + bias + residual) with a scalar bias and, where ``scaled``, a scalar multiplier.
+
+    That is batch norm in eval mode with mean 0 and variance 1, and so its kernels serve.
+    """
+
+    def __init__(self, act: str | None, kernels: str, scaled: bool = False) -> None:
+        super().__init__()
+        self.act, self.fused = act, kernels == "bnkern"
+        self.bias = _scalar(0.0)
+        self.scale = _scalar(1.0) if scaled else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not self.fused:
+            return _torch_act((x if self.scale is None else x * self.scale) + self.bias, residual, self.act)
+        bias = self.bias.repeat(x.shape[1])
+        scale = None if self.scale is None else self.scale.repeat(x.shape[1])
+        zeros, ones = torch.zeros_like(bias), torch.ones_like(bias)
+        return bnkern.batch_norm(x, zeros, ones, scale, bias, eps=0.0, residual=residual, act=self.act)
 
 
-def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+def _norm_act(norm: str, kernels: str, channels: int, act: str | None) -> nn.Module:
+    fused = kernels == "bnkern"
+    if norm == "batch":
+        return bnkern.nn.BatchNorm2d(channels, act=act) if fused else _TorchBatchNorm2d(channels, act)
+    if norm in ("layer", "group"):
+        return _GroupNorm(1 if norm == "layer" else GROUPS, channels, act, fused)
+    if norm == "instance":
+        return _InstanceNorm(channels, act, fused)
+    return bnkern.nn.Activation(act) if fused else _TorchActivation(act)
+
+
+# ------------------------------------------------------------------------------------------------ initialisation
+
+
+def _draw_(weight: Tensor, init: str) -> None:
+    if init == "xavier_normal":
+        nn.init.xavier_normal_(weight)
+    elif init == "xavier_uniform":
+        nn.init.xavier_uniform_(weight)
+    else:  # Fixup too starts from Kaiming
+        nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+
+def _scalar(value: float) -> nn.Parameter:
+    return nn.Parameter(torch.full((1,), value))
+
+
+@torch.no_grad()
+def _fixup_(model: ResNet) -> None:
+    """Fixup's rescaling of Kaiming weights: L^(-1/2) before, and zero at, the end of each of L branches."""
+    for block in model.blocks:
+        block.conv1.weight *= len(model.blocks) ** -0.5
+        block.conv2.weight.zero_()
+    for parameter in model.fc.parameters():
+        parameter.zero_()

@@ -1,0 +1,133 @@
+"""The command line: ``python -m bnkern.train NAME...``; under torchrun one run in several processes."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from . import cifar10
+from .config import PRESETS, Config, from_dict, laptop, parse, preset
+from .loop import train
+from .sweep import sweep
+
+EXAMPLES = """\
+examples:
+  python -m bnkern.train --list
+  python -m bnkern.train fig1-batch-0.1 --laptop                 ResNet-20, 10 epochs: two CPU cores
+  python -m bnkern.train fig1-batch-0.1 --data synthetic --set epochs=1 depth=8    does it work?
+  python -m bnkern.train fig1-batch-0.1 fig1-none-0.0001 --seeds 5 --processes 4
+  torchrun --nproc-per-node 2 -m bnkern.train fig1-batch-0.1     one run, each batch shared by two processes
+The same command goes on after an interruption, from the last checkpoint.
+"""
+
+
+def main(words: list[str] | None = None) -> int:
+    """Does what the words ask for; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bnkern.train",
+        description="Trains ResNets on CIFAR-10: the runs of 'Understanding Batch Normalization' and others.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="*", metavar="NAME", help="presets, JSON files of settings, or JSON itself")
+    parser.add_argument("--list", action="store_true", help="the presets there are")
+    parser.add_argument("--laptop", action="store_true", help="presets as ResNet-20 with 10/165 of the epochs")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings to change")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 .. N-1 of each run (default: its own)")
+    parser.add_argument("--print", action="store_true", help="print the settings as JSON, train nothing")
+    parser.add_argument("--out", type=Path, default=Path("results/train"), help="the results' folder (%(default)s)")
+    parser.add_argument("--data", metavar="DIR", help="CIFAR-10's binary version, or: synthetic (made-up images)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at once on this machine")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, local, ray://host:10001")
+    parser.add_argument("--gpus", type=float, default=1.0, help="GPUs of a run on Ray, fractions too (%(default)s)")
+    parser.add_argument("--tensorboard", action="store_true", help="mirror the metrics for TensorBoard")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="skip finished runs, go on with unfinished ones (default); --no-resume puts them aside",
+    )
+    asked = parser.parse_args(words)
+    if asked.list:
+        for name, run in PRESETS.items():
+            print(f"{name:<18} ResNet-{run.depth}, norm {run.norm}, lr {run.lr:g}, {run.epochs} epochs")
+        return 0
+    if not asked.runs:
+        parser.error("name a run; --list says which there are")
+    try:
+        configs = _configs(asked)
+    except (ValueError, TypeError, OSError) as error:
+        parser.error(str(error))
+    if asked.print:
+        print(json.dumps([config.to_dict() for config in configs], indent=1))
+        return 0
+    try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if len(configs) > 1:
+                parser.error("torchrun's processes do one run together")
+            return _distributed(configs[0], asked)
+        options = ("data", "device", "processes", "ray", "gpus", "resume", "tensorboard")
+        return min(1, sweep(configs, asked.out, **{name: getattr(asked, name) for name in options}))
+    except (ValueError, RuntimeError, OSError) as error:  # among them DataError and CheckpointError
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoints", file=sys.stderr)
+        return 130
+
+
+def command(
+    config: Config, out: Path, data: str | None, device: str | None, resume: bool, tensorboard: bool
+) -> list[str]:
+    """The command that does one run in a process of its own."""
+    words = [sys.executable, "-m", "bnkern.train", json.dumps(config.to_dict()), "--out", str(out)]
+    words += ["--data", data] if data else []
+    words += ["--device", device] if device else []
+    return words + ["--tensorboard"] * tensorboard + ["--resume" if resume else "--no-resume"]
+
+
+def _configs(asked: argparse.Namespace) -> list[Config]:
+    changes = {}
+    for word in asked.set:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes KEY=VALUE, got {word!r}")
+        changes[name] = parse(name, text)
+    if asked.data == "synthetic":
+        changes["data"] = "synthetic"
+    configs = [config.replace(**changes) for text in asked.runs for config in _named(text, asked.laptop)]
+    seeds = range(asked.seeds) if asked.seeds else None
+    return [config.replace(seed=seed) for config in configs for seed in (seeds or [config.seed])]
+
+
+def _named(text: str, small: bool) -> list[Config]:
+    """A preset; or the settings of one run, or a list of them, in a JSON file or as JSON."""
+    if text.endswith(".json"):
+        text = Path(text).read_text()
+    if text.lstrip()[:1] in ("{", "["):
+        values = json.loads(text)
+        return [from_dict(run) for run in (values if isinstance(values, list) else [values])]
+    return [laptop(text) if small else preset(text)]
+
+
+def _distributed(config: Config, asked: argparse.Namespace) -> int:
+    cuda = asked.device is None and torch.cuda.is_available()
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else asked.device or "cpu"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        data = cifar10.load("synthetic" if config.data == "synthetic" else asked.data)
+        train(config, asked.out / config.title, data, device, resume=asked.resume, tensorboard=asked.tensorboard)
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,429 @@
+"""Training from start to end: the host's side of :mod:`.step`, with metrics, evaluation, checkpoints and divergence."""
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import bnkern.nn
+
+from . import checkpoint
+from .cifar10 import Batches, Cifar10, Split, split_validation
+from .config import Config, learning_rate
+from .resnet import ResNet
+from .runlog import Metrics, Outcome, differing, environment, finished, outcome, put_aside, write_json
+from .step import Step, autocast, loss_of
+
+EVALUATION = 500  # images at a time
+IMPROVEMENT = 1e-4  # the plateau rule's: relative
+
+# Makes a recorder for (network, folder, step to start from); the loop calls its step(loss) and flush().
+Probes = Callable[[nn.Module, Path, int], AbstractContextManager]
+
+
+def train(
+    config: Config,
+    folder: Path,
+    data: Cifar10,
+    device: torch.device | str = "cpu",
+    *,
+    probes: Probes | None = None,
+    resume: bool = True,
+    tensorboard: bool = False,
+) -> Outcome:
+    """Does the run, or the rest of it, and leaves in ``folder`` what :mod:`.runlog` says.
+
+    A loss that is not finite, or above 1e3 after step 0, ends the run as a result: ``diverged.pt`` (for
+    :func:`.checkpoint.read`) then has ``step``, the parameters ``before`` and ``after`` the last update, that of
+    step - 1, by name, its ``lr`` and (with momentum) ``velocity``, so that after = before - lr velocity, ``batches``
+    (epoch, index, images and labels of step - 1, "update", and of ``step``, "shown"), and ``rng``.
+
+    In several processes (torch.distributed initialised) each makes its share of every batch, batch norm runs over
+    all of them, gradients are averaged, and the process of rank 0 alone writes.
+
+    Args:
+        config: the run.
+        folder: the run's own. Where it has this run, unfinished, the run goes on from its last checkpoint; finished,
+            nothing is done.
+        data: whose ``source`` is the config's ``data``.
+        device: where to train.
+        probes: called with the network, ``folder / "probes"`` and the step to start from; a context manager whose
+            ``step(loss)`` is called after every backward and ``flush()`` before every checkpoint. On a GPU the step
+            is then not recorded as a graph.
+        resume: else a run that is there is put aside and done anew.
+        tensorboard: mirror the metrics in ``folder / "tensorboard"``.
+
+    Returns:
+        how the run ended; where the rank is not 0, nothing of it.
+
+    Raises:
+        ValueError: the folder has another run; the data are not the config's; the config does not fit the processes.
+        CheckpointError: there are checkpoints and none can be used.
+        RuntimeError: ``tensorboard`` is asked for and not installed.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if data.source != config.data:
+        raise ValueError(f"the run is on data={config.data!r}, and what was loaded is {data.source!r}")
+    if world > 1 and config.kernels == "torch" and config.norm in ("batch", "final"):
+        raise ValueError('kernels="torch" has no batch norm over several processes; kernels="bnkern" has')
+    done, state = _open(folder, config, resume) if rank == 0 else (None, None)
+    if world > 1:
+        box = [done, state]
+        dist.broadcast_object_list(box)  # the other processes may have no file system in common
+        done, state = box
+    if not done:
+        device = torch.device(device)
+        with numerics(config, device), ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+            torch.manual_seed(config.seed)
+            _Run(config, folder, data, device, probes, state, tensorboard, stack).train()
+    return outcome(folder) if rank == 0 else Outcome(0, None, None, None, None)
+
+
+def _open(folder: Path, config: Config, resume: bool) -> tuple[bool, dict | None]:
+    """Whether the run is finished; the checkpoint to go on from, if there is one."""
+    if (folder / "config.json").exists():
+        if not resume:
+            put_aside(folder)
+        elif finished(folder, config.to_dict()):
+            return True, None
+        elif names := differing(folder, config.to_dict()):
+            raise ValueError(f"{folder} has another run (other {', '.join(names)}): take another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config.to_dict())
+    return False, checkpoint.load(folder / "checkpoint.pt", config.to_dict())
+
+
+@dataclass
+class _Host:
+    """What the host knows of a run, and a checkpoint keeps."""
+
+    done: int = 0  # steps
+    lr: float = 0.0  # of the last of them
+    loss: float = 0.0  # sum over the steps of the epoch so far
+    right: float = 0.0  # answers in the epoch so far
+    lowered: int = 0  # times, by the plateau rule
+    best: float = float("inf")
+    waited: int = 0  # epochs
+    seconds: float = 0.0
+
+
+class _Run:
+    """One run in one process."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        data: Cifar10,
+        device: torch.device,
+        probes: Probes | None,
+        state: dict | None,
+        tensorboard: bool,
+        stack: ExitStack,
+    ) -> None:
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.config, self.folder, self.device = config, folder, device
+        self.data = data.to(device)
+        self.network = build(config, device)
+        if self.world > 1 and config.norm in ("batch", "final"):
+            self.network = bnkern.nn.convert_sync_batchnorm(self.network)
+        train, self.validation = self.data.train, None
+        if config.validation:
+            train, self.validation = split_validation(train, config.validation, 0)
+        if len(train.labels) < config.batch:
+            raise ValueError(f"a batch of {config.batch} is more than the {len(train.labels)} training images")
+        self.host = _Host(**state["host"]) if state else _Host()
+        self.split = train
+        self.batches = self.batches_of(self.rank, self.world)
+        self.steps = config.epochs * len(self.batches)
+
+        self.recorder = None
+        if probes and self.rank == 0:
+            if state:
+                from bnkern.probes import truncate
+
+                truncate(folder / "probes", self.host.done)
+            self.recorder = stack.enter_context(probes(self.network, folder / "probes", self.host.done))
+        model = torch.compile(self.network) if config.compile else self.network
+        if self.world > 1:
+            model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        self.step = Step(model, self.network, self.batches, config, self.recorder and self.recorder.step)
+        if state:
+            self.restore(state)
+        self.metrics = None
+        if self.rank == 0:
+            self.metrics = Metrics(folder, self.host.done, tensorboard)
+            stack.callback(self.metrics.close)
+
+    def batches_of(self, rank: int, world: int) -> Batches:
+        config = self.config
+        return Batches(
+            self.split,
+            config.batch,
+            config.seed,
+            self.data.mean,
+            self.data.std,
+            augment=config.augment,
+            dtype=torch.bfloat16 if config.precision == "bf16" else _dtype(config),
+            memory_format=_format(config),
+            rank=rank,
+            world=world,
+        )
+
+    def train(self) -> None:
+        config, host, step, per_epoch = self.config, self.host, self.step, len(self.batches)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        env = environment(self.device, config.kernels) | {"processes": self.world}
+        if self.rank == 0:
+            write_json(self.folder / "env.json", {"started": started, "seconds": None} | env)
+        self.bar = tqdm(
+            total=self.steps,
+            initial=host.done,
+            desc=config.title,
+            unit="step",
+            disable=self.rank > 0 or not sys.stderr.isatty(),
+        )
+        if host.done and self.rank == 0:
+            self.say(f"{config.title}: going on from step {host.done} of {self.steps}")
+        self.resumed_at = self.looked = host.done  # the second: how far the metrics were read
+        self.rates: list[float] = []  # of the steps since then
+        self.clock = self.epoch_clock = time.perf_counter()
+        before = host.seconds - self.clock
+        current = None
+        for taken in range(host.done, self.steps):
+            epoch, index = divmod(taken, per_epoch)
+            if index == 0 or current is None:
+                self.batches.start(epoch)
+                step.index.fill_(index)
+            rate = learning_rate(config, taken, self.steps, host.lowered)
+            if rate != current:
+                step.lr.fill_(rate)
+                if current is None and self.recordable():
+                    step.record()
+                current = rate
+            self.rates.append(rate)
+            step()
+            host.done = taken + 1
+            self.bar.update()
+            ends = index == per_epoch - 1
+            saves = config.checkpoint_every and host.done % config.checkpoint_every == 0
+            if ends or saves or host.done % config.log_every == 0:
+                diverged = self.look(epoch)
+                host.seconds = before + time.perf_counter()
+                if diverged:
+                    break
+                if ends:
+                    self.end_epoch(epoch)
+                if ends or saves:
+                    self.save()
+                self.clock = time.perf_counter()
+        self.bar.close()
+        if self.rank == 0:
+            write_json(
+                self.folder / "env.json", {"started": started, "seconds": round(before + time.perf_counter(), 2)} | env
+            )
+            self.metrics.sync()
+            checkpoint.replace(self.folder / "DONE", b"")
+
+    def recordable(self) -> bool:
+        """Whether the step can be a CUDA graph: on one GPU, with nothing in it that decides on the host."""
+        return self.config.graph and self.device.type == "cuda" and self.world == 1 and self.recorder is None
+
+    def look(self, epoch: int) -> bool:
+        """Reads what the device has gathered and writes it down; whether the run has diverged."""
+        ring, diverged = self.step.ring.tolist(), self.step.diverged.item()
+        seconds = time.perf_counter() - self.clock
+        end = self.host.done if diverged < 0 else diverged
+        seen = [ring[taken % len(ring)] for taken in range(self.looked, end)]
+        if seen:
+            loss, right = (sum(column) for column in zip(*seen, strict=True))
+            self.host.loss += loss
+            self.host.right += right
+            self.write(
+                "train",
+                end,
+                epoch=epoch,
+                loss=loss / len(seen),
+                accuracy=right / len(seen) / self.config.batch,
+                lr=self.rates[len(seen) - 1],
+                images_per_second=round((self.host.done - self.looked) * self.config.batch / seconds, 1),
+                diverged=False,
+            )
+        rates = [self.host.lr, *self.rates]  # that of the step before the first one first
+        if diverged >= 0:
+            loss = ring[diverged % len(ring)][0]
+            self.write("diverged", diverged, epoch=epoch, loss=loss, lr=rates[len(seen)], diverged=True)
+            self.keep_divergence(diverged, rates[len(seen)])
+            if self.rank == 0:
+                self.say(f"{self.config.title}: diverged at step {diverged} with a loss of {loss:.4g}")
+            return True
+        self.bar.set_postfix(loss=f"{loss / len(seen):.3f}", refresh=False)
+        self.host.lr = rates[-1]
+        self.looked, self.rates = self.host.done, []
+        return False
+
+    def end_epoch(self, epoch: int) -> None:
+        """Evaluates, writes the epoch's line, and applies the plateau rule."""
+        config, host, images = self.config, self.host, len(self.batches) * self.config.batch
+        row = {"epoch": epoch, "train_loss": host.loss / len(self.batches), "train_accuracy": host.right / images}
+        host.loss = host.right = 0.0
+        seconds = time.perf_counter() - self.epoch_clock  # since the run went on, in a resumed epoch
+        if (epoch + 1) % config.evaluate_every == 0 or host.done == self.steps:
+            row["test_loss"], row["test_accuracy"] = self.evaluate(self.data.test)
+        if self.validation and (config.plateau or "test_loss" in row):
+            row["validation_loss"], row["validation_accuracy"] = self.evaluate(self.validation)
+        self.write("epoch", host.done, **row, seconds=round(seconds, 3))
+        self.epoch_clock = time.perf_counter()
+        if self.rank == 0:
+            shares = ", ".join(
+                f"{name.removesuffix('_accuracy')} {100 * value:.2f} %"
+                for name, value in row.items()
+                if name.endswith("accuracy")
+            )
+            rate = f"{images / seconds:.0f} images/s" if host.done - self.resumed_at >= len(self.batches) else ""
+            text = f"epoch {epoch + 1}/{config.epochs}: loss {row['train_loss']:.4f}, {shares}"
+            self.say(f"{config.title}: {text}{', ' * bool(rate)}{rate}")
+        if config.plateau:
+            loss = row["validation_loss" if self.validation else "train_loss"]
+            if loss < host.best * (1 - IMPROVEMENT):
+                host.best, host.waited = loss, 0
+            else:
+                host.waited += 1
+                if host.waited > config.plateau:
+                    host.lowered, host.waited = host.lowered + 1, 0
+
+    def evaluate(self, split: Split) -> tuple[float, float]:
+        """Mean loss and accuracy in eval mode, the images shared out among the processes."""
+        network = self.network.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for start in range(self.rank * EVALUATION, len(split.labels), self.world * EVALUATION):
+                images = self.data.normalise(split.images[start : start + EVALUATION]).to(_dtype(self.config))
+                labels = split.labels[start : start + EVALUATION]
+                with autocast(self.config, self.device):
+                    logits = network(images.contiguous(memory_format=_format(self.config)))
+                totals[0] += loss_of(logits, labels, "sum")
+                totals[1] += (logits.argmax(1) == labels).sum()
+        network.train()
+        if self.world > 1:
+            dist.all_reduce(totals)
+        loss, right = (totals / len(split.labels)).tolist()
+        return loss, right
+
+    def save(self) -> None:
+        if self.rank:
+            return
+        if self.recorder:
+            self.recorder.flush()
+        self.metrics.sync()
+        state = {
+            "config": self.config.to_dict(),
+            "host": asdict(self.host),
+            "network": self.network.state_dict(),
+            "step": self.step.state_dict(),
+            "rng": _rng(self.device),
+            "threads": torch.get_num_threads(),
+        }
+        checkpoint.save(self.folder / "checkpoint.pt", state)
+
+    def restore(self, state: dict) -> None:
+        self.network.load_state_dict(state["network"])
+        self.step.load_state_dict(state["step"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        if self.config.deterministic and state["threads"] != torch.get_num_threads():
+            warnings.warn(
+                f"the run so far had {state['threads']} threads and has {torch.get_num_threads()} now: torch's own "
+                "kernels may add in another order, and then the bits differ from those of an uninterrupted run",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def keep_divergence(self, step: int, lr: float) -> None:
+        """Writes ``diverged.pt``: see :func:`train`."""
+        if self.rank:
+            return
+        batches = self.batches_of(0, 1)
+        shown = {}
+        for name, taken in (("update", step - 1), ("shown", step)):
+            if taken >= 0:
+                epoch, index = divmod(taken, len(batches))
+                images, labels = batches.at(epoch, index)
+                shown[name] = {"epoch": epoch, "index": index, "images": images, "labels": labels}
+        velocity = [v for name, v in self.step.state_dict().items() if name.startswith("velocity")]
+        names = [name for name, _ in self.network.named_parameters()]
+        state = {
+            "config": self.config.to_dict(),
+            "step": step,
+            "before": {name: t.clone() for name, t in self.step.before_by_name().items()},
+            "after": {name: t.detach() for name, t in self.network.named_parameters()},
+            "velocity": dict(zip(names, velocity, strict=bool(velocity))),
+            "lr": lr,
+            "batches": shown,
+            "rng": _rng(self.device),
+        }
+        checkpoint.write(self.folder / "diverged.pt", state)
+
+    def write(self, event: str, step: int, **values: object) -> None:
+        if self.metrics:
+            self.metrics.append(event, step, **values)
+
+    def say(self, text: str) -> None:
+        """A line on a terminal above the bar, elsewhere a plain one."""
+        if self.bar.disable:
+            print(text, flush=True)
+        else:
+            self.bar.write(text, file=sys.stderr)
+
+
+def build(config: Config, device: torch.device | str = "cpu") -> ResNet:
+    """The run's network, its parameters drawn on the CPU from torch's generator as it stands."""
+    network = ResNet(config.depth, config.norm, config.shortcut, config.kernels, init=config.init)
+    return network.to(device, _dtype(config)).to(memory_format=_format(config))
+
+
+@contextmanager
+def numerics(config: Config, device: torch.device) -> Iterator[None]:
+    """torch's switches as the config says, put back afterwards."""
+    cudnn, algorithms = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
+    try:
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+            cudnn.allow_tf32 = config.precision == "tf32"
+            cudnn.benchmark = not config.deterministic
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
+            torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision(before[0])
+            cudnn.allow_tf32, cudnn.benchmark = before[1:]
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.float64 if config.precision == "fp64" else torch.float32
+
+
+def _format(config: Config) -> torch.memory_format:
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def _rng(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})

@@ -1,0 +1,174 @@
+"""One training step, all of it on the device: batch, forward, loss, backward, metrics, update.
+
+The host reads nothing back, so that on a GPU it runs ahead, and the same step is recorded once as a CUDA graph and
+replayed. What changes from step to step lies in tensors that stay where they are. The CUDA parts have not yet run on
+a GPU.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cifar10 import Batches
+from .config import Config
+
+LIMIT = 1e3  # a loss above it, after step 0, counts as divergence (the paper)
+WARM_UP = 3  # steps before a CUDA graph is recorded, as torch asks for; they are undone
+
+
+class Step:
+    """Call it to train on the batch that ``index`` names; see the module.
+
+    The update is SGD with momentum: v = momentum v + (gradient + weight_decay p), p = p - lr v, by torch.optim.SGD's
+    kernel, one launch for many parameters; without momentum no velocity v is kept. From the first loss over
+    :data:`LIMIT` or not finite on, parameters, velocities and ``before`` are left as they are, however many steps
+    follow; batch norm's running statistics alone move on.
+
+    Args:
+        model: the network, ``network`` or what wraps it for compilation or several processes.
+        network: the plain module, whose parameters are trained.
+        batches: the training batches, on the network's device.
+        config: the run.
+        probe: called with the loss after each backward.
+
+    Attributes:
+        lr: float32 scalar, set by the host.
+        index, taken: int64 scalars: the batch of the epoch that comes next, the number of steps taken.
+        diverged: int64 scalar: the step whose loss was too large, -1 while there is none.
+        ring: float64 [log_every, 2], row ``step % log_every``: mean loss and number of right answers of a step, over
+            all processes.
+        before: float [number of parameters], all parameters in order, before the last update.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        network: nn.Module,
+        batches: Batches,
+        config: Config,
+        probe: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self._model, self._network, self._batches, self._config, self._probe = model, network, batches, config, probe
+        self._parameters = list(network.parameters())
+        device = batches.device
+        options = {"dtype": batches.dtype, "device": device, "memory_format": batches.memory_format}
+        self._images = torch.empty(batches.shape, **options)
+        self._labels = torch.empty(batches.shape[:1], dtype=torch.int64, device=device)
+        self._velocity = [torch.zeros_like(parameter) for parameter in self._parameters if config.momentum]
+        self._stop = torch.zeros((), device=device)  # 1 once diverged: the update's found_inf
+        self.lr = torch.zeros((), device=device)
+        self.index, self.taken = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self.diverged = torch.full((), -1, device=device)
+        self.ring = torch.zeros(config.log_every, 2, dtype=torch.float64, device=device)
+        self.before = self._flat()
+        self._graph = None
+
+    def __call__(self) -> None:
+        if self._graph:
+            self._graph.replay()
+        else:
+            self._run()
+
+    def record(self) -> None:
+        """Records the step as a CUDA graph, which calls replay from then on; the state stays as it is."""
+        state = [*self.state_dict().values(), *self._network.state_dict().values()]
+        kept = [t.clone() for t in state]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self.index.zero_()  # the last batch of an epoch has no successor
+                self._run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        self._graph = graph
+        for t, was in zip(state, kept, strict=True):
+            t.copy_(was)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything but the network that the next step depends on: the tensors themselves, by name."""
+        velocity = {f"velocity.{i}": v for i, v in enumerate(self._velocity)}
+        names = ("lr", "index", "taken", "diverged", "ring", "before")
+        return {name: getattr(self, name) for name in names} | {"stop": self._stop} | velocity
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copies a :meth:`state_dict` into this one's tensors."""
+        for name, t in self.state_dict().items():
+            t.copy_(state[name])
+
+    def before_by_name(self) -> dict[str, Tensor]:
+        """``before`` as the parameters it holds."""
+        parts = self.before.split([parameter.numel() for parameter in self._parameters])
+        named = zip(self._network.named_parameters(), parts, strict=True)
+        return {name: part.view(parameter.shape) for (name, parameter), part in named}
+
+    def _run(self) -> None:
+        self._batches.fill(self.index, self._images, self._labels)
+        for parameter in self._parameters:
+            parameter.grad = None
+        with autocast(self._config, self._images.device):
+            logits = self._model(self._images)
+        loss = loss_of(logits, self._labels)
+        loss.backward()
+        if self._probe:
+            self._probe(loss)
+        with torch.no_grad():
+            self._measure(loss, logits)
+            self._update()
+
+    def _measure(self, loss: Tensor, logits: Tensor) -> None:
+        seen = torch.stack([loss.double(), (logits.argmax(1) == self._labels).sum().double()])
+        if dist.is_initialized():
+            dist.all_reduce(seen)  # so that all processes stop at the same step
+            seen[0] /= dist.get_world_size()
+        self.ring.index_copy_(0, (self.taken % len(self.ring)).view(1), seen.view(1, 2))
+        bad = ~seen[0].isfinite() | ((seen[0] > LIMIT) & (self.taken > 0))
+        self.diverged.copy_(torch.where(bad & (self.diverged < 0), self.taken, self.diverged))
+        self._stop.copy_(self.diverged >= 0)
+
+    def _update(self) -> None:
+        torch.where(self._stop > 0, self.before, self._flat(), out=self.before)
+        grads = [parameter.grad for parameter in self._parameters]
+        for parameter, grad in zip(self._parameters, grads, strict=True):
+            assert _laid_out_alike(parameter, grad), "the update's kernel goes by memory order"
+        torch._fused_sgd_(
+            self._parameters,
+            grads,
+            self._velocity,
+            lr=self.lr,
+            momentum=self._config.momentum,
+            weight_decay=self._config.weight_decay,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,  # a velocity of zero is the same
+            found_inf=self._stop,
+        )
+        self.taken += 1
+        self.index += 1
+
+    def _flat(self) -> Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in self._parameters])
+
+
+def loss_of(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy, in float32 for logits of less."""
+    logits = logits.float() if logits.dtype is torch.bfloat16 else logits
+    return F.cross_entropy(logits, labels, reduction=reduction)
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def _laid_out_alike(a: Tensor, b: Tensor) -> bool:
+    return a.stride() == b.stride() or any(
+        a.is_contiguous(memory_format=f) and b.is_contiguous(memory_format=f)
+        for f in (torch.contiguous_format, torch.channels_last)
+        if a.dim() == 4 or f is torch.contiguous_format
+    )
