@@ -9,10 +9,12 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from bnkern.probes import every, load, record
 from bnkern.train import checkpoint, loop
 from bnkern.train.cifar10 import split_validation
 from bnkern.train.config import Config, learning_rate
@@ -310,7 +312,8 @@ class Recorder:
         assert loss.requires_grad
         self.steps += 1
 
-    def flush(self) -> None:
+    def flush(self, wait: bool = False) -> None:
+        assert wait
         self.flushes.append(self.steps)
 
 
@@ -329,6 +332,33 @@ def test_probes_are_called_and_change_nothing(tmp_path: Path) -> None:
     assert asked == [("ResNet", tmp_path / "a/probes", 0), "closed"]
     assert recorder.steps == 12 and recorder.flushes == [4, 6, 8, 12]
     assert_same_run(tmp_path / "plain", tmp_path / "a")
+
+
+def test_records_of_a_run_that_crashed_and_went_on_are_those_of_one_that_did_not(tmp_path: Path) -> None:
+    """Probe files are cut back to the checkpoint's step, and written before it counts."""
+    config = tiny(checkpoint_every=4, deterministic=True)
+
+    def probes(network: torch.nn.Module, folder: Path, step: int):
+        return record(network, ["activation_moments"], every(1), folder, first_step=step, append=step > 0)
+
+    train(config, tmp_path / "whole", images(), probes=probes)
+
+    @contextmanager
+    def crashing(network: torch.nn.Module, folder: Path, step: int):
+        with probes(network, folder, step) as recorder:
+            close, recorder.step = recorder.step, lambda loss: (close(loss), 1 / (recorder._step < 11))
+            yield recorder
+
+    with pytest.raises(ZeroDivisionError):
+        train(config, tmp_path / "resumed", images(), probes=crashing)
+    assert load(tmp_path / "resumed/probes").steps.tolist() == list(range(11)), "more than the checkpoint at step 8"
+    train(config, tmp_path / "resumed", images(), probes=probes)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    expected, found = load(tmp_path / "whole/probes"), load(tmp_path / "resumed/probes")
+    assert expected.steps.tolist() == found.steps.tolist() == list(range(12))
+    for layer, arrays in expected["activation_moments"].items():
+        for name, values in arrays.items():
+            np.testing.assert_array_equal(found["activation_moments"][layer][name], values)
 
 
 def test_a_mirror_without_tensorboard_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,16 @@ class Buffer:
         self.cursor.zero_()
         return Filled(dict(self.places), *host, ready)
 
+    def rewind(self, step: int) -> None:
+        """Empty the ring without handing it out, and count on from ``step``."""
+        self.first_step = step
+        if self.device is not None:
+            self.step.fill_(step)
+            self.cursor.zero_()
+            self.dropped.zero_()
+        for flat in self.calls:
+            flat.fill_(torch.nan)
+
     def _begin(self, device: torch.device) -> None:
         self.device = device
         self.step = torch.full((), self.first_step, dtype=torch.int64, device=device)

@@ -62,6 +62,11 @@ class Writer:
         if self._thread is not None:
             self._queue.put(filled)
 
+    def wait(self) -> None:
+        """Until all that was put is on the disk; raises what went wrong."""
+        self._queue.join()
+        self.raise_if_failed()
+
     def raise_if_failed(self) -> None:
         if self._error is not None:
             error, self._error = self._error, None
@@ -99,6 +104,7 @@ class Writer:
                     self._write(filled)
                 except BaseException as error:
                     self._error = error
+            self._queue.task_done()
 
     def _write(self, filled: Filled) -> None:
         if filled.ready is not None:

@@ -223,9 +223,26 @@ class Recorder:
             if isinstance(loss, Tensor):
                 self._keep(loss)
 
-    def flush(self) -> None:
-        """Hand all closed steps to the thread that writes them; does not wait for it unless its queue is full."""
+    def flush(self, wait: bool = False) -> None:
+        """Hand all closed steps to the thread that writes them; ``wait`` until they are on the disk."""
         self._hand_out()
+        if wait:
+            self._writer.wait()
+
+    def rewind(self, step: int) -> None:
+        """Forget what was closed since the last flush, and call the step under way ``step``.
+
+        For steps that do not count, such as those that warm up a CUDA graph.
+        """
+        self._step = step
+        self._rows = 0
+        self._calls.clear()
+        self._open.clear()
+        self._buffer.rewind(step)
+        if self._loss is not None:
+            self._loss.fill_(torch.inf)  # as before the first step, for schedules that look at it
+        if not self.on_device:
+            self.active = bool(self.schedule(step, None))
 
     @property
     def dropped(self) -> int:

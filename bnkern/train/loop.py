@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import bnkern.nn
+from bnkern.probes import truncate
 
 from . import checkpoint
 from .cifar10 import Batches, Cifar10, Split, split_validation
@@ -27,7 +28,7 @@ from .step import Step, autocast, loss_of
 EVALUATION = 500  # images at a time
 IMPROVEMENT = 1e-4  # the plateau rule's: relative
 
-# Makes a recorder for (network, folder, step to start from); the loop calls its step(loss) and flush().
+# Makes a recorder for (network, folder, step to start from); the loop calls its step(loss) and flush(wait=True).
 Probes = Callable[[nn.Module, Path, int], AbstractContextManager]
 
 
@@ -57,9 +58,9 @@ def train(
             nothing is done.
         data: whose ``source`` is the config's ``data``.
         device: where to train.
-        probes: called with the network, ``folder / "probes"`` and the step to start from; a context manager whose
-            ``step(loss)`` is called after every backward and ``flush()`` before every checkpoint. On a GPU the step
-            is then not recorded as a graph.
+        probes: called in every process with the network, ``folder / "probes"`` and the step to start from; a context
+            manager, as ``bnkern.probes.record`` makes it with ``first_step`` and ``append``. Where it decides on the
+            device (``on_device``), the step is recorded as a graph together with it.
         resume: else a run that is there is put aside and done anew.
         tensorboard: mirror the metrics in ``folder / "tensorboard"``.
 
@@ -150,10 +151,8 @@ class _Run:
         self.steps = config.epochs * len(self.batches)
 
         self.recorder = None
-        if probes and self.rank == 0:
-            if state:
-                from bnkern.probes import truncate
-
+        if probes:
+            if state and self.rank == 0:
                 truncate(folder / "probes", self.host.done)
             self.recorder = stack.enter_context(probes(self.network, folder / "probes", self.host.done))
         model = torch.compile(self.network) if config.compile else self.network
@@ -212,6 +211,8 @@ class _Run:
                 step.lr.fill_(rate)
                 if current is None and self.recordable():
                     step.record()
+                    if self.recorder:
+                        self.recorder.rewind(host.done)  # the steps before the graph do not count
                 current = rate
             self.rates.append(rate)
             step()
@@ -221,6 +222,8 @@ class _Run:
             saves = config.checkpoint_every and host.done % config.checkpoint_every == 0
             if ends or saves or host.done % config.log_every == 0:
                 diverged = self.look(epoch)
+                if self.recorder and self.device.type == "cuda":
+                    self.recorder.flush()  # a replayed graph does not
                 host.seconds = before + time.perf_counter()
                 if diverged:
                     break
@@ -239,7 +242,8 @@ class _Run:
 
     def recordable(self) -> bool:
         """Whether the step can be a CUDA graph: on one GPU, with nothing in it that decides on the host."""
-        return self.config.graph and self.device.type == "cuda" and self.world == 1 and self.recorder is None
+        decides_on_host = self.recorder is not None and not getattr(self.recorder, "on_device", False)
+        return self.config.graph and self.device.type == "cuda" and self.world == 1 and not decides_on_host
 
     def look(self, epoch: int) -> bool:
         """Reads what the device has gathered and writes it down; whether the run has diverged."""
@@ -323,10 +327,10 @@ class _Run:
         return loss, right
 
     def save(self) -> None:
+        if self.recorder:
+            self.recorder.flush(wait=True)  # all processes: the first one writes for them
         if self.rank:
             return
-        if self.recorder:
-            self.recorder.flush()
         self.metrics.sync()
         state = {
             "config": self.config.to_dict(),
