@@ -19,7 +19,8 @@ triton = pytest.importorskip("triton")
 resources = pytest.importorskip("tests.triton.resources")
 
 ALL = (True, True, True, True)
-SUBSETS = list(product((True, False), repeat=4))
+# Each alone, all but each, and pairs.
+SUBSETS = [tuple(not ((bits >> i) & 1) for i in range(4)) for bits in (14, 13, 11, 7, 1, 2, 4, 8, 12, 3, 15)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -72,7 +73,7 @@ def tiny() -> Iterator[None]:
 
     module = sys.modules["bnkern.backends.triton.conv_grad_signs"]
     before = module.blocks, module.PROGRAMS, module.PARTS, module.ELEMENTS
-    module.blocks = lambda rows, itemsize, outputs: module.Blocks(4, 16, 8)
+    module.blocks = lambda by_channels, itemsize, outputs: module.Blocks(4, 32, 16)
     module.PROGRAMS, module.PARTS, module.ELEMENTS = 24, 2, 16
     try:
         yield
@@ -128,7 +129,7 @@ def test_dtypes(case: Conv, dtype: torch.dtype) -> None:
 
 def blocks_as_launched(dtype: torch.dtype) -> None:
     for memory_format in FORMATS:
-        arguments = Conv("blocks", (3, 24, 9, 8), (36, 3, 3), padding=(1, 1)).arguments(dtype, memory_format)
+        arguments = Conv("blocks", (2, 8, 6, 8), (36, 3, 3), padding=(1, 1)).arguments(dtype, memory_format)
         holds(arguments, kernels().conv_grad_signs(*arguments, ALL))
 
 
@@ -143,7 +144,7 @@ def subsets(case: Conv) -> None:
         arguments = case.arguments(torch.float32, memory_format)
         with tiny():
             every = kernels().conv_grad_signs(*arguments, ALL)
-            for wanted in SUBSETS:
+            for wanted in SUBSETS if memory_format is torch.channels_last else SUBSETS[:1]:
                 some = kernels().conv_grad_signs(*arguments, wanted)
                 for result, expected, want in zip(some, every, wanted, strict=True):
                     assert torch.equal(result, expected) if want else result is None
@@ -198,7 +199,7 @@ def wide_offsets() -> None:
     import sys
 
     module = sys.modules["bnkern.backends.triton.conv_grad_signs"]
-    for case, memory_format in product(FEW, FORMATS):
+    for case, memory_format in product(FEW[1:2], FORMATS):
         arguments = case.arguments(torch.float32, memory_format)
         with tiny():
             narrow, before = kernels().conv_grad_signs(*arguments, ALL), module.INT32_OFFSETS
@@ -270,11 +271,16 @@ def test_resources(architecture: int, precisions: list[str]) -> None:
         products = re.findall(r"(?:wgmma\.mma_async|mma|tcgen05\.mma)\.\S+", usage.ptx)
         integers = [p for p in products if ".s32.s8.s8" in p]
         assert (len(integers) > 0) == (counts > 0), row
-        if variant.signature["x_ptr"] != "*fp32":  # full float32 precision is no product of tensor cores
+        if variant.signature["x_ptr"] in ("*fp16", "*bf16"):
             assert (len(products) > len(integers)) == (floats > 0), row
         whole = len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", usage.ptx))
-        loads = [variant.constants[f"{name}_VECTOR"] == 8 for name in ("X", "DY")]
-        assert whole >= sum(loads), f"{row}: {whole} whole vectors"
+        itemsize = 2 if "16" in variant.signature["x_ptr"] else 4 if "32" in variant.signature["x_ptr"] else 8
+        expected = 0
+        for operand, channels in (("X", "N"), ("DY", "M")):
+            a_thread = variant.constants[f"BLOCK_{channels}"] * variant.constants["BLOCK_K"] * itemsize // 128
+            if variant.constants[f"{operand}_VECTOR"] == 8:
+                expected += a_thread // 16  # the smallest blocks have 8 bytes of dy for a thread
+        assert whole >= expected, f"{row}: {whole} whole vectors, not {expected}"
 
 
 @compiled
