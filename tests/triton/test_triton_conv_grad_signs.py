@@ -55,7 +55,7 @@ CASES = [
     Conv("3x3_odd", (2, 3, 5, 7), (5, 3, 3), padding=(1, 1)),
     Conv("3x3_stride_2", (3, 5, 9, 8), (7, 3, 3), stride=(2, 2), padding=(1, 1)),
     Conv("1x1", (2, 8, 4, 6), (5, 1, 1)),  # in planes x is read by vectors
-    Conv("1x1_stride_2", (3, 4, 7, 8), (3, 1, 1), stride=(2, 2)),  # the projection of a residual block
+    Conv("1x1_stride_2", (3, 4, 7, 8), (3, 1, 1), stride=(2, 2)),  # a projection; three splits, folded two by two
     Conv("2x5_stride_3_1", (2, 3, 7, 9), (4, 2, 5), stride=(3, 1), padding=(0, 2)),
     Conv("padding_beyond_kernel", (2, 2, 3, 3), (3, 1, 2), padding=(2, 2)),  # outputs that see only padding
     Conv("whole_image", (5, 3, 4, 4), (6, 4, 4)),  # one place per image
@@ -74,7 +74,7 @@ def tiny() -> Iterator[None]:
     module = sys.modules["bnkern.backends.triton.conv_grad_signs"]
     before = module.blocks, module.PROGRAMS, module.PARTS, module.ELEMENTS
     module.blocks = lambda by_channels, itemsize, outputs: module.Blocks(4, 32, 16)
-    module.PROGRAMS, module.PARTS, module.ELEMENTS = 24, 2, 16
+    module.PROGRAMS, module.PARTS, module.ELEMENTS = 4, 2, 16
     try:
         yield
     finally:
@@ -164,6 +164,10 @@ def views() -> None:
         nan = torch.full((2, 24, *x.shape[2:]), torch.nan)
         inside = [torch.cat([nan[:, :8], t, nan[:, :8]], 1)[:, 8:-8] for t in (x[:2], dy[:2])]
         holds((x[:2], dy[:2], *sizes), kernels().conv_grad_signs(*inside, *sizes, ALL))
+        # A batch of 70 positions, no whole number of blocks, in front of NaN.
+        few = CASES[1].arguments(torch.float32, torch.channels_last)
+        inside = [torch.cat([t, torch.full_like(t, torch.nan)])[:2] for t in few[:2]]
+        holds(few, kernels().conv_grad_signs(*inside, *few[2:], ALL))
         for other in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
             holds((x, dy, *sizes), kernels().conv_grad_signs(other, dy, *sizes, ALL))
         one = torch.ones(()).expand(dy.shape)
@@ -174,7 +178,7 @@ def views() -> None:
 
 
 def test_views() -> None:
-    """Slices of channels, the other memory format, transposed and expanded tensors, addresses off by one element."""
+    """Slices of channels and batch, the other memory format, transposed, expanded, addresses off by one element."""
     interpreted(views)
 
 
