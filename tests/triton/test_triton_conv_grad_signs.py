@@ -26,14 +26,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution by sizes (N, I, H, W), (O, *kernel), stride and padding, and how its tensors lie."""
+    """A convolution by sizes (N, I, H, W), (O, *kernel), stride and padding, and its device."""
 
     name: str
     x: tuple[int, int, int, int]
     weight: tuple[int, int, int]
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
-    layout: str = "both"
     device: str = "cpu"
 
     def __str__(self) -> str:
