@@ -17,6 +17,7 @@ def _set_up() -> None:
 
     import numpy as np
     import torch
+    import triton.language as tl
     from triton.runtime import interpreter
 
     torch.set_num_threads(1)
@@ -34,6 +35,15 @@ def _set_up() -> None:
         return rounded.view(torch.uint16).numpy().reshape(values.shape)
 
     interpreter._convert_float = converted
+    # Products of bfloat16 are those of the bits as integers there.
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def floats(handle):
+        if handle.dtype.scalar.name != "bf16":
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: multiply(self, floats(a), floats(b), *rest)
 
     # Tiles so small that little tensors have several, whole and ragged, in several programs.
     import sys

@@ -223,8 +223,9 @@ def conv_rows_of(architecture: int, precisions: list[str]) -> dict[str, tuple[Va
             for variant in conv_variants((x, dy, (kernel, kernel), (1, 1), (kernel // 2, kernel // 2)), wanted):
                 if variant.key not in seen:
                     seen.add(variant.key)
-                    main = "ROWS" in variant.constants
-                    row = f"conv_grad_signs {precision} {way} {what}" if main else f"conv_fold {precision} {what}"
+                    row = f"conv_grad_signs {precision} {way} {what}"
+                    if "ROWS" not in variant.constants:  # works on partial results only
+                        row = f"conv_fold {'fp64' if precision == 'fp64' else 'fp32'} {what}"
                     rows[row] = (variant, compile_for(variant, architecture))
     return rows
 

@@ -6,9 +6,11 @@ positions; each block of x and dy is loaded once and feeds every sum that is ask
 added in their order by ``fold_kernel``. Nothing that decides the order of summation depends on which sums those are,
 so the gradient has the same bits alone and with the others.
 
-Sums are products of tensor cores where there are any for the dtype (float16, bfloat16 and float64; float32 in full
-precision, which is none, by fused multiply-adds) in the accumulator's dtype. Signs and counts are int8 products with
-int32 accumulators: exact.
+Sums have the accumulator's dtype: of halves they are products of tensor cores, of float32 and float64 products in
+full precision (fused multiply-adds, or the tensor cores' float64 where the compiler has them). Signs and counts are
+int8 products with int32 accumulators: exact.
+
+What has run on hardware, and what has not: docs/design.md.
 """
 
 from functools import lru_cache
@@ -37,9 +39,7 @@ def conv_grad_signs_kernel(
 ):  # fmt: skip
     """One row of partial sums, [outputs, columns], per split. A sum whose pointer is None is not formed.
 
-    Blocks are loaded with their contiguous axis last: [4, K / 4, channels] in rows, [channels, 4, K / 4] in planes.
-    The 4 positions of one column lie in one thread's registers, and the permutation makes them neighbours along K,
-    which is how an int8 product wants its operands: packed by four.
+    Blocks are loaded with their contiguous axis last: [K, channels] in rows, [channels, K] in planes.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     offsets = kernel_height * kernel_width
@@ -55,11 +55,11 @@ def conv_grad_signs_kernel(
     below = tl.where(column < columns, p, height + padding_height)
     first = tl.program_id(2)
     if WIDE:
-        first, output, i = first.to(tl.int64), output.to(tl.int64), i.to(tl.int64)
+        first, output, i, p = first.to(tl.int64), output.to(tl.int64), i.to(tl.int64), p.to(tl.int64)
     first *= share * BLOCK_K
     last = tl.minimum(first + share * BLOCK_K, positions)
     # A position (n, h, w) is a number with three digits, to which each step adds BLOCK_K: no division in the loop.
-    at = first + tl.arange(0, 4)[:, None] * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)[None, :]
+    at = first + tl.arange(0, BLOCK_K)
     n = at // (out_height * out_width)
     h = (at // out_width % out_height).to(tl.int32)
     w = (at % out_width).to(tl.int32)
@@ -72,25 +72,23 @@ def conv_grad_signs_kernel(
         corner = (n * height + top) * width + left if ROWS else n * x_outer + top * width + left
         top = tl.where(at < last, top, height)
         if ROWS:
-            dy_at = (at * dy_outer)[:, :, None] + output[None, None, :]
-            in_run, in_outputs = (at < last)[:, :, None], (output < outputs)[None, None, :]
-            x_at = (corner * x_outer)[:, :, None] + ((p * width + q) * x_outer + i)[None, None, :]
-            row, col = top[:, :, None] + below[None, None, :], left[:, :, None] + q[None, None, :]
+            dy_at = (at * dy_outer)[:, None] + output[None, :]
+            in_run, in_outputs = (at < last)[:, None], (output < outputs)[None, :]
+            x_at = (corner * x_outer)[:, None] + ((p * width + q) * x_outer + i)[None, :]
+            row, col = top[:, None] + below[None, :], left[:, None] + q[None, :]
         else:
-            dy_at = (n * dy_outer + h * out_width + w)[None, :, :] + (output * dy_inner)[:, None, None]
-            in_run, in_outputs = (at < last)[None, :, :], (output < outputs)[:, None, None]
-            x_at = corner[None, :, :] + (i * x_inner + p * width + q)[:, None, None]
-            row, col = top[None, :, :] + below[:, None, None], left[None, :, :] + q[:, None, None]
+            dy_at = (n * dy_outer + h * out_width + w)[None, :] + (output * dy_inner)[:, None]
+            in_run, in_outputs = (at < last)[None, :], (output < outputs)[:, None]
+            x_at = corner[None, :] + (i * x_inner + p * width + q)[:, None]
+            row, col = top[None, :] + below[:, None], left[None, :] + q[:, None]
         # As unsigned numbers, negative ones are beyond any size.
         in_height, in_width = row.to(tl.uint32) < height.to(tl.uint32), col.to(tl.uint32) < width.to(tl.uint32)
         x = load(x_ptr, x_at, in_height, in_width, X_VECTOR)
         dy = load(dy_ptr, dy_at, in_run, in_outputs, DY_VECTOR)
         if ROWS:
-            x = tl.trans(tl.reshape(tl.permute(x, (1, 0, 2)), (BLOCK_K, BLOCK_N)))
-            dy = tl.reshape(tl.permute(dy, (1, 0, 2)), (BLOCK_K, BLOCK_M))
+            x = tl.trans(x)
         else:
-            x = tl.reshape(tl.permute(x, (0, 2, 1)), (BLOCK_N, BLOCK_K))
-            dy = tl.trans(tl.reshape(tl.permute(dy, (0, 2, 1)), (BLOCK_M, BLOCK_K)))
+            dy = tl.trans(dy)
         # Counts come first: in this order nothing spills.
         if sign_sum_ptr is not None:
             sign_total = tl.dot(sign(x), sign(dy), sign_total, out_dtype=tl.int32)
@@ -124,8 +122,8 @@ def load(ptr, offsets, known, also, VECTOR: tl.constexpr):
     aligned to 16 bytes, and are known or not as one. (These hints are lost on what is not computed here.)"""
     at, known = ptr + offsets, known & also
     if VECTOR > 1:
-        at = tl.multiple_of(tl.max_contiguous(at, (1, 1, VECTOR)), (1, 1, 16))
-        known = tl.max_constancy(known, (1, 1, VECTOR))
+        at = tl.multiple_of(tl.max_contiguous(at, (1, VECTOR)), (1, 16))
+        known = tl.max_constancy(known, (1, VECTOR))
     return tl.load(at, mask=known, other=0.0)
 
 
@@ -190,13 +188,14 @@ class Blocks(NamedTuple):
     k: int
 
 
-def blocks(rows: bool, itemsize: int, outputs: int) -> Blocks:
-    """The largest of which four accumulators, the operands and the addresses fit into registers on every GPU."""
-    if itemsize == 8:
-        return Blocks(16, 16, 32)
-    if itemsize == 4:
-        return Blocks(16, 64 if rows else 32, 32)
-    return Blocks(16, 64, 64 if rows else 32) if outputs <= 16 else Blocks(32, 64, 32)
+def blocks(by_channels: bool, itemsize: int, outputs: int) -> Blocks:
+    """The largest whose operands, addresses and four accumulators fit into the registers of every GPU.
+
+    Addresses of x are few where it is read ``by_channels``, eight at once.
+    """
+    if itemsize > 2:
+        return Blocks(16, (64 if by_channels else 32) * 4 // itemsize, 32)
+    return Blocks(16, 64, 64 if by_channels else 32) if outputs <= 16 else Blocks(32, 64, 32)
 
 
 @lru_cache(maxsize=4096)
@@ -239,16 +238,18 @@ def conv_grad_signs(
     if not any(wanted):
         return (None,) * 4
     x, dy = addressed(x, like.rows), addressed(dy, like.rows)
-    block = blocks(like.rows, x.element_size(), outputs)
+    same_places = kernel_size == (1, 1) and stride == (1, 1) and padding == (0, 0)
+    # In planes wider types would spill.
+    x_vector = vector(x, like.rows) if like.rows or (same_places and x.element_size() == 2) else 1
+    block = blocks(like.rows and x_vector > 1, x.element_size(), outputs)
     grid, share = partition(block, outputs, columns, positions, PROGRAMS)
-    whole = kernel_size == (1, 1) and stride == (1, 1) and padding == (0, 0)  # then x has the positions of dy
     wide = max(reach(x, like.rows), reach(dy, like.rows), positions + share * block.k) > INT32_OFFSETS
     parts = results(torch.empty, grid[2])
     launch(
         conv_grad_signs_kernel, grid, x.device, x, dy, *parts, *strides(x, like.rows), *strides(dy, like.rows),
         inputs, height, width, outputs, *out_size, positions, *kernel_size, *stride, *padding,
         block.k // places, block.k // out_size[1] % out_size[0], block.k % out_size[1], share,
-        ROWS=like.rows, X_VECTOR=vector(x, like.rows) if like.rows or whole else 1, DY_VECTOR=vector(dy, like.rows),
+        ROWS=like.rows, X_VECTOR=x_vector, DY_VECTOR=vector(dy, like.rows),
         WIDE=wide, BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k,
     )  # fmt: skip
     if grid[2] == 1:
