@@ -172,8 +172,8 @@ def test_divergence_is_a_result(tmp_path: Path) -> None:
 
 
 def test_divergence_does_not_depend_on_when_the_host_looks(tmp_path: Path) -> None:
-    for every in (1, 2, 50):
-        config, kept = diverge(tmp_path / str(every), log_every=every, momentum=0.5)
+    for looks in (1, 2, 50):
+        config, kept = diverge(tmp_path / str(looks), log_every=looks, momentum=0.5)
     for name, value in kept["after"].items():  # what the velocity is for; float64
         torch.testing.assert_close(value, kept["before"][name] - config.lr * kept["velocity"][name], rtol=1e-9, atol=0)
     first, *others = (tensors(tmp_path / str(every), "diverged.pt") for every in (1, 2, 50))
