@@ -56,7 +56,9 @@ struct Walk {
 template <class A, int kV, int kO, bool kBoth>
 void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* sum, A* abs_sum) {
   Vec<A> sums[kO][kV], abs_sums[kO][kV];
+#pragma GCC unroll 16
   for (int o = 0; o < kO; ++o)
+#pragma GCC unroll 16
     for (int v = 0; v < kV; ++v) sums[o][v] = abs_sums[o][v] = Vec<A>::all(0);
   for (std::int64_t image = 0; image < walk.images; ++image)
     for (std::int64_t row = 0; row < walk.rows; ++row) {
@@ -67,21 +69,29 @@ void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* s
       for (std::int64_t column = 0; column < walk.columns; ++column, from += walk.x_column, by += walk.dy_column) {
         ahead.call(column);
         Vec<A> values[kV];
+#pragma GCC unroll 16
         for (int v = 0; v < kV; ++v) values[v] = Vec<A>::load(from + v * kLanes);
+#pragma GCC unroll 16
         for (int o = 0; o < kO; ++o) {
           const Vec<A> g = Vec<A>::all(by[o]);
+#pragma GCC unroll 16
           for (int v = 0; v < kV; ++v) sums[o][v] = fma(g, values[v], sums[o][v]);
         }
         if constexpr (kBoth) {
+#pragma GCC unroll 16
           for (int v = 0; v < kV; ++v) values[v] = magnitude(values[v]);
+#pragma GCC unroll 16
           for (int o = 0; o < kO; ++o) {
             const Vec<A> g = magnitude(Vec<A>::all(by[o]));
+#pragma GCC unroll 16
             for (int v = 0; v < kV; ++v) abs_sums[o][v] = fma(g, values[v], abs_sums[o][v]);
           }
         }
       }
     }
+#pragma GCC unroll 16
   for (int o = 0; o < kO; ++o)
+#pragma GCC unroll 16
     for (int v = 0; v < kV; ++v) {
       A* const out = sum + o * pitch + v * kLanes;
       (Vec<A>::load(out) + sums[o][v]).store(out);
@@ -114,7 +124,7 @@ void run_of_sums(const Walk<A>& walk, const A* x, const A* dy, std::int64_t outp
     else if (kVectors >= 2 && vectors >= 2)
       tiles<A, kVectors >= 2 ? 2 : 1, kO, kBoth>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
     else
-      tiles<A, 1, kO, kBoth>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
+      tiles<A, 1, kVectors >= 2 ? 2 * kO : kO, kBoth>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
   }
 }
 
