@@ -191,12 +191,11 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
   }
 }
 
-// The chunks' partial results, `size` apart, joined in order: result [O, I, kernel_h, kernel_w].
+// The chunks' partial results joined in order: result [O, I, kernel_h, kernel_w]. All threads of a region share it.
 template <class A>
-void join(const ConvGradSigns& p, const Groups& groups, const A* partials, std::int64_t chunks, A* result,
-          int threads) {
+void join(const ConvGradSigns& p, const Groups& groups, const A* partials, std::int64_t chunks, A* result) {
   const std::int64_t size = groups.size(), rows = groups.count * p.kernel_h;
-#pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
+#pragma omp for collapse(2) schedule(static) nowait
   for (std::int64_t row = 0; row < rows; ++row)
     for (std::int64_t o = 0; o < p.dy.c; ++o) {
       const std::int64_t g = row / p.kernel_h, k = row % p.kernel_h, width = groups.width_of(g);
@@ -261,9 +260,9 @@ void conv_sums_as(const ConvGradSigns& p) {
         add_block<T>(p, groups, blocks[b], blocks[std::min(b + 1, blocks.count() - 1)], output, own_outputs, chunk_sum,
                      chunk_abs_sum, x, dy);
     }
+    if (sum) join(p, groups, sum, chunks.count(), static_cast<A*>(p.sum));
+    if (abs_sum) join(p, groups, abs_sum, chunks.count(), static_cast<A*>(p.abs_sum));
   }
-  if (sum) join(p, groups, sum, chunks.count(), static_cast<A*>(p.sum), threads);
-  if (abs_sum) join(p, groups, abs_sum, chunks.count(), static_cast<A*>(p.abs_sum), threads);
 }
 
 }  // namespace
