@@ -29,7 +29,7 @@ constexpr std::int64_t kAheadImages = 2;         // how many images' rows ahead 
 
 // ------------------------------------------------------------------------------- counting bits, many at once
 
-// kBits bits, and counters for them: `count` adds how many are set.
+// kWide words of bits, or as many counters, to which `count` adds how many bits are set.
 #if defined(__AVX512F__)
 // kNative: by vpopcntq, which not every machine with the rest of AVX-512 has, and the compiler is not told of.
 template <bool kNative>
