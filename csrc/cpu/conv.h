@@ -114,13 +114,21 @@ BNKERN_INLINE void convert(const T* from, std::int64_t count, bool absolute, Acc
   for (; i < count; ++i) to[i] = absolute ? magnitude(widen(from[i])) : widen(from[i]);
 }
 
-// 16 channels x 16 columns, from unit stride along columns to unit stride along channels.
+// A block of at most 16 channels x 16 columns, from unit stride along columns to unit stride along channels.
 template <class T>
-BNKERN_INLINE void transpose(const T* from, std::int64_t step, bool absolute, Accumulator<T>* to, std::int64_t pitch) {
+BNKERN_INLINE void transpose(const T* from, std::int64_t step, int channels, int columns, bool absolute,
+                             Accumulator<T>* to, std::int64_t pitch) {
 #if defined(__AVX512F__)
   if constexpr (!std::is_same_v<T, double>) {
+    const auto first = [](int n) { return static_cast<__mmask16>((1 << n) - 1); };
     __m512 a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = load(from + i * step).v;
+    for (int i = 0; i < 16; ++i) {
+      const __mmask16 some = i < channels ? first(columns) : 0;
+      if constexpr (std::is_same_v<T, float>)
+        a[i] = _mm512_maskz_loadu_ps(some, from + i * step);
+      else
+        a[i] = widen(_mm256_maskz_loadu_epi16(some, from + i * step), static_cast<T*>(nullptr)).v;
+    }
     if (absolute)
       for (int i = 0; i < 16; ++i) a[i] = _mm512_abs_ps(a[i]);
     for (int i = 0; i < 16; i += 2) {
@@ -136,21 +144,25 @@ BNKERN_INLINE void transpose(const T* from, std::int64_t step, bool absolute, Ac
       }
     // Quarters of registers are put in place.
     for (int i = 0; i < 4; ++i) {
-      const __m512 even01 = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88),
-                   odd01 = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
-      const __m512 even23 = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88),
-                   odd23 = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
-      b[i] = _mm512_shuffle_f32x4(even01, even23, 0x88);
-      b[i + 4] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
-      b[i + 8] = _mm512_shuffle_f32x4(even01, even23, 0xdd);
-      b[i + 12] = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+      const auto pick = [](__m512 v, __m512 w, auto which) {
+        return _mm512_shuffle_f32x4(v, w, decltype(which)::value);
+      };
+      using Even = std::integral_constant<int, 0x88>;
+      using Odd = std::integral_constant<int, 0xdd>;
+      const __m512 even01 = pick(a[i], a[i + 4], Even()), odd01 = pick(a[i], a[i + 4], Odd());
+      const __m512 even23 = pick(a[i + 8], a[i + 12], Even()), odd23 = pick(a[i + 8], a[i + 12], Odd());
+      b[i] = pick(even01, even23, Even());
+      b[i + 4] = pick(odd01, odd23, Even());
+      b[i + 8] = pick(even01, even23, Odd());
+      b[i + 12] = pick(odd01, odd23, Odd());
     }
-    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + i * pitch, b[i]);
+    for (int i = 0; i < 16; ++i)
+      if (i < columns) _mm512_mask_storeu_ps(to + i * pitch, first(channels), b[i]);
     return;
   }
 #endif
-  for (int c = 0; c < kLanes; ++c)
-    for (int i = 0; i < kLanes; ++i) {
+  for (int c = 0; c < channels; ++c)
+    for (int i = 0; i < columns; ++i) {
       const Accumulator<T> value = widen(from[c * step + i]);
       to[i * pitch + c] = absolute ? magnitude(value) : value;
     }
@@ -179,19 +191,11 @@ BNKERN_INLINE void pack_row(const Image& t, std::int64_t image, std::int64_t row
     for (std::int64_t i = 0; i < length; ++i) convert(from + i * t.stride_w, width, absolute, to + i * width);
     return;
   }
+  const auto block = [](std::int64_t left) { return static_cast<int>(std::min<std::int64_t>(left, kLanes)); };
   for (std::int64_t c = 0; c < width; c += kLanes)
-    for (std::int64_t i = 0; i < length; i += kLanes) {
-      if (c + kLanes <= width && i + kLanes <= length) {
-        transpose(from + c * t.stride_c + i, t.stride_c, absolute, to + i * width + c, width);
-        continue;
-      }
-      const std::int64_t c_end = std::min(c + kLanes, width), i_end = std::min(i + kLanes, length);
-      for (std::int64_t k = c; k < c_end; ++k)
-        for (std::int64_t j = i; j < i_end; ++j) {
-          const A value = widen(from[k * t.stride_c + j]);
-          to[j * width + k] = absolute ? magnitude(value) : value;
-        }
-    }
+    for (std::int64_t i = 0; i < length; i += kLanes)
+      transpose(from + c * t.stride_c + i, t.stride_c, block(width - c), block(length - i), absolute,
+                to + i * width + c, width);
 }
 
 // Calls for memory ahead of its use, a line of 16 floats of 16 channels at a time, column by column of a row.

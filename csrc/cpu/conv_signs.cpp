@@ -29,7 +29,7 @@ constexpr std::int64_t kAheadImages = 2;         // how many images' rows ahead 
 
 // ------------------------------------------------------------------------------- counting bits, many at once
 
-// kBits bits, and counters for them: `count` adds how many are set.
+// kWide words of bits, or as many counters, to which `count` adds how many bits are set.
 #if defined(__AVX512F__)
 // kNative: by vpopcntq, which not every machine with the rest of AVX-512 has, and the compiler is not told of.
 template <bool kNative>
@@ -341,6 +341,16 @@ void conv_signs_as(const ConvGradSigns& p) {
   std::int32_t* const nonzero = p.nonzero ? take<std::int32_t>(space, partials) : nullptr;
   char* const scratches = space;
 
+  // Partial results joined; all threads of the region share it.
+  const auto join = [&](const std::int32_t* partial, std::int32_t* result) {
+#pragma omp for schedule(static) nowait
+    for (std::int64_t k = 0; k < size; ++k) {
+      std::int32_t total = 0;
+      for (std::int64_t chunk = 0; chunk < chunks.count(); ++chunk) total += partial[chunk * size + k];
+      result[k] = total;
+    }
+  };
+
 #pragma omp parallel num_threads(threads)
   {
     char* own = scratches + omp_get_thread_num() * scratch;
@@ -372,17 +382,9 @@ void conv_signs_as(const ConvGradSigns& p) {
         if (count_once(false, own_sign_sum, own_nonzero) && nonzero) count_once(true, nullptr, own_nonzero);
       }
     }
+    if (sign_sum) join(sign_sum, p.sign_sum);
+    if (nonzero) join(nonzero, p.nonzero);
   }
-  const auto join = [&](const std::int32_t* partial, std::int32_t* result) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (std::int64_t k = 0; k < size; ++k) {
-      std::int32_t total = 0;
-      for (std::int64_t chunk = 0; chunk < chunks.count(); ++chunk) total += partial[chunk * size + k];
-      result[k] = total;
-    }
-  };
-  if (sign_sum) join(sign_sum, p.sign_sum);
-  if (nonzero) join(nonzero, p.nonzero);
 }
 
 }  // namespace

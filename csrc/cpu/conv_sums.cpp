@@ -56,7 +56,9 @@ struct Walk {
 template <class A, int kV, int kO, bool kBoth>
 void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* sum, A* abs_sum) {
   Vec<A> sums[kO][kV], abs_sums[kO][kV];
+#pragma GCC unroll 16
   for (int o = 0; o < kO; ++o)
+#pragma GCC unroll 16
     for (int v = 0; v < kV; ++v) sums[o][v] = abs_sums[o][v] = Vec<A>::all(0);
   for (std::int64_t image = 0; image < walk.images; ++image)
     for (std::int64_t row = 0; row < walk.rows; ++row) {
@@ -67,21 +69,29 @@ void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* s
       for (std::int64_t column = 0; column < walk.columns; ++column, from += walk.x_column, by += walk.dy_column) {
         ahead.call(column);
         Vec<A> values[kV];
+#pragma GCC unroll 16
         for (int v = 0; v < kV; ++v) values[v] = Vec<A>::load(from + v * kLanes);
+#pragma GCC unroll 16
         for (int o = 0; o < kO; ++o) {
           const Vec<A> g = Vec<A>::all(by[o]);
+#pragma GCC unroll 16
           for (int v = 0; v < kV; ++v) sums[o][v] = fma(g, values[v], sums[o][v]);
         }
         if constexpr (kBoth) {
+#pragma GCC unroll 16
           for (int v = 0; v < kV; ++v) values[v] = magnitude(values[v]);
+#pragma GCC unroll 16
           for (int o = 0; o < kO; ++o) {
             const Vec<A> g = magnitude(Vec<A>::all(by[o]));
+#pragma GCC unroll 16
             for (int v = 0; v < kV; ++v) abs_sums[o][v] = fma(g, values[v], abs_sums[o][v]);
           }
         }
       }
     }
+#pragma GCC unroll 16
   for (int o = 0; o < kO; ++o)
+#pragma GCC unroll 16
     for (int v = 0; v < kV; ++v) {
       A* const out = sum + o * pitch + v * kLanes;
       (Vec<A>::load(out) + sums[o][v]).store(out);
@@ -114,7 +124,7 @@ void run_of_sums(const Walk<A>& walk, const A* x, const A* dy, std::int64_t outp
     else if (kVectors >= 2 && vectors >= 2)
       tiles<A, kVectors >= 2 ? 2 : 1, kO, kBoth>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
     else
-      tiles<A, 1, kO, kBoth>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
+      tiles<A, 1, kVectors >= 2 ? 2 * kO : kO, kBoth>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
   }
 }
 
@@ -181,12 +191,11 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
   }
 }
 
-// The chunks' partial results, `size` apart, joined in order: result [O, I, kernel_h, kernel_w].
+// The chunks' partial results joined in order: result [O, I, kernel_h, kernel_w]. All threads of a region share it.
 template <class A>
-void join(const ConvGradSigns& p, const Groups& groups, const A* partials, std::int64_t chunks, A* result,
-          int threads) {
+void join(const ConvGradSigns& p, const Groups& groups, const A* partials, std::int64_t chunks, A* result) {
   const std::int64_t size = groups.size(), rows = groups.count * p.kernel_h;
-#pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
+#pragma omp for collapse(2) schedule(static) nowait
   for (std::int64_t row = 0; row < rows; ++row)
     for (std::int64_t o = 0; o < p.dy.c; ++o) {
       const std::int64_t g = row / p.kernel_h, k = row % p.kernel_h, width = groups.width_of(g);
@@ -251,9 +260,9 @@ void conv_sums_as(const ConvGradSigns& p) {
         add_block<T>(p, groups, blocks[b], blocks[std::min(b + 1, blocks.count() - 1)], output, own_outputs, chunk_sum,
                      chunk_abs_sum, x, dy);
     }
+    if (sum) join(p, groups, sum, chunks.count(), static_cast<A*>(p.sum));
+    if (abs_sum) join(p, groups, abs_sum, chunks.count(), static_cast<A*>(p.abs_sum));
   }
-  if (sum) join(p, groups, sum, chunks.count(), static_cast<A*>(p.sum), threads);
-  if (abs_sum) join(p, groups, abs_sum, chunks.count(), static_cast<A*>(p.abs_sum), threads);
 }
 
 }  // namespace
