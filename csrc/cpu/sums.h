@@ -2,6 +2,8 @@
 // write.
 #pragma once
 
+#include <utility>
+
 #include "tiles.h"
 
 namespace bnkern::BNKERN_ISA {
@@ -29,19 +31,19 @@ struct Sums {
 
   static BNKERN_INLINE Sums zero() {
     Sums sums;
-    for (int r = 0; r < R; ++r) sums.row[r] = V::all(0);
+    each([&](int r) __attribute__((always_inline)) { sums.row[r] = V::all(0); });
     return sums;
   }
   static BNKERN_INLINE Sums load(const Rows<A>& rows, std::int64_t i) {
     Sums sums;
-    for (int r = 0; r < R; ++r) sums.row[r] = V::load(rows[r] + i);
+    each([&](int r) __attribute__((always_inline)) { sums.row[r] = V::load(rows[r] + i); });
     return sums;
   }
   BNKERN_INLINE void store(const Rows<A>& rows, std::int64_t i) const {
-    for (int r = 0; r < R; ++r) row[r].store(rows[r] + i);
+    each([&](int r) __attribute__((always_inline)) { row[r].store(rows[r] + i); });
   }
   BNKERN_INLINE void fold(const Rows<A>& rows) const {
-    A lanes[R * kLanes];  // a loop over row[] itself would keep it out of registers from the start
+    A lanes[R * kLanes];
     store({lanes, kLanes}, 0);
     for (int r = 0; r < R; ++r) *rows[r] = sum<A>(V::load(lanes + r * kLanes));
   }
@@ -53,6 +55,14 @@ struct Sums {
       row[r + kNegative] = row[r + kNegative].plus_where(d.negative(), one);
       row[r + kZero] = row[r + kZero].plus_where(d.zero(), one);
     });
+  }
+
+ private:
+  // f(0), f(1), ... spelled out: an index that varies would keep row[] in memory.
+  template <class F>
+  static BNKERN_INLINE void each(F f) {
+    [&]<int... r>(std::integer_sequence<int, r...>)
+        __attribute__((always_inline)) { (f(r), ...); }(std::make_integer_sequence<int, R>{});
   }
 };
 
@@ -100,8 +110,12 @@ BNKERN_INLINE void write_tile(const Partition& part, const Tensors<T>& t, const 
       if constexpr (std::is_same_v<V, ArrayVec<A>>) {  // the same sums, with less code
         for (int r = 0; r < 4; ++r) one(spans[r]);
       } else {
-        const Place r0(part, t, k, spans[0]), r1(part, t, k, spans[1]);
-        const Place r2(part, t, k, spans[2]), r3(part, t, k, spans[3]);
+        // Spelled out that they begin at one channel, so that they share the coefficients' addresses.
+        const auto place = [&](Span span) __attribute__((always_inline)) {
+          span.c = spans[0].c;
+          return Place(part, t, k, span);
+        };
+        const Place r0 = place(spans[0]), r1 = place(spans[1]), r2 = place(spans[2]), r3 = place(spans[3]);
         for (std::int64_t i = 0; i < spans[0].length; i += kLanes) {
           Tally tally{Tally::load(sums, i)};
           add(tally, r0.write(i), kLanes), add(tally, r1.write(i), kLanes);
