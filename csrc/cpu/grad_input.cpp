@@ -38,26 +38,19 @@ struct InputSpan {
         mean_dy_xhat(k.mean_dy_xhat, span.c),
         scale(k.scale, span.c) {}
 
-  // Calls look(dx, one) with the value stored, one is 1 in its lanes.
-  template <class Look>
-  BNKERN_INLINE void write(std::int64_t i, Look look) const {
+  BNKERN_INLINE Packed<T> write(std::int64_t i) const {
     const V xhat = gradient.xhat(i), g = gradient.g(i, xhat);
-    if (dx) {
-      const auto packed = Packed<T>::of(input(i, xhat, g));
-      put(dx + i, packed, past_cache);
-      look(packed.wide(), V::all(1));
-    }
+    const auto packed = Packed<T>::of(input(i, xhat, g));
+    if (dx) put(dx + i, packed, past_cache);
     if (dresidual) put(dresidual + i, Packed<T>::of(g), past_cache);
+    return packed;
   }
-  template <class Look>
-  BNKERN_INLINE void write_some(std::int64_t i, int n, Look look) const {
+  BNKERN_INLINE Packed<T> write_some(std::int64_t i, int n) const {
     const V xhat = gradient.xhat(i, n), g = gradient.g(i, xhat, n);
-    if (dx) {
-      const auto packed = Packed<T>::of(input(i, xhat, g));
-      put_some(dx + i, packed, n);
-      look(packed.wide().keep(first_lanes<V>(n)), V::all(1).keep(first_lanes<V>(n)));
-    }
+    const auto packed = Packed<T>::of(input(i, xhat, g));
+    if (dx) put_some(dx + i, packed, n);
     if (dresidual) put_some(dresidual + i, Packed<T>::of(g), n);
+    return packed;
   }
 
  private:
@@ -66,74 +59,15 @@ struct InputSpan {
   }
 };
 
-template <ReluMask kind, class Channel, bool record, class T>
-BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                               std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums_out) {
-  using A = Accumulator<T>;
-  using V = Vec<A>;
-  InputSums<A> sums{InputSums<A>::zero()};
-  const auto look = [&](V dx, V one) __attribute__((always_inline)) {
-    if constexpr (record) sums.add(dx, one);
-  };
-  for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
-    const InputSpan<kind, Channel, T> place(part, t, k, span);
-    std::int64_t i = 0;
-    for (; i + kLanes <= span.length; i += kLanes) place.write(i, look);
-    if (i < span.length) place.write_some(i, static_cast<int>(span.length - i), look);
-  });
-  if constexpr (record) sums.fold(sums_out);
-}
-
-template <ReluMask kind, class Channel, class T>
-BNKERN_INLINE void recorded_rows_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                                      std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums_out) {
-  using A = Accumulator<T>;
-  using V = Vec<A>;
-  using Place = InputSpan<kind, Channel, T>;
-  const std::int64_t channels = tile_channels(part, group, tile);
-
-  // Calls f(look) with the sums of 16 channels loaded.
-  const auto with_sums = [&](std::int64_t i, auto f) __attribute__((always_inline)) {
-    InputSums<A> sums{InputSums<A>::load(sums_out, i)};
-    f([&](V dx, V one) __attribute__((always_inline)) { sums.add(dx, one); });
-    sums.store(sums_out, i);
-  };
-  const auto one = [&](const Span& span) __attribute__((always_inline)) {
-    const Place place(part, t, k, span);
-    std::int64_t i = 0;
-    for (; i + kLanes <= span.length; i += kLanes)
-      with_sums(i, [&](auto look) __attribute__((always_inline)) { place.write(i, look); });
-    if (i < span.length)
-      with_sums(i, [&](auto look) __attribute__((always_inline)) {
-        place.write_some(i, static_cast<int>(span.length - i), look);
-      });
-  };
-  const auto four = [&](const Span* spans) __attribute__((always_inline)) {
-    if constexpr (std::is_same_v<V, ArrayVec<A>>) {  // the same sums, with less code
-      for (int r = 0; r < 4; ++r) one(spans[r]);
-    } else {
-      const Place places[4] = {
-          {part, t, k, spans[0]}, {part, t, k, spans[1]}, {part, t, k, spans[2]}, {part, t, k, spans[3]}};
-      for (std::int64_t i = 0; i < channels; i += kLanes)
-        with_sums(i, [&](auto look) __attribute__((always_inline)) {
-          for (int r = 0; r < 4; ++r) places[r].write(i, look);
-        });
-    }
-  };
-  for_rows(part, group, tile, four, one);
-}
-
 }  // namespace
 
 template <class T, bool record>
 void grad_input_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                     std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums_out) {
+                     std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums) {
   using A = Accumulator<T>;
   with_gradient_kind<A>(part, t, [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
-    if constexpr (record && std::is_same_v<Channel, RowChannels<A>>)
-      recorded_rows_tile<kind, Channel>(part, t, k, group, tile, sums_out);
-    else
-      planes_tile<kind, Channel, record>(part, t, k, group, tile, sums_out);
+    constexpr bool rows = std::is_same_v<Channel, RowChannels<A>>;
+    write_tile<InputSpan<kind, Channel, T>, InputSums<A>, rows, record>(part, t, k, group, tile, sums);
   });
 }
 

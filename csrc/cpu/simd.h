@@ -151,8 +151,8 @@ struct FloatVec {
   BNKERN_INLINE Mask positive() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ)}; }
   BNKERN_INLINE Mask negative() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ)}; }
   BNKERN_INLINE Mask zero() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ)}; }
-  friend BNKERN_INLINE FloatVec least(FloatVec a, FloatVec b) { return {_mm512_min_ps(a.v, b.v)}; }
-  friend BNKERN_INLINE FloatVec largest(FloatVec a, FloatVec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  friend BNKERN_INLINE FloatVec least(FloatVec a, FloatVec b) { return {_mm512_maskz_min_ps(0xffff, a.v, b.v)}; }
+  friend BNKERN_INLINE FloatVec largest(FloatVec a, FloatVec b) { return {_mm512_maskz_max_ps(0xffff, a.v, b.v)}; }
 };
 
 using HalfLanes = __m256i;  // 16 lanes of 16 bits
