@@ -1,6 +1,7 @@
-"""Do the summands of a convolution's weight gradient agree in sign? One function: checks at the door, then a kernel."""
+"""Do the summands of a convolution's weight gradient agree in sign? And a convolution whose gradient comes with it."""
 
 from collections.abc import Collection
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -116,3 +117,96 @@ def _check(
         )
     if dy.shape[0] * sizes[0] * sizes[1] >= 1 << 31:
         raise ValueError("conv2d_grad_signs: dy has 2^31 places or more: int32 cannot hold the counts")
+
+
+# ------------------------------------------------------------------------------------ a convolution that can be probed
+
+
+class Handoff:
+    """Where a probe that has formed the weight gradient leaves it for the convolution's own backward."""
+
+    def __init__(self) -> None:
+        self._dy: tuple[int, int] | None = None
+        self._sum: Tensor | None = None
+
+    def put(self, dy: Tensor, sum: Tensor) -> None:
+        """``sum`` belongs to this gradient, as it is now."""
+        self._dy, self._sum = (dy.data_ptr(), dy._version), sum
+
+    def take(self, dy: Tensor) -> Tensor | None:
+        """The sum left for this gradient, if it still is what it was; at most once."""
+        found = self._sum if self._dy == (dy.data_ptr(), dy._version) else None
+        self._dy = self._sum = None
+        return found
+
+
+def takes_gradient(x: Tensor, weight: Tensor, groups: int, dilation: tuple[int, int]) -> bool:
+    """Whether the weight gradient of such a convolution comes from ``conv_grad_signs`` rather than from torch.
+
+    A table of what was measured: float32 in channels_last on a CPU with AVX-512, 16 input channels or more and a
+    kernel beyond 1 x 1, where ``sum`` alone takes 0.77 to 1.00 times as long as oneDNN's weight gradient (docs/LOG.md).
+    Elsewhere it is slower (the 3-channel stem 1.4 times, bfloat16) or was not measured.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and groups == 1
+        and tuple(dilation) == (1, 1)
+        and x.shape[1] % 16 == 0
+        and weight.shape[2] * weight.shape[3] > 1
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and _has_avx512()
+    )
+
+
+@cache
+def _has_avx512() -> bool:
+    if backends.unavailable("cpu", "cpu"):
+        return False
+    from . import _native
+
+    return _native.isa() == "avx512"
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """``F.conv2d`` whose weight gradient comes from ``conv_grad_signs``; a probe may have formed it already.
+
+    For operands that :func:`takes_gradient` accepts. The result's attribute ``handoff`` is the probe's way in. Double
+    backward goes through torch's formula.
+    """
+    handoff = Handoff()
+    y = _Conv2d.apply(x, weight, bias, stride, padding, handoff)
+    y.handoff = handoff
+    return y
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, handoff):
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding, ctx.handoff = stride, padding, handoff
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        return torch.nn.functional.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        ours = need_weight and not torch.is_grad_enabled()
+        left = ctx.handoff.take(dy)
+        dx, dweight, dbias = torch.ops.aten.convolution_backward(
+            dy, x, weight, ctx.bias_sizes, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1,
+            (need_x, need_weight and not ours, need_bias),
+        )  # fmt: skip
+        if ours:
+            size = tuple(weight.shape[2:])
+            found = (
+                left if left is not None else conv2d_grad_signs(x, dy, size, ctx.stride, ctx.padding, wanted=_SUM)[0]
+            )
+            dweight = torch.empty_like(weight).copy_(found)
+        return dx, dweight, dbias, None, None, None
+
+
+_SUM = ("sum",)

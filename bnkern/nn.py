@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from .conv import conv2d, takes_gradient
 from .distributed import ranks_of, sync_batch_norm
 from .functional import add_act, batch_norm
+from .ops import nobody_looks
 
 
 class _Fused:
@@ -108,7 +110,27 @@ class Activation(torch.nn.Module):
 
 
 class Conv2d(torch.nn.Conv2d):
-    """``torch.nn.Conv2d`` whose weight gradient can be probed (``weight_gradient_signs`` of :mod:`bnkern.probes`)."""
+    """``torch.nn.Conv2d`` whose weight gradient comes together with its probe (``weight_gradient_signs``).
+
+    Where ``conv_grad_signs`` is at least as fast as torch's weight gradient (:func:`bnkern.conv.takes_gradient`: what
+    was measured), the backward takes the weight gradient from it, probed or not, with the same bits; elsewhere this is
+    torch's convolution, and a probe runs beside it. Arguments and state_dict are torch's.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if (
+            torch.is_grad_enabled()
+            and self.weight.requires_grad
+            and type(input) is Tensor
+            and not isinstance(self.padding, str)
+            and self.padding_mode == "zeros"
+            and nobody_looks()
+            and not torch.is_autocast_enabled(input.device.type)
+            and input.dim() == 4
+            and takes_gradient(input, self.weight, self.groups, self.dilation)
+        ):
+            return conv2d(input, self.weight, self.bias, self.stride, self.padding)
+        return super().forward(input)
 
 
 class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):

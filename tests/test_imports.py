@@ -49,11 +49,13 @@ RULES = {
             "bnkern.probes.buffer",
         )
     ),
-    "bnkern.conv": Rule(("bnkern.backends",)),
-    "bnkern.nn": Rule(("bnkern.functional", "bnkern.distributed")),
+    "bnkern.conv": Rule(("bnkern.backends", "bnkern._native")),
+    "bnkern.nn": Rule(("bnkern.functional", "bnkern.distributed", "bnkern.conv", "bnkern.ops")),
     # A residual that lies in memory as the input does is the kernels' business, any other is torch's.
     "bnkern.convert*": Rule(("bnkern.nn", "bnkern.convert*", "bnkern.backends.layout")),
-    "bnkern.probes*": Rule((*LEAVES, "bnkern", "bnkern.nn", "bnkern.functional", "bnkern.probes*"), ("torch", "numpy")),
+    "bnkern.probes*": Rule(
+        (*LEAVES, "bnkern", "bnkern.nn", "bnkern.conv", "bnkern.functional", "bnkern.probes*"), ("torch", "numpy")
+    ),
     "bnkern.train.sweep": Rule(("bnkern*",), ("torch", "ray")),
     "bnkern.train*": Rule(("bnkern*",), ("torch", "numpy", "tqdm", "PIL")),
     "bnkern.__main__": Rule(("bnkern*",)),

@@ -292,10 +292,11 @@ class Recorder:
         module: nn.Module,
         quantity: Quantity,
         shape: tuple[int, ...] | None,
-        measure: Callable[[Tensor, Tensor, Tensor], None],
+        measure: Callable[..., None],
     ):
         """Call ``measure(x, dy, out)`` in backward: the module's input, its output's gradient, the record to fill.
 
+        Where the output has a ``handoff`` (``bnkern.conv``) it comes as a fourth argument.
         ``shape``: the record's without its rows; None for that of the output, fixed by the first step.
         """
         places: list[tuple[int, ...]] = []
@@ -311,8 +312,10 @@ class Recorder:
             if not places:
                 places.append(tuple(y.shape))
 
+            handoff = [y.handoff] if hasattr(y, "handoff") else []  # not y itself, which will hold what is heard
+
             def heard(x: Tensor | None, dy: Tensor) -> None:
-                measure(x, dy, self.slot(quantity, layer, call, places[0], dy.device))
+                measure(x, dy, self.slot(quantity, layer, call, places[0], dy.device), *handoff)
 
             if torch.compiler.is_compiling():
                 return _Heard.apply(y, x, heard)

@@ -66,12 +66,13 @@ class ResNet(nn.Module):
             return _Fixup(act, kernels, scaled) if fixup else _norm_act(norm, kernels, channels, act)
 
         self.depth = depth
-        self.conv = _conv(3, WIDTHS[0])
+        conv = bnkern.nn.Conv2d if kernels == "bnkern" else nn.Conv2d
+        self.conv = _conv(conv, 3, WIDTHS[0])
         self.norm = norm_act(WIDTHS[0])
         blocks, channels = [], WIDTHS[0]
         for width in WIDTHS:
             for _ in range((depth - 2) // 6):
-                blocks.append(_Block(channels, width, shortcut, norm_act, fixup))
+                blocks.append(_Block(conv, channels, width, shortcut, norm_act, fixup))
                 channels = width
         self.blocks = nn.Sequential(*blocks)
         self.final = _norm_act("batch", kernels, channels, None) if norm == "final" else None
@@ -118,13 +119,15 @@ def check_options(depth: int, norm: str, shortcut: str, kernels: str, init: str)
 class _Block(nn.Module):
     """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); halves the resolution where the width changes."""
 
-    def __init__(self, channels: int, width: int, shortcut: str, norm_act: Callable, fixup: bool) -> None:
+    def __init__(
+        self, conv: type[nn.Conv2d], channels: int, width: int, shortcut: str, norm_act: Callable, fixup: bool
+    ) -> None:
         super().__init__()
         stride = 1 if channels == width else 2
         self.bias1, self.bias2 = (_scalar(0.0), _scalar(0.0)) if fixup else (None, None)
-        self.conv1 = _conv(channels, width, stride)
+        self.conv1 = _conv(conv, channels, width, stride)
         self.norm1 = norm_act(width)
-        self.conv2 = _conv(width, width)
+        self.conv2 = _conv(conv, width, width)
         self.norm2 = norm_act(width, scaled=True)
         if stride == 1:
             self.shortcut = nn.Identity()
@@ -132,7 +135,7 @@ class _Block(nn.Module):
             self.shortcut = _Padding((width - channels) // 2)
         else:
             normed = nn.Identity() if fixup else norm_act(width, act=None)
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), normed)
+            self.shortcut = nn.Sequential(conv(channels, width, 1, stride, bias=False), normed)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias1 is None:
@@ -153,8 +156,8 @@ class _Padding(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.channels, self.channels))
 
 
-def _conv(channels: int, width: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+def _conv(conv: type[nn.Conv2d], channels: int, width: int, stride: int = 1) -> nn.Conv2d:
+    return conv(channels, width, 3, stride, padding=1, bias=False)
 
 
 # --------------------------------------------------------------- norm + residual + activation, on either's kernels

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import bnkern
+from bnkern.conv import Handoff
 
 from .base import Arrays, Quantity, ratio
 
@@ -81,8 +82,11 @@ class WeightGradientSigns(Quantity):
         return None
 
     def attach(self, recorder: "Recorder", layer: str, module: nn.Conv2d) -> list:
-        def measure(x: Tensor, dy: Tensor, out: Tensor) -> None:
-            found = bnkern.conv2d_grad_signs(x, dy, module.kernel_size, module.stride, module.padding, wanted=self.sums)
+        def measure(x: Tensor, dy: Tensor, out: Tensor, handoff: Handoff | None = None) -> None:
+            wanted = {*self.sums, "sum"} if handoff else self.sums
+            found = bnkern.conv2d_grad_signs(x, dy, module.kernel_size, module.stride, module.padding, wanted=wanted)
+            if handoff:  # of a bnkern.nn.Conv2d: its gradient need not be formed again
+                handoff.put(dy, found.sum)
             self._fill(out, found, places=dy.numel() // dy.shape[1])
 
         shape = self._shape(module.weight)

@@ -30,7 +30,7 @@ class OutputGradient(Quantity):
         return True
 
     def attach(self, recorder: "Recorder", layer: str, module: nn.Module) -> list:
-        def measure(x: Tensor, dy: Tensor, out: Tensor) -> None:
+        def measure(x: Tensor, dy: Tensor, out: Tensor, *_) -> None:
             if len(dy) > out.shape[1]:
                 raise ValueError(f"output_gradient: {layer!r} had {out.shape[1]} examples at first, now {len(dy)}")
             out[0, : len(dy)].copy_(dy)
