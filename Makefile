@@ -57,6 +57,7 @@ endef
 .venv/done: $(SOURCES)
 	$(CREATE)
 	.venv/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	.venv/bin/python -m pip install -c constraints.txt --no-deps pytorchcv  # asks for torchvision without using it
 	@touch $@ && .venv/bin/python -m bnkern
 
 # The pinned set first, then the floor on top by force: on a GPU machine torch insists on its own triton.

@@ -766,8 +766,6 @@ def test_our_own_modules_take_part() -> None:
 
 
 def test_sync_batch_norm() -> None:
-    if not hasattr(bnkern.nn, "SyncBatchNorm"):
-        pytest.skip("bnkern.nn has no SyncBatchNorm yet")
     model = nn.Sequential(nn.SyncBatchNorm(C), nn.ReLU())
     bnkern.convert(model)
     assert type(model[0]) is bnkern.nn.SyncBatchNorm and outcomes(model) == {"0": RELU}
