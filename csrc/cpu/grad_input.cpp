@@ -11,9 +11,15 @@ template <class A>
 struct InputSums : Sums<A, kRecordedGradInputRows> {
   using V = Vec<A>;
   BNKERN_INLINE void add(V dx, V one) {
-    this->row[kSum] = this->row[kSum] + dx;
-    this->row[kSquareSum] = fma(dx, dx, this->row[kSquareSum]);
-    this->add_sizes(kOfDx, dx, one);
+    compactly<A>([&]() __attribute__((always_inline)) {
+      V* const row = this->row;
+      row[kDxSum] = row[kDxSum] + dx;
+      row[kDxAbsSum] = row[kDxAbsSum] + dx.magnitude();
+      row[kDxSquareSum] = fma(dx, dx, row[kDxSquareSum]);
+      row[kDxPositive] = row[kDxPositive].plus_where(dx.positive(), one);
+      row[kDxNegative] = row[kDxNegative].plus_where(dx.negative(), one);
+      row[kDxZero] = row[kDxZero].plus_where(dx.zero(), one);
+    });
   }
 };
 

@@ -10,15 +10,23 @@ namespace {
 template <class A>
 struct SummandSizes : Sums<A, kRecordedGradSumsRows> {
   using V = Vec<A>;
-  using Sums<A, kRecordedGradSumsRows>::add_sizes;
   BNKERN_INLINE void add(V g, V xhat, V one) {
-    add_sizes(kOfDy, g, one);
-    add_sizes(kOfDyXhat, g * xhat, one);
+    compactly<A>([&]() __attribute__((always_inline)) {
+      add_one(this->row + kOfDy, g, one);
+      add_one(this->row + kOfDyXhat, g * xhat, one);
+    });
   }
   // A tail's g is 0, and 0 * xhat is not where xhat is NaN.
   BNKERN_INLINE void add_some(V g, V xhat, int n) {
     const auto present = first_lanes<V>(n);
     add(g, xhat.keep(present), V::all(1).keep(present));
+  }
+
+ private:
+  static BNKERN_INLINE void add_one(V* row, V d, V one) {
+    row[kAbsSum] = row[kAbsSum] + d.magnitude();
+    row[kSignSum] = row[kSignSum].plus_where(d.has_sign(), d.unit());
+    row[kZeros] = row[kZeros].plus_where(d.zero(), one);
   }
 };
 

@@ -47,15 +47,6 @@ struct Sums {
     store({lanes, kLanes}, 0);
     for (int r = 0; r < R; ++r) *rows[r] = sum<A>(V::load(lanes + r * kLanes));
   }
-  // |d| and its sign, to the four rows from r on, of the lanes where `one` is 1; d is 0 in the others.
-  BNKERN_INLINE void add_sizes(int r, V d, V one) {
-    compactly<A>([&]() __attribute__((always_inline)) {
-      row[r + kAbsSum] = row[r + kAbsSum] + d.magnitude();
-      row[r + kPositive] = row[r + kPositive].plus_where(d.positive(), one);
-      row[r + kNegative] = row[r + kNegative].plus_where(d.negative(), one);
-      row[r + kZero] = row[r + kZero].plus_where(d.zero(), one);
-    });
-  }
 
  private:
   // f(0), f(1), ... spelled out: an index that varies would keep row[] in memory.
