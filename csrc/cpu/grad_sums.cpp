@@ -30,6 +30,20 @@ struct SummandSizes : Sums<A, kRecordedGradSumsRows> {
   }
 };
 
+template <ReluMask kind, class Channel, class T>
+void second_look_at_summands(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
+                             std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sizes_out) {
+  using A = Accumulator<T>;
+  second_look<SummandSizes<A>, std::is_same_v<Channel, RowChannels<A>>>(
+      part, group, tile, sizes_out, [&](const Span& span) {
+        return
+            [gradient = Gradient<kind, Channel, T>(part, t, k, span)](SummandSizes<A>& sizes, std::int64_t i, int n) {
+              const Vec<A> xhat = gradient.xhat(i, n);
+              sizes.add_some(gradient.g(i, xhat, n), xhat, n);
+            };
+      });
+}
+
 template <ReluMask kind, class Channel, bool record, class T>
 BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                                std::int64_t group, std::int64_t tile, Rows<double> out,
@@ -113,8 +127,12 @@ template <class T, bool record>
 void grad_sums_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                     std::int64_t group, std::int64_t tile, Rows<double> out, Rows<Accumulator<T>> sizes_out) {
   using A = Accumulator<T>;
+  constexpr bool twice = record && kSecondLook<A>;
+  if constexpr (twice) grad_sums_tile<T, false>(part, t, k, group, tile, out, sizes_out);
   with_gradient_kind<A>(part, t, [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
-    if constexpr (std::is_same_v<Channel, RowChannels<A>>)
+    if constexpr (twice)
+      second_look_at_summands<kind, Channel>(part, t, k, group, tile, sizes_out);
+    else if constexpr (std::is_same_v<Channel, RowChannels<A>>)
       rows_tile<kind, Channel, record>(part, t, k, group, tile, out, sizes_out);
     else
       planes_tile<kind, Channel, record>(part, t, k, group, tile, out, sizes_out);
