@@ -468,11 +468,9 @@ void backward_as(const Backward& p) {
           means_of_sums(columns, sum, product);
           if (!record_affine) return;
           const auto total = [&](int r) { return add_up(measured_sums.totals[r], columns); };
-          const auto sign_sum = [&](int of) { return total(of + kPositive) - total(of + kNegative); };
-          const auto nonzero = [&](int of) { return count - total(of + kZero); };
           write_record(p.record_affine, p.shape.c, c,
-                       {sum, total(kOfDy + kAbsSum), sign_sum(kOfDy), nonzero(kOfDy), product,
-                        total(kOfDyXhat + kAbsSum), sign_sum(kOfDyXhat), nonzero(kOfDyXhat)});
+                       {sum, total(kOfDy + kAbsSum), total(kOfDy + kSignSum), count - total(kOfDy + kZeros), product,
+                        total(kOfDyXhat + kAbsSum), total(kOfDyXhat + kSignSum), count - total(kOfDyXhat + kZeros)});
         });
       },
       [&](std::int64_t group, std::int64_t tile, const Rows<A>& sums) { grad_input(part, t, k, group, tile, sums); },
@@ -481,8 +479,8 @@ void backward_as(const Backward& p) {
         for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
           const auto total = [&](int r) { return add_up(applied_sums.totals[r], columns); };
           write_record(p.record_gradient, p.shape.c, c,
-                       {count, total(kSum), total(kOfDx + kAbsSum), total(kSquareSum), total(kOfDx + kPositive),
-                        total(kOfDx + kNegative), total(kOfDx + kZero)});
+                       {count, total(kDxSum), total(kDxAbsSum), total(kDxSquareSum), total(kDxPositive),
+                        total(kDxNegative), total(kDxZero)});
         });
       });
 }

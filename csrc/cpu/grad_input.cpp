@@ -11,9 +11,13 @@ template <class A>
 struct InputSums : Sums<A, kRecordedGradInputRows> {
   using V = Vec<A>;
   BNKERN_INLINE void add(V dx, V one) {
-    this->row[kSum] = this->row[kSum] + dx;
-    this->row[kSquareSum] = fma(dx, dx, this->row[kSquareSum]);
-    this->add_sizes(kOfDx, dx, one);
+    V* const row = this->row;
+    row[kDxSum] = row[kDxSum] + dx;
+    row[kDxAbsSum] = row[kDxAbsSum] + dx.magnitude();
+    row[kDxSquareSum] = fma(dx, dx, row[kDxSquareSum]);
+    row[kDxPositive] = row[kDxPositive].plus_where(dx.positive(), one);
+    row[kDxNegative] = row[kDxNegative].plus_where(dx.negative(), one);
+    row[kDxZero] = row[kDxZero].plus_where(dx.zero(), one);
   }
 };
 
@@ -65,10 +69,15 @@ template <class T, bool record>
 void grad_input_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                      std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums) {
   using A = Accumulator<T>;
-  with_gradient_kind<A>(part, t, [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
-    constexpr bool rows = std::is_same_v<Channel, RowChannels<A>>;
-    write_tile<InputSpan<kind, Channel, T>, InputSums<A>, rows, record>(part, t, k, group, tile, sums);
-  });
+  if constexpr (record && kSecondLook<A>) {
+    grad_input_tile<T, false>(part, t, k, group, tile, sums);
+    second_look_at<T, InputSums<A>>(part, t.dx, group, tile, sums);
+  } else {
+    with_gradient_kind<A>(part, t, [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
+      constexpr bool rows = std::is_same_v<Channel, RowChannels<A>>;
+      write_tile<InputSpan<kind, Channel, T>, InputSums<A>, rows, record>(part, t, k, group, tile, sums);
+    });
+  }
 }
 
 #define BNKERN_INSTANTIATE_AS(T, record)                                                                             \

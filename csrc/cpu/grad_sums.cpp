@@ -10,17 +10,39 @@ namespace {
 template <class A>
 struct SummandSizes : Sums<A, kRecordedGradSumsRows> {
   using V = Vec<A>;
-  using Sums<A, kRecordedGradSumsRows>::add_sizes;
   BNKERN_INLINE void add(V g, V xhat, V one) {
-    add_sizes(kOfDy, g, one);
-    add_sizes(kOfDyXhat, g * xhat, one);
+    compactly<A>([&]() __attribute__((always_inline)) {
+      add_one(this->row + kOfDy, g, one);
+      add_one(this->row + kOfDyXhat, g * xhat, one);
+    });
   }
   // A tail's g is 0, and 0 * xhat is not where xhat is NaN.
   BNKERN_INLINE void add_some(V g, V xhat, int n) {
     const auto present = first_lanes<V>(n);
     add(g, xhat.keep(present), V::all(1).keep(present));
   }
+
+ private:
+  static BNKERN_INLINE void add_one(V* row, V d, V one) {
+    row[kAbsSum] = row[kAbsSum] + d.magnitude();
+    row[kSignSum] = row[kSignSum].plus_where(d.has_sign(), d.unit());
+    row[kZeros] = row[kZeros].plus_where(d.zero(), one);
+  }
 };
+
+template <ReluMask kind, class Channel, class T>
+void second_look_at_summands(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
+                             std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sizes_out) {
+  using A = Accumulator<T>;
+  second_look<SummandSizes<A>, std::is_same_v<Channel, RowChannels<A>>>(
+      part, group, tile, sizes_out, [&](const Span& span) {
+        return
+            [gradient = Gradient<kind, Channel, T>(part, t, k, span)](SummandSizes<A>& sizes, std::int64_t i, int n) {
+              const Vec<A> xhat = gradient.xhat(i, n);
+              sizes.add_some(gradient.g(i, xhat, n), xhat, n);
+            };
+      });
+}
 
 template <ReluMask kind, class Channel, bool record, class T>
 BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
@@ -105,8 +127,12 @@ template <class T, bool record>
 void grad_sums_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                     std::int64_t group, std::int64_t tile, Rows<double> out, Rows<Accumulator<T>> sizes_out) {
   using A = Accumulator<T>;
+  constexpr bool twice = record && kSecondLook<A>;
+  if constexpr (twice) grad_sums_tile<T, false>(part, t, k, group, tile, out, sizes_out);
   with_gradient_kind<A>(part, t, [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
-    if constexpr (std::is_same_v<Channel, RowChannels<A>>)
+    if constexpr (twice)
+      second_look_at_summands<kind, Channel>(part, t, k, group, tile, sizes_out);
+    else if constexpr (std::is_same_v<Channel, RowChannels<A>>)
       rows_tile<kind, Channel, record>(part, t, k, group, tile, out, sizes_out);
     else
       planes_tile<kind, Channel, record>(part, t, k, group, tile, out, sizes_out);

@@ -10,7 +10,7 @@
 // (x - m)^3 and (x - m)^4, and e = d / n,  M3 = t - e (3 q - 2 e d),  M4 = f - e (4 t - e (6 q - 3 e d)).
 #include <limits>
 
-#include "tiles.h"
+#include "sums.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
@@ -49,11 +49,13 @@ void planes_tile(const Partition& part, const View& x, std::int64_t group, std::
   V cubes[2] = {V::all(0), V::all(0)}, fourths[2] = {V::all(0), V::all(0)};
   V lows[2] = {V::all(kInfinity<A>), V::all(kInfinity<A>)}, highs[2] = {V::all(-kInfinity<A>), V::all(-kInfinity<A>)};
   const auto look = [&](int k, V value, V delta) __attribute__((always_inline)) {
-    const V square = delta * delta;
-    cubes[k] = fma(square, delta, cubes[k]);
-    fourths[k] = fma(square, square, fourths[k]);
-    lows[k] = least(value, lows[k]);
-    highs[k] = largest(value, highs[k]);
+    compactly<A>([&]() __attribute__((always_inline)) {
+      const V square = delta * delta;
+      cubes[k] = fma(square, delta, cubes[k]);
+      fourths[k] = fma(square, square, fourths[k]);
+      lows[k] = least(value, lows[k]);
+      highs[k] = largest(value, highs[k]);
+    });
   };
   const auto add = [&](int k, V value) __attribute__((always_inline)) {
     const V delta = value - shift;
@@ -140,13 +142,14 @@ void rows_tile(const Partition& part, const View& x, std::int64_t group, std::in
       (V::load(errors + c) + ((d0 + d1) + (d2 + d3))).store(errors + c);
       const V even = fma(d2, d2, d0 * d0), odd = fma(d3, d3, d1 * d1);
       (V::load(squares + c) + (even + odd)).store(squares + c);
-      if constexpr (record) {
-        const V s0 = d0 * d0, s1 = d1 * d1, s2 = d2 * d2, s3 = d3 * d3;
-        (V::load(cubes + c) + (fma(s2, d2, s0 * d0) + fma(s3, d3, s1 * d1))).store(cubes + c);
-        (V::load(fourths + c) + (fma(s2, s2, s0 * s0) + fma(s3, s3, s1 * s1))).store(fourths + c);
-        least(x0, least(x1, least(x2, least(x3, V::load(lows + c))))).store(lows + c);
-        largest(x0, largest(x1, largest(x2, largest(x3, V::load(highs + c))))).store(highs + c);
-      }
+      if constexpr (record)
+        compactly<A>([&]() __attribute__((always_inline)) {
+          const V s0 = d0 * d0, s1 = d1 * d1, s2 = d2 * d2, s3 = d3 * d3;
+          (V::load(cubes + c) + (fma(s2, d2, s0 * d0) + fma(s3, d3, s1 * d1))).store(cubes + c);
+          (V::load(fourths + c) + (fma(s2, s2, s0 * s0) + fma(s3, s3, s1 * s1))).store(fourths + c);
+          least(x0, least(x1, least(x2, least(x3, V::load(lows + c))))).store(lows + c);
+          largest(x0, largest(x1, largest(x2, largest(x3, V::load(highs + c))))).store(highs + c);
+        });
     }
   for (; r < count; ++r, p += stride)
     for (std::int64_t c = 0; c < channels; c += kLanes) {

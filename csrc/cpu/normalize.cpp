@@ -71,9 +71,14 @@ template <class T, bool record>
 void normalize_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                     std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums) {
   using A = Accumulator<T>;
-  part.shape.rows
-      ? write_tile<OutputSpan<RowChannels<A>, T>, OutputSums<A>, true, record>(part, t, k, group, tile, sums)
-      : write_tile<OutputSpan<PlaneChannel<A>, T>, OutputSums<A>, false, record>(part, t, k, group, tile, sums);
+  if constexpr (record && kSecondLook<A>) {
+    normalize_tile<T, false>(part, t, k, group, tile, sums);
+    second_look_at<T, OutputSums<A>>(part, t.y, group, tile, sums);
+  } else {
+    part.shape.rows
+        ? write_tile<OutputSpan<RowChannels<A>, T>, OutputSums<A>, true, record>(part, t, k, group, tile, sums)
+        : write_tile<OutputSpan<PlaneChannel<A>, T>, OutputSums<A>, false, record>(part, t, k, group, tile, sums);
+  }
 }
 
 #define BNKERN_INSTANTIATE_AS(T, record)                                                                            \

@@ -106,6 +106,18 @@ struct ArrayVec {
     for (int i = 0; i < kLanes; ++i) m.lane[i] = lane[i] == A(0);
     return m;
   }
+  // Not zero and not NaN.
+  BNKERN_INLINE Mask has_sign() const {
+    Mask m;
+    for (int i = 0; i < kLanes; ++i) m.lane[i] = lane[i] < A(0) || lane[i] > A(0);
+    return m;
+  }
+  // 1 or -1, by the sign bit.
+  BNKERN_INLINE ArrayVec unit() const {
+    ArrayVec v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = std::copysign(A(1), lane[i]);
+    return v;
+  }
   friend BNKERN_INLINE ArrayVec least(ArrayVec a, ArrayVec b) {
     for (int i = 0; i < kLanes; ++i) a.lane[i] = bnkern::least(a.lane[i], b.lane[i]);
     return a;
@@ -151,6 +163,10 @@ struct FloatVec {
   BNKERN_INLINE Mask positive() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ)}; }
   BNKERN_INLINE Mask negative() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ)}; }
   BNKERN_INLINE Mask zero() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ)}; }
+  BNKERN_INLINE Mask has_sign() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_OQ)}; }
+  BNKERN_INLINE FloatVec unit() const {
+    return {_mm512_or_ps(_mm512_and_ps(v, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1))};
+  }
   friend BNKERN_INLINE FloatVec least(FloatVec a, FloatVec b) { return {_mm512_maskz_min_ps(0xffff, a.v, b.v)}; }
   friend BNKERN_INLINE FloatVec largest(FloatVec a, FloatVec b) { return {_mm512_maskz_max_ps(0xffff, a.v, b.v)}; }
 };
@@ -235,6 +251,11 @@ struct FloatVec {
   BNKERN_INLINE Mask positive() const { return to_zero<_CMP_GT_OQ>(); }
   BNKERN_INLINE Mask negative() const { return to_zero<_CMP_LT_OQ>(); }
   BNKERN_INLINE Mask zero() const { return to_zero<_CMP_EQ_OQ>(); }
+  BNKERN_INLINE Mask has_sign() const { return to_zero<_CMP_NEQ_OQ>(); }
+  BNKERN_INLINE FloatVec unit() const {
+    const __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1);
+    return {_mm256_or_ps(_mm256_and_ps(lo, sign), one), _mm256_or_ps(_mm256_and_ps(hi, sign), one)};
+  }
   friend BNKERN_INLINE FloatVec least(FloatVec a, FloatVec b) {
     return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
   }

@@ -8,15 +8,18 @@
 
 namespace bnkern::BNKERN_ISA {
 
-// Runs f, which adds 16 lanes to sums: in place, or, where a vector is an array, by a call. Unrolled in place it would
-// there be a hundred times the code, for no speed.
+// Where a vector is an array, unrolled code is long, and the compiler slow over it. There a record is made by a second
+// look at a tile, which is in cache, and 16 lanes are added by a call of f. The order of additions is the same.
+template <class A>
+constexpr bool kSecondLook = std::is_same_v<Vec<A>, ArrayVec<A>>;
+
 template <class F>
 __attribute__((noinline)) void called(F f) {
   f();
 }
 template <class A, class F>
 BNKERN_INLINE void compactly(F f) {
-  if constexpr (std::is_same_v<Vec<A>, ArrayVec<A>>)
+  if constexpr (kSecondLook<A>)
     called(f);
   else
     f();
@@ -47,15 +50,6 @@ struct Sums {
     store({lanes, kLanes}, 0);
     for (int r = 0; r < R; ++r) *rows[r] = sum<A>(V::load(lanes + r * kLanes));
   }
-  // |d| and its sign, to the four rows from r on, of the lanes where `one` is 1; d is 0 in the others.
-  BNKERN_INLINE void add_sizes(int r, V d, V one) {
-    compactly<A>([&]() __attribute__((always_inline)) {
-      row[r + kAbsSum] = row[r + kAbsSum] + d.magnitude();
-      row[r + kPositive] = row[r + kPositive].plus_where(d.positive(), one);
-      row[r + kNegative] = row[r + kNegative].plus_where(d.negative(), one);
-      row[r + kZero] = row[r + kZero].plus_where(d.zero(), one);
-    });
-  }
 
  private:
   // f(0), f(1), ... spelled out: an index that varies would keep row[] in memory.
@@ -65,6 +59,36 @@ struct Sums {
         __attribute__((always_inline)) { (f(r), ...); }(std::make_integer_sequence<int, R>{});
   }
 };
+
+// Adds up a tile vector by vector: visit(span) gives the function that adds n lanes from i on, add(tally, i, n).
+template <class Tally, bool rows, class A, class Visit>
+BNKERN_INLINE void second_look(const Partition& part, std::int64_t group, std::int64_t tile, const Rows<A>& sums,
+                               Visit visit) {
+  Tally tally{Tally::zero()};
+  for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
+    const auto add = visit(span);
+    for (std::int64_t i = 0; i < span.length; i += kLanes) {
+      if constexpr (rows) tally = Tally{Tally::load(sums, i)};
+      add(tally, i, static_cast<int>(span.length - i < kLanes ? span.length - i : kLanes));
+      if constexpr (rows) tally.store(sums, i);
+    }
+  });
+  if constexpr (!rows) tally.fold(sums);
+}
+
+// The same of what was written to `view`.
+template <class T, class Tally>
+void second_look_at(const Partition& part, const View& view, std::int64_t group, std::int64_t tile,
+                    const Rows<Accumulator<T>>& sums) {
+  using V = Vec<Accumulator<T>>;
+  const auto visit = [&](const Span& span) {
+    const T* const p = at<const T>(part, view, span);
+    return [p](Tally& tally, std::int64_t i, int n)
+               __attribute__((always_inline)) { tally.add(load_some(p + i, n), V::all(1).keep(first_lanes<V>(n))); };
+  };
+  part.shape.rows ? second_look<Tally, true>(part, group, tile, sums, visit)
+                  : second_look<Tally, false>(part, group, tile, sums, visit);
+}
 
 // Writes the spans of a tile. Place(part, t, k, span) is one: write(i) and write_some(i, n) write 16 lanes, or n, from
 // i on, and give back what they wrote; where `record`, Tally, some Sums, adds it: add(value, one).
@@ -107,21 +131,17 @@ BNKERN_INLINE void write_tile(const Partition& part, const Tensors<T>& t, const 
       });
     };
     const auto four = [&](const Span* spans) __attribute__((always_inline)) {
-      if constexpr (std::is_same_v<V, ArrayVec<A>>) {  // the same sums, with less code
-        for (int r = 0; r < 4; ++r) one(spans[r]);
-      } else {
-        // Spelled out that they begin at one channel, so that they share the coefficients' addresses.
-        const auto place = [&](Span span) __attribute__((always_inline)) {
-          span.c = spans[0].c;
-          return Place(part, t, k, span);
-        };
-        const Place r0 = place(spans[0]), r1 = place(spans[1]), r2 = place(spans[2]), r3 = place(spans[3]);
-        for (std::int64_t i = 0; i < spans[0].length; i += kLanes) {
-          Tally tally{Tally::load(sums, i)};
-          add(tally, r0.write(i), kLanes), add(tally, r1.write(i), kLanes);
-          add(tally, r2.write(i), kLanes), add(tally, r3.write(i), kLanes);
-          tally.store(sums, i);
-        }
+      // Spelled out that they begin at one channel, so that they share the coefficients' addresses.
+      const auto place = [&](Span span) __attribute__((always_inline)) {
+        span.c = spans[0].c;
+        return Place(part, t, k, span);
+      };
+      const Place r0 = place(spans[0]), r1 = place(spans[1]), r2 = place(spans[2]), r3 = place(spans[3]);
+      for (std::int64_t i = 0; i < spans[0].length; i += kLanes) {
+        Tally tally{Tally::load(sums, i)};
+        add(tally, r0.write(i), kLanes), add(tally, r1.write(i), kLanes);
+        add(tally, r2.write(i), kLanes), add(tally, r3.write(i), kLanes);
+        tally.store(sums, i);
       }
     };
     for_rows(part, group, tile, four, one);

@@ -135,15 +135,15 @@ struct Rows {
 //                out                                    sums
 //   moments      kMean, kM2; record: kM3 to kMax
 //   normalize                                           kActive
-//   grad_sums    kSumDy, kSumDyXhat                     of each summand kAbsSum, kPositive, kNegative, kZero
-//   grad_input                                          kSum, kSquareSum, and the four of dx
+//   grad_sums    kSumDy, kSumDyXhat                     kOfDy and kOfDyXhat: kAbsSum, kSignSum, kZeros of summands
+//   grad_input                                          kDxSum to kDxZero
 constexpr int kMean = 0, kM2 = 1, kMomentsRows = 2, kM3 = 2, kM4 = 3, kMin = 4, kMax = 5, kRecordedMomentsRows = 6;
 constexpr int kActive = 0, kRecordedNormalizeRows = 1;
-constexpr int kAbsSum = 0, kPositive = 1, kNegative = 2, kZero = 3, kSizesRows = 4;
 constexpr int kSumDy = 0, kSumDyXhat = 1, kGradSumsRows = 2;
-constexpr int kOfDy = 0, kOfDyXhat = kSizesRows, kRecordedGradSumsRows = 2 * kSizesRows;
-constexpr int kSum = 0, kSquareSum = 1, kOfDx = 2, kRecordedGradInputRows = 2 + kSizesRows;
-constexpr int kMostRows = 8;
+constexpr int kAbsSum = 0, kSignSum = 1, kZeros = 2, kOfDy = 0, kOfDyXhat = 3, kRecordedGradSumsRows = 6;
+constexpr int kDxSum = 0, kDxAbsSum = 1, kDxSquareSum = 2, kDxPositive = 3, kDxNegative = 4, kDxZero = 5;
+constexpr int kRecordedGradInputRows = 6;
+constexpr int kMostRows = 6;
 
 template <class T, bool record>
 void moments_tile(const Partition&, const View& x, std::int64_t group, std::int64_t tile, Rows<double> out);
