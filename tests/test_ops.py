@@ -79,6 +79,21 @@ def test_opcheck_of_the_backward(target: Target, act: str | None, with_residual:
             )
 
 
+@FUSED
+def test_opcheck_of_ops_that_record(target: Target, act: str | None, with_residual: bool) -> None:
+    p = CASE["nhwc_c5_s49"].problem(BF16, target.device)
+    for mode in ("training", "eval", "identity"):
+        args = arguments(p, mode, act, with_residual)
+        torch.library.opcheck(FORWARD, (*requiring_grad(args), True))
+        _, mean, invstd, mask, *_ = FORWARD(*args)
+        x, weight, bias = args[:3]
+        needs = [True, weight is not None, bias is not None, with_residual]
+        affine = mode != "identity"
+        torch.library.opcheck(
+            BACKWARD, (p.dy, x, weight, bias, mean, invstd, mask, act, args[7], needs, args[-1], True, affine)
+        )
+
+
 @pytest.mark.parametrize("mode", ["training", "identity"])
 @pytest.mark.parametrize(("act", "with_residual"), [(None, False), ("relu", True)], ids=["plain", "add_relu"])
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -109,7 +124,8 @@ def test_op_equals_direct_call(target: Target, case: Case, mode: str, act: str |
     args = requiring_grad(arguments(case.problem(FP32, target.device), mode, act, with_residual))
     leaves = [t for t in args[:4] if t is not None]
     before = copy.deepcopy([None if t is None else t.detach() for t in args[4:7]])
-    y, mean, invstd, mask, *new = FORWARD(*args)
+    y, mean, invstd, mask, *new, activation = FORWARD(*args)
+    assert activation.numel() == 0
     for old, untouched in zip(before, args[4:7], strict=True):
         assert old is None or torch.equal(old, untouched)
     kernels = backends.choose(target.backend, target.device, torch.float32)
