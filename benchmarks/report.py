@@ -3,7 +3,8 @@
 A row is one provider in one case: the labels ``bench op shape layout dtype size tensor_bytes mode provider``; the
 times ``median_ms p20_ms p80_ms rounds``; ``speedup`` over each eager form, and over the fastest of them as "best";
 where bytes are known ``bytes`` (the least) and ``phased_bytes``, and by the least ``gb_per_s`` and ``share_of_copy``;
-for whole batch norms ``error``, relative to float64; for records ``cost``, times the same call without. A provider that could not be had has ``missing`` instead: why.
+for whole batch norms ``error``, relative to float64; for records ``cost``, times the same call without them. A
+provider that could not be had has ``missing`` instead: why.
 """
 
 from collections import defaultdict
