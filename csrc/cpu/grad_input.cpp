@@ -15,9 +15,9 @@ struct InputSums : Sums<A, kRecordedGradInputRows> {
     row[kDxSum] = row[kDxSum] + dx;
     row[kDxAbsSum] = row[kDxAbsSum] + dx.magnitude();
     row[kDxSquareSum] = fma(dx, dx, row[kDxSquareSum]);
-    row[kDxPositive] = row[kDxPositive].plus_where(dx.positive(), one);
-    row[kDxNegative] = row[kDxNegative].plus_where(dx.negative(), one);
-    row[kDxZero] = row[kDxZero].plus_where(dx.zero(), one);
+    row[kDxPositive] = row[kDxPositive].plus_where_positive(dx, one);
+    row[kDxNegative] = row[kDxNegative].plus_where_negative(dx, one);
+    row[kDxZero] = row[kDxZero].plus_where_zero(dx, one);
   }
 };
 

@@ -25,8 +25,8 @@ struct SummandSizes : Sums<A, kRecordedGradSumsRows> {
  private:
   static BNKERN_INLINE void add_one(V* row, V d, V one) {
     row[kAbsSum] = row[kAbsSum] + d.magnitude();
-    row[kSignSum] = row[kSignSum].plus_where(d.has_sign(), d.unit());
-    row[kZeros] = row[kZeros].plus_where(d.zero(), one);
+    row[kSignSum] = row[kSignSum].plus_sign(d);
+    row[kZeros] = row[kZeros].plus_where_zero(d, one);
   }
 };
 

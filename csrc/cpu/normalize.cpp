@@ -8,7 +8,7 @@ namespace {
 template <class A>
 struct OutputSums : Sums<A, kRecordedNormalizeRows> {
   using V = Vec<A>;
-  BNKERN_INLINE void add(V y, V one) { this->row[kActive] = this->row[kActive].plus_where(y.positive(), one); }
+  BNKERN_INLINE void add(V y, V one) { this->row[kActive] = this->row[kActive].plus_where_positive(y, one); }
 };
 
 // A span of the tensors read and written.

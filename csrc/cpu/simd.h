@@ -81,42 +81,24 @@ struct ArrayVec {
     for (int i = 0; i < kLanes; ++i) v.lane[i] = m.lane[i] ? lane[i] : A(0);
     return v;
   }
-  BNKERN_INLINE ArrayVec plus_where(Mask m, ArrayVec b) const {
-    ArrayVec v;
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = m.lane[i] ? lane[i] + b.lane[i] : lane[i];
-    return v;
-  }
   BNKERN_INLINE ArrayVec magnitude() const {
     ArrayVec v;
     for (int i = 0; i < kLanes; ++i) v.lane[i] = std::fabs(lane[i]);
     return v;
   }
-  BNKERN_INLINE Mask positive() const {
-    Mask m;
-    for (int i = 0; i < kLanes; ++i) m.lane[i] = lane[i] > A(0);
-    return m;
+  // Counts, which are never -0: plus b where d is above zero, below zero, or zero, and plus the sign of d. NaN is none.
+#define BNKERN_COUNT(name, condition)                                                                     \
+  BNKERN_INLINE ArrayVec name(ArrayVec d, ArrayVec b) const {                                             \
+    ArrayVec v;                                                                                           \
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = lane[i] + (d.lane[i] condition A(0) ? b.lane[i] : A(0)); \
+    return v;                                                                                             \
   }
-  BNKERN_INLINE Mask negative() const {
-    Mask m;
-    for (int i = 0; i < kLanes; ++i) m.lane[i] = lane[i] < A(0);
-    return m;
-  }
-  BNKERN_INLINE Mask zero() const {
-    Mask m;
-    for (int i = 0; i < kLanes; ++i) m.lane[i] = lane[i] == A(0);
-    return m;
-  }
-  // Not zero and not NaN.
-  BNKERN_INLINE Mask has_sign() const {
-    Mask m;
-    for (int i = 0; i < kLanes; ++i) m.lane[i] = lane[i] < A(0) || lane[i] > A(0);
-    return m;
-  }
-  // 1 or -1, by the sign bit.
-  BNKERN_INLINE ArrayVec unit() const {
-    ArrayVec v;
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = std::copysign(A(1), lane[i]);
-    return v;
+  BNKERN_COUNT(plus_where_positive, >)
+  BNKERN_COUNT(plus_where_negative, <)
+  BNKERN_COUNT(plus_where_zero, ==)
+#undef BNKERN_COUNT
+  BNKERN_INLINE ArrayVec plus_sign(ArrayVec d) const {
+    return plus_where_positive(d, all(1)).plus_where_negative(d, all(-1));
   }
   friend BNKERN_INLINE ArrayVec least(ArrayVec a, ArrayVec b) {
     for (int i = 0; i < kLanes; ++i) a.lane[i] = bnkern::least(a.lane[i], b.lane[i]);
@@ -158,14 +140,17 @@ struct FloatVec {
   friend BNKERN_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   BNKERN_INLINE Mask above_zero() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ)}; }
   BNKERN_INLINE FloatVec keep(Mask m) const { return {_mm512_maskz_mov_ps(m.m, v)}; }
-  BNKERN_INLINE FloatVec plus_where(Mask m, FloatVec b) const { return {_mm512_mask_add_ps(v, m.m, v, b.v)}; }
   BNKERN_INLINE FloatVec magnitude() const { return {_mm512_abs_ps(v)}; }
-  BNKERN_INLINE Mask positive() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ)}; }
-  BNKERN_INLINE Mask negative() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ)}; }
-  BNKERN_INLINE Mask zero() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ)}; }
-  BNKERN_INLINE Mask has_sign() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_OQ)}; }
-  BNKERN_INLINE FloatVec unit() const {
-    return {_mm512_or_ps(_mm512_and_ps(v, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1))};
+  template <int relation>
+  BNKERN_INLINE FloatVec plus_where(FloatVec d, FloatVec b) const {
+    return {_mm512_mask_add_ps(v, _mm512_cmp_ps_mask(d.v, _mm512_setzero_ps(), relation), v, b.v)};
+  }
+  BNKERN_INLINE FloatVec plus_where_positive(FloatVec d, FloatVec b) const { return plus_where<_CMP_GT_OQ>(d, b); }
+  BNKERN_INLINE FloatVec plus_where_negative(FloatVec d, FloatVec b) const { return plus_where<_CMP_LT_OQ>(d, b); }
+  BNKERN_INLINE FloatVec plus_where_zero(FloatVec d, FloatVec b) const { return plus_where<_CMP_EQ_OQ>(d, b); }
+  BNKERN_INLINE FloatVec plus_sign(FloatVec d) const {
+    const __m512 sign = _mm512_or_ps(_mm512_and_ps(d.v, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1));
+    return plus_where<_CMP_NEQ_OQ>(d, {sign});
   }
   friend BNKERN_INLINE FloatVec least(FloatVec a, FloatVec b) { return {_mm512_maskz_min_ps(0xffff, a.v, b.v)}; }
   friend BNKERN_INLINE FloatVec largest(FloatVec a, FloatVec b) { return {_mm512_maskz_max_ps(0xffff, a.v, b.v)}; }
@@ -237,24 +222,22 @@ struct FloatVec {
     return {_mm256_cmp_ps(lo, zero, _CMP_NLE_UQ), _mm256_cmp_ps(hi, zero, _CMP_NLE_UQ)};
   }
   BNKERN_INLINE FloatVec keep(Mask m) const { return {_mm256_and_ps(m.lo, lo), _mm256_and_ps(m.hi, hi)}; }
-  // Sums begin at +0 and so never are -0: adding 0 to the other lanes changes nothing.
-  BNKERN_INLINE FloatVec plus_where(Mask m, FloatVec b) const { return *this + b.keep(m); }
   BNKERN_INLINE FloatVec magnitude() const {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, lo), _mm256_andnot_ps(sign, hi)};
   }
   template <int relation>
-  BNKERN_INLINE Mask to_zero() const {
+  BNKERN_INLINE FloatVec plus_where(FloatVec d, FloatVec b) const {
     const __m256 zero = _mm256_setzero_ps();
-    return {_mm256_cmp_ps(lo, zero, relation), _mm256_cmp_ps(hi, zero, relation)};
+    return *this + b.keep({_mm256_cmp_ps(d.lo, zero, relation), _mm256_cmp_ps(d.hi, zero, relation)});
   }
-  BNKERN_INLINE Mask positive() const { return to_zero<_CMP_GT_OQ>(); }
-  BNKERN_INLINE Mask negative() const { return to_zero<_CMP_LT_OQ>(); }
-  BNKERN_INLINE Mask zero() const { return to_zero<_CMP_EQ_OQ>(); }
-  BNKERN_INLINE Mask has_sign() const { return to_zero<_CMP_NEQ_OQ>(); }
-  BNKERN_INLINE FloatVec unit() const {
+  BNKERN_INLINE FloatVec plus_where_positive(FloatVec d, FloatVec b) const { return plus_where<_CMP_GT_OQ>(d, b); }
+  BNKERN_INLINE FloatVec plus_where_negative(FloatVec d, FloatVec b) const { return plus_where<_CMP_LT_OQ>(d, b); }
+  BNKERN_INLINE FloatVec plus_where_zero(FloatVec d, FloatVec b) const { return plus_where<_CMP_EQ_OQ>(d, b); }
+  BNKERN_INLINE FloatVec plus_sign(FloatVec d) const {
     const __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1);
-    return {_mm256_or_ps(_mm256_and_ps(lo, sign), one), _mm256_or_ps(_mm256_and_ps(hi, sign), one)};
+    return plus_where<_CMP_NEQ_OQ>(
+        d, {_mm256_or_ps(_mm256_and_ps(d.lo, sign), one), _mm256_or_ps(_mm256_and_ps(d.hi, sign), one)});
   }
   friend BNKERN_INLINE FloatVec least(FloatVec a, FloatVec b) {
     return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
