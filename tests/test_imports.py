@@ -54,7 +54,8 @@ RULES = {
     # A residual that lies in memory as the input does is the kernels' business, any other is torch's.
     "bnkern.convert*": Rule(("bnkern.nn", "bnkern.convert*", "bnkern.backends.layout")),
     "bnkern.probes*": Rule(
-        (*LEAVES, "bnkern", "bnkern.nn", "bnkern.conv", "bnkern.functional", "bnkern.probes*"), ("torch", "numpy")
+        (*LEAVES, "bnkern", "bnkern.nn", "bnkern.conv", "bnkern.distributed", "bnkern.functional", "bnkern.probes*"),
+        ("torch", "numpy"),
     ),
     "bnkern.train.sweep": Rule(("bnkern*",), ("torch", "ray")),
     "bnkern.train*": Rule(("bnkern*",), ("torch", "numpy", "tqdm", "PIL")),
