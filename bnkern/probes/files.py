@@ -21,7 +21,7 @@ from .buffer import Filled
 from .quantities import QUANTITIES, Quantity, make
 
 INDEX = "index.json"
-WAITING = 2  # parts that may wait to be written before the ring is left full
+WAITING_BYTES = 256 << 20  # what may wait to be written before the ring is left full
 
 
 class Writer:
@@ -38,6 +38,7 @@ class Writer:
         self._error: BaseException | None = None
         self._dropped = 0
         self._queue: queue.Queue[Filled | None] = queue.Queue()
+        self._waiting, self._lock = 0, threading.Lock()  # bytes
         self._thread: threading.Thread | None = None
         if self._rank == 0:
             existing = parts(self.folder)
@@ -53,13 +54,15 @@ class Writer:
 
     def busy(self) -> bool:
         """Whether as much is waiting as may."""
-        return self._queue.qsize() >= WAITING
+        return self._waiting >= WAITING_BYTES
 
     def put(self, filled: Filled) -> None:
         """Hand over rows; with several ranks, a collective call."""
         if self._ranks > 1:
             filled = self._gathered(filled)
         if self._thread is not None:
+            with self._lock:
+                self._waiting += filled.rows.nbytes
             self._queue.put(filled)
 
     def wait(self) -> None:
@@ -104,6 +107,8 @@ class Writer:
                     self._write(filled)
                 except BaseException as error:
                     self._error = error
+            with self._lock:
+                self._waiting -= filled.rows.nbytes
             self._queue.task_done()
 
     def _write(self, filled: Filled) -> None:
