@@ -71,7 +71,7 @@ def batch_norm(
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
     tensors = (input, weight, bias, residual, running_mean, running_var, num_batches_tracked)
-    if ops.nobody_looks() and _usual(*tensors, training, momentum, eps, act):
+    if ops.nobody_looks() and (backends.native_usual() or _usual)(*tensors, training, momentum, eps, act):
         return _eager(*tensors, training, momentum, eps, act, records)
     _check("batch_norm", input, residual, act)
     _check_statistics(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
@@ -124,7 +124,11 @@ def _backend(x: Tensor):
 
 
 def _grad_wanted(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _call(
