@@ -1,5 +1,6 @@
 // The Python side of the native module: integers in (addresses, sizes, a dtype code, a stream),
-// launch, error text out as RuntimeError. Nothing else: checks and allocation live in Python.
+// launch, error text out as RuntimeError. Nothing else: checks and allocation live in Python, but for the calls of
+// every step, which call.cpp adds.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,6 +17,7 @@
 #include "cpu/pool.h"
 #include "cuda/kernels.h"
 #include "dlpack.h"
+#include "layout.h"
 
 namespace py = pybind11;
 
@@ -87,6 +89,16 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return bnkern::cpu_kernels().isa; }, "The instruction set of the CPU kernels on this machine.");
   m.def("cpu_empty", &cpu_empty, py::arg("dtype"), py::arg("shape"), py::arg("strides"),
         "A DLPack capsule of uninitialised memory, a large one from the pool.");
+  m.def(
+      "dense_layout",
+      [](const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides) -> py::object {
+        bnkern::Layout layout;
+        if (!bnkern::dense_layout(static_cast<int>(shape.size()), shape.data(), strides.data(), layout))
+          return py::none();
+        const auto& [rows, n, c, s] = layout.shape;
+        return py::make_tuple(rows, n, c, s, layout.outer, layout.inner);
+      },
+      "How forward and backward see a dense tensor: rows, N, C, S and two strides; None where they decline it.");
   m.def("pool_idle", &bnkern::pool_idle, "Bytes of freed results kept for the next ones.");
   m.def("pool_limit", &bnkern::pool_limit,
         "How many bytes may be kept: BNKERN_POOL_MB, or an eighth of memory (the container's, where it has less).");

@@ -64,7 +64,7 @@ bool read(PyObject* object, Tensor& tensor) {
   auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   for (Py_ssize_t i = 0; PyTuple_GET_ITEM(plain_types, i) != type;)
     if (++i == PyTuple_GET_SIZE(plain_types)) return false;
-  if (api->view_of_object(object, &tensor) == 0) return true;
+  if (api->view_of_object(object, &tensor) == 0) return tensor.data;  // null where empty, or zeros never stored
   PyErr_Clear();  // sparse, meta, of a transform: whoever is asked next says so
   return false;
 }
@@ -91,7 +91,7 @@ bool is_run(const Tensor& t, std::int64_t elements, bool any_shape = false) {
   if (any_shape) {
     std::int64_t count = 1;
     for (int axis = 0; axis < t.ndim; ++axis) count *= t.shape[axis];
-    return count == elements && one_run(t.shape, t.strides, [&](int k) { return t.ndim - 1 - k; }, t.ndim);
+    return count == elements && one_run(t.shape, t.strides, t.ndim, [&](int k) { return t.ndim - 1 - k; });
   }
   return t.ndim == 1 && t.shape[0] == elements && (elements <= 1 || t.strides[0] == 1);
 }
@@ -115,12 +115,10 @@ bool read_alike(PyObject* object, const Input& x, void*& data) {
   data = nullptr;
   if (object == Py_None) return true;
   Tensor t;
-  if (!read(object, t) || t.ndim != x.tensor.ndim || !(t.dtype == x.tensor.dtype) ||
-      !(t.device == x.tensor.device))
+  if (!read(object, t) || t.ndim != x.tensor.ndim || !(t.dtype == x.tensor.dtype) || !(t.device == x.tensor.device))
     return false;
   for (int axis = 0; axis < t.ndim; ++axis)
-    if (t.shape[axis] != x.tensor.shape[axis] ||
-        (t.strides[axis] != x.tensor.strides[axis] && t.shape[axis] != 1))
+    if (t.shape[axis] != x.tensor.shape[axis] || (t.strides[axis] != x.tensor.strides[axis] && t.shape[axis] != 1))
       return false;
   data = data_of(t);
   return true;
@@ -197,12 +195,11 @@ std::int64_t mask_bytes(const Shape& shape) {
 
 dlpack::DataType accumulator(const Input& x) {
   return dlpack::kTypes[static_cast<int>(x.dtype == static_cast<int>(DType::kFloat64) ? DType::kFloat64
-                                                                                     : DType::kFloat32)];
+                                                                                      : DType::kFloat32)];
 }
 
 bool dense_on_cpu(const Input& x, Layout& layout) {
-  return x.tensor.device.type == dlpack::kCpu &&
-         dense_layout(x.tensor.ndim, x.tensor.shape, x.tensor.strides, layout);
+  return x.tensor.device.type == dlpack::kCpu && dense_layout(x.tensor.ndim, x.tensor.shape, x.tensor.strides, layout);
 }
 
 template <std::size_t size>
@@ -248,10 +245,10 @@ PyObject* exchange(PyObject* const* args) {
 // `_usual` of bnkern/functional.py, in the same words.
 PyObject* usual(PyObject* const* args) {
   PyObject *const training = args[7], *const momentum = args[8], *const eps = args[9], *const act = args[10];
-  const bool options = PyBool_Check(training) && PyFloat_CheckExact(momentum) && PyFloat_CheckExact(eps) &&
-                       PyFloat_AS_DOUBLE(eps) >= 0 &&
-                       (act == Py_None ||
-                        (PyUnicode_CheckExact(act) && PyUnicode_CompareWithASCIIString(act, "relu") == 0));
+  const bool options =
+      PyBool_Check(training) && PyFloat_CheckExact(momentum) && PyFloat_CheckExact(eps) &&
+      PyFloat_AS_DOUBLE(eps) >= 0 &&
+      (act == Py_None || (PyUnicode_CheckExact(act) && PyUnicode_CompareWithASCIIString(act, "relu") == 0));
   const bool none = args[4] == Py_None;
   if (!options || none != (args[5] == Py_None) || (none && training == Py_False)) Py_RETURN_FALSE;
   Tensors t;

@@ -5,7 +5,7 @@ struct _object;  // Python's PyObject
 
 namespace bnkern {
 
-// Adds `exchange`, `usual`, `forward`, `backward` and `dense_layout` to the module. Sets a Python error where it fails.
+// Adds `exchange`, `usual`, `forward` and `backward` to the module. Sets a Python error where it fails.
 bool add_calls(_object* module);
 
 }  // namespace bnkern

@@ -13,14 +13,13 @@ struct Layout {
 };
 
 // Whether the axes, given from the innermost to the outermost, form one run: each axis' stride is the product of the
-// sizes within. Axes of size 1 may have any.
+// sizes within. Axes of size 1 may have any, unless `strict`.
 template <class Axes>
-bool one_run(const std::int64_t* sizes, const std::int64_t* strides, Axes axes, int count) {
+bool one_run(const std::int64_t* sizes, const std::int64_t* strides, int count, Axes axes, bool strict = false) {
   std::int64_t expected = 1;
   for (int k = 0; k < count; ++k) {
     const int axis = axes(k);
-    if (sizes[axis] == 1) continue;
-    if (strides[axis] != expected) return false;
+    if (strides[axis] != expected && (strict || sizes[axis] != 1)) return false;
     expected *= sizes[axis];
   }
   return true;
@@ -33,11 +32,11 @@ inline bool dense_layout(int ndim, const std::int64_t* sizes, const std::int64_t
   for (int axis = 2; axis < ndim; ++axis) s *= sizes[axis];
   if (n * c * s == 0) return false;
   const bool rows = s == 1 || (c > 1 && strides[1] == 1);
-  const bool dense = one_run(sizes, strides, [&](int k) { return ndim - 1 - k; }, ndim) ||
-                     (rows && one_run(
-                                  sizes, strides,
-                                  [&](int k) { return k == 0 ? 1 : k == ndim - 1 ? 0 : ndim - k; }, ndim));
-  if (!dense) return false;
+  const auto in_order = [&](int k) { return ndim - 1 - k; };
+  const auto channels_last = [&](int k) { return k == 0 ? 1 : k == ndim - 1 ? 0 : ndim - k; };
+  // torch knows channels_last of 4 axes whatever the strides of size 1; of others it would make new strides there.
+  if (!one_run(sizes, strides, ndim, in_order) && !(rows && one_run(sizes, strides, ndim, channels_last, ndim != 4)))
+    return false;
   layout.shape = {rows, n, c, s};
   layout.outer = rows ? c : strides[0];
   layout.inner = rows ? 1 : strides[1];

@@ -219,9 +219,7 @@ def forward(
     """
     if _reads_tensors and out is None:
         vectors = (weight, bias, residual, running_mean, running_var, num_batches_tracked)
-        results = _native.forward(
-            x, *vectors, training, momentum, eps, act, save_mask, record, torch.get_num_threads()
-        )
+        results = _native.forward(x, *vectors, training, momentum, eps, act, save_mask, record, torch.get_num_threads())
         if results is not None:
             return results
     plan = _plan(x.shape, x.stride())
