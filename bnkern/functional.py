@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, ops
+from . import backends, ensembles, ops
 from .backends import reference
 from .backends.layout import format_name, formats_conflict
 
@@ -62,7 +62,9 @@ def batch_norm(
 
     Returns:
         y, of the shape, dtype and memory format of ``input``. Differentiable in input, weight, bias and residual;
-        a second time, by torch.func and in forward mode through the reference formula. Saved for backward: input,
+        a second time, and in forward mode (torch.func.jvp, dual tensors), through the reference formula. torch.func's
+        vmap and grad run the kernels, an ensemble's members folded into the channels (:mod:`bnkern.ensembles`),
+        unless running statistics are to be updated: then the reference formula serves. Saved for backward: input,
         weight, bias, two vectors, and with residual and ReLU one bit per element.
 
     Raises:
@@ -144,8 +146,10 @@ def _call(tensors: _Tensors, settings: _Settings, records: "Records | None") -> 
     x, _, _, residual = tensors
     *statistics, training, _, _, act = settings
     if ops.transformed():
-        # torch.func and forward-mode differentiation go through the reference formula, as double backward does.
-        running_mean = statistics[0]
+        running_mean, running_var, _ = statistics
+        if ensembles.serves(running_mean, training):
+            return ensembles.batch_norm(*tensors, running_mean, running_var, settings[5], act, backends.forced())
+        # Forward mode, and running statistics under torch.func: the reference formula, as for double backward.
         if training and running_mean is not None and ops.over_members(x) and not ops.over_members(running_mean):
             raise RuntimeError(
                 "batch_norm: vmap maps over input but not over running_mean and running_var, which cannot take every "

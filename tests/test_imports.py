@@ -40,9 +40,12 @@ RULES = {
     "bnkern.ops": Rule(("bnkern.backends", *LEAVES)),
     "bnkern.distributed": Rule(("bnkern.functional", "bnkern.ops", "bnkern.backends", *LEAVES)),
     "bnkern.probes.buffer": Rule(()),
+    # The second derivative is the reference formula's.
+    "bnkern.ensembles": Rule(("bnkern.ops", "bnkern.backends.layout", "bnkern.backends.reference")),
     "bnkern.functional": Rule(
         (
             "bnkern.ops",
+            "bnkern.ensembles",
             "bnkern.backends",
             "bnkern.backends.layout",
             "bnkern.backends.reference",
