@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from . import names, spec
+from .specs import SCALES
 
 EXAMPLES = """\
 examples:
@@ -34,9 +35,10 @@ def main(words: list[str] | None = None) -> int:
     run_parser.add_argument("names", nargs="+", metavar="NAME", help="experiments, or: all")
     run_parser.add_argument(
         "--scale",
-        choices=("smoke", "laptop", "paper"),
+        choices=SCALES,
         default="laptop",
-        help="smoke: seconds, made-up images; laptop (default): two CPU cores; paper: the full recipe",
+        help="smoke: seconds, made-up images; quick: minutes; laptop (default): two CPU cores, hours; paper: the "
+        "full recipe",
     )
     run_parser.add_argument(
         "--data",
@@ -57,7 +59,7 @@ def main(words: list[str] | None = None) -> int:
     report_parser = commands.add_parser("report", help="draw the results and hold them against the paper")
     report_parser.add_argument(
         "--scale",
-        choices=("smoke", "laptop", "paper"),
+        choices=SCALES,
         help="default: for each experiment the largest scale that was run",
     )
     report_parser.add_argument(

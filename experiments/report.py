@@ -28,6 +28,7 @@ LEAD = (
 )
 CLASSES = {"held": "held", "held in part": "part", "did not hold": "not"}
 SIGNS = {True: "✓ held", False: "✗ not held", None: "shown"}
+IMAGES = {"cifar10": "CIFAR-10", "synthetic": "made-up images", "none": "no images"}
 COMMANDS = ("again", "to run it")  # those of a section's facts that are typed
 
 
@@ -124,7 +125,7 @@ def _facts(name: str, about: Spec, results: Results, out: Path) -> dict[str, str
     seeds = sorted({run.config["seed"] for run in results.runs})
     per_net = {net.label: len(results.where(label=net.label)) for net in about.runs}
     return {
-        "scale": f"{results.scale}, {'made-up images' if results.data == 'synthetic' else 'CIFAR-10'}",
+        "scale": f"{results.scale}, {IMAGES[results.data]}",
         "runs": ", ".join(f"{label}: {count}" for label, count in per_net.items())
         + f"; seeds {_span(seeds)}"
         + (f"; {failed} failed" if failed else ""),

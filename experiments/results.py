@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .specs import Claim, Spec
-
-SCALES = ("smoke", "laptop", "paper")  # by what they can show
+from .specs import SCALES, Claim, Spec
 
 
 @dataclass(frozen=True)
@@ -24,31 +22,31 @@ class Finished:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything measured, by name: ``<quantity>/<layer>``."""
+        """Everything measured, by name; of a layer ``<quantity>/<layer>``."""
         arrays = {}
         for file in sorted((self.folder / "probes").glob("*.npz")):
             with np.load(file) as stored:
                 arrays |= dict(stored)
         return arrays
 
-    def at(self, quantity: str, layer: int) -> np.ndarray:
-        """What was measured of one quantity at one layer."""
-        return self.arrays[f"{quantity}/{layer}"]
+    def at(self, quantity: str, layer: int | None = None) -> np.ndarray:
+        """What was measured of one quantity, at one layer where it is of layers."""
+        return self.arrays[quantity if layer is None else f"{quantity}/{layer}"]
 
 
 @dataclass(frozen=True)
 class Results:
-    """The finished runs of one experiment at one scale, on one kind of data ("cifar10" or "synthetic")."""
+    """The finished runs of one experiment at one scale, on one kind of data: "cifar10", "synthetic", "none"."""
 
     scale: str
     data: str
     runs: tuple[Finished, ...]
 
     def where(self, **config: object) -> list[Finished]:
-        """The runs whose config has these values, by seed."""
-        return [run for run in self.runs if all(run.config[k] == v for k, v in config.items())]
+        """The runs whose config, or its options, have these values, by seed."""
+        return [run for run in self.runs if all((run.config | run.config["options"])[k] == config[k] for k in config)]
 
-    def each(self, quantity: str, layer: int, **config: object) -> list[float]:
+    def each(self, quantity: str, layer: int | None = None, **config: object) -> list[float]:
         """One number a run: the quantity at the layer, averaged over channels where it has any."""
         return [float(np.mean(run.at(quantity, layer))) for run in self.where(**config)]
 

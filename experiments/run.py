@@ -1,8 +1,8 @@
 """The runner: which runs are wanted, which are finished already, and the rest one after the other.
 
 A run lives in ``<out>/<experiment>/<scale>-<label>-seed<k>/``: ``config.json`` (what was asked), ``env.json`` (what it
-ran on), ``probes/<quantity>.npz`` (what it measured) and, written last, ``DONE``. A folder without DONE was
-interrupted or failed (then ``error.txt`` says why) and is done again.
+ran on), ``probes/<file>.npz`` (what it measured), what else its procedure keeps and, written last, ``DONE``. A folder
+without DONE was interrupted or failed (then ``error.txt`` says why) and is done again, from what its procedure kept.
 """
 
 import json
@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 from bnkern.train import cifar10
-from bnkern.train.runlog import environment, finished, put_aside, write_json
+from bnkern.train.runlog import differing, environment, finished, put_aside, write_json
 
 from . import spec
-from .measure import PROCEDURES
+from .procedures import PROCEDURES
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,13 @@ def plan(experiments: list[str], scale: str, data: str, seeds: int | None, out: 
     for experiment in experiments:
         at = spec(experiment).scale(scale)
         for run in spec(experiment).at(at):
-            common = asdict(run) | {"experiment": experiment, "scale": at, "data": data}
+            images = data if spec(experiment).images else "none"
+            common = asdict(run) | {"experiment": experiment, "scale": at, "data": images}
             own = common.pop("seeds")
             for seed in range(seeds or own):
                 # through JSON, so that it compares equal to what a finished run has written
                 config = json.loads(json.dumps(common | {"seed": seed}))
-                name = f"{at}-{run.label}-seed{seed}" + ("-synthetic" if data == "synthetic" else "")
+                name = f"{at}-{run.label}-seed{seed}" + ("-synthetic" if images == "synthetic" else "")
                 wanted.append(Planned(out / experiment / name, config))
     return wanted
 
@@ -71,7 +72,7 @@ def run(
 
     Args:
         experiments: names.
-        scale: "smoke", "laptop" or "paper".
+        scale: one of specs.SCALES.
         data: as for bnkern.train.cifar10.load; at scale "smoke", "synthetic" where nothing is given.
         device: torch's name; default "cuda" where there is one, else "cpu".
         seeds: how many, instead of each configuration's own number.
@@ -89,7 +90,7 @@ def run(
     if not todo:
         return 0
     try:
-        images = cifar10.load(data)
+        images = cifar10.load(data) if any(planned.config["data"] != "none" for planned in todo) else None
         on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         failed = _run_all(todo, images, on)
     except cifar10.DataError as error:
@@ -107,7 +108,7 @@ def run(
     return 1 if failed else 0
 
 
-def _run_all(todo: list[Planned], images: cifar10.Cifar10, device: torch.device) -> int:
+def _run_all(todo: list[Planned], images: cifar10.Cifar10 | None, device: torch.device) -> int:
     """How many failed."""
     failed = 0
     with Progress(len(todo)) as progress:
@@ -126,16 +127,17 @@ def _run_all(todo: list[Planned], images: cifar10.Cifar10, device: torch.device)
     return failed
 
 
-def _run_one(planned: Planned, images: cifar10.Cifar10, device: torch.device, tick) -> None:
+def _run_one(planned: Planned, images: cifar10.Cifar10 | None, device: torch.device, tick) -> None:
     folder, config = planned.folder, planned.config
     if (folder / "DONE").exists():
         put_aside(folder)
-    elif folder.exists():
+    elif differing(folder, config):
         shutil.rmtree(folder)
-    (folder / "probes").mkdir(parents=True)
+    (folder / "probes").mkdir(parents=True, exist_ok=True)
+    (folder / "error.txt").unlink(missing_ok=True)
     write_json(folder / "config.json", config)
     started, clock = datetime.now(UTC), time.perf_counter()
-    for name, arrays in PROCEDURES[config["procedure"]](config, images, device, tick).items():
+    for name, arrays in PROCEDURES[config["procedure"]](config, images, device, folder, tick).items():
         np.savez(folder / "probes" / f"{name}.npz", **arrays)
     seconds = round(time.perf_counter() - clock, 2)
     when = {"started": started.isoformat(timespec="seconds"), "seconds": seconds}

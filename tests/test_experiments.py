@@ -19,9 +19,10 @@ from experiments import drawer, names, spec
 from experiments import report as reporting
 from experiments import run as running
 from experiments.__main__ import main
-from experiments.measure import QUANTITIES
+from experiments.procedures.at_init import QUANTITIES
 from experiments.results import Finished, Results, find, judge, read
 from experiments.specs import Claim, Run, above, between, within, within_factor
+from tests.made_up import made_up
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,31 +30,13 @@ ROOT = Path(__file__).parent.parent
 # ------------------------------------------------------------------------------------------------ made-up results
 
 
-def papers_arrays(config: dict) -> dict[str, np.ndarray]:
-    """What a run would have measured, had it found exactly the paper's numbers."""
-    about = spec(config["experiment"])
-    arrays = {}
-    for (name, norm), values in about.paper.items():
-        for layer, value in zip(config["layers"], values, strict=True):
-            if norm == config["norm"]:
-                arrays[f"{name}/{layer}"] = np.full(1, 1.0 if value is None else value)
-    if "gradient_signs" in config["quantities"]:
-        for layer in config["layers"]:
-            extra = {"count": 100, "sign agreement": 0.3}
-            extra |= {name: np.ones((4, 4, 3, 3)) for name in ("sum", "abs_sum", "sign_sum", "nonzero")}
-            arrays |= {f"{name}/{layer}": np.asarray(value) for name, value in extra.items()}
-    return arrays
-
-
-def made_up(name: str, seeds: int = 2, **changed: float) -> Results:
-    """Results at the paper's scale that equal the paper's numbers, but for ``changed``."""
+def results_of(name: str, holds: bool = True, seeds: int = 2, **changed: float) -> Results:
+    """Made-up results at the paper's scale, for which the claims hold or break, but for ``changed``."""
     runs = []
-    for run in spec(name).runs:
-        for seed in range(seeds):
-            config = {**vars(run), "seed": seed, "experiment": name}
-            made = Finished(Path(), config, {"seconds": 1.0})
-            made.__dict__["arrays"] = papers_arrays(config) | changed
-            runs.append(made)
+    for planned in running.plan([name], "paper", "cifar10", seeds, Path()):
+        made = Finished(planned.folder, planned.config, {"seconds": 1.0})
+        made.__dict__["arrays"] = made_up(planned.config, holds) | changed
+        runs.append(made)
     return Results("paper", "cifar10", tuple(runs))
 
 
@@ -64,12 +47,12 @@ class Procedure:
         self.calls: list[tuple[str, int]] = []
         self.fails = fails or {}
 
-    def __call__(self, config: dict, data, device, tick) -> dict:
+    def __call__(self, config: dict, data, device, folder, tick) -> dict:
         self.calls.append((config["label"], config["seed"]))
         tick(0.5, "half way")
         if error := self.fails.get(len(self.calls)):
             raise error
-        return {"all": papers_arrays(config)}
+        return {"all": made_up(config)}
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +64,8 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def procedure(monkeypatch: pytest.MonkeyPatch) -> Procedure:
     stand_in = Procedure()
-    monkeypatch.setitem(running.PROCEDURES, "at_init", stand_in)
+    for name in running.PROCEDURES:
+        monkeypatch.setitem(running.PROCEDURES, name, stand_in)
     return stand_in
 
 
@@ -134,33 +118,34 @@ def test_scales() -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_the_papers_own_numbers_hold(name: str) -> None:
-    verdict, findings = judge(spec(name), made_up(name))
+    verdict, findings = judge(spec(name), results_of(name))
     assert verdict == "held"
     assert [f.claim.text for f in findings if f.claim.check and not f.held] == []
 
 
 @pytest.mark.parametrize("name", names())
 def test_every_claim_can_fail(name: str) -> None:
-    """Results that contradict the paper throughout: all layers alike, and far off."""
-    far = {key: np.float64(1e6) for key in papers_arrays({**vars(spec(name).runs[0]), "experiment": name})}
-    verdict, findings = judge(spec(name), made_up(name, **far))
+    """Results that contradict the paper throughout."""
+    verdict, findings = judge(spec(name), results_of(name, holds=False))
     assert [f.claim.text for f in findings if f.claim.check and f.held] == []
     assert verdict == "did not hold"
 
 
 def test_one_false_claim_makes_it_held_in_part() -> None:
-    verdict, findings = judge(spec("moments_by_depth"), made_up("moments_by_depth", **{"ln_std/18": np.float64(0.76)}))
+    verdict, findings = judge(
+        spec("moments_by_depth"), results_of("moments_by_depth", **{"ln_std/18": np.float64(0.76)})
+    )
     assert verdict == "held in part"
     assert [f.claim.text for f in findings if f.held is False] == ["ln std, layer 18, with batch norm"]
 
 
 def test_what_is_no_number_never_holds() -> None:
-    results = made_up("moments_by_depth", **{"ln_std/18": np.float64(np.nan)})
+    results = results_of("moments_by_depth", **{"ln_std/18": np.float64(np.nan)})
     assert judge(spec("moments_by_depth"), results)[0] == "held in part"
 
 
 def test_verdicts_are_withheld_where_they_would_mean_nothing() -> None:
-    about, good = spec("moments_by_depth"), made_up("moments_by_depth")
+    about, good = spec("moments_by_depth"), results_of("moments_by_depth")
     assert judge(about, Results("smoke", "cifar10", good.runs))[0] == "not judged"
     assert judge(about, Results("paper", "synthetic", good.runs))[0] == "not judged"
     assert judge(about, Results("paper", "cifar10", ()))[0] == "not run"
@@ -189,10 +174,11 @@ def test_checks() -> None:
 def test_everything_runs_at_smoke_scale_and_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["run", "all", "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert main(["report", "--out", str(tmp_path)]) == 0
-    assert re.search(r"\[1/8\] .* done, [\d.]+ s, about \d+ \w+ left", capsys.readouterr().out)
+    assert re.search(r"\[ *1/\d+\] .* done, [\d.]+ s, about \d+ \w+ left", capsys.readouterr().out)
     for name in names():
         results = read(tmp_path / name)
-        assert (results.scale, results.data, len(results.runs)) == ("smoke", "synthetic", 4)
+        assert (results.scale, results.data) == ("smoke", "synthetic" if spec(name).images else "none")
+        assert len(results.runs) == sum(run.seeds for run in spec(name).at("smoke"))
         for done in results.runs:
             assert done.env["backend"] == (backends.forced() or "cpu") and done.env["seconds"] > 0
             assert {"commit", "dirty", "versions", "cpu", "threads", "started"} <= done.env.keys()

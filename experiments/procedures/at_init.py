@@ -1,7 +1,8 @@
-"""The procedures that specs name: each takes a run's configuration and the data, and gives what it measured."""
+"""Statistics of a network before its first step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,20 +11,21 @@ from torch import Tensor, nn
 
 import bnkern
 from bnkern.train.cifar10 import Cifar10, batches
-from bnkern.train.resnet import ResNet, layers
+from bnkern.train.resnet import layers
 
-Arrays = dict[str, np.ndarray]
-Tick = Callable[[float, str], None]  # share of the run that is done, and what comes next
+from . import Arrays, Tick
 
 
-def at_init(config: dict, data: Cifar10, device: torch.device, tick: Tick) -> dict[str, Arrays]:
+def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tick: Tick) -> dict[str, Arrays]:
     """The configured quantities at the configured layers of a fresh network, on one batch of training images.
 
     The seed fixes the network and the batch. The loss is the mean cross-entropy; nothing is updated. A quantity
     that needs no gradient costs no backward pass.
     """
     torch.manual_seed(config["seed"])
-    model = ResNet(config["depth"], config["norm"], config["shortcut"], config["kernels"]).to(device)
+    model = ResNet(config["depth"], config["norm"], config["shortcut"], config["kernels"], init=config["init"]).to(
+        device
+    )
     chosen = next(batches(data.train, config["batch"], config["seed"]))
     images, labels = data.normalise(chosen.images.to(device)), chosen.labels.to(device)
     wanted = {number: layers(model)[number] for number in config["layers"]}
@@ -88,5 +90,4 @@ def _log_moments(module: nn.Module, x: Tensor, y: Tensor) -> Arrays:
     return {"ln_abs_mean": mean.abs().log().cpu().numpy(), "ln_std": (var.log() / 2).cpu().numpy()}
 
 
-PROCEDURES = {"at_init": at_init}
 QUANTITIES = {"gradient_signs": _gradient_signs, "log_moments": _log_moments}
