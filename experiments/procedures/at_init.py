@@ -13,7 +13,7 @@ import bnkern
 from bnkern.train.cifar10 import Cifar10, batches
 from bnkern.train.resnet import layers
 
-from . import Arrays, Tick
+from . import Arrays, Tick, build
 
 
 def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tick: Tick) -> dict[str, Arrays]:
@@ -22,10 +22,7 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
     The seed fixes the network and the batch. The loss is the mean cross-entropy; nothing is updated. A quantity
     that needs no gradient costs no backward pass.
     """
-    torch.manual_seed(config["seed"])
-    model = ResNet(config["depth"], config["norm"], config["shortcut"], config["kernels"], init=config["init"]).to(
-        device
-    )
+    model = build(config).to(device)
     chosen = next(batches(data.train, config["batch"], config["seed"]))
     images, labels = data.normalise(chosen.images.to(device)), chosen.labels.to(device)
     wanted = {number: layers(model)[number] for number in config["layers"]}
