@@ -14,6 +14,7 @@ Rows = list[dict[str, object]]
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; the shape of a marker says the same again.
 INK, GRID = "#1a1c20", "#c9ccd3"
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # where there are more than two
 NETS = {"batch": ("with batch norm", "#0072b2", "o"), "none": ("without", "#d55e00", "s")}
 
 STYLE = {
