@@ -60,6 +60,11 @@ class Results:
         columns = [self.each(quantity, layer, **config) for layer in layers]
         return [float(np.polyfit(layers, row, 1)[0]) for row in zip(*columns, strict=True)]
 
+    def gap(self, quantity: str, first: str, second: str) -> list[float]:
+        """One number a seed that both runs have: the quantity of the run labelled ``first`` less the ``second``'s."""
+        both = [{run.config["seed"]: run.at(quantity).item() for run in self.where(label=k)} for k in (first, second)]
+        return [value - both[1][seed] for seed, value in both[0].items() if seed in both[1]]
+
 
 def finished(folder: Path) -> Iterator[Finished]:
     """The finished runs in the folder of one experiment, by configuration and seed."""
