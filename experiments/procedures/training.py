@@ -19,34 +19,38 @@ from bnkern.train.runlog import outcome, rows
 
 from . import Arrays, Tick
 
-OWN = ("lrs", "images", "noise")  # options of this procedure; the others are bnkern.train's settings
+OWN = ("lrs", "images", "tests", "noise")  # options of this procedure; the others are bnkern.train's settings
 
 
 def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tick: Tick) -> dict[str, Arrays]:
     """What came of a training run with the options as settings, on the first ``images`` of the training set or on all.
 
+    Accuracies are of the first ``tests`` test images, or of all.
+
     With ``lrs`` one short run for each of these learning rates: see :func:`_limits`. With ``noise``, a number of
     times, the noise of the gradient is measured along the run: see :class:`_Noise`.
     """
     options = config["options"]
-    data = subset(data, options.get("images"))
+    data = subset(data, options)
     if "lrs" in options:
         return {"limits": _limits(config, data, device, folder, tick)}
     settings = settings_of(config, data, device)
-    listener = (
-        _Noise(settings, data, tick, options["noise"]) if options.get("noise") else _Listener(settings, data, tick)
-    )
-    loop.train(settings, folder / "train", data, device, probes=listener)
+    heard = listener(settings, data, tick, options.get("noise", 0))
+    loop.train(settings, folder / "train", data, device, probes=heard)
     found = {"training": curves(folder / "train", settings.epochs)}
     if options.get("noise"):
-        found["noise"] = listener.arrays(folder / "train")
+        found["noise"] = heard.arrays(folder / "train")
     forget(folder)
     return found
 
 
-def subset(data: Cifar10, images: int | None) -> Cifar10:
-    """The same set with the first so many training images, or all."""
-    return dataclasses.replace(data, train=Split(*(t[:images] for t in data.train)))
+def subset(data: Cifar10, options: dict) -> Cifar10:
+    """The same set with the first ``images`` for training and ``tests`` for tests, or all."""
+    train, test = (
+        Split(*(t[: options.get(name)] for t in split))
+        for name, split in (("images", data.train), ("tests", data.test))
+    )
+    return dataclasses.replace(data, train=train, test=test)
 
 
 def settings_of(config: dict, data: Cifar10, device: torch.device, **changes: object) -> Config:
@@ -95,6 +99,11 @@ def _percent(share: float | None) -> float:
     return math.nan if share is None else 100 * share
 
 
+def listener(config: Config, data: Cifar10, tick: Tick, noise: int = 0) -> "_Listener":
+    """What to give bnkern.train as probes: it tells ``tick``, and measures ``noise`` so many times along the run."""
+    return _Noise(config, data, tick, noise) if noise else _Listener(config, data, tick)
+
+
 class _Listener:
     """What bnkern.train calls its probes: here a reader of its progress, which decides nothing on the host."""
 
@@ -136,6 +145,7 @@ def _limits(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
     half a decade below the smallest one tried where there is none.
     """
     rates = sorted(config["options"]["lrs"])
+    data = subset(data, {"tests": 1})  # nobody looks at the accuracy
     survived, learned = [], []
     for done, rate in enumerate(rates):
         tick(done / len(rates), f"learning rate {rate:g}")

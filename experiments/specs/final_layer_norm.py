@@ -56,7 +56,7 @@ SPEC = Spec(
         *(Run(f"limit-{n}", "training", n, seeds=3, options={"lrs": RATES, "epochs": 1}) for n in LIMITS),
     ),
     smaller={
-        "smoke": scaled(8, 0, 2, batch=64, images=128, seeds=1),
+        "smoke": scaled(8, 0, 2, batch=32, images=64, tests=50, seeds=1),
         "quick": scaled(8, 2 / 165, 20, images=5000, seeds=1),
         "laptop": scaled(20, 6 / 165, 100, seeds=3),
     },

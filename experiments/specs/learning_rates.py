@@ -64,7 +64,7 @@ SPEC = Spec(
     ),
     runs=tuple(map(net, NETS)),
     smaller={
-        "smoke": scaled(8, 0, batch=64, images=192, seeds=1),
+        "smoke": scaled(8, 0, batch=32, images=96, tests=50, seeds=1),
         "quick": scaled(8, 2 / 165, images=5000, seeds=2),
         "laptop": scaled(20, 6 / 165, seeds=3),
     },

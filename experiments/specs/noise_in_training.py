@@ -50,7 +50,7 @@ SPEC = Spec(
         for label, (norm, lr) in NETS.items()
     ),
     smaller={
-        "smoke": {"depth": 8, "epochs": 1, "batch": 32, "images": 128, "noise": 3, "seeds": 1},
+        "smoke": {"depth": 8, "epochs": 1, "batch": 16, "images": 64, "tests": 50, "noise": 3, "seeds": 1},
         "quick": {"depth": 8, "epochs": 2, "images": 5000, "noise": 8, "seeds": 1},
         "laptop": {"depth": 20, "epochs": 6, "seeds": 3},
     },

@@ -40,7 +40,7 @@ SPEC = Spec(
         for lr, epochs in EPOCHS.items()
     ),
     smaller={
-        "smoke": scaled(8, 0, batch=64, images=128, seeds=1),
+        "smoke": scaled(8, 0, batch=32, images=64, tests=50, seeds=1),
         "quick": scaled(8, 1 / 165, images=3000, seeds=1),
         "laptop": scaled(20, 6 / 165, seeds=3),
     },
