@@ -8,7 +8,7 @@ from . import INK, SERIES, Rows, column
 
 CAPTION = (
     "Top: density of squared singular values for products of M factors (Theorem 1, Figure 8). Middle: singular values "
-    "of 1, 3 and 5 drawn factors, all draws together, in 50 bins; lines: Theorem 1 (Figure 9). Bottom: condition "
+    "of 1, 3 and 5 drawn factors, all draws together, in 50 bins; thin lines: Theorem 1 (Figure 9). Bottom: condition "
     "numbers of products of M factors, mean and standard deviation over draws; crosses: what the singular values of "
     "the computed product would give; dotted: the gain per factor in the limit of many."
 )
@@ -59,8 +59,8 @@ def draw(rows: Rows) -> Figure:
         density.plot(x, y, color=colour, label=f"M = {m}")
         x, y, expected = (column(rows, name, panel="histogram", factors=m) for name in ("x", "y", "other"))
         if x:
-            histogram.stairs(y, [*(np.array(x) - x[0]), x[-1] + x[0]], fill=True, color=colour, alpha=0.35)
-            histogram.plot(x, expected, color=colour, linewidth=1.2)
+            histogram.stairs(y, [*(np.array(x) - x[0]), x[-1] + x[0]], color=colour, linewidth=1.6)
+            histogram.plot(x, expected, color=INK, linewidth=0.8)
     density.set(xlim=(0, 15.5), ylim=(0, 0.6), xlabel="x, squared singular value", ylabel="density")
     density.legend(ncols=2)
     histogram.set(yscale="log", ylim=(1, 6000), xlabel="singular value", ylabel="values in a bin")

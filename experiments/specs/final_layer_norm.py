@@ -19,13 +19,15 @@ def share(results) -> list[float]:
     return [a / b for a, b in zip(part, whole, strict=False) if b]
 
 
-def scaled(depth: int, factor: float, steps: int, **changes: object):
+def scaled(depth: int, factor: float, steps: int, rates=RATES, **changes: object):
     """Trained runs with the epochs times ``factor``, and the search for limits over one epoch of ``steps`` steps."""
 
     def change(run: Run) -> dict:
         size = changes.get("batch", run.batch)
         own = (
-            {"images": steps * size} if "lrs" in run.options else {"epochs": round(run.options["epochs"] * factor) or 1}
+            {"images": steps * size, "lrs": rates}
+            if "lrs" in run.options
+            else {"epochs": round(run.options["epochs"] * factor) or 1}
         )
         return {"depth": depth} | changes | own
 
@@ -56,7 +58,7 @@ SPEC = Spec(
         *(Run(f"limit-{n}", "training", n, seeds=3, options={"lrs": RATES, "epochs": 1}) for n in LIMITS),
     ),
     smaller={
-        "smoke": scaled(8, 0, 2, batch=32, images=64, tests=50, seeds=1),
+        "smoke": scaled(8, 0, 2, batch=32, images=64, tests=50, seeds=1, rates=(1e-3, 1)),
         "quick": scaled(8, 2 / 165, 20, images=5000, seeds=1),
         "laptop": scaled(20, 6 / 165, 100, seeds=3),
     },

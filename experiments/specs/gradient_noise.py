@@ -28,7 +28,7 @@ def ratio(label: str, size: int, expected: float) -> Claim:
 
 def run(label: str, norm: str, sizes=SIZES, mode: str = "frozen", replace: bool = True) -> Run:
     options = {"images": IMAGES, "sizes": sizes, "budget": 2048, "most": 192, "mode": mode, "replace": replace}
-    return Run(label, "noise", norm, depth=8, seeds=5, options=options)
+    return Run(label, "noise", norm, depth=8, seeds=3, options=options)
 
 
 SPEC = Spec(
@@ -56,5 +56,5 @@ SPEC = Spec(
         run("training", "batch", SIZES[3:], mode="training"),
     ),
     smaller={"smoke": {"images": 130, "budget": 4, "most": 2, "seeds": 1}},
-    minutes={"paper": 5},
+    minutes={"paper": 3},
 )
