@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 from bnkern import backends
 from bnkern.train import cifar10
@@ -19,7 +17,6 @@ from experiments import drawer, names, spec
 from experiments import report as reporting
 from experiments import run as running
 from experiments.__main__ import main
-from experiments.procedures.at_init import QUANTITIES
 from experiments.results import Finished, Results, find, judge, read
 from experiments.specs import Claim, Run, above, between, within, within_factor
 from tests.made_up import made_up
@@ -342,14 +339,3 @@ def test_a_run_is_its_own_documentation() -> None:
     assert planned.name == "gradient_signs/paper-batch-seed0"
     fields = set(Run.__dataclass_fields__) - {"seeds"}
     assert planned.config.keys() == fields | {"experiment", "scale", "data", "seed"}
-
-
-def test_log_moments_are_of_each_channel_and_minus_infinity_for_a_dead_one() -> None:
-    torch.manual_seed(0)
-    y = torch.randn(8, 5, 6, 7, dtype=torch.float64) * torch.arange(1, 6).view(5, 1, 1) + 0.5
-    y[:, 4] = 0
-    found = QUANTITIES["log_moments"](nn.Identity(), y, y)
-    channels = y.transpose(0, 1).flatten(1)[:4]
-    np.testing.assert_allclose(found["ln_abs_mean"][:4], channels.mean(1).abs().log())
-    np.testing.assert_allclose(found["ln_std"][:4], channels.std(1, correction=0).log())
-    assert found["ln_abs_mean"][4] == found["ln_std"][4] == -np.inf
