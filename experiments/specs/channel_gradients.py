@@ -40,6 +40,6 @@ SPEC = Spec(
         *(claim(f"M: {what}", what, norm) for norm in NETS for what in UNEVEN),
     ),
     runs=tuple(Run(norm, "at_init", norm, ("channel_gradients",), (LAYER,)) for norm in NETS),
-    smaller={"smoke": {"batch": 4, "seeds": 1, "depth": 50}},
+    smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 50}},
     minutes={"paper": 1},
 )

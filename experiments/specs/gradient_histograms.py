@@ -46,6 +46,6 @@ SPEC = Spec(
         claim("largest", "none", 4),
     ),
     runs=tuple(Run(norm, "at_init", norm, ("gradient_histogram",), (LAYER,), options={"batches": 2}) for norm in NETS),
-    smaller={"smoke": {"batch": 4, "seeds": 1, "depth": 56}},
+    smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 56}},
     minutes={"paper": 1.5},
 )

@@ -59,6 +59,6 @@ SPEC = Spec(
         )
         for norm, of in (("batch", ""), ("batch", "input"), ("none", ""), ("none", "input"), ("none", "gradient"))
     ),
-    smaller={"smoke": {"batch": 4, "seeds": 1}},
+    smaller={"smoke": {"batch": 2, "seeds": 1}},
     minutes={"paper": 1.5},
 )

@@ -36,6 +36,6 @@ SPEC = Spec(
         claim("mean cosine of two images' gradients", "cosine", "batch"),
     ),
     runs=tuple(Run(norm, "at_init", norm, ("output_gradients",)) for norm in NETS),
-    smaller={"smoke": {"batch": 4, "seeds": 1, "depth": 8}},
+    smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 8}},
     minutes={"paper": 1},
 )

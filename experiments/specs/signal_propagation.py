@@ -34,6 +34,6 @@ SPEC = Spec(
         *(claim("variance of branch over skip", "branch over skip", layer, "none", above(0.2)) for layer in ENDS),
     ),
     runs=tuple(Run(norm, "at_init", norm, ("propagation",)) for norm in NETS),
-    smaller={"smoke": {"batch": 4, "seeds": 1}},
+    smaller={"smoke": {"batch": 2, "seeds": 1}},
     minutes={"paper": 0.5},
 )
