@@ -351,7 +351,7 @@ def _inline(svg: str, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.S)
     colours = {draw.INK: "currentColor", draw.GRID: "var(--grid)"}
-    colours |= {colour: f"var(--{net})" for net, (_, colour, _) in draw.NETS.items()}
+    colours |= {colour: f"var(--{name})" for name, colour in draw.COLOURS.items()}
     for colour, own in colours.items():
         svg = svg.replace(colour, own)
     return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)

@@ -50,6 +50,16 @@ class Results:
         """One number a run: the quantity at the layer, averaged over channels where it has any."""
         return [float(np.mean(run.at(quantity, layer))) for run in self.where(**config)]
 
+    def ratio(self, of: dict, to: dict) -> list[float]:
+        """One number a seed that has both: the first over the second, each given as the arguments of ``each``."""
+        first, second = (self._by_seed(**which) for which in (of, to))
+        pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
+        return [a / b if b else math.inf for a, b in pairs]
+
+    def _by_seed(self, quantity: str, layer: int | None = None, **config: object) -> dict[int, float]:
+        seeds = [run.config["seed"] for run in self.where(**config)]
+        return dict(zip(seeds, self.each(quantity, layer, **config), strict=True))
+
     def difference(self, quantity: str, layer: int, after: int, **config: object) -> list[float]:
         """One number a run: the quantity at ``layer`` less that at ``after``."""
         pairs = zip(self.each(quantity, layer, **config), self.each(quantity, after, **config), strict=True)

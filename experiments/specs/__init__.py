@@ -58,6 +58,11 @@ def above(low: float) -> Check:
     return Check(f"above {low:g}", lambda ours: ours > low)
 
 
+def below(high: float) -> Check:
+    """Less than ``high``."""
+    return Check(f"below {high:g}", lambda ours: ours < high)
+
+
 @dataclass(frozen=True)
 class Claim:
     """One number of the paper and ours.

@@ -50,7 +50,7 @@ SPEC = Spec(
     "values, all in float64. Means over seeds are geometric.",
     claims=tuple(claim(*key, *at) for key in PAPER for at in zip(LAYERS, PAPER[key], strict=True)),
     runs=tuple(Run(norm, "at_init", norm, ("gradient_signs",), LAYERS) for norm in NETS),
-    smaller={"smoke": {"batch": 4, "seeds": 2}},
+    smaller={"smoke": {"batch": 2, "seeds": 1}},
     minutes={"paper": 3},
     paper=PAPER,
     remark="Independent signs would give an a/b of about sqrt N. With batch norm a/b is 0.4 to 0.65 of that: its fall "

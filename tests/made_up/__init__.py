@@ -26,3 +26,9 @@ def from_paper(paper: dict, config: dict) -> Arrays:
         if norm == config["norm"]
         for layer, value in zip(config["layers"], values, strict=True)
     }
+
+
+def scalars(layer: int | None = None, **values: object) -> Arrays:
+    """Numbers as arrays without dimensions, of one layer where one is given; "_" in a name stands for a space."""
+    ending = "" if layer is None else f"/{layer}"
+    return {f"{name.replace('_', ' ')}{ending}": np.asarray(value) for name, value in values.items()}
