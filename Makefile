@@ -1,13 +1,13 @@
 # Every target is a command or two that also work by hand, in an environment of your own.
 # `make` alone says what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all test-floor bench lint format gpu-check clean
+.PHONY: help setup reproduce test test-all test-floor bench instructions lint format gpu-check clean
 SHELL := bash
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 help: ## show this list
 	@echo "bnkern: start with 'make reproduce' (the paper's results) or 'make test'; both set up .venv first."
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Settings: PYTHON=python3.12, BNKERN_CUDA=0|1, BNKERN_CUDA_ARCHS='80-real;90', MAX_JOBS=2, ARGS='-k merge'"
 
 setup: .venv/done ## create .venv and build the kernels; done again only where something changed
@@ -28,6 +28,9 @@ test-floor: .venv-floor/done ## the Triton kernels under the oldest triton and n
 
 bench: setup ## the benchmarks; pick some with ARGS='-k moments'
 	.venv/bin/python -m pytest benchmarks $(ARGS)
+
+instructions: setup ## count the CPU kernels' instructions anew; the tests hold the kernels to the counts
+	.venv/bin/python -m benchmarks.instructions --write
 
 lint: setup ## check style: ruff, clang-format
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
