@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peers, shapes, traffic
+from benchmarks import peers, traffic
 from benchmarks.shapes import Case, Inputs
 
-
-def cases(device: torch.device) -> list[Case]:
-    return shapes.cases(("stage1", "stage2", "stage3", "large"), device)
+SETS = {"cpu": ("cifar", "beyond", "narrow"), "cuda": ("cifar", "resnet50-64", "small", "odd", "large64")}
 
 
 def differentiate(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
@@ -48,12 +46,16 @@ def test_batch_norm(op: str, case: Case, mode: str, inputs: Inputs, device: torc
     if op == "bn":
         inputs = inputs._replace(residual=None)
     modules = peers.batch_norms(case.size[1], "relu" if op == "bn_add_relu" else None, device)
-    missing = {"compile": "left out by --quick"} if quick else {}
+    more, missing = peers.others(modules["bnkern"], device, quick)
+    modules |= more
+    if quick:
+        del modules["compile"]
+        missing["compile"] = "left out by --quick"
     moved = traffic.moved(("forward", "backward"), op, case.elements, case.itemsize)
     compare(
         op,
         case,
-        {name: lambda data, m=m: differentiate(m, data) for name, m in modules.items() if name not in missing},
+        {name: lambda data, m=m: differentiate(m, data) for name, m in modules.items()},
         make_data=lambda: inputs.clone().requiring_grad(),
         mode=mode,
         missing=missing,

@@ -1,7 +1,6 @@
 """The shell: options, the ``compare`` fixture that every benchmark uses, the summary at the end and its JSON file."""
 
 import gc
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report, shapes, timing
+from benchmarks import shapes, tables, timing
 from benchmarks.environment import environment
+from benchmarks.rows import FORMAT, dump, measured, with_targets
 from benchmarks.shapes import Case, Inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,13 +27,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("BNKERN_BENCH_JSON"),  # pytest turns it into a Path too
         help="write environment, rows and targets here, after every case (also BNKERN_BENCH_JSON)",
     )
+    group.addoption(
+        "--shapes",
+        metavar="NAMES",
+        help="shapes or sets of benchmarks/shapes.py, with commas between, or 'all', for the benchmarks of any shape",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``case``: the module's cases(device). ``mode``: one call after the other, and on a GPU graph replay."""
+    """``case``: of the module's SETS of shapes, which --shapes replaces, or its own cases(device).
+
+    ``mode``: one call after the other, and on a GPU graph replay.
+    """
     if "case" in metafunc.fixturenames:
-        quick = metafunc.config.getoption("quick")
-        cases = shapes.QUICK if quick else metafunc.module.cases(DEVICE)
+        if metafunc.config.getoption("quick"):
+            cases = shapes.QUICK
+        elif hasattr(metafunc.module, "SETS"):
+            asked = metafunc.config.getoption("shapes")
+            cases = shapes.cases(asked.split(",") if asked else metafunc.module.SETS[DEVICE.type], DEVICE)
+        else:
+            cases = metafunc.module.cases(DEVICE)
         metafunc.parametrize("case", cases, ids=str, scope="module")  # a module's tests go case by case
     if "mode" in metafunc.fixturenames:
         metafunc.parametrize("mode", timing.modes(DEVICE))
@@ -51,6 +64,8 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def inputs(case: Case, device: torch.device) -> Inputs:
+    if (needed := shapes.TENSORS_AT_ONCE * case.nbytes) > (there := shapes.memory(device)):
+        pytest.skip(f"{case} needs some {needed / 1e9:.0f} GB of memory, {there / 1e9:.0f} are there")
     torch.manual_seed(0)
     return Inputs.random(case, device)
 
@@ -101,7 +116,7 @@ def compare(benchmark, request: pytest.FixtureRequest, quick: bool) -> Iterator[
         }
         data = make_data()
         rows = [
-            label | {"provider": name} | report.measured(comparison, name, moved) | check(providers[name](data))
+            label | {"provider": name} | measured(comparison, name, moved) | check(providers[name](data))
             for name in comparison.samplers
         ]
         absent = comparison.missing | dict(missing or {})
@@ -114,21 +129,25 @@ def compare(benchmark, request: pytest.FixtureRequest, quick: bool) -> Iterator[
     gc.collect()
 
 
+@pytest.fixture
+def add_rows(request: pytest.FixtureRequest) -> Callable[[list[dict]], None]:
+    """Adds rows that no clock has to do with."""
+    return lambda rows: _add(request.config, rows)
+
+
 def _add(config: pytest.Config, rows: list[dict]) -> None:
     if RESULTS not in config.stash:
         quick = config.getoption("quick")
-        config.stash[RESULTS] = {"format": 1, "quick": quick, "environment": environment(DEVICE), "rows": []}
+        config.stash[RESULTS] = {"format": FORMAT, "quick": quick, "environment": environment(DEVICE), "rows": []}
     results = config.stash[RESULTS]
     results["rows"] += rows
-    stated = DEVICE.type == "cpu" and not results["quick"]  # no targets are stated for GPUs yet
-    results["targets"] = report.targets(results["rows"]) if stated else []
     results["environment"]["load average at end"] = os.getloadavg()[0]
     if path := config.getoption("bnkern_json"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(dump(with_targets(results)))
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if RESULTS in config.stash:
         terminalreporter.section("bnkern")
-        terminalreporter.write_line(report.markdown(config.stash[RESULTS]))
+        terminalreporter.write_line(tables.markdown(with_targets(config.stash[RESULTS])))

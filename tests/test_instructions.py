@@ -8,7 +8,7 @@ from benchmarks import instructions
 
 
 def dump(part: int, total: int) -> str:
-    return f"# callgrind format\nversion: 1\npid: 5\npart: {part}\n\nevents: Ir\n\nfn=(1) f\n7 {total}\n\ntotals: {total}\n"
+    return f"# callgrind format\nversion: 1\npart: {part}\n\nevents: Ir\n\nfn=(1) f\n7 {total}\n\ntotals: {total}\n"
 
 
 def test_dumps_are_read_in_the_order_of_their_parts() -> None:
