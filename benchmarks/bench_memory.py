@@ -21,7 +21,7 @@ def label(bench: str, op: str, case: Case) -> dict:
 
 @pytest.mark.parametrize("op", traffic.OPS)
 def test_memory(op: str, case: Case, inputs: Inputs, device: torch.device, add_rows: Callable) -> None:
-    """Of one layer, by itself. In a network the next convolution keeps y too, and then eager's ReLU keeps it for free."""
+    """Of one layer, by itself. In a network the next convolution keeps y too: there eager's ReLU keeps it for free."""
     modules = peers.batch_norms(case.size[1], "relu" if op == "bn_add_relu" else None, device)
     del modules["compile"]
     rows = []

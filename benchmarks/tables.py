@@ -168,8 +168,8 @@ def _growth(rows: list[dict]) -> Iterator[str]:
 
 
 def _layers(rows: list[dict]) -> Iterator[str]:
-    yield "Bytes that autograd keeps from the forward for the backward of the layer alone, for each element of the input."
-    yield "In a network the next convolution keeps y as well, and what eager's ReLU keeps of it costs nothing more."
+    yield "Bytes that autograd keeps for the backward of the layer alone, for each element of the input. In a network"
+    yield "the next convolution keeps y as well, and what eager's ReLU keeps of it costs nothing more."
     yield ""
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     yield from header("case", *providers)
