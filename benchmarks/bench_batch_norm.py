@@ -4,14 +4,21 @@ Gradients are asked for by torch.autograd.grad, as the layer before would receiv
 would make eager copy the gradient that residual and batch norm share, which happens in no network.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peers, traffic
+from benchmarks import peers, shapes, traffic
 from benchmarks.shapes import Case, Inputs
 
-SETS = {"cpu": ("cifar", "beyond", "narrow"), "cuda": ("cifar", "resnet50-64", "small", "odd", "large64")}
+ANY_SHAPE = True
+
+
+def cases(device: torch.device) -> list[Case]:
+    on = {"cpu": ("cifar", "beyond", "narrow"), "cuda": ("cifar", "resnet50-64", "small", "odd", "large64")}
+    return shapes.cases(on[device.type], device)
 
 
 def differentiate(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
@@ -42,15 +49,23 @@ def relative_errors(results: dict[str, Tensor], module: nn.Module, inputs: Input
 
 
 @pytest.mark.parametrize("op", traffic.OPS)
-def test_batch_norm(op: str, case: Case, mode: str, inputs: Inputs, device: torch.device, quick: bool, compare) -> None:
+def test_batch_norm(
+    op: str,
+    case: Case,
+    mode: str,
+    inputs: Inputs,
+    device: torch.device,
+    without_compile: str | None,
+    compare: Callable,
+) -> None:
     if op == "bn":
         inputs = inputs._replace(residual=None)
     modules = peers.batch_norms(case.size[1], "relu" if op == "bn_add_relu" else None, device)
-    more, missing = peers.others(modules["bnkern"], device, quick)
+    more, missing = peers.others(modules["bnkern"], device, without_compile)
     modules |= more
-    if quick:
+    if without_compile:
         del modules["compile"]
-        missing["compile"] = "left out by --quick"
+        missing["compile"] = f"left out by {without_compile}"
     moved = traffic.moved(("forward", "backward"), op, case.elements, case.itemsize)
     compare(
         op,

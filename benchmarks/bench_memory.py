@@ -8,11 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import memory, peers, traffic
+from benchmarks import memory, peers, shapes, traffic
 from benchmarks.environment import ROOT
 from benchmarks.shapes import Case, Inputs
 
-SETS = {"cpu": ("stage1",), "cuda": ("stage1",)}
+ANY_SHAPE = True
+
+
+def cases(device: torch.device) -> list[Case]:
+    return shapes.cases(("stage1",), device)
 
 
 def label(bench: str, op: str, case: Case) -> dict:

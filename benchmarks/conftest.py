@@ -27,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("BNKERN_BENCH_JSON"),  # pytest turns it into a Path too
         help="write environment, rows and targets here, after every case (also BNKERN_BENCH_JSON)",
     )
+    group.addoption("--no-compile", action="store_true", help="leave torch.compile out: it takes seconds for each case")
+    group.addoption("--budget", type=float, default=1.0, help="how many times each case's usual seconds to spend on it")
     group.addoption(
         "--shapes",
         metavar="NAMES",
@@ -35,16 +37,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``case``: of the module's SETS of shapes, which --shapes replaces, or its own cases(device).
+    """``case``: the module's cases(device), which --shapes replaces where a module says that it takes ANY_SHAPE.
 
     ``mode``: one call after the other, and on a GPU graph replay.
     """
     if "case" in metafunc.fixturenames:
+        asked = metafunc.config.getoption("shapes")
         if metafunc.config.getoption("quick"):
             cases = shapes.QUICK
-        elif hasattr(metafunc.module, "SETS"):
-            asked = metafunc.config.getoption("shapes")
-            cases = shapes.cases(asked.split(",") if asked else metafunc.module.SETS[DEVICE.type], DEVICE)
+        elif asked and getattr(metafunc.module, "ANY_SHAPE", False):
+            cases = shapes.cases(asked.split(","), DEVICE)
         else:
             cases = metafunc.module.cases(DEVICE)
         metafunc.parametrize("case", cases, ids=str, scope="module")  # a module's tests go case by case
@@ -60,6 +62,15 @@ def device() -> torch.device:
 @pytest.fixture
 def quick(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("quick")
+
+
+@pytest.fixture
+def without_compile(request: pytest.FixtureRequest) -> str | None:
+    """Which option leaves torch.compile out, or None."""
+    options = (
+        option for option in ("--quick", "--no-compile") if request.config.getoption(option[2:].replace("-", "_"))
+    )
+    return next(options, None)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +108,7 @@ def compare(benchmark, request: pytest.FixtureRequest, quick: bool) -> Iterator[
     ) -> None:
         comparison = timing.Comparison(timing.samplers(providers, make_data, nbytes or case.nbytes, DEVICE, mode))
         round_s = comparison.warm_up()
-        rounds = 2 if quick else timing.rounds_within(budget_s, round_s)
+        rounds = 2 if quick else timing.rounds_within(budget_s * request.config.getoption("budget"), round_s)
         gc.collect()
         gc.disable()  # a collection would fall into somebody's sample
         try:

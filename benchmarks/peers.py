@@ -177,17 +177,19 @@ def batch_norms(channels: int, act: str | None, device: torch.device) -> dict[st
     return {name: _like(module, ours).to(device) for name, module in modules.items()}
 
 
-def others(ours: nn.Module, device: torch.device, quick: bool = False) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def others(
+    ours: nn.Module, device: torch.device, without_compile: str | None = None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The other peers, with the parameters of our module, and those that are missing, with the reason.
 
-    ``quick`` leaves out what takes long to compile.
+    ``without_compile``: the option that leaves out torch.compile, or None.
     """
     gpu = device.type == "cuda"
     makers: dict[str, Callable[[int, str | None], nn.Module]] = {}
     missing = {}
     for name, options in COMPILED.items():
-        if quick or not gpu:
-            missing[name] = "left out by --quick" if quick else "it changes code for GPUs only"
+        if without_compile or not gpu:
+            missing[name] = f"left out by {without_compile}" if without_compile else "it changes code for GPUs only"
         else:
             makers[name] = lambda channels, act, options=options: compiled(Eager(channels, act), **options)
     if gpu:

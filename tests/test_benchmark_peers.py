@@ -145,10 +145,10 @@ def test_every_peer_is_measured_or_named(monkeypatch: pytest.MonkeyPatch) -> Non
     # As a GPU would see it: all are tried.
     gpu = SimpleNamespace(type="cuda")
     monkeypatch.setattr(nn.Module, "to", lambda module, device: module)
-    modules, missing = peers.others(ours, gpu, quick=True)
+    modules, missing = peers.others(ours, gpu, "--no-compile")
     assert list(modules) == ["eager without cuDNN"]
     assert missing.keys() == everybody
-    assert missing["compile cooperative"] == "left out by --quick"
+    assert missing["compile cooperative"] == "left out by --no-compile"
     assert missing["attorch"].startswith("Missing: not on PyPI")
     modules, missing = peers.others(ours, gpu)
     assert {"compile max-autotune", "compile cooperative"} <= modules.keys()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tables, traffic
+from benchmarks import gpu_check, tables, traffic
 from benchmarks.__main__ import main
 from benchmarks.bench_batch_norm import differentiate, relative_errors
 from benchmarks.peers import Eager, EagerInPlace
@@ -210,3 +210,24 @@ def test_table_of_batches_says_images_a_second() -> None:
     lines = list(tables._batches([label | {"provider": "bnkern"} | times, label | {"provider": "a", "missing": "b"}]))
     assert lines[-2] == "| augment images nchw fp32 | bnkern | 0.25 (0.2 to 0.3) | 512 | 2.00x |"
     assert lines[-1] == "| augment images nchw fp32 | a | missing: b |  |  |"
+
+
+def test_a_part_of_gpu_check_is_stopped_when_its_time_is_over(tmp_path: Path) -> None:
+    def part(code: str, seconds: float) -> tuple[str, str]:
+        found = gpu_check.run("part", [sys.executable, "-uc", code], tmp_path, dict(os.environ), seconds)
+        return found["result"], (tmp_path / "part.log").read_text().strip()
+
+    assert part("print(1)", 60) == ("ok", "1")
+    assert part("print(1); raise SystemExit(3)", 60) == ("FAILED", "1")
+    result, log = part("import time; print(1); time.sleep(60)", 3)
+    assert result == "out of time"
+    assert log.startswith("1") and "KeyboardInterrupt" in log  # asked to end, with time to say what it has
+
+
+def test_parts_of_gpu_check_name_what_there_is() -> None:
+    for name, (words, _) in gpu_check.PARTS.items():
+        command = gpu_check.command(name, Path("out"))
+        files = [word for word in command if word.startswith("benchmarks/")]
+        assert all((ROOT / file).exists() for file in files)
+        assert bool(files) == ("--bnkern-json=out/bench-" in " ".join(command))
+        named([word for option in words if option.startswith("--shapes=") for word in option[9:].split(",")])
