@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bnkern.backends.layout import layout, strides
+from bnkern.backends.layout import addressed, empty_like, layout, strides
 from tests.cuda_on_cpu.sandbox import COMPILER, INSIDE, ROOT
 
 HERE = Path(__file__).parent
@@ -174,11 +175,6 @@ def address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def exactly(t: Tensor) -> Tensor:
-    """A copy in memory of its own, which ends where the tensor ends: the sanitizer watches the borders."""
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t)
-
-
 def run(call: Forward | Backward, device: Device, strategy: int, seed: int) -> None:
     """One call, with a workspace of just the bytes that it asks for, noise in all of it but the signals."""
     lib = kernels()
@@ -198,6 +194,163 @@ def run(call: Forward | Backward, device: Device, strategy: int, seed: int) -> N
     assert not (workspace[:signals].view(torch.int32) & 0x7FFFFFFF).any(), "a signal was left standing"
 
 
-def shape_of(x: Tensor) -> Shape:
-    like = layout(x)
-    return Shape(like.rows, like.n, like.c, like.s)
+# ------------------------------------------------------------------------------------------------ a backend
+
+
+class OnCpu(NamedTuple):
+    """The functions of a backend (bnkern/backends/__init__.py) by these kernels, on CPU tensors.
+
+    Each call is made once for every seed, that is in as many orders of threads and blocks, and must give the same bits
+    each time.
+    """
+
+    device: Device = Device()
+    strategy: int = SINGLE_READ
+    seeds: tuple[int, ...] = (1, 2)
+
+    def _agree(self, call: Callable[[int], list[Tensor | None]]) -> list[Tensor | None]:
+        first, *others = [call(seed) for seed in self.seeds]
+        for other in others:
+            for k, (a, b) in enumerate(zip(first, other, strict=True)):
+                same = a is None or torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+                assert same, f"result {k} depends on the order of threads and blocks"
+        return first
+
+    def refuses(self, device_type: str, dtype: torch.dtype) -> str | None:
+        return None if dtype is not torch.float64 else "no float64"
+
+    def _forward(self, x: Tensor, phases: tuple[bool, bool], saved, rest: tuple, record=None) -> list[Tensor | None]:
+        """y, mask, mean, spread, and what becomes of the running statistics and the counter."""
+        moments, normalize = phases
+        weight, bias, residual, running_mean, running_var, counter, momentum, eps, act, save_mask = rest
+        like = layout(x)
+        x = addressed(x, like.rows)
+        residual = None if residual is None else addressed(residual, like.rows)
+
+        def call(seed: int) -> list[Tensor | None]:
+            state = [None if t is None else t.clone() for t in (running_mean, running_var, counter)]
+            y = _noise(empty_like(x, like.rows)) if normalize else None
+            mask = _noise(torch.empty(like.mask_shape, dtype=torch.uint8)) if save_mask else None
+            mean, spread = saved or (None, None)
+            if moments or running_mean is not None:
+                mean, spread = _noise(torch.empty(like.c)), _noise(torch.empty(like.c))
+            recorded = None if record is None else torch.full_like(record, -1.0)
+            run(
+                Forward(
+                    Shape(*like),
+                    DTYPES[x.dtype],
+                    *phases,
+                    act is not None,
+                    *(view(t, like.rows) for t in (x, residual, y)),
+                    address(mask),
+                    *map(vector, (weight, bias)),
+                    *map(address, (mean, spread)),
+                    *map(vector, state[:2]),
+                    address(state[2]),
+                    momentum is None,
+                    momentum or 0.0,
+                    eps,
+                    address(recorded),
+                ),
+                self.device,
+                self.strategy,
+                seed,
+            )
+            return [y, mask, mean, spread, *state, recorded]
+
+        *results, recorded = self._agree(call)
+        if record is not None:
+            record.copy_(recorded)
+        return results
+
+    def moments(self, x: Tensor) -> tuple[int, Tensor, Tensor]:
+        if not x.numel():
+            return 0, torch.zeros(x.shape[1]), torch.zeros(x.shape[1])
+        rest = (None,) * 6 + (0.0, 0.0, None, False)
+        _, _, mean, m2, *_ = self._forward(x, (True, False), None, rest)
+        return layout(x).count, mean, m2
+
+    def normalize(self, x, mean, invstd, weight, bias, residual, act):
+        rest = (weight, bias, residual, None, None, None, 0.0, 0.0, act, act is not None and residual is not None)
+        y, mask, *_ = self._forward(x, (False, True), (mean, invstd), rest)
+        return y, mask
+
+    def forward(
+        self, x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, save_mask,
+        *, record=None,
+    ):  # fmt: skip
+        save_mask = save_mask and act is not None and residual is not None
+        rest = (weight, bias, residual, running_mean, running_var, counter, momentum, eps, act, save_mask)
+        y, mask, mean, invstd, *state = self._forward(x, (training, True), None, rest, record)
+        for old, new in zip((running_mean, running_var, counter), state, strict=True):
+            if old is not None:
+                old.copy_(new)
+        return y, mean, invstd, mask
+
+    def _backward(self, dy, x, saved: tuple, phases: tuple[bool, bool], training, sums, wanted, records=(None, None)):
+        """dx, dresidual, the sums, dweight and dbias."""
+        weight, bias, mean, invstd, mask, act = saved
+        like = layout(x)
+        dy, x = addressed(dy, like.rows), addressed(x, like.rows)
+        want_dx, want_dresidual, weight_dtype, bias_dtype = wanted
+
+        def call(seed: int) -> list[Tensor | None]:
+            dx, dresidual = (_noise(empty_like(x, like.rows)) if w else None for w in (want_dx, want_dresidual))
+            dweight, dbias = (_noise(torch.empty(like.c, dtype=t)) if t else None for t in (weight_dtype, bias_dtype))
+            own = sums or ([_noise(torch.empty(like.c)) for _ in range(2)] if phases[0] else (None, None))
+            recorded = [None if r is None else torch.full_like(r, -1.0) for r in records]
+            run(
+                Backward(
+                    Shape(*like),
+                    DTYPES[x.dtype],
+                    *phases,
+                    act is not None,
+                    training,
+                    *(view(t, like.rows) for t in (dy, x, dx, dresidual)),
+                    address(mask),
+                    *map(vector, (weight, bias)),
+                    *map(address, (mean, invstd, *own)),
+                    *map(vector, (dweight, dbias)),
+                    *map(address, recorded),
+                ),
+                self.device,
+                self.strategy,
+                seed,
+            )
+            return [dx, dresidual, *own, dweight, dbias, *recorded]
+
+        *results, gradient, affine = self._agree(call)
+        for record, recorded in zip(records, (gradient, affine), strict=True):
+            if record is not None:
+                record.copy_(recorded)
+        return results
+
+    def grad_sums(self, dy, x, mean, invstd, weight, bias, mask, act):
+        saved = (weight, bias, mean, invstd, mask, act)
+        return self._backward(dy, x, saved, (True, False), True, None, (False, False, None, None))[2:4]
+
+    def grad_input(self, dy, x, mean, invstd, weight, bias, mask, act, sums, need_dx=True, need_dresidual=True):
+        saved = (weight, bias, mean, invstd, mask, act)
+        wanted = (need_dx, need_dresidual, None, None)
+        return self._backward(dy, x, saved, (False, True), sums is not None, sums and sums[:2], wanted)[:2]
+
+    def backward(
+        self, dy, x, weight, bias, mean, invstd, mask, act, training, needs,
+        *, record_gradient=None, record_affine=None,
+    ):  # fmt: skip
+        need_x, need_weight, need_bias, need_residual = needs
+        if mean is None:
+            record_affine = None
+        sums = need_weight or need_bias or (need_x and training) or record_affine is not None
+        wanted = (need_x, need_residual, need_weight and weight.dtype, need_bias and bias.dtype)
+        phases = (sums, need_x or need_residual)
+        records = (record_gradient if need_x else None, record_affine)
+        saved = (weight, bias, mean, invstd, mask, act)
+        results = self._backward(dy, x, saved, phases, training and need_x, None, wanted, records)
+        dx, dresidual, _, _, dweight, dbias = results
+        return dx, dweight, dbias, dresidual
+
+
+def _noise(t: Tensor) -> Tensor:
+    """``t`` full of what a result must replace: NaN, or ones in a mask."""
+    return t.fill_(255 if t.dtype is torch.uint8 else torch.nan)
