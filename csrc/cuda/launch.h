@@ -84,6 +84,15 @@ bool launch_resident(const Launch& how, std::string* error, void (*kernel)(Param
   return true;
 }
 
+// The same in clusters. False, and nothing queued, where the device has no room for one.
+template <class... Params, class... Args>
+bool launch_clusters(const Launch& how, std::string* error, void (*kernel)(Params...), Args&&... args) {
+  const cudaError_t code = detail::queue(how, false, kernel, std::forward<Args>(args)...);
+  if (code == cudaErrorInvalidClusterSize || code == cudaErrorLaunchOutOfResources) return false;
+  *error = detail::words_of(how, code);
+  return true;
+}
+
 #else
 
 template <class... Params, class... Args>
@@ -97,6 +106,14 @@ bool launch_resident(const Launch& how, std::string* error, void (*kernel)(Param
   const cuda_on_cpu::Grid grid{how.name, how.blocks, how.threads, how.shared_bytes, how.cluster, true};
   if (!cuda_on_cpu::fits(grid)) return false;
   *error = cuda_on_cpu::run(grid, [&] { kernel(args...); });
+  return true;
+}
+
+template <class... Params, class... Args>
+bool launch_clusters(const Launch& how, std::string* error, void (*kernel)(Params...), Args&&... args) {
+  const cuda_on_cpu::Grid cluster{how.name, how.cluster, how.threads, how.shared_bytes, how.cluster, true};
+  if (!cuda_on_cpu::fits(cluster)) return false;
+  *error = launch(how, kernel, std::forward<Args>(args)...);
   return true;
 }
 
