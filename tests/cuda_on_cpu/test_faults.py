@@ -88,7 +88,7 @@ def stuck(name: str, *args: object, blocks: int = 1 << 20) -> str:
 
 def test_barrier_that_not_all_reach() -> None:
     words = stuck("half_barrier")
-    assert "deadlock" in words and "at a block barrier 2 the end 2" in words or "the end 2 a block barrier 2" in words
+    assert "half barrier: deadlock; block (0, 0)" in words and "a block barrier 2" in words and "the end 2" in words
 
 
 def test_waiting_for_blocks_that_may_not_be_there() -> None:
