@@ -50,7 +50,7 @@ class Sandbox:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this does)
 
     def start(self) -> None:
         libraries = [runtime(name) for name in ("asan", "ubsan")]
