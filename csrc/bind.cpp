@@ -7,12 +7,11 @@
 #include <cstdint>
 #include <iterator>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/cpu.h"
-#include "cuda/kernels.h"
+#include "cuda/bind_cuda.h"
 #include "dlpack.h"
 
 namespace py = pybind11;
@@ -25,10 +24,6 @@ std::vector<std::string> words(const char* text) {
 }
 
 void* at(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
-
-void raise_if(const std::string& error) {
-  if (!error.empty()) throw std::runtime_error(error);
-}
 
 // What this very file was compiled as; `python -m bnkern` shows it.
 py::dict build_info() {
@@ -48,16 +43,6 @@ py::dict build_info() {
 #endif
   return info;
 }
-
-#ifdef BNKERN_CUDA
-void cuda_merge(int dtype, std::uintptr_t count, std::uintptr_t mean, std::uintptr_t m2, std::uintptr_t merged_count,
-                std::uintptr_t merged_mean, std::uintptr_t merged_m2, std::int64_t rows, std::int64_t channels,
-                std::uintptr_t stream) {
-  raise_if(bnkern::cuda_merge({static_cast<bnkern::DType>(dtype), at(count), at(mean), at(m2), at(merged_count),
-                               at(merged_mean), at(merged_m2), rows, channels},
-                              stream));
-}
-#endif
 
 using bnkern::ChannelVector;
 using bnkern::DType;
@@ -213,8 +198,6 @@ PYBIND11_MODULE(_native, m) {
       },
       "conv_grad_signs on the CPU; see ConvGradSigns in csrc/params.h.", py::call_guard<py::gil_scoped_release>());
 #ifdef BNKERN_CUDA
-  m.def("cuda_merge", &cuda_merge, py::arg("dtype"), py::arg("count"), py::arg("mean"), py::arg("m2"),
-        py::arg("merged_count"), py::arg("merged_mean"), py::arg("merged_m2"), py::arg("rows"), py::arg("channels"),
-        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  bnkern::bind_cuda(m);
 #endif
 }
