@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
 
@@ -89,6 +89,13 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> ModuleType:
             return _load(candidate)
         reasons.append(f"{candidate}: {reason}")
     raise AssertionError("the reference serves everything")
+
+
+@cache
+def native_usual() -> Callable[..., bool] | None:
+    """``functional._usual`` in C++, for tensors of any device, where the native module can read torch's tensors."""
+    module = _load("cpu")
+    return None if isinstance(module, str) else module.usual
 
 
 def explain(device_type: str, dtype: torch.dtype) -> str:
