@@ -212,6 +212,28 @@ PYBIND11_MODULE(_native, m) {
         });
       },
       "conv_grad_signs on the CPU; see ConvGradSigns in csrc/params.h.", py::call_guard<py::gil_scoped_release>());
+  // x: address and sizes N, I, H, W; the weight's address, outputs and strides O, I, kernel rows and columns.
+  m.def(
+      "cpu_conv3x3",
+      [](std::uintptr_t x, std::array<std::int64_t, 4> size, std::uintptr_t weight, std::int64_t outputs,
+         std::array<std::int64_t, 4> weight_stride, std::uintptr_t y, int threads) {
+        return bnkern::cpu_kernels().conv3x3({
+            .x = static_cast<const float*>(at(x)),
+            .n = size[0],
+            .inputs = size[1],
+            .outputs = outputs,
+            .h = size[2],
+            .w = size[3],
+            .weight = static_cast<const float*>(at(weight)),
+            .weight_output = weight_stride[0],
+            .weight_input = weight_stride[1],
+            .weight_h = weight_stride[2],
+            .weight_w = weight_stride[3],
+            .y = static_cast<float*>(at(y)),
+            .threads = threads,
+        });
+      },
+      "conv3x3 on the CPU; see Conv3x3 in csrc/cpu/cpu.h.", py::call_guard<py::gil_scoped_release>());
 #ifdef BNKERN_CUDA
   bnkern::bind_cuda(m);
 #endif
