@@ -72,8 +72,8 @@ class Results:
 
     def gap(self, quantity: str, first: str, second: str) -> list[float]:
         """One number a seed that both runs have: the quantity of the run labelled ``first`` less the ``second``'s."""
-        both = [{run.config["seed"]: run.at(quantity).item() for run in self.where(label=k)} for k in (first, second)]
-        return [value - both[1][seed] for seed, value in both[0].items() if seed in both[1]]
+        of, less = (self._by_seed(quantity, label=label) for label in (first, second))
+        return [of[seed] - less[seed] for seed in sorted(of.keys() & less.keys())]
 
 
 def finished(folder: Path) -> Iterator[Finished]:
