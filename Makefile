@@ -12,9 +12,8 @@ help: ## show this list
 
 setup: .venv/done ## create .venv and build the kernels; done again only where something changed
 
-reproduce: setup ## run the experiments and write the report: results/report.html
-	.venv/bin/python -m experiments run gradient_signs moments_by_depth --scale laptop
-	.venv/bin/python -m experiments report
+reproduce: setup ## run the paper's experiments, half an hour, and write the report: results/report.html
+	.venv/bin/python -m experiments reproduce $(ARGS)
 
 test: setup ## the tests
 	.venv/bin/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)

@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from .specs import SCALES, Claim, Spec
+from .specs import SCALES, Claim, Run, Spec
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Results:
     scale: str
     data: str
     runs: tuple[Finished, ...]
+    stale: int = 0  # runs that were left out, see read
 
     def where(self, **config: object) -> list[Finished]:
         """The runs whose config, or its options, have these values, by seed."""
@@ -72,12 +73,19 @@ class Results:
 
     def gap(self, quantity: str, first: str, second: str) -> list[float]:
         """One number a seed that both runs have: the quantity of the run labelled ``first`` less the ``second``'s."""
-        both = [{run.config["seed"]: run.at(quantity).item() for run in self.where(label=k)} for k in (first, second)]
-        return [value - both[1][seed] for seed, value in both[0].items() if seed in both[1]]
+        of, less = (self._by_seed(quantity, label=label) for label in (first, second))
+        return [of[seed] - less[seed] for seed in sorted(of.keys() & less.keys())]
+
+
+def configuration(experiment: str, about: Spec, run: Run, scale: str, data: str, seed: int) -> dict:
+    """All that decides what one run measures, as its ``config.json`` has it."""
+    asked = asdict(run) | {"experiment": experiment, "scale": scale, "data": data if about.images else "none"}
+    del asked["seeds"]
+    return json.loads(json.dumps(asked | {"seed": seed}))  # so that it equals what is read back
 
 
 def finished(folder: Path) -> Iterator[Finished]:
-    """The finished runs in the folder of one experiment, by configuration and seed."""
+    """The finished runs in the folder of one experiment, by label and seed, whatever their configuration."""
     found = []
     for done in folder.glob("*/DONE"):
         config, env = (json.loads((done.parent / f"{name}.json").read_text()) for name in ("config", "env"))
@@ -85,17 +93,24 @@ def finished(folder: Path) -> Iterator[Finished]:
     yield from sorted(found, key=lambda run: (run.config["label"], run.config["seed"]))
 
 
-def read(folder: Path, scale: str | None = None) -> Results:
-    """The results of one experiment: of the scale asked for, else the largest there is, on real images if any."""
+def read(folder: Path, about: Spec, scale: str | None = None) -> Results:
+    """The results of one experiment: of the scale asked for, else the largest there is, on real images if any.
+
+    Runs whose configuration is not, or no longer, one of the spec's are counted as ``stale`` and otherwise left out.
+    """
     groups: dict[tuple[bool, int, str], list[Finished]] = {}
+    stale = 0
     for run in finished(folder):
-        at, data = run.config["scale"], run.config["data"]
-        if scale in (None, at):
+        at, data, seed = (run.config[name] for name in ("scale", "data", "seed"))
+        wanted = (configuration(folder.name, about, planned, at, data, seed) for planned in about.at(at))
+        if run.config not in wanted:
+            stale += 1
+        elif scale is None or at == about.scale(scale):
             groups.setdefault((data != "synthetic", SCALES.index(at), data), []).append(run)
     if not groups:
-        return Results(scale or "none", "none", ())
+        return Results(scale or "none", "none", (), stale)
     best = max(groups)
-    return Results(SCALES[best[1]], best[2], tuple(groups[best]))
+    return Results(SCALES[best[1]], best[2], tuple(groups[best]), stale)
 
 
 @dataclass(frozen=True)

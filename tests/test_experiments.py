@@ -15,9 +15,10 @@ from bnkern import backends
 from bnkern.train import cifar10
 from experiments import drawer, names, spec
 from experiments import report as reporting
+from experiments import results as reading
 from experiments import run as running
 from experiments.__main__ import main
-from experiments.results import Finished, Results, find, judge, read
+from experiments.results import Finished, Results, find, judge
 from experiments.specs import Claim, Run, above, between, within, within_factor
 from tests.made_up import made_up
 
@@ -66,6 +67,10 @@ def procedure(monkeypatch: pytest.MonkeyPatch) -> Procedure:
     return stand_in
 
 
+def read(folder: Path, scale: str | None = None) -> Results:
+    return reading.read(folder, spec(folder.name), scale)
+
+
 def run(out: Path, **options: object) -> int:
     return running.run(["moments_by_depth"], **{"scale": "smoke", "out": out, **options})
 
@@ -106,7 +111,7 @@ def test_scales() -> None:
     about = spec("gradient_signs")
     assert about.scale("laptop") == "paper" and about.scale("smoke") == "smoke"
     assert about.at("paper") == about.runs and about.runs[0].batch == 128 and about.runs[0].seeds >= 5
-    assert {run.batch for run in about.at("smoke")} == {4}
+    assert {run.batch for run in about.at("smoke")} == {2}
 
 
 # ------------------------------------------------------------------------------------------------ verdicts
@@ -240,6 +245,49 @@ def test_missing_data_is_one_message_and_leaves_nothing(tmp_path: Path, procedur
     assert not procedure.calls and not (tmp_path / "results").exists()
 
 
+def test_results_of_another_configuration_are_left_out(tmp_path: Path, procedure: Procedure) -> None:
+    assert run(tmp_path, seeds=2) == 0
+    config = tmp_path / "moments_by_depth/smoke-none-seed1-synthetic/config.json"
+    config.write_text(config.read_text().replace('"batch": 4', '"batch": 5'))
+    results = read(tmp_path / "moments_by_depth")
+    assert [run.config["seed"] for run in results.runs] == [0, 1, 0] and results.stale == 1
+    reporting.report(tmp_path)
+    assert "1 of another configuration left out" in (tmp_path / "report.md").read_text()
+
+
+def test_the_time_left_goes_by_the_minutes_that_specs_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(running.time, "perf_counter", lambda: now[0])
+    progress = running.Progress([1.0, 3.0])
+    assert progress.left() == 240  # as expected, while nothing is known
+    now[0], progress.past = 60.0, 0.5  # twice as slow
+    assert progress.left() == 2 * 60 * 3.5
+
+
+def test_reproduce_fits_into_half_an_hour() -> None:
+    """By the specs' own estimates; what has none would be taken for a minute."""
+    scales = {name: spec(name).scale("quick") for name in names()}
+    assert all(spec(name).minutes.get(at) for name, at in scales.items() if spec(name).at(at))
+    assert sum(spec(name).minutes[at] for name, at in scales.items() if spec(name).at(at)) <= 28
+
+
+def test_reproduce_runs_all_and_ends_with_the_report(tmp_path: Path, procedure: Procedure, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(reporting, "names", lambda: ["moments_by_depth"])
+    assert main(["reproduce", "--data", "synthetic", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\d+ runs: 0 finished before, \d+ to do, about \d+ (s|min) on two cores", said[0])
+    assert said[-1] == f"report: {tmp_path / 'report.html'}" and Path(said[-1].split(": ")[1]).exists()
+    procedure.fails = {len(procedure.calls) + 1: KeyboardInterrupt()}
+    (tmp_path / "moments_by_depth/paper-none-seed0-synthetic/DONE").unlink()
+    assert main(["reproduce", "--data", "synthetic", "--seeds", "1", "--out", str(tmp_path)]) == 130
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["report", "--out", str(tmp_path / "file")]) == 1
+    assert re.fullmatch(r"no report: Not a directory \(.*file\)\n", capsys.readouterr().err)
+
+
 def test_runs_of_different_scales_and_data_live_side_by_side(tmp_path: Path, procedure, monkeypatch) -> None:
     assert run(tmp_path) == 0
     assert run(tmp_path, scale="laptop", data="synthetic", seeds=1) == 0
@@ -262,7 +310,8 @@ def test_an_unknown_name_suggests_the_nearest(capsys: pytest.CaptureFixture) -> 
 
 def test_list(capsys: pytest.CaptureFixture) -> None:
     assert main(["list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == names()
+    head, *lines, foot = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == names() and head.split()[0] == "name" and "estimates" in foot
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -280,6 +329,15 @@ def papers_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert running.run(names(), "paper", "some folder", "cpu", 2, out) == 0
     reporting.report(out)
     return out
+
+
+def test_every_section_stands_under_its_heading(papers_results: Path) -> None:
+    page = (papers_results / "report.html").read_text()
+    places = [page.index(f'<section id="{name}">') for name in names()]
+    assert places == sorted(places)
+    for heading in reporting.PARTS.values():
+        assert page.count(heading) in (0, 2)  # in the table of contents and above its sections
+    assert f"{len(names())} experiments: {len(names())} held." in page
 
 
 def test_report(papers_results: Path, tmp_path: Path) -> None:
@@ -303,7 +361,11 @@ def test_report(papers_results: Path, tmp_path: Path) -> None:
     assert (tmp_path / "published/data/moments_by_depth.csv").read_text().startswith("norm,layer,seeds,ln_std,")
 
 
-def test_the_same_results_give_the_same_bytes(papers_results: Path) -> None:
+def test_the_same_results_give_the_same_bytes(papers_results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ["diverging_update", "channel_gradients", "gradient_signs"]  # bands, pictures, bars
+    monkeypatch.setattr(reporting, "names", lambda: few)
+    reporting.report(papers_results)
+
     def files() -> dict[str, bytes]:
         found = [papers_results / f"report.{kind}" for kind in ("html", "md", "json")]
         found += [*(papers_results / "figures").iterdir(), *(papers_results / "data").iterdir()]
@@ -316,7 +378,7 @@ def test_the_same_results_give_the_same_bytes(papers_results: Path) -> None:
 
 def test_a_report_without_results_says_what_to_run(tmp_path: Path) -> None:
     page = reporting.report(tmp_path).read_text()
-    assert page.count("not run") == 2 * len(names()) and "<svg" not in page
+    assert page.count(">not run<") == 2 * len(names()) and "<svg" not in page
     assert "python -m experiments run gradient_signs --scale paper" in page
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from . import COLOURS, INK, Rows, band, column, key_of_paper, ranged
+from . import COLOURS, INK, Rows, band, column, count, key_of_paper, ranged
 
 CAPTION = (
     "The largest |mean| and the largest variance of a layer's channels while the diverging update is applied. Lines: "
@@ -45,6 +45,6 @@ def draw(rows: Rows) -> Figure:
         axes.set_yscale("log")
         axes.set_ylabel(quantity)
         axes.axhline(1, color=INK, linewidth=0.6)
-    panels[-1].set_xlabel(f"share of the update applied, % ({rows[0]['seeds']} seeds)")
+    panels[-1].set_xlabel(f"share of the update applied, % ({count(rows[0]['seeds'])})")
     figure.legend(handles=[*key, key_of_paper()], loc="outside lower center", ncols=4)
     return figure

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.figure import Figure
 
-from . import INK, NETS, Rows, column
+from . import INK, NETS, Rows, column, count
 
 CAPTION = (
     "Density of the entries of layer 55's gradient, all seeds and batches together, up to the 99.9% quantile of their "
@@ -70,7 +70,7 @@ def draw(rows: Rows) -> Figure:
             axes.axvline(end, color=INK, linestyle=":", linewidth=1)
         axes.set_yscale("log")
         seeds = column(rows, "seeds", norm=norm)[0]
-        axes.set_title(f"{text}, {seeds} seeds", loc="left", fontsize=10)
+        axes.set_title(f"{text}, {count(seeds)}", loc="left", fontsize=10)
         axes.set_ylabel("density")
     axes.set_xlabel("entry of dL/dK")
     return figure

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from . import INK, NETS, Rows, column
+from . import INK, NETS, Rows, column, count
 
 CAPTION = (
     "a/b by layer, geometric mean and standard deviation over seeds: as it is (full), with the input's channel means "
@@ -53,7 +53,7 @@ def draw(rows: Rows) -> Figure:
     axes.grid(axis="x", visible=False)
     plain = dict(color=INK, linestyle="none", marker="o", markersize=7)
     key = [
-        Line2D([], [], color=colour, marker=marker, linestyle="none", label=f"{text}, {rows[0]['seeds']} seeds")
+        Line2D([], [], color=colour, marker=marker, linestyle="none", label=f"{text}, {count(rows[0]['seeds'])}")
         for text, colour, marker in NETS.values()
     ]
     texts = {"input": "input centred", "gradient": "gradient centred"}

@@ -53,7 +53,8 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
         arrays |= {"C": noise.pop(0) * (count - 1) / count, "|g|^2": square.pop(0)}
         arrays |= {f"ratio/{size}": size * variance / arrays["C"] for size, variance in zip(sizes, noise, strict=True)}
     arrays |= {f"noise/{size}": variance for size, variance in zip(sizes, noise, strict=True)}
-    arrays["slope"] = np.polyfit(np.log(sizes), np.log(noise), 1)[0]
+    if options["replace"]:
+        arrays["slope"] = np.polyfit(np.log(sizes), np.log(noise), 1)[0]
     return {"noise": {name: np.asarray(value) for name, value in arrays.items()}}
 
 

@@ -241,6 +241,6 @@ class _Noise(_Listener):
             "lr C / |B|": felt,
             "C before the first drop": noise[early][-1] * size,
             "lr C / |B| before the first drop": felt[early][-1],
-            "log10 lr C / |B| before the first drop": np.log10(felt[early][-1]),
+            "log10 lr C / |B| before the first drop": math.log10(felt[early][-1]) if felt[early][-1] > 0 else -math.inf,
         }
         return {name: np.asarray(value, float) for name, value in found.items()}
