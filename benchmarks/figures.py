@@ -175,18 +175,19 @@ def _memory(rows: list[dict]) -> str | None:
 
 CHANGES = (
     "Medians against those of the other file, after the drift of each case's peers is taken out; rows beyond the noise "
-    "and no more than forty of them, the largest changes. Left of the line is faster."
+    "(the band), and no more than forty of them, the largest changes. Left of the line is faster."
 )
 
 
 def _changes(old: dict, new: dict) -> str | None:
-    beyond = [c for c in compare(old, new) if c.beyond and not c.is_peer]
-    beyond = sorted(beyond, key=lambda c: max(c.times, 1 / c.times))[-40:]
+    changes, noise = compare(old, new)
+    beyond = sorted((c for c in changes if c.beyond(noise) and not c.is_peer), key=lambda c: c.factor)[-40:]
     if not beyond:
         return None
 
     def draw(axes: Axes) -> None:
         axes.axvline(1, color=INK, linewidth=1)
+        axes.axvspan(1 / noise, noise, color=INK, alpha=0.12, linewidth=0)
         names = [f"{c.row['bench']} {case_of(c.row)}" for c in beyond]
         for (colour, marker), label, slower in zip(SERIES, ("faster", "slower"), (False, True), strict=False):
             found = [(c.times, name) for c, name in zip(beyond, names, strict=True) if (c.times > 1) == slower]
