@@ -78,8 +78,8 @@ def markdown(old: dict, new: dict) -> Iterator[str]:
     if old["environment"]["devices"] != new["environment"]["devices"]:
         yield "**The machines differ.** Changes may be theirs."
     yield f"Of {len(ours)} rows of ours in both, {slower} became slower and {len(beyond) - slower} faster beyond"
-    yield f"the noise. That is a factor of {noise:.2f}: within it lie {WITHIN:.0%} of the {len(changes) - len(ours)} rows"
-    yield "of peers, whose code is the same, when what the others of their case changed by is taken out."
+    yield f"the noise. That is a factor of {noise:.2f}: within it lie {WITHIN:.0%} of the {len(changes) - len(ours)}"
+    yield "rows of peers, whose code is the same, when what the others of their case changed by is taken out."
     gone = len({key(row) for row in old["rows"]} - {key(row) for row in new["rows"]})
     if gone:
         yield f"{gone} rows of the old file are not in the new one."
