@@ -39,7 +39,7 @@ format: setup ## put the style right
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 	.venv/bin/clang-format -i $(CSRC)
 
-gpu-check: ## on a machine with a GPU and its own torch: build, test, measure; WHEELS=folder OUT=folder PARTS=build,tests
+gpu-check: ## on a machine with a GPU and its own torch: build, test, measure; WHEELS= OUT= PARTS=build,tests
 	$(or $(PYTHON),python3) benchmarks/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)") \
 	  $(if $(PARTS),--parts $(PARTS))
 

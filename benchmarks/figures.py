@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.compare import compare
 from benchmarks.rows import FUSED, PHASES
-from benchmarks.tables import case_of, groups
+from benchmarks.tables import groups
 from experiments.draw import INK, STYLE
 
 # Okabe and Ito's colours and, for who cannot tell them apart, a marker each; the page has its own for a dark ground.
 SERIES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"))
+_POINTS = {"linestyle": "none"}
 WIDTH = 5.4  # inches
 LINE = 0.2  # inches of height for a line of labels
 
@@ -41,8 +42,7 @@ def _svg(height: float, draw: Callable[[Axes], None]) -> str:
 
 def _legend(axes: Axes) -> None:
     """Above the axes, where it covers nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3)
+    axes.figure.legend(loc="outside upper left", ncols=3)
 
 
 SPEEDUPS = (
@@ -62,7 +62,7 @@ def _speedups(rows: list[dict]) -> str | None:
         names = list(cases)[::-1]
         ours = [cases[name]["bnkern"]["speedup"]["best"] for name in names]
         axes.axvline(1, color=INK, linewidth=1)
-        axes.plot(ours, names, linestyle="none", color=SERIES[0][0], marker=SERIES[0][1], label="bnkern")
+        axes.plot(ours, names, **_POINTS, color=SERIES[0][0], marker=SERIES[0][1], label="bnkern")
         others = [
             (name, peer)
             for peer in ("compile", "attorch", "FlagGems", "Apex groupbn")
@@ -73,7 +73,7 @@ def _speedups(rows: list[dict]) -> str | None:
             at = [name for name, other in others if other == peer]
             colour, marker = SERIES[k]
             values = [cases[name][peer]["speedup"]["best"] for name in at]
-            axes.plot(values, at, linestyle="none", color=colour, marker=marker, label=peer)
+            axes.plot(values, at, **_POINTS, color=colour, marker=marker, label=peer)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}x")
         axes.set_xlabel(f"times the better eager form\n(bnkern's geometric mean: {geometric_mean(ours):.2f}x)")
@@ -106,7 +106,7 @@ def _roof(rows: list[dict]) -> str | None:
             sizes = [r["tensor_bytes"] / 1e6 * 1.12 ** (k - 1.5) for r in group]  # side by side, to be told apart
             shares = [100 * r["share_of_copy"] for r in group]
             colour, marker = SERIES[k]
-            axes.plot(sizes, shares, linestyle="none", color=colour, marker=marker, label=phase)
+            axes.plot(sizes, shares, **_POINTS, color=colour, marker=marker, label=phase)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=0)
@@ -175,25 +175,26 @@ def _memory(rows: list[dict]) -> str | None:
 
 CHANGES = (
     "Medians against those of the other file, after the drift of each case's peers is taken out; rows beyond the noise "
-    "and no more than forty of them, the largest changes. Left of the line is faster."
+    "(the band), and no more than forty of them, the largest changes. Left of the line is faster."
 )
 
 
 def _changes(old: dict, new: dict) -> str | None:
-    beyond = [c for c in compare(old, new) if c.beyond and not c.is_peer]
-    beyond = sorted(beyond, key=lambda c: max(c.times, 1 / c.times))[-40:]
+    changes, noise = compare(old, new)
+    beyond = sorted((c for c in changes if c.beyond(noise) and not c.is_peer), key=lambda c: c.factor)[-40:]
     if not beyond:
         return None
 
     def draw(axes: Axes) -> None:
         axes.axvline(1, color=INK, linewidth=1)
-        names = [f"{c.row['bench']} {case_of(c.row)}" for c in beyond]
+        axes.axvspan(1 / noise, noise, color=INK, alpha=0.12, linewidth=0)
+        names = [f"{c.row['bench']} {c.row['op']}\n{_short(c.row)}" for c in beyond]
         for (colour, marker), label, slower in zip(SERIES, ("faster", "slower"), (False, True), strict=False):
             found = [(c.times, name) for c, name in zip(beyond, names, strict=True) if (c.times > 1) == slower]
-            axes.plot([t for t, _ in found], [n for _, n in found], "none", color=colour, marker=marker, label=label)
+            axes.plot([t for t, _ in found], [n for _, n in found], **_POINTS, color=colour, marker=marker, label=label)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.2f}x")
         axes.set_xlabel("times the old median")
         _legend(axes)
 
-    return _svg(1.1 + LINE * len(beyond), draw)
+    return _svg(1.1 + 2 * LINE * len(beyond), draw)

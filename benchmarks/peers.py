@@ -204,7 +204,7 @@ def others(
         try:
             modules[name] = _like(make(ours.num_features, ours.act), ours).to(device)
         except Exception as error:  # as for a peer that fails when it is called
-            missing[name] = timing.reason(error)
+            missing[name] = str(error) if isinstance(error, Missing) else timing.reason(error)
     return modules, missing
 
 

@@ -149,7 +149,7 @@ def test_every_peer_is_measured_or_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert list(modules) == ["eager without cuDNN"]
     assert missing.keys() == everybody
     assert missing["compile cooperative"] == "left out by --no-compile"
-    assert missing["attorch"].startswith("Missing: not on PyPI")
+    assert missing["attorch"].startswith("not on PyPI")
     modules, missing = peers.others(ours, gpu)
     assert {"compile max-autotune", "compile cooperative"} <= modules.keys()
 

@@ -41,8 +41,8 @@ def results(*given: dict, **environment: object) -> dict:
 
 
 def only(old: list[dict], new: list[dict]) -> dict[str, tuple[float, bool]]:
-    found = compare(results(*old), results(*new))
-    return {change.row["provider"]: (pytest.approx(change.times), change.beyond) for change in found}
+    found, noise = compare(results(*old), results(*new))
+    return {change.row["provider"]: (pytest.approx(change.times), change.beyond(noise)) for change in found}
 
 
 def test_a_change_is_beyond_the_noise_where_the_ranges_do_not_overlap() -> None:
@@ -64,10 +64,24 @@ def test_what_the_peers_became_slower_by_is_the_machine() -> None:
     assert only(old, peers_slower)["bnkern"] == (0.5, True)
 
 
+def test_noise_is_what_the_peers_differ_by_among_themselves() -> None:
+    """Each peer of a case changed by another factor, so ours must change by more than they do."""
+    cases = [f"stage{k}" for k in range(20)]
+    old = [row(provider, 1.0) | {"shape": case} for case in cases for provider in ("bnkern", "eager", "compile")]
+    times = {"bnkern": 1.4, "eager": 1.0, "compile": 1.25}
+    new = [row(r["provider"], times[r["provider"]]) | {"shape": r["shape"]} for r in old]
+    changes, noise = compare(results(*old), results(*new))
+    assert noise == pytest.approx(1.25)
+    ours = [change for change in changes if not change.is_peer]
+    assert [change.times for change in ours] == pytest.approx([1.4 / 1.125] * 20)
+    assert not any(change.beyond(noise) for change in ours) and all(change.beyond(1.2) for change in ours)
+
+
 def test_peers_of_another_torch_say_nothing_of_the_machine() -> None:
     old = results(row("bnkern", 1.0), row("eager", 3.0))
     new = results(row("bnkern", 1.0), row("eager", 6.0), versions={"torch": "2.14.0"})
-    assert [change.times for change in compare(old, new)] == [1.0, 2.0]
+    changes, noise = compare(old, new)
+    assert [change.times for change in changes] == [1.0, 2.0] and noise == 1.0
 
 
 def test_rows_that_only_one_file_has_are_not_compared() -> None:
@@ -107,7 +121,7 @@ def test_report_holds_tables_figures_and_the_comparison(tmp_path: Path, monkeypa
     for name in figures:
         assert f"](figures/{name}.svg)" in text
         assert html.count(f'id="{name}-') > 3  # inlined, under ids of its own
-    assert "1 faster beyond the" in text and "| 0.50 | 2 | 1 | 1.00 | faster |" in text
+    assert "1 faster beyond" in text and "| 0.50 | 2 | 1 | 1.00 | faster |" in text
     assert html.count("<svg") == len(figures)
     assert not re.search(r'(src|href)="http', html)  # self-contained
     ids = re.findall(r'\bid="([^"]+)"', html)
@@ -152,3 +166,15 @@ def test_merge_takes_the_last_of_a_row_and_refuses_another_machine(tmp_path: Pat
     path = tmp_path / "r.json"
     path.write_text(rows.dump(together))
     assert json.loads(path.read_text()) == together
+
+
+def test_committed_results_say_where_they_come_from_and_make_a_page(tmp_path: Path) -> None:
+    files = sorted((Path(rows.__file__).parent / "results").glob("*.json"))
+    assert files
+    for path in files:
+        found = json.loads(path.read_text())
+        assert found["format"] == rows.FORMAT and not found["quick"]
+        assert path.stem.endswith(found["environment"]["date"][:10])  # MACHINE-DATE
+        assert re.fullmatch("[0-9a-f]{40}", found["environment"]["commit"])
+        assert {"torch", "python"} <= found["environment"]["versions"].keys()
+        assert page.report(found, tmp_path / path.stem).exists()
