@@ -37,8 +37,8 @@ format: setup ## put the style right
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 	.venv/bin/clang-format -i $(CSRC)
 
-gpu-check: ## on a machine with a GPU and its own torch: build, test, measure; WHEELS=folder OUT=folder
-	$(or $(PYTHON),python3) benchmarks/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)")
+gpu-check: ## on a machine with a GPU and its own torch: build, test, measure; WHEELS=folder OUT=folder ARGS="--only first_look"
+	$(or $(PYTHON),python3) benchmarks/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 clean: ## remove what was built; the environments and results stay
 	rm -rf build dist *.egg-info bnkern/_native*.so .venv*/done
