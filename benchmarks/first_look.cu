@@ -62,7 +62,8 @@ double replayed(int times, F queue) {
     if (round >= 0) check(cudaEventElapsedTime(&milliseconds[round], start, end));
   }
   for (int i = 1; i < kRounds; ++i)
-    for (int j = i; j > 0 && milliseconds[j] < milliseconds[j - 1]; --j) std::swap(milliseconds[j], milliseconds[j - 1]);
+    for (int j = i; j > 0 && milliseconds[j] < milliseconds[j - 1]; --j)
+      std::swap(milliseconds[j], milliseconds[j - 1]);
   return 1e3 * milliseconds[kRounds / 2] / times;
 }
 

@@ -2,8 +2,9 @@
 
 Takes the Python it runs under, with the torch and triton that are there; builds the native module in the tree, runs
 the tests marked gpu and the benchmarks, which end in their own tables, and leaves JSON and logs in --out, written as it
-goes. The parts stand in the order of their worth and can be run one by one: --parts build,tests. A part that fails, or
-runs out of its time, does not stop the next; what begins after --minutes is left out and said so.
+goes. The parts stand in the order of their worth and can be run one by one: --parts build,tests. ``first-look`` takes
+the three measurements that decide between one kernel and two. A part that fails, or runs out of its time, does not stop
+the next; what begins after --minutes is left out and said so.
 """
 
 import argparse
@@ -23,9 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 # Parts after the build: arguments of python -m, and the most seconds that they may take.
 QUICKLY = ["--no-compile", "--budget=0.3"]
+OF_CUDA = "tests/cuda/test_cuda_gpu.py"
+TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer; racecheck sees shared memory only
+SHORT = ["pytest", "-q", "-m", "gpu", OF_CUDA, "-k", "test_every_strategy and bf16", "-p", "no:cacheprovider"]
 PARTS = {
     "machine": (["bnkern", "--json"], 30),
-    "tests": (["pytest", "-m", "gpu", "tests", "--junitxml={out}/tests.xml"], 180),
+    "first-look": (["benchmarks.first_look"], 60),
+    "cuda-tests": (["pytest", "-q", "-m", "gpu and not slow", OF_CUDA, "--junitxml={out}/cuda-tests.xml"], 120),
+    "tests": (
+        ["pytest", "-q", "-m", "gpu and not slow", "tests", f"--deselect={OF_CUDA}", "--junitxml={out}/tests.xml"],
+        180,
+    ),
     "batch-norms": (["bench_batch_norm.py", "--shapes=cifar,large64", *QUICKLY], 90),
     "steps": (["bench_step.py", "--budget=0.1"], 60),
     "phases": (["bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
@@ -38,6 +47,9 @@ PARTS = {
     "growth": (["bench_growth.py", "--budget=0.2"], 60),
     "memory": (["bench_memory.py"], 60),
     "rest": (["bench_overhead.py", "bench_augment.py", "bench_optimizer.py", "--budget=0.2"], 60),
+    "memcheck": (SHORT, 120),
+    "racecheck": (SHORT, 120),
+    "stress": (["pytest", "-q", "-m", "gpu and slow", OF_CUDA, "--junitxml={out}/stress.xml"], 300),
 }
 
 
@@ -71,14 +83,15 @@ def command(name: str, out: Path) -> list[str]:
     if words[0].startswith("bench_"):
         paths = [f"benchmarks/{word}" if word.startswith("bench_") else word for word in words]
         words = ["pytest", *paths, f"--bnkern-json={out}/bench-{name}.json"]
-    return [sys.executable, "-m", *words]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool", name] if name in TOOLS else []
+    return [*sanitizer, sys.executable, "-m", *words]
 
 
 def run(name: str, command: list[str], out: Path, env: dict[str, str], seconds: float) -> dict:
     """Runs one part, shown as it goes and kept in a log; stopped when its time is over."""
     print(f"\n== {name}, at most {seconds:.0f} s: {' '.join(command)}", flush=True)
     start = time.perf_counter()
-    with (out / f"{name}.log").open("w") as log:
+    with (out / f"{name}.log").open("w", buffering=1) as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

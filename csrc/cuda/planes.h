@@ -290,7 +290,9 @@ inline Planes planes_of(const Shape& shape, std::size_t itemsize, const Cut& cut
           cut.parts,
           cut.tiles,
           cut.held,
-          allows(vector) ? vector : allows(4) ? 4 : 1};
+          allows(vector) ? vector
+          : allows(4)    ? 4
+                         : 1};
 }
 
 // Shared memory of a block that holds `held` tiles of so many tensors, the last of them in registers.

@@ -89,8 +89,8 @@ BNKERN_DEVICE void write_tile(const Backward& p, const Planes& planes, int chann
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float g = dresidual.octets[u][j];
-      d[j] = p.training ? input_gradient(g, xhat[j], centre.mean_dy, centre.mean_dy_xhat, centre.scale)
-                        : g * centre.scale;
+      d[j] =
+          p.training ? input_gradient(g, xhat[j], centre.mean_dy, centre.mean_dy_xhat, centre.scale) : g * centre.scale;
     }
     dx.octets[u] = Octet<T>::of(d);
   }
@@ -99,8 +99,7 @@ BNKERN_DEVICE void write_tile(const Backward& p, const Planes& planes, int chann
 }
 
 template <class T, bool kSums, bool kInput>
-__global__ void __launch_bounds__(kMostThreads)
-    planes_backward_kernel(Backward p, Planes planes, Workspace space) {
+__global__ void __launch_bounds__(kMostThreads) planes_backward_kernel(Backward p, Planes planes, Workspace space) {
   constexpr bool kSingle = kSums && kInput;
   // A second launch goes backwards, since what the first read last is in cache.
   const unsigned block = kSums ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
@@ -171,12 +170,14 @@ template <class T>
 std::string backward(const CudaBackward& p, std::uintptr_t stream) {
   const Backward& call = p.call;
   const Cut cut = cut_planes(call.shape, sizeof(T), 2, p.device, p.strategy, call.sums);
-  const Planes planes =
-      planes_of(call.shape, sizeof(T), cut, {call.dy, call.x, call.dx, call.dresidual});
+  const Planes planes = planes_of(call.shape, sizeof(T), cut, {call.dy, call.x, call.dx, call.dresidual});
   if (std::string reason = refused("planes", call.shape, call.dtype, cut); !reason.empty()) return reason;
   const Workspace space = lay_out(p.workspace, cut.parts, call.shape.c);
-  Launch how{"grad_sums and grad_input", static_cast<unsigned>(cut.parts * call.shape.c),
-             static_cast<unsigned>(cut.threads), shared_of(cut, cut.held, sizeof(T), 2), stream,
+  Launch how{"grad_sums and grad_input",
+             static_cast<unsigned>(cut.parts * call.shape.c),
+             static_cast<unsigned>(cut.threads),
+             shared_of(cut, cut.held, sizeof(T), 2),
+             stream,
              static_cast<unsigned>(cut.parts)};
   if (call.sums && call.input && cut.single) {
     std::string error;

@@ -90,7 +90,8 @@ BNKERN_DEVICE void normalize_tile(const Forward& p, const Planes& planes, int ch
     if (!p.relu) continue;
     const Place& place = places.of[u];
     const unsigned bits = relu(&y.octets[u]) & ((1u << place.elements) - 1);
-    if (p.mask && place.elements) p.mask[mask_byte(planes, p.shape.c, channel, place)] = static_cast<std::uint8_t>(bits);
+    if (p.mask && place.elements)
+      p.mask[mask_byte(planes, p.shape.c, channel, place)] = static_cast<std::uint8_t>(bits);
   }
   y.store(p.y, channel, planes.step, places);
 }
@@ -173,8 +174,11 @@ std::string forward(const CudaForward& p, std::uintptr_t stream) {
   const Planes planes = planes_of(call.shape, sizeof(T), cut, {call.x, call.residual, call.y});
   if (std::string reason = refused("planes", call.shape, call.dtype, cut); !reason.empty()) return reason;
   const Workspace space = lay_out(p.workspace, cut.parts, call.shape.c);
-  Launch how{"moments and normalize", static_cast<unsigned>(cut.parts * call.shape.c),
-             static_cast<unsigned>(cut.threads), shared_of(cut, cut.held, sizeof(T), 1), stream,
+  Launch how{"moments and normalize",
+             static_cast<unsigned>(cut.parts * call.shape.c),
+             static_cast<unsigned>(cut.threads),
+             shared_of(cut, cut.held, sizeof(T), 1),
+             stream,
              static_cast<unsigned>(cut.parts)};
   if (call.moments && call.normalize && cut.single) {
     std::string error;

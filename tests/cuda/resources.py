@@ -62,7 +62,7 @@ def accesses(binary: Path, architecture: int) -> dict[str, dict[str, int]]:
     """How many 16-byte loads and stores of global memory each kernel has."""
     text = cuobjdump("-sass", "-arch", f"sm_{architecture}", str(binary))
     found = {}
-    for name, body in re.findall(r"Function : (.+)\n(.*?)(?=Function : |\Z)", text, re.DOTALL):
+    for name, body in re.findall(r"Function : ([^\n]+)\n(.*?)(?=Function : |\Z)", text, re.DOTALL):
         found[_name(name)] = {word: len(re.findall(rf"\b{word}\.E\.[\w.]*128", body)) for word in ("LDG", "STG")}
     return found
 

@@ -1,13 +1,14 @@
 """The CUDA kernels for planes (NCHW) on the host, by the checks that every backend passes; as test_rows.py."""
 
 import pytest
+import torch
 
 from tests import test_batch_norm as of_batch_norm
 from tests import test_grad_input as of_grad_input
 from tests import test_grad_sums as of_grad_sums
 from tests import test_moments as of_moments
 from tests import test_normalize as of_normalize
-from tests.cases import BF16, CASE, FP16, FP32, Case, Precision, Target
+from tests.cases import BF16, CASE, EPS, FP16, FP32, Case, Precision, Target
 from tests.cuda_on_cpu.native import SINGLE_READ, TWO_KERNELS, Device, OnCpu
 from tests.cuda_on_cpu.sandbox import sandboxed
 
@@ -75,3 +76,17 @@ def test_phases(precision: Precision, case: Case) -> None:
     for act in ("relu", "saved mask"):
         way.passes(of_grad_sums.test_against_float64, TARGET, precision, case, act)
         way.passes(of_grad_input.test_against_float64, TARGET, precision, case, act, True)
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=lambda p: p.name)
+@pytest.mark.parametrize("case", [LONG, ODD], ids=str)
+@sandboxed
+def test_where_clusters_find_no_room_the_bits_stay(precision: Precision, case: Case) -> None:
+    p, results = case.problem(precision), []
+    for way in (WAYS["clusters"], WAYS["not_resident"]):
+        y, *saved = way.forward(
+            p.x, p.weight, p.bias, p.residual, None, None, None, True, 0.1, EPS, "relu", True
+        )  # fmt: skip
+        grads = way.backward(p.dy, p.x, p.weight, p.bias, *saved, "relu", True, (True,) * 4)
+        results.append([t.contiguous().view(torch.uint8) for t in (y, *saved, *grads)])
+    assert all(map(torch.equal, *results))
