@@ -188,18 +188,25 @@ class _Conv2d(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding, ctx.handoff = stride, padding, handoff
         ctx.bias_sizes = None if bias is None else list(bias.shape)
-        return torch.nn.functional.conv2d(x, weight, bias, stride, padding)
+        ctx.direct = bias is None and tuple(weight.shape[2:]) == (3, 3) and tuple(stride) == tuple(padding) == (1, 1)
+        y = _direct(x, weight) if ctx.direct else None
+        return torch.nn.functional.conv2d(x, weight, bias, stride, padding) if y is None else y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        ours = need_weight and not torch.is_grad_enabled()
+        once = not torch.is_grad_enabled()
+        ours = need_weight and once
         left = ctx.handoff.take(dy)
-        dx, dweight, dbias = torch.ops.aten.convolution_backward(
-            dy, x, weight, ctx.bias_sizes, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1,
-            (need_x, need_weight and not ours, need_bias),
-        )  # fmt: skip
+        dx = _direct(dy, weight, flipped=True) if need_x and once and ctx.direct else None
+        theirs = (need_x and dx is None, need_weight and not ours, need_bias)
+        dweight = dbias = None
+        if any(theirs):
+            found, dweight, dbias = torch.ops.aten.convolution_backward(
+                dy, x, weight, ctx.bias_sizes, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, theirs
+            )
+            dx = found if dx is None else dx
         if ours:
             size = tuple(weight.shape[2:])
             found = (
@@ -210,3 +217,11 @@ class _Conv2d(torch.autograd.Function):
 
 
 _SUM = ("sum",)
+
+
+def _direct(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor | None:
+    """The CPU's own 3 x 3 convolution (stride 1, padding 1) of x, or None where it has none for such an x."""
+    kernels = backends.choose(backends.forced(), x.device.type, x.dtype)
+    if not hasattr(kernels, "conv3x3") or not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    return kernels.conv3x3(x, weight, flipped)

@@ -7,14 +7,20 @@ Two ops hold a pass each, collective included, so that eager, torch.compile and 
 collectives are torch's functional ones and follow the group's own backend: gloo for CPU tensors, nccl for CUDA.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import backends, ops
+from .backends import records as rows
 from .backends.layout import empty_like, layout
 from .backends.reference import accumulator
 from .functional import _check, _check_statistics
+
+if TYPE_CHECKING:
+    from .probes.buffer import Records
 
 
 def ranks_of(process_group: "dist.ProcessGroup | None" = None) -> tuple[str, int] | None:
@@ -39,6 +45,7 @@ def sync_batch_norm(
     residual: Tensor | None = None,
     act: str | None = None,
     num_batches_tracked: Tensor | None = None,
+    records: "Records | None" = None,
 ) -> Tensor:
     """:func:`bnkern.batch_norm` in training, by the mean and variance over the batches of all ranks of a group.
 
@@ -52,6 +59,7 @@ def sync_batch_norm(
 
     Args:
         group: name and size of the group, from :func:`ranks_of`; the others are those of :func:`bnkern.batch_norm`.
+        records: as there, of this rank's own values.
 
     Raises:
         TypeError, ValueError: as :func:`bnkern.batch_norm`. A rank that raises leaves the others waiting.
@@ -67,9 +75,18 @@ def sync_batch_norm(
             "sync_batch_norm: statistics across ranks cannot be seen through by torch.func transforms or forward-mode "
             "differentiation; use a batch norm of one process there"
         )
-    y, mean, _, unbiased, count, _ = torch.ops.bnkern.sync_batch_norm_forward(
-        input, weight, bias, residual, eps, act, backends.forced(), *group
+    wanted = (None, None, None) if records is None else records[:3]
+    y, mean, _, unbiased, count, _, activation = torch.ops.bnkern.sync_batch_norm_forward(
+        input, weight, bias, residual, eps, act, backends.forced(), *group, wanted[0] is not None, *wanted[1:]
     )
+    if wanted[0] is not None:
+        wanted[0].copy_(activation)
+    if records is not None and records.mirrors:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("several recordings of one layer at once are for eager calls, not for torch.compile")
+        records.forward_written()
+        if y.grad_fn is not None:
+            y.grad_fn.register_hook(lambda *_: records.backward_written())
     if num_batches_tracked is not None:
         num_batches_tracked += 1
     if running_mean is not None:
@@ -106,39 +123,64 @@ def reduce_sums(sum_dy: Tensor, sum_dy_xhat: Tensor, group: str) -> tuple[Tensor
 _library = torch.library.Library("bnkern", "FRAGMENT")
 _library.define(
     "sync_batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? act,"
-    " str backend, str group, int ranks)"
-    " -> (Tensor y, Tensor mean, Tensor invstd, Tensor unbiased, Tensor count, Tensor mask)"
+    " str backend, str group, int ranks, bool record=False, Tensor? record_gradient=None, Tensor? record_affine=None)"
+    " -> (Tensor y, Tensor mean, Tensor invstd, Tensor unbiased, Tensor count, Tensor mask, Tensor activation)"
 )
 _library.define(
     "sync_batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd,"
-    " Tensor count, Tensor mask, str? act, bool[] needs, str backend, str group)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
+    " Tensor count, Tensor mask, str? act, bool[] needs, str backend, str group, bool record_gradient=False,"
+    " bool record_affine=False)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, Tensor gradient, Tensor affine)"
 )
 
 
-def _forward(x, weight, bias, residual, eps, act, backend, group, ranks):
+def _forward(
+    x, weight, bias, residual, eps, act, backend, group, ranks, record=False, record_gradient=None, record_affine=None
+):
     kernels = backends.choose(backend, x.device.type, x.dtype)
     count, mean, m2 = gather_moments(kernels, *kernels.moments(x), group, ranks)
     invstd = torch.rsqrt(m2 / count.clamp(min=1) + eps)
-    y, mask = kernels.normalize(x, mean, invstd, weight, bias, residual, act)
+    activation = ops._record(x, rows.ACTIVATION, record)
+    places = ops._places(record=activation)
+    y, mask = kernels.normalize(x, mean, invstd, weight, bias, residual, act, **places)
     unbiased = m2 / (count - 1).clamp(min=1)  # the variance that running statistics keep
-    return y, mean, invstd, unbiased, count, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+    mask = x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+    return y, mean, invstd, unbiased, count, mask, activation
 
 
-def _forward_fake(x, weight, bias, residual, eps, act, backend, group, ranks):
+def _forward_fake(
+    x, weight, bias, residual, eps, act, backend, group, ranks, record=False, record_gradient=None, record_affine=None
+):
     like = layout(x)
     mean, invstd, unbiased = (x.new_empty(like.c, dtype=accumulator(x.dtype)) for _ in range(3))
     mask = x.new_empty(like.mask_shape if act is not None and residual is not None else 0, dtype=torch.uint8)
-    return empty_like(x, like.rows), mean, invstd, unbiased, x.new_empty((), dtype=torch.int64), mask
+    count, activation = x.new_empty((), dtype=torch.int64), ops._record(x, rows.ACTIVATION, record)
+    return empty_like(x, like.rows), mean, invstd, unbiased, count, mask, activation
 
 
-def _backward(dy, x, weight, bias, mean, invstd, count, mask, act, needs, backend, group):
+def _backward(
+    dy,
+    x,
+    weight,
+    bias,
+    mean,
+    invstd,
+    count,
+    mask,
+    act,
+    needs,
+    backend,
+    group,
+    record_gradient=False,
+    record_affine=False,
+):
     need_x, need_weight, need_bias, need_residual = needs
     kernels = backends.choose(backend, x.device.type, x.dtype)
     common = (dy, x, mean, invstd, weight, bias, mask if mask.numel() else None, act)
+    gradient, affine = ops._record(x, rows.GRADIENT, record_gradient), ops._record(x, rows.AFFINE, record_affine)
     dx = dweight = dbias = dresidual = joint = None
-    if need_x or need_weight or need_bias:
-        sums = kernels.grad_sums(*common)
+    if need_x or need_weight or need_bias or record_affine:
+        sums = kernels.grad_sums(*common, **ops._places(record=affine))
         dbias = sums[0].to(bias.dtype) if need_bias else None
         dweight = sums[1].to(weight.dtype, copy=True) if need_weight else None  # no two results share memory
     if need_x:
@@ -147,28 +189,50 @@ def _backward(dy, x, weight, bias, mean, invstd, count, mask, act, needs, backen
         scale = own / count.clamp(min=1).to(mean.dtype)
         joint = (*(s * scale for s in reduce_sums(*sums, group)), own)
     if need_x or need_residual:
-        dx, dresidual = kernels.grad_input(*common, joint, need_x, need_residual)
-    return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, dweight, dbias, dresidual))
+        dx, dresidual = kernels.grad_input(*common, joint, need_x, need_residual, **ops._places(record=gradient))
+    grads = (x.new_empty(0) if grad is None else grad for grad in (dx, dweight, dbias, dresidual))
+    return (*grads, gradient, affine)
 
 
-def _backward_fake(dy, x, weight, bias, mean, invstd, count, mask, act, needs, backend, group):
+def _backward_fake(
+    dy,
+    x,
+    weight,
+    bias,
+    mean,
+    invstd,
+    count,
+    mask,
+    act,
+    needs,
+    backend,
+    group,
+    record_gradient=False,
+    record_affine=False,
+):
     like = (empty_like(x, layout(x).rows), weight, bias, empty_like(x, layout(x).rows))
-    return tuple(torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(like, needs, strict=True))
+    grads = (torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(like, needs, strict=True))
+    return (*grads, ops._record(x, rows.GRADIENT, record_gradient), ops._record(x, rows.AFFINE, record_affine))
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, _, _, ctx.act, ctx.backend, ctx.group, _ = inputs
-    _, mean, invstd, unbiased, count, mask = output
+    x, weight, bias, _, _, ctx.act, ctx.backend, ctx.group, _, _, gradient, affine = inputs
+    _, mean, invstd, unbiased, count, mask, activation = output
     ctx.save_for_backward(x, weight, bias, mean, invstd, count, mask)
-    ctx.mark_non_differentiable(mean, invstd, unbiased, count, mask)
+    ctx.places = gradient, affine  # to be written: saved tensors may not change
+    ctx.mark_non_differentiable(mean, invstd, unbiased, count, mask, activation)
     ctx.set_materialize_grads(False)  # y alone has a gradient; no zeros for the rest
 
 
 def _autograd(ctx, dy, *_):
     needs = ctx.needs_input_grad[:4]
     saved = ctx.saved_tensors
-    grads = torch.ops.bnkern.sync_batch_norm_backward(dy, *saved, ctx.act, needs, ctx.backend, ctx.group)
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 5)
+    flags = [record is not None and needed for record, needed in zip(ctx.places, (needs[0], True), strict=True)]
+    *grads, gradient, affine = torch.ops.bnkern.sync_batch_norm_backward(
+        dy, *saved, ctx.act, needs, ctx.backend, ctx.group, *flags
+    )
+    ops.copy_records(ctx.places, (gradient, affine), flags)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 8)
 
 
 def _no_second_derivative(ctx, *_):

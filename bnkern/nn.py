@@ -191,6 +191,7 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
             residual=residual,
             act=self.act,
             num_batches_tracked=counter,
+            records=self.taps[0].records(self, input) if self.taps else None,
         )
 
 

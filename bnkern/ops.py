@@ -164,6 +164,13 @@ def _places(**records: Tensor) -> dict[str, Tensor]:
     return {name: record for name, record in records.items() if record.dim() == 2}
 
 
+def copy_records(places: tuple[Tensor | None, ...], found: tuple[Tensor, ...], flags: list[bool]) -> None:
+    """Each record that was flagged to its place."""
+    for place, record, flag in zip(places, found, flags, strict=True):
+        if flag:
+            place.copy_(record)
+
+
 def _backward(
     dy, x, weight, bias, mean, invstd, mask, act, training, needs, backend, record_gradient=False, record_affine=False
 ):
@@ -212,13 +219,12 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy, *_):
     x, weight, bias, mean, invstd, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad[:4]
-    flags = [record is not None for record in ctx.places]
+    there = needs[0], mean.numel() > 0  # what there is to record
+    flags = [record is not None and wanted for record, wanted in zip(ctx.places, there, strict=True)]
     *grads, gradient, affine = torch.ops.bnkern.batch_norm_backward(
         dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs, ctx.backend, *flags
     )
-    for record, found in zip(ctx.places, (gradient, affine), strict=True):
-        if record is not None:
-            record.copy_(found)
+    copy_records(ctx.places, (gradient, affine), flags)
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 12)
 
 

@@ -8,14 +8,13 @@
 #include <cstdint>
 #include <iterator>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "call.h"
 #include "cpu/cpu.h"
 #include "cpu/pool.h"
-#include "cuda/kernels.h"
+#include "cuda/bind_cuda.h"
 #include "dlpack.h"
 #include "layout.h"
 
@@ -29,10 +28,6 @@ std::vector<std::string> words(const char* text) {
 }
 
 void* at(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
-
-void raise_if(const std::string& error) {
-  if (!error.empty()) throw std::runtime_error(error);
-}
 
 // What this very file was compiled as; `python -m bnkern` shows it.
 py::dict build_info() {
@@ -52,16 +47,6 @@ py::dict build_info() {
 #endif
   return info;
 }
-
-#ifdef BNKERN_CUDA
-void cuda_merge(int dtype, std::uintptr_t count, std::uintptr_t mean, std::uintptr_t m2, std::uintptr_t merged_count,
-                std::uintptr_t merged_mean, std::uintptr_t merged_m2, std::int64_t rows, std::int64_t channels,
-                std::uintptr_t stream) {
-  raise_if(bnkern::cuda_merge({static_cast<bnkern::DType>(dtype), at(count), at(mean), at(m2), at(merged_count),
-                               at(merged_mean), at(merged_m2), rows, channels},
-                              stream));
-}
-#endif
 
 using bnkern::ChannelVector;
 using bnkern::DType;
@@ -227,9 +212,29 @@ PYBIND11_MODULE(_native, m) {
         });
       },
       "conv_grad_signs on the CPU; see ConvGradSigns in csrc/params.h.", py::call_guard<py::gil_scoped_release>());
+  // x: address and sizes N, I, H, W; the weight's address, outputs and strides O, I, kernel rows and columns.
+  m.def(
+      "cpu_conv3x3",
+      [](std::uintptr_t x, std::array<std::int64_t, 4> size, std::uintptr_t weight, std::int64_t outputs,
+         std::array<std::int64_t, 4> weight_stride, std::uintptr_t y, int threads) {
+        return bnkern::cpu_kernels().conv3x3({
+            .x = static_cast<const float*>(at(x)),
+            .n = size[0],
+            .inputs = size[1],
+            .outputs = outputs,
+            .h = size[2],
+            .w = size[3],
+            .weight = static_cast<const float*>(at(weight)),
+            .weight_output = weight_stride[0],
+            .weight_input = weight_stride[1],
+            .weight_h = weight_stride[2],
+            .weight_w = weight_stride[3],
+            .y = static_cast<float*>(at(y)),
+            .threads = threads,
+        });
+      },
+      "conv3x3 on the CPU; see Conv3x3 in csrc/cpu/cpu.h.", py::call_guard<py::gil_scoped_release>());
 #ifdef BNKERN_CUDA
-  m.def("cuda_merge", &cuda_merge, py::arg("dtype"), py::arg("count"), py::arg("mean"), py::arg("m2"),
-        py::arg("merged_count"), py::arg("merged_mean"), py::arg("merged_m2"), py::arg("rows"), py::arg("channels"),
-        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  bnkern::bind_cuda(m);
 #endif
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import bnkern
 from bnkern import conv, probes
+from bnkern.backends import cpu
 
 
 @pytest.fixture(autouse=True)
@@ -143,3 +144,60 @@ def test_state_dict_and_compile() -> None:
     compiled(images()).square().sum().backward()
     theirs(images()).square().sum().backward()
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+
+
+# Channels in and out, rows and columns: 32 outputs at a time and 16, several groups of them, a single row.
+DIRECT = [(16, 16, 4, 32), (16, 64, 3, 8), (32, 32, 5, 16), (32, 48, 2, 16), (64, 64, 8, 8), (64, 16, 1, 16)]
+
+
+def direct_operands(inputs: int, outputs: int, h: int, w: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    x, weight = torch.randn(3, inputs, h, w), torch.randn(outputs, inputs, 3, 3)
+    return x.contiguous(memory_format=torch.channels_last), weight
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last_weight", "plain_weight"])
+@pytest.mark.parametrize("flipped", [False, True], ids=["forward", "input_gradient"])
+@pytest.mark.parametrize("sizes", DIRECT, ids=str)
+def test_the_direct_convolution(sizes: tuple[int, ...], flipped: bool, last: bool) -> None:
+    x, weight = direct_operands(*sizes)
+    if flipped:  # the weight of the convolution whose output's gradient is x
+        weight = weight.transpose(0, 1)
+    conv2d = torch.nn.functional.conv_transpose2d if flipped else torch.nn.functional.conv2d
+    truth = conv2d(x.double(), weight.double(), padding=1)
+    terms = conv2d(x.double().abs(), weight.double().abs(), padding=1)
+    weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    found, threads = [], torch.get_num_threads()
+    for torch_threads in (1, 2, 3, threads):
+        torch.set_num_threads(torch_threads)
+        found.append(cpu.conv3x3(x, weight, flipped))
+    assert found[0].is_contiguous(memory_format=torch.channels_last) and found[0].shape == truth.shape
+    # A chain of 9 I fma rounds as often.
+    assert ((found[0] - truth).abs() <= 9 * sizes[0] * 2.0**-24 * terms).all()
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("sizes", [(48, 32, 8, 8), (16, 24, 8, 16), (16, 16, 8, 8), (32, 32, 8, 12)], ids=str)
+def test_sizes_that_the_direct_convolution_leaves_to_torch(sizes: tuple[int, ...]) -> None:
+    assert cpu.conv3x3(*direct_operands(*sizes)) is None
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_layer_of_the_direct_convolution(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and both gradients, with a gradient that arrives in another memory format too."""
+    calls = []
+    kernel = cpu.conv3x3
+    monkeypatch.setattr(cpu, "conv3x3", lambda *args: calls.append(args[2:]) or kernel(*args))
+    ours, theirs = pair(32, 32, bias=False, stride=stride)
+    x, _ = direct_operands(32, 32, 8, 16)
+    for dy_format in (torch.channels_last, torch.contiguous_format):
+        results = []
+        for module in (ours, theirs):
+            module.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y = module(leaf)
+            y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).contiguous(memory_format=dy_format))
+            results.append((y.detach(), leaf.grad, module.weight.grad))
+        for one, other in zip(*results, strict=True):  # chains of 288 and 384 products, each way in another order
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+    assert calls == ([(False,), (True,), (False,)] if stride == 1 else [])

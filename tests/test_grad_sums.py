@@ -1,11 +1,26 @@
 """The phase ``grad_sums``: sum g and sum g * xhat of each channel, the gradients of bias and weight."""
 
 import pytest
+import torch
 
 from bnkern import backends
-from bnkern.backends import reference
+from bnkern.backends import records, reference
 from bnkern.backends.reference import accumulator
-from tests.cases import FEW, SWEEP, Case, Precision, Target, assert_close, by_channel, exact, passed, sums_bound
+from tests.cases import (
+    FEW,
+    LAYOUTS,
+    MIXED,
+    SWEEP,
+    Case,
+    Precision,
+    Target,
+    assert_close,
+    by_channel,
+    exact,
+    passed,
+    sums_bound,
+)
+from tests.record_cases import empty_record
 
 ACTS = pytest.mark.parametrize("act", [None, "relu", "saved mask"])
 
@@ -43,3 +58,24 @@ def test_parts_left_out(target: Target, precision: Precision, case: Case, withou
     mean, invstd = (None, None) if without == "identity" else (p.mean, p.invstd)
     residual = p.residual if act == "saved mask" else None
     check(target, p.dy, p.x, mean, invstd, weight, bias, residual, act and "relu")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("precision", MIXED[:2], ids=lambda p: p.name)
+def test_lanes_without_a_value_add_nothing(target: Target, precision: Precision, layout: str) -> None:
+    """In tails, lanes without a value stand at x = 0, where xhat = -mean * invstd may overflow: times g = 0 NaN."""
+    largest = torch.finfo(precision.dtype).max ** 0.5
+    x = LAYOUTS[layout](torch.full((3, 5, 5, 5), 16 * largest, dtype=precision.dtype)).to(target.device)
+    dy = torch.ones_like(x)
+    mean, invstd = (
+        torch.full((5,), value, dtype=precision.dtype, device=target.device) for value in (16 * largest, largest)
+    )
+    record = empty_record(records.AFFINE, x)
+    kernels = backends.choose(target.backend, target.device, x.dtype)
+    needs = (False, True, True, False)
+    for recorded in ({}, {"record_affine": record}):
+        _, dweight, dbias, _ = kernels.backward(
+            dy, x, torch.ones_like(mean), torch.zeros_like(mean), mean, invstd, None, None, False, needs, **recorded
+        )
+        assert dweight.tolist() == [0.0] * 5 and dbias.tolist() == [75.0] * 5, "xhat is 0 wherever there is a value"
+    assert record.tolist() == [[75.0] * 5] * 4 + [[0.0] * 5] * 4

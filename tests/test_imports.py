@@ -70,6 +70,7 @@ RULES = {
     "experiments.results": Rule(("experiments*",), ("numpy",)),
     "experiments": Rule(("experiments.*",), ()),
     "experiments.__main__": Rule(("experiments*",), ()),
+    "experiments.procedures*": Rule(("experiments.procedures*", "bnkern*"), ("torch", "numpy")),
     "experiments*": Rule(("experiments*", "bnkern*"), ("torch", "numpy", "tqdm")),
     "setup": Rule((), ("setuptools", "pybind11")),
 }

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from bnkern import _native
+from bnkern.backends import cpu
 from tests.cases import CASE, FEW, MIXED, Target
 from tests.test_augment import FORMATS, MANY, augment
+from tests.test_conv2d import DIRECT, direct_operands
 from tests.test_threads import LARGE, everything
 
 
@@ -60,6 +62,9 @@ def main() -> None:
                 result = torch.where(result.isnan(), torch.nan, result) if result.is_floating_point() else result
                 bits.update(result.contiguous().view(torch.uint8).numpy().tobytes())
             print(case, precision.name, bits.hexdigest())
+    for sizes in DIRECT:
+        y = cpu.conv3x3(*direct_operands(*sizes))
+        print(sizes, hashlib.sha256(y.permute(0, 2, 3, 1).numpy().tobytes()).hexdigest())
     for precision in MIXED:
         for layout in FORMATS:
             images, _ = augment(Target("cpu", "cpu"), MANY, precision.dtype, layout)

@@ -123,7 +123,8 @@ def compare(ours: dict[str, np.ndarray], oracle: dict[str, Tensor], what: str) -
 def test_quantities_agree_with_their_oracles(target: Target, norm: bool, layout: str, tmp_path: Path) -> None:
     net = make_net(norm, layout, target.device)
     wanted = [*CHANNEL, "signal_propagation", "weight_gradient_signs", "parameter_gradient_histogram"]
-    wanted += [make("output_gradient", layers="fc")] + (["affine_gradient_signs"] if norm else [])
+    wanted += [make("output_gradient", layers="fc"), make("output_moments", layers=["fc", "norm1"])]
+    wanted += ["affine_gradient_signs"] if norm else []
     with probes.record(net, wanted, out=tmp_path) as rec:
         seen = Seen(net)
         images, labels = batch(0, device=target.device)
@@ -159,6 +160,8 @@ def test_quantities_agree_with_their_oracles(target: Target, norm: bool, layout:
         compare(ours, oracle, layer)
         np.testing.assert_allclose(ours["sum"][0], module.weight.grad, rtol=1e-4, atol=1e-6)
     compare(found["output_gradient"]["fc"], make("output_gradient").oracle(seen.dy["fc"]), "fc")
+    for layer in ("fc", "norm1"):
+        compare(found["output_moments"][layer], make("output_moments").oracle(seen.y[layer]), layer)
     for name, parameter in net.named_parameters():
         oracle = make("parameter_gradient_histogram").oracle(parameter.grad)
         compare(found["parameter_gradient_histogram"][name], oracle, name)
@@ -191,6 +194,27 @@ def test_reduced_forms_of_weight_gradient_signs(form: str, tmp_path: Path) -> No
         np.testing.assert_allclose(reduced["ratio_sqrt"], a / b / np.sqrt(80))
         agreement = np.abs(sums["sign_sum"]).mean() / sums["nonzero"].mean()
         np.testing.assert_allclose(reduced["agreement"], agreement)
+
+
+@pytest.mark.parametrize("centred", ["input", "gradient"])
+def test_centred_weight_gradient_signs(target: Target, centred: str, tmp_path: Path) -> None:
+    """The oracle on an x or dy that lost its channels' means; the gradient itself stays as it is."""
+    net, plain = make_net(device=target.device), make_net(device=target.device)
+    quantity = make("weight_gradient_signs", layers="conv[23]", centred=centred)
+    images, labels = batch(0, device=target.device)
+    F.cross_entropy(plain(images), labels).backward()
+    with probes.record(net, [quantity], out=tmp_path) as rec:
+        seen = Seen(net)
+        F.cross_entropy(net(images), labels).backward()
+        rec.step()
+    for layer in ("conv2", "conv3"):
+        x, dy = (t - t.mean((0, 2, 3), keepdim=True) * (which == centred) for which, t in (
+            ("input", seen.x[layer]), ("gradient", seen.dy[layer])
+        ))  # fmt: skip
+        oracle = quantity.oracle(x, dy, getattr(net, layer))
+        kept = {name: oracle[name] for name in ("sum", "abs_sum", "sign_sum", "nonzero")}
+        compare(probes.load(tmp_path)["weight_gradient_signs"][layer], kept, layer)
+        assert torch.equal(getattr(net, layer).weight.grad, getattr(plain, layer).weight.grad)
 
 
 @pytest.mark.parametrize("divided", [True, False])
@@ -257,6 +281,7 @@ EVERYTHING = [
     "signal_propagation",
     "weight_gradient_signs",
     "output_gradient",
+    "output_moments",
     "parameter_gradient_histogram",
 ]
 
@@ -291,6 +316,27 @@ def test_host_and_device_decide_alike(schedule: str, tmp_path: Path) -> None:
         assert host.steps.tolist() == [step for step in range(3, 23) if SCHEDULES[schedule](step)]
     else:
         assert len(host.steps) >= 3 and host.steps[0] == 3
+
+
+@pytest.mark.parametrize("schedule", ["every_third", "while_loss"])
+def test_steps_before_the_first_record_count(schedule: str, tmp_path: Path) -> None:
+    """Layers whose channels show at their first call, in eval mode at first: nothing tells the device, steps pass."""
+    recorded = []
+    for on_device in (False, True):
+        net, out = make_net(norm=False), tmp_path / str(on_device)
+        with probes.record(net, CHANNEL, SCHEDULES[schedule], out, on_device=on_device, first_step=2) as rec:
+            net.eval()
+            for loss in (3.0, 0.5):
+                net(batch(0)[0])
+                rec.step(torch.tensor(loss))
+            train(net.train(), 8, rec)
+        recorded.append(probes.load(out).steps.tolist())
+    host, device = recorded
+    assert host == device
+    if schedule == "while_loss":
+        assert host and 4 not in host, "the loss before the first record was small"
+    else:
+        assert host == [4, 7, 10]
 
 
 def test_schedules() -> None:
@@ -610,6 +656,8 @@ def test_errors_at_the_door(quantities: list[str], options: dict, message: str, 
         make("weight_gradient_signs", form="half")
     with pytest.raises(ValueError, match="sums must be among sum, abs_sum, sign_sum, nonzero"):
         make("weight_gradient_signs", sums=["squares"])
+    with pytest.raises(ValueError, match="centred must be input, gradient or None; got 'both'"):
+        make("weight_gradient_signs", centred="both")
 
 
 def test_a_quantity_of_ones_own(tmp_path: Path) -> None:
@@ -665,56 +713,76 @@ def test_torch_compile_recompiles_on_entering_and_never_again(tmp_path: Path) ->
             np.testing.assert_allclose(found[quantity]["norm2"][name], values, rtol=1e-3, atol=1e-4 * scale)
 
 
-RANKS = """
-import sys, torch, torch.distributed as dist, torch.nn.functional as F
-from bnkern import probes
-from tests.test_probes import batch, make_net
-rank, world, port, out = int(sys.argv[1]), 2, sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-net = make_net(norm=False)
-quantities = ["activation_moments", "gradient_channel_signs", "weight_gradient_signs", "signal_propagation"]
-with probes.record(net, quantities, out=out, capacity=2) as rec:
-    for step in range(5):
-        images, labels = batch(step, size=6)
-        part = slice(0, 2) if rank == 0 else slice(2, 6)
-        (F.cross_entropy(net(images[part]), labels[part], reduction="sum") / 6).backward()
-        rec.step()
+RANK = """
+import sys
+import torch.distributed as dist
+from tests.test_probes import record_rank
+rank, port, out, norm = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "True"
+shares = [int(size) for size in sys.argv[5:]]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(shares))
+record_rank(out, norm, shares, rank)
 dist.destroy_process_group()
 """
+SUMMED = [*CHANNEL, "weight_gradient_signs"]
 
 
-def test_ranks_are_merged_into_one_file(tmp_path: Path) -> None:
-    """Two processes with unequal parts of each batch record what one process records of the whole."""
+def record_rank(out: str | Path, norm: bool, shares: list[int], rank: int) -> None:
+    """Five steps of batches of 6 images, of which this process takes its share."""
+    net = make_net(norm)
+    net = bnkern.nn.convert_sync_batchnorm(net) if norm and len(shares) > 1 else net
+    quantities = [*SUMMED, "signal_propagation", *["affine_gradient_signs"] * norm]
+    part = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+    with (
+        probes.record(net, quantities, out=out, capacity=2) as rec,
+        probes.record(net, CHANNEL, out=f"{out}-again") as again,
+    ):
+        for step in range(5):
+            images, labels = batch(step, size=6)
+            (F.cross_entropy(net(images[part]), labels[part], reduction="sum") / 6).backward()
+            rec.step(), again.step()
+    assert not rec.unserved
+
+
+@pytest.mark.parametrize(
+    ("norm", "shares"),
+    [(False, [2, 4]), (True, [2, 4]), (True, [1, 3, 2]), (True, [5, 0, 1])],
+    ids=["2_ranks_no_norm", "2_ranks", "3_ranks", "3_ranks_one_empty"],
+)
+def test_ranks_are_merged_into_one_file(norm: bool, shares: list[int], tmp_path: Path) -> None:
+    """Processes with unequal parts of each batch record what one process records of the whole."""
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     joint, out = tmp_path / "joint", tmp_path / "ranks"
-    code = [sys.executable, "-c", RANKS]
+    arguments = [str(port), str(out), str(norm), *map(str, shares)]
     ranks = [
-        subprocess.Popen([*code, str(rank), str(port), str(out)], cwd=Path(__file__).parents[1]) for rank in range(2)
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), *arguments], cwd=Path(__file__).parents[1])
+        for rank in range(len(shares))
     ]
-    net = make_net(norm=False)
-    quantities = ["activation_moments", "gradient_channel_signs", "weight_gradient_signs", "signal_propagation"]
-    with probes.record(net, quantities, out=joint) as rec:
-        for step in range(5):
-            images, labels = batch(step, size=6)
-            (F.cross_entropy(net(images), labels, reduction="sum") / 6).backward()
-            rec.step()
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    record_rank(joint, norm, [6], 0)
+    assert [rank.wait(timeout=120) for rank in ranks] == [0] * len(shares)
     expected, found = probes.load(joint), probes.load(out)
-    assert found.steps.tolist() == [0, 1, 2, 3, 4] and found.index["ranks"] == 2
-    for quantity in quantities[:3]:
+    assert found.steps.tolist() == [0, 1, 2, 3, 4] and found.index["ranks"] == len(shares)
+    for quantity in SUMMED + ["affine_gradient_signs"] * norm:
         for layer, arrays in expected[quantity].items():
             for name, values in arrays.items():
                 if "ratio" in name:
                     continue  # of a sum that cancels
-                scale = np.abs(arrays.get("abs_sum", values)).max() if name == "sum" else np.abs(values).max()
+                # Sums of parts differ from those of the whole by the order of addition in float32.
+                scale = np.abs(arrays.get(name.replace("sum", "abs_sum"), values)).max()
+                if name == "third":
+                    scale = max(scale, arrays["var"].max() ** 1.5)
                 np.testing.assert_allclose(
                     found[quantity][layer][name], values, rtol=1e-5, atol=1e-5 * scale, err_msg=f"{layer} {name}"
                 )
-    assert found["signal_propagation"]["norm3"]["variance"].shape == (5, 2), "not a sum: an axis of ranks"
+    assert found["signal_propagation"]["norm3"]["variance"].shape == (5, len(shares)), "not a sum: an axis of ranks"
+    again = probes.load(f"{out}-again")
+    for quantity in CHANNEL:
+        for layer, arrays in found[quantity].items():
+            for name, values in arrays.items():
+                np.testing.assert_array_equal(again[quantity][layer][name], values, f"again {layer} {name}")
 
 
 def test_moments_of_parts_merge_to_those_of_the_whole() -> None:

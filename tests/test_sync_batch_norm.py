@@ -450,10 +450,12 @@ def checked_by_torch(group) -> None:
             given = (1e-5, act, "", group.group_name, 1)
             forward = torch.ops.bnkern.sync_batch_norm_forward.default
             torch.library.opcheck(forward, (*leaves, *given))
-            _, mean, invstd, _, count, mask = forward(x, weight, bias, added, *given)
+            torch.library.opcheck(forward, (*leaves, *given, True))
+            _, mean, invstd, _, count, mask, _ = forward(x, weight, bias, added, *given)
             for needs in ([True, True, True, added is not None], [False, True, False, False]):
                 arguments = (dy, x, weight, bias, mean, invstd, count, mask, act, needs, "", group.group_name)
                 torch.library.opcheck(torch.ops.bnkern.sync_batch_norm_backward.default, arguments)
+            torch.library.opcheck(torch.ops.bnkern.sync_batch_norm_backward.default, (*arguments, False, True))
 
 
 def test_opcheck(ranks: Ranks) -> None:

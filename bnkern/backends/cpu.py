@@ -184,16 +184,27 @@ def normalize(
     act: str | None,
     *,
     out: tuple[Tensor, Tensor | None] | None = None,
+    record: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y and, with residual and ReLU, its mask. ``out`` gives both to write into."""
+    """y and, with residual and ReLU, its mask. ``out`` gives both to write into.
+
+    ``record``, a contiguous float64 [8, C], is filled in the same pass over memory with the rows ``ACTIVATION``.
+    """
     plan = _plan(x.shape, x.stride())
     if out is not None:
         y, mask = out
     else:
         y, mask = _empty(x, plan), _empty_mask(plan.like) if act and residual is not None else None
     if x.numel():
-        _run_forward(x, plan, False, True, mean, invstd, y, weight, bias, residual, mask, act)
+        _run_forward(x, plan, False, True, mean, invstd, y, weight, bias, residual, mask, act, record=record)
+    elif record is not None:
+        _record_nothing(record)
     return y, mask
+
+
+def _record_nothing(record: Tensor) -> None:
+    record.zero_()
+    record[ACTIVATION.index("min")], record[ACTIVATION.index("max")] = torch.inf, -torch.inf
 
 
 def forward(
@@ -238,8 +249,7 @@ def forward(
             if training and num_batches_tracked is not None:
                 num_batches_tracked += 1
         if record is not None:
-            record.zero_()
-            record[ACTIVATION.index("min")], record[ACTIVATION.index("max")] = torch.inf, -torch.inf
+            _record_nothing(record)
     return y, mean, invstd, mask
 
 
@@ -303,12 +313,17 @@ def grad_sums(
     bias: Tensor | None,
     mask: Tensor | None,
     act: str | None,
+    *,
+    record: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sum g [C] and sum g * xhat [C]."""
+    """sum g [C] and sum g * xhat [C]. ``record``, a contiguous float64 [8, C], is filled with the rows ``AFFINE``."""
     plan = _plan(x.shape, x.stride())
     sums = torch.zeros((2, plan.like.c), dtype=accumulator(x.dtype)).unbind()
     if x.numel():
-        _run_backward(dy, x, plan, mean, invstd, weight, bias, mask, act, True, False, True, None, None, *sums)
+        phase, results = (True, False, True), (None, None, *sums)
+        _run_backward(dy, x, plan, mean, invstd, weight, bias, mask, act, *phase, *results, record_affine=record)
+    elif record is not None:
+        record.zero_()
     return sums
 
 
@@ -326,10 +341,12 @@ def grad_input(
     need_dresidual: bool = True,
     *,
     out: tuple[Tensor | None, Tensor | None] | None = None,
+    record: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx and the residual's gradient, where needed; ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
 
-    ``out`` gives both to write into, and says which.
+    ``out`` gives both to write into, and says which. ``record``, a contiguous float64 [7, C], is filled with the rows
+    ``GRADIENT`` where dx is needed.
     """
     plan = _plan(x.shape, x.stride())
     wanted = (need_dx, need_dresidual)
@@ -339,9 +356,11 @@ def grad_input(
         scale = plan.like.count / count
         sum_dy, sum_dy_xhat = sum_dy * scale, sum_dy_xhat * scale
     if x.numel():
-        results = (dx, dresidual, sum_dy, sum_dy_xhat)
-        training = sums is not None
-        _run_backward(dy, x, plan, mean, invstd, weight, bias, mask, act, False, True, training, *results)
+        phase, results = (False, True, sums is not None), (dx, dresidual, sum_dy, sum_dy_xhat)
+        record = None if dx is None else record
+        _run_backward(dy, x, plan, mean, invstd, weight, bias, mask, act, *phase, *results, record_gradient=record)
+    elif record is not None and dx is not None:
+        record.zero_()
     return dx, dresidual
 
 
@@ -466,3 +485,22 @@ def conv_grad_signs(
         sizes = (kernel_size, stride, padding)
         _native.cpu_conv_grad_signs(_CODES[x.dtype], *of_x, *of_dy, *sizes, addresses, torch.get_num_threads())
     return tuple(results)
+
+
+def conv3x3(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor | None:
+    """The convolution of x [N, I, H, W], float32 in channels_last, by weight [O, I, 3, 3], of stride and padding 1.
+
+    ``flipped``: by the weight [I, O, 3, 3] turned by 180 degrees instead, which is the gradient of a convolution's
+    input. Channels of 16, 32 or 64 in and a multiple of 16 out, in rows of a multiple of 8 or 16; None for others.
+    """
+    n, _, h, w = x.shape
+    address, stride = weight.data_ptr(), weight.stride()
+    outputs = weight.shape[1 if flipped else 0]
+    if flipped:
+        address += weight.itemsize * 2 * (stride[2] + stride[3])
+        stride = (stride[1], stride[0], -stride[2], -stride[3])
+    size, y_stride = (n, outputs, h, w), (h * w * outputs, 1, w * outputs, outputs)
+    y = torch.from_dlpack(_native.cpu_empty(_CODES[x.dtype], size, y_stride))
+    threads = torch.get_num_threads()
+    done = _native.cpu_conv3x3(x.data_ptr(), x.shape, address, outputs, stride, y.data_ptr(), threads)
+    return y if done else None

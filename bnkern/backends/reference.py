@@ -80,8 +80,13 @@ def normalize(
     bias: Tensor | None,
     residual: Tensor | None,
     act: str | None,
+    *,
+    record: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = act(round(weight * ((x - mean) * invstd) + bias + residual)) and, with residual and ReLU, its mask."""
+    """y = act(round(weight * ((x - mean) * invstd) + bias + residual)) and, with residual and ReLU, its mask.
+
+    ``record`` [8, C] float64 is filled with :func:`activation` of x and y.
+    """
     z = _pre_activation(x, mean, invstd, weight, bias)
     if residual is not None:
         z = z + residual.to(z.dtype)
@@ -89,7 +94,10 @@ def normalize(
     mask = pack_mask(~(z <= 0), layout(x)) if act == "relu" and residual is not None else None
     y = z.relu() if act == "relu" else z
     like = empty_like(x, layout(x).rows)
-    return like.copy_(y) if y is x or y.stride() != like.stride() else y, mask
+    y = like.copy_(y) if y is x or y.stride() != like.stride() else y
+    if record is not None:
+        record.copy_(activation(x, y))
+    return y, mask
 
 
 def grad_sums(
@@ -101,8 +109,13 @@ def grad_sums(
     bias: Tensor | None,
     mask: Tensor | None,
     act: str | None,
+    *,
+    record: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sum g [C] and sum g * xhat [C]: the gradients of bias and weight."""
+    """sum g [C] and sum g * xhat [C]: the gradients of bias and weight. ``record`` [8, C] is filled with
+    :func:`affine`."""
+    if record is not None:
+        record.copy_(affine(dy, x, mean, invstd, weight, bias, mask, act))
     g = _masked(dy, x, mean, invstd, weight, bias, mask, act)
     return g.sum(_axes(x)), (g * _xhat(x, mean, invstd)).sum(_axes(x))
 
@@ -119,8 +132,13 @@ def grad_input(
     sums: tuple[Tensor, Tensor, int] | None,
     need_dx: bool = True,
     need_dresidual: bool = True,
+    *,
+    record: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx and the residual's gradient g, where needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode."""
+    """dx and the residual's gradient g, where needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
+
+    ``record`` [7, C] float64 is filled with :func:`gradient` of dx, where dx is needed.
+    """
     g = _masked(dy, x, mean, invstd, weight, bias, mask, act)
     dx = g
     if sums is not None:
@@ -130,7 +148,10 @@ def grad_input(
         dx = dx * _per_channel(weight, x)
     if invstd is not None:
         dx = dx * _per_channel(invstd, x)
-    return dx.to(x.dtype) if need_dx else None, g.to(x.dtype) if need_dresidual else None
+    dx = dx.to(x.dtype) if need_dx else None
+    if record is not None and need_dx:
+        record.copy_(gradient(dx))
+    return dx, g.to(x.dtype) if need_dresidual else None
 
 
 # ----------------------------------------------------------------------------------- the two calls of a backend
@@ -167,9 +188,7 @@ def forward(
         mean, invstd = running_mean.to(acc, copy=True), torch.rsqrt(running_var.to(acc) + eps)
     else:
         mean = invstd = None
-    y, mask = normalize(x, mean, invstd, weight, bias, residual, act)
-    if record is not None:
-        record.copy_(activation(x, y))
+    y, mask = normalize(x, mean, invstd, weight, bias, residual, act, record=record)
     return y, mean, invstd, mask if save_mask else None
 
 
@@ -226,11 +245,9 @@ def backward(
         dbias = sum_dy.to(bias.dtype) if need_bias else None
         sums = (sum_dy, sum_dy_xhat, max(layout(x).count, 1)) if training else None
     if need_x or need_residual:
-        dx, dresidual = grad_input(*common, sums)
+        dx, dresidual = grad_input(*common, sums, record=record_gradient if need_x else None)
         rows = layout(x).rows
         dx = empty_like(x, rows).copy_(dx) if need_x else None
-        if record_gradient is not None and need_x:
-            record_gradient.copy_(gradient(dx))
         dresidual = empty_like(x, rows).copy_(dresidual) if need_residual else None
     return dx, dweight, dbias, dresidual
 

@@ -75,10 +75,19 @@ class Buffer:
         self.width = 0
         self.calls: list[Tensor] = []  # flat records of the first, second, ... call
         self._fresh: dict[Key, dict[int, Tensor]] = {}  # records by call that the layout does not hold yet
+        self._slots: dict[tuple[Key, int], Tensor] = {}  # what slot() gave; making two views costs more than a look
         self.device: torch.device | None = None
 
     def slot(self, key: Key, call: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """The float64 tensor of this shape for this record of this call in the step under way."""
+        if torch.compiler.is_compiling():
+            return self._slot(key, call, shape, device)
+        slot = self._slots.get((key, call))
+        if slot is None or slot.shape != shape or slot.device != device:
+            slot = self._slots[key, call] = self._slot(key, call, shape, device)
+        return slot
+
+    def _slot(self, key: Key, call: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
         if self.device is None:
             self._begin(device)
         elif device != self.device:
@@ -104,6 +113,7 @@ class Buffer:
     def grow(self) -> None:
         """Give the fresh records places: new flat memory and a new ring; the old one must have been handed out."""
         fresh, self._fresh = self._fresh, {}
+        self._slots.clear()
         old, old_width = self.calls, self.width
         for key, calls in fresh.items():
             shape = tuple(next(iter(calls.values())).shape)
@@ -138,6 +148,13 @@ class Buffer:
             self.cursor += wanted
             self.dropped += ~room if active is None else ~room & active
             flat.fill_(torch.nan)
+
+    def next_step(self) -> None:
+        """Count a step on the device, or on the host as long as nothing has recorded and there is no device yet."""
+        if self.device is None:
+            self.first_step += 1
+        else:
+            self.step += 1
 
     def hand_out(self) -> Filled | None:
         """The ring's rows, on the host or on their way there, and an empty ring. None where there is no ring yet."""

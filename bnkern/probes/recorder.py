@@ -218,8 +218,8 @@ class Recorder:
         self._step += 1
         if not self.on_device:
             self.active = bool(self.schedule(self._step, loss.detach() if isinstance(loss, Tensor) else loss))
-        elif self._buffer.device is not None:
-            self._buffer.step += 1
+        else:
+            self._buffer.next_step()
             if isinstance(loss, Tensor):
                 self._keep(loss)
 

@@ -7,12 +7,24 @@
 
 namespace bnkern {
 
+// conv3x3: x [N, I, H, W] and y [N, O, H, W], float32, dense in channels_last; the weight's strides are free, and may
+// be negative.
+struct Conv3x3 {
+  const float* x;
+  std::int64_t n, inputs, outputs, h, w;
+  const float* weight;
+  std::int64_t weight_output, weight_input, weight_h, weight_w;
+  float* y;
+  int threads;
+};
+
 struct CpuKernels {
   const char* isa;
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
   void (*augment)(const Augment&);
   void (*conv_grad_signs)(const ConvGradSigns&);
+  bool (*conv3x3)(const Conv3x3&);  // false, and nothing done, for sizes that it does not serve
 };
 
 // The best that this machine runs, or the one named by BNKERN_ISA in the environment ("avx512", "avx2",
@@ -26,6 +38,7 @@ const CpuKernels& cpu_kernels();
   void backward(const Backward& p);             \
   void conv_grad_signs(const ConvGradSigns& p); \
   void augment(const Augment& p);               \
+  bool conv3x3(const Conv3x3& p);               \
   }
 BNKERN_DECLARE_ISA(generic)
 BNKERN_DECLARE_ISA(avx2)

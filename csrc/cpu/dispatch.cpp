@@ -21,12 +21,14 @@ CpuKernels choose() {
 #endif
   const Candidate candidates[] = {
 #ifdef BNKERN_HAS_AVX512
-      {{"avx512", avx512::forward, avx512::backward, avx512::augment, avx512::conv_grad_signs}, avx512},
+      {{"avx512", avx512::forward, avx512::backward, avx512::augment, avx512::conv_grad_signs, avx512::conv3x3},
+       avx512},
 #endif
 #ifdef BNKERN_HAS_AVX2
-      {{"avx2", avx2::forward, avx2::backward, avx2::augment, avx2::conv_grad_signs}, avx2},
+      {{"avx2", avx2::forward, avx2::backward, avx2::augment, avx2::conv_grad_signs, avx2::conv3x3}, avx2},
 #endif
-      {{"generic", generic::forward, generic::backward, generic::augment, generic::conv_grad_signs}, true},
+      {{"generic", generic::forward, generic::backward, generic::augment, generic::conv_grad_signs, generic::conv3x3},
+       true},
   };
   const char* const asked = std::getenv("BNKERN_ISA");
   for (const Candidate& candidate : candidates) {

@@ -97,9 +97,7 @@ void join_moments(std::int64_t channels, double before, const Rows<double>& tota
   // chan_merge with its ratio of counts, the same for all channels, taken out of the loop.
   const double share = count / (before + count), weight = before * share;
   for (std::int64_t c = 0; c < channels; ++c) {
-    const double delta = tile[kMean][c] - total[kMean][c];
-    total[kMean][c] = fma(delta, share, total[kMean][c]);
-    total[kM2][c] = fma(delta * delta, weight, total[kM2][c] + tile[kM2][c]);
+    chan_join(&total[kMean][c], &total[kM2][c], tile[kMean][c], tile[kM2][c], share, weight);
   }
 }
 

@@ -75,7 +75,7 @@ void grad_input_tile(const Partition& part, const Tensors<T>& t, const Coefficie
   } else {
     with_gradient_kind<A>(part, t, [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
       constexpr bool rows = std::is_same_v<Channel, RowChannels<A>>;
-      write_tile<InputSpan<kind, Channel, T>, InputSums<A>, rows, record>(part, t, k, group, tile, sums);
+      write_tile<InputSpan<kind, Channel, T>, InputSums<A>, rows, record>(part, t, k, t.dx, group, tile, sums);
     });
   }
 }

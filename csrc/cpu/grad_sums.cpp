@@ -16,11 +16,7 @@ struct SummandSizes : Sums<A, kRecordedGradSumsRows> {
       add_one(this->row + kOfDyXhat, g * xhat, one);
     });
   }
-  // A tail's g is 0, and 0 * xhat is not where xhat is NaN.
-  BNKERN_INLINE void add_some(V g, V xhat, int n) {
-    const auto present = first_lanes<V>(n);
-    add(g, xhat.keep(present), V::all(1).keep(present));
-  }
+  BNKERN_INLINE void add_some(V g, V xhat, int n) { add(g, xhat, V::all(1).keep(first_lanes<V>(n))); }
 
  private:
   static BNKERN_INLINE void add_one(V* row, V d, V one) {

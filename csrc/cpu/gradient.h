@@ -7,7 +7,7 @@ namespace bnkern::BNKERN_ISA {
 
 enum class ReluMask { kNone, kSaved, kRecomputed };
 
-// g and xhat at element i of a span; n lanes of them where n < 16, the others zero in g.
+// g and xhat at element i of a span; n lanes of them where n < 16, zeros in the others.
 template <ReluMask kind, class Channel, class T>
 struct Gradient {
   using A = Accumulator<T>;
@@ -30,7 +30,8 @@ struct Gradient {
 
   BNKERN_INLINE V xhat(std::int64_t i, int n = kLanes) const {
     __builtin_prefetch(x + i + x_ahead);
-    return standardize(n == kLanes ? load(x + i) : load_some(x + i, n), mean[i], invstd[i]);
+    if (n == kLanes) return standardize(load(x + i), mean[i], invstd[i]);
+    return standardize(load_some(x + i, n), mean[i], invstd[i]).keep(first_lanes<V>(n));  // -mean * invstd may overflow
   }
   BNKERN_INLINE V g(std::int64_t i, V xhat, int n = kLanes) const {
     __builtin_prefetch(dy + i + dy_ahead);

@@ -76,8 +76,8 @@ void normalize_tile(const Partition& part, const Tensors<T>& t, const Coefficien
     second_look_at<T, OutputSums<A>>(part, t.y, group, tile, sums);
   } else {
     part.shape.rows
-        ? write_tile<OutputSpan<RowChannels<A>, T>, OutputSums<A>, true, record>(part, t, k, group, tile, sums)
-        : write_tile<OutputSpan<PlaneChannel<A>, T>, OutputSums<A>, false, record>(part, t, k, group, tile, sums);
+        ? write_tile<OutputSpan<RowChannels<A>, T>, OutputSums<A>, true, record>(part, t, k, t.y, group, tile, sums)
+        : write_tile<OutputSpan<PlaneChannel<A>, T>, OutputSums<A>, false, record>(part, t, k, t.y, group, tile, sums);
   }
 }
 

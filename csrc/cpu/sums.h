@@ -91,10 +91,11 @@ void second_look_at(const Partition& part, const View& view, std::int64_t group,
 }
 
 // Writes the spans of a tile. Place(part, t, k, span) is one: write(i) and write_some(i, n) write 16 lanes, or n, from
-// i on, and give back what they wrote; where `record`, Tally, some Sums, adds it: add(value, one).
+// i on, to `written`, and give them back; where `record`, Tally, some Sums, adds them: add(value, one).
 template <class Place, class Tally, bool rows, bool record, class T>
 BNKERN_INLINE void write_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
-                              std::int64_t group, std::int64_t tile, const Rows<Accumulator<T>>& sums) {
+                              const View& written, std::int64_t group, std::int64_t tile,
+                              const Rows<Accumulator<T>>& sums) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   const auto write_span = [&](const Span& span, auto look) __attribute__((always_inline)) {
@@ -111,10 +112,9 @@ BNKERN_INLINE void write_tile(const Partition& part, const Tensors<T>& t, const 
     const auto present = first_lanes<V>(n);
     tally.add(written.wide().keep(present), V::all(1).keep(present));
   };
+  const auto ignore = [](std::int64_t, const Packed<T>&, int) __attribute__((always_inline)) {};
   if constexpr (!record) {
-    for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
-      write_span(span, [](std::int64_t, const Packed<T>&, int) __attribute__((always_inline)) {});
-    });
+    for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) { write_span(span, ignore); });
   } else if constexpr (!rows) {
     Tally tally{Tally::zero()};
     for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
@@ -130,17 +130,21 @@ BNKERN_INLINE void write_tile(const Partition& part, const Tensors<T>& t, const 
         tally.store(sums, i);
       });
     };
+    // Written as without a record, and looked at again in the first-level cache, which takes far fewer registers than
+    // four rows at once. What is stored past the caches is added on its way.
     const auto four = [&](const Span* spans) __attribute__((always_inline)) {
-      // Spelled out that they begin at one channel, so that they share the coefficients' addresses.
-      const auto place = [&](Span span) __attribute__((always_inline)) {
-        span.c = spans[0].c;
-        return Place(part, t, k, span);
-      };
-      const Place r0 = place(spans[0]), r1 = place(spans[1]), r2 = place(spans[2]), r3 = place(spans[3]);
+      if (t.stream) {
+        for (int r = 0; r < 4; ++r) one(spans[r]);
+        return;
+      }
+#pragma GCC unroll 1
+      for (int r = 0; r < 4; ++r) write_span(spans[r], ignore);
+      const T *const r0 = at<const T>(part, written, spans[0]), *const r1 = at<const T>(part, written, spans[1]),
+                     *const r2 = at<const T>(part, written, spans[2]), *const r3 = at<const T>(part, written, spans[3]);
       for (std::int64_t i = 0; i < spans[0].length; i += kLanes) {
         Tally tally{Tally::load(sums, i)};
-        add(tally, r0.write(i), kLanes), add(tally, r1.write(i), kLanes);
-        add(tally, r2.write(i), kLanes), add(tally, r3.write(i), kLanes);
+        tally.add(load(r0 + i), V::all(1)), tally.add(load(r1 + i), V::all(1));
+        tally.add(load(r2 + i), V::all(1)), tally.add(load(r3 + i), V::all(1));
         tally.store(sums, i);
       }
     };

@@ -12,7 +12,6 @@ from .grad_sums import grad_sums
 from .merge import merge, statistics
 from .moments import moments, moments_kernel, partial_moments
 from .normalize import normalize
-from .records import activation_of_nothing
 
 __all__ = [
     "augment",
@@ -62,8 +61,6 @@ def forward(
     ``record`` takes no more of them in training, one more where there are no batch statistics.
     """
     mean = invstd = None
-    if record is not None and x.numel() == 0:
-        activation_of_nothing(record)
     if training and x.numel() == 0:
         _, mean, invstd = moments(x)
         if num_batches_tracked is not None:

@@ -18,7 +18,7 @@ from .common import (
     plan,
 )
 from .moments import add_tile, counted, join_lanes, no_moments, write_moments
-from .records import columns_sum, fold_activation, owned, tell, write_part
+from .records import activation_of_nothing, columns_sum, fold_activation, owned, tell, write_part
 
 
 @kernel
@@ -110,6 +110,8 @@ def normalize(
     y = empty_like(x, like.rows)
     mask = torch.empty(like.mask_shape, dtype=torch.uint8, device=x.device) if save_mask else None
     if x.numel() == 0:
+        if record is not None:
+            activation_of_nothing(record)
         return y, mask
     x = addressed(x, like.rows)
     z = x if residual is None else addressed(residual, like.rows)

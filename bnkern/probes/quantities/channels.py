@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 import bnkern.nn
 from bnkern.backends import records
-from bnkern.distributed import ranks_of
 
 from .base import Arrays, Quantity, ratio
 
@@ -27,8 +26,6 @@ class _ChannelQuantity(Quantity):
     def refuses(self, module: nn.Module) -> str | None:
         if not hasattr(module, "taps"):
             return f"{type(module).__name__} is not one of bnkern.nn's norm layers"
-        if isinstance(module, bnkern.nn.SyncBatchNorm) and ranks_of(module.process_group):
-            return "a SyncBatchNorm of several ranks does not record yet"
         return None
 
     def attach(self, recorder: "Recorder", layer: str, module: nn.Module) -> list:

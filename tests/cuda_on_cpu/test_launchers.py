@@ -1,0 +1,116 @@
+"""The launchers of bnkern/backends/cuda.py over the kernels on the host: what they hand over, allocate and refuse."""
+
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import bnkern
+from bnkern import backends
+from bnkern.backends import cuda
+from tests import test_batch_norm as of_batch_norm
+from tests import test_grad_input as of_grad_input
+from tests import test_grad_sums as of_grad_sums
+from tests import test_moments as of_moments
+from tests import test_normalize as of_normalize
+from tests.cases import BF16, CASE, FP32, PURE, Case, Precision, Target
+from tests.cuda_on_cpu import native
+from tests.cuda_on_cpu.sandbox import sandboxed
+
+TARGET = Target("cuda", "cpu")
+CASES = [CASE[name] for name in ("nchw_tail", "sliced_space", "nhwc", "nhwc_c5_s49", "nc", "expanded_channels")]
+
+
+class Native:
+    """The CUDA entries of the native module, by the host's kernels: as csrc/cuda/bind_cuda.cpp makes its structs."""
+
+    launches = 0
+
+    def cuda_forward(self, dtype: int, sizes: tuple, *given) -> int:
+        moments, normalize, relu, x, residual, y, mask, weight, bias, mean, spread, *given = given
+        running_mean, running_var, counter, cumulative, momentum, eps, device, place, _stream = given
+        views = (native.View(*v) for v in (x, residual, y))
+        affine = (native.ChannelVector(*v) for v in (weight, bias))
+        running = (native.ChannelVector(*v) for v in (running_mean, running_var))
+        rest = (counter, cumulative, momentum, eps)
+        head = (native.Shape(*sizes), dtype, moments, normalize, relu)
+        call = native.Forward(*head, *views, mask, *affine, mean, spread, *running, *rest)
+        return self._launch("forward", native.CudaForward, call, device, place)
+
+    def cuda_backward(self, dtype: int, sizes: tuple, *given) -> int:
+        sums, input, relu, training, dy, x, dx, dresidual, mask, weight, bias, *given = given
+        mean, invstd, sum_dy, sum_dy_xhat, dweight, dbias, device, place, _stream = given
+        views = (native.View(*v) for v in (dy, x, dx, dresidual))
+        affine = (native.ChannelVector(*v) for v in (weight, bias))
+        gradients = (native.ChannelVector(*v) for v in (dweight, dbias))
+        head = (native.Shape(*sizes), dtype, sums, input, relu, training)
+        call = native.Backward(*head, *views, mask, *affine, mean, invstd, sum_dy, sum_dy_xhat, *gradients)
+        return self._launch("backward", native.CudaBackward, call, device, place)
+
+    def _launch(self, name: str, struct: type, call, device, place) -> int:
+        strategy, address, size = place
+        lib = native.kernels()
+        p = struct(call, native.CudaDevice(*device), strategy, native.CudaWorkspace(address, size))
+        needed = getattr(lib, f"{name}_workspace")(p)
+        if needed > size:
+            return needed
+        if said := getattr(lib, name)(p).decode():
+            raise RuntimeError(said)
+        Native.launches += 1
+        return 0
+
+
+def on_the_host(check, *args, single_read_from: int = 0) -> None:
+    """A check of the backends, with ``bnkern.backends.cuda`` over the host's kernels serving it on the CPU."""
+    device = cuda.Device(multiprocessors=4, shared_bytes=64 << 10, threads=64, clusters=True)
+    workspaces = cuda.Workspaces(
+        lambda count, device: torch.zeros(count, dtype=torch.uint8), lambda: False, lambda: None
+    )
+    native.kernels().configure(1, 1 << 20)
+    with ExitStack() as patches:
+        for target, name, value in (
+            (cuda, "_native", Native()),
+            (cuda, "_workspaces", workspaces),
+            (cuda, "_device", lambda index: (device, cuda.Rule(single_read_from, "a test"))),
+            (torch.cuda, "current_device", lambda: None),
+            (backends, "choose", lambda name, device_type, dtype: cuda),
+        ):
+            patches.enter_context(patch.object(target, name, value))
+        patches.enter_context(patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True))
+        patches.enter_context(bnkern.use_backend("cuda"))
+        before = Native.launches
+        check(*args)
+        assert Native.launches > before
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@sandboxed
+def test_every_mode(case: Case) -> None:
+    for mode in ("training", "untracked", "eval"):
+        on_the_host(_fused, case, FP32, mode)
+    for precision in (BF16, PURE[0]):
+        on_the_host(_fused, case, precision, "training", single_read_from=1 << 40)
+
+
+def _fused(case: Case, precision: Precision, mode: str) -> None:
+    for act, residual in (("relu", False), ("relu", True), (None, False)):
+        of_batch_norm.check(TARGET, case, precision, mode, act, residual)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@sandboxed
+def test_phases_and_identity(case: Case) -> None:
+    on_the_host(of_moments.test_against_float64, TARGET, FP32, case)
+    for without in ("weight", "identity"):
+        on_the_host(of_normalize.test_parts_left_out, TARGET, FP32, case, without, True, "relu")
+        on_the_host(of_grad_sums.test_parts_left_out, TARGET, FP32, case, without, "relu")
+        on_the_host(of_grad_input.test_parts_left_out, TARGET, FP32, case, without, "saved mask")
+    on_the_host(of_batch_norm.test_add_act, TARGET, BF16, case, "relu", True)
+
+
+@sandboxed
+def test_running_statistics() -> None:
+    for momentum in (0.1, None):
+        on_the_host(of_batch_norm.test_running_statistics_over_batches, TARGET, PURE[0], momentum)
+    on_the_host(of_batch_norm.test_counter_alone, TARGET)
