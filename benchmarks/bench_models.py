@@ -5,7 +5,6 @@ between; "eval" a forward without gradients. Nothing is compiled.
 """
 
 import copy
-import importlib
 from collections.abc import Callable
 
 import pytest
