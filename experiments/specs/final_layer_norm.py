@@ -62,6 +62,6 @@ SPEC = Spec(
         "quick": scaled(8, 2 / 165, 20, images=5000, seeds=1),
         "laptop": scaled(20, 6 / 165, 100, seeds=3),
     },
-    minutes={"quick": 3, "laptop": 300},
+    minutes={"quick": 2.5, "laptop": 300},
     paper=PAPER,
 )
