@@ -68,6 +68,6 @@ SPEC = Spec(
     minutes={"paper": 1},
     images=False,
     remark="The theorem's O(M) for the largest is of x: the largest singular value itself grows like the root of e M. "
-    "Condition numbers gain 1.49 decades a factor here, the theory of Lyapunov exponents (Newman, 1986) has 1.43 in the "
-    "limit of many factors; plain singular values of the product stop at 10^18.",
+    "Condition numbers gain 1.49 decades a factor here; the theory of Lyapunov exponents (Newman, 1986) has 1.43 in "
+    "the limit of many factors. Plain singular values of the product stop at 10^18.",
 )
