@@ -1,6 +1,6 @@
 """Appendix K, Table 4: higher learning rates help with other normalisations too."""
 
-from . import Claim, Run, Spec, above
+from . import Claim, Run, Spec, above, shortened
 
 NORMS = {"layer": "layer norm", "group": "group norm", "instance": "instance norm"}
 EPOCHS = {0.1: 165, 0.003: 1320, 0.0001: 2400}
@@ -10,10 +10,6 @@ def gap(norm: str, high: float, low: float) -> Claim:
     text = f"test accuracy with {NORMS[norm]}: lr {high:g} less lr {low:g}, points"
     ours = lambda results: results.gap("test accuracy", f"{norm}-{high:g}", f"{norm}-{low:g}")  # noqa: E731
     return Claim(text, ours, None, above(0))
-
-
-def scaled(depth: int, factor: float, **changes: object):
-    return lambda run: {"depth": depth, "epochs": max(1, round(run.options["epochs"] * factor)), **changes}
 
 
 SPEC = Spec(
@@ -40,9 +36,9 @@ SPEC = Spec(
         for lr, epochs in EPOCHS.items()
     ),
     smaller={
-        "smoke": scaled(8, 0, batch=32, images=64, tests=50, seeds=1),
-        "quick": scaled(8, 1 / 165, images=3000, tests=2000, seeds=1),
-        "laptop": scaled(20, 6 / 165, seeds=3),
+        "smoke": shortened(8, 0, batch=32, images=64, tests=50, seeds=1),
+        "quick": shortened(8, 1 / 165, images=3000, tests=2000, seeds=1),
+        "laptop": shortened(20, 6 / 165, seeds=3),
     },
     minutes={"quick": 1.5, "laptop": 600},
 )
