@@ -169,7 +169,7 @@ def test_smaller_scales_keep_rates_and_ratios_of_epochs(name: str, scale: str) -
 
 def test_what_is_quick_stays_quick() -> None:
     """`make reproduce` has 30 minutes for everything, 12 of them for training."""
-    assert sum(spec(name).minutes["quick"] for name in TRAINED) <= 16
+    assert sum(spec(name).minutes["quick"] for name in TRAINED) <= 13
 
 
 @pytest.mark.parametrize("name", TRAINED)

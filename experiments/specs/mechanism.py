@@ -60,5 +60,5 @@ SPEC = Spec(
         for norm, of in (("batch", ""), ("batch", "input"), ("none", ""), ("none", "input"), ("none", "gradient"))
     ),
     smaller={"smoke": {"batch": 2, "seeds": 1}},
-    minutes={"paper": 1.5},
+    minutes={"paper": 0.7},
 )
