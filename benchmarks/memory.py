@@ -6,6 +6,7 @@ torch's allocator) goes beyond what it holds before the step. bnkern's pool of f
 """
 
 import argparse
+import ctypes
 import json
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import bnkern
 from benchmarks.bench_step import in_place
+from bnkern.backends.cpu import release_memory
 from bnkern.train.resnet import ResNet
 
 
@@ -28,9 +30,9 @@ class Network(NamedTuple):
 
 
 def _resnet50() -> nn.Module:
-    from pytorchcv.model_provider import get_model
+    from pytorchcv.models.resnet import resnet50  # model_provider would want torchvision
 
-    return get_model("resnet50", pretrained=False)
+    return resnet50(pretrained=False)
 
 
 NETWORKS = {
@@ -71,6 +73,8 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
         else:
+            release_memory()
+            ctypes.CDLL(None).malloc_trim(0)  # what the heap keeps of freed memory would hide what the step takes
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
             self._start = self._resident("VmRSS")
 
