@@ -43,7 +43,7 @@ def test_memory_of_networks(network: str, quick: bool, add_rows: Callable) -> No
     """A network and a provider at a time, each in a process of its own: memory that one freed another would reuse."""
     network = "resnet20" if quick else network
     rows = []
-    for provider in memory.PROVIDERS:
+    for provider in memory.NETWORKS[network].providers:
         command = [sys.executable, "-m", "benchmarks.memory", network, provider]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         case = Case("images", "channels_last", "fp32")

@@ -22,11 +22,14 @@ from benchmarks.bench_step import in_place
 from bnkern.backends.cpu import release_memory
 from bnkern.train.resnet import ResNet
 
+PROVIDERS = ("bnkern", "eager", "eager in place")
+
 
 class Network(NamedTuple):
     build: Callable[[], nn.Module]  # in torch's modules
     ours: Callable[[nn.Module], nn.Module]
     images: tuple[int, int, int, int]
+    providers: tuple[str, ...] = PROVIDERS
 
 
 def _resnet50() -> nn.Module:
@@ -38,9 +41,8 @@ def _resnet50() -> nn.Module:
 NETWORKS = {
     "resnet20": Network(lambda: ResNet(20, kernels="torch"), lambda _: ResNet(20), (16, 3, 32, 32)),  # for the tests
     "resnet110": Network(lambda: ResNet(110, kernels="torch"), lambda _: ResNet(110), (128, 3, 32, 32)),
-    "resnet50": Network(_resnet50, bnkern.convert, (8, 3, 224, 224)),
+    "resnet50": Network(_resnet50, bnkern.convert, (8, 3, 224, 224), PROVIDERS[:2]),
 }
-PROVIDERS = ("bnkern", "eager", "eager in place")
 
 
 def saved_bytes(forward: Callable[[], object], without: list[Tensor]) -> tuple[int, object]:
@@ -96,7 +98,7 @@ def of_step(name: str, provider: str, device: torch.device) -> dict[str, int]:
     if provider == "bnkern":
         model = ours(model)
     elif provider == "eager in place":
-        model = in_place(model) if isinstance(model, ResNet) else model  # pytorchcv's is written so
+        model = in_place(model)
     model = model.to(device, memory_format=torch.channels_last)
     images = torch.randn(size, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(size[0], dtype=torch.int64, device=device)
