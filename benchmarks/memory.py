@@ -92,7 +92,7 @@ class Peak:
 
 def of_step(name: str, provider: str, device: torch.device) -> dict[str, int]:
     """Both numbers for one training step in channels_last, fp32."""
-    build, ours, size = NETWORKS[name]
+    build, ours, size, _ = NETWORKS[name]
     torch.manual_seed(0)
     model = build()
     if provider == "bnkern":
