@@ -59,10 +59,10 @@ def test_models(model: tuple, layout: str, way: str, compare, device: torch.devi
     images = torch.randn(2 if quick else batch, 3, 32 if quick else size, 32 if quick else size, device=device)
     images = images.contiguous(memory_format=LAYOUTS[layout])
     compare(
-        f"{name} {way}",
+        f"{name} {layout} {way}",
         Case("images", layout, "fp32"),
         {name: step(m.train(way == "training")) for name, m in providers.items()},
         make_data=lambda: images,
         nbytes=ACTIVATION_BYTES,
-        budget_s=14,
+        budget_s=12,
     )
