@@ -1,20 +1,19 @@
 # Every target is a command or two that also work by hand, in an environment of your own.
 # `make` alone says what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all test-floor bench lint format gpu-check clean
+.PHONY: help setup reproduce test test-all test-floor bench instructions lint format gpu-check clean
 SHELL := bash
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 help: ## show this list
 	@echo "bnkern: start with 'make reproduce' (the paper's results) or 'make test'; both set up .venv first."
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Settings: PYTHON=python3.12, BNKERN_CUDA=0|1, BNKERN_CUDA_ARCHS='80-real;90', MAX_JOBS=2, ARGS='-k merge'"
 
 setup: .venv/done ## create .venv and build the kernels; done again only where something changed
 
-reproduce: setup ## run the experiments and write the report: results/report.html
-	.venv/bin/python -m experiments run gradient_signs moments_by_depth --scale laptop
-	.venv/bin/python -m experiments report
+reproduce: setup ## run the paper's experiments, half an hour, and write the report: results/report.html
+	.venv/bin/python -m experiments reproduce $(ARGS)
 
 test: setup ## the tests
 	.venv/bin/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
@@ -29,6 +28,9 @@ test-floor: .venv-floor/done ## the Triton kernels under the oldest triton and n
 bench: setup ## the benchmarks; pick some with ARGS='-k moments'
 	.venv/bin/python -m pytest benchmarks $(ARGS)
 
+instructions: setup ## count the CPU kernels' instructions anew; the tests hold the kernels to the counts
+	.venv/bin/python -m benchmarks.instructions --write
+
 lint: setup ## check style: ruff, clang-format
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	.venv/bin/clang-format --dry-run -Werror $(CSRC)
@@ -37,8 +39,9 @@ format: setup ## put the style right
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 	.venv/bin/clang-format -i $(CSRC)
 
-gpu-check: ## on a machine with a GPU and its own torch: build, test, measure; WHEELS=folder OUT=folder
-	$(or $(PYTHON),python3) benchmarks/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)")
+gpu-check: ## on a machine with a GPU and its own torch: build, test, measure; WHEELS= OUT= PARTS=build,tests
+	$(or $(PYTHON),python3) benchmarks/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)") \
+	  $(if $(PARTS),--parts $(PARTS))
 
 clean: ## remove what was built; the environments and results stay
 	rm -rf build dist *.egg-info bnkern/_native*.so .venv*/done

@@ -1,10 +1,31 @@
-"""``python -m benchmarks table FILE``: a results file as Markdown."""
+"""What the benchmarks left: ``table FILE``, ``report FILE [OTHER]``, ``merge OUT FILE...``."""
 
 import argparse
 import json
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import rows, tables
+
+
+def _read(path: Path) -> dict:
+    results = json.loads(path.read_text())
+    if results.get("format") != rows.FORMAT:
+        raise SystemExit(f"{path} is of format {results.get('format')}, this reads format {rows.FORMAT}")
+    return results
+
+
+def _table(args: argparse.Namespace) -> None:
+    print(tables.markdown(_read(args.file)))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from benchmarks import page  # needs matplotlib
+
+    print(page.report(_read(args.file), args.out, _read(args.other) if args.other else None))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    args.out.write_text(rows.dump(rows.merged([_read(path) for path in args.files])))
 
 
 def main() -> None:
@@ -12,7 +33,18 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     table = commands.add_parser("table", help="print a results file as Markdown")
     table.add_argument("file", type=Path)
-    print(report.markdown(json.loads(parser.parse_args().file.read_text())))
+    table.set_defaults(run=_table)
+    report = commands.add_parser("report", help="write a page and Markdown with figures, compared with another file")
+    report.add_argument("file", type=Path)
+    report.add_argument("other", type=Path, nargs="?", help="older results: says what changed since, beyond the noise")
+    report.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder to write into")
+    report.set_defaults(run=_report)
+    merge = commands.add_parser("merge", help="join files of one machine and commit, the later ones' rows first")
+    merge.add_argument("out", type=Path)
+    merge.add_argument("files", type=Path, nargs="+")
+    merge.set_defaults(run=_merge)
+    args = parser.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Gradients are asked for by torch.autograd.grad, as the layer before would receiv
 would make eager copy the gradient that residual and batch norm share, which happens in no network.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,12 @@ from torch import Tensor, nn
 from benchmarks import peers, shapes, traffic
 from benchmarks.shapes import Case, Inputs
 
+ANY_SHAPE = True
+
 
 def cases(device: torch.device) -> list[Case]:
-    return shapes.cases(("stage1", "stage2", "stage3", "large"), device)
+    on = {"cpu": ("cifar", "beyond", "narrow"), "cuda": ("cifar", "resnet50-64", "small", "odd", "large64")}
+    return shapes.cases(on[device.type], device)
 
 
 def differentiate(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
@@ -44,16 +49,28 @@ def relative_errors(results: dict[str, Tensor], module: nn.Module, inputs: Input
 
 
 @pytest.mark.parametrize("op", traffic.OPS)
-def test_batch_norm(op: str, case: Case, mode: str, inputs: Inputs, device: torch.device, quick: bool, compare) -> None:
+def test_batch_norm(
+    op: str,
+    case: Case,
+    mode: str,
+    inputs: Inputs,
+    device: torch.device,
+    without_compile: str | None,
+    compare: Callable,
+) -> None:
     if op == "bn":
         inputs = inputs._replace(residual=None)
     modules = peers.batch_norms(case.size[1], "relu" if op == "bn_add_relu" else None, device)
-    missing = {"compile": "left out by --quick"} if quick else {}
+    more, missing = peers.others(modules["bnkern"], device, without_compile)
+    modules |= more
+    if without_compile:
+        del modules["compile"]
+        missing["compile"] = f"left out by {without_compile}"
     moved = traffic.moved(("forward", "backward"), op, case.elements, case.itemsize)
     compare(
         op,
         case,
-        {name: lambda data, m=m: differentiate(m, data) for name, m in modules.items() if name not in missing},
+        {name: lambda data, m=m: differentiate(m, data) for name, m in modules.items()},
         make_data=lambda: inputs.clone().requiring_grad(),
         mode=mode,
         missing=missing,

@@ -19,6 +19,7 @@ from bnkern import backends
 from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
 
 COPY_BYTES = 256 << 20
+ANY_SHAPE = True
 NO_OUTPUTS = ("moments", "grad_sums")  # but for a few numbers per channel
 
 

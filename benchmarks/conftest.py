@@ -1,7 +1,6 @@
 """The shell: options, the ``compare`` fixture that every benchmark uses, the summary at the end and its JSON file."""
 
 import gc
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report, shapes, timing
+from benchmarks import shapes, tables, timing
 from benchmarks.environment import environment
+from benchmarks.rows import FORMAT, dump, measured, with_targets
 from benchmarks.shapes import Case, Inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,13 +27,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("BNKERN_BENCH_JSON"),  # pytest turns it into a Path too
         help="write environment, rows and targets here, after every case (also BNKERN_BENCH_JSON)",
     )
+    group.addoption("--no-compile", action="store_true", help="leave torch.compile out: it takes seconds for each case")
+    group.addoption("--budget", type=float, default=1.0, help="how many times each case's usual seconds to spend on it")
+    group.addoption(
+        "--shapes",
+        metavar="NAMES",
+        help="shapes or sets of benchmarks/shapes.py, with commas between, or 'all', for the benchmarks of any shape",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``case``: the module's cases(device). ``mode``: one call after the other, and on a GPU graph replay."""
+    """``case``: the module's cases(device), which --shapes replaces where a module says that it takes ANY_SHAPE.
+
+    ``mode``: one call after the other, and on a GPU graph replay.
+    """
     if "case" in metafunc.fixturenames:
-        quick = metafunc.config.getoption("quick")
-        cases = shapes.QUICK if quick else metafunc.module.cases(DEVICE)
+        asked = metafunc.config.getoption("shapes")
+        if metafunc.config.getoption("quick"):
+            cases = shapes.QUICK
+        elif asked and getattr(metafunc.module, "ANY_SHAPE", False):
+            cases = shapes.cases(asked.split(","), DEVICE)
+        else:
+            cases = metafunc.module.cases(DEVICE)
         metafunc.parametrize("case", cases, ids=str, scope="module")  # a module's tests go case by case
     if "mode" in metafunc.fixturenames:
         metafunc.parametrize("mode", timing.modes(DEVICE))
@@ -49,8 +64,19 @@ def quick(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("quick")
 
 
+@pytest.fixture
+def without_compile(request: pytest.FixtureRequest) -> str | None:
+    """Which option leaves torch.compile out, or None."""
+    options = (
+        option for option in ("--quick", "--no-compile") if request.config.getoption(option[2:].replace("-", "_"))
+    )
+    return next(options, None)
+
+
 @pytest.fixture(scope="module")
 def inputs(case: Case, device: torch.device) -> Inputs:
+    if (needed := shapes.TENSORS_AT_ONCE * case.nbytes) > (there := shapes.memory(device)):
+        pytest.skip(f"{case} needs some {needed / 1e9:.0f} GB of memory, {there / 1e9:.0f} are there")
     torch.manual_seed(0)
     return Inputs.random(case, device)
 
@@ -82,7 +108,7 @@ def compare(benchmark, request: pytest.FixtureRequest, quick: bool) -> Iterator[
     ) -> None:
         comparison = timing.Comparison(timing.samplers(providers, make_data, nbytes or case.nbytes, DEVICE, mode))
         round_s = comparison.warm_up()
-        rounds = 2 if quick else timing.rounds_within(budget_s, round_s)
+        rounds = 2 if quick else timing.rounds_within(budget_s * request.config.getoption("budget"), round_s)
         gc.collect()
         gc.disable()  # a collection would fall into somebody's sample
         try:
@@ -101,7 +127,7 @@ def compare(benchmark, request: pytest.FixtureRequest, quick: bool) -> Iterator[
         }
         data = make_data()
         rows = [
-            label | {"provider": name} | report.measured(comparison, name, moved) | check(providers[name](data))
+            label | {"provider": name} | measured(comparison, name, moved) | check(providers[name](data))
             for name in comparison.samplers
         ]
         absent = comparison.missing | dict(missing or {})
@@ -114,21 +140,25 @@ def compare(benchmark, request: pytest.FixtureRequest, quick: bool) -> Iterator[
     gc.collect()
 
 
+@pytest.fixture
+def add_rows(request: pytest.FixtureRequest) -> Callable[[list[dict]], None]:
+    """Adds rows that no clock has to do with."""
+    return lambda rows: _add(request.config, rows)
+
+
 def _add(config: pytest.Config, rows: list[dict]) -> None:
     if RESULTS not in config.stash:
         quick = config.getoption("quick")
-        config.stash[RESULTS] = {"format": 1, "quick": quick, "environment": environment(DEVICE), "rows": []}
+        config.stash[RESULTS] = {"format": FORMAT, "quick": quick, "environment": environment(DEVICE), "rows": []}
     results = config.stash[RESULTS]
     results["rows"] += rows
-    stated = DEVICE.type == "cpu" and not results["quick"]  # no targets are stated for GPUs yet
-    results["targets"] = report.targets(results["rows"]) if stated else []
     results["environment"]["load average at end"] = os.getloadavg()[0]
     if path := config.getoption("bnkern_json"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(dump(with_targets(results)))
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if RESULTS in config.stash:
         terminalreporter.section("bnkern")
-        terminalreporter.write_line(report.markdown(config.stash[RESULTS]))
+        terminalreporter.write_line(tables.markdown(with_targets(config.stash[RESULTS])))

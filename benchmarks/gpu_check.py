@@ -1,8 +1,9 @@
 """Everything that needs a GPU, by one command, with no network and nothing installed: ``make gpu-check``.
 
 Takes the Python it runs under, with the torch and triton that are there; builds the native module in the tree, runs
-the tests marked gpu and the benchmarks, which end in their own table, and leaves JSON and logs in --out. A step that
-fails does not stop the next.
+the tests marked gpu and the benchmarks, which end in their own tables, and leaves JSON and logs in --out, written as it
+goes. The parts stand in the order of their worth and can be run one by one: --parts build,tests. A part that fails, or
+runs out of its time, does not stop the next; what begins after --minutes is left out and said so.
 """
 
 import argparse
@@ -11,13 +12,33 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
+# Parts after the build: arguments of python -m, and the most seconds that they may take.
+QUICKLY = ["--no-compile", "--budget=0.3"]
+PARTS = {
+    "machine": (["bnkern", "--json"], 30),
+    "tests": (["pytest", "-m", "gpu", "tests", "--junitxml={out}/tests.xml"], 180),
+    "batch-norms": (["bench_batch_norm.py", "--shapes=cifar,large64", *QUICKLY], 90),
+    "steps": (["bench_step.py", "--budget=0.1"], 60),
+    "phases": (["bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
+    "compiled": (["bench_batch_norm.py", "--shapes=stage1", "-k", "bf16 and bn_add_relu", "--budget=0.3"], 60),
+    "probes": (["bench_probes.py", "--budget=0.1"], 60),
+    "conv-grad-signs": (["bench_conv_grad_signs.py", "--budget=0.2"], 40),
+    "records": (["bench_phases.py", "--shapes=stage1", "-k", "records", "--budget=0.2"], 30),
+    "resnet50": (["bench_batch_norm.py", "--shapes=resnet50-64", *QUICKLY], 60),
+    "small-and-odd": (["bench_batch_norm.py", "--shapes=small,odd", *QUICKLY], 60),
+    "growth": (["bench_growth.py", "--budget=0.2"], 60),
+    "memory": (["bench_memory.py"], 60),
+    "rest": (["bench_overhead.py", "bench_augment.py", "bench_optimizer.py", "--budget=0.2"], 60),
+}
 
 
 def missing() -> list[str]:
@@ -44,25 +65,48 @@ def build() -> list[str]:
     return ["bash", "-c", f"cmake -S . -B {BUILD} -G Ninja {defines} && cmake --build {BUILD}"]
 
 
-def run(name: str, command: list[str], out: Path, env: dict[str, str]) -> dict:
-    """Runs one step, shown as it goes and kept in a log."""
-    print(f"\n== {name}: {' '.join(command)}", flush=True)
+def command(name: str, out: Path) -> list[str]:
+    """A part's command: a module with its arguments, or benchmarks with their results file."""
+    words = [word.format(out=out) for word in PARTS[name][0]]
+    if words[0].startswith("bench_"):
+        paths = [f"benchmarks/{word}" if word.startswith("bench_") else word for word in words]
+        words = ["pytest", *paths, f"--bnkern-json={out}/bench-{name}.json"]
+    return [sys.executable, "-m", *words]
+
+
+def run(name: str, command: list[str], out: Path, env: dict[str, str], seconds: float) -> dict:
+    """Runs one part, shown as it goes and kept in a log; stopped when its time is over."""
+    print(f"\n== {name}, at most {seconds:.0f} s: {' '.join(command)}", flush=True)
     start = time.perf_counter()
     with (out / f"{name}.log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        timer = threading.Timer(seconds, process.send_signal, [signal.SIGINT])  # pytest then ends with its tables
+        killer = threading.Timer(seconds + 10, process.kill)
+        for clock in (timer, killer):
+            clock.start()
         for line in process.stdout:
             print(line, end="", flush=True)
             log.write(line)
-    return {"step": name, "status": process.wait(), "seconds": round(time.perf_counter() - start, 1)}
+        status = process.wait()
+    took = time.perf_counter() - start
+    for clock in (timer, killer):
+        clock.cancel()
+    result = "ok" if status == 0 else "out of time" if took >= seconds else "FAILED"
+    return {"part": name, "result": result, "status": status, "seconds": round(took, 1)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path, help="folder with wheels of packages that are missing here")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check", help="folder for logs and JSON")
+    parser.add_argument("--parts", default=",".join(["build", *PARTS]), help="which, with commas: %(default)s")
+    parser.add_argument("--minutes", type=float, default=9, help="for all together (%(default)g)")
     args = parser.parse_args()
+    asked = args.parts.split(",")
+    if unknown := set(asked) - {"build", *PARTS}:
+        parser.error(f"no part is called {', '.join(sorted(unknown))}: there are build, {', '.join(PARTS)}")
     if lacks := missing():
         print(f"gpu-check cannot run here, for lack of: {'; '.join(lacks)}.")
         return 1
@@ -71,26 +115,29 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     site = BUILD / "site"  # wheels go here, not into the machine's own Python
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{site}", "PYTHONUNBUFFERED": "1"}
-    python = [sys.executable, "-m"]
-    steps = []
+    planned = {}
     if args.wheels:
         wheels = [str(wheel) for wheel in sorted(args.wheels.resolve().glob("*.whl"))]
-        install = [*python, "pip", "install", "--no-index", "--no-deps", "--upgrade", "--target", str(site), *wheels]
-        steps.append(run("wheels", install, out, env))
-    steps += [
-        run("build", build(), out, env),
-        run("machine", [*python, "bnkern", "--json"], out, env),
-        run("tests", [*python, "pytest", "-m", "gpu", "tests", f"--junitxml={out}/tests.xml"], out, env),
-        run("benchmarks", [*python, "pytest", "benchmarks", f"--bnkern-json={out}/benchmarks.json"], out, env),
-    ]
+        install = ["pip", "install", "--no-index", "--no-deps", "--upgrade", "--target", str(site), *wheels]
+        planned["wheels"] = [sys.executable, "-m", *install], 60
+    for name in asked:
+        planned[name] = (build(), 300) if name == "build" else (command(name, out), PARTS[name][1])
 
-    print(f"\n{'step':<12} {'result':<10} {'seconds':>8}")
-    for step in steps:
-        print(f"{step['step']:<12} {'ok' if step['status'] == 0 else 'FAILED':<10} {step['seconds']:>8}")
-    record = {"python": platform.python_version(), "steps": steps}
-    (out / "gpu-check.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"\nlogs and JSON: {out}")
-    return int(any(step["status"] for step in steps))
+    parts, end = [], time.perf_counter() + 60 * args.minutes
+    for name, (words, seconds) in planned.items():
+        left = end - time.perf_counter()
+        if left < 5:
+            parts.append({"part": name, "result": "left out: the time is over", "status": None, "seconds": 0.0})
+        else:
+            parts.append(run(name, words, out, env, min(seconds, left)))
+        record = {"python": platform.python_version(), "parts": parts}
+        (out / "gpu-check.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    print(f"\n{'part':<16} {'result':<28} {'seconds':>8}")
+    for part in parts:
+        print(f"{part['part']:<16} {part['result']:<28} {part['seconds']:>8}")
+    print(f"\nlogs and JSON: {out}; `python -m benchmarks merge ALL.json {out}/bench-*.json` joins the measurements")
+    return int(any(part["result"] == "FAILED" for part in parts))
 
 
 if __name__ == "__main__":

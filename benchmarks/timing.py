@@ -49,7 +49,7 @@ class Comparison:
             except Exception as error:
                 if name == self.first:
                     raise
-                self.missing[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                self.missing[name] = reason(error)
                 del self.samplers[name], self.seconds[name]
         start = time.perf_counter()
         for sample in self.samplers.values():
@@ -75,6 +75,11 @@ class Comparison:
     def ratio(self, base: str, name: str) -> float:
         """How many times faster ``name`` is than ``base``: the median of the rounds' ratios."""
         return float(np.median(np.divide(self.seconds[base], self.seconds[name])))
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def rounds_within(budget_s: float, round_s: float, least: int = 5, most: int = 300) -> int:

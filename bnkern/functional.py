@@ -3,12 +3,13 @@
 Nothing here knows a device: :mod:`bnkern.backends` chooses the kernels, :mod:`bnkern.ops` what torch.compile sees.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, ops
+from . import backends, ensembles, ops
 from .backends import reference
 from .backends.layout import format_name, formats_conflict
 
@@ -61,7 +62,9 @@ def batch_norm(
 
     Returns:
         y, of the shape, dtype and memory format of ``input``. Differentiable in input, weight, bias and residual;
-        a second time, by torch.func and in forward mode through the reference formula. Saved for backward: input,
+        a second time, and in forward mode (torch.func.jvp, dual tensors), through the reference formula. torch.func's
+        vmap and grad run the kernels, an ensemble's members folded into the channels (:mod:`bnkern.ensembles`),
+        unless running statistics are to be updated: then the reference formula serves. Saved for backward: input,
         weight, bias, two vectors, and with residual and ReLU one bit per element.
 
     Raises:
@@ -70,12 +73,13 @@ def batch_norm(
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
-    tensors = (input, weight, bias, residual, running_mean, running_var, num_batches_tracked)
-    if ops.nobody_looks() and _usual(*tensors, training, momentum, eps, act):
-        return _eager(*tensors, training, momentum, eps, act, records)
+    tensors = (input, weight, bias, residual)
+    settings = (running_mean, running_var, num_batches_tracked, training, momentum, eps, act)
+    if ops.nobody_looks() and (backends.native_usual() or _usual)(*tensors, *settings):
+        return _eager(tensors, settings, records, _apply)
     _check("batch_norm", input, residual, act)
     _check_statistics(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    return _call(*tensors, training, momentum, eps, act, records)
+    return _call(tensors, settings, records)
 
 
 def add_act(
@@ -87,7 +91,7 @@ def add_act(
     activation. Differentiable in both. Raises TypeError or ValueError naming the argument that is wrong.
     """
     _check("add_act", x, residual, act)
-    return _call(x, None, None, residual, None, None, None, False, None, 0.0, act, records)
+    return _call((x, None, None, residual), (None, None, None, False, None, 0.0, act), records)
 
 
 class Moments(NamedTuple):
@@ -123,45 +127,46 @@ def _backend(x: Tensor):
     return backends.choose(backends.forced(), x.device.type, x.dtype)
 
 
-def _grad_wanted(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _grad_wanted(tensors: tuple[Tensor | None, ...]) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
-def _call(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    act: str | None,
-    records: "Records | None",
-) -> Tensor:
+# Of a call: x, weight, bias, residual; and running_mean, running_var, num_batches_tracked, training, momentum, eps,
+# act.
+_Tensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+_Settings = tuple[Tensor | None, Tensor | None, Tensor | None, bool, float | None, float, str | None]
+
+
+def _call(tensors: _Tensors, settings: _Settings, records: "Records | None") -> Tensor:
     """The three ways in: the launcher, plain torch for torch.func, and the op for all who must see the call."""
-    tensors = (x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
+    x, _, _, residual = tensors
+    *statistics, training, _, _, act = settings
     if ops.transformed():
-        # torch.func and forward-mode differentiation go through the reference formula, as double backward does.
+        running_mean, running_var, _ = statistics
+        if ensembles.serves(running_mean, training):
+            return ensembles.batch_norm(*tensors, running_mean, running_var, settings[5], act, backends.forced())
+        # Forward mode, and running statistics under torch.func: the reference formula, as for double backward.
         if training and running_mean is not None and ops.over_members(x) and not ops.over_members(running_mean):
             raise RuntimeError(
                 "batch_norm: vmap maps over input but not over running_mean and running_var, which cannot take every "
                 "member's update; make the module with track_running_stats=False, or call it in eval mode"
             )
-        return reference.forward(*tensors, training, momentum, eps, act, False)[0]
-    if ops.direct(*tensors):
-        return _eager(*tensors, training, momentum, eps, act, records)
+        return reference.forward(*tensors, *settings, False)[0]
+    if ops.direct(*tensors, *statistics):
+        return _eager(tensors, settings, records)
     if records is not None and records.mirrors:
         raise RuntimeError("several recordings of one layer at once are for eager calls, not for torch.compile")
-    save_mask = act is not None and residual is not None and _grad_wanted(x, weight, bias, residual)
+    save_mask = act is not None and residual is not None and _grad_wanted(tensors)
     wanted = (None, None, None) if records is None else records[:3]
     y, _, _, _, *new, activation = torch.ops.bnkern.batch_norm_forward(
-        *tensors, training, momentum, eps, act, save_mask, backends.forced(), wanted[0] is not None, *wanted[1:]
+        *tensors, *settings, save_mask, backends.forced(), wanted[0] is not None, *wanted[1:]
     )
     if training:
-        for buffer, value in zip(tensors[4:], new, strict=True):
+        for buffer, value in zip(statistics, new, strict=True):
             if buffer is not None:
                 buffer.copy_(value)
     if wanted[0] is not None:
@@ -169,34 +174,18 @@ def _call(
     return y
 
 
-def _eager(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    act: str | None,
-    records: "Records | None",
-) -> Tensor:
-    tensors = (x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
-    backend = _backend(x)
-    if _grad_wanted(x, weight, bias, residual):
-        save_mask = act is not None and residual is not None
-        y = _BatchNorm.apply(*tensors, training, momentum, eps, act, save_mask, backend, records)
+def _eager(tensors: _Tensors, settings: _Settings, records: "Records | None", apply: Callable | None = None) -> Tensor:
+    backend = _backend(tensors[0])
+    if _grad_wanted(tensors):
+        y = (apply or _BatchNorm.apply)(*tensors, settings, backend, records)
     elif records is None:
-        y = backend.forward(*tensors, training, momentum, eps, act, False)[0]
+        y = backend.forward(*tensors, *settings, False)[0]
     else:
-        y = backend.forward(*tensors, training, momentum, eps, act, False, record=records.activation)[0]
+        y = backend.forward(*tensors, *settings, False, record=records.activation)[0]
         records.forward_written()
-    if training:
+    if settings[3]:
         # The kernels write through addresses; autograd's version counters must hear of it.
-        written = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
-        torch.autograd.graph.increment_version(written)
+        torch.autograd.graph.increment_version([t for t in settings[:3] if t is not None])
     return y
 
 
@@ -204,62 +193,39 @@ class _BatchNorm(torch.autograd.Function):
     """The eager path: the backend's forward and backward, and for double backward the reference formula."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        weight,
-        bias,
-        residual,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        training,
-        momentum,
-        eps,
-        act,
-        save_mask,
-        backend,
-        records,
-    ):
-        recording = {} if records is None else {"record": records.activation}
-        y, mean, invstd, mask = backend.forward(
-            x,
-            weight,
-            bias,
-            residual,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            act,
-            save_mask,
-            **recording,
-        )
-        if records is not None:
+    def forward(ctx, x, weight, bias, residual, settings, backend, records):
+        _, _, _, training, _, eps, act = settings
+        save_mask = act is not None and residual is not None
+        if records is None:
+            y, mean, invstd, mask = backend.forward(x, weight, bias, residual, *settings, save_mask)
+        else:
+            y, mean, invstd, mask = backend.forward(
+                x, weight, bias, residual, *settings, save_mask, record=records.activation
+            )
             records.forward_written()
         ctx.save_for_backward(x, weight, bias, mean, invstd, mask)
-        ctx.act, ctx.training, ctx.eps, ctx.backend, ctx.records = act, training, eps, backend, records
+        ctx.call = act, training, eps, backend, records
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, mean, invstd, mask = ctx.saved_tensors
+        saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
-            grads = reference.differentiable_backward(
-                dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, ctx.eps, needs
-            )
-        elif ctx.records is None:
-            grads = ctx.backend.backward(dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs)
+        act, training, eps, backend, records = ctx.call
+        if torch.is_grad_enabled() or ops.batched(dy):
+            grads = reference.differentiable_backward(dy, *saved, act, training, eps, needs)
+        elif records is None:
+            grads = backend.backward(dy.resolve_neg(), *saved, act, training, needs)
         else:
-            places = {"record_gradient": ctx.records.gradient, "record_affine": ctx.records.affine}
-            grads = ctx.backend.backward(
-                dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs, **places
-            )
-            ctx.records.backward_written()
-        return (*grads, None, None, None, None, None, None, None, None, None, None)
+            places = {"record_gradient": records.gradient, "record_affine": records.affine}
+            grads = backend.backward(dy.resolve_neg(), *saved, act, training, needs, **places)
+            records.backward_written()
+        return (*grads, None, None, None)
+
+
+# What Function.apply comes down to where no transform is at work and no tensor has outlived one, without the 2 µs that
+# it takes to find that out.
+_apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
 # ------------------------------------------------------------------------------------------- checks at the door
@@ -282,7 +248,7 @@ def _usual(
 
     The kernels leave the caches cold, so every line here costs several times what it does in a loop of its own.
     """
-    if type(x) not in ops.PLAIN or x.layout is not torch.strided or x.dim() < 2:
+    if not ops.plain(x) or x.layout is not torch.strided or x.dim() < 2:
         return False
     dtype, device, channels = x.dtype, x.device, x.shape[1]
     if dtype not in backends.DTYPES or device.type == "meta" or (training and x.numel() == channels):
@@ -295,7 +261,7 @@ def _usual(
         return False
     for vector in (weight, bias, running_mean, running_var):
         if vector is not None and not (
-            type(vector) in ops.PLAIN
+            ops.plain(vector)
             and vector.shape == (channels,)
             and (vector.dtype is dtype or (vector.dtype is torch.float32 and dtype is not torch.float64))
             and vector.device == device
@@ -304,14 +270,14 @@ def _usual(
         ):
             return False
     if num_batches_tracked is not None and not (
-        type(num_batches_tracked) in ops.PLAIN
+        ops.plain(num_batches_tracked)
         and num_batches_tracked.dtype is torch.int64
         and num_batches_tracked.numel() == 1
         and num_batches_tracked.device == device
     ):
         return False
     return residual is None or (
-        type(residual) in ops.PLAIN
+        ops.plain(residual)
         and residual.layout is torch.strided
         and residual.shape == x.shape
         and residual.dtype is dtype

@@ -12,6 +12,13 @@ from .functional import add_act, batch_norm
 from .ops import nobody_looks
 
 
+def _tensor(module: torch.nn.Module, stored: dict[str, Tensor | None], name: str) -> Tensor | None:
+    """``module.name``, without the half microsecond of Module.__getattr__ where it is stored as usual."""
+    if name in stored:
+        return stored[name]
+    return getattr(module, name)  # parametrized, pruned, a replica's
+
+
 class _Fused:
     """What the three batch norms add to their torch.nn parents: the fused call and the ``act`` argument.
 
@@ -42,21 +49,22 @@ class _Fused:
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
-        updating = self.training and self.track_running_stats
-        use_running = updating or not self.training
-        running_mean = self.running_mean if use_running else None
-        running_var = self.running_var if use_running else None
-        counter = self.num_batches_tracked if updating else None
-        momentum = self.momentum
+        training, momentum = self.training, self.momentum
+        buffers, parameters = self._buffers, self._parameters
+        running_mean = running_var = counter = None
+        if self.track_running_stats or not training:
+            running_mean, running_var = _tensor(self, buffers, "running_mean"), _tensor(self, buffers, "running_var")
+            if training:
+                counter = self.num_batches_tracked
         if momentum is None and counter is None:
             momentum = 0.0  # nothing to count by: torch leaves the running statistics alone, and so does this
         return batch_norm(
             input,
             running_mean,
             running_var,
-            self.weight,
-            self.bias,
-            self.training or running_mean is None,
+            _tensor(self, parameters, "weight"),
+            _tensor(self, parameters, "bias"),
+            training or running_mean is None,
             momentum,
             self.eps,
             residual=residual,
@@ -113,8 +121,9 @@ class Conv2d(torch.nn.Conv2d):
     """``torch.nn.Conv2d`` whose weight gradient comes together with its probe (``weight_gradient_signs``).
 
     Where ``conv_grad_signs`` is at least as fast as torch's weight gradient (:func:`bnkern.conv.takes_gradient`: what
-    was measured), the backward takes the weight gradient from it, probed or not, with the same bits; elsewhere this is
-    torch's convolution, and a probe runs beside it. Arguments and state_dict are torch's.
+    was measured), the backward takes the weight gradient from it, probed or not, with the same bits; there a 3 x 3
+    convolution of stride and padding 1 without bias, of 16, 32 or 64 channels, has a kernel for output and input
+    gradient too. Elsewhere this is torch's convolution, a probe beside it. Arguments and state_dict are torch's.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -27,12 +27,17 @@ def nobody_looks() -> bool:
     )
 
 
+def plain(t: Tensor) -> bool:
+    """Whether the values of ``t`` are what lies in its memory: no subclass, no lazy negation, no zeros never stored."""
+    return type(t) in PLAIN and not t.is_neg() and not t._is_zerotensor()
+
+
 def direct(*tensors: Tensor | None) -> bool:
     """Whether eager may call the launcher with these tensors' addresses, without passing through an op.
 
     Only plain tensors on a real device have an address, and only where nobody looks need nobody see the call.
     """
-    return nobody_looks() and all(t is None or (type(t) in PLAIN and t.device.type != "meta") for t in tensors)
+    return nobody_looks() and all(t is None or (plain(t) and t.device.type != "meta") for t in tensors)
 
 
 def transformed() -> bool:
@@ -55,6 +60,12 @@ def over_members(t: Tensor) -> bool:
             return True
         t = functorch.get_unwrapped(t)
     return False
+
+
+def batched(t: Tensor) -> bool:
+    """Whether ``t`` stands for several tensors: a gradient that vmap or ``is_grads_batched`` maps over."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
 
 
 _library = torch.library.Library("bnkern", "DEF")

@@ -1,5 +1,6 @@
 // The Python side of the native module: integers in (addresses, sizes, a dtype code, a stream),
-// launch, error text out as RuntimeError. Nothing else: checks and allocation live in Python.
+// launch, error text out as RuntimeError. Nothing else: checks and allocation live in Python, but for the calls of
+// every step, which call.cpp adds.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,13 +8,15 @@
 #include <cstdint>
 #include <iterator>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "call.h"
 #include "cpu/cpu.h"
-#include "cuda/kernels.h"
+#include "cpu/pool.h"
+#include "cuda/bind_cuda.h"
 #include "dlpack.h"
+#include "layout.h"
 
 namespace py = pybind11;
 
@@ -25,10 +28,6 @@ std::vector<std::string> words(const char* text) {
 }
 
 void* at(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
-
-void raise_if(const std::string& error) {
-  if (!error.empty()) throw std::runtime_error(error);
-}
 
 // What this very file was compiled as; `python -m bnkern` shows it.
 py::dict build_info() {
@@ -49,29 +48,19 @@ py::dict build_info() {
   return info;
 }
 
-#ifdef BNKERN_CUDA
-void cuda_merge(int dtype, std::uintptr_t count, std::uintptr_t mean, std::uintptr_t m2, std::uintptr_t merged_count,
-                std::uintptr_t merged_mean, std::uintptr_t merged_m2, std::int64_t rows, std::int64_t channels,
-                std::uintptr_t stream) {
-  raise_if(bnkern::cuda_merge({static_cast<bnkern::DType>(dtype), at(count), at(mean), at(m2), at(merged_count),
-                               at(merged_mean), at(merged_m2), rows, channels},
-                              stream));
-}
-#endif
-
 using bnkern::ChannelVector;
 using bnkern::DType;
 
 ChannelVector channel_vector(std::uintptr_t address, int dtype) { return {at(address), static_cast<DType>(dtype)}; }
 
 // A capsule that torch.from_dlpack turns into a tensor; where nobody does, the memory goes back with it.
-py::capsule cpu_empty(int dtype, std::vector<std::int64_t> shape, std::vector<std::int64_t> strides) {
-  using namespace bnkern::dlpack;
-  constexpr DataType kTypes[] = {{kFloat, 32, 1}, {kBFloat, 16, 1}, {kFloat, 16, 1}, {kFloat, 64, 1}, {kUInt, 8, 1}};
-  Managed* const managed = pooled(kTypes[dtype], std::move(shape), std::move(strides));
-  return py::capsule(managed, "dltensor", [](PyObject* capsule) {
-    if (!PyCapsule_IsValid(capsule, "dltensor")) return;  // taken over: torch has renamed it
-    auto* const managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule, "dltensor"));
+py::capsule cpu_empty(int dtype, const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides) {
+  constexpr const char* kName = "dltensor_versioned";
+  bnkern::dlpack::Managed* const managed = bnkern::dlpack::empty(
+      bnkern::dlpack::kTypes[dtype], static_cast<std::int32_t>(shape.size()), shape.data(), strides.data());
+  return py::capsule(managed, kName, [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, kName)) return;  // taken over: torch has renamed it
+    auto* const managed = static_cast<bnkern::dlpack::Managed*>(PyCapsule_GetPointer(capsule, kName));
     managed->deleter(managed);
   });
 }
@@ -80,10 +69,21 @@ py::capsule cpu_empty(int dtype, std::vector<std::int64_t> shape, std::vector<st
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "bnkern's compiled kernels: raw pointers in, nothing of torch.";
+  if (!bnkern::add_calls(m.ptr())) throw py::error_already_set();
   m.def("build_info", &build_info, "Compiler, instruction sets, CUDA version or None, CUDA architectures.");
   m.def("isa", [] { return bnkern::cpu_kernels().isa; }, "The instruction set of the CPU kernels on this machine.");
   m.def("cpu_empty", &cpu_empty, py::arg("dtype"), py::arg("shape"), py::arg("strides"),
-        "A DLPack capsule of uninitialised memory from the pool.");
+        "A DLPack capsule of uninitialised memory, a large one from the pool.");
+  m.def(
+      "dense_layout",
+      [](const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides) -> py::object {
+        bnkern::Layout layout;
+        if (!bnkern::dense_layout(static_cast<int>(shape.size()), shape.data(), strides.data(), layout))
+          return py::none();
+        const auto& [rows, n, c, s] = layout.shape;
+        return py::make_tuple(rows, n, c, s, layout.outer, layout.inner);
+      },
+      "How forward and backward see a dense tensor: rows, N, C, S and two strides; None where they decline it.");
   m.def("pool_idle", &bnkern::pool_idle, "Bytes of freed results kept for the next ones.");
   m.def("pool_limit", &bnkern::pool_limit,
         "How many bytes may be kept: BNKERN_POOL_MB, or an eighth of memory (the container's, where it has less).");
@@ -235,8 +235,6 @@ PYBIND11_MODULE(_native, m) {
       },
       "conv3x3 on the CPU; see Conv3x3 in csrc/cpu/cpu.h.", py::call_guard<py::gil_scoped_release>());
 #ifdef BNKERN_CUDA
-  m.def("cuda_merge", &cuda_merge, py::arg("dtype"), py::arg("count"), py::arg("mean"), py::arg("m2"),
-        py::arg("merged_count"), py::arg("merged_mean"), py::arg("merged_m2"), py::arg("rows"), py::arg("channels"),
-        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  bnkern::bind_cuda(m);
 #endif
 }

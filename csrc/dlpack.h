@@ -1,20 +1,23 @@
-// A block of the pool as a tensor in DLPack's exchange format (version 0.8 of its ABI), the one way to hand
-// torch memory of our own without torch's headers.
+// What is needed of DLPack's ABI (version 1): how a tensor is described, how memory of our own becomes torch's tensor,
+// and the table of functions by which torch's tensors are read and made from C. No header of torch or DLPack is
+// needed: the ABI is stable within a major version.
 #pragma once
 
 #include <cstdint>
-#include <vector>
-
-#include "cpu/pool.h"
 
 namespace bnkern::dlpack {
 
+struct Version {
+  std::uint32_t major, minor;
+};
 struct Device {
   std::int32_t type, id;
+  bool operator==(const Device&) const = default;
 };
 struct DataType {
   std::uint8_t code, bits;
   std::uint16_t lanes;
+  bool operator==(const DataType&) const = default;
 };
 struct Tensor {
   void* data;
@@ -26,37 +29,32 @@ struct Tensor {
   std::uint64_t byte_offset;
 };
 struct Managed {
-  Tensor tensor;
+  Version version;
   void* context;
   void (*deleter)(Managed*);
+  std::uint64_t flags;
+  Tensor tensor;
+};
+// What torch.Tensor.__dlpack_c_exchange_api__ holds: functions return 0, or -1 with a Python error set.
+struct ExchangeApi {
+  Version version;
+  void* previous;
+  void* allocator;
+  void* managed_from_object;
+  int (*object_from_managed)(Managed*, void** object);  // takes the tensor over
+  int (*view_of_object)(void* object, Tensor*);         // valid as long as the object; may be null
+  void* current_stream;
 };
 
+constexpr Version kVersion{1, 0};
 constexpr std::int32_t kCpu = 1;
-constexpr std::uint8_t kUInt = 1, kFloat = 2, kBFloat = 4;
+constexpr std::uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4;
+constexpr DataType kFloat64{kFloat, 64, 1}, kInt64{kInt, 64, 1}, kUInt8{kUInt, 8, 1};
+// By the codes of dtype.h, and one more for bytes.
+constexpr DataType kTypes[] = {{kFloat, 32, 1}, {kBFloat, 16, 1}, {kFloat, 16, 1}, kFloat64, kUInt8};
 
-// What a tensor keeps alive: its sizes and its block.
-struct Owner {
-  Managed managed;
-  std::vector<std::int64_t> shape, strides;
-  PoolBlock block;
-};
-
-// An uninitialised tensor in a block of the pool, which the deleter gives back.
-inline Managed* pooled(DataType dtype, std::vector<std::int64_t> shape, std::vector<std::int64_t> strides) {
-  std::int64_t elements = 1;
-  for (const std::int64_t size : shape) elements *= size;
-  auto* const owner = new Owner{{}, std::move(shape), std::move(strides), {}};
-  owner->block = pool_take(static_cast<std::size_t>(elements) * dtype.bits / 8);
-  owner->managed.tensor = {
-      owner->block.data,     {kCpu, 0}, static_cast<std::int32_t>(owner->shape.size()), dtype, owner->shape.data(),
-      owner->strides.data(), 0};
-  owner->managed.context = owner;
-  owner->managed.deleter = [](Managed* managed) {
-    auto* const owner = static_cast<Owner*>(managed->context);
-    pool_give(owner->block);
-    delete owner;
-  };
-  return &owner->managed;
-}
+// An uninitialised tensor on the CPU, of memory aligned to 64 bytes: a large one's from the pool, which the deleter
+// gives it back to. Throws std::bad_alloc.
+Managed* empty(DataType dtype, std::int32_t ndim, const std::int64_t* shape, const std::int64_t* strides);
 
 }  // namespace bnkern::dlpack

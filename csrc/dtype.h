@@ -3,6 +3,14 @@
 
 #include <cstdint>
 
+// Functions for the host and for CUDA.
+#ifdef __CUDACC__
+#define BNKERN_HD __host__ __device__ __forceinline__
+#else
+// Always inlined, so that no copy compiled for one instruction set is ever linked into another's.
+#define BNKERN_HD __attribute__((always_inline)) inline
+#endif
+
 namespace bnkern {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };

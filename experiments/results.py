@@ -3,15 +3,13 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from .specs import Claim, Spec
-
-SCALES = ("smoke", "laptop", "paper")  # by what they can show
+from .specs import SCALES, Claim, Run, Spec
 
 
 @dataclass(frozen=True)
@@ -24,33 +22,44 @@ class Finished:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything measured, by name: ``<quantity>/<layer>``."""
+        """Everything measured, by name; of a layer ``<quantity>/<layer>``."""
         arrays = {}
         for file in sorted((self.folder / "probes").glob("*.npz")):
             with np.load(file) as stored:
                 arrays |= dict(stored)
         return arrays
 
-    def at(self, quantity: str, layer: int) -> np.ndarray:
-        """What was measured of one quantity at one layer."""
-        return self.arrays[f"{quantity}/{layer}"]
+    def at(self, quantity: str, layer: int | None = None) -> np.ndarray:
+        """What was measured of one quantity, at one layer where it is of layers."""
+        return self.arrays[quantity if layer is None else f"{quantity}/{layer}"]
 
 
 @dataclass(frozen=True)
 class Results:
-    """The finished runs of one experiment at one scale, on one kind of data ("cifar10" or "synthetic")."""
+    """The finished runs of one experiment at one scale, on one kind of data: "cifar10", "synthetic", "none"."""
 
     scale: str
     data: str
     runs: tuple[Finished, ...]
+    stale: int = 0  # runs that were left out, see read
 
     def where(self, **config: object) -> list[Finished]:
-        """The runs whose config has these values, by seed."""
-        return [run for run in self.runs if all(run.config[k] == v for k, v in config.items())]
+        """The runs whose config, or its options, have these values, by seed."""
+        return [run for run in self.runs if all((run.config | run.config["options"])[k] == config[k] for k in config)]
 
-    def each(self, quantity: str, layer: int, **config: object) -> list[float]:
+    def each(self, quantity: str, layer: int | None = None, **config: object) -> list[float]:
         """One number a run: the quantity at the layer, averaged over channels where it has any."""
         return [float(np.mean(run.at(quantity, layer))) for run in self.where(**config)]
+
+    def ratio(self, of: dict, to: dict) -> list[float]:
+        """One number a seed that has both: the first over the second, each given as the arguments of ``each``."""
+        first, second = (self._by_seed(**which) for which in (of, to))
+        pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
+        return [a / b if b else math.inf for a, b in pairs]
+
+    def _by_seed(self, quantity: str, layer: int | None = None, **config: object) -> dict[int, float]:
+        seeds = [run.config["seed"] for run in self.where(**config)]
+        return dict(zip(seeds, self.each(quantity, layer, **config), strict=True))
 
     def difference(self, quantity: str, layer: int, after: int, **config: object) -> list[float]:
         """One number a run: the quantity at ``layer`` less that at ``after``."""
@@ -62,9 +71,21 @@ class Results:
         columns = [self.each(quantity, layer, **config) for layer in layers]
         return [float(np.polyfit(layers, row, 1)[0]) for row in zip(*columns, strict=True)]
 
+    def gap(self, quantity: str, first: str, second: str) -> list[float]:
+        """One number a seed that both runs have: the quantity of the run labelled ``first`` less the ``second``'s."""
+        of, less = (self._by_seed(quantity, label=label) for label in (first, second))
+        return [of[seed] - less[seed] for seed in sorted(of.keys() & less.keys())]
+
+
+def configuration(experiment: str, about: Spec, run: Run, scale: str, data: str, seed: int) -> dict:
+    """All that decides what one run measures, as its ``config.json`` has it."""
+    asked = asdict(run) | {"experiment": experiment, "scale": scale, "data": data if about.images else "none"}
+    del asked["seeds"]
+    return json.loads(json.dumps(asked | {"seed": seed}))  # so that it equals what is read back
+
 
 def finished(folder: Path) -> Iterator[Finished]:
-    """The finished runs in the folder of one experiment, by configuration and seed."""
+    """The finished runs in the folder of one experiment, by label and seed, whatever their configuration."""
     found = []
     for done in folder.glob("*/DONE"):
         config, env = (json.loads((done.parent / f"{name}.json").read_text()) for name in ("config", "env"))
@@ -72,17 +93,24 @@ def finished(folder: Path) -> Iterator[Finished]:
     yield from sorted(found, key=lambda run: (run.config["label"], run.config["seed"]))
 
 
-def read(folder: Path, scale: str | None = None) -> Results:
-    """The results of one experiment: of the scale asked for, else the largest there is, on real images if any."""
+def read(folder: Path, about: Spec, scale: str | None = None) -> Results:
+    """The results of one experiment: of the scale asked for, else the largest there is, on real images if any.
+
+    Runs whose configuration is not, or no longer, one of the spec's are counted as ``stale`` and otherwise left out.
+    """
     groups: dict[tuple[bool, int, str], list[Finished]] = {}
+    stale = 0
     for run in finished(folder):
-        at, data = run.config["scale"], run.config["data"]
-        if scale in (None, at):
+        at, data, seed = (run.config[name] for name in ("scale", "data", "seed"))
+        wanted = (configuration(folder.name, about, planned, at, data, seed) for planned in about.at(at))
+        if run.config not in wanted:
+            stale += 1
+        elif scale is None or at == about.scale(scale):
             groups.setdefault((data != "synthetic", SCALES.index(at), data), []).append(run)
     if not groups:
-        return Results(scale or "none", "none", ())
+        return Results(scale or "none", "none", (), stale)
     best = max(groups)
-    return Results(SCALES[best[1]], best[2], tuple(groups[best]))
+    return Results(SCALES[best[1]], best[2], tuple(groups[best]), stale)
 
 
 @dataclass(frozen=True)

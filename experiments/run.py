@@ -1,17 +1,16 @@
 """The runner: which runs are wanted, which are finished already, and the rest one after the other.
 
 A run lives in ``<out>/<experiment>/<scale>-<label>-seed<k>/``: ``config.json`` (what was asked), ``env.json`` (what it
-ran on), ``probes/<quantity>.npz`` (what it measured) and, written last, ``DONE``. A folder without DONE was
-interrupted or failed (then ``error.txt`` says why) and is done again.
+ran on), ``probes/<file>.npz`` (what it measured), what else its procedure keeps and, written last, ``DONE``. A folder
+without DONE was interrupted or failed (then ``error.txt`` says why) and is done again, from what its procedure kept.
 """
 
-import json
 import os
 import shutil
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,10 +19,13 @@ import torch
 from tqdm import tqdm
 
 from bnkern.train import cifar10
-from bnkern.train.runlog import environment, finished, put_aside, write_json
+from bnkern.train.runlog import differing, environment, finished, put_aside, write_json
 
 from . import spec
-from .measure import PROCEDURES
+from .procedures import PROCEDURES
+from .results import configuration
+
+INTERRUPTED = 130  # exit status after Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Planned:
 
     folder: Path
     config: dict
+    minutes: float  # that it is expected to take, on two cores
 
     @property
     def name(self) -> str:
@@ -46,15 +49,15 @@ def plan(experiments: list[str], scale: str, data: str, seeds: int | None, out: 
     """All runs of the experiments: every configuration of their specs at that scale, for seeds 0, 1, ..."""
     wanted = []
     for experiment in experiments:
-        at = spec(experiment).scale(scale)
-        for run in spec(experiment).at(at):
-            common = asdict(run) | {"experiment": experiment, "scale": at, "data": data}
-            own = common.pop("seeds")
-            for seed in range(seeds or own):
-                # through JSON, so that it compares equal to what a finished run has written
-                config = json.loads(json.dumps(common | {"seed": seed}))
-                name = f"{at}-{run.label}-seed{seed}" + ("-synthetic" if data == "synthetic" else "")
-                wanted.append(Planned(out / experiment / name, config))
+        about = spec(experiment)
+        at = about.scale(scale)
+        runs = about.at(at)
+        minutes = about.minutes.get(at, 1) / max(1, sum(run.seeds for run in runs))
+        for run in runs:
+            for seed in range(seeds or run.seeds):
+                config = configuration(experiment, about, run, at, data, seed)
+                name = f"{at}-{run.label}-seed{seed}" + "-synthetic" * (config["data"] == "synthetic")
+                wanted.append(Planned(out / experiment / name, config, minutes))
     return wanted
 
 
@@ -71,7 +74,7 @@ def run(
 
     Args:
         experiments: names.
-        scale: "smoke", "laptop" or "paper".
+        scale: one of specs.SCALES.
         data: as for bnkern.train.cifar10.load; at scale "smoke", "synthetic" where nothing is given.
         device: torch's name; default "cuda" where there is one, else "cpu".
         seeds: how many, instead of each configuration's own number.
@@ -85,11 +88,13 @@ def run(
     kind = "synthetic" if data == "synthetic" else "cifar10"
     wanted = plan(experiments, scale, kind, seeds, out)
     todo = [planned for planned in wanted if not (resume and planned.finished())]
-    print(f"{len(wanted)} runs: {len(wanted) - len(todo)} finished before, {len(todo)} to do", flush=True)
+    expected = 60 * sum(planned.minutes for planned in todo)
+    about = f", about {duration(expected)} on two cores" if todo and scale != "smoke" else ""
+    print(f"{len(wanted)} runs: {len(wanted) - len(todo)} finished before, {len(todo)} to do{about}", flush=True)
     if not todo:
         return 0
     try:
-        images = cifar10.load(data)
+        images = cifar10.load(data) if any(planned.config["data"] != "none" for planned in todo) else None
         on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         failed = _run_all(todo, images, on)
     except cifar10.DataError as error:
@@ -98,7 +103,7 @@ def run(
     except KeyboardInterrupt:
         done = sum(planned.finished() for planned in wanted)
         print(f"\nstopped: {done} of {len(wanted)} runs are finished; the same command does the rest", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except OSError as error:  # a full disk, a folder that cannot be written
         print(f"stopped: {error.strerror or error} ({out}); the same command does the rest", file=sys.stderr)
         return 1
@@ -107,12 +112,12 @@ def run(
     return 1 if failed else 0
 
 
-def _run_all(todo: list[Planned], images: cifar10.Cifar10, device: torch.device) -> int:
+def _run_all(todo: list[Planned], images: cifar10.Cifar10 | None, device: torch.device) -> int:
     """How many failed."""
     failed = 0
-    with Progress(len(todo)) as progress:
+    with Progress([planned.minutes for planned in todo]) as progress:
         for planned in todo:
-            progress.start(planned.name)
+            progress.start(planned.name, planned.minutes)
             try:
                 _run_one(planned, images, device, progress.tick)
             except OSError:
@@ -126,16 +131,17 @@ def _run_all(todo: list[Planned], images: cifar10.Cifar10, device: torch.device)
     return failed
 
 
-def _run_one(planned: Planned, images: cifar10.Cifar10, device: torch.device, tick) -> None:
+def _run_one(planned: Planned, images: cifar10.Cifar10 | None, device: torch.device, tick) -> None:
     folder, config = planned.folder, planned.config
     if (folder / "DONE").exists():
         put_aside(folder)
-    elif folder.exists():
+    elif differing(folder, config):
         shutil.rmtree(folder)
-    (folder / "probes").mkdir(parents=True)
+    (folder / "probes").mkdir(parents=True, exist_ok=True)
+    (folder / "error.txt").unlink(missing_ok=True)
     write_json(folder / "config.json", config)
     started, clock = datetime.now(UTC), time.perf_counter()
-    for name, arrays in PROCEDURES[config["procedure"]](config, images, device, tick).items():
+    for name, arrays in PROCEDURES[config["procedure"]](config, images, device, folder, tick).items():
         np.savez(folder / "probes" / f"{name}.npz", **arrays)
     seconds = round(time.perf_counter() - clock, 2)
     when = {"started": started.isoformat(timespec="seconds"), "seconds": seconds}
@@ -147,14 +153,19 @@ def _run_one(planned: Planned, images: cifar10.Cifar10, device: torch.device, ti
 
 
 class Progress:
-    """Bars over runs and within a run on a terminal; elsewhere one line a run, with the time that is left."""
+    """Bars over all runs and within one on a terminal, elsewhere a line a run; both with the time that is left.
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
+    Runs weigh as many minutes as their specs expect; the time left is what they expect, times what the runs so far
+    took over what they were expected to take.
+    """
+
+    def __init__(self, minutes: list[float]) -> None:
+        self.total, self.done = len(minutes), 0
+        self.whole, self.past, self.weight, self.share = sum(minutes), 0.0, 0.0, 0.0
         self.clock = time.perf_counter()
         terminal = sys.stderr.isatty()
-        self.runs = tqdm(total=total, unit="run", disable=not terminal)
         form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+        self.runs = tqdm(total=1, bar_format=form, disable=not terminal)
         self.run = tqdm(total=1, bar_format=form, disable=not terminal, leave=False)
 
     def __enter__(self) -> "Progress":
@@ -164,33 +175,45 @@ class Progress:
         self.run.close()
         self.runs.close()
 
-    def start(self, name: str) -> None:
-        self.name, self.started = name, time.perf_counter()
+    def start(self, name: str, minutes: float) -> None:
+        self.name, self.weight, self.share, self.started = name, minutes, 0.0, time.perf_counter()
         self.run.set_postfix_str("", refresh=False)
         self.run.set_description(name, refresh=False)
         self.run.reset()
+        self._show()
 
     def tick(self, share: float, what: str) -> None:
         """``share`` of the run is done, ``what`` comes next."""
+        self.share = share
         self.run.set_postfix_str(what, refresh=False)
         self.run.update(share - self.run.n)
+        self._show()
 
     def end(self, outcome: str) -> None:
-        now = time.perf_counter()
         self.done += 1
-        self.runs.update()
+        self.past, self.share = self.past + self.weight, 0.0
+        self._show()
         if self.runs.disable:
-            left = (now - self.clock) / self.done * (self.total - self.done)
-            line = (
-                f"[{self.done:>{len(str(self.total))}}/{self.total}] {self.name}: {outcome}, {now - self.started:.1f} s"
-            )
-            print(line + (f", about {duration(left)} left" if self.done < self.total else ""), flush=True)
+            took = duration(time.perf_counter() - self.started, exact=True)
+            line = f"[{self.done:>{len(str(self.total))}}/{self.total}] {self.name}: {outcome}, {took}"
+            print(line + (f", about {duration(self.left())} left" if self.done < self.total else ""), flush=True)
         elif outcome != "done":
             self.runs.write(f"{self.name}: {outcome}", file=sys.stderr)
 
+    def left(self) -> float:
+        """Seconds."""
+        past = self.past + self.share * self.weight
+        pace = (time.perf_counter() - self.clock) / past if past else 60.0
+        return pace * (self.whole - past)
 
-def duration(seconds: float) -> str:
+    def _show(self) -> None:
+        self.runs.set_description(f"run {min(self.done + 1, self.total)} of {self.total}", refresh=False)
+        self.runs.set_postfix_str(f"about {duration(self.left())} left", refresh=False)
+        self.runs.update((self.past + self.share * self.weight) / self.whole - self.runs.n)
+
+
+def duration(seconds: float, exact: bool = False) -> str:
     """For a reader: 40 s, 12 min, 3.5 h."""
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if exact else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -166,18 +166,25 @@ def test_falling_back_to_the_reference_warns_once(without: Callable[..., None]) 
 
 
 def test_first_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch, fresh_table: None) -> None:
-    """On a GPU: cuda before triton before the reference, by device and dtype."""
-    refusing = {"cuda": "no float64", "triton": None, "reference": None}
-    for name, reason in refusing.items():
-        module = types.SimpleNamespace(refuses=lambda device, dtype, _reason=reason: _reason, __name__=name)
+    """On a GPU: triton before cuda before the reference, by device and dtype; cuda where it is forced."""
+    refusing = {"triton": "no such device", "cuda": None, "reference": None}
+    for name in refusing:
+        module = types.SimpleNamespace(refuses=lambda device, dtype, name=name: refusing[name], __name__=name)
         monkeypatch.setitem(sys.modules, f"bnkern.backends.{name}", module)
-    assert backends.choose("", "cuda", FP).__name__ == "triton"
+    assert backends.choose("", "cuda", FP).__name__ == "cuda"
     assert backends.explain("cuda", FP).splitlines() == [
-        "cuda       cannot: no float64",
-        "triton     serves this call",
-        "reference  could serve; triton comes first",
+        "triton     cannot: no such device",
+        "cuda       serves this call",
+        "reference  could serve; cuda comes first",
         "cpu        cannot: its kernels run on the CPU, the input is on cuda",
     ]
+    refusing["triton"] = None
+    for remembered in (backends.choose, backends.unavailable):
+        remembered.cache_clear()
+    assert backends.choose("", "cuda", FP).__name__ == "triton"
+    with bnkern.use_backend("cuda"):
+        assert backends.choose(backends.forced(), "cuda", FP).__name__ == "cuda"
+        assert "cuda       serves this call (forced)" in backends.explain("cuda", FP)
 
 
 def test_explain() -> None:
@@ -208,7 +215,17 @@ def test_environment_variable(value: str, expected: str | None) -> None:
 
 
 def test_cuda_says_what_it_lacks() -> None:
-    """Until its batch norm kernels are there, the CUDA backend serves no call and names the reason."""
+    """The CUDA backend names what it cannot serve: other devices, float64, and whatever records."""
     assert "run on CUDA devices, the input is on cpu" in backends.unavailable("cuda", "cpu")
     on_a_gpu = backends.unavailable("cuda", "cuda")
-    assert "built without CUDA" in on_a_gpu or "only merge has a CUDA kernel" in on_a_gpu
+    assert on_a_gpu is None or "built without CUDA" in on_a_gpu
+    if on_a_gpu is None:
+        assert "no float64 kernels" in backends.unavailable("cuda", "cuda", torch.float64)
+    kernels = backends._load("cuda")
+    record = torch.empty(8, 3, dtype=torch.float64)
+    x = torch.ones(4, 3)
+    with pytest.raises(RuntimeError, match="backend 'cuda' does not record; 'triton' does"):
+        kernels._refuse_records(None, record)
+    for missing in (kernels.augment, kernels.conv_grad_signs):
+        with pytest.raises(RuntimeError, match=f"backend 'cuda' has no kernels? for {missing.__name__}"):
+            missing(x)

@@ -4,16 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import report, traffic
+from benchmarks import gpu_check, tables, traffic
 from benchmarks.__main__ import main
 from benchmarks.bench_batch_norm import differentiate, relative_errors
 from benchmarks.peers import Eager, EagerInPlace
-from benchmarks.shapes import QUICK, SHAPES, Case, Inputs
+from benchmarks.rows import measured, targets
+from benchmarks.shapes import GROWTH, QUICK, SETS, SHAPES, Case, Inputs, named
 from benchmarks.timing import Comparison, rounds_within, wall
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +124,7 @@ def test_bytes(call: str, op: str, itemsize: int, least: int, phased: int) -> No
 def test_row_says_rate_share_and_speedup() -> None:
     samplers = {"bnkern": lambda: 0.002, "eager": lambda: 0.006, "eager in place": lambda: 0.004, "copy": lambda: 0.01}
     moved = {"bnkern": {"bytes": 16_000_000}, "copy": {"bytes": 100_000_000}}
-    row = report.measured(compared(samplers, rounds=3), "bnkern", moved.__getitem__)
+    row = measured(compared(samplers, rounds=3), "bnkern", moved.__getitem__)
     assert row["speedup"] == pytest.approx({"eager": 3.0, "eager in place": 2.0, "best": 2.0})
     assert row["gb_per_s"] == pytest.approx(8.0)
     assert row["share_of_copy"] == pytest.approx(0.8)  # the copy moves 10 GB/s
@@ -131,7 +133,7 @@ def test_row_says_rate_share_and_speedup() -> None:
 def test_targets_are_geometric_means_and_worst_cases() -> None:
     label = {"bench": "batch_norm", "op": "bn_add_relu", "mode": "call", "provider": "bnkern"}
     rows = [label | {"speedup": {"eager": ratio, "best": ratio / 2}} for ratio in (2.0, 8.0)]
-    found = {target["name"]: target for target in report.targets(rows)}
+    found = {target["name"]: target for target in targets(rows)}
     mean = found["bn_add_relu forward + backward over the better eager form, geometric mean"]
     assert mean["value"] == pytest.approx(2.0)
     assert not mean["holds"]
@@ -174,21 +176,58 @@ def test_quick_run_writes_its_file_and_the_table_reads_it(tmp_path: Path, monkey
     assert run.returncode == 0, run.stdout + run.stderr
     results = json.loads(path.read_text())
     assert results["quick"] and results["environment"]["versions"]["torch"] == torch.__version__
-    providers = {row["provider"] for row in results["rows"]}
-    assert providers == {"bnkern", "eager", "eager in place", "compile"}
-    for row in results["rows"]:
-        assert "missing" in row if row["provider"] == "compile" else row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+    missing = {row["provider"]: row["missing"] for row in results["rows"] if "missing" in row}
+    assert {"compile", "attorch", "FlagGems", "Apex groupbn"} <= missing.keys()
+    measured = [row for row in results["rows"] if "missing" not in row]
+    assert {row["provider"] for row in measured} - {"inplace_abn"} == {"bnkern", "eager", "eager in place"}
+    assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in measured)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "table", str(path)])
     main()
     table = capsys.readouterr().out
     assert "| bn_add_relu tiny channels_last fp32 |" in table
-    assert "missing: left out by --quick" in table
+    assert "compile (left out by --quick)" in table
     assert table.strip() in run.stdout  # the summary at the end of the run is this table
+
+
+def test_every_shape_is_in_a_set_or_named_by_a_benchmark_and_every_set_has_shapes() -> None:
+    by_hand = {"large64", "images", "images32", "tiny"} | {name for axis in GROWTH.values() for name in axis}
+    assert {name for names in SETS.values() for name in names} | by_hand == SHAPES.keys()
+    assert named(["cifar", "stage1", "odd"]) == ["stage1", "stage2", "stage3", *SETS["odd"]]
+    assert set(named(["all"])) == {name for names in SETS.values() for name in names}
+    with pytest.raises(ValueError, match="no shape or set is called 'stage9'"):
+        named(["cifar", "stage9"])
+
+
+def test_growth_reaches_the_same_sizes_along_each_axis() -> None:
+    for sizes in GROWTH.values():
+        elements = [prod(size) for size in sizes.values()]
+        assert elements == [100352 * 4**k for k in range(5)]
 
 
 def test_table_of_batches_says_images_a_second() -> None:
     label = {"bench": "augment", "op": "augment", "shape": "images", "layout": "nchw", "dtype": "fp32"}
     times = {"median_ms": 0.25, "p20_ms": 0.2, "p80_ms": 0.3, "images": 128, "speedup": {"eager": 4.0, "best": 2.0}}
-    lines = list(report._batches([label | {"provider": "bnkern"} | times, label | {"provider": "a", "missing": "b"}]))
+    lines = list(tables._batches([label | {"provider": "bnkern"} | times, label | {"provider": "a", "missing": "b"}]))
     assert lines[-2] == "| augment images nchw fp32 | bnkern | 0.25 (0.2 to 0.3) | 512 | 2.00x |"
     assert lines[-1] == "| augment images nchw fp32 | a | missing: b |  |  |"
+
+
+def test_a_part_of_gpu_check_is_stopped_when_its_time_is_over(tmp_path: Path) -> None:
+    def part(code: str, seconds: float) -> tuple[str, str]:
+        found = gpu_check.run("part", [sys.executable, "-uc", code], tmp_path, dict(os.environ), seconds)
+        return found["result"], (tmp_path / "part.log").read_text().strip()
+
+    assert part("print(1)", 60) == ("ok", "1")
+    assert part("print(1); raise SystemExit(3)", 60) == ("FAILED", "1")
+    result, log = part("import time; print(1); time.sleep(60)", 3)
+    assert result == "out of time"
+    assert log.startswith("1") and "KeyboardInterrupt" in log  # asked to end, with time to say what it has
+
+
+def test_parts_of_gpu_check_name_what_there_is() -> None:
+    for name, (words, _) in gpu_check.PARTS.items():
+        command = gpu_check.command(name, Path("out"))
+        files = [word for word in command if word.startswith("benchmarks/")]
+        assert all((ROOT / file).exists() for file in files)
+        assert bool(files) == ("--bnkern-json=out/bench-" in " ".join(command))
+        named([word for option in words if option.startswith("--shapes=") for word in option[9:].split(",")])

@@ -123,7 +123,8 @@ def compare(ours: dict[str, np.ndarray], oracle: dict[str, Tensor], what: str) -
 def test_quantities_agree_with_their_oracles(target: Target, norm: bool, layout: str, tmp_path: Path) -> None:
     net = make_net(norm, layout, target.device)
     wanted = [*CHANNEL, "signal_propagation", "weight_gradient_signs", "parameter_gradient_histogram"]
-    wanted += [make("output_gradient", layers="fc")] + (["affine_gradient_signs"] if norm else [])
+    wanted += [make("output_gradient", layers="fc"), make("output_moments", layers=["fc", "norm1"])]
+    wanted += ["affine_gradient_signs"] if norm else []
     with probes.record(net, wanted, out=tmp_path) as rec:
         seen = Seen(net)
         images, labels = batch(0, device=target.device)
@@ -159,6 +160,8 @@ def test_quantities_agree_with_their_oracles(target: Target, norm: bool, layout:
         compare(ours, oracle, layer)
         np.testing.assert_allclose(ours["sum"][0], module.weight.grad, rtol=1e-4, atol=1e-6)
     compare(found["output_gradient"]["fc"], make("output_gradient").oracle(seen.dy["fc"]), "fc")
+    for layer in ("fc", "norm1"):
+        compare(found["output_moments"][layer], make("output_moments").oracle(seen.y[layer]), layer)
     for name, parameter in net.named_parameters():
         oracle = make("parameter_gradient_histogram").oracle(parameter.grad)
         compare(found["parameter_gradient_histogram"][name], oracle, name)
@@ -191,6 +194,27 @@ def test_reduced_forms_of_weight_gradient_signs(form: str, tmp_path: Path) -> No
         np.testing.assert_allclose(reduced["ratio_sqrt"], a / b / np.sqrt(80))
         agreement = np.abs(sums["sign_sum"]).mean() / sums["nonzero"].mean()
         np.testing.assert_allclose(reduced["agreement"], agreement)
+
+
+@pytest.mark.parametrize("centred", ["input", "gradient"])
+def test_centred_weight_gradient_signs(target: Target, centred: str, tmp_path: Path) -> None:
+    """The oracle on an x or dy that lost its channels' means; the gradient itself stays as it is."""
+    net, plain = make_net(device=target.device), make_net(device=target.device)
+    quantity = make("weight_gradient_signs", layers="conv[23]", centred=centred)
+    images, labels = batch(0, device=target.device)
+    F.cross_entropy(plain(images), labels).backward()
+    with probes.record(net, [quantity], out=tmp_path) as rec:
+        seen = Seen(net)
+        F.cross_entropy(net(images), labels).backward()
+        rec.step()
+    for layer in ("conv2", "conv3"):
+        x, dy = (t - t.mean((0, 2, 3), keepdim=True) * (which == centred) for which, t in (
+            ("input", seen.x[layer]), ("gradient", seen.dy[layer])
+        ))  # fmt: skip
+        oracle = quantity.oracle(x, dy, getattr(net, layer))
+        kept = {name: oracle[name] for name in ("sum", "abs_sum", "sign_sum", "nonzero")}
+        compare(probes.load(tmp_path)["weight_gradient_signs"][layer], kept, layer)
+        assert torch.equal(getattr(net, layer).weight.grad, getattr(plain, layer).weight.grad)
 
 
 @pytest.mark.parametrize("divided", [True, False])
@@ -257,6 +281,7 @@ EVERYTHING = [
     "signal_propagation",
     "weight_gradient_signs",
     "output_gradient",
+    "output_moments",
     "parameter_gradient_histogram",
 ]
 
@@ -631,6 +656,8 @@ def test_errors_at_the_door(quantities: list[str], options: dict, message: str, 
         make("weight_gradient_signs", form="half")
     with pytest.raises(ValueError, match="sums must be among sum, abs_sum, sign_sum, nonzero"):
         make("weight_gradient_signs", sums=["squares"])
+    with pytest.raises(ValueError, match="centred must be input, gradient or None; got 'both'"):
+        make("weight_gradient_signs", centred="both")
 
 
 def test_a_quantity_of_ones_own(tmp_path: Path) -> None:

@@ -9,15 +9,16 @@ import contextlib
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
 
 import torch
 
-# The table: for each device, the backends in order of preference. The first that does not refuse serves.
+# The table: for each device, the backends in order of preference. The first that does not refuse serves. On CUDA
+# devices that is Triton, until measurements say otherwise: neither has run on one yet, and Triton's kernels record.
 NAMES = ("cuda", "triton", "cpu", "reference")
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -88,6 +89,13 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> ModuleType:
             return _load(candidate)
         reasons.append(f"{candidate}: {reason}")
     raise AssertionError("the reference serves everything")
+
+
+@cache
+def native_usual() -> Callable[..., bool] | None:
+    """``functional._usual`` in C++, for tensors of any device, where the native module can read torch's tensors."""
+    module = _load("cpu")
+    return None if isinstance(module, str) else module.usual
 
 
 def explain(device_type: str, dtype: torch.dtype) -> str:

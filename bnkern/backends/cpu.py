@@ -6,7 +6,6 @@ Phases take an optional ``out`` to write into, which must be addressable like th
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -32,9 +31,15 @@ __all__ = [
 ]
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.uint8: 4}
-# Results from this size on come from the pool; malloc keeps smaller ones in reach by itself.
-_POOLED_BYTES = 256 << 10
 _ABSENT = (0, 0, 0)
+
+# Where torch offers DLPack's exchange table, the native module reads and makes tensors by itself: forward and backward
+# of plain dense tensors are then one native call each (csrc/call.cpp), and the Python below serves the others.
+_reads_tensors = _native.exchange(
+    getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), (Tensor, torch.nn.Parameter), Tensor.is_neg
+)
+# Whether arguments of batch_norm are plainly valid, on any device: functional._usual in C++, or None.
+usual = _native.usual if _reads_tensors else None
 
 
 def refuses(device_type: str, dtype: torch.dtype) -> str | None:
@@ -80,15 +85,11 @@ def _readable(t: Tensor, plan: _Plan) -> tuple[Tensor, int, int, int]:
 
 def _empty(x: Tensor, plan: _Plan) -> Tensor:
     """A result for x, a large one in memory that earlier results gave back: fresh pages cost more than the kernel."""
-    if x.nbytes < _POOLED_BYTES:
-        return torch.empty_strided(x.shape, plan.result_stride, dtype=x.dtype)
     return torch.from_dlpack(_native.cpu_empty(_CODES[x.dtype], x.shape, plan.result_stride))
 
 
 def _empty_mask(like: Layout) -> Tensor:
     shape = like.mask_shape
-    if math.prod(shape) < _POOLED_BYTES:
-        return torch.empty(shape, dtype=torch.uint8)
     steps = (1,) if like.rows else (shape[1] * shape[2], shape[2], 1)
     return torch.from_dlpack(_native.cpu_empty(_CODES[torch.uint8], shape, steps))
 
@@ -227,6 +228,11 @@ def forward(
 
     ``record``, a contiguous float64 [8, C], is filled in the same pass over memory with the rows ``ACTIVATION``.
     """
+    if _reads_tensors and out is None:
+        vectors = (weight, bias, residual, running_mean, running_var, num_batches_tracked)
+        results = _native.forward(x, *vectors, training, momentum, eps, act, save_mask, record, torch.get_num_threads())
+        if results is not None:
+            return results
     plan = _plan(x.shape, x.stride())
     y = _empty(x, plan) if out is None else out
     mask = _empty_mask(plan.like) if save_mask and act and residual is not None else None
@@ -379,6 +385,12 @@ def backward(
     Filled in the same passes over memory, contiguous and float64: ``record_gradient`` [7, C] with the rows
     ``GRADIENT`` where dx is needed, ``record_affine`` [8, C] with ``AFFINE`` unless the normalisation is the identity.
     """
+    if _reads_tensors and out is None:
+        saved = (x, weight, bias, mean, invstd, mask)
+        records = (record_gradient, record_affine)
+        grads = _native.backward(dy, *saved, act, training, needs, *records, torch.get_num_threads())
+        if grads is not None:
+            return grads
     need_x, need_weight, need_bias, need_residual = needs
     plan = _plan(x.shape, x.stride())
     if out is not None:

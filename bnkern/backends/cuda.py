@@ -1,31 +1,258 @@
-"""The C++/CUDA kernels (csrc/cuda): launchers over the native module. Compiled in every CUDA build, not yet run on one.
+"""The C++/CUDA kernels (csrc/cuda): launchers over the native module. None of them has run on a GPU yet.
 
-So far they are one phase, ``merge``; the Triton kernels serve CUDA devices.
+They serve float32, bfloat16 and float16. Tensors that two strides describe are read in place, others are copied once
+to the dense form of their layout. Signatures and formulas are those of ``reference``; nothing is recorded here.
 """
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _native
+from .layout import Layout, addressed, empty_like, layout, strides
 
-__all__ = ["merge", "refuses"]
+__all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
 
-_CODES = {torch.float32: 0, torch.float64: 3}
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_ABSENT = (0, 0, 0)
 
 
 def refuses(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot serve such an input."""
+    """Why this backend cannot serve such an input, or None."""
     if device_type != "cuda":
         return f"its kernels run on CUDA devices, the input is on {device_type}"
-    if not hasattr(_native, "cuda_merge"):
+    if not hasattr(_native, "cuda_forward"):
         return "the native module was built without CUDA"
-    return "of the five phases only merge has a CUDA kernel so far"
+    if dtype is torch.float64:
+        return "it has no float64 kernels, the Triton backend has"
+    return None if dtype in _CODES else f"it has no kernels for {dtype}"
 
 
+def augment(*_) -> None:
+    """Not among these kernels. Raises RuntimeError."""
+    raise RuntimeError("backend 'cuda' has no kernel for augment; 'triton' has")
+
+
+def conv_grad_signs(*_) -> None:
+    """Not among these kernels. Raises RuntimeError."""
+    raise RuntimeError("backend 'cuda' has no kernels for conv_grad_signs; 'triton' has")
+
+
+# -------------------------------------------------------------------------------------------- devices and rules
+
+
+class Device(NamedTuple):
+    """What the kernels' partition depends on besides shape, layout and dtype: ``CudaDevice`` in csrc/cuda/kernels.h."""
+
+    multiprocessors: int
+    shared_bytes: int  # that one block may ask for
+    threads: int  # of a block, at most
+    clusters: bool  # blocks can read each other's shared memory: capability 9.0 and later
+
+
+class Rule(NamedTuple):
+    """When a call is one kernel that keeps on chip what it reads, instead of two that each read it."""
+
+    single_read_from: int  # bytes of one tensor
+    source: str
+
+
+# By the name of the device model. "" stands for all that is not there, and nothing has been measured so far.
+RULES = {"": Rule(0, "rule of thumb, not measured: one kernel for every size")}
+
+
+@functools.cache
+def _device(index: int) -> tuple[Device, Rule]:
+    found = torch.cuda.get_device_properties(index)
+    device = Device(found.multi_processor_count, found.shared_memory_per_block_optin, 512, found.major >= 9)
+    return device, RULES.get(found.name, RULES[""])
+
+
+# ------------------------------------------------------------------------------------------------- workspaces
+
+
+class Workspaces:
+    """Memory in which the blocks of a launch tell each other of their parts: one for each (device, stream).
+
+    Launches on a stream follow each other and share it. It begins with signals, which are zero and which each launch
+    leaves so. A launch that is being captured into a graph gets memory of its own, out of a slab of zeros: graphs
+    captured on one stream may replay side by side. The slab is made and renewed outside of captures, when under half
+    of it is left; that waits once for its zeros. What a graph was given stays given, since nobody says when the graph
+    is gone. Where a capture outlasts the slab, or comes before any other launch, the memory is the graph's own,
+    zeroed by one more node of it.
+    """
+
+    SLAB = 64 << 20  # bytes; a launch takes some 40 KB
+    LEAST = 1 << 20
+    LINE = 256
+
+    def __init__(
+        self, zeros: Callable[[int, int], Tensor], capturing: Callable[[], bool], wait: Callable[[], None]
+    ) -> None:
+        self._zeros, self._capturing, self._wait = zeros, capturing, wait
+        self._lock = threading.Lock()
+        self._own: dict[tuple[int, int], tuple[int, int]] = {}
+        self._slabs: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []
+
+    def at_hand(self, device: int, stream: int) -> tuple[int, int]:
+        """Address and bytes of what a launch on this stream may use as it is: nothing within a capture."""
+        if self._capturing() or self._short(device):
+            return 0, 0
+        return self._own.get((device, stream), (0, 0))
+
+    def fresh(self, needed: int, device: int, stream: int) -> tuple[int, int]:
+        """Address and bytes of at least ``needed`` bytes, where less was at hand. The device is current."""
+        with self._lock:
+            if self._capturing():
+                return self._of_slab(needed, device)
+            if self._short(device):
+                self._slabs[device] = self._zeroed(self.SLAB, device)
+                self._wait()
+            address, size = self._own.get((device, stream), (0, 0))
+            if size < needed:
+                # What the smaller one was used for is done by the time the stream comes to what follows.
+                size = max(needed, 2 * size, self.LEAST)
+                self._own[device, stream] = address, size = self._zeroed(size, device).data_ptr(), size
+            return address, size
+
+    def _short(self, device: int) -> bool:
+        return len(self._slabs.get(device, ())) < self.SLAB // 2
+
+    def _zeroed(self, count: int, device: int) -> Tensor:
+        self._kept.append(self._zeros(count, device))
+        return self._kept[-1]
+
+    def _of_slab(self, needed: int, device: int) -> tuple[int, int]:
+        needed = -(-needed // self.LINE) * self.LINE
+        slab = self._slabs.get(device, ())
+        if len(slab) < needed:
+            return self._zeroed(needed, device).data_ptr(), needed
+        self._slabs[device] = slab[needed:]
+        return slab.data_ptr(), needed
+
+
+_workspaces = Workspaces(
+    lambda count, device: torch.zeros(count, dtype=torch.uint8, device=torch.device("cuda", device)),
+    torch.cuda.is_current_stream_capturing,
+    lambda: torch.cuda.current_stream().synchronize(),
+)
+
+
+# -------------------------------------------------------------------------------------------------- launchers
+
+
+def _current(function: Callable) -> Callable:
+    """``function`` with the device of its first argument made current."""
+
+    @functools.wraps(function)
+    def on_its_device(first: Tensor, *args, **kwargs):
+        if first.device.index == torch.cuda.current_device():
+            return function(first, *args, **kwargs)
+        with torch.cuda.device(first.device):
+            return function(first, *args, **kwargs)
+
+    return on_its_device
+
+
+def _view(t: Tensor | None, rows: bool) -> tuple[int, int, int]:
+    return _ABSENT if t is None else (t.data_ptr(), *strides(t, rows))
+
+
+def _vector(v: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if v is None else (v.data_ptr(), _CODES[v.dtype])
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _contiguous(v: Tensor | None) -> Tensor | None:
+    return v if v is None or v.is_contiguous() else v.contiguous()
+
+
+def _launch(entry: Callable[..., int], x: Tensor, *call) -> None:
+    """Queues a call of the native module on the current stream. It says how much workspace it lacks, if any."""
+    index = x.device.index
+    device, rule = _device(index)
+    strategy = int(x.nbytes >= rule.single_read_from)
+    stream = torch._C._cuda_getCurrentRawStream(index)  # as Triton's launcher: a third of the cost of current_stream()
+    needed = entry(*call, device, (strategy, *_workspaces.at_hand(index, stream)), stream)
+    if needed:
+        entry(*call, device, (strategy, *_workspaces.fresh(needed, index, stream)), stream)
+
+
+def _empty_mask(x: Tensor, like: Layout, act: str | None, residual: Tensor | None) -> Tensor | None:
+    wanted = act is not None and residual is not None
+    return torch.empty(like.mask_shape, dtype=torch.uint8, device=x.device) if wanted else None
+
+
+def _run_forward(
+    x: Tensor,
+    like: Layout,
+    moments: bool,
+    normalize: bool,
+    mean: Tensor | None,
+    spread: Tensor | None,
+    y: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    act: str | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    counter: Tensor | None = None,
+    momentum: float | None = 0.0,
+    eps: float = 0.0,
+) -> None:
+    x = addressed(x, like.rows)
+    residual = None if residual is None else addressed(residual, like.rows)
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    _launch(
+        _native.cuda_forward,
+        x,
+        _CODES[x.dtype],
+        like,
+        moments,
+        normalize,
+        act is not None,
+        _view(x, like.rows),
+        _view(residual, like.rows),
+        _view(y, like.rows),
+        _address(mask),
+        _vector(weight),
+        _vector(bias),
+        _address(mean),
+        _address(spread),
+        _vector(running_mean),
+        _vector(running_var),
+        _address(counter),
+        momentum is None,
+        momentum or 0.0,
+        eps,
+    )
+
+
+@_current
+def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Count, mean [C] and M2 [C] of x."""
+    like = layout(x)
+    mean, m2 = (torch.zeros(like.c, dtype=torch.float32, device=x.device) for _ in range(2))
+    if x.numel():
+        _run_forward(x, like, True, False, mean, m2)
+    return like.count, mean, m2
+
+
+@_current
 def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One (count, mean [C], M2 [C]) from K of them, as :func:`bnkern.backends.reference.merge`, in one launch.
 
-    means and m2s are contiguous, float32 or float64, on the current CUDA device. Raises RuntimeError with CUDA's words.
+    means and m2s are contiguous, float32 or float64. Raises RuntimeError with CUDA's words.
     """
     count = counts.to(means.dtype)
     merged_count, merged_mean, merged_m2 = (
@@ -37,6 +264,201 @@ def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, T
         _CODES[means.dtype],
         *(t.data_ptr() for t in (count, means, m2s, merged_count, merged_mean, merged_m2)),
         *means.shape,
-        torch.cuda.current_stream().cuda_stream,
+        torch._C._cuda_getCurrentRawStream(means.device.index),
     )
     return merged_count[0].to(counts.dtype), merged_mean, merged_m2
+
+
+@_current
+def normalize(
+    x: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """y and, with residual and ReLU, its mask."""
+    like = layout(x)
+    y, mask = empty_like(x, like.rows), _empty_mask(x, like, act, residual)
+    if x.numel():
+        _run_forward(x, like, False, True, _contiguous(mean), _contiguous(invstd), y, weight, bias, residual, mask, act)
+    return y, mask
+
+
+@_current
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    act: str | None,
+    save_mask: bool,
+    *,
+    record: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y, mean, invstd and the mask, as :func:`bnkern.backends.reference.forward`: one launch, or two.
+
+    Raises RuntimeError where there is something to ``record``, before anything is written.
+    """
+    _refuse_records(record)
+    like = layout(x)
+    y = empty_like(x, like.rows)
+    mask = _empty_mask(x, like, act, residual) if save_mask else None
+    mean = invstd = None
+    if training or running_mean is not None:
+        mean, invstd = (torch.empty(like.c, dtype=torch.float32, device=x.device) for _ in range(2))
+    if x.numel():
+        running = (running_mean, running_var, num_batches_tracked, momentum, eps)
+        _run_forward(x, like, training, True, mean, invstd, y, weight, bias, residual, mask, act, *running)
+    elif mean is not None:
+        mean.zero_(), invstd.zero_()
+        if training and num_batches_tracked is not None:
+            num_batches_tracked += 1
+    return y, mean, invstd, mask
+
+
+def _refuse_records(*records: Tensor | None) -> None:
+    if any(record is not None for record in records):
+        raise RuntimeError("backend 'cuda' does not record; 'triton' does, with the same results to rounding")
+
+
+def _run_backward(
+    dy: Tensor,
+    x: Tensor,
+    like: Layout,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    act: str | None,
+    sums: bool,
+    input: bool,
+    training: bool,
+    dx: Tensor | None = None,
+    dresidual: Tensor | None = None,
+    sum_dy: Tensor | None = None,
+    sum_dy_xhat: Tensor | None = None,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
+) -> None:
+    dy, x = addressed(dy, like.rows), addressed(x, like.rows)
+    mean, invstd, weight, bias = (_contiguous(v) for v in (mean, invstd, weight, bias))
+    _launch(
+        _native.cuda_backward,
+        x,
+        _CODES[x.dtype],
+        like,
+        sums,
+        input,
+        act is not None,
+        training,
+        _view(dy, like.rows),
+        _view(x, like.rows),
+        _view(dx, like.rows),
+        _view(dresidual, like.rows),
+        _address(mask),
+        _vector(weight),
+        _vector(bias),
+        _address(mean),
+        _address(invstd),
+        _address(sum_dy),
+        _address(sum_dy_xhat),
+        _vector(dweight),
+        _vector(dbias),
+    )
+
+
+@_current
+def grad_sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    act: str | None,
+) -> tuple[Tensor, Tensor]:
+    """sum g [C] and sum g * xhat [C]."""
+    like = layout(x)
+    sums = tuple(torch.zeros(like.c, dtype=torch.float32, device=x.device) for _ in range(2))
+    if x.numel():
+        _run_backward(dy, x, like, mean, invstd, weight, bias, mask, act, True, False, True, None, None, *sums)
+    return sums
+
+
+@_current
+def grad_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    act: str | None,
+    sums: tuple[Tensor, Tensor, int] | None,
+    need_dx: bool = True,
+    need_dresidual: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and the residual's gradient, where needed; ``sums`` is (sum g, sum g * xhat, M), or None in eval mode."""
+    like = layout(x)
+    dx, dresidual = (empty_like(x, like.rows) if want else None for want in (need_dx, need_dresidual))
+    sum_dy, sum_dy_xhat, count = (None, None, like.count) if sums is None else sums
+    if count != like.count:  # other ranks' values are in the sums; the kernel divides by this tensor's own count
+        scale = like.count / count
+        sum_dy, sum_dy_xhat = sum_dy * scale, sum_dy_xhat * scale
+    if x.numel() and (need_dx or need_dresidual):
+        results = (dx, dresidual, _contiguous(sum_dy), _contiguous(sum_dy_xhat))
+        training = sums is not None
+        _run_backward(dy, x, like, mean, invstd, weight, bias, mask, act, False, True, training, *results)
+    return dx, dresidual
+
+
+@_current
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    mask: Tensor | None,
+    act: str | None,
+    training: bool,
+    needs: tuple[bool, bool, bool, bool],
+    *,
+    record_gradient: Tensor | None = None,
+    record_affine: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """grad_sums and grad_input as one call: (dx, dweight, dbias, dresidual), each where ``needs`` says so.
+
+    Raises RuntimeError where there is something to record, before anything is written.
+    """
+    _refuse_records(record_gradient, record_affine)
+    need_x, need_weight, need_bias, need_residual = needs
+    like = layout(x)
+    dx, dresidual = (empty_like(x, like.rows) if want else None for want in (need_x, need_residual))
+    dweight = torch.empty(like.c, dtype=weight.dtype, device=x.device) if need_weight else None
+    dbias = torch.empty(like.c, dtype=bias.dtype, device=x.device) if need_bias else None
+    if x.numel():
+        sums, input = need_weight or need_bias or (need_x and training), need_x or need_residual
+        if sums or input:
+            results = (dx, dresidual, None, None, dweight, dbias)
+            # Without dx nothing is to be centred, and without sums there is nothing to centre by.
+            centred = training and need_x
+            _run_backward(dy, x, like, mean, invstd, weight, bias, mask, act, sums, input, centred, *results)
+    else:
+        for total in (dweight, dbias):
+            if total is not None:
+                total.zero_()
+    return dx, dweight, dbias, dresidual

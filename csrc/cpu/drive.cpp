@@ -6,6 +6,8 @@
 //                own cache. Planes, where there are channels enough to keep all threads busy.
 //   in step      all threads share the tiles of a batch of groups, phase by phase, the second phase from
 //                the last tile to the first. Rows, whose channels lie side by side, and planes of few channels.
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -96,9 +98,7 @@ void join_moments(std::int64_t channels, double before, const Rows<double>& tota
   // chan_merge with its ratio of counts, the same for all channels, taken out of the loop.
   const double share = count / (before + count), weight = before * share;
   for (std::int64_t c = 0; c < channels; ++c) {
-    const double delta = tile[kMean][c] - total[kMean][c];
-    total[kMean][c] = fma(delta, share, total[kMean][c]);
-    total[kM2][c] = fma(delta * delta, weight, total[kM2][c] + tile[kM2][c]);
+    chan_join(&total[kMean][c], &total[kM2][c], tile[kMean][c], tile[kM2][c], share, weight);
   }
 }
 
@@ -209,68 +209,73 @@ void run(Partition& part, std::int64_t element_bytes, bool applying, int max_thr
     return Rows<A>{parts_of_sums + index * given.rows * pitch + group * part.group, pitch};
   };
 
-#pragma omp parallel num_threads(threads)
-  for (std::int64_t from = 0; from < part.groups; from += batch) {
-    const std::int64_t groups = part.groups - from < batch ? part.groups - from : batch;
-    const auto channels_of = [&](std::int64_t group) {
-      const std::int64_t left = part.width - (from + group) * part.group;
-      return left < part.group ? left : part.group;
-    };
-    const auto cleared_sums = [&](const Given& given, std::int64_t index, std::int64_t group) {
-      const Rows<A> sums = sums_of(given, index, group);
-      for (int r = 0; r < given.rows; ++r) std::memset(sums[r], 0, channels_of(group) * sizeof(A));
-      return sums;
-    };
-    const auto join_blocks = [&](const Given& given, std::int64_t group) {
-      for (std::int64_t index = 0; given.rows && index < blocks; ++index)
-        join_sums(given.rows, channels_of(group), total_of(given, from + group), sums_of(given, index, group));
-    };
-    if (measuring) {
+  const auto work = [&] {
+    for (std::int64_t from = 0; from < part.groups; from += batch) {
+      const std::int64_t groups = part.groups - from < batch ? part.groups - from : batch;
+      const auto channels_of = [&](std::int64_t group) {
+        const std::int64_t left = part.width - (from + group) * part.group;
+        return left < part.group ? left : part.group;
+      };
+      const auto cleared_sums = [&](const Given& given, std::int64_t index, std::int64_t group) {
+        const Rows<A> sums = sums_of(given, index, group);
+        for (int r = 0; r < given.rows; ++r) std::memset(sums[r], 0, channels_of(group) * sizeof(A));
+        return sums;
+      };
+      const auto join_blocks = [&](const Given& given, std::int64_t group) {
+        for (std::int64_t index = 0; given.rows && index < blocks; ++index)
+          join_sums(given.rows, channels_of(group), total_of(given, from + group), sums_of(given, index, group));
+      };
+      if (measuring) {
 #pragma omp for schedule(static)
-      for (std::int64_t unit = 0; unit < groups * blocks; ++unit) {
-        const std::int64_t index = unit / groups, group = unit % groups;
-        const Rows<A> sums = cleared_sums(measured_sums, index, group);
-        const std::int64_t end = std::min((index + 1) * block, part.tiles);
-        for (std::int64_t tile = index * block; tile < end; ++tile)
-          measure(from + group, tile, part_of(tile, group), sums);
-      }
-      // Channels are joined apart, since rows have few groups: the threads share those of one.
+        for (std::int64_t unit = 0; unit < groups * blocks; ++unit) {
+          const std::int64_t index = unit / groups, group = unit % groups;
+          const Rows<A> sums = cleared_sums(measured_sums, index, group);
+          const std::int64_t end = std::min((index + 1) * block, part.tiles);
+          for (std::int64_t tile = index * block; tile < end; ++tile)
+            measure(from + group, tile, part_of(tile, group), sums);
+        }
+        // Channels are joined apart, since rows have few groups: the threads share those of one.
 #pragma omp for schedule(static)
-      for (std::int64_t unit = 0; unit < groups * pieces; ++unit) {
-        const std::int64_t group = unit / pieces, first = unit % pieces * kJoinChannels;
-        double seen = 0;
-        for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
-          const double count = static_cast<double>(tile_count(part, tile));
-          const std::int64_t channels = std::min(tile_channels(part, from + group, tile) - first, kJoinChannels);
-          if (channels > 0)
-            join(channels, seen, total_of(measured, from + group).at(first), count, part_of(tile, group).at(first));
-          seen += count;
+        for (std::int64_t unit = 0; unit < groups * pieces; ++unit) {
+          const std::int64_t group = unit / pieces, first = unit % pieces * kJoinChannels;
+          double seen = 0;
+          for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
+            const double count = static_cast<double>(tile_count(part, tile));
+            const std::int64_t channels = std::min(tile_channels(part, from + group, tile) - first, kJoinChannels);
+            if (channels > 0)
+              join(channels, seen, total_of(measured, from + group).at(first), count, part_of(tile, group).at(first));
+            seen += count;
+          }
+        }
+#pragma omp for schedule(static)
+        for (std::int64_t group = 0; group < groups; ++group) {
+          join_blocks(measured_sums, group);
+          finish(from + group);
         }
       }
+      if (applying) {
 #pragma omp for schedule(static)
-      for (std::int64_t group = 0; group < groups; ++group) {
-        join_blocks(measured_sums, group);
-        finish(from + group);
+        for (std::int64_t unit = 0; unit < groups * blocks; ++unit) {
+          // After measuring, the last tiles first: they are still in cache. Within a tile memory order is kept.
+          const std::int64_t index = measuring ? blocks - 1 - unit / groups : unit / groups, group = unit % groups;
+          const Rows<A> sums = cleared_sums(applied_sums, index, group);
+          const std::int64_t end = std::min((index + 1) * block, part.tiles);
+          for (std::int64_t tile = end - 1; tile >= index * block; --tile) apply(from + group, tile, sums);
+        }
+      }
+      if (applied_sums.rows) {
+#pragma omp for schedule(static)
+        for (std::int64_t group = 0; group < groups; ++group) {
+          join_blocks(applied_sums, group);
+          close(from + group);
+        }
       }
     }
-    if (applying) {
-#pragma omp for schedule(static)
-      for (std::int64_t unit = 0; unit < groups * blocks; ++unit) {
-        // After measuring, the last tiles first: they are still in cache. Within a tile memory order is kept.
-        const std::int64_t index = measuring ? blocks - 1 - unit / groups : unit / groups, group = unit % groups;
-        const Rows<A> sums = cleared_sums(applied_sums, index, group);
-        const std::int64_t end = std::min((index + 1) * block, part.tiles);
-        for (std::int64_t tile = end - 1; tile >= index * block; --tile) apply(from + group, tile, sums);
-      }
-    }
-    if (applied_sums.rows) {
-#pragma omp for schedule(static)
-      for (std::int64_t group = 0; group < groups; ++group) {
-        join_blocks(applied_sums, group);
-        close(from + group);
-      }
-    }
-  }
+  };
+  // A thread alone needs no team: each of a team's barriers is a system call, even where nobody waits.
+  if (threads == 1 && !omp_in_parallel()) return work();
+#pragma omp parallel num_threads(threads)
+  work();
 }
 
 // The wide channels that hold values of one channel: first, first + step, ... below end.

@@ -8,13 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 Rows = list[dict[str, object]]
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; the shape of a marker says the same again.
 INK, GRID = "#1a1c20", "#c9ccd3"
-NETS = {"batch": ("with batch norm", "#0072b2", "o"), "none": ("without", "#d55e00", "s")}
+COLOURS = {
+    "blue": "#0072b2",
+    "vermilion": "#d55e00",
+    "green": "#009e73",
+    "purple": "#cc79a7",
+    "orange": "#e69f00",
+    "sky": "#56b4e9",
+}
+SERIES = tuple(COLOURS[name] for name in ("blue", "vermilion", "green", "purple", "sky"))  # of more than two
+NETS = {"batch": ("with batch norm", COLOURS["blue"], "o"), "none": ("without", COLOURS["vermilion"], "s")}
 
 STYLE = {
     "axes.axisbelow": True,
@@ -48,9 +59,43 @@ def save(draw: Callable[[Rows], Figure], rows: Rows, stem: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = draw(rows)
         figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+        figure.set_layout_engine("none")  # stays as it was laid out, and takes no time again
         figure.savefig(stem.with_suffix(".png"), dpi=160, metadata={"Software": None})
 
 
 def column(rows: Rows, name: str, **where: object) -> list:
     """One column of the rows that have these values."""
     return [row[name] for row in rows if all(row[key] == value for key, value in where.items())]
+
+
+def band(axes, x, rows: Rows, name: str, style: str, colour: str) -> None:
+    """The line ``name`` over x, and behind it the band from ``name low`` to ``name high``."""
+    axes.fill_between(
+        x, column(rows, f"{name} low"), column(rows, f"{name} high"), color=colour, alpha=0.2, linewidth=0
+    )
+    axes.plot(x, column(rows, name), style, color=colour)
+
+
+def ranged(name: str, values: np.ndarray) -> dict[str, float]:
+    """What ``band`` draws of one number a seed: the median, the least and the largest."""
+    return {name: np.median(values), f"{name} low": np.min(values), f"{name} high": np.max(values)}
+
+
+def count(seeds: int) -> str:
+    """1 seed, 2 seeds."""
+    return f"{seeds} seed{'s' * (seeds != 1)}"
+
+
+def key_of_nets(seeds: int) -> list[Line2D]:
+    """The legend's entries for the networks with and without batch norm."""
+    return [
+        Line2D([], [], color=colour, marker=marker, label=f"{text}, {count(seeds)}")
+        for text, colour, marker in NETS.values()
+    ]
+
+
+def key_of_paper() -> Line2D:
+    """The legend's entry for the paper's values: hollow diamonds."""
+    return Line2D(
+        [], [], color=INK, marker="D", markerfacecolor="none", markersize=8, linestyle="none", label="the paper"
+    )

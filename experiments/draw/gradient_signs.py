@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from . import GRID, INK, NETS, Rows, column
+from . import GRID, INK, NETS, Rows, column, count
 
 CAPTION = (
     "a/b by layer. Filled markers: ratio of averages, geometric mean and standard deviation over seeds; hollow: the "
@@ -87,7 +87,7 @@ def draw(rows: Rows) -> Figure:
     axes.grid(axis="x", visible=False)
     seeds = min(row["seeds"] for row in rows)
     nets = [
-        Line2D([], [], color=colour, marker=marker, linestyle="none", label=f"{text}, {seeds} seeds")
+        Line2D([], [], color=colour, marker=marker, linestyle="none", label=f"{text}, {count(seeds)}")
         for text, colour, marker in NETS.values()
     ]
     key = dict(color=INK, linestyle="none")

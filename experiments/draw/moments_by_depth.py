@@ -2,9 +2,8 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from . import INK, NETS, Rows, column
+from . import INK, NETS, Rows, column, key_of_nets, key_of_paper
 
 CAPTION = (
     "Lines: averages over channels and seeds. Bands: standard deviation over channels; error bars: over seeds; hollow "
@@ -14,6 +13,11 @@ QUANTITIES = {"ln_std": "ln std", "ln_abs_mean": "ln |mean|"}
 
 
 def tables(spec, results) -> dict[str, Rows]:
+    """One table: see by_layer."""
+    return {"moments_by_depth": by_layer(spec, results)}
+
+
+def by_layer(spec, results) -> Rows:
     """For each layer the average over channels: its mean and spread over seeds; and the spread over channels."""
     rows = []
     for norm in NETS:
@@ -28,7 +32,7 @@ def tables(spec, results) -> dict[str, Rows]:
                 row[f"{name} over channels"] = channels.std(1).mean()
                 row[f"{name} paper"] = spec.paper[name, norm][index]
             rows.append(row)
-    return {"moments_by_depth": rows}
+    return rows
 
 
 def draw(rows: Rows) -> Figure:
@@ -58,11 +62,5 @@ def draw(rows: Rows) -> Figure:
     panels[-1].set_xticks(sorted({row["layer"] for row in rows}))
     panels[-1].set_xlabel("layer")
     seeds = min(row["seeds"] for row in rows)
-    key = [
-        Line2D([], [], color=colour, marker=marker, label=f"{text}, {seeds} seeds")
-        for text, colour, marker in NETS.values()
-    ]
-    paper = Line2D([], [], color=INK, marker="D", markerfacecolor="none", markersize=8, linestyle="none")
-    paper.set_label("the paper")
-    figure.legend(handles=[*key, paper], loc="outside lower center", ncols=3)
+    figure.legend(handles=[*key_of_nets(seeds), key_of_paper()], loc="outside lower center", ncols=3)
     return figure

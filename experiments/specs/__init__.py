@@ -3,21 +3,31 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+SCALES = ("smoke", "quick", "laptop", "paper")  # by what they can show
+
 
 @dataclass(frozen=True)
 class Run:
     """One configuration, repeated for seeds 0, 1, ...: what to build, what to feed it, what to measure."""
 
     label: str  # names the run's folder
-    procedure: str  # the function of experiments/measure.py that does it
-    quantities: tuple[str, ...]  # and what that measures, a file of probes/ each
-    layers: tuple[int, ...]  # in the paper's numbering
-    norm: str
+    procedure: str  # the file of experiments/procedures/ that does it
+    norm: str = "batch"
+    quantities: tuple[str, ...] = ()  # what to measure, where the procedure leaves a choice
+    layers: tuple[int, ...] = ()  # in the paper's numbering
     depth: int = 110
     shortcut: str = "projection"
+    init: str = "xavier_normal"
     kernels: str = "bnkern"
     batch: int = 128
     seeds: int = 10
+    options: dict = field(default_factory=dict)  # the procedure's own: numbers, words and lists of them
+
+    def but(self, **changes: object) -> "Run":
+        """The same run but for ``changes``: of fields, and by any other name of ``options``."""
+        own = {name: value for name, value in changes.items() if name in self.__dataclass_fields__}
+        options = {name: value for name, value in changes.items() if name not in own}
+        return replace(self, **own | {"options": self.options | own.get("options", {}) | options})
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,11 @@ def above(low: float) -> Check:
     return Check(f"above {low:g}", lambda ours: ours > low)
 
 
+def below(high: float) -> Check:
+    """Less than ``high``."""
+    return Check(f"below {high:g}", lambda ours: ours < high)
+
+
 @dataclass(frozen=True)
 class Claim:
     """One number of the paper and ours.
@@ -74,14 +89,21 @@ class Spec:
     method: str  # what exactly is computed, and what is done otherwise than there, if anything
     claims: tuple[Claim, ...]
     runs: tuple[Run, ...]  # at the paper's scale
-    smaller: dict[str, dict] = field(default_factory=dict)  # fields of Run that other scales change
+    # What other scales change (Run.but): the same of every run, or a function of it; None: nothing runs at that scale.
+    smaller: dict[str, dict | Callable[[Run], dict] | None] = field(default_factory=dict)
+    minutes: dict[str, float] = field(default_factory=dict)  # by scale: all seeds, on two cores of the log's machine
+    images: bool = True  # whether it needs CIFAR-10
     paper: dict = field(default_factory=dict)  # the paper's values, for the tables and the figure
     remark: str = ""  # what came out otherwise than expected, or beyond the paper
 
     def scale(self, asked: str) -> str:
-        """The scale that serves ``asked``: the paper's own, where nothing is made smaller for it."""
-        return asked if asked in self.smaller else "paper"
+        """The scale that serves ``asked``: the next larger one that differs, or the paper's own."""
+        larger = SCALES[SCALES.index(asked) :]
+        return next((scale for scale in larger if scale in self.smaller), "paper")
 
     def at(self, scale: str) -> tuple[Run, ...]:
         """The runs at one scale."""
-        return tuple(replace(run, **self.smaller.get(scale, {})) for run in self.runs)
+        changes = self.smaller.get(scale, {})
+        if changes is None:
+            return ()
+        return tuple(run.but(**(changes(run) if callable(changes) else changes)) for run in self.runs)

@@ -49,8 +49,9 @@ SPEC = Spec(
     "summands are divided by N, and a/b is the ratio of averages. The sum of |d| is the convolution of absolute "
     "values, all in float64. Means over seeds are geometric.",
     claims=tuple(claim(*key, *at) for key in PAPER for at in zip(LAYERS, PAPER[key], strict=True)),
-    runs=tuple(Run(norm, "at_init", ("gradient_signs",), LAYERS, norm) for norm in NETS),
-    smaller={"smoke": {"batch": 4, "seeds": 2}},
+    runs=tuple(Run(norm, "at_init", norm, ("gradient_signs",), LAYERS) for norm in NETS),
+    smaller={"smoke": {"batch": 2, "seeds": 1}},
+    minutes={"paper": 3},
     paper=PAPER,
     remark="Independent signs would give an a/b of about sqrt N. With batch norm a/b is 0.4 to 0.65 of that: its fall "
     "with depth is mostly that of the resolution. The share of signs that agree, |sum sign d| over the number of "

@@ -1,8 +1,8 @@
 """What the compiler makes of the Triton kernels: registers, spills, shared memory, loads. Needs no GPU.
 
-resources.json holds, for a triton version, an architecture and a kernel, [registers, bytes of shared memory]; none
-spills. ``python -m tests.triton.resources --write`` compiles them all and replaces this version's rows there;
-without ``--write`` it prints them. fp32 and bf16 stand for the other dtypes.
+resources.json holds, for a triton version, an architecture and a kernel, [registers, bytes of shared memory, programs
+that a multiprocessor holds at once]; none spills. ``python -m tests.triton.resources --write`` compiles them all and
+replaces this version's rows there; without ``--write`` it prints them. fp32 and bf16 stand for the other dtypes.
 """
 
 import json
@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 from bnkern.backends import records
 from bnkern.backends import triton as backend
 from bnkern.backends.triton import common
+from tests.occupancy import WARP, resident_blocks
 
 _launch = common.launch
 
@@ -94,6 +95,12 @@ class Usage(NamedTuple):
     shared: int
     ptx: str
     ttgir: str  # Triton's own, with the layout of each tensor
+    resident: int  # programs at once on a multiprocessor
+
+    @property
+    def row(self) -> list[int]:
+        """What the table holds."""
+        return [self.registers, self.shared, self.resident]
 
 
 def _variant(kernel: JITFunction, arguments: tuple, constants: dict) -> Variant:
@@ -185,8 +192,10 @@ def compile_for(variant: Variant, architecture: int) -> Usage:
         cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         text = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    registers, shared = used["REG"], compiled.metadata.shared
     texts = (compiled.asm["ptx"], compiled.asm["ttgir"])
-    return Usage(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, *texts)
+    resident = resident_blocks(architecture, compiled.metadata.num_warps * WARP, registers, shared)
+    return Usage(registers, used["STACK"] + used["LOCAL"], shared, *texts, resident)
 
 
 def rows_of(
@@ -240,11 +249,11 @@ def tabled(architecture: int) -> dict[str, tuple[Variant, Usage]]:
 def main() -> None:
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     table[triton.__version__] = {
-        f"sm_{architecture}": {row: [usage.registers, usage.shared] for row, (_, usage) in tabled(architecture).items()}
+        f"sm_{architecture}": {row: usage.row for row, (_, usage) in tabled(architecture).items()}
         for architecture in ARCHITECTURES
     }
     text = json.dumps(dict(sorted(table.items())), indent=1)
-    text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)  # one kernel, one line
+    text = re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text)  # one kernel, one line
     if "--write" in sys.argv:
         TABLE.write_text(text + "\n")
     else:

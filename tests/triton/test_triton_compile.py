@@ -14,6 +14,8 @@ if resources.backend.refuses("cpu", torch.float32) is None:
     pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
 
 RECORDINGS = resources.RECORDINGS
+# The launchers ask for four programs on each multiprocessor; those that record may be three.
+LEAST_RESIDENT = 2
 EVERY_TEST = [
     pytest.param(90, ["planes", "planes_odd", "rows_16", "rows_odd"], ["fp32", "bf16"], RECORDINGS[:1], id="sm_90"),
     pytest.param(90, ["planes", "rows_odd"], ["bf16"], RECORDINGS[1:], id="sm_90_recorded"),
@@ -39,7 +41,8 @@ def test_resources(architecture: int, ways: list[str], precisions: list[str], re
     for row, (variant, usage) in rows.items():
         assert usage.spilled == 0, f"{row} spills"
         if table and (row in table or set(precisions) <= set(resources.TABLED)):
-            assert [usage.registers, usage.shared] == table[row], row
+            assert usage.row == table[row], row
+        assert usage.resident >= LEAST_RESIDENT, f"{row}: {usage.resident} programs on a multiprocessor"
         if variant.constants.get("ALIGN") == 8:
             tensors = len([name for name in variant.signature if name.endswith("_outer") or name == "outer"])
             whole = len(re.findall(r"(?:ld|st)\.global\S*\.(?:v[48]\.b32|v[24]\.b64)", usage.ptx))

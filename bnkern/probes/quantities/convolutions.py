@@ -31,6 +31,8 @@ class WeightGradientSigns(Quantity):
             N = B H' W' itself as ``places``. "channels": the paper's Figure 7, M[o, i] = sum over kh, kw of |sum d| as
             ``abs_of_sum`` and of sum |d| as ``abs_sum``.
         sums: which of sum, abs_sum, sign_sum, nonzero to take in the full form; fewer are faster.
+        centred: "input" or "gradient": take x or dy less its mean over images and places of each channel, before any
+            padding. What the channel's mean contributes drops out; ``sum`` is no longer the gradient.
 
     Rides on the weight gradient (``conv_grad_signs``) from tiles loaded once. Across ranks: sums in the full form;
     the other forms are not sums, and keep an axis of ranks. Source: the paper, equation 4, Table 1, Figure 7, App. J.
@@ -50,6 +52,7 @@ class WeightGradientSigns(Quantity):
         layers: str | Iterable[str] | None = None,
         form: str = "full",
         sums: Iterable[str] | None = None,
+        centred: str | None = None,
     ) -> None:
         super().__init__(layers)
         if form not in self.FORMS:
@@ -60,12 +63,15 @@ class WeightGradientSigns(Quantity):
                 f"weight_gradient_signs: sums must be among {', '.join(WeightGradientSigns.rows)}, and go with the "
                 f"full form; got {list(sums)} with form {form!r}"
             )
-        self.form = form
+        if centred not in (None, "input", "gradient"):
+            raise ValueError(f"weight_gradient_signs: centred must be input, gradient or None; got {centred!r}")
+        self.form, self.centred = form, centred
         self.sums = tuple(row for row in self.NEEDS[form] if sums is None or row in sums)
         self.rows = self.sums if form == "full" else self.FORMS[form]
 
     def options(self) -> dict[str, object]:
-        return super().options() | {"form": self.form, "sums": list(self.sums) if self.form == "full" else None}
+        own = {"form": self.form, "sums": list(self.sums) if self.form == "full" else None, "centred": self.centred}
+        return super().options() | own
 
     def concerns(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Conv2d)
@@ -83,6 +89,11 @@ class WeightGradientSigns(Quantity):
 
     def attach(self, recorder: "Recorder", layer: str, module: nn.Conv2d) -> list:
         def measure(x: Tensor, dy: Tensor, out: Tensor, handoff: Handoff | None = None) -> None:
+            if self.centred == "input":
+                x = x - x.mean((0, 2, 3), keepdim=True)
+            elif self.centred == "gradient":
+                dy = dy - dy.mean((0, 2, 3), keepdim=True)
+            handoff = None if self.centred else handoff
             wanted = {*self.sums, "sum"} if handoff else self.sums
             found = bnkern.conv2d_grad_signs(x, dy, module.kernel_size, module.stride, module.padding, wanted=wanted)
             if handoff:  # of a bnkern.nn.Conv2d: its gradient need not be formed again

@@ -1,0 +1,124 @@
+"""Memory that a network's training step takes, measured in a process of its own: one network, one provider.
+
+``python -m benchmarks.memory NETWORK PROVIDER`` prints it as JSON. *Saved* is what autograd holds from the forward to
+the backward, each block of memory once, parameters and images not counted. *Peak* is how far the process (on a GPU:
+torch's allocator) goes beyond what it holds before the step. bnkern's pool of freed results counts on the CPU.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bnkern
+from benchmarks.bench_step import in_place
+from bnkern.train.resnet import ResNet
+
+
+class Network(NamedTuple):
+    build: Callable[[], nn.Module]  # in torch's modules
+    ours: Callable[[nn.Module], nn.Module]
+    images: tuple[int, int, int, int]
+
+
+def _resnet50() -> nn.Module:
+    from pytorchcv.model_provider import get_model
+
+    return get_model("resnet50", pretrained=False)
+
+
+NETWORKS = {
+    "resnet20": Network(lambda: ResNet(20, kernels="torch"), lambda _: ResNet(20), (16, 3, 32, 32)),  # for the tests
+    "resnet110": Network(lambda: ResNet(110, kernels="torch"), lambda _: ResNet(110), (128, 3, 32, 32)),
+    "resnet50": Network(_resnet50, bnkern.convert, (8, 3, 224, 224)),
+}
+PROVIDERS = ("bnkern", "eager", "eager in place")
+
+
+def saved_bytes(forward: Callable[[], object], without: list[Tensor]) -> tuple[int, object]:
+    """Bytes that autograd holds after ``forward``, which must return what keeps its graph alive; and that.
+
+    Each block of memory counts once, those of the tensors ``without`` not at all.
+    """
+    counted = {t.untyped_storage().data_ptr() for t in without}
+    total = 0
+
+    def pack(t: Tensor) -> Tensor:
+        nonlocal total
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            total += storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = forward()
+    return total, output
+
+
+class Peak:
+    """How far memory goes beyond where it is now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
+            self._start = self._resident("VmRSS")
+
+    def __call__(self) -> int:
+        now = torch.cuda.max_memory_allocated() if self._device.type == "cuda" else self._resident("VmHWM")
+        return now - self._start
+
+    @staticmethod
+    def _resident(name: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
+
+
+def of_step(name: str, provider: str, device: torch.device) -> dict[str, int]:
+    """Both numbers for one training step in channels_last, fp32."""
+    build, ours, size = NETWORKS[name]
+    torch.manual_seed(0)
+    model = build()
+    if provider == "bnkern":
+        model = ours(model)
+    elif provider == "eager in place":
+        model = in_place(model) if isinstance(model, ResNet) else model  # pytorchcv's is written so
+    model = model.to(device, memory_format=torch.channels_last)
+    images = torch.randn(size, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(size[0], dtype=torch.int64, device=device)
+
+    def step(images: Tensor, labels: Tensor) -> int:
+        saved, loss = saved_bytes(
+            lambda: F.cross_entropy(model(images), labels), [*model.parameters(), *model.buffers(), images]
+        )
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+        return saved
+
+    step(images[:1].repeat(2, 1, 1, 1), labels[:2])  # libraries load, caches of code fill
+    peak = Peak(device)
+    return {"saved_bytes": step(images, labels), "peak_bytes": peak()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser.add_argument("network", choices=NETWORKS)
+    parser.add_argument("provider", choices=PROVIDERS)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps(of_step(args.network, args.provider, device)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Batch norm for torch.func's grad and vmap: by the kernels, the members of an ensemble folded into the channels.
+
+vmap maps one batch norm over B members. Channels do not meet in batch norm, so B members of C channels are one batch
+norm of B * C channels: x [B, N, C, ...] becomes [N, B * C, ...] in the memory format of its members, a copy unless
+they lie so already; what the members share is repeated. Results are views of the folded ones.
+
+The backward takes its ReLU mask from y, y != 0 (NaN passes), and is itself differentiable, by the reference formula.
+"""
+
+import torch
+from torch import Tensor
+
+from . import ops  # noqa: F401 (registers the operators)
+from .backends import reference
+from .backends.layout import layout
+
+
+def serves(running_mean: Tensor | None, training: bool) -> bool:
+    """Whether the transforms at work and the call are for this module: no forward mode, nothing to update."""
+    functorch = torch._C._functorch
+    forward_mode = torch.autograd.forward_ad._current_level >= 0 or any(
+        level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or ()
+    )
+    return not forward_mode and training == (running_mean is None)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    act: str | None,
+    backend: str,
+) -> Tensor:
+    """y of a batch norm that updates nothing: by the batch's statistics, or by the running ones where given."""
+    return _Forward.apply(x, weight, bias, residual, running_mean, running_var, eps, act, backend)[0]
+
+
+def _fold(t: Tensor | None, axis: int | None, members: int, rows: bool) -> Tensor | None:
+    """Members' tensors [N, C, ...] as one [N, B * C, ...], their vectors [C] as one [B * C]; None stays None."""
+    if t is None:
+        return None
+    t = t.expand(members, *t.shape) if axis is None else t.movedim(axis, 0)
+    if t.dim() == 2:
+        return t.reshape(-1)
+    if rows:
+        return t.movedim((0, 2), (-2, -1)).flatten(-2).movedim(-1, 1)
+    return t.transpose(0, 1).flatten(1, 2)
+
+
+def _unfold(t: Tensor, members: int) -> tuple[Tensor, int]:
+    """The members' tensors, and the axis that tells them apart."""
+    axis = min(t.dim() - 1, 1)
+    return t.unflatten(axis, (members, -1)), axis
+
+
+def _mapped(function: type, info, in_dims: tuple, arguments: tuple, tensors: int, x: int) -> tuple[tuple, tuple]:
+    """A vmap rule: the function of the folded tensors, which come first among the arguments; x gives the layout."""
+    axis = in_dims[x]
+    rows = layout(arguments[x] if axis is None else arguments[x].select(axis, 0)).rows
+    folded = [
+        _fold(t, dim, info.batch_size, rows) for t, dim in zip(arguments[:tensors], in_dims[:tensors], strict=True)
+    ]
+    results = function.apply(*folded, *arguments[tensors:])
+    return tuple(zip(*(_unfold(t, info.batch_size) for t in results), strict=True))
+
+
+class _Forward(torch.autograd.Function):
+    """y, mean and invstd."""
+
+    @staticmethod
+    def forward(x, weight, bias, residual, running_mean, running_var, eps, act, backend):
+        training = running_mean is None
+        return torch.ops.bnkern.batch_norm_forward(
+            x, weight, bias, residual, running_mean, running_var, None, training, 0.0, eps, act, False, backend
+        )[:3]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, _, running_mean, _, *ctx.settings = inputs
+        y, mean, invstd = output
+        ctx.training = running_mean is None
+        ctx.mark_non_differentiable(mean, invstd)
+        ctx.save_for_backward(x, weight, bias, mean, invstd, y)
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        *saved, y = ctx.saved_tensors
+        eps, act, backend = ctx.settings
+        g = dy if act is None else dy.where(y != 0, 0)
+        dx, dweight, dbias = _Backward.apply(g, *saved, ctx.training, eps, backend)
+        _, weight, bias, *_ = saved
+        grads = (dx, None if weight is None else dweight, None if bias is None else dbias, g)
+        needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
+        return (*needed, None, None, None, None, None)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _mapped(_Forward, info, in_dims, arguments, 6, 0)
+
+
+class _Backward(torch.autograd.Function):
+    """dx, dweight and dbias from g, the gradient behind the ReLU; of an absent weight or bias as of ones or zeros."""
+
+    @staticmethod
+    def forward(g, x, weight, bias, mean, invstd, training, eps, backend):
+        vectors = [mean if v is None else v for v in (weight, bias)]
+        if weight is None:
+            vectors[0] = torch.ones_like(mean)
+        no_mask = x.new_empty(0, dtype=torch.uint8)
+        needs = (True, True, True, False)
+        return torch.ops.bnkern.batch_norm_backward(
+            g, x, *vectors, mean, invstd, no_mask, None, training, needs, backend
+        )[:3]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.training, ctx.eps, _ = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *ddgrads):
+        g, x, weight, bias, mean, invstd = ctx.saved_tensors
+
+        def formula(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            vectors = (weight, mean if bias is None else bias)
+            return reference.differentiable_backward(
+                g, x, *vectors, mean, invstd, None, None, ctx.training, ctx.eps, (True, True, True, False)
+            )[:3]
+
+        scale = torch.ones_like(mean) if weight is None else weight
+        of_g, of_x, of_weight = torch.func.vjp(formula, g, x, scale)[1](ddgrads)
+        return of_g, of_x, None if weight is None else of_weight, *[None] * 6
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _mapped(_Backward, info, in_dims, arguments, 6, 1)

@@ -1,0 +1,61 @@
+"""Moments of what any module gives out."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import bnkern
+
+from .base import Arrays, Quantity
+
+if TYPE_CHECKING:
+    from ..recorder import Recorder
+
+
+class OutputMoments(Quantity):
+    """``output_moments``: ``mean`` and biased ``var`` of each channel of a module's output [N, C, ...], and ``count``.
+
+    For what no norm layer follows, such as a classifier or the input of a convolution; where one does,
+    ``activation_moments`` records more and reads nothing for it. Outputs that are not such a tensor are passed over.
+    Reads the output once more (``bnkern.channel_moments``). Unit: that of the output. Across ranks: Chan et al. 1979.
+    """
+
+    name = "output_moments"
+    rows = ("count", "mean", "m2")
+
+    def concerns(self, module: nn.Module) -> bool:
+        return True
+
+    def attach(self, recorder: "Recorder", layer: str, module: nn.Module) -> list:
+        def seen(args: tuple, kwargs: dict, y: object) -> None:
+            if not recorder.listens(module) or not isinstance(y, Tensor) or y.dim() < 2:
+                return
+            count, mean, var = bnkern.channel_moments(y)
+            call = recorder.call_of(layer, self)
+            out = recorder.slot(self, layer, call, (y.shape[1],), y.device)
+            out[0].copy_(count)
+            out[1].copy_(mean)
+            out[2].copy_(var.double() * count)
+
+        return [recorder.on_forward(module, seen)]
+
+    @staticmethod
+    def oracle(y: Tensor) -> dict[str, Tensor]:
+        """The derived arrays [C] from y [N, C, ...]."""
+        y = y.detach().double().movedim(1, 0).flatten(1)
+        mean = y.mean(1)
+        return {"count": torch.full_like(mean, y.shape[1]), "mean": mean, "var": y.var(1, correction=0)}
+
+    def merge(self, ranks: np.ndarray) -> np.ndarray:
+        total = ranks[0]
+        for part in ranks[1:]:
+            (na, ma, a2), (nb, mb, b2) = (np.moveaxis(t, 1, 0) for t in (total, part))
+            n = np.maximum(na + nb, 1)
+            total = np.stack([na + nb, ma + (mb - ma) * nb / n, a2 + b2 + (mb - ma) ** 2 * na * nb / n], 1)
+        return total
+
+    def derive(self, values: np.ndarray) -> Arrays:
+        count, mean, m2 = np.moveaxis(values, 1, 0)
+        return {"count": count, "mean": mean, "var": m2 / np.maximum(count, 1)}

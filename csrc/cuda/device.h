@@ -1,0 +1,314 @@
+// What the kernels share: octets of a tensor, channel vectors, sums over a block, and how sums become statistics.
+#pragma once
+
+#include <type_traits>
+
+#include "exchange.h"
+#include "kernels.h"
+
+namespace bnkern {
+
+// --------------------------------------------------------------------------------------------------- octets
+//
+// Eight neighbours in memory, as stored: one byte of the ReLU mask, and one or two loads of 16 bytes.
+
+template <class T>
+struct Octet {
+  static constexpr int kWords = sizeof(T) / 2;  // Words, of 16 bytes each
+  Words words[kWords];
+
+  BNKERN_DEVICE float operator[](int j) const;
+  static BNKERN_DEVICE Octet of(const float (&value)[8]);
+  BNKERN_DEVICE void clear(int j);  // value j becomes +0
+  static BNKERN_DEVICE Octet load(const T* p) {
+    Octet octet;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) octet.words[i] = load_words(reinterpret_cast<const Words*>(p) + i);
+    return octet;
+  }
+  BNKERN_DEVICE void store(T* p) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) store_words(reinterpret_cast<Words*>(p) + i, words[i]);
+  }
+};
+
+BNKERN_DEVICE float float_of(std::uint32_t bits) {
+#ifdef __CUDACC__
+  return __uint_as_float(bits);
+#else
+  return __builtin_bit_cast(float, bits);
+#endif
+}
+BNKERN_DEVICE std::uint32_t bits_of(float value) {
+#ifdef __CUDACC__
+  return __float_as_uint(value);
+#else
+  return __builtin_bit_cast(std::uint32_t, value);
+#endif
+}
+
+template <class T>
+BNKERN_DEVICE float Octet<T>::operator[](int j) const {
+  if constexpr (sizeof(T) == 4) {
+    return float_of(words[j / 4].word[j % 4]);
+  } else {
+    return widen(T{static_cast<std::uint16_t>(words[0].word[j / 2] >> (j % 2 * 16))});
+  }
+}
+template <class T>
+BNKERN_DEVICE Octet<T> Octet<T>::of(const float (&value)[8]) {
+  Octet octet;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if constexpr (sizeof(T) == 4) {
+      octet.words[j / 4].word[j % 4] = bits_of(value[j]);
+    } else if (j % 2 == 0) {
+      octet.words[0].word[j / 2] = pack_two(value[j], value[j + 1], static_cast<T*>(nullptr));
+    }
+  }
+  return octet;
+}
+template <class T>
+BNKERN_DEVICE void Octet<T>::clear(int j) {
+  if constexpr (sizeof(T) == 4) {
+    words[j / 4].word[j % 4] = 0;
+  } else {
+    words[0].word[j / 2] &= j % 2 ? 0x0000ffffu : 0xffff0000u;
+  }
+}
+
+// The ReLU lets a value pass where not (value <= 0), the value being the one as stored: NaN passes, as in torch.
+BNKERN_DEVICE bool passes(float stored) { return !(stored <= 0); }
+
+// Of eight values, one bit for each that the ReLU lets pass; the others become zero.
+template <class T>
+BNKERN_DEVICE unsigned relu(Octet<T>* octet) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (passes((*octet)[j]))
+      bits |= 1u << j;
+    else
+      octet->clear(j);
+  }
+  return bits;
+}
+
+// The same where the bits are known.
+template <class T>
+BNKERN_DEVICE void keep(Octet<T>* octet, unsigned bits) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+    if (!(bits >> j & 1)) octet->clear(j);
+}
+
+// One value at a time, where octets do not fit.
+template <class T>
+BNKERN_DEVICE T narrow(float value) {
+  if constexpr (sizeof(T) == 4) {
+    return value;
+  } else {
+    return T{static_cast<std::uint16_t>(pack_two(value, value, static_cast<T*>(nullptr)))};
+  }
+}
+
+// ------------------------------------------------------------------------------------------ channel vectors
+
+BNKERN_DEVICE float read(const ChannelVector& v, std::int64_t c, float absent) {
+  if (!v) return absent;
+  switch (v.dtype) {
+    case DType::kBFloat16:
+      return widen(static_cast<const BFloat16*>(v.data)[c]);
+    case DType::kFloat16:
+      return widen(static_cast<const Float16*>(v.data)[c]);
+    default:
+      return static_cast<const float*>(v.data)[c];
+  }
+}
+BNKERN_DEVICE void write(const ChannelVector& v, std::int64_t c, double value) {
+  if (!v) return;
+  const float rounded = static_cast<float>(value);
+  switch (v.dtype) {
+    case DType::kBFloat16:
+      static_cast<BFloat16*>(v.data)[c] = narrow<BFloat16>(rounded);
+      break;
+    case DType::kFloat16:
+      static_cast<Float16*>(v.data)[c] = narrow<Float16>(rounded);
+      break;
+    default:
+      static_cast<float*>(v.data)[c] = rounded;
+  }
+}
+
+// Accumulators, [C]; absent ones have one value for all channels.
+BNKERN_DEVICE float read(const void* v, std::int64_t c, float absent) {
+  return v ? static_cast<const float*>(v)[c] : absent;
+}
+
+// What an element is normalised by.
+struct Affine {
+  float mean, invstd, weight, bias;
+};
+template <class Call>  // Forward or Backward
+BNKERN_DEVICE Affine affine(const Call& p, std::int64_t c, float mean, float invstd) {
+  return {mean, invstd, read(p.weight, c, 1.0f), read(p.bias, c, 0.0f)};
+}
+BNKERN_DEVICE float normalized(float x, const Affine& by) {
+  return scale_shift(standardize(x, by.mean, by.invstd), by.weight, by.bias);
+}
+
+// The ReLU's bits of eight values or one, as the forward saw them.
+template <class T, class Values, int W>
+BNKERN_DEVICE unsigned recomputed_mask(const Values& x, const Affine (&by)[W]) {
+  if constexpr (W == 1) {
+    return passes(widen(narrow<T>(normalized(x[0], by[0]))));
+  } else {
+    float z[W];
+#pragma unroll
+    for (int j = 0; j < W; ++j) z[j] = normalized(x[j], by[j]);
+    const auto stored = Octet<T>::of(z);
+    unsigned bits = 0;
+#pragma unroll
+    for (int j = 0; j < W; ++j) bits |= unsigned(passes(stored[j])) << j;
+    return bits;
+  }
+}
+
+// dx of an element; `mean` are the means of g and of g * xhat, looked at in training.
+BNKERN_DEVICE float gradient_of_input(const Backward& p, float g, float x, const Affine& by, Pair mean) {
+  const float scale = by.weight * by.invstd;
+  if (!p.training) return g * scale;
+  return input_gradient(g, standardize(x, by.mean, by.invstd), mean.first, mean.second, scale);
+}
+
+// ------------------------------------------------------------------------------------------ sums over a block
+
+// For each of `width` channels the sum of `parts` pairs, in double and in one fixed order: pair(k, c) gives part k of
+// channel c, done(c, sums) is called by one thread for each channel. `scratch` has room for one PivotSums per thread.
+// Every thread of the block calls this; width is at most their number.
+template <class GivePair, class Done>
+BNKERN_DEVICE void sum_over_block(int width, int parts, PivotSums* scratch, GivePair pair, Done done) {
+  constexpr int kMostChains = 32;
+  const int threads = static_cast<int>(blockDim.x), t = static_cast<int>(threadIdx.x);
+  int chains = threads / width;
+  chains = chains < kMostChains ? chains : kMostChains;
+  const int chain = t / width;
+  if (chain < chains) {
+    PivotSums sums{0, 0};
+#pragma unroll 4
+    for (int k = chain; k < parts; k += chains) {
+      const PivotSums more = pair(k, t - chain * width);
+      sums.first += more.first;
+      sums.second += more.second;
+    }
+    scratch[t] = sums;
+  }
+  __syncthreads();
+  if (t < width) {
+    PivotSums sums = scratch[t];
+    for (int k = 1; k < chains; ++k) {
+      sums.first += scratch[k * width + t].first;
+      sums.second += scratch[k * width + t].second;
+    }
+    done(t, sums);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- workspace
+
+// Signals for up to kGroups groups of blocks, then parts, then one pair per channel.
+constexpr int kGroups = 4096;
+
+struct Workspace {
+  unsigned *barriers, *arrivals;  // [kGroups]; one more arrival signal for all groups together
+  Partials parts;
+  Pair* totals;
+};
+inline std::int64_t workspace_bytes(std::int64_t parts, std::int64_t channels) {
+  return 2 * (kGroups + 16) * static_cast<std::int64_t>(sizeof(unsigned)) +
+         (parts + 1) * channels * static_cast<std::int64_t>(sizeof(Pair));
+}
+inline Workspace lay_out(const CudaWorkspace& memory, std::int64_t parts, std::int64_t channels) {
+  unsigned* const words = static_cast<unsigned*>(memory.data);
+  Pair* const pairs = reinterpret_cast<Pair*>(words + 2 * (kGroups + 16));
+  return {words, words + kGroups + 16, {pairs, channels}, pairs + parts * channels};
+}
+
+// ------------------------------------------------------------------------------------------------ statistics
+
+// The share of this batch in the running statistics. Read before update_counter().
+BNKERN_DEVICE double momentum_of(const Forward& p) {
+  return p.cumulative && p.counter ? 1.0 / static_cast<double>(*p.counter + 1) : p.momentum;
+}
+
+// Called by all threads of one block of each of `groups` groups, after momentum_of(): the last one counts the batch.
+BNKERN_DEVICE void update_counter(const Forward& p, const Workspace& space, unsigned groups) {
+  if (!p.counter) return;
+  if (last_of_blocks(space.arrivals + kGroups, groups) && threadIdx.x == 0) ++*p.counter;
+}
+
+// What a channel's values give: mean and M2, or invstd where they are normalised; the running statistics.
+struct Statistics {
+  float mean, spread;
+};
+BNKERN_DEVICE Statistics statistics_of(const Forward& p, const Moments<double>& all) {
+  const double spread = p.normalize ? 1 / sqrt(all.m2 / all.count + p.eps) : all.m2;
+  return {static_cast<float>(all.mean), static_cast<float>(spread)};
+}
+BNKERN_DEVICE void save_statistics(const Forward& p, std::int64_t c, const Moments<double>& all, Statistics s,
+                                   double momentum) {
+  static_cast<float*>(p.mean)[c] = s.mean;
+  static_cast<float*>(p.spread)[c] = s.spread;
+  if (!p.running_mean) return;
+  const double mean = read(p.running_mean, c, 0.0f), var = read(p.running_var, c, 0.0f);
+  write(p.running_mean, c, mean * (1 - momentum) + all.mean * momentum);
+  write(p.running_var, c, var * (1 - momentum) + all.m2 / (all.count - 1) * momentum);
+}
+
+// Of a forward without moments: the given statistics, or those that the running ones stand for, or none.
+BNKERN_DEVICE Statistics given_statistics(const Forward& p, std::int64_t c) {
+  if (!p.moments && p.running_mean) {
+    const double var = read(p.running_var, c, 0.0f);
+    return {read(p.running_mean, c, 0.0f), static_cast<float>(1 / sqrt(var + p.eps))};
+  }
+  return {read(p.mean, c, 0.0f), read(p.spread, c, 1.0f)};
+}
+
+// The sums of a channel as the parameters' gradients.
+BNKERN_DEVICE void save_sums(const Backward& p, std::int64_t c, PivotSums sums) {
+  if (p.sum_dy) static_cast<float*>(p.sum_dy)[c] = static_cast<float>(sums.first);
+  if (p.sum_dy_xhat) static_cast<float*>(p.sum_dy_xhat)[c] = static_cast<float>(sums.second);
+  write(p.dbias, c, sums.first);
+  write(p.dweight, c, sums.second);
+}
+BNKERN_DEVICE Pair means_of(const Backward& p, PivotSums sums) {
+  const double count = static_cast<double>(p.shape.n * p.shape.s);
+  return {static_cast<float>(sums.first / count), static_cast<float>(sums.second / count)};
+}
+// Those that grad_sums left in the workspace, or of the sums that were given.
+BNKERN_DEVICE Pair given_means(const Backward& p, const Pair* totals, std::int64_t c) {
+  if (!p.training) return {0, 0};
+  return p.sums ? totals[c] : means_of(p, {read(p.sum_dy, c, 0.0f), read(p.sum_dy_xhat, c, 0.0f)});
+}
+
+// ------------------------------------------------------------------------------------------------- on the host
+
+template <class P>
+using Pointee = std::remove_pointer_t<P>;
+
+// with_dtype() without float64.
+template <class F>
+auto with_half_or_float(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Float16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
+  }
+}
+
+inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace bnkern

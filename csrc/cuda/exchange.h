@@ -1,0 +1,51 @@
+// How data crosses from block to block, all of it: a block publishes its partial result, then passes one of the two
+// signals here, and reads what the others published. A signal is a word of the workspace that is as it was when the
+// kernel ends, so that no launch has to clear anything. Order comes from one acquire-release addition by a block's
+// first thread, with a block barrier before and after, which hands the order on to the block's other threads.
+//
+// What is read after a signal must be read by plain loads: never through `const __restrict__`, nor by load_words().
+#pragma once
+
+#include "../math.h"
+#include "launch.h"
+
+namespace bnkern {
+
+// Called by all threads of `expected` blocks that are all resident: nobody goes on before all have come. One of them
+// is the `first`. The word's upper bit turns over each time and the rest returns to zero, so it needs no clearing.
+BNKERN_DEVICE void barrier_of_blocks(unsigned* word, unsigned expected, bool first) {
+  __syncthreads();
+  if (expected == 1) return;
+  if (threadIdx.x == 0) {
+    constexpr unsigned kTurn = 0x80000000u;
+    const unsigned before = add_acquire_release(word, first ? kTurn - (expected - 1) : 1u);
+    while (((before ^ load_acquire(word)) & kTurn) == 0) {
+    }
+  }
+  __syncthreads();
+}
+
+// Called by all threads of `expected` blocks, in any order, resident or not: true in the one that comes last, which
+// sees what all others published. The word is zero before and after.
+BNKERN_DEVICE bool last_of_blocks(unsigned* word, unsigned expected) {
+  __syncthreads();
+  if (expected == 1) return true;
+  int last = 0;
+  if (threadIdx.x == 0) {
+    last = add_acquire_release(word, 1u) == expected - 1;
+    if (last) *word = 0;
+  }
+  return __syncthreads_or(last) != 0;
+}
+
+// Two numbers per channel from each of several blocks: part k of channel c.
+struct alignas(8) Pair {
+  float first, second;
+};
+struct Partials {
+  Pair* data;
+  std::int64_t channels;
+  BNKERN_DEVICE Pair& at(std::int64_t part, std::int64_t channel) const { return data[part * channels + channel]; }
+};
+
+}  // namespace bnkern

@@ -1,0 +1,309 @@
+// How kernels walk a tensor in planes. A channel is N planes of S neighbours. Eight neighbours are an octet, the last
+// of a plane perhaps not whole. Each channel is cut into parts, a block each, a part into tiles of a few octets for
+// every thread, one block's width apart, so that neighbours go to neighbouring threads. Which octet goes to whom
+// depends on sizes and the cut alone; only the width of an access depends on alignment.
+// Offsets have 64 bits everywhere, at one instruction an octet; octets of a channel are counted in 31.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <type_traits>
+
+#include "device.h"
+
+namespace bnkern {
+
+// Octets of a thread in a tile: 64 bytes of each tensor.
+constexpr int octets_of(std::size_t itemsize) { return itemsize == 4 ? 2 : 4; }
+template <class T>
+constexpr int kOctets = octets_of(sizeof(T));
+
+constexpr int kMostThreads = 512;
+constexpr int kMostParts = 8;    // of a cluster: every device that has them runs so many
+constexpr int kReserved = 1024;  // bytes of shared memory before the tiles that are held
+
+// n / d by a multiplication, exact for n < 2^31 (Granlund and Montgomery 1994).
+struct Divider {
+  std::uint32_t divisor, multiplier, shift;
+
+  static Divider of(std::int64_t d) {
+    std::uint32_t bits = 0;
+    while ((std::int64_t(1) << bits) < d) ++bits;
+    const std::uint64_t power = std::uint64_t(1) << (31 + bits);
+    return {static_cast<std::uint32_t>(d), static_cast<std::uint32_t>((power + d - 1) / d), 31 + bits};
+  }
+  BNKERN_DEVICE std::uint32_t divide(std::uint32_t n) const {
+    return static_cast<std::uint32_t>((std::uint64_t(n) * multiplier) >> shift);
+  }
+};
+
+struct Planes {
+  Divider per_plane;  // octets
+  std::int64_t length;
+  std::uint32_t octets;  // of a channel
+  int parts, tiles;      // of a channel, of a part
+  int held;              // tiles of a part that stay on chip between two phases: the last, and the first of the others
+  int step;              // elements that one access moves: 16 bytes of them, 4, or 1
+
+  // Whether the tile's values wait in shared memory for the second phase.
+  BNKERN_DEVICE bool shared(int tile) const { return tile + 1 < held && tile + 1 < tiles; }
+};
+
+// Where an octet lies, and how many elements it has: none behind the channel's end.
+struct Place {
+  std::int64_t n, first;
+  std::uint32_t octet;  // within the plane
+  int elements;
+};
+
+// A thread's octets of a tile.
+template <class T>
+struct Places {
+  Place of[kOctets<T>];
+
+  BNKERN_DEVICE Places(const Planes& planes, int part, int tile) {
+#pragma unroll
+    for (int u = 0; u < kOctets<T>; ++u) {
+      const std::uint32_t octet =
+          (std::uint32_t(part * planes.tiles + tile) * kOctets<T> + u) * blockDim.x + threadIdx.x;
+      of[u] = {0, 0, 0, 0};
+      if (octet >= planes.octets) continue;
+      const std::uint32_t n = planes.per_plane.divide(octet);
+      const std::uint32_t within = octet - n * planes.per_plane.divisor;
+      const std::int64_t first = std::int64_t(within) * 8, left = planes.length - first;
+      of[u] = {n, first, within, left < 8 ? static_cast<int>(left) : 8};
+    }
+  }
+};
+
+// The mask's byte of an octet.
+BNKERN_DEVICE std::int64_t mask_byte(const Planes& planes, std::int64_t channels, int channel, const Place& place) {
+  return (place.n * channels + channel) * planes.per_plane.divisor + place.octet;
+}
+
+// Calls f(constant) with the elements per access, so that a tile branches about it once.
+template <class T, class F>
+BNKERN_DEVICE void with_step(int step, F f) {
+  constexpr int kVector = 16 / sizeof(T);
+  if (step == kVector) {
+    f(std::integral_constant<int, kVector>{});
+  } else if (kVector != 4 && step == 4) {
+    f(std::integral_constant<int, 4>{});
+  } else {
+    f(std::integral_constant<int, 1>{});
+  }
+}
+
+struct alignas(8) TwoWords {
+  std::uint32_t word[2];
+};
+
+// The octet at `from`, zeros behind its elements, which are a multiple of kStep.
+template <int kStep, class T>
+BNKERN_DEVICE Octet<T> load_octet(const T* from, int elements) {
+  Octet<T> octet{};
+#pragma unroll
+  for (int i = 0; i < 8; i += kStep) {
+    if (i >= elements) continue;
+    if constexpr (kStep * sizeof(T) == 16) {
+      octet.words[i / kStep] = load_words(from + i);
+    } else if constexpr (kStep == 4) {
+      const TwoWords two = *reinterpret_cast<const TwoWords*>(from + i);
+      octet.words[0].word[i / 2] = two.word[0], octet.words[0].word[i / 2 + 1] = two.word[1];
+    } else if constexpr (sizeof(T) == 4) {
+      octet.words[i / 4].word[i % 4] = bits_of(from[i]);
+    } else {
+      octet.words[0].word[i / 2] |= std::uint32_t(from[i].bits) << (16 * (i % 2));
+    }
+  }
+  return octet;
+}
+
+template <int kStep, class T>
+BNKERN_DEVICE void store_octet(T* to, const Octet<T>& octet, int elements) {
+#pragma unroll
+  for (int i = 0; i < 8; i += kStep) {
+    if (i >= elements) continue;
+    if constexpr (kStep * sizeof(T) == 16) {
+      store_words(to + i, octet.words[i / kStep]);
+    } else if constexpr (kStep == 4) {
+      *reinterpret_cast<TwoWords*>(to + i) = {{octet.words[0].word[i / 2], octet.words[0].word[i / 2 + 1]}};
+    } else if constexpr (sizeof(T) == 4) {
+      to[i] = float_of(octet.words[i / 4].word[i % 4]);
+    } else {
+      to[i] = T{static_cast<std::uint16_t>(octet.words[0].word[i / 2] >> (16 * (i % 2)))};
+    }
+  }
+}
+
+template <class T>
+BNKERN_DEVICE T* address(const View& view, int channel, const Place& place) {
+  return static_cast<T*>(view.data) + place.n * view.outer + channel * view.inner + place.first;
+}
+
+// A thread's octets of a tile of one tensor.
+template <class T>
+struct Tile {
+  Octet<T> octets[kOctets<T>];
+
+  BNKERN_DEVICE void load(const View& view, int channel, int step, const Places<T>& places) {
+    with_step<T>(step, [&](auto width) {
+#pragma unroll
+      for (int u = 0; u < kOctets<T>; ++u)
+        octets[u] = load_octet<width.value>(address<const T>(view, channel, places.of[u]), places.of[u].elements);
+    });
+  }
+  BNKERN_DEVICE void store(const View& view, int channel, int step, const Places<T>& places) const {
+    with_step<T>(step, [&](auto width) {
+#pragma unroll
+      for (int u = 0; u < kOctets<T>; ++u)
+        store_octet<width.value>(address<T>(view, channel, places.of[u]), octets[u], places.of[u].elements);
+    });
+  }
+  // To and from shared memory: slot by slot, 16 bytes of each thread of the block beside each other.
+  BNKERN_DEVICE void keep(int slot) const {
+#pragma unroll
+    for (int u = 0; u < kOctets<T>; ++u)
+#pragma unroll
+      for (int word = 0; word < Octet<T>::kWords; ++word) *kept(slot, u, word) = octets[u].words[word];
+  }
+  BNKERN_DEVICE void find(int slot) {
+#pragma unroll
+    for (int u = 0; u < kOctets<T>; ++u)
+#pragma unroll
+      for (int word = 0; word < Octet<T>::kWords; ++word) octets[u].words[word] = *kept(slot, u, word);
+  }
+
+ private:
+  static BNKERN_DEVICE Words* kept(int slot, int u, int word) {
+    const int before = (slot * kOctets<T> + u) * Octet<T>::kWords + word;
+    return shared_memory<Words>(kReserved) + before * blockDim.x + threadIdx.x;
+  }
+};
+
+// ---- between threads: trees in a fixed order, the result in the first thread
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+BNKERN_DEVICE Moments<float> merge_warp(Moments<float> mine) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const Moments<float> other{__shfl_down_sync(kAllLanes, mine.count, lanes),
+                               __shfl_down_sync(kAllLanes, mine.mean, lanes),
+                               __shfl_down_sync(kAllLanes, mine.m2, lanes)};
+    mine = chan_merge(mine, other);
+  }
+  return mine;
+}
+
+// sum g and sum g * xhat.
+BNKERN_DEVICE Pair merge_warp(Pair mine) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    mine.first += __shfl_down_sync(kAllLanes, mine.first, lanes);
+    mine.second += __shfl_down_sync(kAllLanes, mine.second, lanes);
+  }
+  return mine;
+}
+
+// What a block's threads tell each other, before the tiles in shared memory. A is Moments<float> or Pair.
+template <class A>
+struct Exchange {
+  A warps[kMostThreads / 32];
+  Pair part;    // of this block, for the others of its cluster
+  Pair result;  // of the channel, for all threads
+};
+static_assert(sizeof(Exchange<Moments<float>>) <= kReserved);
+
+// Of all threads of the block, which come in whole warps.
+template <class A>
+BNKERN_DEVICE A merge_block(A mine) {
+  A* const warps = shared_memory<Exchange<A>>()->warps;
+  mine = merge_warp(mine);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
+  __syncthreads();
+  if (threadIdx.x < 32) mine = merge_warp(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : A{});
+  return mine;
+}
+
+// ---- on the host: how a channel is cut up
+
+struct Cut {
+  bool single;  // both phases as one launch, the parts of a channel a cluster; else two launches
+  int threads, parts, tiles, held;
+};
+
+// As many parts as give every multiprocessor a block, none under 512 octets, and more where a part would not fit on
+// chip. Where clusters would leave most of the device idle and cannot hold the channel either: two kernels, more parts.
+// A rule of thumb until it is measured. `tensors` are read in the first phase, which a call without sums has not.
+inline Cut cut_planes(const Shape& shape, std::size_t itemsize, int tensors, const CudaDevice& device,
+                      Strategy strategy, bool sums) {
+  const std::int64_t octets = shape.n * ((shape.s + 7) / 8), each = octets_of(itemsize);
+  constexpr std::int64_t kLeast = 512;
+  const int most = std::min(kMostThreads, device.threads);
+  const auto tiles_of = [&](std::int64_t parts, std::int64_t threads) {
+    return (octets + parts * each * threads - 1) / (parts * each * threads);
+  };
+  const auto threads_of = [&](std::int64_t parts) {
+    int threads = std::min(128, most);
+    while (threads < most && tiles_of(parts, threads) > 1) threads *= 2;
+    return threads;
+  };
+  const auto room = [&](int threads) {
+    return 1 + (device.shared_bytes - kReserved) / static_cast<int>(threads * each * 8 * itemsize * tensors);
+  };
+  const auto fits = [&](std::int64_t parts) { return tiles_of(parts, threads_of(parts)) <= room(threads_of(parts)); };
+  const auto cut = [&](bool single, int threads, std::int64_t parts) {
+    const std::int64_t tiles = tiles_of(parts, threads);
+    return Cut{single, threads, static_cast<int>(parts), static_cast<int>(tiles),
+               static_cast<int>(std::min<std::int64_t>(tiles, room(threads)))};
+  };
+  if (sums && strategy == Strategy::kSingleRead && device.clusters && shape.c <= kGroups) {
+    std::int64_t parts = 1;
+    while (parts < kMostParts && octets > parts * kLeast &&
+           !(8 * shape.c * parts > 5 * device.multiprocessors && fits(parts)))
+      parts *= 2;
+    if (fits(parts) || 2 * shape.c * parts >= device.multiprocessors) return cut(true, threads_of(parts), parts);
+  }
+  constexpr int kBlocks = 4;  // of a multiprocessor, where there is work for so many
+  const int threads = std::min(256, most);
+  const std::int64_t tiles = tiles_of(1, threads);
+  const std::int64_t share = std::max<std::int64_t>(1, tiles * shape.c / (kBlocks * device.multiprocessors));
+  return cut(false, threads, sums && shape.c > kGroups ? 1 : (tiles + share - 1) / share);
+}
+
+// How a call's tensors are walked; null views are passed over.
+inline Planes planes_of(const Shape& shape, std::size_t itemsize, const Cut& cut, std::initializer_list<View> views) {
+  const std::int64_t per_plane = (shape.s + 7) / 8;
+  std::uint64_t steps = shape.s, places = 0;
+  for (const View& view : views)
+    if (view) {
+      steps |= view.outer | view.inner;
+      places |= reinterpret_cast<std::uintptr_t>(view.data);
+    }
+  const auto allows = [&](std::uint64_t step) { return steps % step == 0 && places % (step * itemsize) == 0; };
+  const int vector = static_cast<int>(16 / itemsize);
+  return {Divider::of(per_plane),
+          shape.s,
+          static_cast<std::uint32_t>(shape.n * per_plane),
+          cut.parts,
+          cut.tiles,
+          cut.held,
+          allows(vector) ? vector : allows(4) ? 4 : 1};
+}
+
+// Shared memory of a block that holds `held` tiles of so many tensors, the last of them in registers.
+inline std::size_t shared_of(const Cut& cut, int held, std::size_t itemsize, int tensors) {
+  return kReserved + std::size_t(held - 1) * cut.threads * octets_of(itemsize) * 8 * itemsize * tensors;
+}
+
+// What no kernel here can do, or "".
+inline std::string refused(const char* name, const Shape& shape, DType dtype, const Cut& cut) {
+  if (dtype == DType::kFloat64) return std::string(name) + ": there are no float64 kernels";
+  if (shape.n * ((shape.s + 7) / 8) > INT32_MAX || shape.c * cut.parts > INT32_MAX)
+    return std::string(name) + ": a channel of more than 2^31 octets, or too many channels";
+  return {};
+}
+
+}  // namespace bnkern

@@ -1,0 +1,220 @@
+// Planes, backward: grad_sums, grad_input, or both in one launch that reads dy and x once as far as they fit on chip.
+//
+// Sums run over a thread's octets in order, over lanes and warps by trees, over parts in double in their order. Where
+// both phases are one launch the parts of a channel are a cluster, whose blocks read each other's partial results; else
+// the last block of a channel to arrive adds them up. The order is the same, and so are the bits.
+// Compiled by every CUDA build and run on the host by the tests; not yet run on hardware.
+#include "planes.h"
+
+namespace bnkern {
+namespace {
+
+// What the gradient is centred and scaled by.
+struct Centre {
+  float mean_dy, mean_dy_xhat, scale;
+};
+
+// A thread's octets of a tile of dy and, where it is needed, x.
+template <class T>
+struct Incoming {
+  Tile<T> dy, x;
+  unsigned bits[kOctets<T>] = {};  // of the saved mask
+
+  BNKERN_DEVICE void load(const Backward& p, const Planes& planes, bool with_x, int channel, const Places<T>& places) {
+    dy.load(p.dy, channel, planes.step, places);
+    if (with_x) x.load(p.x, channel, planes.step, places);
+    load_bits(p, planes, channel, places);
+  }
+  BNKERN_DEVICE void load_bits(const Backward& p, const Planes& planes, int channel, const Places<T>& places) {
+#pragma unroll
+    for (int u = 0; u < kOctets<T>; ++u)
+      if (p.relu && p.mask && places.of[u].elements)
+        bits[u] = p.mask[mask_byte(planes, p.shape.c, channel, places.of[u])];
+  }
+  BNKERN_DEVICE void keep(int tile) const {
+    dy.keep(2 * tile);
+    x.keep(2 * tile + 1);
+  }
+  BNKERN_DEVICE void find(int tile) {
+    dy.find(2 * tile);
+    x.find(2 * tile + 1);
+  }
+
+  // dy where the forward's ReLU let the value pass, else zero; xhat beside it.
+  BNKERN_DEVICE Octet<T> passed(const Backward& p, int u, const Affine& by, float (&xhat)[8]) const {
+    Octet<T> g = dy.octets[u];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) xhat[j] = standardize(x.octets[u][j], by.mean, by.invstd);
+    if (!p.relu) return g;
+    unsigned passing = bits[u];
+    if (!p.mask) {
+      float z[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) z[j] = scale_shift(xhat[j], by.weight, by.bias);
+      Octet<T> forward = Octet<T>::of(z);
+      passing = relu(&forward);
+    }
+    bnkern::keep(&g, passing);
+    return g;
+  }
+};
+
+template <class T>
+BNKERN_DEVICE void add_tile(Pair& total, const Backward& p, const Incoming<T>& in, const Places<T>& places,
+                            const Affine& by) {
+#pragma unroll
+  for (int u = 0; u < kOctets<T>; ++u) {
+    float xhat[8];
+    const Octet<T> g = in.passed(p, u, by, xhat);
+    float sum[2] = {0, 0}, product[2] = {0, 0};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (j >= places.of[u].elements) continue;  // there g is 0, and 0 * xhat is not where that is Inf or NaN
+      sum[j % 2] += g[j];
+      product[j % 2] = fma(g[j], xhat[j], product[j % 2]);
+    }
+    total.first += sum[0] + sum[1];
+    total.second += product[0] + product[1];
+  }
+}
+
+template <class T>
+BNKERN_DEVICE void write_tile(const Backward& p, const Planes& planes, int channel, const Places<T>& places,
+                              const Incoming<T>& in, const Affine& by, const Centre& centre) {
+  Tile<T> dx, dresidual;
+#pragma unroll
+  for (int u = 0; u < kOctets<T>; ++u) {
+    float xhat[8], d[8];
+    dresidual.octets[u] = in.passed(p, u, by, xhat);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float g = dresidual.octets[u][j];
+      d[j] = p.training ? input_gradient(g, xhat[j], centre.mean_dy, centre.mean_dy_xhat, centre.scale)
+                        : g * centre.scale;
+    }
+    dx.octets[u] = Octet<T>::of(d);
+  }
+  if (p.dx) dx.store(p.dx, channel, planes.step, places);
+  if (p.dresidual) dresidual.store(p.dresidual, channel, planes.step, places);
+}
+
+template <class T, bool kSums, bool kInput>
+__global__ void __launch_bounds__(kMostThreads)
+    planes_backward_kernel(Backward p, Planes planes, Workspace space) {
+  constexpr bool kSingle = kSums && kInput;
+  // A second launch goes backwards, since what the first read last is in cache.
+  const unsigned block = kSums ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+  const int channel = static_cast<int>(block / planes.parts), part = static_cast<int>(block % planes.parts);
+  using Shared = Exchange<Pair>;
+  Shared* const shared = shared_memory<Shared>();
+  const Affine by = affine(p, channel, read(p.mean, channel, 0.0f), read(p.invstd, channel, 1.0f));
+  const bool with_x = kSums || p.training || (p.relu && !p.mask);
+
+  Incoming<T> in;
+  Pair sums{0, 0};
+  if constexpr (kSums) {
+    for (int tile = 0; tile < planes.tiles; ++tile) {
+      const Places<T> places(planes, part, tile);
+      in.load(p, planes, true, channel, places);
+      add_tile(sums, p, in, places, by);
+      if (kSingle && planes.shared(tile)) in.keep(tile);
+    }
+    sums = merge_block(sums);
+    if (threadIdx.x == 0) shared->part = sums;
+    if constexpr (kSingle) {
+      planes.parts > 1 ? cluster_barrier() : __syncthreads();
+    } else {
+      if (threadIdx.x == 0) space.parts.at(part, channel) = shared->part;
+      if (planes.parts > 1 && !last_of_blocks(space.arrivals + channel, planes.parts)) return;
+    }
+    if (threadIdx.x < 32) {
+      Pair mine{0, 0};
+      for (int k = threadIdx.x; k < planes.parts; k += 32) {
+        Pair one = shared->part;
+        if constexpr (!kSingle) {
+          one = space.parts.at(k, channel);
+        } else if (planes.parts > 1) {
+          one = *of_cluster_block(&shared->part, k);
+        }
+        mine.first += one.first;
+        mine.second += one.second;
+      }
+      mine = merge_warp(mine);
+      if (threadIdx.x == 0) {
+        shared->result = mine;
+        if (!kSingle || part == 0) save_sums(p, channel, {mine.first, mine.second});
+      }
+    }
+    __syncthreads();
+    sums = shared->result;
+  } else if (p.training) {
+    sums = {read(p.sum_dy, channel, 0.0f), read(p.sum_dy_xhat, channel, 0.0f)};
+  }
+  if constexpr (kInput) {
+    const float count = static_cast<float>(p.shape.n * p.shape.s);
+    const Centre centre{sums.first / count, sums.second / count, by.weight * by.invstd};
+    for (int tile = planes.tiles - 1; tile >= 0; --tile) {
+      const Places<T> places(planes, part, tile);
+      if (kSingle && planes.shared(tile)) {
+        in.find(tile);
+        in.load_bits(p, planes, channel, places);
+      } else if (!kSingle || tile != planes.tiles - 1) {
+        in.load(p, planes, with_x, channel, places);
+      }
+      write_tile(p, planes, channel, places, in, by, centre);
+    }
+  }
+  if (kSingle && planes.parts > 1) cluster_barrier();  // nobody leaves while another may read what it published
+}
+
+template <class T>
+std::string backward(const CudaBackward& p, std::uintptr_t stream) {
+  const Backward& call = p.call;
+  const Cut cut = cut_planes(call.shape, sizeof(T), 2, p.device, p.strategy, call.sums);
+  const Planes planes =
+      planes_of(call.shape, sizeof(T), cut, {call.dy, call.x, call.dx, call.dresidual});
+  if (std::string reason = refused("planes", call.shape, call.dtype, cut); !reason.empty()) return reason;
+  const Workspace space = lay_out(p.workspace, cut.parts, call.shape.c);
+  Launch how{"grad_sums and grad_input", static_cast<unsigned>(cut.parts * call.shape.c),
+             static_cast<unsigned>(cut.threads), shared_of(cut, cut.held, sizeof(T), 2), stream,
+             static_cast<unsigned>(cut.parts)};
+  if (call.sums && call.input && cut.single) {
+    std::string error;
+    if (launch_clusters(how, &error, planes_backward_kernel<T, true, true>, call, planes, space)) return error;
+  }
+  how.shared_bytes = kReserved;
+  how.cluster = 1;
+  Backward second = call;
+  if (call.sums) {
+    if (!second.sum_dy) {  // room for the totals behind the parts
+      second.sum_dy = space.totals;
+      second.sum_dy_xhat = reinterpret_cast<float*>(space.totals) + call.shape.c;
+    }
+    how.name = "grad_sums";
+    std::string error = launch(how, planes_backward_kernel<T, true, false>, second, planes, space);
+    if (!error.empty() || !call.input) return error;
+  }
+  how.name = "grad_input";
+  return launch(how, planes_backward_kernel<T, false, true>, second, planes, space);
+}
+
+}  // namespace
+
+std::string planes_backward(const CudaBackward& p, std::uintptr_t stream) {
+  switch (p.call.dtype) {
+    case DType::kBFloat16:
+      return backward<BFloat16>(p, stream);
+    case DType::kFloat16:
+      return backward<Float16>(p, stream);
+    default:
+      return backward<float>(p, stream);
+  }
+}
+
+std::int64_t planes_backward_workspace(const CudaBackward& p) {
+  const Cut cut =
+      cut_planes(p.call.shape, p.call.dtype == DType::kFloat32 ? 4 : 2, 2, p.device, p.strategy, p.call.sums);
+  return workspace_bytes(cut.parts, p.call.shape.c);
+}
+
+}  // namespace bnkern

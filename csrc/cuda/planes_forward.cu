@@ -1,0 +1,216 @@
+// Planes, forward: moments, normalize, or both in one launch that reads x once as far as it fits on chip.
+//
+// Moments are local two-pass sums about one value of the channel, the pivot, a tile of a thread at a time, joined by
+// Chan's formula: over the thread's tiles in order, over lanes and warps by trees, over parts by one more. Where both
+// phases are one launch the parts of a channel are a cluster, whose blocks read each other's partial results; else the
+// last block of a channel to arrive joins them. The trees are the same, and so are the bits.
+// Compiled by every CUDA build and run on the host by the tests; not yet run on hardware.
+#include "planes.h"
+
+namespace bnkern {
+namespace {
+
+// A value of the channel to take distances from, so that they are small numbers however large the mean. The middle one
+// of three: about an outlier all others would be large.
+template <class T>
+BNKERN_DEVICE float pivot_of(const View& x, const Shape& shape, int channel) {
+  const auto value = [&](std::int64_t n, std::int64_t s) {
+    return widen(static_cast<const T*>(x.data)[n * x.outer + channel * x.inner + s]);
+  };
+  const float a = value(0, 0), b = value(shape.n / 2, shape.s / 2), c = value(shape.n - 1, shape.s - 1);
+  const float high = largest(a, b);
+  return largest(least(a, b), least(high, c));
+}
+
+// The tile's values about `pivot`: their moments, joined to `total`.
+template <class T>
+BNKERN_DEVICE void add_tile(Moments<float>& total, const Tile<T>& tile, const Places<T>& places, float pivot) {
+  float sum = 0;
+  int count = 0;
+#pragma unroll
+  for (int u = 0; u < kOctets<T>; ++u) {
+    float d[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) d[j] = j < places.of[u].elements ? tile.octets[u][j] - pivot : 0.0f;
+    sum += ((d[0] + d[1]) + (d[2] + d[3])) + ((d[4] + d[5]) + (d[6] + d[7]));
+    count += places.of[u].elements;
+  }
+  if (count == 0) return;
+  const float mean = sum / static_cast<float>(count);
+  float squares[2] = {0, 0};
+#pragma unroll
+  for (int u = 0; u < kOctets<T>; ++u)
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float d = j < places.of[u].elements ? (tile.octets[u][j] - pivot) - mean : 0.0f;
+      squares[j % 2] = fma(d, d, squares[j % 2]);
+    }
+  total = chan_merge(total, Moments<float>{static_cast<float>(count), mean, squares[0] + squares[1]});
+}
+
+// How many values part k of a channel has.
+template <class T>
+BNKERN_DEVICE float count_of(const Planes& planes, int part) {
+  const auto before = [&](int parts) {
+    const std::uint64_t all = std::uint64_t(parts) * planes.tiles * kOctets<T> * blockDim.x;
+    const std::uint32_t octet = all < planes.octets ? static_cast<std::uint32_t>(all) : planes.octets;
+    const std::uint32_t n = planes.per_plane.divide(octet);
+    const std::int64_t rest = std::int64_t(octet - n * planes.per_plane.divisor) * 8;
+    return n * planes.length + (rest < planes.length ? rest : planes.length);
+  };
+  return static_cast<float>(before(part + 1) - before(part));
+}
+
+// All parts of a channel, of which part k's (mean, M2) about the pivot is published(k): by the first warp.
+template <class T, class F>
+BNKERN_DEVICE Moments<double> merge_parts(const Forward& p, const Planes& planes, float pivot, F published) {
+  Moments<float> mine{0, 0, 0};
+  for (int part = threadIdx.x; part < planes.parts; part += 32) {
+    const Pair one = published(part);
+    mine = chan_merge(mine, Moments<float>{count_of<T>(planes, part), one.first, one.second});
+  }
+  mine = merge_warp(mine);
+  return {static_cast<double>(p.shape.n * p.shape.s), static_cast<double>(pivot) + mine.mean, mine.m2};
+}
+
+template <class T>
+BNKERN_DEVICE void normalize_tile(const Forward& p, const Planes& planes, int channel, const Places<T>& places,
+                                  const Tile<T>& x, const Affine& by) {
+  Tile<T> residual, y;
+  if (p.residual) residual.load(p.residual, channel, planes.step, places);
+#pragma unroll
+  for (int u = 0; u < kOctets<T>; ++u) {
+    float z[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      z[j] = normalized(x.octets[u][j], by);
+      if (p.residual) z[j] += residual.octets[u][j];
+    }
+    y.octets[u] = Octet<T>::of(z);
+    if (!p.relu) continue;
+    const Place& place = places.of[u];
+    const unsigned bits = relu(&y.octets[u]) & ((1u << place.elements) - 1);
+    if (p.mask && place.elements) p.mask[mask_byte(planes, p.shape.c, channel, place)] = static_cast<std::uint8_t>(bits);
+  }
+  y.store(p.y, channel, planes.step, places);
+}
+
+template <class T, bool kMoments, bool kNormalize>
+__global__ void __launch_bounds__(kMostThreads) planes_forward_kernel(Forward p, Planes planes, Workspace space) {
+  constexpr bool kSingle = kMoments && kNormalize;
+  // A second launch goes backwards, since what the first read last is in cache.
+  const unsigned block = kMoments ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+  const int channel = static_cast<int>(block / planes.parts), part = static_cast<int>(block % planes.parts);
+  using Shared = Exchange<Moments<float>>;
+  Shared* const shared = shared_memory<Shared>();
+
+  Tile<T> x;
+  float mean = 0, invstd = 1;
+  if constexpr (kMoments) {
+    const float pivot = pivot_of<T>(p.x, p.shape, channel);
+    Moments<float> total{0, 0, 0};
+    for (int tile = 0; tile < planes.tiles; ++tile) {
+      const Places<T> places(planes, part, tile);
+      x.load(p.x, channel, planes.step, places);
+      add_tile(total, x, places, pivot);
+      if (kSingle && planes.shared(tile)) x.keep(tile);
+    }
+    total = merge_block(total);
+    if (threadIdx.x == 0) shared->part = {total.mean, total.m2};
+    bool joins = true;  // this block joins the parts
+    if constexpr (kSingle) {
+      planes.parts > 1 ? cluster_barrier() : __syncthreads();
+    } else {
+      if (threadIdx.x == 0) space.parts.at(part, channel) = shared->part;
+      joins = planes.parts == 1 || last_of_blocks(space.arrivals + channel, planes.parts);
+    }
+    if (!joins) return;
+    if (threadIdx.x < 32) {
+      const Moments<double> all = merge_parts<T>(p, planes, pivot, [&](int k) {
+        if constexpr (!kSingle) return space.parts.at(k, channel);
+        return planes.parts == 1 ? shared->part : *of_cluster_block(&shared->part, k);
+      });
+      if (threadIdx.x == 0) {
+        const Statistics s = statistics_of(p, all);
+        shared->result = {s.mean, s.spread};
+        if (!kSingle || part == 0) save_statistics(p, channel, all, s, momentum_of(p));
+      }
+    }
+    __syncthreads();
+    mean = shared->result.first, invstd = shared->result.second;
+    if (!kSingle || part == 0) update_counter(p, space, p.shape.c);
+  } else {
+    if (threadIdx.x == 0) {
+      const Statistics s = given_statistics(p, channel);
+      shared->result = {s.mean, s.spread};
+      if (part == 0 && p.running_mean && p.mean) {
+        static_cast<float*>(p.mean)[channel] = s.mean;
+        static_cast<float*>(p.spread)[channel] = s.spread;
+      }
+    }
+    __syncthreads();
+    mean = shared->result.first, invstd = shared->result.second;
+  }
+  if constexpr (kNormalize) {
+    const Affine by = affine(p, channel, mean, invstd);
+    for (int tile = planes.tiles - 1; tile >= 0; --tile) {
+      const Places<T> places(planes, part, tile);
+      if (kSingle && planes.shared(tile)) {
+        x.find(tile);
+      } else if (!kSingle || tile != planes.tiles - 1) {
+        x.load(p.x, channel, planes.step, places);
+      }
+      normalize_tile(p, planes, channel, places, x, by);
+    }
+  }
+  if (kSingle && planes.parts > 1) cluster_barrier();  // nobody leaves while another may read what it published
+}
+
+template <class T>
+std::string forward(const CudaForward& p, std::uintptr_t stream) {
+  const Forward& call = p.call;
+  const Cut cut = cut_planes(call.shape, sizeof(T), 1, p.device, p.strategy, call.moments);
+  const Planes planes = planes_of(call.shape, sizeof(T), cut, {call.x, call.residual, call.y});
+  if (std::string reason = refused("planes", call.shape, call.dtype, cut); !reason.empty()) return reason;
+  const Workspace space = lay_out(p.workspace, cut.parts, call.shape.c);
+  Launch how{"moments and normalize", static_cast<unsigned>(cut.parts * call.shape.c),
+             static_cast<unsigned>(cut.threads), shared_of(cut, cut.held, sizeof(T), 1), stream,
+             static_cast<unsigned>(cut.parts)};
+  if (call.moments && call.normalize && cut.single) {
+    std::string error;
+    if (launch_clusters(how, &error, planes_forward_kernel<T, true, true>, call, planes, space)) return error;
+  }
+  how.shared_bytes = kReserved;
+  how.cluster = 1;
+  if (call.moments) {
+    how.name = "moments";
+    std::string error = launch(how, planes_forward_kernel<T, true, false>, call, planes, space);
+    if (!error.empty() || !call.normalize) return error;
+  }
+  Forward second = call;
+  if (call.moments) second.running_mean = {};  // the batch's statistics were saved
+  second.moments = false;
+  how.name = "normalize";
+  return launch(how, planes_forward_kernel<T, false, true>, second, planes, space);
+}
+
+}  // namespace
+
+std::string planes_forward(const CudaForward& p, std::uintptr_t stream) {
+  switch (p.call.dtype) {
+    case DType::kBFloat16:
+      return forward<BFloat16>(p, stream);
+    case DType::kFloat16:
+      return forward<Float16>(p, stream);
+    default:
+      return forward<float>(p, stream);
+  }
+}
+
+std::int64_t planes_forward_workspace(const CudaForward& p) {
+  const Cut cut =
+      cut_planes(p.call.shape, p.call.dtype == DType::kFloat32 ? 4 : 2, 1, p.device, p.strategy, p.call.moments);
+  return workspace_bytes(cut.parts, p.call.shape.c);
+}
+
+}  // namespace bnkern

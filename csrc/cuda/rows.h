@@ -1,0 +1,168 @@
+// Rows [M, C], channels side by side, as blocks see them.
+//
+// A block owns a group of channels and a split of the rows, `rows_per_split` consecutive ones. Its threads form lanes
+// of `columns` threads: a thread stays with the W channels of its column, 8 or 1, so that sums are its own, and
+// takes every lanes-th row. UNROLL of its rows are a tile; their loads are all in flight before the first is used.
+// Eight channels at a time need C, strides and addresses to be multiples of whole octets; any other tensor is read one
+// element at a time, and what is written of it is written by flat octets of memory, which own their mask bytes.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "device.h"
+
+namespace bnkern {
+
+struct RowsPlan {
+  std::int64_t rows, rows_per_split;
+  int channels, width;         // width: channels of a group, the last of which may have fewer
+  int columns, lanes;          // threads of a block: columns * lanes
+  int groups, splits;          // blocks: splits x groups
+  int tiles, tiles_in_shared;  // of a split; a single-read kernel holds one more in registers
+  int tile_bytes;              // of a thread's tile
+
+  int threads() const { return columns * lanes; }
+};
+
+// How many rows of a thread are in flight: 64 bytes of each of one tensor, or 32 of each of two.
+template <class T, int tensors>
+constexpr int kUnroll = 16 / static_cast<int>(sizeof(T)) / 2 / tensors;
+
+constexpr int kBlocksPerProcessor = 2;          // of the two-kernel strategy
+constexpr int kGroupOctets = 8;                 // at most: 128 bytes of half-precision channels
+constexpr int kGroupElements = 64;              // the same, read one by one
+constexpr std::int64_t kFewPartials = 4 << 10;  // bytes that every block may well read of the others
+
+// What a block keeps in shared memory: pairs of its threads' sums, room to add them up, what its channels are
+// normalised or centred by, and tiles.
+struct RowsShared {
+  Pair* pairs;         // [lanes, width]
+  PivotSums* scratch;  // [threads]
+  Pair* of_channel;    // [width]
+  Words* tiles;
+
+  static BNKERN_HD std::size_t fixed_bytes(int threads, int width) {
+    return threads * (8 * sizeof(Pair) + sizeof(PivotSums)) + (width + 1) / 2 * 2 * sizeof(Pair);
+  }
+  BNKERN_DEVICE explicit RowsShared(int width) {
+    const int threads = static_cast<int>(blockDim.x);
+    const std::size_t after_pairs = threads * 8 * sizeof(Pair);
+    pairs = shared_memory<Pair>();
+    scratch = shared_memory<PivotSums>(after_pairs);
+    of_channel = shared_memory<Pair>(after_pairs + threads * sizeof(PivotSums));
+    tiles = shared_memory<Words>(fixed_bytes(threads, width));
+  }
+};
+
+// `octets`: threads take 8 channels. `unroll` as in kUnroll; `tile_bytes`: a thread's tile on chip.
+inline RowsPlan rows_plan(const Shape& shape, const CudaDevice& device, bool single_read, bool octets, int unroll,
+                          int tile_bytes) {
+  RowsPlan plan{};
+  plan.rows = shape.n * shape.s;
+  plan.channels = static_cast<int>(shape.c);
+  plan.tile_bytes = tile_bytes;
+  const int per_thread = octets ? 8 : 1;
+  const std::int64_t columns_of_all = shape.c / per_thread;
+  const std::int64_t blocks = std::int64_t{device.multiprocessors} * (single_read ? 1 : kBlocksPerProcessor);
+  const auto cut = [&](std::int64_t columns) {
+    plan.columns = static_cast<int>(columns);
+    plan.width = plan.columns * per_thread;
+    plan.lanes = device.threads / plan.columns;
+    plan.groups = static_cast<int>(divide_up(columns_of_all, columns));
+    const std::int64_t splits = plan.groups > kGroups ? 1 : std::max<std::int64_t>(1, blocks / plan.groups);
+    // Work for every thread, and as much for every block.
+    plan.rows_per_split = std::max<std::int64_t>(divide_up(plan.rows, splits), plan.lanes);
+    plan.rows_per_split = divide_up(plan.rows, divide_up(plan.rows, plan.rows_per_split));
+    plan.splits = static_cast<int>(divide_up(plan.rows, plan.rows_per_split));
+  };
+  const std::int64_t most = std::min((octets ? kGroupOctets : kGroupElements), device.threads / per_thread);
+  cut(std::min(columns_of_all, most));
+  // In a single read every block reads the parts of its group: where these are many, narrower groups have fewer.
+  while (single_read && octets && plan.columns > 2) {
+    const std::int64_t parts = plan.splits * plan.width * static_cast<std::int64_t>(sizeof(Pair));
+    const std::int64_t own = divide_up(plan.rows_per_split, unroll) * plan.columns * tile_bytes;
+    if (parts <= kFewPartials || parts <= own / 4) break;
+    cut(plan.columns > 4 ? 4 : 2);
+  }
+  plan.tiles = static_cast<int>(divide_up(plan.rows_per_split, std::int64_t{plan.lanes} * unroll));
+  if (single_read) {
+    const std::int64_t room = device.shared_bytes - RowsShared::fixed_bytes(plan.threads(), plan.width);
+    const std::int64_t fit = std::max<std::int64_t>(0, room / (plan.threads() * tile_bytes));
+    plan.tiles_in_shared = static_cast<int>(std::min<std::int64_t>(fit, plan.tiles - 1));
+  }
+  return plan;
+}
+inline std::size_t shared_bytes(const RowsPlan& plan) {
+  return RowsShared::fixed_bytes(plan.threads(), plan.width) +
+         static_cast<std::size_t>(plan.tiles_in_shared) * plan.threads() * plan.tile_bytes;
+}
+
+// Where a thread of a block works.
+struct RowsPlace {
+  int split, group, column, lane;
+  std::int64_t channel;     // the first of its W
+  std::int64_t begin, end;  // rows of the split; none where there is no such channel
+  int lanes;
+
+  BNKERN_DEVICE RowsPlace(const RowsPlan& plan, int split, int group, int per_thread)
+      : split(split),
+        group(group),
+        column(static_cast<int>(threadIdx.x) % plan.columns),
+        lane(static_cast<int>(threadIdx.x) / plan.columns),
+        channel(std::int64_t(group) * plan.width + column * per_thread),
+        begin(split * plan.rows_per_split),
+        end(begin + plan.rows_per_split < plan.rows ? begin + plan.rows_per_split : plan.rows),
+        lanes(plan.lanes) {}
+  BNKERN_DEVICE bool active(const RowsPlan& plan) const { return channel < plan.channels; }
+  // The first row of a tile, and how many of its `unroll` rows there are.
+  BNKERN_DEVICE std::int64_t row(int tile, int unroll) const {
+    return begin + std::int64_t(tile) * unroll * lanes + lane;
+  }
+  BNKERN_DEVICE int known(const RowsPlan& plan, std::int64_t row, int unroll) const {
+    if (!active(plan) || row >= end) return 0;
+    if (row + std::int64_t(unroll - 1) * lanes < end) return unroll;
+    return static_cast<int>((end - row + lanes - 1) / lanes);
+  }
+  // How many rows of the split a lane takes.
+  BNKERN_DEVICE int taken(int by_lane) const {
+    const std::int64_t all = end - begin;
+    return static_cast<int>(all / lanes) + (by_lane < all % lanes);
+  }
+};
+
+// How many rows split k has.
+BNKERN_DEVICE double rows_of(const RowsPlan& plan, int k) {
+  const std::int64_t left = plan.rows - k * plan.rows_per_split;
+  return static_cast<double>(left < plan.rows_per_split ? left : plan.rows_per_split);
+}
+
+// Whether all these can be read by octets.
+inline bool by_octets(const Shape& shape, DType dtype, std::initializer_list<View> views) {
+  const std::int64_t step = dtype == DType::kFloat32 ? 4 : 8;  // elements of 16 bytes
+  return shape.c % 8 == 0 && std::all_of(views.begin(), views.end(), [&](const View& view) {
+           return !view || (view.outer % step == 0 && reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0);
+         });
+}
+
+// The blocks of a kernel over flat octets.
+inline dim3 flat_blocks(const Shape& shape, const CudaDevice& device) {
+  const std::int64_t wanted = divide_up(divide_up(shape.n * shape.s * shape.c, 8), device.threads);
+  return {static_cast<unsigned>(std::min<std::int64_t>(wanted, 8 * device.multiprocessors)), 1, 1};
+}
+
+// A thread's W neighbours, as stored.
+template <class T, int W>
+struct Some;
+template <class T>
+struct Some<T, 8> : Octet<T> {
+  static BNKERN_DEVICE Some load(const T* p) { return {Octet<T>::load(p)}; }
+};
+template <class T>
+struct Some<T, 1> {
+  T value;
+  BNKERN_DEVICE float operator[](int) const { return widen(value); }
+  static BNKERN_DEVICE Some load(const T* p) { return {*p}; }
+};
+
+}  // namespace bnkern

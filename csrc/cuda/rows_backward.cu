@@ -1,0 +1,317 @@
+// grad_sums and grad_input over rows: each alone, and both as one kernel that reads dy and x once.
+#include "rows.h"
+
+namespace bnkern {
+namespace {
+
+template <int W>
+struct ThreadSums {
+  float dy[W], dy_xhat[W];
+};
+
+// dy where the ReLU let the forward's value through, and x: a tile of each. `bits` is what a saved mask says.
+template <class T, int W, int UNROLL>
+struct GradientTile {
+  Some<T, W> g[UNROLL], x[UNROLL];
+
+  BNKERN_DEVICE void load(const Backward& p, const RowsPlace& at, std::int64_t row, int known) {
+    const T* const dy_row = static_cast<const T*>(p.dy.data) + row * p.dy.outer + at.channel;
+    const T* const x_row = static_cast<const T*>(p.x.data) + row * p.x.outer + at.channel;
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      if (u >= known) continue;
+      g[u] = Some<T, W>::load(dy_row + u * at.lanes * p.dy.outer);
+      x[u] = Some<T, W>::load(x_row + u * at.lanes * p.x.outer);
+    }
+  }
+  BNKERN_DEVICE void mask(const Backward& p, const RowsPlace& at, const Affine (&by)[W], std::int64_t row, int known) {
+    if (!p.relu) return;
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      if (u >= known) continue;
+      unsigned bits = 0;
+      if (p.mask) {
+        const std::int64_t bit = (row + std::int64_t(u) * at.lanes) * p.shape.c + at.channel;
+        bits = p.mask[bit / 8] >> (W == 8 ? 0 : bit % 8);
+      } else {
+        bits = recomputed_mask<T>(x[u], by);
+      }
+      if constexpr (W == 8)
+        keep(&g[u], bits);
+      else if (!(bits & 1))
+        g[u].value = T{};
+    }
+  }
+};
+
+template <class T, int W, int UNROLL>
+BNKERN_DEVICE void add_tile(ThreadSums<W>* sums, const GradientTile<T, W, UNROLL>& tile, const Affine (&by)[W],
+                            int known) {
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    if (u >= known) continue;
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      const float g = tile.g[u][j];
+      sums->dy[j] += g;
+      sums->dy_xhat[j] = fma(g, standardize(tile.x[u][j], by[j].mean, by[j].invstd), sums->dy_xhat[j]);
+    }
+  }
+}
+
+template <int W>
+BNKERN_DEVICE void read_affine(const Backward& p, const RowsPlan& plan, const RowsPlace& at, Affine (&by)[W]) {
+  if (!at.active(plan)) return;
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    const std::int64_t c = at.channel + j;
+    by[j] = affine(p, c, read(p.mean, c, 0.0f), read(p.invstd, c, 1.0f));
+  }
+}
+
+// Adds up the block's threads and publishes its part.
+template <int W>
+BNKERN_DEVICE void publish_sums(const RowsPlan& plan, const RowsPlace& at, const RowsShared& shared,
+                                const Partials& parts, const ThreadSums<W>& sums) {
+#pragma unroll
+  for (int j = 0; j < W; ++j) shared.pairs[at.lane * plan.width + at.column * W + j] = {sums.dy[j], sums.dy_xhat[j]};
+  __syncthreads();
+  const std::int64_t first = std::int64_t(at.group) * plan.width;
+  sum_over_block(
+      plan.width, plan.lanes, shared.scratch,
+      [&](int lane, int c) {
+        const Pair pair = shared.pairs[lane * plan.width + c];
+        return PivotSums{pair.first, pair.second};
+      },
+      [&](int c, PivotSums all) {
+        if (first + c < plan.channels)
+          parts.at(at.split, first + c) = {static_cast<float>(all.first), static_cast<float>(all.second)};
+      });
+}
+
+// Adds up all blocks' parts of a group, once they are there. done(c, sums) is called for each of its channels.
+template <class Done>
+BNKERN_DEVICE void join_sums(const RowsPlan& plan, int group, const RowsShared& shared, const Partials& parts,
+                             Done done) {
+  const std::int64_t first = std::int64_t(group) * plan.width;
+  sum_over_block(
+      plan.width, plan.splits, shared.scratch,
+      [&](int k, int c) {
+        if (first + c >= plan.channels) return PivotSums{0, 0};
+        const Pair part = parts.at(k, first + c);
+        return PivotSums{part.first, part.second};
+      },
+      [&](int c, PivotSums sums) {
+        if (first + c < plan.channels) done(c, sums);
+      });
+}
+
+template <class T, int W>
+__global__ void __launch_bounds__(512, 1)
+    rows_grad_sums_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, Workspace space) {
+  constexpr int kTile = kUnroll<T, 2>;
+  const RowsPlace at(plan, blockIdx.x, blockIdx.y, W);
+  const RowsShared shared(plan.width);
+  Affine by[W];
+  read_affine(p, plan, at, by);
+  ThreadSums<W> sums{};
+  for (int t = 0; t < plan.tiles; ++t) {
+    const std::int64_t row = at.row(t, kTile);
+    const int known = at.known(plan, row, kTile);
+    GradientTile<T, W, kTile> tile;
+    tile.load(p, at, row, known);
+    tile.mask(p, at, by, row, known);
+    add_tile(&sums, tile, by, known);
+  }
+  publish_sums(plan, at, shared, space.parts, sums);
+  if (!last_of_blocks(space.arrivals + at.group, plan.splits)) return;
+  join_sums(plan, at.group, shared, space.parts, [&](int c, PivotSums all) {
+    const std::int64_t channel = std::int64_t(at.group) * plan.width + c;
+    save_sums(p, channel, all);
+    space.totals[channel] = means_of(p, all);
+  });
+}
+
+// dx and the residual's gradient of octets of rows from `row` on.
+template <class T, int UNROLL>
+BNKERN_DEVICE void write_tile(const Backward& p, const RowsPlace& at, const Affine (&by)[8], const Pair (&centre)[8],
+                              const GradientTile<T, 8, UNROLL>& tile, std::int64_t row, int known) {
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    if (u >= known) continue;
+    const std::int64_t own = row + std::int64_t(u) * at.lanes;
+    if (p.dx) {
+      float dx[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) dx[j] = gradient_of_input(p, tile.g[u][j], tile.x[u][j], by[j], centre[j]);
+      Octet<T>::of(dx).store(static_cast<T*>(p.dx.data) + own * p.dx.outer + at.channel);
+    }
+    if (p.dresidual) tile.g[u].store(static_cast<T*>(p.dresidual.data) + own * p.dresidual.outer + at.channel);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(512, 1)
+    rows_grad_input_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, Workspace space) {
+  constexpr int kTile = kUnroll<T, 2>;
+  const RowsPlace at(plan, plan.splits - 1 - static_cast<int>(blockIdx.x), blockIdx.y, 8);
+  if (!at.active(plan)) return;
+  Affine by[8];
+  Pair centre[8];
+  read_affine(p, plan, at, by);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) centre[j] = given_means(p, space.totals, at.channel + j);
+  for (int t = plan.tiles - 1; t >= 0; --t) {
+    const std::int64_t row = at.row(t, kTile);
+    const int known = at.known(plan, row, kTile);
+    GradientTile<T, 8, kTile> tile;
+    tile.load(p, at, row, known);
+    tile.mask(p, at, by, row, known);
+    write_tile(p, at, by, centre, tile, row, known);
+  }
+}
+
+// Rows that octets do not fit: eight neighbours in the order of memory without gaps, whatever their channels.
+template <class T>
+__global__ void __launch_bounds__(512, 1)
+    rows_grad_input_flat_kernel(const __grid_constant__ Backward p, Workspace space) {
+  const std::int64_t c = p.shape.c, all = p.shape.n * p.shape.s * c;
+  const T* const dy = static_cast<const T*>(p.dy.data);
+  const T* const x = static_cast<const T*>(p.x.data);
+  for (std::int64_t octet = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x; octet * 8 < all;
+       octet += std::int64_t(gridDim.x) * blockDim.x) {
+    std::int64_t row = octet * 8 / c, channel = octet * 8 % c;
+    for (int j = 0; j < 8 && octet * 8 + j < all; ++j) {
+      const Affine by = affine(p, channel, read(p.mean, channel, 0.0f), read(p.invstd, channel, 1.0f));
+      const float value = widen(x[row * p.x.outer + channel]);
+      T g = dy[row * p.dy.outer + channel];
+      if (p.relu) {
+        const bool passed = p.mask ? p.mask[octet] >> j & 1 : passes(widen(narrow<T>(normalized(value, by))));
+        if (!passed) g = T{};
+      }
+      if (p.dx) {
+        const float dx = gradient_of_input(p, widen(g), value, by, given_means(p, space.totals, channel));
+        static_cast<T*>(p.dx.data)[row * p.dx.outer + channel] = narrow<T>(dx);
+      }
+      if (p.dresidual) static_cast<T*>(p.dresidual.data)[row * p.dresidual.outer + channel] = g;
+      if (++channel == c) channel = 0, ++row;
+    }
+  }
+}
+
+// Both phases: what a block reads it keeps, one tile in registers and others in shared memory; what does not fit it
+// reads again. The blocks of a group meet in between.
+template <class T>
+__global__ void __launch_bounds__(512, 1)
+    rows_backward_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, Workspace space) {
+  constexpr int kTile = kUnroll<T, 2>;
+  const RowsPlace at(plan, blockIdx.x, blockIdx.y, 8);
+  const RowsShared shared(plan.width);
+  // Octet u of a thread's held tile t, of g or of x: neighbouring threads have neighbouring octets.
+  const auto held = [&](int t, int u, bool x) {
+    return reinterpret_cast<Octet<T>*>(shared.tiles) + (((t - 1) * kTile + u) * 2 + x) * blockDim.x + threadIdx.x;
+  };
+  Affine by[8];
+  read_affine(p, plan, at, by);
+  ThreadSums<8> sums{};
+  GradientTile<T, 8, kTile> first;
+  {
+    const std::int64_t row = at.row(0, kTile);
+    const int known = at.known(plan, row, kTile);
+    first.load(p, at, row, known);
+    first.mask(p, at, by, row, known);
+    add_tile(&sums, first, by, known);
+  }
+  for (int t = 1; t < plan.tiles; ++t) {
+    const std::int64_t row = at.row(t, kTile);
+    const int known = at.known(plan, row, kTile);
+    GradientTile<T, 8, kTile> tile;
+    tile.load(p, at, row, known);
+    tile.mask(p, at, by, row, known);
+    add_tile(&sums, tile, by, known);
+    if (t > plan.tiles_in_shared) continue;
+#pragma unroll
+    for (int u = 0; u < kTile; ++u)
+      if (u < known) *held(t, u, false) = tile.g[u], *held(t, u, true) = tile.x[u];
+  }
+  publish_sums(plan, at, shared, space.parts, sums);
+  barrier_of_blocks(space.barriers + at.group, plan.splits, at.split == 0);
+  join_sums(plan, at.group, shared, space.parts, [&](int c, PivotSums all) {
+    shared.of_channel[c] = means_of(p, all);
+    if (at.split == 0) save_sums(p, std::int64_t(at.group) * plan.width + c, all);
+  });
+  __syncthreads();
+  if (!at.active(plan)) return;
+  Pair centre[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) centre[j] = shared.of_channel[at.column * 8 + j];
+  for (int t = plan.tiles - 1; t > 0; --t) {
+    const std::int64_t row = at.row(t, kTile);
+    const int known = at.known(plan, row, kTile);
+    GradientTile<T, 8, kTile> tile;
+    if (t > plan.tiles_in_shared) {
+      tile.load(p, at, row, known);
+      tile.mask(p, at, by, row, known);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kTile; ++u)
+        if (u < known) tile.g[u] = {*held(t, u, false)}, tile.x[u] = {*held(t, u, true)};
+    }
+    write_tile(p, at, by, centre, tile, row, known);
+  }
+  const std::int64_t row = at.row(0, kTile);
+  write_tile(p, at, by, centre, first, row, at.known(plan, row, kTile));
+}
+
+template <class T>
+constexpr int kTileBytes = kUnroll<T, 2> * 2 * 8 * static_cast<int>(sizeof(T));
+
+struct Cut {
+  RowsPlan plan;
+  bool octets, single;
+};
+template <class T>
+Cut cut(const CudaBackward& p) {
+  const Backward& call = p.call;
+  const bool octets = by_octets(call.shape, call.dtype, {call.dy, call.x, call.dx, call.dresidual});
+  const bool single = p.strategy == Strategy::kSingleRead && octets && call.sums && call.input;
+  return {rows_plan(call.shape, p.device, single, octets, kUnroll<T, 2>, kTileBytes<T>), octets, single};
+}
+
+template <class T>
+std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
+  const Backward& call = p.call;
+  const auto [plan, octets, single] = cut<T>(p);
+  const Workspace space = lay_out(p.workspace, plan.splits, call.shape.c);
+  const dim3 blocks(plan.splits, plan.groups);
+  const unsigned threads = plan.threads();
+  std::string error;
+  if (single) {
+    const Launch how{"grad_input", blocks, threads, shared_bytes(plan), stream};
+    if (plan.splits == 1) return launch(how, rows_backward_kernel<T>, call, plan, space);
+    if (launch_resident(how, &error, rows_backward_kernel<T>, call, plan, space)) return error;
+  }
+  if (call.sums) {
+    const Launch how{"grad_sums", blocks, threads, RowsShared::fixed_bytes(plan.threads(), plan.width), stream};
+    error = launch(how, octets ? rows_grad_sums_kernel<T, 8> : rows_grad_sums_kernel<T, 1>, call, plan, space);
+  }
+  if (call.input && error.empty()) {
+    if (octets) return launch({"grad_input", blocks, threads, 0, stream}, rows_grad_input_kernel<T>, call, plan, space);
+    const Launch how{"grad_input", flat_blocks(call.shape, p.device), unsigned(p.device.threads), 0, stream};
+    error = launch(how, rows_grad_input_flat_kernel<T>, call, space);
+  }
+  return error;
+}
+
+}  // namespace
+
+std::string rows_backward(const CudaBackward& p, std::uintptr_t stream) {
+  return with_half_or_float(p.call.dtype, [&](auto* t) { return backward_as<Pointee<decltype(t)>>(p, stream); });
+}
+
+std::int64_t rows_backward_workspace(const CudaBackward& p) {
+  return with_half_or_float(
+      p.call.dtype, [&](auto* t) { return workspace_bytes(cut<Pointee<decltype(t)>>(p).plan.splits, p.call.shape.c); });
+}
+
+}  // namespace bnkern

@@ -1,0 +1,337 @@
+// moments and normalize over rows: each alone, and both as one kernel that reads x once.
+//
+// The mean and M2 of a thread's tile are found by two passes over its registers and joined to those of its earlier
+// tiles by Chan's formula, all as distances from the block's first row, so that they are small numbers however large
+// the mean. Threads, then blocks, are joined in a fixed order.
+#include "rows.h"
+
+namespace bnkern {
+namespace {
+
+// Of the rows a thread has seen, by channel, as distances from `pivot`.
+template <int W>
+struct ThreadMoments {
+  float count, pivot[W], mean[W], m2[W];
+};
+
+template <class T, int W>
+BNKERN_DEVICE ThreadMoments<W> no_moments(const Forward& p, const RowsPlan& plan, const RowsPlace& at) {
+  ThreadMoments<W> none{};
+  if (!at.active(plan)) return none;
+  const auto first = Some<T, W>::load(static_cast<const T*>(p.x.data) + at.begin * p.x.outer + at.channel);
+#pragma unroll
+  for (int j = 0; j < W; ++j) none.pivot[j] = first[j];
+  return none;
+}
+
+// The values of a tile that are there, the first `known`; the others are not read.
+template <class T, int W, int UNROLL>
+BNKERN_DEVICE void load_tile(Some<T, W> (&tile)[UNROLL], const View& view, const RowsPlace& at, std::int64_t row,
+                             int known) {
+  const T* p = static_cast<const T*>(view.data) + row * view.outer + at.channel;
+  const std::int64_t step = at.lanes * view.outer;
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u)
+    if (u < known) tile[u] = Some<T, W>::load(p + u * step);
+}
+
+template <class T, int W, int UNROLL>
+BNKERN_DEVICE void add_tile(ThreadMoments<W>* seen, const Some<T, W> (&tile)[UNROLL], int known) {
+  if (known == 0) return;
+  const float n = static_cast<float>(known), count = seen->count + n;
+  const float share = n / count, weight = seen->count * share, each = 1 / n;
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    float distance[UNROLL], sum = 0, m2 = 0;
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      distance[u] = u < known ? tile[u][j] - seen->pivot[j] : 0.0f;
+      sum += distance[u];
+    }
+    const float mean = sum * each;
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      const float d = u < known ? distance[u] - mean : 0.0f;
+      m2 = fma(d, d, m2);
+    }
+    chan_join(&seen->mean[j], &seen->m2[j], mean, m2, share, weight);
+  }
+  seen->count = count;
+}
+
+// Joins the block's threads and publishes its part.
+template <class T, int W>
+BNKERN_DEVICE void publish_moments(const Forward& p, const RowsPlan& plan, const RowsPlace& at,
+                                   const RowsShared& shared, const Partials& parts, const ThreadMoments<W>& seen) {
+#pragma unroll
+  for (int j = 0; j < W; ++j) shared.pairs[at.lane * plan.width + at.column * W + j] = {seen.mean[j], seen.m2[j]};
+  __syncthreads();
+  const std::int64_t first = std::int64_t(at.group) * plan.width;
+  sum_over_block(
+      plan.width, plan.lanes, shared.scratch,
+      [&](int lane, int c) {
+        const Pair pair = shared.pairs[lane * plan.width + c];
+        return pivot_sums({static_cast<double>(at.taken(lane)), pair.first, pair.second});
+      },
+      [&](int c, PivotSums sums) {
+        if (first + c >= plan.channels) return;
+        const Moments<double> all = moments_of(rows_of(plan, at.split), sums);
+        const T* const pivot = static_cast<const T*>(p.x.data) + at.begin * p.x.outer + first + c;
+        parts.at(at.split, first + c) = {static_cast<float>(widen(*pivot) + all.mean), static_cast<float>(all.m2)};
+      });
+}
+
+// Joins all blocks' parts of a group, once they are there. done(c, moments) is called for each of its channels.
+template <class Done>
+BNKERN_DEVICE void join_moments(const RowsPlan& plan, int group, const RowsShared& shared, const Partials& parts,
+                                Done done) {
+  const std::int64_t first = std::int64_t(group) * plan.width;
+  sum_over_block(
+      plan.width, plan.splits, shared.scratch,
+      [&](int k, int c) {
+        if (first + c >= plan.channels) return PivotSums{0, 0};
+        const Pair part = parts.at(k, first + c), pivot = parts.at(0, first + c);
+        return pivot_sums({rows_of(plan, k), double(part.first) - pivot.first, part.second});
+      },
+      [&](int c, PivotSums sums) {
+        if (first + c >= plan.channels) return;
+        Moments<double> all = moments_of(static_cast<double>(plan.rows), sums);
+        all.mean += parts.at(0, first + c).first;
+        done(c, all);
+      });
+}
+
+// Joins a group and keeps what it gives. Called by all threads of one block for each group.
+BNKERN_DEVICE void finish_moments(const Forward& p, const RowsPlan& plan, int group, const RowsShared& shared,
+                                  const Workspace& space) {
+  const double momentum = momentum_of(p);
+  join_moments(plan, group, shared, space.parts, [&](int c, const Moments<double>& all) {
+    const std::int64_t channel = std::int64_t(group) * plan.width + c;
+    save_statistics(p, channel, all, statistics_of(p, all), momentum);
+  });
+  update_counter(p, space, plan.groups);
+}
+
+template <class T, int W>
+__global__ void __launch_bounds__(512, 1)
+    rows_moments_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan, Workspace space) {
+  constexpr int kTile = kUnroll<T, 1>;
+  const RowsPlace at(plan, blockIdx.x, blockIdx.y, W);
+  const RowsShared shared(plan.width);
+  ThreadMoments<W> seen = no_moments<T, W>(p, plan, at);
+  for (int t = 0; t < plan.tiles; ++t) {
+    const std::int64_t row = at.row(t, kTile);
+    const int known = at.known(plan, row, kTile);
+    Some<T, W> tile[kTile];
+    load_tile(tile, p.x, at, row, known);
+    add_tile(&seen, tile, known);
+  }
+  publish_moments<T>(p, plan, at, shared, space.parts, seen);
+  if (last_of_blocks(space.arrivals + at.group, plan.splits)) finish_moments(p, plan, at.group, shared, space);
+}
+
+// y, and the mask's byte, of octets of rows from `row` on.
+template <class T, int UNROLL>
+BNKERN_DEVICE void write_tile(const Forward& p, const RowsPlace& at, const Affine (&by)[8],
+                              const Some<T, 8> (&tile)[UNROLL], std::int64_t row, int known) {
+  Some<T, 8> residual[UNROLL];
+  if (p.residual) load_tile(residual, p.residual, at, row, known);
+  T* const y = static_cast<T*>(p.y.data) + row * p.y.outer + at.channel;
+  const std::int64_t step = at.lanes * p.y.outer;
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    if (u >= known) continue;
+    float z[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      z[j] = normalized(tile[u][j], by[j]);
+      if (p.residual) z[j] += residual[u][j];
+    }
+    auto octet = Octet<T>::of(z);
+    if (p.relu) {
+      const unsigned bits = relu(&octet);
+      if (p.mask)
+        p.mask[((row + std::int64_t(u) * at.lanes) * p.shape.c + at.channel) / 8] = static_cast<std::uint8_t>(bits);
+    }
+    octet.store(y + u * step);
+  }
+}
+
+// Blocks and tiles go backwards: what the moments kernel read last is still in the second-level cache.
+template <class T>
+__global__ void __launch_bounds__(512, 1)
+    rows_normalize_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan) {
+  constexpr int kTile = kUnroll<T, 1>;
+  const RowsPlace at(plan, plan.splits - 1 - static_cast<int>(blockIdx.x), blockIdx.y, 8);
+  if (!at.active(plan)) return;
+  Affine by[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const Statistics s = given_statistics(p, at.channel + j);
+    by[j] = affine(p, at.channel + j, s.mean, s.spread);
+    if (!p.moments && p.running_mean && at.split == 0 && at.lane == 0) {
+      static_cast<float*>(p.mean)[at.channel + j] = s.mean;
+      static_cast<float*>(p.spread)[at.channel + j] = s.spread;
+    }
+  }
+  for (int t = plan.tiles - 1; t >= 0; --t) {
+    const std::int64_t row = at.row(t, kTile);
+    const int known = at.known(plan, row, kTile);
+    Some<T, 8> tile[kTile];
+    load_tile(tile, p.x, at, row, known);
+    write_tile(p, at, by, tile, row, known);
+  }
+}
+
+// Rows that octets do not fit: eight neighbours in the order of memory without gaps, whatever their channels.
+template <class T>
+__global__ void __launch_bounds__(512, 1) rows_normalize_flat_kernel(const __grid_constant__ Forward p) {
+  const std::int64_t c = p.shape.c, all = p.shape.n * p.shape.s * c;
+  const std::int64_t thread = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const T* const x = static_cast<const T*>(p.x.data);
+  const T* const residual = static_cast<const T*>(p.residual.data);
+  T* const y = static_cast<T*>(p.y.data);
+  if (!p.moments && p.running_mean)
+    for (std::int64_t i = thread; i < c; i += std::int64_t(gridDim.x) * blockDim.x) {
+      const Statistics s = given_statistics(p, i);
+      static_cast<float*>(p.mean)[i] = s.mean;
+      static_cast<float*>(p.spread)[i] = s.spread;
+    }
+  for (std::int64_t octet = thread; octet * 8 < all; octet += std::int64_t(gridDim.x) * blockDim.x) {
+    std::int64_t row = octet * 8 / c, channel = octet * 8 % c;
+    unsigned bits = 0;
+    for (int j = 0; j < 8 && octet * 8 + j < all; ++j) {
+      const Statistics s = given_statistics(p, channel);
+      float z = normalized(widen(x[row * p.x.outer + channel]), affine(p, channel, s.mean, s.spread));
+      if (residual) z += widen(residual[row * p.residual.outer + channel]);
+      T stored = narrow<T>(z);
+      if (p.relu) {
+        const bool passed = passes(widen(stored));
+        bits |= unsigned(passed) << j;
+        if (!passed) stored = T{};
+      }
+      y[row * p.y.outer + channel] = stored;
+      if (++channel == c) channel = 0, ++row;
+    }
+    if (p.mask) p.mask[octet] = static_cast<std::uint8_t>(bits);
+  }
+}
+
+// Both phases: what a block reads it keeps, one tile in registers and others in shared memory; what does not fit it
+// reads again. The blocks of a group meet in between.
+template <class T>
+__global__ void __launch_bounds__(512, 1)
+    rows_forward_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan, Workspace space) {
+  constexpr int kTile = kUnroll<T, 1>;
+  const RowsPlace at(plan, blockIdx.x, blockIdx.y, 8);
+  const RowsShared shared(plan.width);
+  // Octet u of a thread's held tile t: neighbouring threads have neighbouring octets.
+  const auto held = [&](int t, int u) {
+    return reinterpret_cast<Octet<T>*>(shared.tiles) + ((t - 1) * kTile + u) * blockDim.x + threadIdx.x;
+  };
+  ThreadMoments<8> seen = no_moments<T, 8>(p, plan, at);
+  Some<T, 8> first[kTile];
+  {
+    const std::int64_t row = at.row(0, kTile);
+    const int known = at.known(plan, row, kTile);
+    load_tile(first, p.x, at, row, known);
+    add_tile(&seen, first, known);
+  }
+  for (int t = 1; t < plan.tiles; ++t) {
+    const std::int64_t row = at.row(t, kTile);
+    const int known = at.known(plan, row, kTile);
+    Some<T, 8> tile[kTile];
+    load_tile(tile, p.x, at, row, known);
+    add_tile(&seen, tile, known);
+    if (t > plan.tiles_in_shared) continue;
+#pragma unroll
+    for (int u = 0; u < kTile; ++u)
+      if (u < known) *held(t, u) = tile[u];
+  }
+  publish_moments<T>(p, plan, at, shared, space.parts, seen);
+  const bool first_split = at.split == 0;
+  const double momentum = momentum_of(p);
+  barrier_of_blocks(space.barriers + at.group, plan.splits, first_split);
+  join_moments(plan, at.group, shared, space.parts, [&](int c, const Moments<double>& all) {
+    const Statistics s = statistics_of(p, all);
+    shared.of_channel[c] = {s.mean, s.spread};
+    if (first_split) save_statistics(p, std::int64_t(at.group) * plan.width + c, all, s, momentum);
+  });
+  if (first_split) update_counter(p, space, plan.groups);
+  __syncthreads();
+  if (!at.active(plan)) return;
+  Affine by[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const Pair s = shared.of_channel[at.column * 8 + j];
+    by[j] = affine(p, at.channel + j, s.first, s.second);
+  }
+  for (int t = plan.tiles - 1; t > 0; --t) {
+    const std::int64_t row = at.row(t, kTile);
+    const int known = at.known(plan, row, kTile);
+    Some<T, 8> tile[kTile];
+    if (t > plan.tiles_in_shared) {
+      load_tile(tile, p.x, at, row, known);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kTile; ++u)
+        if (u < known) tile[u] = {*held(t, u)};
+    }
+    write_tile(p, at, by, tile, row, known);
+  }
+  const std::int64_t row = at.row(0, kTile);
+  write_tile(p, at, by, first, row, at.known(plan, row, kTile));
+}
+
+template <class T>
+constexpr int kTileBytes = kUnroll<T, 1> * 8 * static_cast<int>(sizeof(T));
+
+struct Cut {
+  RowsPlan plan;
+  bool octets, single;
+};
+template <class T>
+Cut cut(const CudaForward& p) {
+  const Forward& call = p.call;
+  const bool octets = by_octets(call.shape, call.dtype, {call.x, call.residual, call.y});
+  const bool single = p.strategy == Strategy::kSingleRead && octets && call.moments && call.normalize;
+  return {rows_plan(call.shape, p.device, single, octets, kUnroll<T, 1>, kTileBytes<T>), octets, single};
+}
+
+template <class T>
+std::string forward_as(const CudaForward& p, std::uintptr_t stream) {
+  const Forward& call = p.call;
+  const auto [plan, octets, single] = cut<T>(p);
+  const Workspace space = lay_out(p.workspace, plan.splits, call.shape.c);
+  const dim3 blocks(plan.splits, plan.groups);
+  const unsigned threads = plan.threads();
+  std::string error;
+  if (single) {
+    const Launch how{"normalize", blocks, threads, shared_bytes(plan), stream};
+    if (plan.splits == 1) return launch(how, rows_forward_kernel<T>, call, plan, space);
+    if (launch_resident(how, &error, rows_forward_kernel<T>, call, plan, space)) return error;
+  }
+  if (call.moments) {
+    const Launch how{"moments", blocks, threads, RowsShared::fixed_bytes(plan.threads(), plan.width), stream};
+    error = launch(how, octets ? rows_moments_kernel<T, 8> : rows_moments_kernel<T, 1>, call, plan, space);
+  }
+  if (call.normalize && error.empty()) {
+    if (octets) return launch({"normalize", blocks, threads, 0, stream}, rows_normalize_kernel<T>, call, plan);
+    const Launch how{"normalize", flat_blocks(call.shape, p.device), unsigned(p.device.threads), 0, stream};
+    error = launch(how, rows_normalize_flat_kernel<T>, call);
+  }
+  return error;
+}
+
+}  // namespace
+
+std::string rows_forward(const CudaForward& p, std::uintptr_t stream) {
+  return with_half_or_float(p.call.dtype, [&](auto* t) { return forward_as<Pointee<decltype(t)>>(p, stream); });
+}
+
+std::int64_t rows_forward_workspace(const CudaForward& p) {
+  return with_half_or_float(
+      p.call.dtype, [&](auto* t) { return workspace_bytes(cut<Pointee<decltype(t)>>(p).plan.splits, p.call.shape.c); });
+}
+
+}  // namespace bnkern

@@ -1,0 +1,56 @@
+"""Figure 7 and Appendix G: gradients by channel, as a picture and against the channels' means."""
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from . import NETS, Rows, column
+
+CAPTION = (
+    "Layer 45, seed 0. Above: M over its mean, output channels upwards, input channels to the right, one logarithmic "
+    "scale for both. Below: the sum of each input channel's column over the mean of all, against that channel's |mean|."
+)
+
+
+def tables(spec, results) -> dict[str, Rows]:
+    """For each input channel of the first seed its mean and its column of M; and how uneven M is for each seed."""
+    layer = spec.runs[0].layers[0]
+    channels, seeds = [], []
+    for norm in NETS:
+        runs = results.where(norm=norm)
+        if runs:
+            matrix, means = runs[0].at("M", layer) / runs[0].at("M", layer).mean(), runs[0].at("input means", layer)
+            for i, values in enumerate(matrix.T):
+                row = {"norm": norm, "input": i, "|mean|": means[i], "gradient": values.mean()}
+                channels.append(row | {f"M {o}": value for o, value in enumerate(values)})
+        quantities = ("variation", "variation of rows", "variation of columns", "rank correlation")
+        seeds += [
+            {"norm": norm, "seed": run.config["seed"]} | {name: run.at(name, layer).item() for name in quantities}
+            for run in runs
+        ]
+    return {"channel_gradients": channels, "channel_gradients_seeds": seeds}
+
+
+def draw(rows: Rows) -> Figure:
+    """Two pictures above two clouds of points."""
+    figure = Figure(figsize=(5.4, 5.6))
+    nets = [norm for norm in NETS if column(rows, "input", norm=norm)]
+    panels = figure.subplots(2, len(nets), squeeze=False, height_ratios=(3, 2))
+    outputs = [key for key in rows[0] if key.startswith("M ")]
+    for (above, below), norm in zip(panels.T, nets, strict=True):
+        text, colour, marker = NETS[norm]
+        matrix = np.array([column(rows, key, norm=norm) for key in outputs], float)
+        picture = above.imshow(
+            np.maximum(matrix, 1e-3), cmap="cividis", norm=LogNorm(1e-2, 1e2), interpolation="none", origin="lower"
+        )
+        above.set_title(text, loc="left", fontsize=10)
+        above.set_xlabel("input channel")
+        above.grid(False)
+        below.plot(column(rows, "|mean|", norm=norm), column(rows, "gradient", norm=norm), marker, color=colour)
+        below.set_xscale("log")
+        below.set_yscale("log")
+        below.set_xlabel("|mean| of the channel")
+    panels[0, 0].set_ylabel("output channel")
+    panels[1, 0].set_ylabel("gradient over its mean")
+    figure.colorbar(picture, ax=panels[0], label="M over its mean", fraction=0.05)
+    return figure

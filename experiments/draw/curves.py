@@ -1,0 +1,66 @@
+"""Accuracy along training: what the figures of training runs share."""
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from . import INK, SERIES, Rows, column
+
+CURVES = {"test curve": "test accuracy, %", "train curve": "train accuracy, %"}
+
+
+def of_runs(results, labels: list[str], paper: dict[str, float]) -> tuple[Rows, Rows]:
+    """Means and spreads over the seeds that did not diverge, an evaluation a row; and a row of final values a run."""
+    curves, ends = [], []
+    for label in labels:
+        runs = results.where(label=label)
+        if not runs:
+            continue
+        whole = [run for run in runs if not run.at("diverged") and len(run.at("share"))]
+        for index, share in enumerate(whole[0].at("share") if whole else ()):
+            row = {"run": label, "seeds": len(whole), "share": share}
+            for name in CURVES:
+                row |= _spread(name, [run.at(name)[index].item() for run in whole])
+            curves.append(row | {"paper": paper.get(label)})
+        end = {"run": label, "seeds": len(runs), "diverged": sum(run.at("diverged").item() for run in runs)}
+        for name in ("test accuracy", "train accuracy", "best test accuracy"):
+            end |= _spread(name, [run.at(name).item() for run in whole])
+        ends.append(end | {"paper": paper.get(label), "steps": max(run.at("steps").item() for run in runs)})
+    return curves, ends
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    mean = np.mean(values) if values else np.nan
+    return {name: mean, f"{name} spread": np.std(values, ddof=1) if len(values) > 1 else 0.0}
+
+
+def panels(rows: Rows, styles: dict[str, tuple[str, int, str]]) -> Figure:
+    """A panel each for test and train accuracy; ``styles``: text, colour's number and marker by run."""
+    figure = Figure(figsize=(5.4, 6.2))
+    for axes, (name, text) in zip(figure.subplots(2, 1, sharex=True), CURVES.items(), strict=True):
+        for label, (_, colour, marker) in styles.items():
+            share, mean, spread = (
+                np.array(column(rows, key, run=label), float) for key in ("share", name, f"{name} spread")
+            )
+            seen = np.isfinite(mean)
+            if not seen.any():
+                continue
+            x, y, width = 100 * share[seen], mean[seen], spread[seen]
+            axes.fill_between(x, y - width, y + width, color=SERIES[colour], alpha=0.18, linewidth=0)
+            axes.plot(x, y, marker=marker, markersize=3.5, color=SERIES[colour], linewidth=1.2)
+            paper = column(rows, "paper", run=label)[0]
+            if name == "test curve" and paper is not None:
+                axes.plot(101.5, paper, "D", color=SERIES[colour], markerfacecolor="none", markersize=6, clip_on=False)
+        for drop in (50, 75):
+            axes.axvline(drop, color=INK, linestyle=":", linewidth=1)
+        axes.set(ylabel=text, ylim=(0, 101), xlim=(0, 103))
+    axes.set_xlabel("share of training, %")
+    shown = [label for label in styles if column(rows, "run", run=label)]
+    key = [
+        Line2D([], [], color=SERIES[colour], marker=marker, label=f"{text} (n = {column(rows, 'seeds', run=label)[0]})")
+        for label in shown
+        for text, colour, marker in [styles[label]]
+    ]
+    paper = Line2D([], [], color=INK, marker="D", markerfacecolor="none", linestyle="none", label="the paper, final")
+    figure.legend(handles=[*key, paper], loc="outside lower center", ncols=2)
+    return figure

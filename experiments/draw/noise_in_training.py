@@ -1,0 +1,44 @@
+"""Beyond the paper: lr C / |B| along the runs of Figure 1."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from . import SERIES, Rows, column
+
+CAPTION = (
+    "Above: C, the batch size times the variance of the gradient, along training. Below: lr C / |B|, the noise of a "
+    "step over the step size. Geometric means and ranges over seeds; the learning rate drops at 50 and 75 %."
+)
+QUANTITIES = {"C": "C", "lr C / |B|": "lr C / |B|"}
+MARKERS = "o^vs"
+
+
+def tables(spec, results) -> dict[str, Rows]:
+    """A row a measurement."""
+    rows = []
+    for run in spec.runs:
+        done = [one for one in results.where(label=run.label) if len(one.at("step"))]
+        for index, step in enumerate(done[0].at("step") if done else ()):
+            row = {"run": run.label, "seeds": len(done), "step": step}
+            for name in QUANTITIES:
+                values = [one.at(name)[index] for one in done if len(one.at(name)) > index]
+                row |= {name: np.exp(np.mean(np.log(values))), f"{name} low": min(values), f"{name} high": max(values)}
+            rows.append(row)
+    return {"noise_in_training": rows}
+
+
+def draw(rows: Rows) -> Figure:
+    """Two panels over the step, all axes logarithmic."""
+    figure = Figure(figsize=(5.4, 5.8))
+    labels = list(dict.fromkeys(row["run"] for row in rows))
+    for axes, (name, text) in zip(figure.subplots(2, 1, sharex=True), QUANTITIES.items(), strict=True):
+        for label, colour, marker in zip(labels, (SERIES[0], SERIES[4], SERIES[2], SERIES[1]), MARKERS, strict=False):
+            step, mean, low, high = (
+                np.array(column(rows, key, run=label), float) for key in ("step", name, f"{name} low", f"{name} high")
+            )
+            axes.fill_between(step + 1, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(step + 1, mean, marker=marker, color=colour, linewidth=1.2, label=label)
+        axes.set(xscale="log", yscale="log", ylabel=text)
+    axes.set_xlabel("step, from 1")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure

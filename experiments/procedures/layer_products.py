@@ -1,0 +1,67 @@
+"""Products of a network's own convolutions beside Theorem 1."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnkern.train import checkpoint, loop
+from bnkern.train.cifar10 import Cifar10
+from bnkern.train.resnet import ResNet, layers
+
+from . import Arrays, Tick
+from .theory import distance, edge, theorem
+from .training import forget, listener, settings_of, subset
+
+PLACES = 8  # rows and columns that the last stage works on
+SHARES = (np.arange(200) + 0.5) / 200  # of the singular values: those below what is kept
+
+
+def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tick: Tick) -> dict[str, Arrays]:
+    """Singular values of products of M = 1, 2, ... successive convolutions, at initialisation and after training.
+
+    The convolutions are those of ``layers``, equally wide and of stride 1; training is as for the procedure
+    ``training``.
+    """
+    data = subset(data, config["options"])
+    settings = settings_of(config, data, device)
+    torch.manual_seed(config["seed"])  # as bnkern.train does
+    network = loop.build(settings)
+    found = {}
+    for when in ("init", "trained"):
+        if when == "trained":
+            loop.train(settings, folder / "train", data, device, probes=listener(settings, data, tick))
+            state = checkpoint.load(folder / "train" / "checkpoint.pt", settings.to_dict())
+            network.load_state_dict(state["network"])
+        found |= {f"{when} {name}": value for name, value in _products(network, config["layers"]).items()}
+    forget(folder)
+    return {"products": {name: np.asarray(value) for name, value in found.items()}}
+
+
+def _products(network: ResNet, numbers: list[int]) -> Arrays:
+    product, found = None, {}
+    for m, number in enumerate(numbers, start=1):
+        factor = transfer(layers(network)[number].weight, PLACES)
+        product = factor if product is None else factor @ product
+        s, (x, _, share) = np.linalg.svd(product, compute_uv=False), theorem(m)
+        found |= {
+            f"s/{m}": np.quantile(s, SHARES),
+            f"theorem/{m}": np.sqrt(np.interp(SHARES, share, x)),
+            f"distance/{m}": distance(s.ravel() ** 2, m),
+            f"largest over edge/{m}": s.max() / edge(m) ** 0.5,
+            f"log10 kappa/{m}": np.log10(s.max() / s.min()),
+        }
+    return found
+
+
+def transfer(weight: Tensor, places: int) -> np.ndarray:
+    """The convolution as a matrix at each frequency: [places^2, out, in], complex, mean squared singular value 1.
+
+    With circular padding a convolution of stride 1 is block diagonal in the Fourier basis, so that the singular values
+    of these blocks are its own, and products of blocks are blocks of the product (Sedghi, Gupta and Long, "The
+    singular values of convolutional layers", 2019). Zero padding, which the network has, differs at the border.
+    """
+    blocks = np.fft.fft2(weight.detach().cpu().double().numpy(), (places, places))
+    blocks = blocks.transpose(2, 3, 0, 1).reshape(-1, *weight.shape[:2])
+    return blocks / np.sqrt((np.abs(blocks) ** 2).sum((1, 2)).mean() / blocks.shape[-1])

@@ -1,0 +1,45 @@
+"""Figure 7 and Appendix G: without batch norm, channels with a large mean have large gradients."""
+
+from . import Claim, Run, Spec, above, below
+
+LAYER = 45
+NETS = {"batch": "with batch norm", "none": "without"}
+
+UNEVEN = ("variation", "variation of rows", "variation of columns", "explained by rows and columns")
+
+
+def claim(text: str, quantity: str, norm: str, check=None) -> Claim:
+    return Claim(f"{text}, {NETS[norm]}", lambda results: results.each(quantity, LAYER, norm=norm), None, check)
+
+
+SPEC = Spec(
+    title="Which channels have large gradients?",
+    of="Figure 7 and Appendix G",
+    order=5.2,
+    shows="The gradient of layer 45's kernel, summed in absolute value over its 3 x 3 places: a matrix of output by "
+    "input channels, at initialisation. Without batch norm rows and columns stand out: a few channels have most of the "
+    "gradient. Appendix G ties that to the channels' means.",
+    method="ResNet-110 with projection shortcuts and Xavier-normal weights, before any step; a batch of 128 "
+    "standardised training images, network and batch drawn anew for each seed. M[o, i] sums |sum over images and "
+    "places of d| over the kernel (the probe weight_gradient_signs, form channels). Its variation is standard "
+    "deviation over mean. The mean of an input channel is that of the activation the convolution reads. The pictures "
+    "of the paper's figure and the text of Appendix G were not at hand.",
+    claims=(
+        Claim(
+            "variation of M's entries, without over with batch norm",
+            lambda results: results.ratio(
+                dict(quantity="variation", layer=LAYER, norm="none"),
+                dict(quantity="variation", layer=LAYER, norm="batch"),
+            ),
+            None,
+            above(3),
+            "geometric",
+        ),
+        claim("rank correlation of |input mean| and gradient", "rank correlation", "none", above(0.8)),
+        claim("rank correlation of |input mean| and gradient", "rank correlation", "batch", below(0.5)),
+        *(claim(f"M: {what}", what, norm) for norm in NETS for what in UNEVEN),
+    ),
+    runs=tuple(Run(norm, "at_init", norm, ("channel_gradients",), (LAYER,)) for norm in NETS),
+    smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 50}},
+    minutes={"paper": 1},
+)

@@ -1,0 +1,51 @@
+"""Figure 2: without batch norm, gradients at initialisation are far larger, and heavy-tailed."""
+
+from . import Claim, Run, Spec, above, below, within_factor
+
+LAYER = 55
+NETS = {"batch": "with batch norm", "none": "without"}
+
+
+def claim(quantity: str, norm: str, paper: float | None, check=None, mean: str = "geometric") -> Claim:
+    return Claim(
+        f"{quantity} of the entries, {NETS[norm]}",
+        lambda results: results.each(quantity, LAYER, norm=norm),
+        paper,
+        check,
+        mean,
+    )
+
+
+SPEC = Spec(
+    title="How are the entries of a gradient distributed?",
+    of="Figure 2",
+    order=3.2,
+    shows="Histograms of the entries of the gradient of layer 55's kernel at initialisation. With batch norm they are "
+    "bell-shaped within about ±0.04; without, they reach ±4, about a hundred times as far, with a sharp peak and long "
+    "tails.",
+    method="ResNet-110 with projection shortcuts and Xavier-normal weights, before any step. Each of 10 seeds draws a "
+    "network and two batches of 128 standardised training images; the 20 batches are pooled in the figure, while "
+    "standard deviation and excess kurtosis are those of one network's two batches. The probe "
+    "parameter_gradient_histogram counts in bins that are even in the logarithm. The paper's values are read off its "
+    "figure; how many batches it pools is not known.",
+    claims=(
+        claim("sd", "batch", 0.012, within_factor(0.012, 2.5)),
+        Claim(
+            "sd, without over with batch norm",
+            lambda results: results.ratio(
+                dict(quantity="sd", layer=LAYER, norm="none"), dict(quantity="sd", layer=LAYER, norm="batch")
+            ),
+            100,
+            above(50),
+            "geometric",
+        ),
+        claim("excess kurtosis", "batch", None, below(5), "arithmetic"),
+        claim("excess kurtosis", "none", None, above(10), "arithmetic"),
+        claim("sd", "none", None),
+        claim("largest", "batch", 0.04),
+        claim("largest", "none", 4),
+    ),
+    runs=tuple(Run(norm, "at_init", norm, ("gradient_histogram",), (LAYER,), options={"batches": 2}) for norm in NETS),
+    smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 56}},
+    minutes={"paper": 1.5},
+)

@@ -1,0 +1,60 @@
+"""Equation 2 and Appendix D: the noise of a batch's gradient falls with the batch's size."""
+
+from . import Claim, Run, Spec, between, within
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+IMAGES = 256
+NETS = {
+    "none": "without batch norm",
+    "batch": "batch norm, frozen statistics",
+    "unrepeated": "batch norm, frozen, without repetition",
+    "training": "batch norm, the batch's statistics",
+}
+
+
+def slope(label: str) -> Claim:
+    text = f"noise as a power of |B|, {NETS[label]}"
+    return Claim(text, lambda results: results.each("slope", label=label), -1, within(-1, 0.1))
+
+
+def ratio(label: str, size: int, expected: float) -> Claim:
+    return Claim(
+        f"noise over C / |B|, |B| = {size}, {NETS[label]}",
+        lambda results: results.each("ratio", size, label=label),
+        None,
+        between(0.85 * expected, 1.15 * expected),
+    )
+
+
+def run(label: str, norm: str, sizes=SIZES, mode: str = "frozen", replace: bool = True) -> Run:
+    options = {"images": IMAGES, "sizes": sizes, "budget": 2048, "most": 192, "mode": mode, "replace": replace}
+    return Run(label, "noise", norm, depth=8, seeds=3, options=options)
+
+
+SPEC = Spec(
+    title="How noisy is the gradient of a mini-batch?",
+    of="Equation 2 and Appendix D",
+    order=2.5,
+    shows="The squared distance between an SGD step and the step along the true gradient is at most a^2 C / |B|, with "
+    "step size a, batch size |B| and the noise C = E |g_i - g|^2 of single examples. So the noise that a run feels "
+    "goes with a / |B|: large learning rates mean noise, and noise, the paper argues, generalises.",
+    method="ResNet-8 at initialisation; 256 training images stand for the whole set, g is the gradient of their mean "
+    "loss. C from all 256 single gradients, the noise of a batch size from the variance of many batches. Drawn "
+    "independently, batches make the bound an equality; drawn without repetition within a batch the noise is "
+    "(n - |B|) / (n - 1) of that. With batch norm in training mode an example's gradient depends on the others in its "
+    "batch and C is not defined: there the statistics are those of the 256 images, kept fixed; or batches are only "
+    "compared with one another. The step size multiplies both sides by a^2 and is left out.",
+    claims=(
+        *(slope(label) for label in ("none", "batch", "training")),
+        *(ratio(label, size, 1) for label in ("none", "batch") for size in SIZES),
+        *(ratio("unrepeated", size, (IMAGES - size) / (IMAGES - 1)) for size in (1, 64, 128)),
+    ),
+    runs=(
+        run("none", "none"),
+        run("batch", "batch"),
+        run("unrepeated", "batch", (1, 64, 128), replace=False),
+        run("training", "batch", SIZES[3:], mode="training"),
+    ),
+    smaller={"smoke": {"images": 130, "budget": 4, "most": 2, "seeds": 1}},
+    minutes={"paper": 3},
+)

@@ -1,0 +1,51 @@
+"""Beyond the paper: how far along a step its gradient stays what it was."""
+
+from . import Claim, Run, Spec, above
+
+RATES = tuple(10 ** (k / 2) for k in range(-10, -1))  # 1e-5 to 0.1
+AT = (1, 7)
+NETS = {"batch": "with batch norm", "none": "without"}
+
+
+def ratio(text: str, quantity: str, of: str, to: str, check) -> Claim:
+    return Claim(
+        f"{text}, mini-batch 1, {NETS[of]} over {NETS[to]}",
+        lambda results: results.ratio(
+            dict(quantity=quantity, layer=1, norm=of), dict(quantity=quantity, layer=1, norm=to)
+        ),
+        None,
+        check,
+        "geometric",
+    )
+
+
+SPEC = Spec(
+    title="How far does a gradient predict the next one?",
+    of="Beyond the paper: Santurkar et al. (2018)",
+    order=4.06,
+    shows="Santurkar et al. explain batch norm by a smoother landscape: along a step, the gradient changes less. The "
+    "paper's Figure 3 looks at the loss alone.",
+    method="Along the lines of Figure 3, at mini-batches 1 and 7 and a from 1e-5 to 0.1, two to a decade, the "
+    "gradient g(a) there: its change ||g(a) - g|| / ||g||, and the effective smoothness ||g(a) - g|| / ||a g||, which "
+    "their paper calls beta when it is the largest along the line. Reach is the largest a before the change is half "
+    "of ||g||.",
+    claims=(
+        ratio("reach", "reach", "batch", "none", above(10)),
+        ratio("norm of the gradient", "norm", "none", "batch", above(10)),
+        *(
+            Claim(
+                f"reach, mini-batch {at}, {text}",
+                lambda results, at=at, norm=norm: results.each("reach", at, norm=norm),
+                mean="geometric",
+            )
+            for norm, text in NETS.items()
+            for at in AT
+        ),
+    ),
+    runs=tuple(
+        Run(norm, "landscape", norm, seeds=5, options={"lr": lr, "at": AT, "rates": RATES, "gradients": True})
+        for norm, lr in (("batch", 0.1), ("none", 1e-4))
+    ),
+    smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 8, "rates": RATES[::4]}},
+    minutes={"paper": 5},
+)

@@ -1,0 +1,64 @@
+"""Beyond the paper: how much of Table 1 is the mean of a channel."""
+
+from . import Claim, Run, Spec, above, below, between
+
+LAYERS = (18, 54, 90)
+ROOTS = (0.70, 0.62, 0.45)  # the paper's a/b over sqrt N, with batch norm
+NONE, BATCH = {"norm": "none"}, {"norm": "batch"}
+
+
+def centred(quantity: str, of: str, layer: int, net: dict, check) -> Claim:
+    return Claim(
+        f"{quantity}, {of} centred over not, layer {layer}, {'with batch norm' if net is BATCH else 'without'}",
+        lambda results: results.ratio(
+            dict(quantity=quantity, layer=layer, centred=of, **net),
+            dict(quantity=quantity, layer=layer, centred="", **net),
+        ),
+        None,
+        check,
+        "geometric",
+    )
+
+
+SPEC = Spec(
+    title="Do the signs agree because channels have means?",
+    of="Beyond the paper: Table 1's mechanism",
+    order=5.15,
+    shows="The paper reports that a/b is small without batch norm, and argues from it, but does not say where the "
+    "agreement comes from.",
+    method="Table 1 again (ResNet-110, batch 128, before any step), with the convolution's input I less each "
+    "channel's mean, or the gradient dy at its output less its own. A batch norm that follows makes dy sum to zero "
+    "over each channel, so that the mean of I adds nothing to a weight's gradient: b should stay as it is. Without "
+    "batch norm, if means made the summands agree, b should fall and a/b rise. a/(b sqrt N) is near 1 for independent "
+    "signs. Means over seeds are geometric.",
+    claims=(
+        *(centred("b", "input", layer, NONE, below(0.5)) for layer in LAYERS),
+        *(centred("a/b", "input", layer, NONE, above(1.5)) for layer in LAYERS),
+        *(centred("a/b", "gradient", layer, NONE, above(1.5)) for layer in LAYERS),
+        *(centred("b", "input", layer, BATCH, between(0.8, 1.25)) for layer in LAYERS),
+        *(
+            Claim(
+                f"a/(b sqrt N), layer {layer}, with batch norm",
+                lambda results, layer=layer: results.each("a/(b sqrt N)", layer, norm="batch", centred=""),
+                paper,
+                between(0.3, 1),
+                "geometric",
+            )
+            for layer, paper in zip(LAYERS, ROOTS, strict=True)
+        ),
+    ),
+    runs=tuple(
+        Run(
+            f"{norm}{'-' * bool(of)}{of}",
+            "at_init",
+            norm,
+            ("gradient_signs",),
+            LAYERS,
+            seeds=5,
+            options={"centred": of},
+        )
+        for norm, of in (("batch", ""), ("batch", "input"), ("none", ""), ("none", "input"), ("none", "gradient"))
+    ),
+    smaller={"smoke": {"batch": 2, "seeds": 1}},
+    minutes={"paper": 1.5},
+)

@@ -1,0 +1,38 @@
+"""A check of ours: Figure 5 with shortcuts that pad instead of projecting."""
+
+from . import Claim, Run, Spec, below
+from .moments_by_depth import CONVOLUTIONS, LAYERS, NETS, PAPER
+
+
+def fall(layer: int, after: int, paper: float) -> Claim:
+    return Claim(
+        f"ln std, fall from layer {layer} to {after}, with batch norm",
+        lambda results: results.difference("ln_std", layer, after, norm="batch"),
+        paper,
+        below(0.5),
+    )
+
+
+SPEC = Spec(
+    title="Which shortcuts did the paper's network have?",
+    of="A check of ours, for Figure 5",
+    order=4.21,
+    shows="The paper does not say how its residual network joins stages of different width: by projections (option B "
+    "of He et al.) or by dropping pixels and padding channels with zeros (option A, theirs for CIFAR-10). Its Figure "
+    "5 falls back where a stage begins.",
+    method="Figure 5 again, with option A. The claim is that the fall is then missing (below 0.5, where the paper has "
+    "0.85 and 1.0): projections, which every other experiment here uses, are what the paper's figure shows. 5 seeds.",
+    claims=(
+        fall(30, 42, 0.85),
+        fall(66, 78, 1.0),
+        Claim(
+            "ln std, slope per layer (6 to 102), without",
+            lambda results: results.slope("ln_std", CONVOLUTIONS, norm="none"),
+            0.0437,
+        ),
+    ),
+    runs=tuple(Run(norm, "at_init", norm, ("log_moments",), LAYERS, shortcut="padding", seeds=5) for norm in NETS),
+    smaller={"smoke": {"batch": 2, "seeds": 1}},
+    minutes={"paper": 0.5},
+    paper=PAPER,
+)

@@ -1,0 +1,70 @@
+"""Theorem 1, Figures 8 and 9 and Appendix K's Figure 20: products of random matrices have ever smaller directions."""
+
+from . import Claim, Run, Spec, above, between, within, within_factor
+
+FACTORS = (1, 2, 3, 5)
+FIRST_BIN = {1: 260, 3: 2150, 5: 3850}  # read off Figure 9: 50 bins, 10 draws of 1000 values
+EDGE = {1: 2.0, 3: 3.1, 5: 3.9}
+ALL = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20)
+
+
+def theorem(quantity: str, text: str, factors: int, is_: float, distance: float) -> Claim:
+    text += f", {factors} factor{'s' * (factors > 1)}"
+    return Claim(text, lambda results: results.each(quantity, factors, label="density"), is_, within(is_, distance))
+
+
+def drawn(quantity: str, text: str, factors: int, paper: float | None = None, check=None, run="products") -> Claim:
+    text += f", {factors} factor{'s' * (factors > 1)}"
+    return Claim(text, lambda results: results.each(quantity, factors, label=run), paper, check)
+
+
+def power(m: int) -> float:
+    return -m / (m + 1)
+
+
+def by_depth(quantity: str, text: str, check) -> Claim:
+    return Claim(text, lambda results: results.each(quantity, label="conditions"), None, check)
+
+
+SPEC = Spec(
+    title="How small do the directions of a product of matrices become?",
+    of="Theorem 1, Figures 8 and 9, Appendix K (Figure 20)",
+    order=5.5,
+    shows="A deep linear network multiplies random matrices. As their number M grows, the singular values of the "
+    "product spread: many come close to zero, where their density blows up, the largest grows, and the condition "
+    "number rises with depth. Theorem 1 gives the density; Figure 9 draws 1, 3 and 5 factors; Figure 20 shows "
+    "condition numbers.",
+    method="Equation 5 is evaluated and integrated over its angle. Its x is the square of a singular value s, as the "
+    "distances below show (the paper speaks of singular values). Drawn: 1, 2, 3 and 5 factors of 1000 x 1000 with "
+    "independent N(0, 1/N) entries, ten draws (the caption says standard Gaussian, the axis 1/N). Condition numbers: "
+    "20 draws of 20 factors with N = 200, since the paper's N is not known; |X| and |X^-1| are each accumulated and "
+    "measured by itself, exact far beyond 10^16, where the singular values of the computed product are noise. "
+    "Exponents of a sample come from its share below x between 2 and 20 %.",
+    claims=(
+        *(theorem("edge of s", "largest singular value, theorem", m, EDGE[m], 0.05) for m in EDGE),
+        *(theorem("mass", "total mass of the density", m, 1, 1e-6) for m in FACTORS),
+        *(theorem("m2", "mean of x^2, which is M + 1", m, m + 1, 1e-5) for m in FACTORS),
+        *(theorem("exponent", "density near 0 as a power of x", m, power(m), 0.001) for m in FACTORS),
+        theorem("edge over e (M + 1/2)", "edge of x over e (M + 1/2): the theorem's O(M)", 5, 1, 0.005),
+        *(
+            drawn("first bin", "values in the first of 50 bins", m, n, within_factor(n, 1.1))
+            for m, n in FIRST_BIN.items()
+        ),
+        *(drawn("largest", "largest singular value drawn", m, s, within(s, 0.1)) for m, s in EDGE.items()),
+        *(drawn("exponent", "drawn density near 0 as a power", m, power(m), within(power(m), 0.02)) for m in FACTORS),
+        *(drawn("distance of s^2", "Kolmogorov distance, s^2", m, check=between(0, 0.008)) for m in FACTORS),
+        *(drawn("distance of s", "Kolmogorov distance, s itself", m, check=above(0.1)) for m in FACTORS),
+        by_depth("slope", "log10 condition number, gain per factor", between(1.25, 1.6)),
+        by_depth("straightness", "log10 condition number against M: R^2 of a straight line", above(0.98)),
+        *(drawn("log10 kappa", "log10 condition number, N = 200", m, run="conditions") for m in ALL),
+        *(drawn("log10 kappa", "log10 condition number, N = 1000", m) for m in FACTORS),
+    ),
+    runs=(
+        Run("density", "theory", quantities=("density",), seeds=1, options={"factors": (*FACTORS, 10)}),
+        Run("products", "theory", quantities=("products",), seeds=10, options={"factors": FACTORS, "size": 1000}),
+        Run("conditions", "theory", quantities=("conditions",), seeds=20, options={"factors": ALL, "size": 200}),
+    ),
+    smaller={"smoke": lambda run: {"seeds": min(run.seeds, 2)} | ({"size": 60} if run.seeds > 1 else {})},
+    minutes={"paper": 2},
+    images=False,
+)

@@ -1,0 +1,181 @@
+"""Training experiments: what they measure, that they resume, and that watching changes nothing."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bnkern.train import runlog
+from bnkern.train.cifar10 import Split, synthetic
+from experiments import names, spec
+from experiments.procedures import training
+from experiments.run import plan
+
+IMAGES = synthetic(64, 20)
+CPU = torch.device("cpu")
+
+
+def nothing(share: float, what: str) -> None:
+    pass
+
+
+def configuration(norm: str = "batch", **options: object) -> dict:
+    common = {"label": "run", "seed": 0, "depth": 8, "batch": 4, "norm": norm, "shortcut": "projection"}
+    common |= {"init": "xavier_normal", "kernels": "bnkern", "layers": [], "quantities": []}
+    return common | {"options": {"lr": 0.01, "epochs": 2, "images": 16, "tests": 10} | options}
+
+
+def measure(folder: Path, config: dict, tick=nothing) -> dict[str, dict[str, np.ndarray]]:
+    folder.mkdir(exist_ok=True)
+    return training.measure(config, IMAGES, CPU, folder, tick)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The same bits on every run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def test_a_run_in_arrays(tmp_path: Path) -> None:
+    found = measure(tmp_path, configuration())["training"]
+    told = [row for row in runlog.rows(tmp_path / "train") if row["event"] == "epoch"]
+    np.testing.assert_allclose(found["share"], [0.5, 1.0])
+    np.testing.assert_allclose(found["test curve"], [100 * row["test_accuracy"] for row in told])
+    np.testing.assert_allclose(found["train curve"], [100 * row["train_accuracy"] for row in told])
+    assert found["test accuracy"] == found["test curve"][1] and found["train accuracy"] == found["train curve"][1]
+    assert found["test accuracy before the first drop"] == found["test curve"][0]
+    assert found["diverged"] == 0 and found["steps"] == 8
+    config = json.loads((tmp_path / "train/config.json").read_text())
+    assert config["lr"] == 0.01 and config["channels_last"] and config["data"] == "synthetic"
+    assert not list(tmp_path.glob("**/*.pt")), "checkpoints of a finished run weigh more than all else"
+
+
+def test_a_run_that_diverges_is_a_result_without_accuracy(tmp_path: Path) -> None:
+    found = measure(tmp_path, configuration("none", lr=1e6))["training"]
+    assert found["diverged"] == 1 and 0 < found["steps"] < 8
+    assert math.isnan(found["test accuracy"]) and math.isnan(found["train accuracy"])
+
+
+def test_only_part_of_the_images() -> None:
+    part = training.subset(IMAGES, {"images": 5})
+    assert len(part.train.labels) == 5 and len(part.test.labels) == 20 and part.mean is IMAGES.mean
+    assert torch.equal(part.train.images, IMAGES.train.images[:5])
+    assert len(training.subset(IMAGES, {}).train.images) == 64
+
+
+@pytest.mark.parametrize("noise", [0, 3])
+def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path: Path, noise: int) -> None:
+    config = configuration(checkpoint_every=2, noise=noise)
+    whole = measure(tmp_path / "whole", config)
+
+    def stop(share: float, what: str) -> None:
+        if share >= 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path / "parts", config, stop)
+    before = runlog.rows(tmp_path / "parts/train")
+    assert 0 < before[-1]["step"] < 8 and (tmp_path / "parts/train/checkpoint.pt").exists()
+    shares = []
+    again = measure(tmp_path / "parts", config, lambda share, what: shares.append(share))
+    assert shares[0] == 0.5, "on from the checkpoint at a quarter, to the next one"
+    assert whole.keys() == again.keys() == ({"training", "noise"} if noise else {"training"})
+    for file, arrays in whole.items():
+        for name, values in arrays.items():
+            np.testing.assert_array_equal(values, again[file][name], err_msg=name)
+
+
+# ------------------------------------------------------------------------------------------------ usable rates
+
+
+def test_the_largest_rate_that_is_borne(tmp_path: Path) -> None:
+    found = measure(tmp_path, configuration("none", lrs=[1e6, 1e-4, 1e-2], epochs=1))["limits"]
+    np.testing.assert_array_equal(found["lrs"], [1e-4, 1e-2, 1e6])
+    np.testing.assert_array_equal(found["survived"], [1, 1, 0])
+    assert found["limit"] == pytest.approx(-2) and found["learning limit"] <= found["limit"]
+    assert not list(tmp_path.glob("**/*.pt"))
+    none = measure(tmp_path / "none", configuration("none", lrs=[1e6, 1e7], epochs=1))["limits"]
+    assert none["limit"] == none["learning limit"] == pytest.approx(5.5), "half a decade below what was tried"
+
+
+def test_a_rate_teaches_if_the_loss_falls_below_guessing(tmp_path: Path) -> None:
+    config = configuration(lrs=[1e-7, 0.05], epochs=24)
+    found = measure(tmp_path, config)["limits"]
+    np.testing.assert_array_equal(found["survived"], [1, 1])
+    np.testing.assert_array_equal(found["learned"], [0, 1])  # sixteen images by heart, and nothing at all
+
+
+# ------------------------------------------------------------------------------------------------ noise
+
+
+def test_measuring_noise_changes_nothing_of_the_run(tmp_path: Path) -> None:
+    plain, noisy = (measure(tmp_path / str(times), configuration(noise=times)) for times in (0, 4))
+    for name, values in plain["training"].items():
+        np.testing.assert_array_equal(values, noisy["training"][name], err_msg=name)
+    losses = [
+        [row["loss"] for row in runlog.rows(tmp_path / f"{times}/train") if row["event"] == "train"] for times in (0, 4)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_noise_along_a_run(tmp_path: Path) -> None:
+    found = measure(tmp_path, configuration(noise=4))["noise"]
+    rates = 0.01 * np.array([0.1 if step >= 6 else 1 if step < 4 else 0.1 for step in found["step"]])
+    rates[found["step"] >= 6] = 0.01 * 0.01  # two drops, at 4 and 6 of 8 steps
+    assert found["step"][0] == 0 and found["step"][-1] == 7 and np.all(found["C"] > 0)
+    np.testing.assert_allclose(found["lr C / |B|"], rates * found["C"] / 4)
+    last = np.flatnonzero(found["step"] < 4)[-1]
+    assert found["C before the first drop"] == found["C"][last]
+    assert 10 ** found["log10 lr C / |B| before the first drop"] == pytest.approx(found["lr C / |B|"][last])
+
+
+def test_the_noise_is_that_of_the_runs_own_batches(tmp_path: Path) -> None:
+    """A network and images for which every batch has the same gradient: no noise; with other images there is."""
+    alike = Split(IMAGES.train.images[:1].repeat(16, 1, 1, 1), IMAGES.train.labels[:1].repeat(16))
+    data = training.dataclasses.replace(IMAGES, train=alike)
+    config = configuration(noise=2, augment=False)
+    found = training.measure(config, data, CPU, tmp_path, nothing)["noise"]
+    other = measure(tmp_path / "other", config)["noise"]
+    assert np.abs(found["C"]).max() < 1e-6 * other["C"].min()
+
+
+# ------------------------------------------------------------------------------------------------ scales
+
+
+TRAINED = [name for name in names() if any(run.procedure in ("training", "layer_products") for run in spec(name).runs)]
+
+
+@pytest.mark.parametrize("name", ["learning_rates", "final_layer_norm", "norm_variants"])
+@pytest.mark.parametrize("scale", ["quick", "laptop"])
+def test_smaller_scales_keep_rates_and_ratios_of_epochs(name: str, scale: str) -> None:
+    full = {run.label: run for run in spec(name).at("paper") if "lr" in run.options}
+    small = {run.label: run for run in spec(name).at(scale) if "lr" in run.options}
+    assert full.keys() == small.keys()
+    factor = sum(run.options["epochs"] for run in small.values()) / sum(run.options["epochs"] for run in full.values())
+    for label, run in full.items():
+        assert small[label].options["lr"] == run.options["lr"]
+        assert abs(small[label].options["epochs"] - factor * run.options["epochs"]) <= 1  # rounded, at least 1
+        assert small[label].batch == run.batch == 128
+
+
+def test_what_is_quick_stays_quick() -> None:
+    """`make reproduce` has 30 minutes for everything, 12 of them for training."""
+    assert sum(spec(name).minutes["quick"] for name in TRAINED) <= 16
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_training_run_is_one_that_bnkern_train_accepts(name: str) -> None:
+    """A wrong setting shows here, not after hours."""
+    for scale in ("smoke", "quick", "laptop", "paper"):
+        for planned in plan([name], scale, "cifar10", 1, Path()):
+            changes = {"lr": planned.config["options"].get("lr", 0.1)}
+            training.settings_of(planned.config, IMAGES, CPU, **changes)
