@@ -38,7 +38,7 @@ RULES = {
     "bnkern.backends.triton*": Rule((*LEAVES, "bnkern.backends.triton*"), ("torch", "triton")),
     "bnkern.backends": Rule(()),  # loads its backends by name, from the table
     "bnkern.ops": Rule(("bnkern.backends", *LEAVES)),
-    "bnkern.distributed": Rule(("bnkern.functional", "bnkern.ops", "bnkern.backends", *LEAVES)),
+    "bnkern.distributed": Rule(("bnkern.functional", "bnkern.ops", "bnkern.backends", "bnkern.probes.buffer", *LEAVES)),
     "bnkern.probes.buffer": Rule(()),
     # The second derivative is the reference formula's.
     "bnkern.ensembles": Rule(("bnkern.ops", "bnkern.backends.layout", "bnkern.backends.reference")),
