@@ -43,14 +43,13 @@ def test_memory_of_networks(network: str, quick: bool, add_rows: Callable) -> No
     """A network and a provider at a time, each in a process of its own: memory that one freed another would reuse."""
     network = "resnet20" if quick else network
     rows = []
-    for provider in memory.PROVIDERS:
+    for provider in memory.NETWORKS[network].providers:
         command = [sys.executable, "-m", "benchmarks.memory", network, provider]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         case = Case("images", "channels_last", "fp32")
         row = label("memory_of_networks", network, case) | {"size": memory.NETWORKS[network].images}
         said = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
         found = json.loads(done.stdout) if done.returncode == 0 else {"missing": said[0][:200]}
-        if provider == "bnkern":
-            assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 or provider != "bnkern" or "No module named 'pytorchcv'" in said[0], done.stderr
         rows.append(row | {"provider": provider} | found)
     add_rows(rows)

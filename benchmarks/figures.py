@@ -15,7 +15,7 @@ from experiments.draw import INK, STYLE
 
 # Okabe and Ito's colours and, for who cannot tell them apart, a marker each; the page has its own for a dark ground.
 SERIES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"))
-_POINTS = {"linestyle": "none"}
+POINTS = {"linestyle": "none"}
 WIDTH = 5.4  # inches
 LINE = 0.2  # inches of height for a line of labels
 
@@ -42,7 +42,7 @@ def _svg(height: float, draw: Callable[[Axes], None]) -> str:
 
 def _legend(axes: Axes) -> None:
     """Above the axes, where it covers nothing."""
-    axes.figure.legend(loc="outside upper left", ncols=3)
+    axes.figure.legend(loc="outside upper left", ncols=2)  # two fit the width
 
 
 SPEEDUPS = (
@@ -62,7 +62,7 @@ def _speedups(rows: list[dict]) -> str | None:
         names = list(cases)[::-1]
         ours = [cases[name]["bnkern"]["speedup"]["best"] for name in names]
         axes.axvline(1, color=INK, linewidth=1)
-        axes.plot(ours, names, **_POINTS, color=SERIES[0][0], marker=SERIES[0][1], label="bnkern")
+        axes.plot(ours, names, **POINTS, color=SERIES[0][0], marker=SERIES[0][1], label="bnkern")
         others = [
             (name, peer)
             for peer in ("compile", "attorch", "FlagGems", "Apex groupbn")
@@ -73,7 +73,7 @@ def _speedups(rows: list[dict]) -> str | None:
             at = [name for name, other in others if other == peer]
             colour, marker = SERIES[k]
             values = [cases[name][peer]["speedup"]["best"] for name in at]
-            axes.plot(values, at, **_POINTS, color=colour, marker=marker, label=peer)
+            axes.plot(values, at, **POINTS, color=colour, marker=marker, label=peer)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}x")
         axes.set_xlabel(f"times the better eager form\n(bnkern's geometric mean: {geometric_mean(ours):.2f}x)")
@@ -106,7 +106,7 @@ def _roof(rows: list[dict]) -> str | None:
             sizes = [r["tensor_bytes"] / 1e6 * 1.12 ** (k - 1.5) for r in group]  # side by side, to be told apart
             shares = [100 * r["share_of_copy"] for r in group]
             colour, marker = SERIES[k]
-            axes.plot(sizes, shares, **_POINTS, color=colour, marker=marker, label=phase)
+            axes.plot(sizes, shares, **POINTS, color=colour, marker=marker, label=phase)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=0)
@@ -124,7 +124,7 @@ GROWTH = (
 
 
 def _growth(rows: list[dict], axis: str) -> str | None:
-    drawn = ("bnkern", "eager in place", "eager") if axis != "depth" else ("bnkern", "eager in place", "no norm")
+    drawn = ("bnkern", "eager in place", "no norm") if axis == "depth" else ("bnkern", "eager in place")
     chosen = [r for r in rows if r.get("axis") == axis and r["provider"] in drawn]
     series = groups(chosen, lambda r: f"{r['provider']} {r['layout']}")
     if not series:
@@ -165,7 +165,7 @@ def _memory(rows: list[dict]) -> str | None:
             SERIES, {"saved_bytes": "kept for backward", "peak_bytes": "peak of a step"}.items(), strict=False
         ):
             found = [(name, r[key] / 1e6) for name, r in zip(names, chosen[::-1], strict=True) if r.get(key)]
-            axes.plot([v for _, v in found], [n for n, _ in found], "none", color=colour, marker=marker, label=label)
+            axes.plot([v for _, v in found], [n for n, _ in found], **POINTS, color=colour, marker=marker, label=label)
         axes.set_xlim(left=0)
         axes.set_xlabel("MB")
         _legend(axes)
@@ -191,7 +191,7 @@ def _changes(old: dict, new: dict) -> str | None:
         names = [f"{c.row['bench']} {c.row['op']}\n{_short(c.row)}" for c in beyond]
         for (colour, marker), label, slower in zip(SERIES, ("faster", "slower"), (False, True), strict=False):
             found = [(c.times, name) for c, name in zip(beyond, names, strict=True) if (c.times > 1) == slower]
-            axes.plot([t for t, _ in found], [n for _, n in found], **_POINTS, color=colour, marker=marker, label=label)
+            axes.plot([t for t, _ in found], [n for _, n in found], **POINTS, color=colour, marker=marker, label=label)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.2f}x")
         axes.set_xlabel("times the old median")

@@ -171,7 +171,8 @@ def _has_avx512() -> bool:
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """``F.conv2d`` whose weight gradient comes from ``conv_grad_signs``; a probe may have formed it already.
+    """``F.conv2d`` with the weight gradient from ``conv_grad_signs``, which a probe may have formed already, and output
+    and input gradient from the CPU's own 3 x 3 convolution where that serves.
 
     For operands that :func:`takes_gradient` accepts. The result's attribute ``handoff`` is the probe's way in. Double
     backward goes through torch's formula.

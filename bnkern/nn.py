@@ -121,8 +121,9 @@ class Conv2d(torch.nn.Conv2d):
     """``torch.nn.Conv2d`` whose weight gradient comes together with its probe (``weight_gradient_signs``).
 
     Where ``conv_grad_signs`` is at least as fast as torch's weight gradient (:func:`bnkern.conv.takes_gradient`: what
-    was measured), the backward takes the weight gradient from it, probed or not, with the same bits; elsewhere this is
-    torch's convolution, and a probe runs beside it. Arguments and state_dict are torch's.
+    was measured), the backward takes the weight gradient from it, probed or not, with the same bits; there a 3 x 3
+    convolution of stride and padding 1 without bias, of 16, 32 or 64 channels, has a kernel for output and input
+    gradient too. Elsewhere this is torch's convolution, a probe beside it. Arguments and state_dict are torch's.
     """
 
     def forward(self, input: Tensor) -> Tensor:

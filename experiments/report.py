@@ -54,6 +54,8 @@ class Section:
     def outcome(self) -> str:
         """The verdict, and how many claims it rests on."""
         checked = [finding.held for finding in self.findings if finding.held is not None]
+        if self.verdict == "incomplete":
+            return f"{self.verdict} ({sum(checked)} of {len(checked)} claims so far)"
         if self.verdict not in CLASSES:
             return self.verdict
         return f"{self.verdict} ({sum(checked)} of {len(checked)} claims)"

@@ -145,12 +145,18 @@ def find(claim: Claim, results: Results) -> Finding:
 
 
 def verdict(findings: list[Finding], results: Results) -> str:
-    """ "held", "held in part" or "did not hold"; "not run"; "not judged" where the scale or the data cannot tell."""
+    """ "held", "held in part" or "did not hold"; "not run"; "not judged" where the scale or the data cannot tell.
+
+    "incomplete" while runs are missing that a claim to be checked needs.
+    """
     if not results.runs:
         return "not run"
     if results.scale == "smoke" or results.data == "synthetic":
         return "not judged"
-    held = [finding.held for finding in findings if finding.claim.check and finding.held is not None]
+    checked = [finding for finding in findings if finding.claim.check]
+    if not all(finding.values for finding in checked):
+        return "incomplete"
+    held = [finding.held for finding in checked]
     if all(held):
         return "held" if held else "not judged"
     return "held in part" if any(held) else "did not hold"

@@ -145,6 +145,14 @@ def test_what_is_no_number_never_holds() -> None:
     assert judge(spec("moments_by_depth"), results)[0] == "held in part"
 
 
+def test_what_holds_so_far_is_not_called_held() -> None:
+    """Runs of one network alone cannot bear out what is claimed of both."""
+    good = results_of("channel_gradients")
+    half = Results("paper", "cifar10", tuple(run for run in good.runs if run.config["norm"] == "batch"))
+    verdict, findings = judge(spec("channel_gradients"), half)
+    assert verdict == "incomplete" and any(finding.held for finding in findings)
+
+
 def test_verdicts_are_withheld_where_they_would_mean_nothing() -> None:
     about, good = spec("moments_by_depth"), results_of("moments_by_depth")
     assert judge(about, Results("smoke", "cifar10", good.runs))[0] == "not judged"

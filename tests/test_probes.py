@@ -799,6 +799,18 @@ def test_moments_of_parts_merge_to_those_of_the_whole() -> None:
     np.testing.assert_allclose(merged, rows[0], rtol=1e-9)
 
 
+def test_output_moments_of_parts_merge_to_those_of_the_whole() -> None:
+    y = torch.randn(9, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3 + 100
+    quantity = make("output_moments")
+
+    def row(part: Tensor) -> np.ndarray:
+        found = quantity.oracle(part)
+        return torch.stack([found["count"], found["mean"], found["var"] * found["count"]]).numpy()[None]
+
+    merged = quantity.merge(np.stack([row(part) for part in (y[:2], y[2:5], y[5:])]))
+    np.testing.assert_allclose(merged, row(y), rtol=1e-9)  # float64 throughout
+
+
 @pytest.mark.gpu
 def test_a_captured_step_records_by_the_schedule_on_the_device(tmp_path: Path) -> None:
     """The whole step in a CUDA graph with its recording: replays record the steps that the schedule names."""

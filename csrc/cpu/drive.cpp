@@ -26,6 +26,7 @@ constexpr std::int64_t kStreamBytes = 24 << 20;  // results larger than this are
 constexpr std::int64_t kRowTiles = 512;          // rows: about as many tiles as there should be at most
 constexpr std::int64_t kBlockRows = 512;         // rows: at most so many under one of a record's sums
 constexpr std::int64_t kBlocks = 16;             // rows: about as few blocks as there should be at least
+constexpr std::int64_t kJoinChannels = 32;       // rows: how many channels one thread joins at a time
 constexpr std::int64_t kPlaneBytes = 256;        // shorter planes are better read in memory order
 constexpr std::int64_t kBatchBytes = 8 << 20;    // what a batch of groups may hold, to be found in cache again
 
@@ -195,6 +196,7 @@ void run(Partition& part, std::int64_t element_bytes, bool applying, int max_thr
   const std::int64_t pitch = batch * part.group;
   const std::int64_t block = measured_sums.rows || applied_sums.rows ? part.tiles_per_block : 1;
   const std::int64_t blocks = divide_up(part.tiles, block);
+  const std::int64_t pieces = divide_up(part.group, kJoinChannels);
   const int sums_rows = std::max(measured_sums.rows, applied_sums.rows);  // one phase after the other
   Workspace space(Workspace::bytes<double>(measured.rows * pitch * part.tiles) +
                   Workspace::bytes<A>(sums_rows * pitch * blocks));
@@ -232,15 +234,21 @@ void run(Partition& part, std::int64_t element_bytes, bool applying, int max_thr
           for (std::int64_t tile = index * block; tile < end; ++tile)
             measure(from + group, tile, part_of(tile, group), sums);
         }
+        // Channels are joined apart, since rows have few groups: the threads share those of one.
 #pragma omp for schedule(static)
-        for (std::int64_t group = 0; group < groups; ++group) {
+        for (std::int64_t unit = 0; unit < groups * pieces; ++unit) {
+          const std::int64_t group = unit / pieces, first = unit % pieces * kJoinChannels;
           double seen = 0;
           for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
             const double count = static_cast<double>(tile_count(part, tile));
-            join(tile_channels(part, from + group, tile), seen, total_of(measured, from + group), count,
-                 part_of(tile, group));
+            const std::int64_t channels = std::min(tile_channels(part, from + group, tile) - first, kJoinChannels);
+            if (channels > 0)
+              join(channels, seen, total_of(measured, from + group).at(first), count, part_of(tile, group).at(first));
             seen += count;
           }
+        }
+#pragma omp for schedule(static)
+        for (std::int64_t group = 0; group < groups; ++group) {
           join_blocks(measured_sums, group);
           finish(from + group);
         }

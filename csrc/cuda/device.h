@@ -146,7 +146,7 @@ BNKERN_DEVICE float read(const void* v, std::int64_t c, float absent) {
 }
 
 // What an element is normalised by.
-struct Affine {
+struct alignas(16) Affine {
   float mean, invstd, weight, bias;
 };
 template <class Call>  // Forward or Backward
@@ -188,7 +188,7 @@ BNKERN_DEVICE float gradient_of_input(const Backward& p, float g, float x, const
 // Every thread of the block calls this; width is at most their number.
 template <class GivePair, class Done>
 BNKERN_DEVICE void sum_over_block(int width, int parts, PivotSums* scratch, GivePair pair, Done done) {
-  constexpr int kMostChains = 32;
+  constexpr int kMostChains = 16;
   const int threads = static_cast<int>(blockDim.x), t = static_cast<int>(threadIdx.x);
   int chains = threads / width;
   chains = chains < kMostChains ? chains : kMostChains;
@@ -241,10 +241,12 @@ BNKERN_DEVICE double momentum_of(const Forward& p) {
   return p.cumulative && p.counter ? 1.0 / static_cast<double>(*p.counter + 1) : p.momentum;
 }
 
-// Called by all threads of one block of each of `groups` groups, after momentum_of(): the last one counts the batch.
-BNKERN_DEVICE void update_counter(const Forward& p, const Workspace& space, unsigned groups) {
+// Called by all threads of one block of each of `groups` groups, after momentum_of(): one of them counts the batch.
+// Where the others read the counter, the last one.
+BNKERN_DEVICE void update_counter(const Forward& p, const Workspace& space, unsigned group, unsigned groups) {
   if (!p.counter) return;
-  if (last_of_blocks(space.arrivals + kGroups, groups) && threadIdx.x == 0) ++*p.counter;
+  const bool counts = p.cumulative ? last_of_blocks(space.arrivals + kGroups, groups) : group == 0;
+  if (counts && threadIdx.x == 0) ++*p.counter;
 }
 
 // What a channel's values give: mean and M2, or invstd where they are normalised; the running statistics.

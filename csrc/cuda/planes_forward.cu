@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kMostThreads) planes_forward_kernel(Forward p,
     }
     __syncthreads();
     mean = shared->result.first, invstd = shared->result.second;
-    if (!kSingle || part == 0) update_counter(p, space, p.shape.c);
+    if (!kSingle || part == 0) update_counter(p, space, channel, p.shape.c);
   } else {
     if (threadIdx.x == 0) {
       const Statistics s = given_statistics(p, channel);

@@ -29,7 +29,7 @@ struct RowsPlan {
 template <class T, int tensors>
 constexpr int kUnroll = 16 / static_cast<int>(sizeof(T)) / 2 / tensors;
 
-constexpr int kBlocksPerProcessor = 2;          // of the two-kernel strategy
+constexpr int kBlocksPerProcessor = 3;          // of the two-kernel strategy
 constexpr int kGroupOctets = 8;                 // at most: 128 bytes of half-precision channels
 constexpr int kGroupElements = 64;              // the same, read one by one
 constexpr std::int64_t kFewPartials = 4 << 10;  // bytes that every block may well read of the others
@@ -37,22 +37,25 @@ constexpr std::int64_t kFewPartials = 4 << 10;  // bytes that every block may we
 // What a block keeps in shared memory: pairs of its threads' sums, room to add them up, what its channels are
 // normalised or centred by, and tiles.
 struct RowsShared {
-  Pair* pairs;         // [lanes, width]
+  Pair* pairs;         // [W, threads + 2]
   PivotSums* scratch;  // [threads]
-  Pair* of_channel;    // [width]
+  Affine* of_channel;  // [width]
   Words* tiles;
 
+  static BNKERN_HD std::size_t pairs_bytes(int threads) { return (threads + 2) * 8 * sizeof(Pair); }
   static BNKERN_HD std::size_t fixed_bytes(int threads, int width) {
-    return threads * (8 * sizeof(Pair) + sizeof(PivotSums)) + (width + 1) / 2 * 2 * sizeof(Pair);
+    return pairs_bytes(threads) + threads * sizeof(PivotSums) + width * sizeof(Affine);
   }
   BNKERN_DEVICE explicit RowsShared(int width) {
     const int threads = static_cast<int>(blockDim.x);
-    const std::size_t after_pairs = threads * 8 * sizeof(Pair);
     pairs = shared_memory<Pair>();
-    scratch = shared_memory<PivotSums>(after_pairs);
-    of_channel = shared_memory<Pair>(after_pairs + threads * sizeof(PivotSums));
+    scratch = shared_memory<PivotSums>(pairs_bytes(threads));
+    of_channel = shared_memory<Affine>(pairs_bytes(threads) + threads * sizeof(PivotSums));
     tiles = shared_memory<Words>(fixed_bytes(threads, width));
   }
+  // The pair of channel j of a thread. Neighbouring threads write neighbouring pairs, and by the two more between the
+  // channels, neighbouring channels are read from different banks.
+  BNKERN_DEVICE Pair& pair(int j, int thread) const { return pairs[j * (blockDim.x + 2) + thread]; }
 };
 
 // `octets`: threads take 8 channels. `unroll` as in kUnroll; `tile_bytes`: a thread's tile on chip.
@@ -63,12 +66,13 @@ inline RowsPlan rows_plan(const Shape& shape, const CudaDevice& device, bool sin
   plan.channels = static_cast<int>(shape.c);
   plan.tile_bytes = tile_bytes;
   const int per_thread = octets ? 8 : 1;
+  const int threads = single_read ? device.threads : std::max(device.threads / 2, 32);  // two blocks beside each other
   const std::int64_t columns_of_all = shape.c / per_thread;
   const std::int64_t blocks = std::int64_t{device.multiprocessors} * (single_read ? 1 : kBlocksPerProcessor);
   const auto cut = [&](std::int64_t columns) {
     plan.columns = static_cast<int>(columns);
     plan.width = plan.columns * per_thread;
-    plan.lanes = device.threads / plan.columns;
+    plan.lanes = threads / plan.columns;
     plan.groups = static_cast<int>(divide_up(columns_of_all, columns));
     const std::int64_t splits = plan.groups > kGroups ? 1 : std::max<std::int64_t>(1, blocks / plan.groups);
     // Work for every thread, and as much for every block.
@@ -76,7 +80,7 @@ inline RowsPlan rows_plan(const Shape& shape, const CudaDevice& device, bool sin
     plan.rows_per_split = divide_up(plan.rows, divide_up(plan.rows, plan.rows_per_split));
     plan.splits = static_cast<int>(divide_up(plan.rows, plan.rows_per_split));
   };
-  const std::int64_t most = std::min((octets ? kGroupOctets : kGroupElements), device.threads / per_thread);
+  const std::int64_t most = std::min(octets ? kGroupOctets : kGroupElements, threads / per_thread);
   cut(std::min(columns_of_all, most));
   // In a single read every block reads the parts of its group: where these are many, narrower groups have fewer.
   while (single_read && octets && plan.columns > 2) {
@@ -130,6 +134,9 @@ struct RowsPlace {
     return static_cast<int>(all / lanes) + (by_lane < all % lanes);
   }
 };
+
+// Whether a single read is worth it: where far more has to be read again than is held, two kernels are simpler.
+inline bool holds_enough(const RowsPlan& plan) { return (plan.tiles_in_shared + 1) * 8 >= plan.tiles; }
 
 // How many rows split k has.
 BNKERN_DEVICE double rows_of(const RowsPlan& plan, int k) {

@@ -74,13 +74,13 @@ template <int W>
 BNKERN_DEVICE void publish_sums(const RowsPlan& plan, const RowsPlace& at, const RowsShared& shared,
                                 const Partials& parts, const ThreadSums<W>& sums) {
 #pragma unroll
-  for (int j = 0; j < W; ++j) shared.pairs[at.lane * plan.width + at.column * W + j] = {sums.dy[j], sums.dy_xhat[j]};
+  for (int j = 0; j < W; ++j) shared.pair(j, threadIdx.x) = {sums.dy[j], sums.dy_xhat[j]};
   __syncthreads();
   const std::int64_t first = std::int64_t(at.group) * plan.width;
   sum_over_block(
       plan.width, plan.lanes, shared.scratch,
       [&](int lane, int c) {
-        const Pair pair = shared.pairs[lane * plan.width + c];
+        const Pair pair = shared.pair(c % W, lane * plan.columns + c / W);
         return PivotSums{pair.first, pair.second};
       },
       [&](int c, PivotSums all) {
@@ -235,16 +235,23 @@ __global__ void __launch_bounds__(512, 1)
       if (u < known) *held(t, u, false) = tile.g[u], *held(t, u, true) = tile.x[u];
   }
   publish_sums(plan, at, shared, space.parts, sums);
+  PivotSums sums_of_own{};
+  bool joins = false;
   barrier_of_blocks(space.barriers + at.group, plan.splits, at.split == 0);
   join_sums(plan, at.group, shared, space.parts, [&](int c, PivotSums all) {
-    shared.of_channel[c] = means_of(p, all);
-    if (at.split == 0) save_sums(p, std::int64_t(at.group) * plan.width + c, all);
+    const Pair means = means_of(p, all);
+    shared.of_channel[c] = {means.first, means.second, 0, 0};
+    sums_of_own = all, joins = true;
   });
   __syncthreads();
+  if (joins && at.split == 0) save_sums(p, std::int64_t(at.group) * plan.width + threadIdx.x, sums_of_own);
   if (!at.active(plan)) return;
   Pair centre[8];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) centre[j] = shared.of_channel[at.column * 8 + j];
+  for (int j = 0; j < 8; ++j) {
+    const Affine means = shared.of_channel[at.column * 8 + j];
+    centre[j] = {means.mean, means.invstd};
+  }
   for (int t = plan.tiles - 1; t > 0; --t) {
     const std::int64_t row = at.row(t, kTile);
     const int known = at.known(plan, row, kTile);
@@ -274,8 +281,12 @@ template <class T>
 Cut cut(const CudaBackward& p) {
   const Backward& call = p.call;
   const bool octets = by_octets(call.shape, call.dtype, {call.dy, call.x, call.dx, call.dresidual});
-  const bool single = p.strategy == Strategy::kSingleRead && octets && call.sums && call.input;
-  return {rows_plan(call.shape, p.device, single, octets, kUnroll<T, 2>, kTileBytes<T>), octets, single};
+  const auto plan = [&](bool single) {
+    return rows_plan(call.shape, p.device, single, octets, kUnroll<T, 2>, kTileBytes<T>);
+  };
+  if (p.strategy == Strategy::kSingleRead && octets && call.sums && call.input)
+    if (const RowsPlan single = plan(true); holds_enough(single)) return {single, octets, true};
+  return {plan(false), octets, false};
 }
 
 template <class T>

@@ -64,13 +64,13 @@ template <class T, int W>
 BNKERN_DEVICE void publish_moments(const Forward& p, const RowsPlan& plan, const RowsPlace& at,
                                    const RowsShared& shared, const Partials& parts, const ThreadMoments<W>& seen) {
 #pragma unroll
-  for (int j = 0; j < W; ++j) shared.pairs[at.lane * plan.width + at.column * W + j] = {seen.mean[j], seen.m2[j]};
+  for (int j = 0; j < W; ++j) shared.pair(j, threadIdx.x) = {seen.mean[j], seen.m2[j]};
   __syncthreads();
   const std::int64_t first = std::int64_t(at.group) * plan.width;
   sum_over_block(
       plan.width, plan.lanes, shared.scratch,
       [&](int lane, int c) {
-        const Pair pair = shared.pairs[lane * plan.width + c];
+        const Pair pair = shared.pair(c % W, lane * plan.columns + c / W);
         return pivot_sums({static_cast<double>(at.taken(lane)), pair.first, pair.second});
       },
       [&](int c, PivotSums sums) {
@@ -109,7 +109,7 @@ BNKERN_DEVICE void finish_moments(const Forward& p, const RowsPlan& plan, int gr
     const std::int64_t channel = std::int64_t(group) * plan.width + c;
     save_statistics(p, channel, all, statistics_of(p, all), momentum);
   });
-  update_counter(p, space, plan.groups);
+  update_counter(p, space, group, plan.groups);
 }
 
 template <class T, int W>
@@ -249,23 +249,29 @@ __global__ void __launch_bounds__(512, 1)
       if (u < known) *held(t, u) = tile[u];
   }
   publish_moments<T>(p, plan, at, shared, space.parts, seen);
-  const bool first_split = at.split == 0;
+  // Whatever can be read before the barrier is: the thread that joins channel t of the group knows the rest of it.
+  const std::int64_t own = std::int64_t(at.group) * plan.width + threadIdx.x;
+  const bool joins = static_cast<int>(threadIdx.x) < plan.width && own < plan.channels, keeps = at.split == 0;
+  Affine of_own{};
+  if (joins) of_own = affine(p, own, 0, 0);
   const double momentum = momentum_of(p);
-  barrier_of_blocks(space.barriers + at.group, plan.splits, first_split);
+  Moments<double> moments_of_own{};
+  barrier_of_blocks(space.barriers + at.group, plan.splits, keeps);
   join_moments(plan, at.group, shared, space.parts, [&](int c, const Moments<double>& all) {
     const Statistics s = statistics_of(p, all);
-    shared.of_channel[c] = {s.mean, s.spread};
-    if (first_split) save_statistics(p, std::int64_t(at.group) * plan.width + c, all, s, momentum);
+    of_own.mean = s.mean, of_own.invstd = s.spread;
+    shared.of_channel[c] = of_own;
+    moments_of_own = all;
   });
-  if (first_split) update_counter(p, space, plan.groups);
   __syncthreads();
+  if (keeps) {
+    if (joins) save_statistics(p, own, moments_of_own, {of_own.mean, of_own.invstd}, momentum);
+    update_counter(p, space, at.group, plan.groups);
+  }
   if (!at.active(plan)) return;
   Affine by[8];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const Pair s = shared.of_channel[at.column * 8 + j];
-    by[j] = affine(p, at.channel + j, s.first, s.second);
-  }
+  for (int j = 0; j < 8; ++j) by[j] = shared.of_channel[at.column * 8 + j];
   for (int t = plan.tiles - 1; t > 0; --t) {
     const std::int64_t row = at.row(t, kTile);
     const int known = at.known(plan, row, kTile);
@@ -294,8 +300,12 @@ template <class T>
 Cut cut(const CudaForward& p) {
   const Forward& call = p.call;
   const bool octets = by_octets(call.shape, call.dtype, {call.x, call.residual, call.y});
-  const bool single = p.strategy == Strategy::kSingleRead && octets && call.moments && call.normalize;
-  return {rows_plan(call.shape, p.device, single, octets, kUnroll<T, 1>, kTileBytes<T>), octets, single};
+  const auto plan = [&](bool single) {
+    return rows_plan(call.shape, p.device, single, octets, kUnroll<T, 1>, kTileBytes<T>);
+  };
+  if (p.strategy == Strategy::kSingleRead && octets && call.moments && call.normalize)
+    if (const RowsPlan single = plan(true); holds_enough(single)) return {single, octets, true};
+  return {plan(false), octets, false};
 }
 
 template <class T>

@@ -35,13 +35,18 @@ def draw(rows: Rows) -> Figure:
     """Two pictures above two clouds of points."""
     figure = Figure(figsize=(5.4, 5.6))
     nets = [norm for norm in NETS if column(rows, "input", norm=norm)]
-    panels = figure.subplots(2, len(nets), squeeze=False, height_ratios=(3, 2))
+    panels = figure.subplots(2, len(nets), squeeze=False, sharex="row", sharey="row", height_ratios=(3, 2))
     outputs = [key for key in rows[0] if key.startswith("M ")]
     for (above, below), norm in zip(panels.T, nets, strict=True):
         text, colour, marker = NETS[norm]
         matrix = np.array([column(rows, key, norm=norm) for key in outputs], float)
         picture = above.imshow(
-            np.maximum(matrix, 1e-3), cmap="cividis", norm=LogNorm(1e-2, 1e2), interpolation="none", origin="lower"
+            np.maximum(matrix, 1e-3),
+            cmap="cividis",
+            norm=LogNorm(1e-2, 1e2),
+            interpolation="none",
+            origin="lower",
+            aspect="auto",
         )
         above.set_title(text, loc="left", fontsize=10)
         above.set_xlabel("input channel")

@@ -11,7 +11,7 @@ CAPTION = (
     "for the largest batch. Dotted: what drawing without repetition should give."
 )
 NETS = {
-    "none": ("without", "s"),
+    "none": ("without batch norm", "s"),
     "batch": ("batch norm, frozen", "o"),
     "unrepeated": ("frozen, no repetition", "^"),
     "training": ("batch norm, training mode", "v"),

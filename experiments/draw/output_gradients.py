@@ -6,7 +6,7 @@ from . import NETS, Rows, column
 
 CAPTION = (
     "B dL/dlogits of seed 0, a row for each image of the batch and a column for each class: orange pushes a logit "
-    "down, blue up. A full orange column is a class that the network gives to nearly all images with certainty."
+    "down, purple up. A full orange column is a class that the network gives to nearly all images with certainty."
 )
 
 

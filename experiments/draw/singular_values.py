@@ -73,8 +73,8 @@ def draw(rows: Rows) -> Figure:
         condition.plot(m, kappa[0] + limit * (m - m[0]), ":", color=INK, linewidth=1.2)
     condition.set(xlabel="factors M", ylabel="log10 condition number")
     key = [
-        Line2D([], [], color=SERIES[0], marker="o", label="two norms"),
-        Line2D([], [], color=INK, marker="x", linestyle="none", label="the product's own singular values"),
+        Line2D([], [], color=SERIES[0], marker="o", label="norm of X times norm of its inverse"),
+        Line2D([], [], color=INK, marker="x", linestyle="none", label="the computed product's singular values"),
         Line2D([], [], color=INK, linestyle=":", label="gain in the limit"),
     ]
     condition.legend(handles=key)

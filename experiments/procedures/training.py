@@ -154,8 +154,7 @@ def _limits(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
         loop.train(settings, place, data, device)
         losses = [float(row["loss"]) for row in rows(place) if row["event"] == "train"]
         survived.append(outcome(place).diverged is None)
-        late = np.mean(losses[-max(1, len(losses) // 4) :]) if losses else math.inf
-        learned.append(survived[-1] and late < min(losses[0], math.log(10)))
+        learned.append(survived[-1] and teaches(losses))
     forget(folder)
 
     def largest(usable: Iterable[bool]) -> float:
@@ -165,6 +164,11 @@ def _limits(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
     found = {"lrs": rates, "survived": survived, "learned": learned}
     found |= {"limit": largest(survived), "learning limit": largest(learned)}
     return {name: np.asarray(value, float) for name, value in found.items()}
+
+
+def teaches(losses: list[float]) -> bool:
+    """Whether the last quarter's mean is below the first loss, and below that of guessing among ten classes."""
+    return bool(np.mean(losses[-max(1, len(losses) // 4) :]) < min(losses[0], math.log(10)))
 
 
 # ------------------------------------------------------------------------------------------------ noise along the way

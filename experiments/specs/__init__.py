@@ -30,6 +30,11 @@ class Run:
         return replace(self, **own | {"options": self.options | own.get("options", {}) | options})
 
 
+def shortened(depth: int, factor: float, **changes: object) -> Callable[[Run], dict]:
+    """Changes to training runs, for a smaller scale: their epochs times ``factor``, rounded, at least 1."""
+    return lambda run: {"depth": depth, "epochs": max(1, round(run.options["epochs"] * factor)), **changes}
+
+
 @dataclass(frozen=True)
 class Check:
     """When a number counts as the paper's: ``text`` for the reader, ``holds`` for the number."""

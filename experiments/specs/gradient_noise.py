@@ -22,7 +22,7 @@ def ratio(label: str, size: int, expected: float) -> Claim:
         f"noise over C / |B|, |B| = {size}, {NETS[label]}",
         lambda results: results.each("ratio", size, label=label),
         None,
-        between(0.85 * expected, 1.15 * expected),
+        between(round(0.85 * expected, 2), round(1.15 * expected, 2)),
     )
 
 
@@ -55,6 +55,8 @@ SPEC = Spec(
         run("unrepeated", "batch", (1, 64, 128), replace=False),
         run("training", "batch", SIZES[3:], mode="training"),
     ),
-    smaller={"smoke": {"images": 130, "budget": 4, "most": 2, "seeds": 1}},
-    minutes={"paper": 3},
+    smaller={"quick": {"seeds": 1}, "smoke": {"images": 130, "budget": 4, "most": 2, "seeds": 1}},
+    minutes={"quick": 1, "paper": 3},
+    remark="With the batch's own statistics noise falls a little more slowly than 1 / |B|: a batch of 8 has about 15 % "
+    "less noise than equation 2 would have it from a batch of 128.",
 )

@@ -46,6 +46,6 @@ SPEC = Spec(
         Run(norm, "landscape", norm, seeds=5, options={"lr": lr, "at": AT, "rates": RATES, "gradients": True})
         for norm, lr in (("batch", 0.1), ("none", 1e-4))
     ),
-    smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 8, "rates": RATES[::4]}},
-    minutes={"paper": 5},
+    smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 8, "rates": RATES[::4]}, "quick": {"seeds": 1}},
+    minutes={"quick": 1.5, "paper": 6},
 )

@@ -55,4 +55,6 @@ SPEC = Spec(
         "laptop": {"depth": 20, "epochs": 6, "seeds": 3},
     },
     minutes={"quick": 1, "laptop": 60},
+    remark="At quick scale (one seed) C is alike with batch norm, 67 to 105, and twenty times smaller without: at "
+    "the same learning rate the two networks of Figure 1 that end alike do not feel the same noise.",
 )

@@ -53,6 +53,6 @@ SPEC = Spec(
         Run(norm, "landscape", norm, seeds=5, options={"lr": lr, "at": AT, "rates": RATES})
         for norm, lr in (("batch", 0.1), ("none", 1e-4))
     ),
-    smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 8, "rates": RATES[::6]}},
-    minutes={"paper": 5},
+    smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 8, "rates": RATES[::6]}, "quick": {"seeds": 2}},
+    minutes={"quick": 2.5, "paper": 6},
 )

@@ -6,6 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from bnkern import _native
 from bnkern.backends import cuda
 
 
@@ -89,3 +90,28 @@ def test_a_capture_before_any_launch() -> None:
     t.capturing = True
     t.launch()
     assert t.made == [(1024, 0, True)] and t.waits == 0
+
+
+@pytest.mark.skipif(not hasattr(_native, "cuda_forward"), reason="built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its tensors are on the CPU")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["planes", "rows"])
+def test_the_native_module_takes_what_the_launchers_give(monkeypatch, memory_format: torch.memory_format) -> None:
+    """All arguments fit, both calls get their workspace, and what CUDA says without a GPU comes as text."""
+    device = cuda.Device(multiprocessors=132, shared_bytes=227 << 10, threads=512, clusters=True)
+    monkeypatch.setattr(cuda, "_device", lambda index: (device, cuda.RULES[""]))
+    monkeypatch.setattr(cuda, "_workspaces", Torch().workspaces)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    x = torch.randn(4, 16, 8, 8).contiguous(memory_format=memory_format)
+    w, counter = torch.ones(16), torch.tensor(1)
+    saved = (w, w, None, "relu")
+    for phase, call in {
+        "moments": lambda: cuda.moments(x),
+        "normalize": lambda: cuda.normalize(x, w, w, w, w, x, "relu"),
+        "grad_sums": lambda: cuda.grad_sums(x, x, w, w, *saved),
+        "grad_input": lambda: cuda.grad_input(x, x, w, w, *saved, (w, w, 256)),
+        "moments|normalize": lambda: cuda.forward(x, w, w, x, w, w, counter, True, None, 1e-5, "relu", True),
+        "grad_sums|grad_input": lambda: cuda.backward(x, x, w, w, w, w, None, "relu", True, (True,) * 4),
+    }.items():
+        with pytest.raises(RuntimeError, match=rf"({phase}).*: .*\(cudaError\w+\)"):
+            call()

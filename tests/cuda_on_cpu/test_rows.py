@@ -28,7 +28,7 @@ WAYS = {
     "two_kernels": OnCpu(Device(), TWO_KERNELS),
     "single_read": OnCpu(Device(), SINGLE_READ),
     "registers_alone": OnCpu(Device(shared_bytes=6 << 10), SINGLE_READ),
-    "hybrid": OnCpu(Device(multiprocessors=2, shared_bytes=10 << 10), SINGLE_READ),
+    "hybrid": OnCpu(Device(multiprocessors=2, shared_bytes=15 << 10), SINGLE_READ),
     "one_block": OnCpu(Device(multiprocessors=1), SINGLE_READ),
     "not_resident": OnCpu(Device(resident=1), SINGLE_READ),
 }
@@ -144,7 +144,7 @@ def test_schedules_strategies_and_residency_change_no_bit() -> None:
         for case in (OCTETS, WIDE):
             p = case.problem(precision)
             one = OnCpu(Device(), SINGLE_READ, seeds)
-            held = OnCpu(Device(shared_bytes=6 << 10), SINGLE_READ, seeds[:2])
+            held = OnCpu(Device(shared_bytes=11 << 10), SINGLE_READ, seeds[:2])
             two = OnCpu(Device(resident=1), SINGLE_READ, seeds[:2])
             results = []
             for kernels in (one, held, two):
