@@ -174,7 +174,7 @@ def test_committed_results_say_where_they_come_from_and_make_a_page(tmp_path: Pa
     for path in files:
         found = json.loads(path.read_text())
         assert found["format"] == rows.FORMAT and not found["quick"]
-        assert path.stem.endswith(found["environment"]["date"][:10])  # MACHINE-DATE
+        assert re.search(rf"-{found['environment']['date'][:10]}(-[a-z]+)?$", path.stem)  # MACHINE-DATE[-PART]
         assert re.fullmatch("[0-9a-f]{40}", found["environment"]["commit"])
         assert {"torch", "python"} <= found["environment"]["versions"].keys()
         assert page.report(found, tmp_path / path.stem).exists()

@@ -193,7 +193,8 @@ def test_everything_runs_at_smoke_scale_and_is_told(tmp_path: Path, capsys: pyte
             assert {"commit", "dirty", "versions", "cpu", "threads", "started"} <= done.env.keys()
     told = json.loads((tmp_path / "report.json").read_text())
     assert [e["verdict"] for e in told["experiments"]] == ["not judged"] * len(names())
-    assert all(claim["ours"] is not None for e in told["experiments"] for claim in e["claims"])
+    without = {claim["claim"] for e in told["experiments"] for claim in e["claims"] if claim["ours"] is None}
+    assert without <= {"share of batch norm's gain"}  # after two steps there may be no gain
     assert "Made-up images" in (tmp_path / "report.html").read_text()
     assert reporting.publish(tmp_path, tmp_path / "published") == 1 and not (tmp_path / "published").exists()
 

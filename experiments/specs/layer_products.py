@@ -21,7 +21,7 @@ def growth(quantity: str, text: str, factors: int, check) -> Claim:
 
 SPEC = Spec(
     title="Are real layers like Theorem 1's matrices?",
-    of="beyond the paper: Theorem 1 on convolutions",
+    of="Beyond the paper: Theorem 1 on convolutions",
     order=5.6,
     shows="Theorem 1 stands for a deep network by a product of independent Gaussian matrices. The paper does not look "
     "at the layers of a real one.",

@@ -22,7 +22,7 @@ def gap(first: str, second: str, check) -> Claim:
 
 SPEC = Spec(
     title="How much gradient noise do the runs of Figure 1 feel?",
-    of="beyond the paper: equation 2 along Figure 1",
+    of="Beyond the paper: equation 2 along Figure 1",
     order=2.6,
     shows="The paper reads equation 2 as: the noise of SGD is lr C / |B|, so that a high learning rate means noise, "
     "which regularises. It does not measure C, which changes along training and with the network.",
