@@ -38,6 +38,7 @@ PARTS = {
     "batch-norms": (["bench_batch_norm.py", "--shapes=cifar,large64", *QUICKLY], 90),
     "steps": (["bench_step.py", "--budget=0.1"], 60),
     "phases": (["bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
+    "phases-cuda": (["bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
     "compiled": (["bench_batch_norm.py", "--shapes=stage1", "-k", "bf16 and bn_add_relu", "--budget=0.3"], 60),
     "probes": (["bench_probes.py", "--budget=0.1"], 60),
     "conv-grad-signs": (["bench_conv_grad_signs.py", "--budget=0.2"], 40),
@@ -142,7 +143,8 @@ def main() -> int:
         if left < 5:
             parts.append({"part": name, "result": "left out: the time is over", "status": None, "seconds": 0.0})
         else:
-            parts.append(run(name, words, out, env, min(seconds, left)))
+            backend = {"BNKERN_BACKEND": "cuda"} if name == "phases-cuda" else {}
+            parts.append(run(name, words, out, env | backend, min(seconds, left)))
         record = {"python": platform.python_version(), "parts": parts}
         (out / "gpu-check.json").write_text(json.dumps(record, indent=2) + "\n")
 
