@@ -90,7 +90,7 @@ def command(name: str, out: Path) -> list[str]:
 
 def run(name: str, command: list[str], out: Path, env: dict[str, str], seconds: float) -> dict:
     """Runs one part, shown as it goes and kept in a log; stopped when its time is over."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so would the part
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would the part
     print(f"\n== {name}, at most {seconds:.0f} s: {' '.join(command)}", flush=True)
     start = time.perf_counter()
     with (out / f"{name}.log").open("w", buffering=1) as log:
