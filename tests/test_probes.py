@@ -856,3 +856,29 @@ def test_nothing_warns_in_a_plain_recording(tmp_path: Path) -> None:
     with warnings.catch_warnings(), probes.record(net, EVERYTHING, out=tmp_path) as rec:
         warnings.simplefilter("error")
         train(net, 2, rec)
+
+
+def test_a_ring_that_is_used_again_loses_no_record(tmp_path: Path) -> None:
+    """A full ring goes to the writer as it is; what it held must be on the disk whatever is written into it later."""
+    model = bnkern.nn.BatchNorm2d(4)
+    with bnkern.probes.record(model, ["activation_moments"], out=tmp_path, capacity=4) as recording:
+        for k in range(200):
+            model(torch.full((2, 4, 3, 3), float(k)))
+            recording.step()
+    found = bnkern.probes.load(tmp_path)["activation_moments"][""]
+    assert found["mean"][:, 0].tolist() == list(range(200))
+
+
+def test_a_full_ring_comes_back_from_the_writer(tmp_path: Path) -> None:
+    model = bnkern.nn.BatchNorm2d(4)
+    with bnkern.probes.record(model, ["activation_moments"], out=tmp_path, capacity=4) as recording:
+        rings = []
+        for k in range(24):
+            model(torch.full((2, 4, 3, 3), float(k)))
+            recording.step()
+            if k % 4 == 3:
+                rings.append(recording._buffer.rows.data_ptr())
+                recording.flush(wait=True)
+    assert len(set(rings)) == 2  # the one being filled and the one being written
+    found = bnkern.probes.load(tmp_path)["activation_moments"][""]
+    assert found["mean"][:, 0].tolist() == list(range(24))

@@ -6,6 +6,7 @@ captured in a graph together with its recording. What a step did not write is Na
 """
 
 import math
+from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class Filled(NamedTuple):
     ids: Tensor
     count: Tensor
     ready: torch.cuda.Event | None
+    home: deque | None  # where ``rows`` go back to once they are written, to be a ring again
 
 
 class Buffer:
@@ -76,6 +78,7 @@ class Buffer:
         self.calls: list[Tensor] = []  # flat records of the first, second, ... call
         self._fresh: dict[Key, dict[int, Tensor]] = {}  # records by call that the layout does not hold yet
         self._slots: dict[tuple[Key, int], Tensor] = {}  # what slot() gave; making two views costs more than a look
+        self._spare: deque[Tensor] = deque()  # rings that have been written: fresh memory costs more than a copy
         self.device: torch.device | None = None
 
     def slot(self, key: Key, call: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -114,6 +117,7 @@ class Buffer:
         """Give the fresh records places: new flat memory and a new ring; the old one must have been handed out."""
         fresh, self._fresh = self._fresh, {}
         self._slots.clear()
+        self._spare = deque()  # rings still to be written go back to the old one, and are forgotten with it
         old, old_width = self.calls, self.width
         for key, calls in fresh.items():
             shape = tuple(next(iter(calls.values())).shape)
@@ -160,7 +164,7 @@ class Buffer:
         """The ring's rows, on the host or on their way there, and an empty ring. None where there is no ring yet."""
         if not self.capacity:
             return None
-        ready = None
+        ready = home = None
         if self.device.type == "cuda":
             self._not_in_graph("a flush")
             host = [
@@ -171,9 +175,14 @@ class Buffer:
             ready.record()
         else:
             count = int(self.cursor)
-            host = [self.rows[:count].clone(), self.ids[:count].clone(), self.cursor.clone()]
+            if 2 * count < self.capacity:
+                rows = self.rows[:count].clone()
+            else:
+                rows, home = self.rows, self._spare
+                self.rows = home.popleft() if home else torch.empty_like(rows)
+            host = [rows, self.ids[:count].clone(), self.cursor.clone()]
         self.cursor.zero_()
-        return Filled(dict(self.places), *host, ready)
+        return Filled(dict(self.places), *host, ready, home)
 
     def rewind(self, step: int) -> None:
         """Empty the ring without handing it out, and count on from ``step``."""

@@ -96,9 +96,11 @@ class Writer:
         rows = rows.to(device)
         all_rows = [torch.empty_like(rows) for _ in range(self._ranks)] if self._rank == 0 else None
         dist.gather(rows, all_rows, dst=0)
+        if filled.home is not None:
+            filled.home.append(filled.rows)
         if all_rows is None:
             return filled
-        return filled._replace(rows=torch.stack(all_rows).cpu(), ids=filled.ids[:count], ready=None)
+        return filled._replace(rows=torch.stack(all_rows).cpu(), ids=filled.ids[:count], ready=None, home=None)
 
     def _run(self) -> None:
         while (filled := self._queue.get()) is not None:
@@ -109,6 +111,8 @@ class Writer:
                     self._error = error
             with self._lock:
                 self._waiting -= filled.rows.nbytes
+            if filled.home is not None:
+                filled.home.append(filled.rows)
             self._queue.task_done()
 
     def _write(self, filled: Filled) -> None:
