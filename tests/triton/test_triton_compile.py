@@ -30,8 +30,13 @@ ALL = [
 ]
 
 
-# Bytes of the one kernel that spills, of a few numbers per channel, and by the oldest compiler alone.
-SPILLED = {("3.6.0", "statistics *fp64 *i64 recorded"): 8}
+# Bytes of the kernels that spill, all of them recording, and by the oldest compiler alone: the first on sm_80 and
+# sm_90 handles a few numbers per channel, the others stand on sm_100 at the limit of 168 registers.
+SPILLED = {
+    ("3.6.0", "statistics *fp64 *i64 recorded"): 8,
+    ("3.6.0", "normalize rows_16 pure_bf16 recorded identity"): 8,
+    ("3.6.0", "normalize rows_32 pure_bf16 recorded identity"): 8,
+}
 
 
 @pytest.mark.parametrize(("architecture", "ways", "precisions", "recordings"), EVERY_TEST + ALL)
