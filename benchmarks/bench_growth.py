@@ -52,7 +52,7 @@ def test_growth_by_depth(depth: int, device: torch.device, quick: bool, compare:
         pytest.skip("--quick takes the shallowest")
     case = Case("few_images" if quick else "images32", "channels_last", "fp32")
     batch = torch.randn(case.size, device=device), torch.randint(10, case.size[:1], device=device)
-    found = networks(depth, quick)
+    found = networks(depth, None)
     compare(
         f"resnet{depth}",
         case,

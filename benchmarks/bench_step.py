@@ -26,7 +26,7 @@ def in_place(model: nn.Module) -> nn.Module:
     return model
 
 
-def networks(depth: int, quick: bool) -> dict[str, Callable[[], nn.Module]]:
+def networks(depth: int, without_compile: str | None) -> dict[str, Callable[[], nn.Module]]:
     torch_model = partial(ResNet, depth, kernels="torch")
     found = {
         "bnkern": partial(ResNet, depth),
@@ -34,7 +34,7 @@ def networks(depth: int, quick: bool) -> dict[str, Callable[[], nn.Module]]:
         "eager in place": lambda: in_place(torch_model()),
         "no norm": partial(ResNet, depth, norm="none"),
     }
-    return found if quick else found | {"compile": lambda: peers.compiled(torch_model())}
+    return found if without_compile else found | {"compile": lambda: peers.compiled(torch_model())}
 
 
 def training_step(model: nn.Module, layout: str) -> Callable[[tuple[Tensor, Tensor]], None]:
@@ -50,7 +50,7 @@ def training_step(model: nn.Module, layout: str) -> Callable[[tuple[Tensor, Tens
     return step
 
 
-def test_step(compare, device: torch.device, quick: bool) -> None:
+def test_step(compare, device: torch.device, quick: bool, without_compile: str | None) -> None:
     depth, case = (8, Case("few_images", "both", "fp32")) if quick else (20, Case("images", "both", "fp32"))
     batch = torch.randn(case.size, device=device), torch.randint(10, case.size[:1], device=device)
     compare(
@@ -58,11 +58,11 @@ def test_step(compare, device: torch.device, quick: bool) -> None:
         case,
         {
             f"{name} {layout}": training_step(build().to(device), layout)
-            for name, build in networks(depth, quick).items()
+            for name, build in networks(depth, without_compile).items()
             for layout in LAYOUTS
         },
         make_data=lambda: batch,
-        missing={"compile": "left out by --quick"} if quick else {},
+        missing={"compile": f"left out by {without_compile}"} if without_compile else {},
         nbytes=ACTIVATION_BYTES,
         budget_s=40,
     )

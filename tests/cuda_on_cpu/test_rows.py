@@ -9,8 +9,6 @@ import mmap
 import pytest
 import torch
 
-import bnkern
-from bnkern import backends
 from tests import test_batch_norm as of_batch_norm
 from tests import test_grad_input as of_grad_input
 from tests import test_grad_sums as of_grad_sums
@@ -57,32 +55,21 @@ def sweep(cases: list[Case], halves: list[Case]) -> pytest.MarkDecorator:
     )
 
 
-def with_kernels(way: str, check, *args) -> None:
-    """The check with these kernels in the place of the backend "cuda"."""
-    kernels = WAYS[way]
-    chosen, backends.choose = backends.choose, lambda name, device, dtype: kernels
-    try:
-        with bnkern.use_backend("cuda"):
-            check(*args)
-    finally:
-        backends.choose = chosen
-
-
 @sweep(CASES, HALVES[1:])
 @sandboxed
 def test_phases(precision: Precision, case: Case) -> None:
     """Each phase by itself: moments, normalize, grad_sums, grad_input."""
-    with_kernels("two_kernels", of_moments.test_against_float64, TARGET, precision, case)
+    WAYS["two_kernels"].passes(of_moments.test_against_float64, TARGET, precision, case)
     for residual, act in ((False, "relu"), (True, "relu"), (True, None)):
-        with_kernels("two_kernels", of_normalize.test_against_float64, TARGET, precision, case, residual, act)
+        WAYS["two_kernels"].passes(of_normalize.test_against_float64, TARGET, precision, case, residual, act)
     for act in ("relu", "saved mask"):
-        with_kernels("two_kernels", of_grad_sums.test_against_float64, TARGET, precision, case, act)
-        with_kernels("two_kernels", of_grad_input.test_against_float64, TARGET, precision, case, act, True)
+        WAYS["two_kernels"].passes(of_grad_sums.test_against_float64, TARGET, precision, case, act)
+        WAYS["two_kernels"].passes(of_grad_input.test_against_float64, TARGET, precision, case, act, True)
 
 
 def check_training(way: str, precision: Precision, case: Case) -> None:
     for act, residual in (("relu", False), ("relu", True)):
-        with_kernels(way, of_batch_norm.check, TARGET, case, precision, "training", act, residual)
+        WAYS[way].passes(of_batch_norm.check, TARGET, case, precision, "training", act, residual)
 
 
 @sweep(CASES, HALVES)
@@ -113,11 +100,11 @@ def test_every_way_with_every_case(way: str, precision: Precision, case: Case) -
 def test_other_calls(case: Case) -> None:
     """Without affine parameters, in eval mode, in modules of halves, and what is neither normalised nor masked."""
     for affine in ("wb", "w", "-"):
-        with_kernels("two_kernels", of_batch_norm.check, TARGET, case, FP32, "eval", "relu", True, affine)
-        with_kernels("single_read", of_batch_norm.check, TARGET, case, FP32, "untracked", None, False, affine)
-    with_kernels("single_read", of_batch_norm.check, TARGET, case, PURE[0], "training", "relu", True)
-    with_kernels("two_kernels", of_batch_norm.test_add_act, TARGET, FP32, case, "relu", True)
-    with_kernels("two_kernels", of_normalize.test_nan_and_zero_in_the_mask, TARGET, case)
+        WAYS["two_kernels"].passes(of_batch_norm.check, TARGET, case, FP32, "eval", "relu", True, affine)
+        WAYS["single_read"].passes(of_batch_norm.check, TARGET, case, FP32, "untracked", None, False, affine)
+    WAYS["single_read"].passes(of_batch_norm.check, TARGET, case, PURE[0], "training", "relu", True)
+    WAYS["two_kernels"].passes(of_batch_norm.test_add_act, TARGET, FP32, case, "relu", True)
+    WAYS["two_kernels"].passes(of_normalize.test_nan_and_zero_in_the_mask, TARGET, case)
 
 
 @pytest.mark.parametrize("way", ["two_kernels", "single_read"])
