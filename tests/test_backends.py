@@ -215,17 +215,14 @@ def test_environment_variable(value: str, expected: str | None) -> None:
 
 
 def test_cuda_says_what_it_lacks() -> None:
-    """The CUDA backend names what it cannot serve: other devices, float64, and whatever records."""
+    """The CUDA backend names what it cannot serve: other devices, float64, images and convolutions."""
     assert "run on CUDA devices, the input is on cpu" in backends.unavailable("cuda", "cpu")
     on_a_gpu = backends.unavailable("cuda", "cuda")
     assert on_a_gpu is None or "built without CUDA" in on_a_gpu
     if on_a_gpu is None:
         assert "no float64 kernels" in backends.unavailable("cuda", "cuda", torch.float64)
     kernels = backends._load("cuda")
-    record = torch.empty(8, 3, dtype=torch.float64)
     x = torch.ones(4, 3)
-    with pytest.raises(RuntimeError, match="backend 'cuda' does not record; 'triton' does"):
-        kernels._refuse_records(None, record)
     for missing in (kernels.augment, kernels.conv_grad_signs):
         with pytest.raises(RuntimeError, match=f"backend 'cuda' has no kernels? for {missing.__name__}"):
             missing(x)

@@ -1,7 +1,12 @@
 """The C++/CUDA kernels (csrc/cuda): launchers over the native module. None of them has run on a GPU yet.
 
 They serve float32, bfloat16 and float16. Tensors that two strides describe are read in place, others are copied once
-to the dense form of their layout. Signatures and formulas are those of ``reference``; nothing is recorded here.
+to the dense form of their layout. Signatures and formulas are those of ``reference``.
+
+A ``record`` is a contiguous float64 tensor [rows, C] that the kernels fill in the same pass over memory, and one small
+launch more that joins the blocks' parts: the rows ``ACTIVATION``, ``GRADIENT`` or ``AFFINE`` of ``records``. Only rows
+(channels_last, N x C) whose channels are no multiple of 8, or that are not aligned to 16 bytes, are read once more for
+it. RuntimeError where a block has too little shared memory to record rows (141 to 158 KB of it on large GPUs).
 """
 
 import functools
@@ -14,6 +19,7 @@ from torch import Tensor
 
 from .. import _native
 from .layout import Layout, addressed, empty_like, layout, strides
+from .records import ACTIVATION
 
 __all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
 
@@ -209,6 +215,7 @@ def _run_forward(
     counter: Tensor | None = None,
     momentum: float | None = 0.0,
     eps: float = 0.0,
+    record: Tensor | None = None,
 ) -> None:
     x = addressed(x, like.rows)
     residual = None if residual is None else addressed(residual, like.rows)
@@ -235,6 +242,7 @@ def _run_forward(
         momentum is None,
         momentum or 0.0,
         eps,
+        _address(record),
     )
 
 
@@ -278,13 +286,24 @@ def normalize(
     bias: Tensor | None,
     residual: Tensor | None,
     act: str | None,
+    *,
+    record: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y and, with residual and ReLU, its mask."""
+    """y and, with residual and ReLU, its mask. ``record`` [8, C] is filled with the rows ``ACTIVATION``."""
     like = layout(x)
     y, mask = empty_like(x, like.rows), _empty_mask(x, like, act, residual)
     if x.numel():
-        _run_forward(x, like, False, True, _contiguous(mean), _contiguous(invstd), y, weight, bias, residual, mask, act)
+        statistics = (_contiguous(mean), _contiguous(invstd))
+        _run_forward(x, like, False, True, *statistics, y, weight, bias, residual, mask, act, record=record)
+    elif record is not None:
+        _record_nothing(record)
     return y, mask
+
+
+def _record_nothing(record: Tensor) -> None:
+    record.zero_()
+    record[ACTIVATION.index("min")].fill_(torch.inf)
+    record[ACTIVATION.index("max")].fill_(-torch.inf)
 
 
 @_current
@@ -306,9 +325,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, mean, invstd and the mask, as :func:`bnkern.backends.reference.forward`: one launch, or two.
 
-    Raises RuntimeError where there is something to ``record``, before anything is written.
+    ``record`` [8, C] is filled with the rows ``ACTIVATION``.
     """
-    _refuse_records(record)
     like = layout(x)
     y = empty_like(x, like.rows)
     mask = _empty_mask(x, like, act, residual) if save_mask else None
@@ -316,18 +334,15 @@ def forward(
     if training or running_mean is not None:
         mean, invstd = (torch.empty(like.c, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel():
-        running = (running_mean, running_var, num_batches_tracked, momentum, eps)
+        running = (running_mean, running_var, num_batches_tracked, momentum, eps, record)
         _run_forward(x, like, training, True, mean, invstd, y, weight, bias, residual, mask, act, *running)
     elif mean is not None:
         mean.zero_(), invstd.zero_()
         if training and num_batches_tracked is not None:
             num_batches_tracked += 1
+    if record is not None and not x.numel():
+        _record_nothing(record)
     return y, mean, invstd, mask
-
-
-def _refuse_records(*records: Tensor | None) -> None:
-    if any(record is not None for record in records):
-        raise RuntimeError("backend 'cuda' does not record; 'triton' does, with the same results to rounding")
 
 
 def _run_backward(
@@ -349,6 +364,8 @@ def _run_backward(
     sum_dy_xhat: Tensor | None = None,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
+    record_gradient: Tensor | None = None,
+    record_affine: Tensor | None = None,
 ) -> None:
     dy, x = addressed(dy, like.rows), addressed(x, like.rows)
     mean, invstd, weight, bias = (_contiguous(v) for v in (mean, invstd, weight, bias))
@@ -374,6 +391,8 @@ def _run_backward(
         _address(sum_dy_xhat),
         _vector(dweight),
         _vector(dbias),
+        _address(record_gradient),
+        _address(record_affine),
     )
 
 
@@ -387,12 +406,17 @@ def grad_sums(
     bias: Tensor | None,
     mask: Tensor | None,
     act: str | None,
+    *,
+    record: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sum g [C] and sum g * xhat [C]."""
+    """sum g [C] and sum g * xhat [C]. ``record`` [8, C] is filled with the rows ``AFFINE``."""
     like = layout(x)
     sums = tuple(torch.zeros(like.c, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel():
-        _run_backward(dy, x, like, mean, invstd, weight, bias, mask, act, True, False, True, None, None, *sums)
+        phase, results = (True, False, True), (None, None, *sums)
+        _run_backward(dy, x, like, mean, invstd, weight, bias, mask, act, *phase, *results, record_affine=record)
+    elif record is not None:
+        record.zero_()
     return sums
 
 
@@ -409,8 +433,13 @@ def grad_input(
     sums: tuple[Tensor, Tensor, int] | None,
     need_dx: bool = True,
     need_dresidual: bool = True,
+    *,
+    record: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx and the residual's gradient, where needed; ``sums`` is (sum g, sum g * xhat, M), or None in eval mode."""
+    """dx and the residual's gradient, where needed; ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
+
+    ``record`` [7, C] is filled with the rows ``GRADIENT`` where dx is needed.
+    """
     like = layout(x)
     dx, dresidual = (empty_like(x, like.rows) if want else None for want in (need_dx, need_dresidual))
     sum_dy, sum_dy_xhat, count = (None, None, like.count) if sums is None else sums
@@ -419,8 +448,10 @@ def grad_input(
         sum_dy, sum_dy_xhat = sum_dy * scale, sum_dy_xhat * scale
     if x.numel() and (need_dx or need_dresidual):
         results = (dx, dresidual, _contiguous(sum_dy), _contiguous(sum_dy_xhat))
-        training = sums is not None
-        _run_backward(dy, x, like, mean, invstd, weight, bias, mask, act, False, True, training, *results)
+        phase = (False, True, sums is not None)
+        _run_backward(dy, x, like, mean, invstd, weight, bias, mask, act, *phase, *results, record_gradient=record)
+    elif record is not None and need_dx:
+        record.zero_()
     return dx, dresidual
 
 
@@ -442,23 +473,26 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """grad_sums and grad_input as one call: (dx, dweight, dbias, dresidual), each where ``needs`` says so.
 
-    Raises RuntimeError where there is something to record, before anything is written.
+    ``record_gradient`` [7, C] is filled with the rows ``GRADIENT`` where dx is needed, ``record_affine`` [8, C] with
+    ``AFFINE`` unless the normalisation is the identity.
     """
-    _refuse_records(record_gradient, record_affine)
     need_x, need_weight, need_bias, need_residual = needs
+    record_gradient = record_gradient if need_x else None
+    record_affine = None if mean is None else record_affine
     like = layout(x)
     dx, dresidual = (empty_like(x, like.rows) if want else None for want in (need_x, need_residual))
     dweight = torch.empty(like.c, dtype=weight.dtype, device=x.device) if need_weight else None
     dbias = torch.empty(like.c, dtype=bias.dtype, device=x.device) if need_bias else None
     if x.numel():
-        sums, input = need_weight or need_bias or (need_x and training), need_x or need_residual
+        sums = need_weight or need_bias or (need_x and training) or record_affine is not None
+        input = need_x or need_residual
         if sums or input:
-            results = (dx, dresidual, None, None, dweight, dbias)
+            results = (dx, dresidual, None, None, dweight, dbias, record_gradient, record_affine)
             # Without dx nothing is to be centred, and without sums there is nothing to centre by.
             centred = training and need_x
             _run_backward(dy, x, like, mean, invstd, weight, bias, mask, act, sums, input, centred, *results)
     else:
-        for total in (dweight, dbias):
+        for total in (dweight, dbias, record_gradient, record_affine):
             if total is not None:
                 total.zero_()
     return dx, dweight, dbias, dresidual

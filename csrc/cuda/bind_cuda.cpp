@@ -37,7 +37,7 @@ CudaForward forward(int dtype, const Sizes& sizes, bool moments, bool normalize,
                     const Addressed& residual, const Addressed& y, Address mask, const Vector& weight,
                     const Vector& bias, Address mean, Address spread, const Vector& running_mean,
                     const Vector& running_var, Address counter, bool cumulative, double momentum, double eps,
-                    const Limits& limits, const Place& place) {
+                    Address record, const Limits& limits, const Place& place) {
   return {
       .call =
           {
@@ -60,7 +60,7 @@ CudaForward forward(int dtype, const Sizes& sizes, bool moments, bool normalize,
               .cumulative = cumulative,
               .momentum = momentum,
               .eps = eps,
-              .record = nullptr,
+              .record = static_cast<double*>(at(record)),
               .threads = 0,
           },
       .device = device(limits),
@@ -73,7 +73,7 @@ CudaBackward backward(int dtype, const Sizes& sizes, bool sums, bool input, bool
                       const Addressed& dy, const Addressed& x, const Addressed& dx, const Addressed& dresidual,
                       Address mask, const Vector& weight, const Vector& bias, Address mean, Address invstd,
                       Address sum_dy, Address sum_dy_xhat, const Vector& dweight, const Vector& dbias,
-                      const Limits& limits, const Place& place) {
+                      Address record_gradient, Address record_affine, const Limits& limits, const Place& place) {
   return {
       .call =
           {
@@ -96,8 +96,8 @@ CudaBackward backward(int dtype, const Sizes& sizes, bool sums, bool input, bool
               .sum_dy_xhat = at(sum_dy_xhat),
               .dweight = vector(dweight),
               .dbias = vector(dbias),
-              .record_gradient = nullptr,
-              .record_affine = nullptr,
+              .record_gradient = static_cast<double*>(at(record_gradient)),
+              .record_affine = static_cast<double*>(at(record_affine)),
               .threads = 0,
           },
       .device = device(limits),

@@ -282,6 +282,9 @@ BNKERN_DEVICE void save_sums(const Backward& p, std::int64_t c, PivotSums sums) 
   if (p.sum_dy_xhat) static_cast<float*>(p.sum_dy_xhat)[c] = static_cast<float>(sums.second);
   write(p.dbias, c, sums.first);
   write(p.dweight, c, sums.second);
+  if (!p.record_affine) return;
+  p.record_affine[c] = sums.first;  // the rows bias_sum and weight_sum
+  p.record_affine[4 * p.shape.c + c] = sums.second;
 }
 BNKERN_DEVICE Pair means_of(const Backward& p, PivotSums sums) {
   const double count = static_cast<double>(p.shape.n * p.shape.s);

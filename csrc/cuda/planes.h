@@ -10,7 +10,7 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "device.h"
+#include "records.h"
 
 namespace bnkern {
 
@@ -214,7 +214,8 @@ struct Exchange {
   Pair part;    // of this block, for the others of its cluster
   Pair result;  // of the channel, for all threads
 };
-static_assert(sizeof(Exchange<Moments<float>>) <= kReserved);
+constexpr int kExchanged = 256;  // bytes; the rest of what is reserved is for records
+static_assert(sizeof(Exchange<Moments<float>>) <= kExchanged);
 
 // Of all threads of the block, which come in whole warps.
 template <class A>
@@ -226,6 +227,51 @@ BNKERN_DEVICE A merge_block(A mine) {
   if (threadIdx.x < 32) mine = merge_warp(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : A{});
   return mine;
 }
+
+// ---- records: a thread's sums, all of one channel, in double and so free of how many tiles it takes
+
+template <class Sums>
+struct ThreadRecord {
+  static constexpr int kRows = sizeof(Sums) / sizeof(float);
+  double row[kRows];
+
+  BNKERN_DEVICE ThreadRecord() {
+    const Sums none{};
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) row[r] = none.row[r];
+  }
+  BNKERN_DEVICE void add(const Sums& some) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) row[r] = joined<Sums, double>(r, some.row[r], row[r]);
+  }
+  // The block's part: a tree over lanes, then the warps in their order. Called by all its threads.
+  BNKERN_DEVICE void publish(const RecordParts& parts, int part, int channel) {
+    double* const warps = shared_memory<double>(kExchanged);
+    constexpr int kWarps = kMostThreads / 32, kAtOnce = 4;  // rows that there is room for
+    static_assert(kExchanged + kWarps * kAtOnce * sizeof(double) <= kReserved);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2)
+        row[r] = joined<Sums>(r, __shfl_down_sync(kAllLanes, row[r], lanes), row[r]);
+#pragma unroll
+    for (int first = 0; first < kRows; first += kAtOnce) {
+      __syncthreads();
+      if (threadIdx.x % 32 == 0) {
+#pragma unroll
+        for (int r = first; r < first + kAtOnce && r < kRows; ++r)
+          warps[(r - first) * kWarps + threadIdx.x / 32] = row[r];
+      }
+      __syncthreads();
+      const int r = first + static_cast<int>(threadIdx.x);
+      if (threadIdx.x >= kAtOnce || r >= kRows) continue;
+      double all = warps[(r - first) * kWarps];
+      for (unsigned warp = 1; warp < blockDim.x / 32; ++warp)
+        all = joined<Sums>(r, warps[(r - first) * kWarps + warp], all);
+      parts.at(part, r, channel) = all;
+    }
+  }
+};
 
 // ---- on the host: how a channel is cut up
 

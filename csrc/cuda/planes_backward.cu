@@ -78,10 +78,37 @@ BNKERN_DEVICE void add_tile(Pair& total, const Backward& p, const Incoming<T>& i
   }
 }
 
+// The record of the parameters' gradients: the summands of a tile.
+template <class T>
+BNKERN_DEVICE void add_tile(ThreadRecord<AffineSums>& record, const Backward& p, const Incoming<T>& in,
+                            const Places<T>& places, const Affine& by) {
+  AffineSums some;
+#pragma unroll
+  for (int u = 0; u < kOctets<T>; ++u) {
+    float xhat[8];
+    const Octet<T> g = in.passed(p, u, by, xhat);
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      if (j < places.of[u].elements) some.add(g[j], xhat[j]);
+  }
+  record.add(some);
+}
+// The record of dx: a tile as stored.
+template <class T>
+BNKERN_DEVICE void add_tile(ThreadRecord<GradientSums>& record, const Places<T>& places, const Tile<T>& dx) {
+  GradientSums some;
+#pragma unroll
+  for (int u = 0; u < kOctets<T>; ++u)
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      if (j < places.of[u].elements) some.add(dx.octets[u][j]);
+  record.add(some);
+}
+
 template <class T>
 BNKERN_DEVICE void write_tile(const Backward& p, const Planes& planes, int channel, const Places<T>& places,
-                              const Incoming<T>& in, const Affine& by, const Centre& centre) {
-  Tile<T> dx, dresidual;
+                              const Incoming<T>& in, const Affine& by, const Centre& centre, Tile<T>& dx) {
+  Tile<T> dresidual;
 #pragma unroll
   for (int u = 0; u < kOctets<T>; ++u) {
     float xhat[8], d[8];
@@ -98,8 +125,9 @@ BNKERN_DEVICE void write_tile(const Backward& p, const Planes& planes, int chann
   if (p.dresidual) dresidual.store(p.dresidual, channel, planes.step, places);
 }
 
-template <class T, bool kSums, bool kInput>
-__global__ void __launch_bounds__(kMostThreads) planes_backward_kernel(Backward p, Planes planes, Workspace space) {
+template <class T, bool kSums, bool kInput, bool kRecord>
+__global__ void __launch_bounds__(kMostThreads)
+    planes_backward_kernel(Backward p, Planes planes, Workspace space, RecordSpace records) {
   constexpr bool kSingle = kSums && kInput;
   // A second launch goes backwards, since what the first read last is in cache.
   const unsigned block = kSums ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
@@ -112,11 +140,24 @@ __global__ void __launch_bounds__(kMostThreads) planes_backward_kernel(Backward 
   Incoming<T> in;
   Pair sums{0, 0};
   if constexpr (kSums) {
-    for (int tile = 0; tile < planes.tiles; ++tile) {
-      const Places<T> places(planes, part, tile);
-      in.load(p, planes, true, channel, places);
-      add_tile(sums, p, in, places, by);
-      if (kSingle && planes.shared(tile)) in.keep(tile);
+    const auto add_tiles = [&](auto see) {
+      for (int tile = 0; tile < planes.tiles; ++tile) {
+        const Places<T> places(planes, part, tile);
+        in.load(p, planes, true, channel, places);
+        add_tile(sums, p, in, places, by);
+        see(places);
+        if (kSingle && planes.shared(tile)) in.keep(tile);
+      }
+    };
+    if constexpr (kRecord) {
+      ThreadRecord<AffineSums> record;
+      const bool wanted = records.affine.data != nullptr;
+      add_tiles([&](const Places<T>& places) {
+        if (wanted) add_tile(record, p, in, places, by);
+      });
+      if (wanted) record.publish(records.affine, part, channel);
+    } else {
+      add_tiles([](const Places<T>&) {});
     }
     sums = merge_block(sums);
     if (threadIdx.x == 0) shared->part = sums;
@@ -152,15 +193,29 @@ __global__ void __launch_bounds__(kMostThreads) planes_backward_kernel(Backward 
   if constexpr (kInput) {
     const float count = static_cast<float>(p.shape.n * p.shape.s);
     const Centre centre{sums.first / count, sums.second / count, by.weight * by.invstd};
-    for (int tile = planes.tiles - 1; tile >= 0; --tile) {
-      const Places<T> places(planes, part, tile);
-      if (kSingle && planes.shared(tile)) {
-        in.find(tile);
-        in.load_bits(p, planes, channel, places);
-      } else if (!kSingle || tile != planes.tiles - 1) {
-        in.load(p, planes, with_x, channel, places);
+    const auto write_tiles = [&](auto see) {
+      for (int tile = planes.tiles - 1; tile >= 0; --tile) {
+        const Places<T> places(planes, part, tile);
+        if (kSingle && planes.shared(tile)) {
+          in.find(tile);
+          in.load_bits(p, planes, channel, places);
+        } else if (!kSingle || tile != planes.tiles - 1) {
+          in.load(p, planes, with_x, channel, places);
+        }
+        Tile<T> dx;
+        write_tile(p, planes, channel, places, in, by, centre, dx);
+        see(places, dx);
       }
-      write_tile(p, planes, channel, places, in, by, centre);
+    };
+    if constexpr (kRecord) {
+      ThreadRecord<GradientSums> record;
+      const bool wanted = records.gradient.data != nullptr;
+      write_tiles([&](const Places<T>& places, const Tile<T>& dx) {
+        if (wanted) add_tile(record, places, dx);
+      });
+      if (wanted) record.publish(records.gradient, part, channel);
+    } else {
+      write_tiles([](const Places<T>&, const Tile<T>&) {});
     }
   }
   if (kSingle && planes.parts > 1) cluster_barrier();  // nobody leaves while another may read what it published
@@ -179,9 +234,16 @@ std::string backward(const CudaBackward& p, std::uintptr_t stream) {
              shared_of(cut, cut.held, sizeof(T), 2),
              stream,
              static_cast<unsigned>(cut.parts)};
+  const RecordSpace records = record_space(call, p.workspace, cut.parts);
+  const bool of_sums = records_affine(call), of_input = records_gradient(call), record = of_sums || of_input;
+  const auto with_record = [&](std::string error) {
+    return error.empty() && record ? fold_records(call, records, cut.parts, stream) : error;
+  };
   if (call.sums && call.input && cut.single) {
     std::string error;
-    if (launch_clusters(how, &error, planes_backward_kernel<T, true, true>, call, planes, space)) return error;
+    const auto kernel =
+        record ? planes_backward_kernel<T, true, true, true> : planes_backward_kernel<T, true, true, false>;
+    if (launch_clusters(how, &error, kernel, call, planes, space, records)) return with_record(error);
   }
   how.shared_bytes = kReserved;
   how.cluster = 1;
@@ -192,11 +254,15 @@ std::string backward(const CudaBackward& p, std::uintptr_t stream) {
       second.sum_dy_xhat = reinterpret_cast<float*>(space.totals) + call.shape.c;
     }
     how.name = "grad_sums";
-    std::string error = launch(how, planes_backward_kernel<T, true, false>, second, planes, space);
-    if (!error.empty() || !call.input) return error;
+    const auto kernel =
+        of_sums ? planes_backward_kernel<T, true, false, true> : planes_backward_kernel<T, true, false, false>;
+    std::string error = launch(how, kernel, second, planes, space, records);
+    if (!error.empty() || !call.input) return with_record(error);
   }
   how.name = "grad_input";
-  return launch(how, planes_backward_kernel<T, false, true>, second, planes, space);
+  const auto kernel =
+      of_input ? planes_backward_kernel<T, false, true, true> : planes_backward_kernel<T, false, true, false>;
+  return with_record(launch(how, kernel, second, planes, space, records));
 }
 
 }  // namespace
@@ -215,7 +281,7 @@ std::string planes_backward(const CudaBackward& p, std::uintptr_t stream) {
 std::int64_t planes_backward_workspace(const CudaBackward& p) {
   const Cut cut =
       cut_planes(p.call.shape, p.call.dtype == DType::kFloat32 ? 4 : 2, 2, p.device, p.strategy, p.call.sums);
-  return workspace_bytes(cut.parts, p.call.shape.c);
+  return workspace_bytes(cut.parts, p.call.shape.c) + record_bytes(p.call, cut.parts);
 }
 
 }  // namespace bnkern

@@ -10,16 +10,14 @@
 namespace bnkern {
 namespace {
 
-// A value of the channel to take distances from, so that they are small numbers however large the mean. The middle one
-// of three: about an outlier all others would be large.
+// A value of the channel to take distances from, so that they are small numbers however large the mean.
 template <class T>
 BNKERN_DEVICE float pivot_of(const View& x, const Shape& shape, int channel) {
-  const auto value = [&](std::int64_t n, std::int64_t s) {
+  return middle_of([&](int k) {
+    const std::int64_t n = k == 0 ? 0 : k == 1 ? shape.n / 2 : shape.n - 1;
+    const std::int64_t s = k == 0 ? 0 : k == 1 ? shape.s / 2 : shape.s - 1;
     return widen(static_cast<const T*>(x.data)[n * x.outer + channel * x.inner + s]);
-  };
-  const float a = value(0, 0), b = value(shape.n / 2, shape.s / 2), c = value(shape.n - 1, shape.s - 1);
-  const float high = largest(a, b);
-  return largest(least(a, b), least(high, c));
+  });
 }
 
 // The tile's values about `pivot`: their moments, joined to `total`.
@@ -73,10 +71,11 @@ BNKERN_DEVICE Moments<double> merge_parts(const Forward& p, const Planes& planes
   return {static_cast<double>(p.shape.n * p.shape.s), static_cast<double>(pivot) + mine.mean, mine.m2};
 }
 
+// Writes y and the mask; y is as stored.
 template <class T>
 BNKERN_DEVICE void normalize_tile(const Forward& p, const Planes& planes, int channel, const Places<T>& places,
-                                  const Tile<T>& x, const Affine& by) {
-  Tile<T> residual, y;
+                                  const Tile<T>& x, const Affine& by, Tile<T>& y) {
+  Tile<T> residual;
   if (p.residual) residual.load(p.residual, channel, planes.step, places);
 #pragma unroll
   for (int u = 0; u < kOctets<T>; ++u) {
@@ -96,8 +95,22 @@ BNKERN_DEVICE void normalize_tile(const Forward& p, const Planes& planes, int ch
   y.store(p.y, channel, planes.step, places);
 }
 
-template <class T, bool kMoments, bool kNormalize>
-__global__ void __launch_bounds__(kMostThreads) planes_forward_kernel(Forward p, Planes planes, Workspace space) {
+// The record of a tile of x and y.
+template <class T>
+BNKERN_DEVICE void add_tile(ThreadRecord<ActivationSums>& record, const Places<T>& places, const Tile<T>& x,
+                            const Tile<T>& y, float centre) {
+  ActivationSums some;
+#pragma unroll
+  for (int u = 0; u < kOctets<T>; ++u)
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      if (j < places.of[u].elements) some.add(x.octets[u][j], centre, y.octets[u][j] > 0);
+  record.add(some);
+}
+
+template <class T, bool kMoments, bool kNormalize, bool kRecord>
+__global__ void __launch_bounds__(kMostThreads)
+    planes_forward_kernel(Forward p, Planes planes, Workspace space, RecordParts parts) {
   constexpr bool kSingle = kMoments && kNormalize;
   // A second launch goes backwards, since what the first read last is in cache.
   const unsigned block = kMoments ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
@@ -154,14 +167,28 @@ __global__ void __launch_bounds__(kMostThreads) planes_forward_kernel(Forward p,
   }
   if constexpr (kNormalize) {
     const Affine by = affine(p, channel, mean, invstd);
-    for (int tile = planes.tiles - 1; tile >= 0; --tile) {
-      const Places<T> places(planes, part, tile);
-      if (kSingle && planes.shared(tile)) {
-        x.find(tile);
-      } else if (!kSingle || tile != planes.tiles - 1) {
-        x.load(p.x, channel, planes.step, places);
+    const auto write_tiles = [&](auto see) {
+      for (int tile = planes.tiles - 1; tile >= 0; --tile) {
+        const Places<T> places(planes, part, tile);
+        if (kSingle && planes.shared(tile)) {
+          x.find(tile);
+        } else if (!kSingle || tile != planes.tiles - 1) {
+          x.load(p.x, channel, planes.step, places);
+        }
+        Tile<T> y;
+        normalize_tile(p, planes, channel, places, x, by, y);
+        see(places, y);
       }
-      normalize_tile(p, planes, channel, places, x, by);
+    };
+    if constexpr (kRecord) {
+      // The batch's mean where this call found it.
+      const float centre = p.moments ? mean : pivot_of<T>(p.x, p.shape, channel);
+      ThreadRecord<ActivationSums> record;
+      write_tiles([&](const Places<T>& places, const Tile<T>& y) { add_tile(record, places, x, y, centre); });
+      record.publish(parts, part, channel);
+      if (part == 0 && threadIdx.x == 0) parts.at(0, kCentre, channel) = centre;
+    } else {
+      write_tiles([](const Places<T>&, const Tile<T>&) {});
     }
   }
   if (kSingle && planes.parts > 1) cluster_barrier();  // nobody leaves while another may read what it published
@@ -180,22 +207,30 @@ std::string forward(const CudaForward& p, std::uintptr_t stream) {
              shared_of(cut, cut.held, sizeof(T), 1),
              stream,
              static_cast<unsigned>(cut.parts)};
+  const bool record = call.record && call.normalize;
+  const RecordSpace records = record_space(call, p.workspace, cut.parts);
+  const auto with_record = [&](std::string error) {
+    return error.empty() && record ? fold_records(call, records, cut.parts, stream) : error;
+  };
   if (call.moments && call.normalize && cut.single) {
     std::string error;
-    if (launch_clusters(how, &error, planes_forward_kernel<T, true, true>, call, planes, space)) return error;
+    const auto kernel =
+        record ? planes_forward_kernel<T, true, true, true> : planes_forward_kernel<T, true, true, false>;
+    if (launch_clusters(how, &error, kernel, call, planes, space, records.activation)) return with_record(error);
   }
   how.shared_bytes = kReserved;
   how.cluster = 1;
   if (call.moments) {
     how.name = "moments";
-    std::string error = launch(how, planes_forward_kernel<T, true, false>, call, planes, space);
+    std::string error = launch(how, planes_forward_kernel<T, true, false, false>, call, planes, space, RecordParts{});
     if (!error.empty() || !call.normalize) return error;
   }
   Forward second = call;
   if (call.moments) second.running_mean = {};  // the batch's statistics were saved
-  second.moments = false;
   how.name = "normalize";
-  return launch(how, planes_forward_kernel<T, false, true>, second, planes, space);
+  const auto kernel =
+      record ? planes_forward_kernel<T, false, true, true> : planes_forward_kernel<T, false, true, false>;
+  return with_record(launch(how, kernel, second, planes, space, records.activation));
 }
 
 }  // namespace
@@ -214,7 +249,7 @@ std::string planes_forward(const CudaForward& p, std::uintptr_t stream) {
 std::int64_t planes_forward_workspace(const CudaForward& p) {
   const Cut cut =
       cut_planes(p.call.shape, p.call.dtype == DType::kFloat32 ? 4 : 2, 1, p.device, p.strategy, p.call.moments);
-  return workspace_bytes(cut.parts, p.call.shape.c);
+  return workspace_bytes(cut.parts, p.call.shape.c) + record_bytes(p.call, cut.parts);
 }
 
 }  // namespace bnkern

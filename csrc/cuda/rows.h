@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "device.h"
+#include "records.h"
 
 namespace bnkern {
 
@@ -22,7 +22,7 @@ struct RowsPlan {
   int tiles, tiles_in_shared;  // of a split; a single-read kernel holds one more in registers
   int tile_bytes;              // of a thread's tile
 
-  int threads() const { return columns * lanes; }
+  BNKERN_HD int threads() const { return columns * lanes; }
 };
 
 // How many rows of a thread are in flight: 64 bytes of each of one tensor, or 32 of each of two.
@@ -97,9 +97,30 @@ inline RowsPlan rows_plan(const Shape& shape, const CudaDevice& device, bool sin
   }
   return plan;
 }
-inline std::size_t shared_bytes(const RowsPlan& plan) {
+BNKERN_HD std::size_t shared_bytes(const RowsPlan& plan) {
   return RowsShared::fixed_bytes(plan.threads(), plan.width) +
          static_cast<std::size_t>(plan.tiles_in_shared) * plan.threads() * plan.tile_bytes;
+}
+
+// What a block of a kernel that records needs besides: its threads' sums, one after the other.
+constexpr int kTallyGap = 4;  // so that neighbouring channels are read from different banks
+template <class Sums, int W>
+constexpr int kTallied = (sizeof(Sums) / sizeof(float)) * W;
+template <class Sums, int W>
+std::size_t tally_bytes(const RowsPlan& plan) {
+  return std::size_t{kTallied<Sums, W>} * (plan.threads() + kTallyGap) * sizeof(float);
+}
+
+// Makes room for such a tally beside what a block keeps: fewer tiles are held, and the cut, and so the bits, stay. Says
+// why there is none.
+inline std::string make_room(RowsPlan* plan, std::size_t tally, const CudaDevice& device) {
+  const std::int64_t fixed = RowsShared::fixed_bytes(plan->threads(), plan->width) + tally;
+  const std::int64_t room = device.shared_bytes - fixed, tile = plan->threads() * plan->tile_bytes;
+  if (room < 0)
+    return "record: a block needs " + std::to_string(fixed) + " bytes of shared memory, the device gives it " +
+           std::to_string(device.shared_bytes);
+  plan->tiles_in_shared = static_cast<int>(std::min<std::int64_t>(plan->tiles_in_shared, room / tile));
+  return {};
 }
 
 // Where a thread of a block works.
@@ -170,6 +191,45 @@ struct Some<T, 1> {
   T value;
   BNKERN_DEVICE float operator[](int) const { return widen(value); }
   static BNKERN_DEVICE Some load(const T* p) { return {*p}; }
+};
+
+// The sums of a thread's W channels that a record is made of. They live in shared memory, where no other thread looks
+// at them until publish(): registers have no room for so many. add(j, sums) joins those of a few values of channel j.
+template <class Sums, int W>
+struct Tally {
+  float* mine;
+
+  BNKERN_DEVICE explicit Tally(std::size_t offset) : mine(shared_memory<float>(offset) + threadIdx.x) {
+    const Sums none{};
+#pragma unroll
+    for (int j = 0; j < W; ++j)
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) at(row, j) = none.row[row];
+  }
+  BNKERN_DEVICE void add(int j, const Sums& some) const {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) at(row, j) = joined<Sums>(row, some.row[row], at(row, j));
+  }
+  // The block's part: its lanes joined in their order. Called by all its threads.
+  BNKERN_DEVICE void publish(const RowsPlan& plan, const RowsPlace& place, const RecordParts& parts) const {
+    __syncthreads();
+    const std::int64_t first = std::int64_t(place.group) * plan.width;
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * plan.width; i += static_cast<int>(blockDim.x)) {
+      const int row = i / plan.width, c = i % plan.width;
+      if (first + c >= plan.channels) continue;
+      const float* const from = mine - threadIdx.x + (row * W + c % W) * stride() + c / W;
+      double all = from[0];
+#pragma unroll 8
+      for (int lane = 1; lane < plan.lanes; ++lane) all = joined<Sums, double>(row, from[lane * plan.columns], all);
+      parts.at(place.split, row, first + c) = all;
+    }
+    __syncthreads();
+  }
+
+ private:
+  static constexpr int kRows = sizeof(Sums) / sizeof(float);
+  static BNKERN_DEVICE int stride() { return static_cast<int>(blockDim.x) + kTallyGap; }
+  BNKERN_DEVICE float& at(int row, int j) const { return mine[(row * W + j) * stride()]; }
 };
 
 }  // namespace bnkern

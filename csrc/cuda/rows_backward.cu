@@ -59,6 +59,34 @@ BNKERN_DEVICE void add_tile(ThreadSums<W>* sums, const GradientTile<T, W, UNROLL
   }
 }
 
+// The record of the parameters' gradients: the summands of a tile.
+template <class T, int W, int UNROLL>
+BNKERN_DEVICE void add_tile(const Tally<AffineSums, W>& tally, const GradientTile<T, W, UNROLL>& tile,
+                            const Affine (&by)[W], int known) {
+  if (known == 0) return;
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    AffineSums some;
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u)
+      if (u < known) some.add(tile.g[u][j], standardize(tile.x[u][j], by[j].mean, by[j].invstd));
+    tally.add(j, some);
+  }
+}
+// The record of dx: a tile as stored.
+template <class Values, int W, int UNROLL>
+BNKERN_DEVICE void add_tile(const Tally<GradientSums, W>& tally, const Values (&dx)[UNROLL], int known) {
+  if (known == 0) return;
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    GradientSums some;
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u)
+      if (u < known) some.add(dx[u][j]);
+    tally.add(j, some);
+  }
+}
+
 template <int W>
 BNKERN_DEVICE void read_affine(const Backward& p, const RowsPlan& plan, const RowsPlace& at, Affine (&by)[W]) {
   if (!at.active(plan)) return;
@@ -106,22 +134,33 @@ BNKERN_DEVICE void join_sums(const RowsPlan& plan, int group, const RowsShared& 
       });
 }
 
-template <class T, int W>
+template <class T, int W, bool kRecord>
 __global__ void __launch_bounds__(512, 1)
-    rows_grad_sums_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, Workspace space) {
+    rows_grad_sums_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, Workspace space,
+                          RecordParts parts) {
   constexpr int kTile = kUnroll<T, 2>;
   const RowsPlace at(plan, blockIdx.x, blockIdx.y, W);
   const RowsShared shared(plan.width);
   Affine by[W];
   read_affine(p, plan, at, by);
   ThreadSums<W> sums{};
-  for (int t = 0; t < plan.tiles; ++t) {
-    const std::int64_t row = at.row(t, kTile);
-    const int known = at.known(plan, row, kTile);
-    GradientTile<T, W, kTile> tile;
-    tile.load(p, at, row, known);
-    tile.mask(p, at, by, row, known);
-    add_tile(&sums, tile, by, known);
+  const auto add_tiles = [&](auto see) {
+    for (int t = 0; t < plan.tiles; ++t) {
+      const std::int64_t row = at.row(t, kTile);
+      const int known = at.known(plan, row, kTile);
+      GradientTile<T, W, kTile> tile;
+      tile.load(p, at, row, known);
+      tile.mask(p, at, by, row, known);
+      add_tile(&sums, tile, by, known);
+      see(tile, known);
+    }
+  };
+  if constexpr (kRecord) {
+    const Tally<AffineSums, W> tally(RowsShared::fixed_bytes(blockDim.x, plan.width));
+    add_tiles([&](const auto& tile, int known) { add_tile(tally, tile, by, known); });
+    tally.publish(plan, at, parts);
+  } else {
+    add_tiles([](const auto&, int) {});
   }
   publish_sums(plan, at, shared, space.parts, sums);
   if (!last_of_blocks(space.arrivals + at.group, plan.splits)) return;
@@ -132,43 +171,80 @@ __global__ void __launch_bounds__(512, 1)
   });
 }
 
-// dx and the residual's gradient of octets of rows from `row` on.
-template <class T, int UNROLL>
+// dx and the residual's gradient of octets of rows from `row` on. `dx` keeps the octets for a record, if there is one.
+template <class T, bool kRecord, int UNROLL>
 BNKERN_DEVICE void write_tile(const Backward& p, const RowsPlace& at, const Affine (&by)[8], const Pair (&centre)[8],
-                              const GradientTile<T, 8, UNROLL>& tile, std::int64_t row, int known) {
+                              const GradientTile<T, 8, UNROLL>& tile, std::int64_t row, int known,
+                              Octet<T> (&dx)[UNROLL]) {
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
     if (u >= known) continue;
     const std::int64_t own = row + std::int64_t(u) * at.lanes;
     if (p.dx) {
-      float dx[8];
+      float d[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) dx[j] = gradient_of_input(p, tile.g[u][j], tile.x[u][j], by[j], centre[j]);
-      Octet<T>::of(dx).store(static_cast<T*>(p.dx.data) + own * p.dx.outer + at.channel);
+      for (int j = 0; j < 8; ++j) d[j] = gradient_of_input(p, tile.g[u][j], tile.x[u][j], by[j], centre[j]);
+      const auto octet = Octet<T>::of(d);
+      octet.store(static_cast<T*>(p.dx.data) + own * p.dx.outer + at.channel);
+      if constexpr (kRecord) dx[u] = octet;
     }
     if (p.dresidual) tile.g[u].store(static_cast<T*>(p.dresidual.data) + own * p.dresidual.outer + at.channel);
   }
 }
 
-template <class T>
+template <class T, bool kRecord>
 __global__ void __launch_bounds__(512, 1)
-    rows_grad_input_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, Workspace space) {
+    rows_grad_input_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, Workspace space,
+                           RecordParts parts) {
   constexpr int kTile = kUnroll<T, 2>;
   const RowsPlace at(plan, plan.splits - 1 - static_cast<int>(blockIdx.x), blockIdx.y, 8);
-  if (!at.active(plan)) return;
+  if (!kRecord && !at.active(plan)) return;
   Affine by[8];
   Pair centre[8];
   read_affine(p, plan, at, by);
+  if (at.active(plan)) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) centre[j] = given_means(p, space.totals, at.channel + j);
-  for (int t = plan.tiles - 1; t >= 0; --t) {
+    for (int j = 0; j < 8; ++j) centre[j] = given_means(p, space.totals, at.channel + j);
+  }
+  const auto write_tiles = [&](auto see) {
+    for (int t = plan.tiles - 1; t >= 0; --t) {
+      const std::int64_t row = at.row(t, kTile);
+      const int known = at.known(plan, row, kTile);
+      GradientTile<T, 8, kTile> tile;
+      Octet<T> dx[kTile];
+      tile.load(p, at, row, known);
+      tile.mask(p, at, by, row, known);
+      write_tile<T, kRecord>(p, at, by, centre, tile, row, known, dx);
+      see(dx, known);
+    }
+  };
+  if constexpr (kRecord) {
+    const Tally<GradientSums, 8> tally(0);
+    write_tiles([&](const auto& dx, int known) { add_tile(tally, dx, known); });
+    tally.publish(plan, at, parts);
+  } else {
+    write_tiles([](const auto&, int) {});
+  }
+}
+
+// The record of rows that octets do not fit, which are written by flat octets: dx once more, channel by channel.
+template <class T>
+__global__ void __launch_bounds__(512, 1)
+    rows_gradient_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, RecordParts parts) {
+  constexpr int kTile = kUnroll<T, 2>;
+  const RowsPlace at(plan, blockIdx.x, blockIdx.y, 1);
+  const Tally<GradientSums, 1> tally(0);
+  for (int t = 0; t < plan.tiles; ++t) {
     const std::int64_t row = at.row(t, kTile);
     const int known = at.known(plan, row, kTile);
-    GradientTile<T, 8, kTile> tile;
-    tile.load(p, at, row, known);
-    tile.mask(p, at, by, row, known);
-    write_tile(p, at, by, centre, tile, row, known);
+    Some<T, 1> dx[kTile];
+    const T* const first = static_cast<const T*>(p.dx.data) + row * p.dx.outer + at.channel;
+#pragma unroll
+    for (int u = 0; u < kTile; ++u)
+      if (u < known) dx[u] = Some<T, 1>::load(first + std::int64_t(u) * at.lanes * p.dx.outer);
+    add_tile(tally, dx, known);
   }
+  tally.publish(plan, at, parts);
 }
 
 // Rows that octets do not fit: eight neighbours in the order of memory without gaps, whatever their channels.
@@ -201,9 +277,10 @@ __global__ void __launch_bounds__(512, 1)
 
 // Both phases: what a block reads it keeps, one tile in registers and others in shared memory; what does not fit it
 // reads again. The blocks of a group meet in between.
-template <class T>
+template <class T, bool kRecord>
 __global__ void __launch_bounds__(512, 1)
-    rows_backward_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, Workspace space) {
+    rows_backward_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, Workspace space,
+                         RecordSpace records) {
   constexpr int kTile = kUnroll<T, 2>;
   const RowsPlace at(plan, blockIdx.x, blockIdx.y, 8);
   const RowsShared shared(plan.width);
@@ -215,24 +292,38 @@ __global__ void __launch_bounds__(512, 1)
   read_affine(p, plan, at, by);
   ThreadSums<8> sums{};
   GradientTile<T, 8, kTile> first;
-  {
-    const std::int64_t row = at.row(0, kTile);
-    const int known = at.known(plan, row, kTile);
-    first.load(p, at, row, known);
-    first.mask(p, at, by, row, known);
-    add_tile(&sums, first, by, known);
-  }
-  for (int t = 1; t < plan.tiles; ++t) {
-    const std::int64_t row = at.row(t, kTile);
-    const int known = at.known(plan, row, kTile);
-    GradientTile<T, 8, kTile> tile;
-    tile.load(p, at, row, known);
-    tile.mask(p, at, by, row, known);
-    add_tile(&sums, tile, by, known);
-    if (t > plan.tiles_in_shared) continue;
+  const auto add_tiles = [&](auto see) {
+    {
+      const std::int64_t row = at.row(0, kTile);
+      const int known = at.known(plan, row, kTile);
+      first.load(p, at, row, known);
+      first.mask(p, at, by, row, known);
+      add_tile(&sums, first, by, known);
+      see(first, known);
+    }
+    for (int t = 1; t < plan.tiles; ++t) {
+      const std::int64_t row = at.row(t, kTile);
+      const int known = at.known(plan, row, kTile);
+      GradientTile<T, 8, kTile> tile;
+      tile.load(p, at, row, known);
+      tile.mask(p, at, by, row, known);
+      add_tile(&sums, tile, by, known);
+      see(tile, known);
+      if (t > plan.tiles_in_shared) continue;
 #pragma unroll
-    for (int u = 0; u < kTile; ++u)
-      if (u < known) *held(t, u, false) = tile.g[u], *held(t, u, true) = tile.x[u];
+      for (int u = 0; u < kTile; ++u)
+        if (u < known) *held(t, u, false) = tile.g[u], *held(t, u, true) = tile.x[u];
+    }
+  };
+  if constexpr (kRecord) {
+    const Tally<AffineSums, 8> tally(shared_bytes(plan));
+    const bool wanted = records.affine.data != nullptr;
+    add_tiles([&](const auto& tile, int known) {
+      if (wanted) add_tile(tally, tile, by, known);
+    });
+    if (wanted) tally.publish(plan, at, records.affine);
+  } else {
+    add_tiles([](const auto&, int) {});
   }
   publish_sums(plan, at, shared, space.parts, sums);
   PivotSums sums_of_own{};
@@ -245,29 +336,46 @@ __global__ void __launch_bounds__(512, 1)
   });
   __syncthreads();
   if (joins && at.split == 0) save_sums(p, std::int64_t(at.group) * plan.width + threadIdx.x, sums_of_own);
-  if (!at.active(plan)) return;
+  if (!kRecord && !at.active(plan)) return;
   Pair centre[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const Affine means = shared.of_channel[at.column * 8 + j];
     centre[j] = {means.mean, means.invstd};
   }
-  for (int t = plan.tiles - 1; t > 0; --t) {
-    const std::int64_t row = at.row(t, kTile);
-    const int known = at.known(plan, row, kTile);
-    GradientTile<T, 8, kTile> tile;
-    if (t > plan.tiles_in_shared) {
-      tile.load(p, at, row, known);
-      tile.mask(p, at, by, row, known);
-    } else {
+  const auto write_tiles = [&](auto see) {
+    for (int t = plan.tiles - 1; t > 0; --t) {
+      const std::int64_t row = at.row(t, kTile);
+      const int known = at.known(plan, row, kTile);
+      GradientTile<T, 8, kTile> tile;
+      if (t > plan.tiles_in_shared) {
+        tile.load(p, at, row, known);
+        tile.mask(p, at, by, row, known);
+      } else {
 #pragma unroll
-      for (int u = 0; u < kTile; ++u)
-        if (u < known) tile.g[u] = {*held(t, u, false)}, tile.x[u] = {*held(t, u, true)};
+        for (int u = 0; u < kTile; ++u)
+          if (u < known) tile.g[u] = {*held(t, u, false)}, tile.x[u] = {*held(t, u, true)};
+      }
+      Octet<T> dx[kTile];
+      write_tile<T, kRecord>(p, at, by, centre, tile, row, known, dx);
+      see(dx, known);
     }
-    write_tile(p, at, by, centre, tile, row, known);
+    const std::int64_t row = at.row(0, kTile);
+    const int known = at.known(plan, row, kTile);
+    Octet<T> dx[kTile];
+    write_tile<T, kRecord>(p, at, by, centre, first, row, known, dx);
+    see(dx, known);
+  };
+  if constexpr (kRecord) {
+    const Tally<GradientSums, 8> tally(shared_bytes(plan));
+    const bool wanted = records.gradient.data != nullptr;
+    write_tiles([&](const auto& dx, int known) {
+      if (wanted) add_tile(tally, dx, known);
+    });
+    if (wanted) tally.publish(plan, at, records.gradient);
+  } else {
+    write_tiles([](const auto&, int) {});
   }
-  const std::int64_t row = at.row(0, kTile);
-  write_tile(p, at, by, centre, first, row, at.known(plan, row, kTile));
 }
 
 template <class T>
@@ -292,26 +400,48 @@ Cut cut(const CudaBackward& p) {
 template <class T>
 std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
   const Backward& call = p.call;
-  const auto [plan, octets, single] = cut<T>(p);
+  auto [plan, octets, single] = cut<T>(p);
   const Workspace space = lay_out(p.workspace, plan.splits, call.shape.c);
+  const RecordSpace records = record_space(call, p.workspace, plan.splits);
+  const bool of_sums = records_affine(call), of_input = records_gradient(call), record = of_sums || of_input;
+  static_assert(int(kGradientRows) == int(kAffineRows), "one tally's room serves for both");
+  const std::size_t tally = octets ? tally_bytes<AffineSums, 8>(plan) : tally_bytes<AffineSums, 1>(plan);
+  if (record)
+    if (std::string why = make_room(&plan, tally, p.device); !why.empty()) return why;
   const dim3 blocks(plan.splits, plan.groups);
   const unsigned threads = plan.threads();
+  const auto with_record = [&](std::string error) {
+    return error.empty() && record ? fold_records(call, records, plan.splits, stream) : error;
+  };
   std::string error;
   if (single) {
-    const Launch how{"grad_input", blocks, threads, shared_bytes(plan), stream};
-    if (plan.splits == 1) return launch(how, rows_backward_kernel<T>, call, plan, space);
-    if (launch_resident(how, &error, rows_backward_kernel<T>, call, plan, space)) return error;
+    const Launch how{"grad_input", blocks, threads, shared_bytes(plan) + (record ? tally : 0), stream};
+    const auto kernel = record ? rows_backward_kernel<T, true> : rows_backward_kernel<T, false>;
+    if (plan.splits == 1) return with_record(launch(how, kernel, call, plan, space, records));
+    if (launch_resident(how, &error, kernel, call, plan, space, records)) return with_record(error);
   }
   if (call.sums) {
-    const Launch how{"grad_sums", blocks, threads, RowsShared::fixed_bytes(plan.threads(), plan.width), stream};
-    error = launch(how, octets ? rows_grad_sums_kernel<T, 8> : rows_grad_sums_kernel<T, 1>, call, plan, space);
+    const std::size_t fixed = RowsShared::fixed_bytes(plan.threads(), plan.width);
+    const Launch how{"grad_sums", blocks, threads, fixed + (of_sums ? tally : 0), stream};
+    const auto kernel = octets ? (of_sums ? rows_grad_sums_kernel<T, 8, true> : rows_grad_sums_kernel<T, 8, false>)
+                               : (of_sums ? rows_grad_sums_kernel<T, 1, true> : rows_grad_sums_kernel<T, 1, false>);
+    error = launch(how, kernel, call, plan, space, records.affine);
   }
   if (call.input && error.empty()) {
-    if (octets) return launch({"grad_input", blocks, threads, 0, stream}, rows_grad_input_kernel<T>, call, plan, space);
-    const Launch how{"grad_input", flat_blocks(call.shape, p.device), unsigned(p.device.threads), 0, stream};
-    error = launch(how, rows_grad_input_flat_kernel<T>, call, space);
+    if (octets) {
+      const Launch how{"grad_input", blocks, threads, of_input ? tally : 0, stream};
+      const auto kernel = of_input ? rows_grad_input_kernel<T, true> : rows_grad_input_kernel<T, false>;
+      error = launch(how, kernel, call, plan, space, records.gradient);
+    } else {
+      const Launch how{"grad_input", flat_blocks(call.shape, p.device), unsigned(p.device.threads), 0, stream};
+      error = launch(how, rows_grad_input_flat_kernel<T>, call, space);
+      if (error.empty() && of_input) {
+        const Launch again{"record", blocks, threads, tally, stream};
+        error = launch(again, rows_gradient_kernel<T>, call, plan, records.gradient);
+      }
+    }
   }
-  return error;
+  return with_record(error);
 }
 
 }  // namespace
@@ -321,8 +451,10 @@ std::string rows_backward(const CudaBackward& p, std::uintptr_t stream) {
 }
 
 std::int64_t rows_backward_workspace(const CudaBackward& p) {
-  return with_half_or_float(
-      p.call.dtype, [&](auto* t) { return workspace_bytes(cut<Pointee<decltype(t)>>(p).plan.splits, p.call.shape.c); });
+  return with_half_or_float(p.call.dtype, [&](auto* t) {
+    const int parts = cut<Pointee<decltype(t)>>(p).plan.splits;
+    return workspace_bytes(parts, p.call.shape.c) + record_bytes(p.call, parts);
+  });
 }
 
 }  // namespace bnkern

@@ -130,10 +130,53 @@ __global__ void __launch_bounds__(512, 1)
   if (last_of_blocks(space.arrivals + at.group, plan.splits)) finish_moments(p, plan, at.group, shared, space);
 }
 
-// y, and the mask's byte, of octets of rows from `row` on.
-template <class T, int UNROLL>
+// What distances of a channel's values are taken from for a record: the batch's mean where this call found it.
+template <class T>
+BNKERN_DEVICE float centre_of(const Forward& p, const RowsPlan& plan, std::int64_t channel, float mean) {
+  if (p.moments) return mean;
+  const T* const first = static_cast<const T*>(p.x.data) + channel;
+  return middle_of([&](int k) { return widen(first[(plan.rows - 1) * k / 2 * p.x.outer]); });
+}
+
+// A record of x and y: the sums, and the centres, which the parts hold as well.
+template <class T, int W>
+struct ActivationTally {
+  Tally<ActivationSums, W> sums;
+  float centre[W];
+
+  BNKERN_DEVICE ActivationTally(std::size_t offset, const Forward& p, const RowsPlan& plan, const RowsPlace& at,
+                                const Affine (&by)[W])
+      : sums(offset), centre{} {
+    if (!at.active(plan)) return;
+#pragma unroll
+    for (int j = 0; j < W; ++j) centre[j] = centre_of<T>(p, plan, at.channel + j, by[j].mean);
+  }
+  // Of a tile, whose rows have the bits `active[u]` of what is above zero.
+  template <int UNROLL>
+  BNKERN_DEVICE void add(const Some<T, W> (&x)[UNROLL], const unsigned (&active)[UNROLL], int known) const {
+    if (known == 0) return;
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      ActivationSums some;
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u)
+        if (u < known) some.add(x[u][j], centre[j], active[u] >> j & 1);
+      sums.add(j, some);
+    }
+  }
+  BNKERN_DEVICE void publish(const RowsPlan& plan, const RowsPlace& at, const RecordParts& parts) const {
+    sums.publish(plan, at, parts);
+    if (at.split != 0 || at.lane != 0 || !at.active(plan)) return;
+#pragma unroll
+    for (int j = 0; j < W; ++j) parts.at(0, kCentre, at.channel + j) = centre[j];
+  }
+};
+
+// y, and the mask's byte, of octets of rows from `row` on. active: what is above zero of each, where there is a record.
+template <class T, bool kRecord, int UNROLL>
 BNKERN_DEVICE void write_tile(const Forward& p, const RowsPlace& at, const Affine (&by)[8],
-                              const Some<T, 8> (&tile)[UNROLL], std::int64_t row, int known) {
+                              const Some<T, 8> (&tile)[UNROLL], std::int64_t row, int known,
+                              unsigned (&active)[UNROLL]) {
   Some<T, 8> residual[UNROLL];
   if (p.residual) load_tile(residual, p.residual, at, row, known);
   T* const y = static_cast<T*>(p.y.data) + row * p.y.outer + at.channel;
@@ -154,19 +197,25 @@ BNKERN_DEVICE void write_tile(const Forward& p, const RowsPlace& at, const Affin
         p.mask[((row + std::int64_t(u) * at.lanes) * p.shape.c + at.channel) / 8] = static_cast<std::uint8_t>(bits);
     }
     octet.store(y + u * step);
+    if constexpr (kRecord) {
+      active[u] = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) active[u] |= unsigned(octet[j] > 0) << j;
+    }
   }
 }
 
 // Blocks and tiles go backwards: what the moments kernel read last is still in the second-level cache.
-template <class T>
+template <class T, bool kRecord>
 __global__ void __launch_bounds__(512, 1)
-    rows_normalize_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan) {
+    rows_normalize_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan, RecordParts parts) {
   constexpr int kTile = kUnroll<T, 1>;
   const RowsPlace at(plan, plan.splits - 1 - static_cast<int>(blockIdx.x), blockIdx.y, 8);
-  if (!at.active(plan)) return;
+  if (!kRecord && !at.active(plan)) return;
   Affine by[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
+    if (kRecord && !at.active(plan)) break;
     const Statistics s = given_statistics(p, at.channel + j);
     by[j] = affine(p, at.channel + j, s.mean, s.spread);
     if (!p.moments && p.running_mean && at.split == 0 && at.lane == 0) {
@@ -174,13 +223,47 @@ __global__ void __launch_bounds__(512, 1)
       static_cast<float*>(p.spread)[at.channel + j] = s.spread;
     }
   }
-  for (int t = plan.tiles - 1; t >= 0; --t) {
+  const auto write_tiles = [&](auto see) {
+    for (int t = plan.tiles - 1; t >= 0; --t) {
+      const std::int64_t row = at.row(t, kTile);
+      const int known = at.known(plan, row, kTile);
+      Some<T, 8> tile[kTile];
+      unsigned active[kTile];
+      load_tile(tile, p.x, at, row, known);
+      write_tile<T, kRecord>(p, at, by, tile, row, known, active);
+      see(tile, active, known);
+    }
+  };
+  if constexpr (kRecord) {
+    const ActivationTally<T, 8> tally(0, p, plan, at, by);
+    write_tiles([&](const auto& tile, const auto& active, int known) { tally.add(tile, active, known); });
+    tally.publish(plan, at, parts);
+  } else {
+    write_tiles([](const auto&, const auto&, int) {});
+  }
+}
+
+// The record of rows that octets do not fit, which are written by flat octets: x and y once more, channel by channel.
+template <class T>
+__global__ void __launch_bounds__(512, 1)
+    rows_activation_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan,
+                           RecordParts parts) {
+  constexpr int kTile = kUnroll<T, 1>;
+  const RowsPlace at(plan, blockIdx.x, blockIdx.y, 1);
+  const Affine by[1] = {{at.active(plan) ? given_statistics(p, at.channel).mean : 0.0f, 0, 0, 0}};
+  const ActivationTally<T, 1> tally(0, p, plan, at, by);
+  for (int t = 0; t < plan.tiles; ++t) {
     const std::int64_t row = at.row(t, kTile);
     const int known = at.known(plan, row, kTile);
-    Some<T, 8> tile[kTile];
-    load_tile(tile, p.x, at, row, known);
-    write_tile(p, at, by, tile, row, known);
+    Some<T, 1> x[kTile], y[kTile];
+    unsigned active[kTile];
+    load_tile(x, p.x, at, row, known);
+    load_tile(y, p.y, at, row, known);
+#pragma unroll
+    for (int u = 0; u < kTile; ++u) active[u] = u < known && y[u][0] > 0;
+    tally.add(x, active, known);
   }
+  tally.publish(plan, at, parts);
 }
 
 // Rows that octets do not fit: eight neighbours in the order of memory without gaps, whatever their channels.
@@ -219,9 +302,10 @@ __global__ void __launch_bounds__(512, 1) rows_normalize_flat_kernel(const __gri
 
 // Both phases: what a block reads it keeps, one tile in registers and others in shared memory; what does not fit it
 // reads again. The blocks of a group meet in between.
-template <class T>
+template <class T, bool kRecord>
 __global__ void __launch_bounds__(512, 1)
-    rows_forward_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan, Workspace space) {
+    rows_forward_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan, Workspace space,
+                        RecordParts parts) {
   constexpr int kTile = kUnroll<T, 1>;
   const RowsPlace at(plan, blockIdx.x, blockIdx.y, 8);
   const RowsShared shared(plan.width);
@@ -268,25 +352,39 @@ __global__ void __launch_bounds__(512, 1)
     if (joins) save_statistics(p, own, moments_of_own, {of_own.mean, of_own.invstd}, momentum);
     update_counter(p, space, at.group, plan.groups);
   }
-  if (!at.active(plan)) return;
+  if (!kRecord && !at.active(plan)) return;
   Affine by[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) by[j] = shared.of_channel[at.column * 8 + j];
-  for (int t = plan.tiles - 1; t > 0; --t) {
-    const std::int64_t row = at.row(t, kTile);
-    const int known = at.known(plan, row, kTile);
-    Some<T, 8> tile[kTile];
-    if (t > plan.tiles_in_shared) {
-      load_tile(tile, p.x, at, row, known);
-    } else {
+  const auto write_tiles = [&](auto see) {
+    for (int t = plan.tiles - 1; t > 0; --t) {
+      const std::int64_t row = at.row(t, kTile);
+      const int known = at.known(plan, row, kTile);
+      Some<T, 8> tile[kTile];
+      unsigned active[kTile];
+      if (t > plan.tiles_in_shared) {
+        load_tile(tile, p.x, at, row, known);
+      } else {
 #pragma unroll
-      for (int u = 0; u < kTile; ++u)
-        if (u < known) tile[u] = {*held(t, u)};
+        for (int u = 0; u < kTile; ++u)
+          if (u < known) tile[u] = {*held(t, u)};
+      }
+      write_tile<T, kRecord>(p, at, by, tile, row, known, active);
+      see(tile, active, known);
     }
-    write_tile(p, at, by, tile, row, known);
+    const std::int64_t row = at.row(0, kTile);
+    const int known = at.known(plan, row, kTile);
+    unsigned active[kTile];
+    write_tile<T, kRecord>(p, at, by, first, row, known, active);
+    see(first, active, known);
+  };
+  if constexpr (kRecord) {
+    const ActivationTally<T, 8> tally(shared_bytes(plan), p, plan, at, by);
+    write_tiles([&](const auto& tile, const auto& active, int known) { tally.add(tile, active, known); });
+    tally.publish(plan, at, parts);
+  } else {
+    write_tiles([](const auto&, const auto&, int) {});
   }
-  const std::int64_t row = at.row(0, kTile);
-  write_tile(p, at, by, first, row, at.known(plan, row, kTile));
 }
 
 template <class T>
@@ -311,26 +409,42 @@ Cut cut(const CudaForward& p) {
 template <class T>
 std::string forward_as(const CudaForward& p, std::uintptr_t stream) {
   const Forward& call = p.call;
-  const auto [plan, octets, single] = cut<T>(p);
+  auto [plan, octets, single] = cut<T>(p);
   const Workspace space = lay_out(p.workspace, plan.splits, call.shape.c);
+  const bool record = call.record && call.normalize;
+  const RecordSpace records = record_space(call, p.workspace, plan.splits);
+  const std::size_t tally = octets ? tally_bytes<ActivationSums, 8>(plan) : tally_bytes<ActivationSums, 1>(plan);
+  if (record)
+    if (std::string why = make_room(&plan, tally, p.device); !why.empty()) return why;
   const dim3 blocks(plan.splits, plan.groups);
   const unsigned threads = plan.threads();
+  const auto with_record = [&](std::string error) {
+    return error.empty() && record ? fold_records(call, records, plan.splits, stream) : error;
+  };
   std::string error;
   if (single) {
-    const Launch how{"normalize", blocks, threads, shared_bytes(plan), stream};
-    if (plan.splits == 1) return launch(how, rows_forward_kernel<T>, call, plan, space);
-    if (launch_resident(how, &error, rows_forward_kernel<T>, call, plan, space)) return error;
+    const Launch how{"normalize", blocks, threads, shared_bytes(plan) + (record ? tally : 0), stream};
+    const auto kernel = record ? rows_forward_kernel<T, true> : rows_forward_kernel<T, false>;
+    if (plan.splits == 1) return with_record(launch(how, kernel, call, plan, space, records.activation));
+    if (launch_resident(how, &error, kernel, call, plan, space, records.activation)) return with_record(error);
   }
   if (call.moments) {
     const Launch how{"moments", blocks, threads, RowsShared::fixed_bytes(plan.threads(), plan.width), stream};
     error = launch(how, octets ? rows_moments_kernel<T, 8> : rows_moments_kernel<T, 1>, call, plan, space);
   }
-  if (call.normalize && error.empty()) {
-    if (octets) return launch({"normalize", blocks, threads, 0, stream}, rows_normalize_kernel<T>, call, plan);
-    const Launch how{"normalize", flat_blocks(call.shape, p.device), unsigned(p.device.threads), 0, stream};
-    error = launch(how, rows_normalize_flat_kernel<T>, call);
+  if (!call.normalize || !error.empty()) return error;
+  if (octets) {
+    const Launch how{"normalize", blocks, threads, record ? tally : 0, stream};
+    const auto kernel = record ? rows_normalize_kernel<T, true> : rows_normalize_kernel<T, false>;
+    return with_record(launch(how, kernel, call, plan, records.activation));
   }
-  return error;
+  const Launch how{"normalize", flat_blocks(call.shape, p.device), unsigned(p.device.threads), 0, stream};
+  error = launch(how, rows_normalize_flat_kernel<T>, call);
+  if (error.empty() && record) {
+    const Launch how{"record", blocks, threads, tally, stream};
+    error = launch(how, rows_activation_kernel<T>, call, plan, records.activation);
+  }
+  return with_record(error);
 }
 
 }  // namespace
@@ -340,8 +454,10 @@ std::string rows_forward(const CudaForward& p, std::uintptr_t stream) {
 }
 
 std::int64_t rows_forward_workspace(const CudaForward& p) {
-  return with_half_or_float(
-      p.call.dtype, [&](auto* t) { return workspace_bytes(cut<Pointee<decltype(t)>>(p).plan.splits, p.call.shape.c); });
+  return with_half_or_float(p.call.dtype, [&](auto* t) {
+    const int parts = cut<Pointee<decltype(t)>>(p).plan.splits;
+    return workspace_bytes(parts, p.call.shape.c) + record_bytes(p.call, parts);
+  });
 }
 
 }  // namespace bnkern

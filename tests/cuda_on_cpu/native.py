@@ -210,6 +210,10 @@ class OnCpu(NamedTuple):
     strategy: int = SINGLE_READ
     seeds: tuple[int, ...] = (1, 2)
 
+    def in_five_orders(self) -> "OnCpu":
+        """The same with five orders of threads and blocks for each call."""
+        return self._replace(seeds=(1, 2, 3, 4, 5))
+
     def passes(self, check: Callable, *args) -> None:
         """A check of the backends, with these kernels in the place of the backend "cuda"."""
         chosen, backends.choose = backends.choose, lambda name, device, dtype: self

@@ -17,6 +17,7 @@ from tests import test_normalize as of_normalize
 from tests.cases import BF16, CASE, FP32, PURE, Case, Precision, Target
 from tests.cuda_on_cpu import native
 from tests.cuda_on_cpu.sandbox import sandboxed
+from tests.record_cases import ACTS, MODES, Call, check_backward, check_forward
 
 TARGET = Target("cuda", "cpu")
 CASES = [CASE[name] for name in ("nchw_tail", "sliced_space", "nhwc", "nhwc_c5_s49", "nc", "expanded_channels")]
@@ -29,23 +30,23 @@ class Native:
 
     def cuda_forward(self, dtype: int, sizes: tuple, *given) -> int:
         moments, normalize, relu, x, residual, y, mask, weight, bias, mean, spread, *given = given
-        running_mean, running_var, counter, cumulative, momentum, eps, device, place, _stream = given
+        running_mean, running_var, counter, cumulative, momentum, eps, record, device, place, _stream = given
         views = (native.View(*v) for v in (x, residual, y))
         affine = (native.ChannelVector(*v) for v in (weight, bias))
         running = (native.ChannelVector(*v) for v in (running_mean, running_var))
-        rest = (counter, cumulative, momentum, eps)
+        rest = (counter, cumulative, momentum, eps, record)
         head = (native.Shape(*sizes), dtype, moments, normalize, relu)
         call = native.Forward(*head, *views, mask, *affine, mean, spread, *running, *rest)
         return self._launch("forward", native.CudaForward, call, device, place)
 
     def cuda_backward(self, dtype: int, sizes: tuple, *given) -> int:
         sums, input, relu, training, dy, x, dx, dresidual, mask, weight, bias, *given = given
-        mean, invstd, sum_dy, sum_dy_xhat, dweight, dbias, device, place, _stream = given
+        mean, invstd, sum_dy, sum_dy_xhat, dweight, dbias, *records, device, place, _stream = given
         views = (native.View(*v) for v in (dy, x, dx, dresidual))
         affine = (native.ChannelVector(*v) for v in (weight, bias))
         gradients = (native.ChannelVector(*v) for v in (dweight, dbias))
         head = (native.Shape(*sizes), dtype, sums, input, relu, training)
-        call = native.Backward(*head, *views, mask, *affine, mean, invstd, sum_dy, sum_dy_xhat, *gradients)
+        call = native.Backward(*head, *views, mask, *affine, mean, invstd, sum_dy, sum_dy_xhat, *gradients, *records)
         return self._launch("backward", native.CudaBackward, call, device, place)
 
     def _launch(self, name: str, struct: type, call, device, place) -> int:
@@ -107,6 +108,21 @@ def test_phases_and_identity(case: Case) -> None:
         on_the_host(of_grad_sums.test_parts_left_out, TARGET, FP32, case, without, "relu")
         on_the_host(of_grad_input.test_parts_left_out, TARGET, FP32, case, without, "saved mask")
     on_the_host(of_batch_norm.test_add_act, TARGET, BF16, case, "relu", True)
+
+
+@pytest.mark.parametrize("case", [*CASES, CASE["empty"]] if "empty" in CASE else CASES, ids=str)
+@sandboxed
+def test_records(case: Case) -> None:
+    for mode in MODES:
+        on_the_host(_recorded, case, FP32, mode)
+    on_the_host(_recorded, case, PURE[0], "training", single_read_from=1 << 40)
+
+
+def _recorded(case: Case, precision: Precision, mode: str) -> None:
+    p = case.problem(precision)
+    for act in ACTS:
+        check_forward(cuda, p, Call(mode, act))
+        check_backward(cuda, p, Call(mode, act))
 
 
 @sandboxed

@@ -11,6 +11,7 @@ from tests import test_normalize as of_normalize
 from tests.cases import BF16, CASE, EPS, FP16, FP32, Case, Precision, Target
 from tests.cuda_on_cpu.native import SINGLE_READ, TWO_KERNELS, Device, OnCpu
 from tests.cuda_on_cpu.sandbox import sandboxed
+from tests.record_cases import Call, check_backward, check_forward
 
 TARGET = Target("cuda", "cpu")
 ROOM = 1024  # bytes of shared memory that planes keep before the tiles they hold
@@ -52,7 +53,7 @@ SWEEP = pytest.mark.parametrize(
 def test_every_way(way: str, precision: Precision, case: Case) -> None:
     """Forward and backward as one call each, however the device lets them go."""
     for act, residual in (("relu", False), ("relu", True)):
-        WAYS[way].passes(of_batch_norm.check, TARGET, case, precision, "training", act, residual)
+        WAYS[way].in_five_orders().passes(of_batch_norm.check, TARGET, case, precision, "training", act, residual)
 
 
 @SWEEP
@@ -60,6 +61,24 @@ def test_every_way(way: str, precision: Precision, case: Case) -> None:
 def test_training(precision: Precision, case: Case) -> None:
     for act, residual in (("relu", False), ("relu", True)):
         WAYS["hybrid"].passes(of_batch_norm.check, TARGET, case, precision, "training", act, residual)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("precision", "case"), [(FP32, LONG), (BF16, ODD)], ids=["fp32-long", "bf16-odd"])
+@sandboxed
+def test_records_every_way(way: str, precision: Precision, case: Case) -> None:
+    p, call = case.problem(precision), Call("training", "saved mask")
+    check_forward(WAYS[way].in_five_orders(), p, call)
+    check_backward(WAYS[way], p, call)
+
+
+@SWEEP
+@sandboxed
+def test_records(precision: Precision, case: Case) -> None:
+    p = case.problem(precision)
+    for call in (Call("training", None), Call("eval", "relu"), Call("identity", "saved mask")):
+        check_forward(WAYS["hybrid"], p, call)
+        check_backward(WAYS["hybrid"], p, call)
 
 
 @SWEEP

@@ -17,7 +17,7 @@ from tests import test_normalize as of_normalize
 from tests.cases import BF16, CASE, FP16, FP32, PURE, Case, Precision, Target
 from tests.cuda_on_cpu.native import SINGLE_READ, TWO_KERNELS, Device, OnCpu
 from tests.cuda_on_cpu.sandbox import sandboxed
-from tests.record_cases import assert_same_bits
+from tests.record_cases import Call, assert_same_bits, check_backward, check_forward
 
 TARGET = Target("cuda", "cpu")
 
@@ -67,23 +67,55 @@ def test_phases(precision: Precision, case: Case) -> None:
         WAYS["two_kernels"].passes(of_grad_input.test_against_float64, TARGET, precision, case, act, True)
 
 
-def check_training(way: str, precision: Precision, case: Case) -> None:
+def check_training(way: OnCpu, precision: Precision, case: Case) -> None:
     for act, residual in (("relu", False), ("relu", True)):
-        WAYS[way].passes(of_batch_norm.check, TARGET, case, precision, "training", act, residual)
+        way.passes(of_batch_norm.check, TARGET, case, precision, "training", act, residual)
 
 
 @sweep(CASES, HALVES)
 @sandboxed
 def test_training(precision: Precision, case: Case) -> None:
     """Forward and backward as one call each."""
-    check_training("single_read", precision, case)
+    check_training(WAYS["single_read"], precision, case)
+
+
+@EVERY_WAY
+@sweep([OCTETS, WIDE, CASE["nhwc_c5_s49"]], [OCTETS])
+@sandboxed
+def test_every_way(way: str, precision: Precision, case: Case) -> None:
+    check_training(WAYS[way].in_five_orders(), precision, case)
+
+
+# Records need room beside what is held.
+RECORDING = WAYS | {
+    "registers_alone": OnCpu(Device(shared_bytes=22 << 10), SINGLE_READ),
+    "hybrid": OnCpu(Device(multiprocessors=2, shared_bytes=31 << 10), SINGLE_READ),
+}
 
 
 @EVERY_WAY
 @sweep([OCTETS, WIDE], [OCTETS])
 @sandboxed
-def test_every_way(way: str, precision: Precision, case: Case) -> None:
-    check_training(way, precision, case)
+def test_records_every_way(way: str, precision: Precision, case: Case) -> None:
+    p, call = case.problem(precision), Call("training", "saved mask")
+    check_forward(RECORDING[way].in_five_orders(), p, call)
+    check_backward(RECORDING[way], p, call)
+
+
+@sweep(CASES, HALVES[1:])
+@sandboxed
+def test_records(precision: Precision, case: Case) -> None:
+    p = case.problem(precision)
+    for call in (Call("training", None), Call("eval", "relu"), Call("identity", "saved mask")):
+        check_forward(WAYS["single_read"], p, call)
+        check_backward(WAYS["single_read"], p, call)
+
+
+@sandboxed
+def test_no_room_for_a_record() -> None:
+    p, call = WIDE.problem(FP32), Call("training", "relu")
+    with pytest.raises(RuntimeError, match=r"record: a block needs [0-9]+ bytes of shared memory, the device gives it"):
+        check_forward(WAYS["registers_alone"], p, call)
 
 
 @pytest.mark.slow
@@ -91,8 +123,7 @@ def test_every_way(way: str, precision: Precision, case: Case) -> None:
 @sweep(CASES, CASES[:-5])
 @sandboxed
 def test_every_way_with_every_case(way: str, precision: Precision, case: Case) -> None:
-    WAYS[way] = WAYS[way]._replace(seeds=tuple(range(10, 20)))
-    check_training(way, precision, case)
+    check_training(WAYS[way]._replace(seeds=tuple(range(10, 20))), precision, case)
 
 
 @pytest.mark.parametrize("case", [OCTETS, CASE["nhwc_c5_s49"]], ids=str)
