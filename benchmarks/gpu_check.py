@@ -43,6 +43,7 @@ PARTS = {
     "probes": (["bench_probes.py", "--budget=0.1"], 60),
     "conv-grad-signs": (["bench_conv_grad_signs.py", "--budget=0.2"], 40),
     "records": (["bench_phases.py", "--shapes=stage1", "-k", "records", "--budget=0.2"], 30),
+    "records-cuda": (["bench_phases.py", "--shapes=stage1", "-k", "records", "--budget=0.2"], 30),
     "resnet50": (["bench_batch_norm.py", "--shapes=resnet50-64", *QUICKLY], 60),
     "small-and-odd": (["bench_batch_norm.py", "--shapes=small,odd", *QUICKLY], 60),
     "growth": (["bench_growth.py", "--budget=0.2"], 60),
@@ -144,7 +145,7 @@ def main() -> int:
         if left < 5:
             parts.append({"part": name, "result": "left out: the time is over", "status": None, "seconds": 0.0})
         else:
-            backend = {"BNKERN_BACKEND": "cuda"} if name == "phases-cuda" else {}
+            backend = {"BNKERN_BACKEND": "cuda"} if name.endswith("-cuda") else {}
             parts.append(run(name, words, out, env | backend, min(seconds, left)))
         record = {"python": platform.python_version(), "parts": parts}
         (out / "gpu-check.json").write_text(json.dumps(record, indent=2) + "\n")

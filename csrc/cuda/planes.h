@@ -228,32 +228,30 @@ BNKERN_DEVICE A merge_block(A mine) {
   return mine;
 }
 
-// ---- records: a thread's sums, all of one channel, in double and so free of how many tiles it takes
+// ---- records: a thread's sums, all of one channel
 
 template <class Sums>
 struct ThreadRecord {
   static constexpr int kRows = sizeof(Sums) / sizeof(float);
-  double row[kRows];
+  Sums sums;
 
-  BNKERN_DEVICE ThreadRecord() {
-    const Sums none{};
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) row[r] = none.row[r];
-  }
   BNKERN_DEVICE void add(const Sums& some) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) row[r] = joined<Sums, double>(r, some.row[r], row[r]);
+    for (int r = 0; r < kRows; ++r) sums.row[r] = joined<Sums>(r, some.row[r], sums.row[r]);
   }
   // The block's part: a tree over lanes, then the warps in their order. Called by all its threads.
-  BNKERN_DEVICE void publish(const RecordParts& parts, int part, int channel) {
+  BNKERN_DEVICE void publish(const RecordParts& parts, int part, int channel) const {
     double* const warps = shared_memory<double>(kExchanged);
     constexpr int kWarps = kMostThreads / 32, kAtOnce = 4;  // rows that there is room for
     static_assert(kExchanged + kWarps * kAtOnce * sizeof(double) <= kReserved);
+    double row[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r) {
+      row[r] = sums.row[r];
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2)
         row[r] = joined<Sums>(r, __shfl_down_sync(kAllLanes, row[r], lanes), row[r]);
+    }
 #pragma unroll
     for (int first = 0; first < kRows; first += kAtOnce) {
       __syncthreads();

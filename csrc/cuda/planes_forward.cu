@@ -104,7 +104,10 @@ BNKERN_DEVICE void add_tile(ThreadRecord<ActivationSums>& record, const Places<T
   for (int u = 0; u < kOctets<T>; ++u)
 #pragma unroll
     for (int j = 0; j < 8; ++j)
-      if (j < places.of[u].elements) some.add(x.octets[u][j], centre, y.octets[u][j] > 0);
+      if (j < places.of[u].elements) {
+        some.add_powers(x.octets[u][j] - centre);
+        record.sums.add_rest(x.octets[u][j], y.octets[u][j] > 0);  // exact, so that a tile needs none of its own
+      }
   record.add(some);
 }
 

@@ -61,11 +61,17 @@ struct ActivationSums {
 
   BNKERN_DEVICE ActivationSums() : row{0, 0, 0, 0, float_of(0x7f800000u), float_of(0xff800000u), 0} {}
   BNKERN_DEVICE void add(float x, float centre, bool active) {
-    const float d = x - centre, square = d * d;
+    add_powers(x - centre);
+    add_rest(x, active);
+  }
+  BNKERN_DEVICE void add_powers(float d) {
+    const float square = d * d;
     row[kSum1] += d;
     row[kSum2] += square;
     row[kSum3] = fma(square, d, row[kSum3]);
     row[kSum4] = fma(square, square, row[kSum4]);
+  }
+  BNKERN_DEVICE void add_rest(float x, bool active) {
     row[kLeast] = least(x, row[kLeast]);
     row[kLargest] = largest(x, row[kLargest]);
     row[kActive] += active ? 1.0f : 0.0f;

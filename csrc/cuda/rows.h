@@ -102,13 +102,13 @@ BNKERN_HD std::size_t shared_bytes(const RowsPlan& plan) {
          static_cast<std::size_t>(plan.tiles_in_shared) * plan.threads() * plan.tile_bytes;
 }
 
-// What a block of a kernel that records needs besides: its threads' sums, one after the other.
-constexpr int kTallyGap = 4;  // so that neighbouring channels are read from different banks
+// What a block of a kernel that records needs besides: its threads' sums. A thread's lie side by side, an odd number of
+// words from the next thread's, so that neighbours use different banks and an address is one for all of a thread's.
 template <class Sums, int W>
-constexpr int kTallied = (sizeof(Sums) / sizeof(float)) * W;
+constexpr int kTallied = static_cast<int>(sizeof(Sums) / sizeof(float)) * W | 1;
 template <class Sums, int W>
 std::size_t tally_bytes(const RowsPlan& plan) {
-  return std::size_t{kTallied<Sums, W>} * (plan.threads() + kTallyGap) * sizeof(float);
+  return std::size_t{kTallied<Sums, W>} * plan.threads() * sizeof(float);
 }
 
 // Makes room for such a tally beside what a block keeps: fewer tiles are held, and the cut, and so the bits, stay. Says
@@ -199,7 +199,8 @@ template <class Sums, int W>
 struct Tally {
   float* mine;
 
-  BNKERN_DEVICE explicit Tally(std::size_t offset) : mine(shared_memory<float>(offset) + threadIdx.x) {
+  BNKERN_DEVICE explicit Tally(std::size_t offset)
+      : mine(shared_memory<float>(offset) + threadIdx.x * kTallied<Sums, W>) {
     const Sums none{};
 #pragma unroll
     for (int j = 0; j < W; ++j)
@@ -217,10 +218,11 @@ struct Tally {
     for (int i = static_cast<int>(threadIdx.x); i < kRows * plan.width; i += static_cast<int>(blockDim.x)) {
       const int row = i / plan.width, c = i % plan.width;
       if (first + c >= plan.channels) continue;
-      const float* const from = mine - threadIdx.x + (row * W + c % W) * stride() + c / W;
+      const float* const from = mine + (c / W - static_cast<int>(threadIdx.x)) * kTallied<Sums, W> + row * W + c % W;
       double all = from[0];
 #pragma unroll 8
-      for (int lane = 1; lane < plan.lanes; ++lane) all = joined<Sums, double>(row, from[lane * plan.columns], all);
+      for (int lane = 1; lane < plan.lanes; ++lane)
+        all = joined<Sums, double>(row, from[lane * plan.columns * kTallied<Sums, W>], all);
       parts.at(place.split, row, first + c) = all;
     }
     __syncthreads();
@@ -228,8 +230,7 @@ struct Tally {
 
  private:
   static constexpr int kRows = sizeof(Sums) / sizeof(float);
-  static BNKERN_DEVICE int stride() { return static_cast<int>(blockDim.x) + kTallyGap; }
-  BNKERN_DEVICE float& at(int row, int j) const { return mine[(row * W + j) * stride()]; }
+  BNKERN_DEVICE float& at(int row, int j) const { return mine[row * W + j]; }
 };
 
 }  // namespace bnkern

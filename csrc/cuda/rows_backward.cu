@@ -59,17 +59,23 @@ BNKERN_DEVICE void add_tile(ThreadSums<W>* sums, const GradientTile<T, W, UNROLL
   }
 }
 
-// The record of the parameters' gradients: the summands of a tile.
+// The same with the summands' record. Channel after channel, so that no more than one's values are in registers; the
+// sums have the bits they have without.
 template <class T, int W, int UNROLL>
-BNKERN_DEVICE void add_tile(const Tally<AffineSums, W>& tally, const GradientTile<T, W, UNROLL>& tile,
-                            const Affine (&by)[W], int known) {
+BNKERN_DEVICE void add_tile(ThreadSums<W>* sums, const Tally<AffineSums, W>& tally,
+                            const GradientTile<T, W, UNROLL>& tile, const Affine (&by)[W], int known) {
   if (known == 0) return;
 #pragma unroll
   for (int j = 0; j < W; ++j) {
     AffineSums some;
 #pragma unroll
-    for (int u = 0; u < UNROLL; ++u)
-      if (u < known) some.add(tile.g[u][j], standardize(tile.x[u][j], by[j].mean, by[j].invstd));
+    for (int u = 0; u < UNROLL; ++u) {
+      if (u >= known) continue;
+      const float g = tile.g[u][j], xhat = standardize(tile.x[u][j], by[j].mean, by[j].invstd);
+      sums->dy[j] += g;
+      sums->dy_xhat[j] = fma(g, xhat, sums->dy_xhat[j]);
+      some.add(g, xhat);
+    }
     tally.add(j, some);
   }
 }
@@ -144,23 +150,22 @@ __global__ void __launch_bounds__(512, 1)
   Affine by[W];
   read_affine(p, plan, at, by);
   ThreadSums<W> sums{};
-  const auto add_tiles = [&](auto see) {
+  const auto add_tiles = [&](auto add) {
     for (int t = 0; t < plan.tiles; ++t) {
       const std::int64_t row = at.row(t, kTile);
       const int known = at.known(plan, row, kTile);
       GradientTile<T, W, kTile> tile;
       tile.load(p, at, row, known);
       tile.mask(p, at, by, row, known);
-      add_tile(&sums, tile, by, known);
-      see(tile, known);
+      add(tile, known);
     }
   };
   if constexpr (kRecord) {
     const Tally<AffineSums, W> tally(RowsShared::fixed_bytes(blockDim.x, plan.width));
-    add_tiles([&](const auto& tile, int known) { add_tile(tally, tile, by, known); });
+    add_tiles([&](const auto& tile, int known) { add_tile(&sums, tally, tile, by, known); });
     tally.publish(plan, at, parts);
   } else {
-    add_tiles([](const auto&, int) {});
+    add_tiles([&](const auto& tile, int known) { add_tile(&sums, tile, by, known); });
   }
   publish_sums(plan, at, shared, space.parts, sums);
   if (!last_of_blocks(space.arrivals + at.group, plan.splits)) return;
@@ -284,31 +289,31 @@ __global__ void __launch_bounds__(512, 1)
   constexpr int kTile = kUnroll<T, 2>;
   const RowsPlace at(plan, blockIdx.x, blockIdx.y, 8);
   const RowsShared shared(plan.width);
+  // The first tile is held in registers, unless a record takes these; then it is in shared memory too.
+  constexpr int kFirst = kRecord ? 0 : 1;
   // Octet u of a thread's held tile t, of g or of x: neighbouring threads have neighbouring octets.
   const auto held = [&](int t, int u, bool x) {
-    return reinterpret_cast<Octet<T>*>(shared.tiles) + (((t - 1) * kTile + u) * 2 + x) * blockDim.x + threadIdx.x;
+    return reinterpret_cast<Octet<T>*>(shared.tiles) + (((t - kFirst) * kTile + u) * 2 + x) * blockDim.x + threadIdx.x;
   };
   Affine by[8];
   read_affine(p, plan, at, by);
   ThreadSums<8> sums{};
   GradientTile<T, 8, kTile> first;
-  const auto add_tiles = [&](auto see) {
-    {
+  const auto add_tiles = [&](auto add) {
+    if constexpr (!kRecord) {
       const std::int64_t row = at.row(0, kTile);
       const int known = at.known(plan, row, kTile);
       first.load(p, at, row, known);
       first.mask(p, at, by, row, known);
-      add_tile(&sums, first, by, known);
-      see(first, known);
+      add(first, known);
     }
-    for (int t = 1; t < plan.tiles; ++t) {
+    for (int t = kFirst; t < plan.tiles; ++t) {
       const std::int64_t row = at.row(t, kTile);
       const int known = at.known(plan, row, kTile);
       GradientTile<T, 8, kTile> tile;
       tile.load(p, at, row, known);
       tile.mask(p, at, by, row, known);
-      add_tile(&sums, tile, by, known);
-      see(tile, known);
+      add(tile, known);
       if (t > plan.tiles_in_shared) continue;
 #pragma unroll
       for (int u = 0; u < kTile; ++u)
@@ -316,14 +321,11 @@ __global__ void __launch_bounds__(512, 1)
     }
   };
   if constexpr (kRecord) {
-    const Tally<AffineSums, 8> tally(shared_bytes(plan));
-    const bool wanted = records.affine.data != nullptr;
-    add_tiles([&](const auto& tile, int known) {
-      if (wanted) add_tile(tally, tile, by, known);
-    });
-    if (wanted) tally.publish(plan, at, records.affine);
+    const Tally<AffineSums, 8> tally(shared_bytes(plan) + std::size_t{blockDim.x} * plan.tile_bytes);
+    add_tiles([&](const auto& tile, int known) { add_tile(&sums, tally, tile, by, known); });
+    if (records.affine.data) tally.publish(plan, at, records.affine);
   } else {
-    add_tiles([](const auto&, int) {});
+    add_tiles([&](const auto& tile, int known) { add_tile(&sums, tile, by, known); });
   }
   publish_sums(plan, at, shared, space.parts, sums);
   PivotSums sums_of_own{};
@@ -344,7 +346,7 @@ __global__ void __launch_bounds__(512, 1)
     centre[j] = {means.mean, means.invstd};
   }
   const auto write_tiles = [&](auto see) {
-    for (int t = plan.tiles - 1; t > 0; --t) {
+    for (int t = plan.tiles - 1; t >= kFirst; --t) {
       const std::int64_t row = at.row(t, kTile);
       const int known = at.known(plan, row, kTile);
       GradientTile<T, 8, kTile> tile;
@@ -360,14 +362,14 @@ __global__ void __launch_bounds__(512, 1)
       write_tile<T, kRecord>(p, at, by, centre, tile, row, known, dx);
       see(dx, known);
     }
-    const std::int64_t row = at.row(0, kTile);
-    const int known = at.known(plan, row, kTile);
-    Octet<T> dx[kTile];
-    write_tile<T, kRecord>(p, at, by, centre, first, row, known, dx);
-    see(dx, known);
+    if constexpr (!kRecord) {
+      const std::int64_t row = at.row(0, kTile);
+      Octet<T> dx[kTile];
+      write_tile<T, false>(p, at, by, centre, first, row, at.known(plan, row, kTile), dx);
+    }
   };
   if constexpr (kRecord) {
-    const Tally<GradientSums, 8> tally(shared_bytes(plan));
+    const Tally<GradientSums, 8> tally(shared_bytes(plan) + std::size_t{blockDim.x} * plan.tile_bytes);
     const bool wanted = records.gradient.data != nullptr;
     write_tiles([&](const auto& dx, int known) {
       if (wanted) add_tile(tally, dx, known);
@@ -405,9 +407,13 @@ std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
   const RecordSpace records = record_space(call, p.workspace, plan.splits);
   const bool of_sums = records_affine(call), of_input = records_gradient(call), record = of_sums || of_input;
   static_assert(int(kGradientRows) == int(kAffineRows), "one tally's room serves for both");
+  const std::size_t first_tile = std::size_t(plan.threads()) * plan.tile_bytes;
   const std::size_t tally = octets ? tally_bytes<AffineSums, 8>(plan) : tally_bytes<AffineSums, 1>(plan);
-  if (record)
-    if (std::string why = make_room(&plan, tally, p.device); !why.empty()) return why;
+  if (record) {
+    // Where the one kernel finds no room for its record, two kernels with the same cut do, and give the same bits.
+    single = single && make_room(&plan, tally + first_tile, p.device).empty();
+    if (std::string why = make_room(&plan, tally, p.device); !single && !why.empty()) return why;
+  }
   const dim3 blocks(plan.splits, plan.groups);
   const unsigned threads = plan.threads();
   const auto with_record = [&](std::string error) {
@@ -415,7 +421,7 @@ std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
   };
   std::string error;
   if (single) {
-    const Launch how{"grad_input", blocks, threads, shared_bytes(plan) + (record ? tally : 0), stream};
+    const Launch how{"grad_input", blocks, threads, shared_bytes(plan) + (record ? tally + first_tile : 0), stream};
     const auto kernel = record ? rows_backward_kernel<T, true> : rows_backward_kernel<T, false>;
     if (plan.splits == 1) return with_record(launch(how, kernel, call, plan, space, records));
     if (launch_resident(how, &error, kernel, call, plan, space, records)) return with_record(error);

@@ -11,6 +11,7 @@ from torch import Tensor
 import bnkern
 from bnkern import backends
 from tests.cases import BF16, FP16, FP32, Case, Precision, Target, assert_close, exact, mean_bound, var_bound
+from tests.record_cases import Call, check_backward, check_forward
 from tests.test_batch_norm import check
 
 pytestmark = [
@@ -48,6 +49,15 @@ def test_every_strategy(strategy: str, case: Case, precision: Precision) -> None
     """The short list for compute-sanitizer."""
     for mode, act, residual in (("training", "relu", True), ("training", None, False), ("eval", "relu", True)):
         check(Target("cuda", "cuda"), case, precision, mode, act, residual)
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=lambda p: p.name)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_records(strategy: str, case: Case, precision: Precision) -> None:
+    kernels, p = backends.choose("cuda", "cuda", precision.dtype), case.problem(precision, "cuda")
+    for call in (Call("training", "saved mask"), Call("eval", "relu"), Call("identity", None)):
+        check_forward(kernels, p, call)
+        check_backward(kernels, p, call)
 
 
 class Step:
