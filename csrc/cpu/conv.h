@@ -211,8 +211,8 @@ struct Ahead {
     return {reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(t.data) + item * offset),
             item * (t.stride_c == 1 ? t.stride_w : t.stride_c), item * 16 * t.stride_w};
   }
-  BNKERN_INLINE void call(std::int64_t k) const {
-    const std::int64_t offset = (k & 15) * column + (k >> 4) * columns;
+  BNKERN_INLINE void call(std::int64_t k) const { call_at((k & 15) * column + (k >> 4) * columns); }
+  BNKERN_INLINE void call_at(std::int64_t offset) const {
     __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(row) + offset), 0, 2);
   }
 };

@@ -103,6 +103,24 @@ BNKERN_INLINE void turn(const std::uint16_t* positions, Bits* words) {
     __m512i v = _mm512_inserti64x4(_mm512_castsi256_si512(bytes(first)), bytes(second), 1);
     for (int bit = 7; bit >= 0; --bit, v = _mm512_add_epi8(v, v)) words[8 * half + bit] = _mm512_movepi8_mask(v);
   }
+#elif defined(__AVX2__)
+  for (int half = 0; half < 2; ++half) {
+    // 32 positions' bytes; packing goes within halves of registers, so that quarters are put back in order.
+    const auto bytes = [&](const std::uint16_t* from) {
+      const auto one = [&](int k) {
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
+        return half ? _mm256_srli_epi16(v, 8) : _mm256_and_si256(v, _mm256_set1_epi16(255));
+      };
+      return _mm256_permute4x64_epi64(_mm256_packus_epi16(one(0), one(16)), 0xd8);
+    };
+    __m256i first = bytes(positions), second = bytes(positions + 32);
+    for (int bit = 7; bit >= 0; --bit) {
+      const auto low = static_cast<std::uint32_t>(_mm256_movemask_epi8(first));
+      const auto high = static_cast<std::uint32_t>(_mm256_movemask_epi8(second));
+      words[8 * half + bit] = low | static_cast<Bits>(high) << 32;
+      first = _mm256_add_epi8(first, first), second = _mm256_add_epi8(second, second);
+    }
+  }
 #else
   for (int c = 0; c < kLanes; ++c) words[c] = 0;
   for (int block = 0; block < 8; ++block)
@@ -139,14 +157,35 @@ struct Lattice {
   std::int64_t first_row, row_step, column_step, padding, columns, read_columns;
 };
 
+// Words of scratch for one row of 16 channels: see `turned` below.
+constexpr std::int64_t turned_size(std::int64_t row_words, std::int64_t taps) {
+  return (row_words + 2) * kLanes + row_words * taps;
+}
+
 // Channels [first, first + planes.channels) of t over the images of a block. `all`: NaN is present too. Returns
-// whether there is a NaN. `values` [read_columns][16] and `marks` are scratch.
+// whether there is a NaN. `values` [read_columns][16], `marks` and `turned`, of turned_size(), are scratch.
+//
+// Where a convolution keeps the width, the tap that starts where the image does has all of the image's columns, and
+// another tap is the same plane moved along, with zeros where it would meet the next image. Moving 64 columns at once
+// is cheaper than turning them again.
 template <class T>
 bool make_planes(const Image& t, const Rectangle& block, const Lattice& lattice, const Planes& planes,
-                 std::int64_t first, bool all, Bits* out, Accumulator<T>* values, std::uint16_t* marks) {
+                 std::int64_t first, bool all, Bits* out, Accumulator<T>* values, std::uint16_t* marks, Bits* turned) {
   using A = Accumulator<T>;
   const std::int64_t run = planes.row_words * kWordBits, filled = block.images * lattice.columns;
   std::uint16_t *const column_marks = marks, *const runs = marks + 2 * lattice.read_columns;
+  const bool move = lattice.column_step == 1 && t.w == lattice.columns && planes.taps > 1 && planes.taps < kWordBits;
+  const std::int64_t first_made = move ? lattice.padding : 0, end_made = move ? first_made + 1 : planes.taps;
+  // A row's words of 16 channels, and zeros before and after; then for each tap the columns that do not leave an image.
+  Bits *const words = turned + kLanes, *const inside = words + (planes.row_words + 1) * kLanes;
+  std::fill(turned, words, Bits{0});
+  std::fill(inside - kLanes, inside + planes.taps * planes.row_words, Bits{0});
+  for (std::int64_t tap = 0; move && tap < planes.taps; ++tap)
+    for (std::int64_t k = 0; k < filled; ++k) {
+      const std::int64_t column = k % lattice.columns + tap - lattice.padding;
+      const Bits is_inside = column >= 0 && column < lattice.columns;
+      inside[tap * planes.row_words + k / kWordBits] |= is_inside << k % kWordBits;
+    }
   unsigned any_nan = 0;
   for (std::int64_t tap = 0; tap < 2 * planes.taps; ++tap)
     std::fill(runs + tap * run + filled, runs + (tap + 1) * run, std::uint16_t{0});
@@ -159,12 +198,20 @@ bool make_planes(const Image& t, const Rectangle& block, const Lattice& lattice,
   for (std::int64_t c = 0; c < planes.channels; c += kLanes) {
     const std::int64_t width = std::min<std::int64_t>(kLanes, planes.channels - c);
     const unsigned own = (1u << width) - 1;
+    // First what is above zero and what is below, NaN being both; once a row is read, what they say, many at a time.
     const auto mark = [&](std::int64_t k, Vec<A> v) {
-      const unsigned above = v.above_zero().bits() & own;  // or NaN
-      const unsigned below = (Vec<A>::all(0) - v).above_zero().bits() & own;
-      any_nan |= above & below;
-      present[k] = static_cast<std::uint16_t>(all ? above | below : above ^ below);
-      negative[k] = static_cast<std::uint16_t>(below & ~above);
+      present[k] = v.above_zero().bits();
+      negative[k] = (Vec<A>::all(0) - v).above_zero().bits();
+    };
+    const auto settle = [&](std::int64_t begin, std::int64_t end) {
+      unsigned nan = 0;
+      for (std::int64_t k = begin; k < end; ++k) {
+        const unsigned above = present[k] & own, below = negative[k] & own;
+        nan |= above & below;
+        present[k] = static_cast<std::uint16_t>(all ? above | below : above ^ below);
+        negative[k] = static_cast<std::uint16_t>(below & ~above);
+      }
+      any_nan |= nan;
     };
     for (std::int64_t remainder = 0; remainder < planes.remainders; ++remainder)
       for (std::int64_t r = 0; r < planes.rows; ++r) {
@@ -183,9 +230,10 @@ bool make_planes(const Image& t, const Rectangle& block, const Lattice& lattice,
               std::fill(marked + end, marked + lattice.read_columns, std::uint16_t{0});
             }
             for (std::int64_t k = begin; k < end; ++k) {
-              ahead.call(k);
+              ahead.call_at(k * ahead.column);  // which call(k) comes to where channels lie side by side
               mark(k, load(from + (k - begin) * t.stride_w));
             }
+            settle(begin, end);
           } else {
             pack_row<T>(t, block.image + image, row, lattice.padding, lattice.read_columns, first + c, width, false,
                         values);
@@ -193,9 +241,10 @@ bool make_planes(const Image& t, const Rectangle& block, const Lattice& lattice,
               ahead.call(k);
               mark(k, Vec<A>::load(values + k * width));
             }
+            settle(0, lattice.read_columns);
           }
           for (std::int64_t sign = 0; sign < 2; ++sign)
-            for (std::int64_t tap = 0; tap < planes.taps; ++tap) {
+            for (std::int64_t tap = first_made; tap < end_made; ++tap) {
               const std::uint16_t* const from = column_marks + sign * lattice.read_columns + tap;
               std::uint16_t* const to = runs + (sign * planes.taps + tap) * run + image * lattice.columns;
               if (lattice.column_step == 1)
@@ -205,12 +254,27 @@ bool make_planes(const Image& t, const Rectangle& block, const Lattice& lattice,
             }
         }
         for (std::int64_t sign = 0; sign < 2; ++sign)
-          for (std::int64_t tap = 0; tap < planes.taps; ++tap) {
+          for (std::int64_t tap = first_made; tap < end_made; ++tap) {
             Bits* const to = out + sign * planes.size() + r * planes.row_words;
             for (std::int64_t word = 0; word < planes.row_words; ++word) {
-              Bits words[kLanes];
-              turn(runs + (sign * planes.taps + tap) * run + word * kWordBits, words);
-              for (std::int64_t k = 0; k < width; ++k) to[planes.offset(c + k, tap, remainder) + word] = words[k];
+              Bits* const from = words + word * kLanes;
+              turn(runs + (sign * planes.taps + tap) * run + word * kWordBits, from);
+              for (std::int64_t k = 0; k < width; ++k) to[planes.offset(c + k, tap, remainder) + word] = from[k];
+            }
+            for (std::int64_t other = 0; move && other < planes.taps; ++other) {
+              const std::int64_t shift = std::abs(other - tap);
+              for (std::int64_t word = 0; shift && word < planes.row_words; ++word) {
+                const Bits* const from = words + word * kLanes;
+                const Bits mask = inside[other * planes.row_words + word];
+                Bits bits[kLanes];
+                if (other > tap)
+                  for (int k = 0; k < kLanes; ++k)
+                    bits[k] = (from[k] >> shift | from[k + kLanes] << (kWordBits - shift)) & mask;
+                else
+                  for (int k = 0; k < kLanes; ++k)
+                    bits[k] = (from[k] << shift | from[k - kLanes] >> (kWordBits - shift)) & mask;
+                for (std::int64_t k = 0; k < width; ++k) to[planes.offset(c + k, other, remainder) + word] = bits[k];
+              }
             }
           }
       }
@@ -226,48 +290,54 @@ struct Operand {
   std::int64_t step, negative;
 };
 
-// Adds to sign_sum[kO][kI] and nonzero[kO][kI], of strides o_step and i_step, where they are not null.
-template <class Wide, int kO, int kI>
+// Adds to sign_sum[kO][kI] and nonzero[kO][kI], of strides o_step and i_step, where they are not null. kAlike: all
+// outputs have the same values present, as they do where no gradient is zero; what is present then is counted once.
+template <class Wide, bool kAlike, int kO, int kI>
 BNKERN_INLINE void count_tile(const Operand& dy, const Operand& x, std::int64_t words, std::int64_t o_step,
                               std::int64_t i_step, std::int32_t* sign_sum, std::int32_t* nonzero) {
-  Wide present[kO][kI], differing[kO][kI];
-  for (int o = 0; o < kO; ++o)
-    for (int i = 0; i < kI; ++i) present[o][i] = differing[o][i] = Wide::zero();
+  constexpr int kCounted = kAlike ? 1 : kO;
+  Wide present[kCounted][kI], differing[kO][kI];
+  for (int i = 0; i < kI; ++i) {
+    for (int o = 0; o < kCounted; ++o) present[o][i] = Wide::zero();
+    for (int o = 0; o < kO; ++o) differing[o][i] = Wide::zero();
+  }
   for (std::int64_t k = 0; k < words; k += Wide::kWide) {
-    Wide x_present[kI], x_negative[kI];
+    Wide x_present[kI], x_negative[kI], both[kI];
     for (int i = 0; i < kI; ++i) {
       x_present[i] = Wide::load(x.present + i * x.step + k);
       x_negative[i] = Wide::load(x.present + i * x.step + x.negative + k);
     }
     for (int o = 0; o < kO; ++o) {
-      const Wide dy_present = Wide::load(dy.present + o * dy.step + k);
-      const Wide dy_negative = Wide::load(dy.present + o * dy.step + dy.negative + k);
-      for (int i = 0; i < kI; ++i) {
-        const Wide both = dy_present & x_present[i];
-        present[o][i].count(both);
-        differing[o][i].count((dy_negative ^ x_negative[i]) & both);
+      if (o < kCounted) {
+        const Wide dy_present = Wide::load(dy.present + o * dy.step + k);
+        for (int i = 0; i < kI; ++i) {
+          both[i] = dy_present & x_present[i];
+          present[o][i].count(both[i]);
+        }
       }
+      const Wide dy_negative = Wide::load(dy.present + o * dy.step + dy.negative + k);
+      for (int i = 0; i < kI; ++i) differing[o][i].count((dy_negative ^ x_negative[i]) & both[i]);
     }
   }
   for (int o = 0; o < kO; ++o)
     for (int i = 0; i < kI; ++i) {
-      const std::int64_t at = o * o_step + i * i_step, count = present[o][i].total();
+      const std::int64_t at = o * o_step + i * i_step, count = present[o % kCounted][i].total();
       if (nonzero) nonzero[at] += static_cast<std::int32_t>(count);
       if (sign_sum) sign_sum[at] += static_cast<std::int32_t>(count - 2 * differing[o][i].total());
     }
 }
 
-template <class Wide, int kI>
+template <class Wide, bool kAlike, int kI>
 void count_outputs(const Operand& dy, const Operand& x, std::int64_t words, std::int64_t outputs, std::int64_t o_step,
                    std::int64_t i_step, std::int32_t* sign_sum, std::int32_t* nonzero) {
   const auto at = [&](std::int32_t* results, std::int64_t o) { return results ? results + o * o_step : nullptr; };
   std::int64_t o = 0;
   for (; o + 4 <= outputs; o += 4)
-    count_tile<Wide, 4, kI>({dy.present + o * dy.step, dy.step, dy.negative}, x, words, o_step, i_step, at(sign_sum, o),
-                            at(nonzero, o));
+    count_tile<Wide, kAlike, 4, kI>({dy.present + o * dy.step, dy.step, dy.negative}, x, words, o_step, i_step,
+                                    at(sign_sum, o), at(nonzero, o));
   for (; o < outputs; ++o)
-    count_tile<Wide, 1, kI>({dy.present + o * dy.step, dy.step, dy.negative}, x, words, o_step, i_step, at(sign_sum, o),
-                            at(nonzero, o));
+    count_tile<Wide, kAlike, 1, kI>({dy.present + o * dy.step, dy.step, dy.negative}, x, words, o_step, i_step,
+                                    at(sign_sum, o), at(nonzero, o));
 }
 
 // Adds a block's counts for `outputs` outputs to sign_sum and nonzero [outputs, I, kernel_h, kernel_w].
@@ -277,13 +347,17 @@ void count_block(const ConvGradSigns& p, const Planes& x_planes, const Planes& d
   const std::int64_t area = p.kernel_h * p.kernel_w, words = dy_planes.plane();
   const Operand outputs{dy, dy_planes.offset(1, 0, 0), dy_planes.size()};
   const auto at = [](std::int32_t* results, std::int64_t offset) { return results ? results + offset : nullptr; };
+  bool alike = true;
+  for (std::int64_t o = 1; o < dy_planes.channels; ++o) alike &= std::equal(dy, dy + words, dy + o * outputs.step);
+  const auto pairs = alike ? count_outputs<Wide, true, 2> : count_outputs<Wide, false, 2>;
+  const auto single = alike ? count_outputs<Wide, true, 1> : count_outputs<Wide, false, 1>;
   for (std::int64_t c = 0; c < p.x.c; c += 2)
     for (std::int64_t k = 0; k < p.kernel_h; ++k)
       for (std::int64_t q = 0; q < p.kernel_w; ++q) {
         const Bits* const first = x + x_planes.offset(c, q, k % p.stride_h) + k / p.stride_h * x_planes.row_words;
         const Operand channels{first, x_planes.offset(1, 0, 0), x_planes.size()};
         const std::int64_t offset = c * area + k * p.kernel_w + q;
-        const auto count = c + 2 <= p.x.c ? count_outputs<Wide, 2> : count_outputs<Wide, 1>;
+        const auto count = c + 2 <= p.x.c ? pairs : single;
         count(outputs, channels, words, dy_planes.channels, p.x.c * area, area, at(sign_sum, offset),
               at(nonzero, offset));
       }
@@ -320,20 +394,21 @@ void conv_signs_as(const ConvGradSigns& p) {
   const auto dy_planes = [&](const Rectangle& block, std::int64_t own_outputs) {
     return Planes{own_outputs, 1, 1, block.rows, divide_up(block.images * p.dy.w, kWordBits)};
   };
-  std::int64_t x_size = 0, dy_size = 0, marks_size = 0;
+  std::int64_t x_size = 0, dy_size = 0, marks_size = 0, turned = 0;
   for (std::int64_t k = 0; k < chunks.count(); ++k) {
     const Pieces blocks = blocks_of(p, chunks[k], positions);
     const Rectangle block{0, blocks.images, 0, blocks.rows};
     x_size = std::max(x_size, 2 * x_planes(block).size() + kWords);  // the last plane is read in whole vectors
     dy_size = std::max(dy_size, 2 * dy_planes(block, outputs).size());
+    turned = std::max(turned, turned_size(x_planes(block).row_words, p.kernel_w));
     marks_size = std::max(marks_size, 2 * x_columns(p) + 2 * p.kernel_w * x_planes(block).row_words * kWordBits);
   }
   const std::int64_t values_size = std::max(x_columns(p), p.dy.w) * kLanes + kLanes;
   const std::int64_t scratch =
-      round_up(static_cast<std::int64_t>((x_size + dy_size) * sizeof(Bits) + marks_size * sizeof(std::uint16_t) +
-                                         values_size * sizeof(A)),
+      round_up(static_cast<std::int64_t>((x_size + dy_size + turned) * sizeof(Bits) +
+                                         marks_size * sizeof(std::uint16_t) + values_size * sizeof(A)),
                64) +
-      256;
+      320;
   const std::int64_t partials = chunks.count() * size;
   const PoolSpace pool(2 * (partials * static_cast<std::int64_t>(sizeof(std::int32_t)) + 64) + threads * scratch);
   char* space = pool.data();
@@ -356,6 +431,7 @@ void conv_signs_as(const ConvGradSigns& p) {
     char* own = scratches + omp_get_thread_num() * scratch;
     Bits* const x = take<Bits>(own, x_size);
     Bits* const dy = take<Bits>(own, dy_size);
+    Bits* const own_turned = take<Bits>(own, turned);
     A* const values = take<A>(own, values_size);
     std::uint16_t* const marks = take<std::uint16_t>(own, marks_size);
 #pragma omp for schedule(dynamic)
@@ -374,8 +450,8 @@ void conv_signs_as(const ConvGradSigns& p) {
             block.row * p.stride_h - p.padding_h, p.stride_h, p.stride_w, p.padding_w, p.dy.w, x_columns(p)};
         const Lattice dy_lattice{block.row, 1, 1, 0, p.dy.w, p.dy.w};
         const auto count_once = [&](bool all, std::int32_t* signs, std::int32_t* nonzeros) {
-          bool any_nan = make_planes<T>(p.x, block, x_lattice, of_x, 0, all, x, values, marks);
-          any_nan |= make_planes<T>(p.dy, block, dy_lattice, of_dy, output, all, dy, values, marks);
+          bool any_nan = make_planes<T>(p.x, block, x_lattice, of_x, 0, all, x, values, marks, own_turned);
+          any_nan |= make_planes<T>(p.dy, block, dy_lattice, of_dy, output, all, dy, values, marks, own_turned);
           count(p, of_x, of_dy, x, dy, signs, any_nan && !all ? nullptr : nonzeros);
           return any_nan;
         };
