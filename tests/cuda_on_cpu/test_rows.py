@@ -102,7 +102,7 @@ def test_records_every_way(way: str, precision: Precision, case: Case) -> None:
     check_backward(RECORDING[way], p, call)
 
 
-@sweep([case for case in CASES if case.name != "c2048_rows"], HALVES[1:])  # 2048 warps that join parts take minutes
+@sweep([WIDE, *(CASE[name] for name in ("nhwc_c5_s49", "two_values", "inf_rows", "outlier_rows"))], [WIDE])
 @sandboxed
 def test_records(precision: Precision, case: Case) -> None:
     p = case.problem(precision)
