@@ -14,7 +14,7 @@ from torch import Tensor
 # torch comes first: it brings the OpenMP runtime that the native module then shares.
 from .. import _native
 from .layout import Layout, dense, layout, output_strides, strides
-from .records import ACTIVATION
+from .records import activation_of_nothing
 from .reference import accumulator, merge
 
 __all__ = [
@@ -198,13 +198,8 @@ def normalize(
     if x.numel():
         _run_forward(x, plan, False, True, mean, invstd, y, weight, bias, residual, mask, act, record=record)
     elif record is not None:
-        _record_nothing(record)
+        activation_of_nothing(record)
     return y, mask
-
-
-def _record_nothing(record: Tensor) -> None:
-    record.zero_()
-    record[ACTIVATION.index("min")], record[ACTIVATION.index("max")] = torch.inf, -torch.inf
 
 
 def forward(
@@ -249,7 +244,7 @@ def forward(
             if training and num_batches_tracked is not None:
                 num_batches_tracked += 1
         if record is not None:
-            _record_nothing(record)
+            activation_of_nothing(record)
     return y, mean, invstd, mask
 
 

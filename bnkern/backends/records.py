@@ -23,3 +23,9 @@ AFFINE = (
     "weight_sign_sum",
     "weight_nonzero",
 )
+
+
+def activation_of_nothing(record) -> None:
+    """Fills ``record``, a tensor [8, C], with the rows ``ACTIVATION`` of an empty batch."""
+    record.zero_()
+    record[ACTIVATION.index("min")], record[ACTIVATION.index("max")] = float("inf"), float("-inf")

@@ -276,6 +276,15 @@ BNKERN_DEVICE Statistics given_statistics(const Forward& p, std::int64_t c) {
   return {read(p.mean, c, 0.0f), read(p.spread, c, 1.0f)};
 }
 
+// A value of the channel to take distances from, so that they are small numbers however large the mean: the middle one
+// of three, since about an outlier all others would be large. value(k) is the first, one in between and the last.
+template <class F>
+BNKERN_DEVICE float middle_of(F value) {
+  const float a = value(0), b = value(1), c = value(2);
+  const float high = largest(a, b);
+  return largest(least(a, b), least(high, c));
+}
+
 // The sums of a channel as the parameters' gradients.
 BNKERN_DEVICE void save_sums(const Backward& p, std::int64_t c, PivotSums sums) {
   if (p.sum_dy) static_cast<float*>(p.sum_dy)[c] = static_cast<float>(sums.first);

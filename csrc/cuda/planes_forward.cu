@@ -10,7 +10,6 @@
 namespace bnkern {
 namespace {
 
-// A value of the channel to take distances from, so that they are small numbers however large the mean.
 template <class T>
 BNKERN_DEVICE float pivot_of(const View& x, const Shape& shape, int channel) {
   return middle_of([&](int k) {

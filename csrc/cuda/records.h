@@ -115,13 +115,4 @@ BNKERN_DEVICE A joined(int row, A a, A b) {
   return a + b;
 }
 
-// A value of the channel to take distances from where no mean of this very tensor is known: the middle one of three, so
-// that one outlier does not decide. value(0), value(1) and value(2) are the first, one in between and the last.
-template <class F>
-BNKERN_DEVICE float middle_of(F value) {
-  const float a = value(0), b = value(1), c = value(2);
-  const float high = largest(a, b);
-  return largest(least(a, b), least(high, c));
-}
-
 }  // namespace bnkern

@@ -69,7 +69,7 @@ def test_training(precision: Precision, case: Case) -> None:
 def test_records_every_way(way: str, precision: Precision, case: Case) -> None:
     p, call = case.problem(precision), Call("training", "saved mask")
     check_forward(WAYS[way].in_five_orders(), p, call)
-    check_backward(WAYS[way], p, call)
+    check_backward(WAYS[way].in_five_orders(), p, call)
 
 
 @pytest.mark.parametrize(

@@ -94,21 +94,29 @@ RECORDING = WAYS | {
 
 
 @EVERY_WAY
-@sweep([OCTETS, WIDE], [OCTETS])
+@sweep([WIDE], [OCTETS])
 @sandboxed
 def test_records_every_way(way: str, precision: Precision, case: Case) -> None:
-    p, call = case.problem(precision), Call("training", "saved mask")
-    check_forward(RECORDING[way].in_five_orders(), p, call)
-    check_backward(RECORDING[way], p, call)
+    check_records(RECORDING[way].in_five_orders(), precision, case, Call("training", "saved mask"))
+
+
+@sandboxed
+def test_records_of_rows_one_by_one() -> None:
+    for call in (Call("training", "saved mask"), Call("eval", None)):
+        check_records(WAYS["two_kernels"].in_five_orders(), FP32, CASE["nhwc_c5_s49"], call)
+
+
+def check_records(way: OnCpu, precision: Precision, case: Case, call: Call) -> None:
+    p = case.problem(precision)
+    check_forward(way, p, call)
+    check_backward(way, p, call)
 
 
 @sweep([WIDE, *(CASE[name] for name in ("nhwc_c5_s49", "two_values", "inf_rows", "outlier_rows"))], [WIDE])
 @sandboxed
 def test_records(precision: Precision, case: Case) -> None:
-    p = case.problem(precision)
     for call in (Call("training", None), Call("eval", "relu"), Call("identity", "saved mask")):
-        check_forward(WAYS["single_read"], p, call)
-        check_backward(WAYS["single_read"], p, call)
+        check_records(WAYS["single_read"], precision, case, call)
 
 
 @sandboxed

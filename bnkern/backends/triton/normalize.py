@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import addressed, empty_like, layout
+from ..records import activation_of_nothing
 from .common import (
     addresses,
     affine,
@@ -18,7 +19,7 @@ from .common import (
     plan,
 )
 from .moments import add_tile, counted, join_lanes, no_moments, write_moments
-from .records import activation_of_nothing, columns_sum, fold_activation, owned, tell, write_part
+from .records import columns_sum, fold_activation, owned, tell, write_part
 
 
 @kernel

@@ -9,12 +9,11 @@ is, in one of two small ones here: one more launch for ``record`` without batch 
 ``record_gradient``.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..records import ACTIVATION, GRADIENT
+from ..records import GRADIENT
 from .common import kernel, launch
 
 PARTS, CHANNELS = 32, 16  # the block that a program adds at a time
@@ -177,10 +176,3 @@ def fold_gradient(parts: Tensor, record: Tensor, count: int) -> None:
         gradient_kernel, grid, parts.device, parts, record, len(parts), parts.shape[2], count,
         PARTS=PARTS, CHANNELS=CHANNELS,
     )  # fmt: skip
-
-
-def activation_of_nothing(record: Tensor) -> None:
-    """Fills ``record`` [8, C] for an empty batch."""
-    record.zero_()
-    record[ACTIVATION.index("min")].fill_(torch.inf)
-    record[ACTIVATION.index("max")].fill_(-torch.inf)
