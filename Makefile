@@ -12,7 +12,7 @@ help: ## show this list
 
 setup: .venv/done ## create .venv and build the kernels; done again only where something changed
 
-reproduce: setup ## run the paper's experiments, half an hour to an hour, and write the report: results/report.html
+reproduce: setup ## run the paper's experiments, 25 minutes to an hour, and write the report: results/report.html
 	.venv/bin/python -m experiments reproduce $(ARGS)
 
 test: setup ## the tests

@@ -49,12 +49,18 @@ struct Walk {
   std::int64_t images, rows, columns;
   std::int64_t x_image, x_row, x_column;
   std::int64_t dy_image, dy_row, dy_column;
+  std::int64_t magnitudes;  // how far behind dy its magnitudes lie, where both sums are wanted
   Ahead ahead;
   std::int64_t ahead_image, ahead_row;  // in bytes
 };
 
-template <class A, int kV, int kO, bool kBoth>
+// Which sums a tile makes: one, by whatever operands it is given, or both. Most inputs of convolutions come from a
+// ReLU: where a block's x has nothing below zero it is its own magnitude, to the bit, as a sum is never -0.
+enum class Sums { kOne, kBoth, kBothOfPositive };
+
+template <class A, int kV, int kO, Sums kSums>
 void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* sum, A* abs_sum) {
+  constexpr bool kBoth = kSums != Sums::kOne;
   Vec<A> sums[kO][kV], abs_sums[kO][kV];
 #pragma GCC unroll 16
   for (int o = 0; o < kO; ++o)
@@ -79,10 +85,10 @@ void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* s
         }
         if constexpr (kBoth) {
 #pragma GCC unroll 16
-          for (int v = 0; v < kV; ++v) values[v] = magnitude(values[v]);
+          for (int v = 0; v < kV && kSums == Sums::kBoth; ++v) values[v] = magnitude(values[v]);
 #pragma GCC unroll 16
           for (int o = 0; o < kO; ++o) {
-            const Vec<A> g = magnitude(Vec<A>::all(by[o]));
+            const Vec<A> g = Vec<A>::all(by[walk.magnitudes + o]);
 #pragma GCC unroll 16
             for (int v = 0; v < kV; ++v) abs_sums[o][v] = fma(g, values[v], abs_sums[o][v]);
           }
@@ -103,29 +109,36 @@ void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* s
 }
 
 // All sums of a run for `outputs` outputs, by tiles of kO outputs, then of half as many for the rest.
-template <class A, int kV, int kO, bool kBoth>
+template <class A, int kV, int kO, Sums kSums>
 void tiles(const Walk<A>& walk, const A* x, const A* dy, std::int64_t outputs, std::int64_t pitch, A* sum, A* abs_sum) {
   std::int64_t o = 0;
   for (; o + kO <= outputs; o += kO)
-    tile<A, kV, kO, kBoth>(walk, x, dy + o, pitch, sum + o * pitch, abs_sum + o * pitch);
+    tile<A, kV, kO, kSums>(walk, x, dy + o, pitch, sum + o * pitch, abs_sum + o * pitch);
   if constexpr (kO > 1)
     if (o < outputs)
-      tiles<A, kV, kO / 2, kBoth>(walk, x, dy + o, outputs - o, pitch, sum + o * pitch, abs_sum + o * pitch);
+      tiles<A, kV, kO / 2, kSums>(walk, x, dy + o, outputs - o, pitch, sum + o * pitch, abs_sum + o * pitch);
 }
 
-template <class A, bool kBoth>
+template <class A, Sums kSums>
 void run_of_sums(const Walk<A>& walk, const A* x, const A* dy, std::int64_t outputs, std::int64_t pitch, A* sum,
                  A* abs_sum) {
-  constexpr int kO = kBoth ? kOutputs / 2 : kOutputs;
+  constexpr int kO = kSums == Sums::kOne ? kOutputs : kOutputs / 2;
   for (std::int64_t v = 0; v < pitch; v += kVectors * kLanes) {
     const std::int64_t vectors = (pitch - v) / kLanes;
     if (kVectors >= 3 && vectors >= 3)
-      tiles<A, kVectors, kO, kBoth>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
+      tiles<A, kVectors, kO, kSums>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
     else if (kVectors >= 2 && vectors >= 2)
-      tiles<A, kVectors >= 2 ? 2 : 1, kO, kBoth>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
+      tiles<A, kVectors >= 2 ? 2 : 1, kO, kSums>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
     else
-      tiles<A, 1, kVectors >= 2 ? 2 * kO : kO, kBoth>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
+      tiles<A, 1, kVectors >= 2 ? 2 * kO : kO, kSums>(walk, x + v, dy, outputs, pitch, sum + v, abs_sum + v);
   }
+}
+
+template <class A>
+bool below_zero(const A* x, std::int64_t count) {
+  unsigned below = 0;
+  for (std::int64_t i = 0; i < count; i += kLanes) below |= (Vec<A>::all(0) - Vec<A>::load(x + i)).above_zero().bits();
+  return below;
 }
 
 // Adds a block's sums to those of its chunk, for outputs [output, output + outputs). While it computes it calls for
@@ -137,14 +150,17 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
   using A = Accumulator<T>;
   const bool both = sum && abs_sum, absolute = !sum;
   const std::int64_t positions = block.images * block.rows * p.dy.w;
-  // dy is read where it lies if it is as the tiles read it.
-  const bool dy_in_place = std::is_same_v<T, A> && p.dy.stride_c == 1 && !absolute;
+  // dy is read where it lies if it is as the tiles read it; and its magnitudes are made once, not in every tile.
+  const bool dy_in_place = std::is_same_v<T, A> && p.dy.stride_c == 1 && !absolute && !both;
+  const std::int64_t magnitudes = both ? positions * outputs : 0;
   for (std::int64_t o = 0; o < outputs && !dy_in_place; o += kLanes) {
     const std::int64_t width = std::min<std::int64_t>(kLanes, outputs - o);
     A* to = dy + o * positions;
     for (std::int64_t image = 0; image < block.images; ++image)
-      for (std::int64_t row = 0; row < block.rows; ++row, to += p.dy.w * width)
+      for (std::int64_t row = 0; row < block.rows; ++row, to += p.dy.w * width) {
         pack_row<T>(p.dy, block.image + image, block.row + row, 0, p.dy.w, output + o, width, absolute, to);
+        if (both) convert(to, p.dy.w * width, true, to + magnitudes);
+      }
   }
   const std::int64_t rows = x_rows(p, block.rows), columns = x_columns(p);
   const std::int64_t next_row = next.row ? next.row * p.stride_h + p.kernel_h - 1 - p.padding_h : 0;
@@ -152,6 +168,7 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
     const std::int64_t width = groups.width_of(g);
     const bool x_in_place = std::is_same_v<T, A> && p.x.stride_c == 1 && !absolute && p.kernel_w == 1 &&
                             p.padding_h == 0 && p.padding_w == 0 && width % kLanes == 0;
+    bool positive = false;
     if (!x_in_place) {
       A* to = x;
       for (std::int64_t image = 0; image < block.images; ++image)
@@ -159,6 +176,7 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
           pack_row<T>(p.x, block.image + image, block.row * p.stride_h - p.padding_h + row, p.padding_w, columns,
                       g * groups.width, width, absolute, to);
       std::fill_n(to, kLanes, A(0));  // the last run ends within a vector
+      positive = both && !below_zero(x, to - x);
     }
     std::int64_t part = 0;  // of stride_h x stride_w lines to call for at each position
     for (std::int64_t k = 0; k < p.kernel_h; ++k)
@@ -172,6 +190,7 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
         walk.dy_image = dy_in_place ? p.dy.stride_n : block.rows * p.dy.w * dy_width;
         walk.dy_row = dy_in_place ? p.dy.stride_h : p.dy.w * dy_width;
         walk.dy_column = dy_in_place ? p.dy.stride_w : dy_width;
+        walk.magnitudes = magnitudes;
         walk.ahead = Ahead::of<T>(p.x, next.image, g * groups.width, next_row + part / p.stride_w % p.stride_h,
                                   part % p.stride_w * p.dy.w);
         walk.ahead_image = static_cast<std::int64_t>(sizeof(T)) * p.x.stride_n;
@@ -184,9 +203,11 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
                                               : dy + o * positions;
         const std::int64_t offset = groups.offset(g, k, output + o), pitch = groups.pitch(g);
         if (both)
-          run_of_sums<A, true>(walk, x_first, dy_first, dy_width, pitch, sum + offset, abs_sum + offset);
+          (positive
+               ? run_of_sums<A, Sums::kBothOfPositive>
+               : run_of_sums<A, Sums::kBoth>)(walk, x_first, dy_first, dy_width, pitch, sum + offset, abs_sum + offset);
         else
-          run_of_sums<A, false>(walk, x_first, dy_first, dy_width, pitch, (absolute ? abs_sum : sum) + offset, x);
+          run_of_sums<A, Sums::kOne>(walk, x_first, dy_first, dy_width, pitch, (absolute ? abs_sum : sum) + offset, x);
       }
   }
 }
@@ -229,7 +250,7 @@ void conv_sums_as(const ConvGradSigns& p) {
   std::int64_t dy_size = 0, x_size = 0;
   for (std::int64_t k = 0; k < chunks.count(); ++k) {
     const Pieces block = blocks_of(p, chunks[k], positions);
-    dy_size = std::max(dy_size, block.images * block.rows * p.dy.w * outputs);
+    dy_size = std::max(dy_size, block.images * block.rows * p.dy.w * outputs * (p.sum && p.abs_sum ? 2 : 1));
     x_size = std::max(x_size, block.images * x_rows(p, block.rows) * x_columns(p) * groups.width + kLanes);
   }
   const std::int64_t scratch = round_up((dy_size + x_size) * static_cast<std::int64_t>(sizeof(A)), 64) + 128;
