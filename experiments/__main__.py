@@ -10,7 +10,7 @@ from .specs import SCALES, Spec
 
 EXAMPLES = """\
 examples:
-  python -m experiments reproduce                     what fits into 25 minutes on two cores with AVX-512, and the report
+  python -m experiments reproduce                     25 minutes on two cores with AVX-512, and the report
   python -m experiments list
   python -m experiments run gradient_signs moments_by_depth
   python -m experiments run all --scale laptop        hours; Ctrl-C when you like, the same command goes on
