@@ -1,5 +1,8 @@
 """A whole training step of ResNet-20 on CIFAR-sized images, batch 128, fp32: forward, loss, backward, SGD.
 
+``test_step`` takes ready batches. ``test_loop`` is the step that ``python -m bnkern.train`` takes, which also makes its
+batch, measures, and looks out for divergence; "ready batch" beside it is the step of ``test_step``.
+
 The same step without its normalisation ("no norm": ReLU and the residual addition stay) is the limit to what faster
 batch norm can give. The learning rate is 0, which is the same work, so that every step is of the same network.
 """
@@ -13,7 +16,11 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.shapes import LAYOUTS, Case
+from bnkern.train import cifar10
+from bnkern.train.config import Config
+from bnkern.train.loop import build
 from bnkern.train.resnet import ResNet
+from bnkern.train.step import Step
 
 ACTIVATION_BYTES = 100e6  # what a step works on is past any cache
 
@@ -65,4 +72,49 @@ def test_step(compare, device: torch.device, quick: bool, without_compile: str |
         missing={"compile": f"left out by {without_compile}"} if without_compile else {},
         nbytes=ACTIVATION_BYTES,
         budget_s=40,
+    )
+
+
+def loop_step(config: Config, data: cifar10.Cifar10, device: torch.device, graph: bool) -> Callable[[object], None]:
+    """The loop's step on the first batch of an epoch, over and over, at learning rate 0."""
+    torch.manual_seed(config.seed)
+    network = build(config, device)
+    split = cifar10.Split(*(t.to(device) for t in data.train))
+    batches = cifar10.Batches(
+        split, config.batch, config.seed, data.mean, data.std, augment=True, memory_format=torch.channels_last
+    )
+    batches.start(0)
+    step = Step(network, network, batches, config)
+    if graph:
+        step.record()
+
+    def again(_: object) -> None:
+        step.index.zero_()
+        step()
+
+    return again
+
+
+def test_loop(compare, device: torch.device, quick: bool) -> None:
+    depth, case = (8, Case("few_images", "both", "fp32")) if quick else (20, Case("images", "both", "fp32"))
+    images, graphs = case.size[0], [False, True] if device.type == "cuda" else [False]
+    data = cifar10.synthetic(train=max(4 * images, 40), test=10)
+    batch = torch.randn(case.size, device=device), torch.randint(10, case.size[:1], device=device)
+
+    def stepper(kernels: str, graph: bool) -> Callable[[object], None]:
+        options = {"depth": depth, "batch": images, "data": "synthetic", "channels_last": True}
+        return loop_step(Config(name=kernels, kernels=kernels, **options), data, device, graph)
+
+    compare(
+        f"resnet{depth}",
+        case,
+        {
+            f"{name}{' in a graph' if graph else ''}": stepper(kernels, graph)
+            for graph in graphs
+            for name, kernels in {"bnkern": "bnkern", "eager": "torch"}.items()
+        }
+        | {"ready batch": training_step(ResNet(depth).to(device), "channels_last")},
+        make_data=lambda: batch,
+        nbytes=ACTIVATION_BYTES,
+        budget_s=20,
     )
