@@ -9,6 +9,7 @@ batch norm can give. The learning rate is 0, which is the same work, so that eve
 
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ def test_step(compare, device: torch.device, quick: bool, without_compile: str |
 
 
 def loop_step(config: Config, data: cifar10.Cifar10, device: torch.device, graph: bool) -> Callable[[object], None]:
-    """The loop's step on the first batch of an epoch, over and over, at learning rate 0."""
+    """The loop's step on one batch of an epoch after the other, at learning rate 0."""
     torch.manual_seed(config.seed)
     network = build(config, device)
     split = cifar10.Split(*(t.to(device) for t in data.train))
@@ -88,17 +89,19 @@ def loop_step(config: Config, data: cifar10.Cifar10, device: torch.device, graph
     if graph:
         step.record()
 
-    def again(_: object) -> None:
-        step.index.zero_()
+    numbers = cycle(range(len(batches)))
+
+    def one(_: object) -> None:
+        step.index.fill_(next(numbers))
         step()
 
-    return again
+    return one
 
 
 def test_loop(compare, device: torch.device, quick: bool) -> None:
     depth, case = (8, Case("few_images", "both", "fp32")) if quick else (20, Case("images", "both", "fp32"))
     images, graphs = case.size[0], [False, True] if device.type == "cuda" else [False]
-    data = cifar10.synthetic(train=max(4 * images, 40), test=10)
+    data = cifar10.synthetic()
     batch = torch.randn(case.size, device=device), torch.randint(10, case.size[:1], device=device)
 
     def stepper(kernels: str, graph: bool) -> Callable[[object], None]:

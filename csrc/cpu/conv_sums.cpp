@@ -55,7 +55,8 @@ struct Walk {
 };
 
 // Which sums a tile makes: one, by whatever operands it is given, or both. Most inputs of convolutions come from a
-// ReLU: where a block's x has nothing below zero it is its own magnitude, to the bit, as a sum is never -0.
+// ReLU: where a block's x has nothing below zero it is its own magnitude. That holds for -0.0 too, whose products
+// change no bit of a sum that starts at +0.
 enum class Sums { kOne, kBoth, kBothOfPositive };
 
 template <class A, int kV, int kO, Sums kSums>
@@ -84,8 +85,9 @@ void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* s
           for (int v = 0; v < kV; ++v) sums[o][v] = fma(g, values[v], sums[o][v]);
         }
         if constexpr (kBoth) {
+          if constexpr (kSums == Sums::kBoth)
 #pragma GCC unroll 16
-          for (int v = 0; v < kV && kSums == Sums::kBoth; ++v) values[v] = magnitude(values[v]);
+            for (int v = 0; v < kV; ++v) values[v] = magnitude(values[v]);
 #pragma GCC unroll 16
           for (int o = 0; o < kO; ++o) {
             const Vec<A> g = Vec<A>::all(by[walk.magnitudes + o]);
@@ -134,6 +136,7 @@ void run_of_sums(const Walk<A>& walk, const A* x, const A* dy, std::int64_t outp
   }
 }
 
+// Whether any of the values, whole vectors of them, is below zero or NaN.
 template <class A>
 bool below_zero(const A* x, std::int64_t count) {
   unsigned below = 0;
