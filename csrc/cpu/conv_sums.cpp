@@ -139,9 +139,9 @@ void run_of_sums(const Walk<A>& walk, const A* x, const A* dy, std::int64_t outp
 // Whether any of the values, whole vectors of them, is below zero or NaN.
 template <class A>
 bool below_zero(const A* x, std::int64_t count) {
-  unsigned below = 0;
-  for (std::int64_t i = 0; i < count; i += kLanes) below |= (Vec<A>::all(0) - Vec<A>::load(x + i)).above_zero().bits();
-  return below;
+  for (std::int64_t i = 0; i < count; i += kLanes)
+    if ((Vec<A>::all(0) - Vec<A>::load(x + i)).above_zero().bits()) return true;
+  return false;
 }
 
 // Adds a block's sums to those of its chunk, for outputs [output, output + outputs). While it computes it calls for
