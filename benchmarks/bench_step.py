@@ -1,25 +1,29 @@
 """A whole training step of ResNet-20 on CIFAR-sized images, batch 128, fp32: forward, loss, backward, SGD.
 
 ``test_step`` takes ready batches. ``test_loop`` is the step that ``python -m bnkern.train`` takes, which also makes its
-batch, measures, and looks out for divergence; "ready batch" beside it is the step of ``test_step``.
+batch, measures, and looks out for divergence; "ready batch" beside it is the step of ``test_step``. ``test_graph`` is
+the same as one CUDA graph, as the loop records it on a GPU, of ResNet-20 and ResNet-110 in fp32 and bf16 autocast.
 
 The same step without its normalisation ("no norm": ReLU and the residual addition stay) is the limit to what faster
 batch norm can give. The learning rate is 0, which is the same work, so that every step is of the same network.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import cycle
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bnkern
 from benchmarks import peers
 from benchmarks.shapes import LAYOUTS, Case
 from bnkern.train import cifar10
 from bnkern.train.config import Config
-from bnkern.train.loop import build
+from bnkern.train.loop import build, numerics
 from bnkern.train.resnet import ResNet
 from bnkern.train.step import Step
 
@@ -82,10 +86,17 @@ def loop_step(config: Config, data: cifar10.Cifar10, device: torch.device, graph
     network = build(config, device)
     split = cifar10.Split(*(t.to(device) for t in data.train))
     batches = cifar10.Batches(
-        split, config.batch, config.seed, data.mean, data.std, augment=True, memory_format=torch.channels_last
+        split,
+        config.batch,
+        config.seed,
+        data.mean,
+        data.std,
+        augment=True,
+        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        memory_format=LAYOUTS["channels_last" if config.channels_last else "nchw"],
     )
     batches.start(0)
-    step = Step(network, network, batches, config)
+    step = Step(peers.compiled(network) if config.compile else network, network, batches, config)
     if graph:
         step.record()
 
@@ -121,3 +132,42 @@ def test_loop(compare, device: torch.device, quick: bool) -> None:
         nbytes=ACTIVATION_BYTES,
         budget_s=20,
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("depth", [20, 110])
+def test_graph(
+    depth: int, precision: str, compare, device: torch.device, quick: bool, without_compile: str | None
+) -> None:
+    """Every row is a replay; what the network's kernels are was settled when it was recorded."""
+    data = cifar10.synthetic()
+    common = {"depth": 8 if quick else depth, "precision": precision, "data": "synthetic", "channels_last": True}
+    settings = {
+        "bnkern": {},
+        "bnkern in CUDA C++": {},
+        "bnkern nchw": {"channels_last": False},
+        "eager": {"kernels": "torch"},
+        "eager nchw": {"kernels": "torch", "channels_last": False},
+        "no norm": {"norm": "none"},
+        "compile": {"kernels": "torch", "compile": True},
+    }
+    if without_compile:
+        del settings["compile"]
+
+    def stepper(name: str) -> Callable[[object], None]:
+        forced = bnkern.use_backend("cuda") if "CUDA" in name else nullcontext()
+        with forced:
+            return loop_step(Config(name="graph", **common | settings[name]), data, device, graph=True)
+
+    with numerics(Config(name="graph", **common), device):
+        compare(
+            f"resnet{common['depth']}",
+            Case("images", "channels_last", precision),
+            {name: stepper(name) for name in settings},
+            make_data=lambda: None,
+            missing={"compile": f"left out by {without_compile}"} if without_compile else {},
+            check=lambda _: {"images": 128},
+            nbytes=ACTIVATION_BYTES,
+            budget_s=20,
+        )

@@ -36,7 +36,8 @@ PARTS = {
         180,
     ),
     "batch-norms": (["bench_batch_norm.py", "--shapes=cifar,large64", *QUICKLY], 90),
-    "steps": (["bench_step.py", "--budget=0.1"], 60),
+    "graphs": (["bench_step.py", "-k", "graph", "--no-compile", "--budget=0.1"], 90),
+    "steps": (["bench_step.py", "-k", "not graph", "--no-compile", "--budget=0.1"], 60),
     "phases": (["bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
     "phases-cuda": (["bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
     "compiled": (["bench_batch_norm.py", "--shapes=stage1", "-k", "bf16 and bn_add_relu", "--budget=0.3"], 60),
@@ -85,6 +86,8 @@ def command(name: str, out: Path) -> list[str]:
     if words[0].startswith("bench_"):
         paths = [f"benchmarks/{word}" if word.startswith("bench_") else word for word in words]
         words = ["pytest", *paths, f"--bnkern-json={out}/bench-{name}.json"]
+    if words[0] == "pytest" and name.endswith("tests") and importlib.util.find_spec("xdist"):
+        words += ["-n", str(min(os.cpu_count(), 12))]  # compiling takes most of the time
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool", name] if name in TOOLS else []
     return [*sanitizer, sys.executable, "-m", *words]
 

@@ -32,6 +32,7 @@ def _table(row: dict) -> str:
         "overhead": "The fixed cost of a call",
         "step": "Training steps",
         "loop": "Training steps of the loop",
+        "graph": "Training steps of the loop as one CUDA graph",
         "models": "Converted models",
         "optimizer": "The optimiser's update",
         "memory": "Memory of layers",
@@ -122,6 +123,16 @@ def _steps(rows: list[dict]) -> Iterator[str]:
         yield line(row["op"], row["provider"], _time(row), speedup)
 
 
+def _graphs(rows: list[dict]) -> Iterator[str]:
+    yield "A replay in milliseconds, median (p20 to p80); thousands of training images a second."
+    yield ""
+    yield from header("network", "dtype", "provider", "ms", "1000 images/s", "over the best eager one")
+    for row in rows:
+        rate = f"{row['images'] / row['median_ms']:.1f}" if "images" in row else ""
+        speedup = f"{row['speedup']['best']:.2f}x" if "speedup" in row else ""
+        yield line(row["op"], row["dtype"], row["provider"], _time(row), rate, speedup)
+
+
 def _recording(rows: list[dict]) -> Iterator[str]:
     yield "A training step in milliseconds, median (p20 to p80), and how many times the unprobed step's it takes."
     yield ""
@@ -203,6 +214,7 @@ _RENDER = {
     "Phases": _phases,
     "Training steps": _steps,
     "Training steps of the loop": _steps,
+    "Training steps of the loop as one CUDA graph": _graphs,
     "Converted models": _steps,
     "Recording": _recording,
     "Records": _records,

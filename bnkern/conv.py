@@ -63,7 +63,7 @@ def conv2d_grad_signs(
     stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
     _check(x, dy, kernel_size, stride, padding)
     wanted = _flags(wanted)
-    backend = backends.choose(backends.forced(), x.device.type, x.dtype)
+    backend = backends.choose(backends.forced(), x.device.type, x.dtype, "conv_grad_signs")
     return GradSigns(*backend.conv_grad_signs(x.detach(), dy.detach(), kernel_size, stride, padding, wanted))
 
 

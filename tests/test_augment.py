@@ -91,7 +91,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 def augment(target: Target, case: Case, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor]:
     arguments = problem(case, dtype, layout, target.device)
-    backends.choose(target.backend, target.device, dtype).augment(*arguments)
+    backends.choose(target.backend, target.device, dtype, "augment").augment(*arguments)
     return tuple(t.cpu() for t in arguments[6:8])
 
 

@@ -215,14 +215,25 @@ def test_environment_variable(value: str, expected: str | None) -> None:
 
 
 def test_cuda_says_what_it_lacks() -> None:
-    """The CUDA backend names what it cannot serve: other devices, float64, images and convolutions."""
+    """The CUDA backend names what it cannot serve: other devices, float64."""
     assert "run on CUDA devices, the input is on cpu" in backends.unavailable("cuda", "cpu")
     on_a_gpu = backends.unavailable("cuda", "cuda")
     assert on_a_gpu is None or "built without CUDA" in on_a_gpu
     if on_a_gpu is None:
         assert "no float64 kernels" in backends.unavailable("cuda", "cuda", torch.float64)
-    kernels = backends._load("cuda")
-    x = torch.ones(4, 3)
-    for missing in (kernels.augment, kernels.conv_grad_signs):
-        with pytest.raises(RuntimeError, match=f"backend 'cuda' has no kernels? for {missing.__name__}"):
-            missing(x)
+
+
+def test_what_a_forced_backend_does_not_have_is_left_to_the_table(
+    monkeypatch: pytest.MonkeyPatch, fresh_table: None
+) -> None:
+    """cuda has batch norm alone: under it, images and convolutions' sums are Triton's; where triton cannot, the
+    reference's."""
+    assert not hasattr(backends._load("cuda"), "augment") and not hasattr(backends._load("cuda"), "conv_grad_signs")
+    for name, has in (("triton", {"augment": None}), ("cuda", {}), ("reference", {"augment": None, "other": None})):
+        module = types.SimpleNamespace(refuses=lambda device, dtype: None, __name__=name, **has)
+        monkeypatch.setitem(sys.modules, f"bnkern.backends.{name}", module)
+    backends._load.cache_clear()
+    assert backends.choose("cuda", "cuda", FP).__name__ == "cuda"
+    assert backends.choose("cuda", "cuda", FP, "augment").__name__ == "triton"
+    with pytest.warns(UserWarning, match="it has no other"):
+        assert backends.choose("triton", "cuda", FP, "other").__name__ == "reference"

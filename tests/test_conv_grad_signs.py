@@ -32,7 +32,8 @@ LARGE = [
 
 
 def run(target: Target, x: Tensor, dy: Tensor, case: ConvCase, wanted: tuple[bool, ...] = ALL) -> list[Tensor | None]:
-    return list(backends.choose(target.backend, target.device, x.dtype).conv_grad_signs(x, dy, *case.geometry, wanted))
+    kernels = backends.choose(target.backend, target.device, x.dtype, "conv_grad_signs")
+    return list(kernels.conv_grad_signs(x, dy, *case.geometry, wanted))
 
 
 def assert_close(target: Target, x: Tensor, dy: Tensor, case: ConvCase) -> list[Tensor]:

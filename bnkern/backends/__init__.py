@@ -69,8 +69,11 @@ def unavailable(name: str, device_type: str, dtype: torch.dtype = torch.float32)
 
 
 @cache
-def choose(name: str, device_type: str, dtype: torch.dtype) -> ModuleType:
+def choose(name: str, device_type: str, dtype: torch.dtype, function: str | None = None) -> ModuleType:
     """The backend module for tensors of this device and dtype: the named one, or for "" the table's first that can.
+
+    ``function``: what is to be called, where not every backend has it (``augment``, ``conv_grad_signs``: "cuda" has
+    batch norm alone). One that is named and has no such kernels leaves the call to the table.
 
     Raises RuntimeError where a named backend cannot serve. Falling back to the reference warns, once.
     """
@@ -78,10 +81,13 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> ModuleType:
         reason = unavailable(name, device_type, dtype)
         if reason:
             raise RuntimeError(f"backend {name!r} was asked for but cannot serve {device_type} {dtype}: {reason}")
-        return _load(name)
+        module = _load(name)
+        return module if function is None or hasattr(module, function) else choose("", device_type, dtype, function)
     reasons = []
     for candidate in PREFERENCE.get(device_type, ("reference",)):
         reason = unavailable(candidate, device_type, dtype)
+        if reason is None and function is not None and not hasattr(_load(candidate), function):
+            reason = f"it has no {function}"
         if reason is None:
             if candidate == "reference":
                 why = "; ".join(reasons) or f"no backend has kernels for device {device_type!r}"

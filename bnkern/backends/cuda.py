@@ -38,16 +38,6 @@ def refuses(device_type: str, dtype: torch.dtype) -> str | None:
     return None if dtype in _CODES else f"it has no kernels for {dtype}"
 
 
-def augment(*_) -> None:
-    """Not among these kernels. Raises RuntimeError."""
-    raise RuntimeError("backend 'cuda' has no kernel for augment; 'triton' has")
-
-
-def conv_grad_signs(*_) -> None:
-    """Not among these kernels. Raises RuntimeError."""
-    raise RuntimeError("backend 'cuda' has no kernels for conv_grad_signs; 'triton' has")
-
-
 # -------------------------------------------------------------------------------------------- devices and rules
 
 
