@@ -78,13 +78,13 @@ def assert_same_bits(first: list[Tensor | None], second: list[Tensor | None], wh
             assert torch.equal(a, b), f"{what}: result {k} has other bits"
 
 
-def check_forward(kernels: ModuleType, p: Problem, call: Call) -> None:
-    """The activation record, and that it changes nothing."""
+def check_forward(kernels: ModuleType, p: Problem, call: Call, shift: float = 0.0) -> None:
+    """The activation record, and that it changes nothing. ``shift``: see ``power_bound``."""
     record = empty_record(records.ACTIVATION, p.x)
     recorded = call.forward(kernels, p, record)
     assert_same_bits(call.forward(kernels, p), recorded, "forward")
     x, y = exact(p.x, recorded[0])
-    assert_activation(record, x, y, p.x.dtype)
+    assert_activation(record, x, y, p.x.dtype, shift)
 
 
 def check_backward(kernels: ModuleType, p: Problem, call: Call) -> None:
@@ -118,7 +118,7 @@ def _assert_exact(got: dict[str, Tensor], truth: dict[str, Tensor], names: tuple
         assert torch.equal(got[name], truth[name]), f"{name}: got {got[name].tolist()}, truth {truth[name].tolist()}"
 
 
-def power_bound(k: int, deltas: Tensor, mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
+def power_bound(k: int, deltas: Tensor, mean: Tensor, var: Tensor, dtype: torch.dtype, shift: float = 0.0) -> Tensor:
     """For sum delta^k, with deltas [C, M] = |x - mean|: k/2 times the relative error of a variance of centred values,
     since each factor carries it; the k-th power of the mean's own error, all there is for a constant channel; and what
     the rounding of float64 means moves, k |delta|^(k-1) of it, ours and the truth's."""
@@ -126,11 +126,15 @@ def power_bound(k: int, deltas: Tensor, mean: Tensor, var: Tensor, dtype: torch.
     relative = (var_bound(centred, var, dtype) / var).nan_to_num()
     constant = deltas.shape[1] * mean_bound(mean, centred, dtype) ** k
     rounding = k * 2 * torch.finfo(torch.float64).eps * mean.abs() * (deltas ** (k - 1)).sum(1)
-    return k / 2 * relative * (deltas**k).sum(1) + constant + rounding
+    bound = k / 2 * relative * (deltas**k).sum(1) + constant + rounding
+    if shift:
+        farther = deltas + shift * var.sqrt()[:, None]
+        bound += k * shift * var.sqrt() * (k - 1) / 2 * relative * (farther ** (k - 1)).sum(1)
+    return bound
 
 
-def assert_activation(record: Tensor, x: Tensor, y: Tensor, dtype: torch.dtype) -> None:
-    """``record`` against x and y in float64, both rounded to ``dtype`` before."""
+def assert_activation(record: Tensor, x: Tensor, y: Tensor, dtype: torch.dtype, shift: float = 0.0) -> None:
+    """``record`` against x and y in float64, both rounded to ``dtype`` before. ``shift``: see ``power_bound``."""
     got = _rows(records.ACTIVATION, record)
     truth = _rows(records.ACTIVATION, reference.activation(x, y))
     _assert_exact(got, truth, ("count", "min", "max", "active"))
@@ -143,7 +147,7 @@ def assert_activation(record: Tensor, x: Tensor, y: Tensor, dtype: torch.dtype) 
     assert_close(got["m2"][~lost] / count, var, var_bound(mean, var, dtype), "m2 / count")
     deltas = (x - by_channel(truth["mean"], x)).abs().transpose(0, 1).flatten(1)[~lost]
     for k in (3, 4):
-        bound = power_bound(k, deltas, mean, var, dtype)
+        bound = power_bound(k, deltas, mean, var, dtype, shift)
         assert_close(got[f"m{k}"][~lost], truth[f"m{k}"][~lost], bound, f"m{k}")
 
 

@@ -56,7 +56,8 @@ def test_every_strategy(strategy: str, case: Case, precision: Precision) -> None
 def test_records(strategy: str, case: Case, precision: Precision) -> None:
     kernels, p = backends.choose("cuda", "cuda", precision.dtype), case.problem(precision, "cuda")
     for call in (Call("training", "saved mask"), Call("eval", "relu"), Call("identity", None)):
-        check_forward(kernels, p, call)
+        # Without batch statistics distances are from the middle one of three values.
+        check_forward(kernels, p, call, shift=0.0 if call.mode == "training" else 2.0)
         check_backward(kernels, p, call)
 
 
@@ -115,13 +116,13 @@ def test_a_replayed_graph_has_the_bits_of_a_call(strategy: str, case: Case) -> N
 def test_graphs_captured_on_one_stream_replay_side_by_side(strategy: str, case: Case) -> None:
     """Each captured launch has a workspace of its own."""
     pairs = []
-    for _ in range(2):
-        step = Step(case)
+    steps = [Step(case) for _ in range(2)]  # kept: a graph does not own what it reads
+    for step in steps:
         expected = step()
         pairs.append((*captured(step), expected))
     streams = [torch.cuda.Stream() for _ in pairs]
-    torch.cuda.synchronize()
     right = [torch.ones((), dtype=torch.bool, device="cuda") for _ in pairs]
+    torch.cuda.synchronize()
     for _ in range(500):
         for k, (stream, (graph, results, expected)) in enumerate(zip(streams, pairs, strict=True)):
             with torch.cuda.stream(stream):

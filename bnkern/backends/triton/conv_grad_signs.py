@@ -195,7 +195,7 @@ def blocks(by_channels: bool, itemsize: int, outputs: int) -> Blocks:
     """
     if itemsize > 2:
         return Blocks(16, (64 if by_channels else 32) * 4 // itemsize, 32)
-    return Blocks(16, 64, 64 if by_channels else 32) if outputs <= 16 else Blocks(32, 64, 32)
+    return Blocks(16 if outputs <= 16 else 32, 64, 32)
 
 
 @lru_cache(maxsize=4096)
