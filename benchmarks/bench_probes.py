@@ -4,6 +4,7 @@ Every provider trains a network of its own, all with the same parameters and ima
 Files are written as in use. The hooks compute the numbers of ``activation_moments`` and ``gradient_channel_signs`` on
 torch's own modules, one reduction after the other, as they are usually written; the identities compute those of
 ``weight_gradient_signs`` beside bnkern's modules by torch's weight-gradient convolutions on other operands.
+``test_recorded_graph`` is the training loop's step as one CUDA graph, the recording within.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.bench_step import ACTIVATION_BYTES
+from benchmarks.bench_step import ACTIVATION_BYTES, loop_step
 from benchmarks.shapes import Case
 from bnkern import probes
 from bnkern.probes import make
+from bnkern.train import cifar10
+from bnkern.train.config import Config
+from bnkern.train.loop import numerics
 from bnkern.train.resnet import ResNet
 
 CHANNEL = ("activation_moments", "gradient_channel_signs", "affine_gradient_signs")
@@ -161,3 +165,35 @@ def test_weight_gradient_signs(compare, network: Callable, images: tuple, record
         nbytes=ACTIVATION_BYTES,
         budget_s=60,
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("depth", [20, 110])
+def test_recorded_graph(depth: int, precision: str, compare, device: torch.device, quick: bool, tmp_path: Path) -> None:
+    """Every row is a replay. The recorder decides on the device, and its files are written as in use."""
+    config = Config(
+        name="graph", depth=8 if quick else depth, precision=precision, data="synthetic", channels_last=True
+    )
+    data = cifar10.synthetic()
+    recorded = {
+        "recorded": CHANNEL,
+        **{f"recorded: {name}": [make("weight_gradient_signs", sums=sums)] for name, sums in SIGNS.items()},
+    }
+    with ExitStack() as stack, numerics(config, device):
+
+        def stepper(name: str) -> Callable[[object], None]:
+            def recording(network: nn.Module) -> probes.recorder.Recorder:
+                out = tmp_path / name.replace(":", "").replace(" ", "-")
+                return stack.enter_context(probes.record(network, recorded[name], out=out, on_device=True))
+
+            return loop_step(config, data, device, graph=True, recording=recording if name in recorded else None)
+
+        compare(
+            f"resnet{config.depth} in a graph",
+            Case("images", "channels_last", precision),
+            {name: stepper(name) for name in ("unprobed", *recorded)},
+            make_data=lambda: None,
+            nbytes=ACTIVATION_BYTES,
+            budget_s=20,
+        )

@@ -11,7 +11,7 @@ batch norm can give. The learning rate is 0, which is the same work, so that eve
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from itertools import cycle
+from itertools import count, cycle
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import bnkern
 from benchmarks import peers
 from benchmarks.shapes import LAYOUTS, Case
+from bnkern.probes.recorder import Recorder
 from bnkern.train import cifar10
 from bnkern.train.config import Config
 from bnkern.train.loop import build, numerics
@@ -80,8 +81,17 @@ def test_step(compare, device: torch.device, quick: bool, without_compile: str |
     )
 
 
-def loop_step(config: Config, data: cifar10.Cifar10, device: torch.device, graph: bool) -> Callable[[object], None]:
-    """The loop's step on one batch of an epoch after the other, at learning rate 0."""
+def loop_step(
+    config: Config,
+    data: cifar10.Cifar10,
+    device: torch.device,
+    graph: bool,
+    recording: Callable[[nn.Module], Recorder] | None = None,
+) -> Callable[[object], None]:
+    """The loop's step on one batch of an epoch after the other, at learning rate 0.
+
+    ``recording`` makes a recorder that decides on the device; it is flushed as the loop does it.
+    """
     torch.manual_seed(config.seed)
     network = build(config, device)
     split = cifar10.Split(*(t.to(device) for t in data.train))
@@ -96,15 +106,21 @@ def loop_step(config: Config, data: cifar10.Cifar10, device: torch.device, graph
         memory_format=LAYOUTS["channels_last" if config.channels_last else "nchw"],
     )
     batches.start(0)
-    step = Step(peers.compiled(network) if config.compile else network, network, batches, config)
+    recorder = recording and recording(network)
+    model = peers.compiled(network) if config.compile else network
+    step = Step(model, network, batches, config, recorder and recorder.step)
     if graph:
         step.record()
+        if recorder:
+            recorder.rewind(0)
 
-    numbers = cycle(range(len(batches)))
+    numbers, taken = cycle(range(len(batches))), count(1)
 
     def one(_: object) -> None:
         step.index.fill_(next(numbers))
         step()
+        if recorder and next(taken) % config.log_every == 0:
+            recorder.flush()
 
     return one
 
@@ -145,7 +161,7 @@ def test_graph(
     common = {"depth": 8 if quick else depth, "precision": precision, "data": "synthetic", "channels_last": True}
     settings = {
         "bnkern": {},
-        "bnkern in CUDA C++": {},
+        "bnkern in Triton": {},
         "bnkern nchw": {"channels_last": False},
         "eager": {"kernels": "torch"},
         "eager nchw": {"kernels": "torch", "channels_last": False},
@@ -156,7 +172,7 @@ def test_graph(
         del settings["compile"]
 
     def stepper(name: str) -> Callable[[object], None]:
-        forced = bnkern.use_backend("cuda") if "CUDA" in name else nullcontext()
+        forced = bnkern.use_backend("triton") if "Triton" in name else nullcontext()
         with forced:
             return loop_step(Config(name="graph", **common | settings[name]), data, device, graph=True)
 

@@ -36,15 +36,16 @@ PARTS = {
         180,
     ),
     "batch-norms": (["bench_batch_norm.py", "--shapes=cifar,large64", *QUICKLY], 90),
+    "probes-graph": (["bench_probes.py", "-k", "graph", "--budget=0.05"], 90),
     "graphs": (["bench_step.py", "-k", "graph", "--no-compile", "--budget=0.1"], 90),
     "steps": (["bench_step.py", "-k", "not graph", "--no-compile", "--budget=0.1"], 60),
     "phases": (["bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
-    "phases-cuda": (["bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
+    "phases-triton": (["bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
     "compiled": (["bench_batch_norm.py", "--shapes=stage1", "-k", "bf16 and bn_add_relu", "--budget=0.3"], 60),
-    "probes": (["bench_probes.py", "--budget=0.1"], 60),
+    "probes": (["bench_probes.py", "-k", "not graph", "--budget=0.1"], 60),
     "conv-grad-signs": (["bench_conv_grad_signs.py", "--budget=0.2"], 40),
     "records": (["bench_phases.py", "--shapes=stage1", "-k", "records", "--budget=0.2"], 30),
-    "records-cuda": (["bench_phases.py", "--shapes=stage1", "-k", "records", "--budget=0.2"], 30),
+    "records-triton": (["bench_phases.py", "--shapes=stage1", "-k", "records", "--budget=0.2"], 30),
     "resnet50": (["bench_batch_norm.py", "--shapes=resnet50-64", *QUICKLY], 60),
     "small-and-odd": (["bench_batch_norm.py", "--shapes=small,odd", *QUICKLY], 60),
     "growth": (["bench_growth.py", "--budget=0.2"], 60),
@@ -148,7 +149,7 @@ def main() -> int:
         if left < 5:
             parts.append({"part": name, "result": "left out: the time is over", "status": None, "seconds": 0.0})
         else:
-            backend = {"BNKERN_BACKEND": "cuda"} if name.endswith("-cuda") else {}
+            backend = {"BNKERN_BACKEND": "triton"} if name.endswith("-triton") else {}
             parts.append(run(name, words, out, env | backend, min(seconds, left)))
         record = {"python": platform.python_version(), "parts": parts}
         (out / "gpu-check.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -48,14 +48,14 @@ class WithoutCudnn(Eager):
             return super().forward(x, residual)
 
 
-class InCuda(bnkern.nn.BatchNorm2d):
-    """bnkern's module on the CUDA C++ kernels, where the choice by itself is another backend's."""
+class InTriton(bnkern.nn.BatchNorm2d):
+    """bnkern's module on the Triton kernels, where the choice by itself is another backend's."""
 
     def __init__(self, channels: int, act: str | None = None) -> None:
         super().__init__(channels, act=act)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        with bnkern.use_backend("cuda"):
+        with bnkern.use_backend("triton"):
             return super().forward(x, residual)
 
 
@@ -204,7 +204,7 @@ def others(
         else:
             makers[name] = lambda channels, act, options=options: compiled(Eager(channels, act), **options)
     if gpu:
-        makers |= {"bnkern in CUDA C++": InCuda, "eager without cuDNN": WithoutCudnn}
+        makers |= {"bnkern in Triton": InTriton, "eager without cuDNN": WithoutCudnn}
     for name, make in OTHERS.items():
         if gpu or make is InPlaceABN:
             makers[name] = make

@@ -166,25 +166,25 @@ def test_falling_back_to_the_reference_warns_once(without: Callable[..., None]) 
 
 
 def test_first_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch, fresh_table: None) -> None:
-    """On a GPU: triton before cuda before the reference, by device and dtype; cuda where it is forced."""
-    refusing = {"triton": "no such device", "cuda": None, "reference": None}
+    """On a GPU: cuda before triton before the reference, by device and dtype; triton where it is forced."""
+    refusing = {"cuda": "no such device", "triton": None, "reference": None}
     for name in refusing:
         module = types.SimpleNamespace(refuses=lambda device, dtype, name=name: refusing[name], __name__=name)
         monkeypatch.setitem(sys.modules, f"bnkern.backends.{name}", module)
-    assert backends.choose("", "cuda", FP).__name__ == "cuda"
+    assert backends.choose("", "cuda", FP).__name__ == "triton"
     assert backends.explain("cuda", FP).splitlines() == [
-        "triton     cannot: no such device",
-        "cuda       serves this call",
-        "reference  could serve; cuda comes first",
+        "cuda       cannot: no such device",
+        "triton     serves this call",
+        "reference  could serve; triton comes first",
         "cpu        cannot: its kernels run on the CPU, the input is on cuda",
     ]
-    refusing["triton"] = None
+    refusing["cuda"] = None
     for remembered in (backends.choose, backends.unavailable):
         remembered.cache_clear()
-    assert backends.choose("", "cuda", FP).__name__ == "triton"
-    with bnkern.use_backend("cuda"):
-        assert backends.choose(backends.forced(), "cuda", FP).__name__ == "cuda"
-        assert "cuda       serves this call (forced)" in backends.explain("cuda", FP)
+    assert backends.choose("", "cuda", FP).__name__ == "cuda"
+    with bnkern.use_backend("triton"):
+        assert backends.choose(backends.forced(), "cuda", FP).__name__ == "triton"
+        assert "triton     serves this call (forced)" in backends.explain("cuda", FP)
 
 
 def test_explain() -> None:

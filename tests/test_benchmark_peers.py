@@ -146,7 +146,7 @@ def test_every_peer_is_measured_or_named(monkeypatch: pytest.MonkeyPatch) -> Non
     gpu = SimpleNamespace(type="cuda")
     monkeypatch.setattr(nn.Module, "to", lambda module, device: module)
     modules, missing = peers.others(ours, gpu, "--no-compile")
-    assert list(modules) == ["bnkern in CUDA C++", "eager without cuDNN"]
+    assert list(modules) == ["bnkern in Triton", "eager without cuDNN"]
     assert missing.keys() == everybody
     assert missing["compile cooperative"] == "left out by --no-compile"
     assert missing["attorch"].startswith("not on PyPI")

@@ -181,6 +181,8 @@ def assert_wanted_changes_no_bits(target: Target, x: Tensor, dy: Tensor, case: C
 def test_what_is_wanted_changes_no_bits(target: Target, precision: Precision, name: str) -> None:
     if not serves(target, precision.dtype):
         pytest.skip("the backend does not serve this dtype")
+    if target == Target("reference", "cuda"):
+        pytest.skip("torch's convolutions on a GPU, which need not give the same bits twice")
     assert_wanted_changes_no_bits(target, *CASE[name].operands(precision.dtype, target.device), CASE[name])
 
 

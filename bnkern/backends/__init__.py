@@ -16,9 +16,10 @@ from types import ModuleType
 import torch
 
 # The table: for each device, the backends in order of preference. The first that does not refuse serves. On CUDA
-# devices that is Triton, until measurements say otherwise: neither has run on one yet, and Triton's kernels record.
+# devices that is CUDA C++: on an H200 a training step takes 0.87 of its time with Triton's kernels, and a call a third
+# of the host's. Triton has float64, convolutions' sums and images.
 NAMES = ("cuda", "triton", "cpu", "reference")
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
