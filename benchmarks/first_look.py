@@ -2,7 +2,7 @@
 
 What an empty launch costs with and without a barrier, and how fast copies are that stay in cache (first_look.cu); and
 torch's own batch norm on the stages of a CIFAR ResNet, cuDNN (persistent in channels_last) against its native kernels.
-One JSON object a line, as it comes. Not yet run on a GPU.
+One JSON object a line, as it comes.
 """
 
 import json

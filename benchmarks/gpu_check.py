@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 # Parts after the build: arguments of python -m, and the most seconds that they may take.
-QUICKLY = ["--no-compile", "--budget=0.3"]
+QUICKLY = ["--no-compile", "--budget=0.05"]
+SAMPLED = ["--sample=8", "--junitxml={out}/tests.xml"]  # of 27,000, most of which compile Triton kernels
 OF_CUDA = "tests/cuda/test_cuda_gpu.py"
 TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer; racecheck sees shared memory only
 SHORT = ["pytest", "-q", "-m", "gpu", OF_CUDA, "-k", "test_every_strategy and bf16", "-p", "no:cacheprovider"]
@@ -32,10 +33,11 @@ PARTS = {
     "first-look": (["benchmarks.first_look"], 60),
     "cuda-tests": (["pytest", "-q", "-m", "gpu and not slow", OF_CUDA, "--junitxml={out}/cuda-tests.xml"], 120),
     "tests": (
-        ["pytest", "-q", "-m", "gpu and not slow", "tests", f"--deselect={OF_CUDA}", "--junitxml={out}/tests.xml"],
-        180,
+        ["pytest", "-q", "-m", "gpu and not slow", "tests", f"--deselect={OF_CUDA}", *SAMPLED],
+        150,
     ),
-    "batch-norms": (["bench_batch_norm.py", "--shapes=cifar,large64", *QUICKLY], 90),
+    "strategies": (["bench_strategies.py", "-k", "graph", "--budget=0.1"], 60),
+    "batch-norms": (["bench_batch_norm.py", "--shapes=cifar", "-k", "bf16", *QUICKLY], 90),
     "probes-graph": (["bench_probes.py", "-k", "graph", "--budget=0.05"], 90),
     "graphs": (["bench_step.py", "-k", "graph", "--no-compile", "--budget=0.1"], 90),
     "steps": (["bench_step.py", "-k", "not graph", "--no-compile", "--budget=0.1"], 60),

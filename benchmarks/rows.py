@@ -108,7 +108,7 @@ def merged(parts: list[dict]) -> dict:
 
 
 def with_targets(results: dict) -> dict:
-    """The same with its targets judged anew. They are stated for CPUs: no GPU has been measured yet."""
+    """The same with its targets judged anew. They are stated for two CPU cores."""
     stated = results["environment"]["device"] == "cpu" and not results["quick"]
     return results | {"targets": targets(results["rows"]) if stated else []}
 

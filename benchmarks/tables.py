@@ -34,6 +34,7 @@ def _table(row: dict) -> str:
         "loop": "Training steps of the loop",
         "graph": "Training steps of the loop as one CUDA graph",
         "models": "Converted models",
+        "strategies": "Strategies",
         "optimizer": "The optimiser's update",
         "memory": "Memory of layers",
         "memory_of_networks": "Memory of networks",
@@ -133,6 +134,17 @@ def _graphs(rows: list[dict]) -> Iterator[str]:
         yield line(row["op"], row["dtype"], row["provider"], _time(row), rate, speedup)
 
 
+def _strategies(rows: list[dict]) -> Iterator[str]:
+    yield "In microseconds, medians."
+    yield ""
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    yield from header("case", *providers)
+    for (case,), group in groups(rows, case_of).items():
+        times = {row["provider"]: row for row in group}
+        cells = [f"{1e3 * times[name]['median_ms']:.1f}" if "median_ms" in times[name] else "" for name in providers]
+        yield line(case, *cells)
+
+
 def _recording(rows: list[dict]) -> Iterator[str]:
     yield "A training step in milliseconds, median (p20 to p80), and how many times the unprobed step's it takes."
     yield ""
@@ -216,6 +228,7 @@ _RENDER = {
     "Training steps of the loop": _steps,
     "Training steps of the loop as one CUDA graph": _graphs,
     "Converted models": _steps,
+    "Strategies": _strategies,
     "Recording": _recording,
     "Records": _records,
     "Batches of images": _batches,

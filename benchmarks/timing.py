@@ -4,8 +4,6 @@ The providers take turns, one sample each per round, so that drift and noise hit
 a round before the median is taken over rounds. On the CPU a sample is the wall-clock time of one call. On a GPU it
 is the time between two events around a pass over several sets of buffers, together larger than the L2 cache, so
 that each call meets cold memory; called one by one, or captured once and replayed as a graph.
-
-The GPU half has not been run on hardware yet.
 """
 
 import time

@@ -1,5 +1,6 @@
-"""Fixtures shared by all tests: the backends to try, and settings that make every run the same."""
+"""Fixtures shared by all tests: the backends to try, settings that make every run the same, and ``--sample``."""
 
+import zlib
 from collections.abc import Iterator
 
 import hypothesis
@@ -14,6 +15,19 @@ hypothesis.settings.load_profile("same-every-run")
 
 # Tests run side by side, one process per core. How many threads compute is the subject of test_threads.py.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sample", type=int, default=1, metavar="N", help="about one test in N, by its name: the same ones every time"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if zlib.crc32(item.nodeid.encode()) % config.getoption("sample")]
+    if left_out:
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(

@@ -1,4 +1,4 @@
-"""The C++/CUDA kernels (csrc/cuda): launchers over the native module. None of them has run on a GPU yet.
+"""The C++/CUDA kernels (csrc/cuda): launchers over the native module.
 
 They serve float32, bfloat16 and float16. Tensors that two strides describe are read in place, others are copied once
 to the dense form of their layout. Signatures and formulas are those of ``reference``.
@@ -57,8 +57,8 @@ class Rule(NamedTuple):
     source: str
 
 
-# By the name of the device model. "" stands for all that is not there, and nothing has been measured so far.
-RULES = {"": Rule(0, "rule of thumb, not measured: one kernel for every size")}
+# By the name of the device model. "" stands for all that is not there. benchmarks/bench_strategies.py measures both.
+RULES = {"": Rule(0, "rule of thumb: one kernel for every size")}
 
 
 @functools.cache

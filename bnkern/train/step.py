@@ -1,8 +1,7 @@
 """One training step, all of it on the device: batch, forward, loss, backward, metrics, update.
 
 The host reads nothing back, so that on a GPU it runs ahead, and the same step is recorded once as a CUDA graph and
-replayed. What changes from step to step lies in tensors that stay where they are. The CUDA parts have not yet run on
-a GPU.
+replayed. What changes from step to step lies in tensors that stay where they are.
 """
 
 from collections.abc import Callable

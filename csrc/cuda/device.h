@@ -188,43 +188,28 @@ BNKERN_DEVICE float gradient_of_input(const Backward& p, float g, float x, const
 // Every thread of the block calls this; width is at most their number.
 template <class GivePair, class Done>
 BNKERN_DEVICE void sum_over_block(int width, int parts, PivotSums* scratch, GivePair pair, Done done) {
-  constexpr int kMostChains = 32, kAtOnce = 4, kLastChains = 8;
+  constexpr int kMostChains = 16;
   const int threads = static_cast<int>(blockDim.x), t = static_cast<int>(threadIdx.x);
   int chains = threads / width;
   chains = chains < kMostChains ? chains : kMostChains;
-  const int chain = t / width, c = t - chain * width;
-  const auto add = [](PivotSums* sums, PivotSums more) {
-    sums->first += more.first;
-    sums->second += more.second;
-  };
+  const int chain = t / width;
   if (chain < chains) {
     PivotSums sums{0, 0};
-    for (int first = chain; first < parts; first += kAtOnce * chains) {
-      PivotSums more[kAtOnce];  // no branch, so that all of them are under way before the first is used
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int k = first + u * chains;
-        more[u] = pair(k < parts ? k : first, c);
-      }
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) add(&sums, first + u * chains < parts ? more[u] : PivotSums{0, 0});
+#pragma unroll 4
+    for (int k = chain; k < parts; k += chains) {
+      const PivotSums more = pair(k, t - chain * width);
+      sums.first += more.first;
+      sums.second += more.second;
     }
     scratch[t] = sums;
   }
   __syncthreads();
-  while (chains > kLastChains) {  // each takes in three that lie behind it
-    const int left = (chains + 3) / 4;
-    PivotSums sums{0, 0};
-    if (chain < left)
-      for (int k = chain; k < chains; k += left) add(&sums, scratch[k * width + c]);
-    __syncthreads();
-    if (chain < left) scratch[t] = sums;
-    __syncthreads();
-    chains = left;
-  }
   if (t < width) {
     PivotSums sums = scratch[t];
-    for (int k = 1; k < chains; ++k) add(&sums, scratch[k * width + t]);
+    for (int k = 1; k < chains; ++k) {
+      sums.first += scratch[k * width + t].first;
+      sums.second += scratch[k * width + t].second;
+    }
     done(t, sums);
   }
 }

@@ -1,6 +1,6 @@
 // merge: several (count, mean, M2) -> one, by Chan's formula in the order of the rows. One thread per
 // channel: neighbours read neighbouring channels, and the order is the same on every run.
-// Compiled by every CUDA build; not yet run on hardware.
+// Compiled by every CUDA build.
 #include "../math.h"
 #include "kernels.h"
 #include "launch.h"

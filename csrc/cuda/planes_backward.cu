@@ -3,7 +3,7 @@
 // Sums run over a thread's octets in order, over lanes and warps by trees, over parts in double in their order. Where
 // both phases are one launch the parts of a channel are a cluster, whose blocks read each other's partial results; else
 // the last block of a channel to arrive adds them up. The order is the same, and so are the bits.
-// Compiled by every CUDA build and run on the host by the tests; not yet run on hardware.
+// Compiled by every CUDA build and run on the host by the tests.
 #include "planes.h"
 
 namespace bnkern {

@@ -4,7 +4,7 @@
 // Chan's formula: over the thread's tiles in order, over lanes and warps by trees, over parts by one more. Where both
 // phases are one launch the parts of a channel are a cluster, whose blocks read each other's partial results; else the
 // last block of a channel to arrive joins them. The trees are the same, and so are the bits.
-// Compiled by every CUDA build and run on the host by the tests; not yet run on hardware.
+// Compiled by every CUDA build and run on the host by the tests.
 #include "planes.h"
 
 namespace bnkern {

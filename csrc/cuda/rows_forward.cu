@@ -172,12 +172,13 @@ struct ActivationTally {
   }
 };
 
-// y, and the mask's byte, of octets of rows from `row` on. residual: loaded, where there is one. active: what is above
-// zero of each, where there is a record.
+// y, and the mask's byte, of octets of rows from `row` on. active: what is above zero of each, where there is a record.
 template <class T, bool kRecord, int UNROLL>
 BNKERN_DEVICE void write_tile(const Forward& p, const RowsPlace& at, const Affine (&by)[8],
-                              const Some<T, 8> (&tile)[UNROLL], const Some<T, 8> (&residual)[UNROLL], std::int64_t row,
-                              int known, unsigned (&active)[UNROLL]) {
+                              const Some<T, 8> (&tile)[UNROLL], std::int64_t row, int known,
+                              unsigned (&active)[UNROLL]) {
+  Some<T, 8> residual[UNROLL];
+  if (p.residual) load_tile(residual, p.residual, at, row, known);
   T* const y = static_cast<T*>(p.y.data) + row * p.y.outer + at.channel;
   const std::int64_t step = at.lanes * p.y.outer;
 #pragma unroll
@@ -226,11 +227,10 @@ __global__ void __launch_bounds__(512, 1)
     for (int t = plan.tiles - 1; t >= 0; --t) {
       const std::int64_t row = at.row(t, kTile);
       const int known = at.known(plan, row, kTile);
-      Some<T, 8> tile[kTile], residual[kTile];
+      Some<T, 8> tile[kTile];
       unsigned active[kTile];
       load_tile(tile, p.x, at, row, known);
-      if (p.residual) load_tile(residual, p.residual, at, row, known);
-      write_tile<T, kRecord>(p, at, by, tile, residual, row, known, active);
+      write_tile<T, kRecord>(p, at, by, tile, row, known, active);
       see(tile, active, known);
     }
   };
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(512, 1)
     return reinterpret_cast<Octet<T>*>(shared.tiles) + ((t - 1) * kTile + u) * blockDim.x + threadIdx.x;
   };
   ThreadMoments<8> seen = no_moments<T, 8>(p, plan, at);
-  Some<T, 8> first[kTile], residual_of_first[kTile];
+  Some<T, 8> first[kTile];
   {
     const std::int64_t row = at.row(0, kTile);
     const int known = at.known(plan, row, kTile);
@@ -340,10 +340,6 @@ __global__ void __launch_bounds__(512, 1)
   if (joins) of_own = affine(p, own, 0, 0);
   const double momentum = momentum_of(p);
   Moments<double> moments_of_own{};
-  if (!kRecord && p.residual) {  // on its way while the blocks meet; those that record have no registers for it
-    const std::int64_t row = at.row(0, kTile);
-    load_tile(residual_of_first, p.residual, at, row, at.known(plan, row, kTile));
-  }
   barrier_of_blocks(space.barriers + at.group, plan.splits, keeps);
   join_moments(plan, at.group, shared, space.parts, [&](int c, const Moments<double>& all) {
     const Statistics s = statistics_of(p, all);
@@ -364,9 +360,8 @@ __global__ void __launch_bounds__(512, 1)
     for (int t = plan.tiles - 1; t > 0; --t) {
       const std::int64_t row = at.row(t, kTile);
       const int known = at.known(plan, row, kTile);
-      Some<T, 8> tile[kTile], residual[kTile];
+      Some<T, 8> tile[kTile];
       unsigned active[kTile];
-      if (p.residual) load_tile(residual, p.residual, at, row, known);
       if (t > plan.tiles_in_shared) {
         load_tile(tile, p.x, at, row, known);
       } else {
@@ -374,14 +369,13 @@ __global__ void __launch_bounds__(512, 1)
         for (int u = 0; u < kTile; ++u)
           if (u < known) tile[u] = {*held(t, u)};
       }
-      write_tile<T, kRecord>(p, at, by, tile, residual, row, known, active);
+      write_tile<T, kRecord>(p, at, by, tile, row, known, active);
       see(tile, active, known);
     }
     const std::int64_t row = at.row(0, kTile);
     const int known = at.known(plan, row, kTile);
     unsigned active[kTile];
-    if (kRecord && p.residual) load_tile(residual_of_first, p.residual, at, row, known);
-    write_tile<T, kRecord>(p, at, by, first, residual_of_first, row, known, active);
+    write_tile<T, kRecord>(p, at, by, first, row, known, active);
     see(first, active, known);
   };
   if constexpr (kRecord) {

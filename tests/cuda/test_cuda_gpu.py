@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: what no harness on the host can show. Not yet run on one.
+"""The CUDA kernels on a GPU: what no harness on the host can show.
 
 The shared tests run on this backend too, through their ``target``. Here are graphs, streams, schedules that only
 hardware has, and sizes that only a GPU holds. Results are compared bit for bit with those of one quiet call.

@@ -191,7 +191,9 @@ class Blocks(NamedTuple):
 def blocks(by_channels: bool, itemsize: int, outputs: int) -> Blocks:
     """The largest whose operands, addresses and four accumulators fit into the registers of every GPU.
 
-    Addresses of x are few where it is read ``by_channels``, eight at once.
+    Addresses of x are few where it is read ``by_channels``, eight at once. Halves take 32 positions at a time, not 64:
+    with 64, abs_sum beside sum was wrong by a fifth, and not the same in every run, on an H200 under triton 3.6.0;
+    either of the two alone was right. Why is not known.
     """
     if itemsize > 2:
         return Blocks(16, (64 if by_channels else 32) * 4 // itemsize, 32)
