@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import bnkern
-from tests.test_convert import ADD, PLAIN, RELU, assert_same_model, image, replaced
+from tests.converting import ADD, PLAIN, RELU, assert_same_model, image, replaced
 
 
 def package(name: str) -> object:
