@@ -44,7 +44,7 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
-    """A test that the CUDA backend refuses by its name (float64, convolutions) is skipped with its words."""
+    """A test that the CUDA backend refuses by its name (float64) is skipped with its words."""
     try:
         return (yield)
     except RuntimeError as error:

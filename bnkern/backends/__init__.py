@@ -42,8 +42,9 @@ def forced() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend ("cpu", "triton", "cuda" or "reference") for all calls within, in every thread.
 
-    A call that it cannot serve raises and says why. The backward of a call runs on the backend of its forward,
-    also after the block. ``BNKERN_BACKEND`` in the environment does the same for a whole process.
+    A call that it cannot serve raises and says why; what it has no kernels of at all ("cuda": ``augment`` and
+    ``conv_grad_signs``) is left to the table. The backward of a call runs on the backend of its forward, also after the
+    block. ``BNKERN_BACKEND`` in the environment does the same for a whole process.
     """
     global _forced
     before, _forced = _forced, _checked(name)
