@@ -187,6 +187,21 @@ def test_first_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch, fresh_table
         assert "triton     serves this call (forced)" in backends.explain("cuda", FP)
 
 
+@pytest.mark.parametrize(("kilobytes", "first"), [(227, "cuda"), (163, "cuda"), (99, "triton"), (64, "triton")])
+def test_triton_comes_first_where_shared_memory_is_small(
+    kilobytes: int, first: str, monkeypatch: pytest.MonkeyPatch, fresh_table: None
+) -> None:
+    """H100, A100, RTX 4090, T4: the CUDA kernels' records of rows need 159 KB of it for a block."""
+    for name in ("cuda", "triton"):
+        module = types.SimpleNamespace(refuses=lambda device, dtype: None, __name__=name)
+        monkeypatch.setitem(sys.modules, f"bnkern.backends.{name}", module)
+    found = types.SimpleNamespace(shared_memory_per_block_optin=kilobytes << 10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: found)
+    assert backends.choose("", "cuda", FP).__name__ == first
+    assert backends.explain("cuda", FP).splitlines()[0] == f"{first:<10} serves this call"
+
+
 def test_explain() -> None:
     lines = bnkern.explain(torch.ones(4, 3)).splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["cpu", "reference"]

@@ -17,10 +17,22 @@ import torch
 
 # The table: for each device, the backends in order of preference. The first that does not refuse serves. On CUDA
 # devices that is CUDA C++: on an H200 a training step takes 0.87 of its time with Triton's kernels, and a call a third
-# of the host's. Triton has float64, convolutions' sums and images.
+# of the host's. Triton has float64, convolutions' sums and images, and comes first where a block has little shared
+# memory, as on most GPUs that are not a data centre's: the CUDA kernels need it to record, and were measured with it.
 NAMES = ("cuda", "triton", "cpu", "reference")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+ROOM = 160 << 10  # bytes that a block can ask for; records of rows take up to 159 KB
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _order(device_type: str) -> tuple[str, ...]:
+    """The table's row for a device; for CUDA that of the current one."""
+    order = PREFERENCE.get(device_type, ("reference",))
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return order
+    if torch.cuda.get_device_properties().shared_memory_per_block_optin >= ROOM:
+        return order
+    return ("triton", *(name for name in order if name != "triton"))
 
 
 def _checked(name: str) -> str:
@@ -86,7 +98,7 @@ def choose(name: str, device_type: str, dtype: torch.dtype, function: str | None
         module = _load(name)
         return module if function is None or hasattr(module, function) else choose("", device_type, dtype, function)
     reasons = []
-    for candidate in PREFERENCE.get(device_type, ("reference",)):
+    for candidate in _order(device_type):
         reason = unavailable(candidate, device_type, dtype)
         if reason is None and function is not None and not hasattr(_load(candidate), function):
             reason = f"it has no {function}"
@@ -110,9 +122,8 @@ def explain(device_type: str, dtype: torch.dtype) -> str:
     """The table for such an input, one backend a line: which serves it, and why not the others."""
     chosen = None
     lines = []
-    for name in PREFERENCE.get(device_type, ("reference",)) + tuple(
-        name for name in NAMES if name not in PREFERENCE.get(device_type, ("reference",))
-    ):
+    order = _order(device_type)
+    for name in order + tuple(name for name in NAMES if name not in order):
         reason = unavailable(name, device_type, dtype)
         if forced() and name != forced():
             verdict = f"not asked for ({forced()} is forced)"
