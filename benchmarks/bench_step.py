@@ -24,7 +24,7 @@ from benchmarks.shapes import LAYOUTS, Case
 from bnkern.probes.recorder import Recorder
 from bnkern.train import cifar10
 from bnkern.train.config import Config
-from bnkern.train.loop import build, numerics
+from bnkern.train.loop import batches_of, build, numerics
 from bnkern.train.resnet import ResNet
 from bnkern.train.step import Step
 
@@ -94,17 +94,8 @@ def loop_step(
     """
     torch.manual_seed(config.seed)
     network = build(config, device)
-    split = cifar10.Split(*(t.to(device) for t in data.train))
-    batches = cifar10.Batches(
-        split,
-        config.batch,
-        config.seed,
-        data.mean,
-        data.std,
-        augment=True,
-        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-        memory_format=LAYOUTS["channels_last" if config.channels_last else "nchw"],
-    )
+    data = data.to(device)
+    batches = batches_of(config, data.train, data)
     batches.start(0)
     recorder = recording and recording(network)
     model = peers.compiled(network) if config.compile else network

@@ -39,9 +39,9 @@ EACH_ARGUMENTS = pytest.mark.parametrize(
 
 def pair(name: str, device: str = "cpu", **arguments: object) -> tuple[nn.Module, nn.Module]:
     """Ours and torch's, with the same random parameters and statistics. Skips where torch has no such argument."""
-    for name_of in arguments:
-        if name_of not in inspect.signature(nn.BatchNorm2d.__init__).parameters:
-            pytest.skip(f"this torch's batch norm has no {name_of}")
+    for argument in arguments:
+        if argument not in inspect.signature(nn.BatchNorm2d.__init__).parameters:
+            pytest.skip(f"this torch's batch norm has no {argument}")
     ours = getattr(bnkern.nn, name)(5, device=device, **arguments)
     theirs = getattr(nn, name)(5, device=device, **arguments)
     generator = torch.Generator().manual_seed(3)

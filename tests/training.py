@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from bnkern.train import checkpoint, cifar10
-from bnkern.train.cifar10 import Batches, Cifar10
+from bnkern.train.cifar10 import Cifar10
 from bnkern.train.config import Config
-from bnkern.train.loop import build
+from bnkern.train.loop import batches_of, build
 from bnkern.train.runlog import rows
 from bnkern.train.step import Step
 
@@ -29,18 +29,7 @@ def stepper(config: Config, data: Cifar10) -> Step:
     """A fresh network of the config and its step, on the CPU, at the start of epoch 0."""
     torch.manual_seed(config.seed)
     network = build(config)
-    dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    batches = Batches(
-        data.train,
-        config.batch,
-        config.seed,
-        data.mean,
-        data.std,
-        augment=config.augment,
-        dtype=dtype,
-        memory_format=memory_format,
-    )
+    batches = batches_of(config, data.train, data)
     batches.start(0)
     step = Step(network, network, batches, config)
     step.network, step.batches = network, batches

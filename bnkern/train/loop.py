@@ -147,7 +147,7 @@ class _Run:
             raise ValueError(f"a batch of {config.batch} is more than the {len(train.labels)} training images")
         self.host = _Host(**state["host"]) if state else _Host()
         self.split = train
-        self.batches = self.batches_of(self.rank, self.world)
+        self.batches = batches_of(config, train, self.data, self.rank, self.world)
         self.steps = config.epochs * len(self.batches)
 
         self.recorder = None
@@ -165,21 +165,6 @@ class _Run:
         if self.rank == 0:
             self.metrics = Metrics(folder, self.host.done, tensorboard)
             stack.callback(self.metrics.close)
-
-    def batches_of(self, rank: int, world: int) -> Batches:
-        config = self.config
-        return Batches(
-            self.split,
-            config.batch,
-            config.seed,
-            self.data.mean,
-            self.data.std,
-            augment=config.augment,
-            dtype=torch.bfloat16 if config.precision == "bf16" else _dtype(config),
-            memory_format=_format(config),
-            rank=rank,
-            world=world,
-        )
 
     def train(self) -> None:
         config, host, step, per_epoch = self.config, self.host, self.step, len(self.batches)
@@ -360,7 +345,7 @@ class _Run:
         """Writes ``diverged.pt``: see :func:`train`."""
         if self.rank:
             return
-        batches = self.batches_of(0, 1)
+        batches = batches_of(self.config, self.split, self.data)
         shown = {}
         for name, taken in (("update", step - 1), ("shown", step)):
             if taken >= 0:
@@ -391,6 +376,22 @@ class _Run:
             print(text, flush=True)
         else:
             self.bar.write(text, file=sys.stderr)
+
+
+def batches_of(config: Config, split: Split, data: Cifar10, rank: int = 0, world: int = 1) -> Batches:
+    """The run's batches of ``split``, on its device, normalised by the statistics of ``data``; the share of a rank."""
+    return Batches(
+        split,
+        config.batch,
+        config.seed,
+        data.mean,
+        data.std,
+        augment=config.augment,
+        dtype=torch.bfloat16 if config.precision == "bf16" else _dtype(config),
+        memory_format=_format(config),
+        rank=rank,
+        world=world,
+    )
 
 
 def build(config: Config, device: torch.device | str = "cpu") -> ResNet:
