@@ -140,12 +140,15 @@ class Handoff:
         return found
 
 
-def takes_gradient(x: Tensor, weight: Tensor, groups: int, dilation: tuple[int, int]) -> bool:
-    """Whether the weight gradient of such a convolution comes from ``conv_grad_signs`` rather than from torch.
+def takes_gradient(
+    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], groups: int
+) -> bool:
+    """Whether the CPU's own kernels serve the backward of such a convolution rather than torch.
 
-    A table of what was measured: float32 in channels_last on a CPU with AVX-512, 16 input channels or more and a
-    kernel beyond 1 x 1, where ``sum`` alone takes 0.77 to 1.00 times as long as oneDNN's weight gradient (docs/LOG.md).
-    Elsewhere it is slower (the 3-channel stem 1.4 times, bfloat16) or was not measured.
+    A table of what was measured (docs/LOG.md): float32 in channels_last, 16 input channels or more. By Winograd's form
+    where :func:`by_winograd` says so; with AVX-512 any other kernel beyond 1 x 1 too, whose weight gradient takes
+    ``conv_grad_signs`` 0.77 to 1.00 times as long as oneDNN. Elsewhere it is slower (the 3-channel stem 1.4 times,
+    bfloat16) or was not measured.
     """
     return (
         x.device.type == "cpu"
@@ -157,22 +160,67 @@ def takes_gradient(x: Tensor, weight: Tensor, groups: int, dilation: tuple[int, 
         and weight.shape[2] * weight.shape[3] > 1
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and _has_avx512()
+        and (_isa() == "avx512" or by_winograd(x, weight.shape[0], weight.shape[2:], stride, padding))
+    )
+
+
+def by_winograd(
+    x: Tensor, outputs: int, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> bool:
+    """Whether such a convolution, of what :func:`takes_gradient` serves, goes by F(2 x 2, 3 x 3) on the CPU.
+
+    Measured with AVX-512 and AVX2: 1.1 to 2.7 times oneDNN's speed; slower with less than some hundred tiles of 2 x 2,
+    or with so many channels that the transformed weight outgrows the second-level cache.
+    """
+    n, inputs, h, w = x.shape
+    return (
+        tuple(kernel_size) == (3, 3)
+        and tuple(stride) == tuple(padding) == (1, 1)
+        and inputs % 16 == 0
+        and outputs % 16 == 0
+        and inputs * outputs <= 256 * 256
+        and n * -(-h // 2) * -(-w // 2) >= 256
+        and _isa() in ("avx2", "avx512")
     )
 
 
 @cache
-def _has_avx512() -> bool:
+def _isa() -> str | None:
+    """The instruction set of the CPU's kernels; None where there are none."""
     if backends.unavailable("cpu", "cpu"):
-        return False
+        return None
     from . import _native
 
-    return _native.isa() == "avx512"
+    return _native.isa()
+
+
+def gradient_sums(
+    x: Tensor,
+    dy: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    wanted: Collection[str],
+) -> GradSigns:
+    """:func:`conv2d_grad_signs` as the backward of :func:`conv2d` has it: by Winograd's form where that serves.
+
+    Then a value that is not finite may spread to all nine places of a kernel.
+    """
+    found, last = {}, torch.channels_last
+    if by_winograd(x, dy.shape[1], kernel_size, stride, padding):
+        kernels = backends.choose(backends.forced(), x.device.type, x.dtype)
+        if hasattr(kernels, "conv3x3_gradient") and all(t.is_contiguous(memory_format=last) for t in (x, dy)):
+            for name in {"sum", "abs_sum"}.intersection(wanted):
+                found[name] = kernels.conv3x3_gradient(x, dy, name == "abs_sum")
+    left = [name for name in wanted if name not in found]
+    others = conv2d_grad_signs(x, dy, kernel_size, stride, padding, wanted=left) if left else GradSigns(*[None] * 4)
+    return others._replace(**found)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """``F.conv2d`` with the weight gradient from ``conv_grad_signs``, which a probe may have formed already, and output
-    and input gradient from the CPU's own 3 x 3 convolution where that serves.
+    """``F.conv2d`` with the weight gradient from :func:`gradient_sums`, which a probe may have formed already.
+
+    Output and input gradient go by Winograd's form where that serves.
 
     For operands that :func:`takes_gradient` accepts. The result's attribute ``handoff`` is the probe's way in. Double
     backward goes through torch's formula.
@@ -189,8 +237,8 @@ class _Conv2d(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding, ctx.handoff = stride, padding, handoff
         ctx.bias_sizes = None if bias is None else list(bias.shape)
-        ctx.direct = bias is None and tuple(weight.shape[2:]) == (3, 3) and tuple(stride) == tuple(padding) == (1, 1)
-        y = _direct(x, weight) if ctx.direct else None
+        ctx.winograd = bias is None and by_winograd(x, weight.shape[0], weight.shape[2:], stride, padding)
+        y = _winograd(x, weight) if ctx.winograd else None
         return torch.nn.functional.conv2d(x, weight, bias, stride, padding) if y is None else y
 
     @staticmethod
@@ -200,7 +248,7 @@ class _Conv2d(torch.autograd.Function):
         once = not torch.is_grad_enabled()
         ours = need_weight and once
         left = ctx.handoff.take(dy)
-        dx = _direct(dy, weight, flipped=True) if need_x and once and ctx.direct else None
+        dx = _winograd(dy, weight, flipped=True) if need_x and once and ctx.winograd else None
         theirs = (need_x and dx is None, need_weight and not ours, need_bias)
         dweight = dbias = None
         if any(theirs):
@@ -209,10 +257,9 @@ class _Conv2d(torch.autograd.Function):
             )
             dx = found if dx is None else dx
         if ours:
-            size = tuple(weight.shape[2:])
-            found = (
-                left if left is not None else conv2d_grad_signs(x, dy, size, ctx.stride, ctx.padding, wanted=_SUM)[0]
-            )
+            found = left
+            if found is None:
+                found = gradient_sums(x, dy, tuple(weight.shape[2:]), ctx.stride, ctx.padding, _SUM).sum
             dweight = torch.empty_like(weight).copy_(found)
         return dx, dweight, dbias, None, None, None
 
@@ -220,7 +267,7 @@ class _Conv2d(torch.autograd.Function):
 _SUM = ("sum",)
 
 
-def _direct(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor | None:
+def _winograd(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor | None:
     """The CPU's own 3 x 3 convolution (stride 1, padding 1) of x, or None where it has none for such an x."""
     kernels = backends.choose(backends.forced(), x.device.type, x.dtype)
     if not hasattr(kernels, "conv3x3") or not x.is_contiguous(memory_format=torch.channels_last):

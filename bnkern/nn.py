@@ -120,10 +120,11 @@ class Activation(torch.nn.Module):
 class Conv2d(torch.nn.Conv2d):
     """``torch.nn.Conv2d`` whose weight gradient comes together with its probe (``weight_gradient_signs``).
 
-    Where ``conv_grad_signs`` is at least as fast as torch's weight gradient (:func:`bnkern.conv.takes_gradient`: what
-    was measured), the backward takes the weight gradient from it, probed or not, with the same bits; there a 3 x 3
-    convolution of stride and padding 1 without bias, of 16, 32 or 64 channels, has a kernel for output and input
-    gradient too. Elsewhere this is torch's convolution, a probe beside it. Arguments and state_dict are torch's.
+    Where the CPU's own kernels were measured to be faster than torch's (:func:`bnkern.conv.takes_gradient`: float32 in
+    channels_last, mostly), the backward takes the weight gradient from the kernel that also makes the probe's sums,
+    probed or not, with the same bits; and a 3 x 3 convolution of stride and padding 1 without bias goes by Winograd's
+    F(2 x 2, 3 x 3), forward and backward. Elsewhere this is torch's convolution, a probe beside it. Arguments and
+    state_dict are torch's.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ class Conv2d(torch.nn.Conv2d):
             and nobody_looks()
             and not torch.is_autocast_enabled(input.device.type)
             and input.dim() == 4
-            and takes_gradient(input, self.weight, self.groups, self.dilation)
+            and takes_gradient(input, self.weight, self.stride, self.padding, self.dilation, self.groups)
         ):
             return conv2d(input, self.weight, self.bias, self.stride, self.padding)
         return super().forward(input)

@@ -217,7 +217,7 @@ PYBIND11_MODULE(_native, m) {
       "cpu_conv3x3",
       [](std::uintptr_t x, std::array<std::int64_t, 4> size, std::uintptr_t weight, std::int64_t outputs,
          std::array<std::int64_t, 4> weight_stride, std::uintptr_t y, int threads) {
-        return bnkern::cpu_kernels().conv3x3({
+        bnkern::cpu_kernels().conv3x3({
             .x = static_cast<const float*>(at(x)),
             .n = size[0],
             .inputs = size[1],
@@ -234,6 +234,25 @@ PYBIND11_MODULE(_native, m) {
         });
       },
       "conv3x3 on the CPU; see Conv3x3 in csrc/cpu/cpu.h.", py::call_guard<py::gil_scoped_release>());
+  // x: address and sizes N, I, H, W.
+  m.def(
+      "cpu_conv3x3_gradient",
+      [](std::uintptr_t x, std::array<std::int64_t, 4> size, std::uintptr_t dy, std::int64_t outputs, bool absolute,
+         std::uintptr_t result, int threads) {
+        bnkern::cpu_kernels().conv3x3_gradient({
+            .x = static_cast<const float*>(at(x)),
+            .n = size[0],
+            .inputs = size[1],
+            .outputs = outputs,
+            .h = size[2],
+            .w = size[3],
+            .dy = static_cast<const float*>(at(dy)),
+            .result = static_cast<float*>(at(result)),
+            .absolute = absolute,
+            .threads = threads,
+        });
+      },
+      "conv3x3_gradient on the CPU; see Conv3x3Gradient in csrc/cpu/cpu.h.", py::call_guard<py::gil_scoped_release>());
 #ifdef BNKERN_CUDA
   bnkern::bind_cuda(m);
 #endif

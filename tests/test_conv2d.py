@@ -16,7 +16,7 @@ from bnkern.backends import cpu
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table says AVX-512; the kernel itself runs on any machine."""
-    monkeypatch.setattr(conv, "_has_avx512", lambda: True)
+    monkeypatch.setattr(conv, "_isa", lambda: "avx512")
 
 
 def pair(inputs: int = 16, outputs: int = 8, **options: object) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -32,6 +32,12 @@ def pair(inputs: int = 16, outputs: int = 8, **options: object) -> tuple[torch.n
 def images(channels: int = 16) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(4, channels, 9, 9).relu().contiguous(memory_format=torch.channels_last)
+
+
+def many_images(channels: int) -> Tensor:
+    """With as many tiles as Winograd's form is for."""
+    torch.manual_seed(1)
+    return torch.randn(11, channels, 9, 9).relu().contiguous(memory_format=torch.channels_last)
 
 
 def takes_over(y: Tensor) -> bool:
@@ -63,7 +69,7 @@ def test_probing_keeps_the_gradients_bits_and_forms_it_once(tmp_path: Path, monk
     monkeypatch.setattr(bnkern, "conv2d_grad_signs", counted)
     monkeypatch.setattr(conv, "conv2d_grad_signs", counted)
     plain(images()).square().sum().backward()
-    assert calls == [("sum",)]
+    assert calls == [["sum"]]
     quantity = probes.make("weight_gradient_signs", sums=["abs_sum", "nonzero"])
     with probes.record(probed, [quantity], out=tmp_path) as rec:
         probed(images()).square().sum().backward()
@@ -146,50 +152,18 @@ def test_state_dict_and_compile() -> None:
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
 
 
-# Channels in and out, rows and columns: 32 outputs at a time and 16, several groups of them, a single row.
-DIRECT = [(16, 16, 4, 32), (16, 64, 3, 8), (32, 32, 5, 16), (32, 48, 2, 16), (64, 64, 8, 8), (64, 16, 1, 16)]
-
-
-def direct_operands(inputs: int, outputs: int, h: int, w: int) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(2)
-    x, weight = torch.randn(3, inputs, h, w), torch.randn(outputs, inputs, 3, 3)
-    return x.contiguous(memory_format=torch.channels_last), weight
-
-
-@pytest.mark.parametrize("last", [True, False], ids=["channels_last_weight", "plain_weight"])
-@pytest.mark.parametrize("flipped", [False, True], ids=["forward", "input_gradient"])
-@pytest.mark.parametrize("sizes", DIRECT, ids=str)
-def test_the_direct_convolution(sizes: tuple[int, ...], flipped: bool, last: bool) -> None:
-    x, weight = direct_operands(*sizes)
-    if flipped:  # the weight of the convolution whose output's gradient is x
-        weight = weight.transpose(0, 1)
-    conv2d = torch.nn.functional.conv_transpose2d if flipped else torch.nn.functional.conv2d
-    truth = conv2d(x.double(), weight.double(), padding=1)
-    terms = conv2d(x.double().abs(), weight.double().abs(), padding=1)
-    weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    found, threads = [], torch.get_num_threads()
-    for torch_threads in (1, 2, 3, threads):
-        torch.set_num_threads(torch_threads)
-        found.append(cpu.conv3x3(x, weight, flipped))
-    assert found[0].is_contiguous(memory_format=torch.channels_last) and found[0].shape == truth.shape
-    # A chain of 9 I fma rounds as often.
-    assert ((found[0] - truth).abs() <= 9 * sizes[0] * 2.0**-24 * terms).all()
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-
-
-@pytest.mark.parametrize("sizes", [(48, 32, 8, 8), (16, 24, 8, 16), (16, 16, 8, 8), (32, 32, 8, 12)], ids=str)
-def test_sizes_that_the_direct_convolution_leaves_to_torch(sizes: tuple[int, ...]) -> None:
-    assert cpu.conv3x3(*direct_operands(*sizes)) is None
-
-
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_layer_of_the_direct_convolution(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_by_winograd(stride: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and both gradients, with a gradient that arrives in another memory format too."""
     calls = []
-    kernel = cpu.conv3x3
-    monkeypatch.setattr(cpu, "conv3x3", lambda *args: calls.append(args[2:]) or kernel(*args))
-    ours, theirs = pair(32, 32, bias=False, stride=stride)
-    x, _ = direct_operands(32, 32, 8, 16)
+    for name in ("conv3x3", "conv3x3_gradient"):
+        kernel = getattr(cpu, name)
+        monkeypatch.setattr(
+            cpu, name, lambda *args, name=name, kernel=kernel: calls.append((name, *args[2:])) or kernel(*args)
+        )
+    ours, theirs = pair(32, 32, bias=bias, stride=stride)
+    x = many_images(32)
     for dy_format in (torch.channels_last, torch.contiguous_format):
         results = []
         for module in (ours, theirs):
@@ -198,6 +172,70 @@ def test_a_layer_of_the_direct_convolution(stride: int, monkeypatch: pytest.Monk
             y = module(leaf)
             y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).contiguous(memory_format=dy_format))
             results.append((y.detach(), leaf.grad, module.weight.grad))
-        for one, other in zip(*results, strict=True):  # chains of 288 and 384 products, each way in another order
+        for one, other in zip(*results, strict=True):  # chains of hundreds of products, each way in another order
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
-    assert calls == ([(False,), (True,), (False,)] if stride == 1 else [])
+    forward, flipped, gradient = ("conv3x3", False), ("conv3x3", True), ("conv3x3_gradient", False)
+    if stride == 2:
+        assert calls == []
+    elif bias:
+        assert calls == [gradient]
+    else:  # a dy in another format is left to torch and to the kernel that reads any
+        assert calls == [forward, flipped, gradient, forward]
+
+
+@pytest.mark.parametrize("case", ["few", "wide", "24 outputs", "1x1", "padding 0", "generic"])
+def test_what_winograd_leaves(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, outputs, kernel, padding = many_images(16), 16, 3, 1
+    served = lambda: conv.by_winograd(x, outputs, (kernel, kernel), (1, 1), (padding, padding))  # noqa: E731
+    assert served()
+    match case:
+        case "few":
+            x = images(16)
+        case "wide":
+            x, outputs = torch.empty(11, 512, 9, 9), 512
+        case "24 outputs":
+            outputs = 24
+        case "1x1":
+            kernel, padding = 1, 0
+        case "padding 0":
+            padding = 0
+        case "generic":
+            monkeypatch.setattr(conv, "_isa", lambda: "generic")
+    assert not served()
+
+
+def test_with_avx2_only_what_winograd_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv, "_isa", lambda: "avx2")
+    ours, _ = pair(16, 16)
+    assert takes_over(ours(many_images(16))) and not takes_over(ours(images(16)))
+
+
+def test_probing_a_layer_by_winograd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient keeps its bits and is formed once; sums come from the same kernel, signs and counts are exact."""
+    plain, _ = pair(16, 16, bias=False)
+    probed, exact = copy.deepcopy(plain), copy.deepcopy(plain)
+    x = many_images(16)
+    plain(x).square().sum().backward()
+    calls = []
+    kernel = cpu.conv3x3_gradient
+    monkeypatch.setattr(cpu, "conv3x3_gradient", lambda *args: calls.append(args[2]) or kernel(*args))
+    with probes.record(probed, ["weight_gradient_signs"], out=tmp_path) as rec:
+        y = probed(x)
+        y.square().sum().backward()
+        rec.step()
+    assert sorted(calls) == [False, True]
+    assert torch.equal(plain.weight.grad, probed.weight.grad)
+    found = probes.load(tmp_path)["weight_gradient_signs"][""]
+    expected = bnkern.conv2d_grad_signs(x, 2 * y.detach(), 3, 1, 1)
+    for name in ("sign_sum", "nonzero"):
+        np.testing.assert_array_equal(found[name][0], getattr(expected, name))
+    for name in ("sum", "abs_sum"):
+        np.testing.assert_allclose(
+            found[name][0], getattr(expected, name), rtol=1e-5, atol=1e-6 * expected.abs_sum.max()
+        )
+    with bnkern.use_backend("reference"):
+        exact(x).square().sum().backward()
+    assert len(calls) == 2, "a forced backend has the say"
+    torch.testing.assert_close(
+        exact.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-4 * float(plain.weight.grad.max())
+    )

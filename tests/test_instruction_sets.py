@@ -16,8 +16,8 @@ from bnkern import _native
 from bnkern.backends import cpu
 from tests.cases import CASE, FEW, MIXED, Target
 from tests.test_augment import FORMATS, MANY, augment
-from tests.test_conv2d import DIRECT, direct_operands
 from tests.test_threads import LARGE, everything
+from tests.test_winograd import SIZES, operands
 
 
 def child(isa: str) -> subprocess.CompletedProcess:
@@ -62,9 +62,10 @@ def main() -> None:
                 result = torch.where(result.isnan(), torch.nan, result) if result.is_floating_point() else result
                 bits.update(result.contiguous().view(torch.uint8).numpy().tobytes())
             print(case, precision.name, bits.hexdigest())
-    for sizes in DIRECT:
-        y = cpu.conv3x3(*direct_operands(*sizes))
-        print(sizes, hashlib.sha256(y.permute(0, 2, 3, 1).numpy().tobytes()).hexdigest())
+    for sizes in SIZES:
+        x, weight, dy = operands(*sizes)
+        for result in (cpu.conv3x3(x, weight).permute(0, 2, 3, 1), cpu.conv3x3_gradient(x, dy)):
+            print(sizes, hashlib.sha256(result.numpy().tobytes()).hexdigest())
     for precision in MIXED:
         for layout in FORMATS:
             images, _ = augment(Target("cpu", "cpu"), MANY, precision.dtype, layout)

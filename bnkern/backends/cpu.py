@@ -482,11 +482,11 @@ def conv_grad_signs(
     return tuple(results)
 
 
-def conv3x3(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor | None:
+def conv3x3(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor:
     """The convolution of x [N, I, H, W], float32 in channels_last, by weight [O, I, 3, 3], of stride and padding 1.
 
     ``flipped``: by the weight [I, O, 3, 3] turned by 180 degrees instead, which is the gradient of a convolution's
-    input. Channels of 16, 32 or 64 in and a multiple of 16 out, in rows of a multiple of 8 or 16; None for others.
+    input. By Winograd's F(2 x 2, 3 x 3); I and O are multiples of 16.
     """
     n, _, h, w = x.shape
     address, stride = weight.data_ptr(), weight.stride()
@@ -496,6 +496,16 @@ def conv3x3(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor | None:
         stride = (stride[1], stride[0], -stride[2], -stride[3])
     size, y_stride = (n, outputs, h, w), (h * w * outputs, 1, w * outputs, outputs)
     y = torch.from_dlpack(_native.cpu_empty(_CODES[x.dtype], size, y_stride))
-    threads = torch.get_num_threads()
-    done = _native.cpu_conv3x3(x.data_ptr(), x.shape, address, outputs, stride, y.data_ptr(), threads)
-    return y if done else None
+    _native.cpu_conv3x3(x.data_ptr(), x.shape, address, outputs, stride, y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+def conv3x3_gradient(x: Tensor, dy: Tensor, absolute: bool = False) -> Tensor:
+    """The gradient [O, I, 3, 3] of such a convolution's weight, or the sum of its summands' magnitudes.
+
+    x [N, I, H, W] and dy [N, O, H, W] are float32 in channels_last. By Winograd's form, as ``conv3x3``.
+    """
+    result = torch.empty(dy.shape[1], x.shape[1], 3, 3)
+    sizes, threads = (x.shape, dy.data_ptr(), dy.shape[1], absolute), torch.get_num_threads()
+    _native.cpu_conv3x3_gradient(x.data_ptr(), *sizes, result.data_ptr(), threads)
+    return result

@@ -1,108 +1,159 @@
-// The 3 x 3 convolution of stride 1 and padding 1, channels_last, float32, as a direct one: a few neighbouring outputs
-// of a row, 16 or 32 channels of each, stay in registers while all of x that they meet passes by. Each output is one
-// chain of fma, in an order that depends on shapes alone.
-//
-// x goes through a padded copy of one image at a time, so that no output is a special case; weights are packed so that
-// they are read in order.
+// The 3 x 3 convolution of stride 1 and padding 1, channels_last, float32, by Winograd's F(2 x 2, 3 x 3): winograd.h.
 #include <omp.h>
 
-#include <cstring>
-
-#include "conv.h"
-#include "cpu.h"
+#include "winograd.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
 
 using V = Vec<float>;
 
-// y[p][16 q ...] for kPlaces neighbouring outputs p of a row and kVectors vectors q of channels: x points at the padded
-// image's first row and column that they meet, weights are [3][3 * kInputs][16 * kVectors].
-template <int kInputs, int kPlaces, int kVectors>
-BNKERN_INLINE void outputs_of(const float* x, std::int64_t x_row, const float* weights, float* y,
-                              std::int64_t y_place) {
-  V sums[kPlaces][kVectors];
+// Tiles by inputs times inputs by outputs, of one place: x [tiles][inputs], weights [inputs][16 kVectors], for kTiles
+// tiles; to y [tiles][outputs].
+template <int kTiles, int kVectors, int kInputs>
+BNKERN_INLINE void product(const float* x, std::int64_t some_inputs, const float* weights, float* y,
+                           std::int64_t outputs) {
+  const std::int64_t inputs = kInputs ? kInputs : some_inputs;
+  V sums[kTiles][kVectors];
 #pragma GCC unroll 16
-  for (int p = 0; p < kPlaces; ++p)
-#pragma GCC unroll 2
-    for (int q = 0; q < kVectors; ++q) sums[p][q] = V::all(0);
-  for (int row = 0; row < 3; ++row, x += x_row) {
-    const float* next = x;
+  for (int t = 0; t < kTiles; ++t)
 #pragma GCC unroll 4
-    for (int k = 0; k < 3 * kInputs; ++k, ++next, weights += kVectors * kLanes) {
-      V weight[kVectors];
-#pragma GCC unroll 2
-      for (int q = 0; q < kVectors; ++q) weight[q] = V::load(weights + q * kLanes);
+    for (int q = 0; q < kVectors; ++q) sums[t][q] = V::all(0);
+#pragma GCC unroll 4
+  for (std::int64_t i = 0; i < inputs; ++i, weights += kVectors * kLanes) {
+    V weight[kVectors];
+#pragma GCC unroll 4
+    for (int q = 0; q < kVectors; ++q) weight[q] = V::load(weights + q * kLanes);
 #pragma GCC unroll 16
-      for (int p = 0; p < kPlaces; ++p) {
-        const V value = V::all(next[p * kInputs]);
-#pragma GCC unroll 2
-        for (int q = 0; q < kVectors; ++q) sums[p][q] = fma(value, weight[q], sums[p][q]);
-      }
+    for (int t = 0; t < kTiles; ++t) {
+      const V value = V::all(x[t * inputs + i]);
+#pragma GCC unroll 4
+      for (int q = 0; q < kVectors; ++q) sums[t][q] = fma(value, weight[q], sums[t][q]);
     }
   }
 #pragma GCC unroll 16
-  for (int p = 0; p < kPlaces; ++p)
-#pragma GCC unroll 2
-    for (int q = 0; q < kVectors; ++q) sums[p][q].store(y + p * y_place + q * kLanes);
+  for (int t = 0; t < kTiles; ++t)
+#pragma GCC unroll 4
+    for (int q = 0; q < kVectors; ++q) sums[t][q].store(y + t * outputs + q * kLanes);
 }
 
-template <int kInputs, int kPlaces, int kVectors>
+// A' m A of a row of tiles.
+void output_tiles(const Bands& bands, std::int64_t row, const float* m, std::int64_t pitch, std::int64_t channels,
+                  float* y) {
+  const std::int64_t top = row % bands.down * 2;
+  float* const first = y + (row / bands.down * bands.h + top) * bands.w * channels;
+  const bool second_row = top + 1 < bands.h;
+  for (std::int64_t tile = 0; tile < bands.across; ++tile) {
+    const bool second = 2 * tile + 1 < bands.w;
+    for (std::int64_t c = 0; c < channels; c += kLanes) {
+      const float* const from = m + tile * channels + c;
+      V upper[4], lower[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const V a = V::load(from + j * pitch), b = V::load(from + (4 + j) * pitch);
+        const V d = V::load(from + (8 + j) * pitch), e = V::load(from + (12 + j) * pitch);
+        upper[j] = a + b + d, lower[j] = b - d - e;
+      }
+      float* const to = first + 2 * tile * channels + c;
+      (upper[0] + upper[1] + upper[2]).store(to);
+      if (second) (upper[1] - upper[2] - upper[3]).store(to + channels);
+      if (!second_row) continue;
+      (lower[0] + lower[1] + lower[2]).store(to + bands.w * channels);
+      if (second) (lower[1] - lower[2] - lower[3]).store(to + (bands.w + 1) * channels);
+    }
+  }
+}
+
+// G g G' of 16 outputs and one input: to `out`, a place at a time.
+void weight_tile(const Conv3x3& p, std::int64_t output, std::int64_t input, float* out, std::int64_t pitch) {
+  float g[9][kLanes];
+  for (int k = 0; k < 9; ++k) {
+    const float* const from =
+        p.weight + k / 3 * p.weight_h + k % 3 * p.weight_w + output * p.weight_output + input * p.weight_input;
+    for (int i = 0; i < kLanes; ++i) g[k][i] = from[i * p.weight_output];
+  }
+  const auto spread = [](V a, V b, V c, V* to) {
+    const V outer = V::all(0.5f) * (a + c), inner = V::all(0.5f) * b;
+    to[0] = a, to[1] = outer + inner, to[2] = outer - inner, to[3] = c;
+  };
+  V columns[3][4];
+  for (int k = 0; k < 3; ++k) spread(V::load(g[k]), V::load(g[3 + k]), V::load(g[6 + k]), columns[k]);
+  for (int i = 0; i < 4; ++i) {
+    V row[4];
+    spread(columns[0][i], columns[1][i], columns[2][i], row);
+    for (int j = 0; j < 4; ++j) row[j].store(out + (4 * i + j) * pitch);
+  }
+}
+
+template <int kTiles, int kVectors, int kInputs>
 void convolve(const Conv3x3& p) {
-  constexpr int kOutputs = kVectors * kLanes;  // at a time
-  const std::int64_t x_row = (p.w + 2) * kInputs, group = 9 * kInputs * kOutputs;
-  const std::int64_t padded = round_up((p.h + 2) * x_row, kLanes);
-  const int threads = static_cast<int>(std::min<std::int64_t>(p.threads, p.n));
-  const PoolSpace pool((9 * kInputs * p.outputs + threads * padded) * static_cast<std::int64_t>(sizeof(float)));
-  float* const weights = reinterpret_cast<float*>(pool.data());
-  float* const images = weights + 9 * kInputs * p.outputs;
+  constexpr std::int64_t kOutputs = kVectors * kLanes;  // at a time
+  const Bands bands(p.n, p.h, p.w);
+  const std::int64_t x_pitch = bands.pitch(p.inputs), m_pitch = bands.pitch(p.outputs), zeros = p.w * p.inputs;
+  const std::int64_t own = round_up(kPlaces * (x_pitch + m_pitch) + zeros, kLanes);
+  const std::int64_t weight_size = kPlaces * p.inputs * p.outputs, w_pitch = p.inputs * p.outputs;
+  const int threads = static_cast<int>(std::min<std::int64_t>(p.threads, bands.count()));
+  // Where a product reads whole rows before it writes rows as long, they may be the same, and take half of a cache.
+  const bool in_place = kInputs == kOutputs && p.outputs == kOutputs;
+  const PoolSpace pool((weight_size + threads * own) * static_cast<std::int64_t>(sizeof(float)));
+  float* const weights = reinterpret_cast<float*>(pool.data());  // [place][outputs / kOutputs][input][kOutputs]
 
 #pragma omp parallel num_threads(threads)
   {
-    float* const image = images + omp_get_thread_num() * padded;
-    std::memset(image, 0, padded * sizeof(float));
+    float* const zero = weights + weight_size + omp_get_thread_num() * own;
+    float* const x = zero + zeros;
+    float* const m = in_place ? x : x + kPlaces * x_pitch;
+    std::memset(zero, 0, own * sizeof(float));  // tiles that fill up a group stay zero
 #pragma omp for schedule(static)
-    for (std::int64_t k = 0; k < 9 * kInputs; ++k) {
-      const float* const from =
-          p.weight + k / (3 * kInputs) * p.weight_h + k / kInputs % 3 * p.weight_w + k % kInputs * p.weight_input;
-      for (std::int64_t o = 0; o < p.outputs; ++o)
-        weights[o / kOutputs * group + k * kOutputs + o % kOutputs] = from[o * p.weight_output];
-    }
+    for (std::int64_t i = 0; i < p.inputs; ++i)
+      for (std::int64_t o = 0; o < p.outputs; o += kLanes)
+        weight_tile(p, o, i, weights + o / kOutputs * kOutputs * p.inputs + i * kOutputs + o % kOutputs, w_pitch);
 #pragma omp for schedule(static)
-    for (std::int64_t n = 0; n < p.n; ++n) {
-      const float* const x = p.x + n * p.h * p.w * kInputs;
-      float* const y = p.y + n * p.h * p.w * p.outputs;
-      for (std::int64_t h = 0; h < p.h; ++h)
-        std::memcpy(image + (h + 1) * x_row + kInputs, x + h * p.w * kInputs, p.w * kInputs * sizeof(float));
-      for (std::int64_t o = 0; o < p.outputs; o += kOutputs)
-        for (std::int64_t h = 0; h < p.h; ++h)
-          for (std::int64_t w = 0; w < p.w; w += kPlaces)
-            outputs_of<kInputs, kPlaces, kVectors>(image + h * x_row + w * kInputs, x_row,
-                                                   weights + o / kOutputs * group, y + (h * p.w + w) * p.outputs + o,
-                                                   p.outputs);
+    for (std::int64_t band = 0; band < bands.count(); ++band) {
+      const std::int64_t first = bands.first(band), last = bands.last(band);
+      const std::int64_t tiles = round_up((last - first) * bands.across, kTiles);
+      for (std::int64_t row = first; row < last; ++row)
+        input_tiles<false>(bands, row, p.x, p.inputs, zero, x + (row - first) * bands.across * p.inputs, x_pitch);
+      const RowsAhead ahead(bands, std::min(band + 1, bands.count() - 1), p.x, p.inputs);
+      const RowsAhead y_ahead(bands, band, p.y, p.outputs);
+      for (int place = 0; place < kPlaces; ++place) {
+        ahead.call(place), y_ahead.call(place);
+        for (std::int64_t o = 0; o < p.outputs; o += kOutputs)
+          for (std::int64_t t = 0; t < tiles; t += kTiles)
+            product<kTiles, kVectors, kInputs>(x + place * x_pitch + t * p.inputs, p.inputs,
+                                               weights + place * w_pitch + o * p.inputs,
+                                               m + place * m_pitch + t * p.outputs + o, p.outputs);
+      }
+      for (std::int64_t row = first; row < last; ++row)
+        output_tiles(bands, row, m + (row - first) * bands.across * p.outputs, m_pitch, p.outputs, p.y);
     }
   }
 }
 
-template <int kInputs>
-bool convolve_from(const Conv3x3& p) {
-  if (p.outputs % 32 == 0 && p.w % 8 == 0) return convolve<kInputs, 8, 2>(p), true;
-  if (p.outputs % 16 == 0 && p.w % 16 == 0) return convolve<kInputs, 16, 1>(p), true;
-  return false;
+template <int kTiles, int kVectors>
+void convolve_from(const Conv3x3& p) {
+  switch (p.inputs) {
+    case 16:
+      return convolve<kTiles, kVectors, 16>(p);
+    case 32:
+      return convolve<kTiles, kVectors, 32>(p);
+    case 64:
+      return convolve<kTiles, kVectors, 64>(p);
+  }
+  convolve<kTiles, kVectors, 0>(p);
 }
 
 }  // namespace
 
-bool conv3x3(const Conv3x3& p) {
-  switch (p.inputs) {
-    case 16:
-      return convolve_from<16>(p);
-    case 32:
-      return convolve_from<32>(p);
-    case 64:
-      return convolve_from<64>(p);
-  }
-  return false;
+void conv3x3(const Conv3x3& p) {
+#if defined(__AVX512F__)
+  if (p.outputs % (2 * kLanes) == 0)
+    convolve_from<8, 2>(p);
+  else
+    convolve_from<16, 1>(p);
+#else
+  convolve_from<4, 1>(p);
+#endif
 }
 
 }  // namespace bnkern::BNKERN_ISA

@@ -7,8 +7,8 @@
 
 namespace bnkern {
 
-// conv3x3: x [N, I, H, W] and y [N, O, H, W], float32, dense in channels_last; the weight's strides are free, and may
-// be negative.
+// conv3x3: x [N, I, H, W] and y [N, O, H, W], float32, dense in channels_last, I and O multiples of 16; the weight's
+// strides are free, and may be negative.
 struct Conv3x3 {
   const float* x;
   std::int64_t n, inputs, outputs, h, w;
@@ -18,13 +18,25 @@ struct Conv3x3 {
   int threads;
 };
 
+// conv3x3_gradient: x [N, I, H, W] and the gradient dy [N, O, H, W], as above; result [O, I, 3, 3] is the weight's
+// gradient, or the sum of its summands' magnitudes.
+struct Conv3x3Gradient {
+  const float* x;
+  std::int64_t n, inputs, outputs, h, w;
+  const float* dy;
+  float* result;
+  bool absolute;
+  int threads;
+};
+
 struct CpuKernels {
   const char* isa;
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
   void (*augment)(const Augment&);
   void (*conv_grad_signs)(const ConvGradSigns&);
-  bool (*conv3x3)(const Conv3x3&);  // false, and nothing done, for sizes that it does not serve
+  void (*conv3x3)(const Conv3x3&);
+  void (*conv3x3_gradient)(const Conv3x3Gradient&);
 };
 
 // The best that this machine runs, or the one named by BNKERN_ISA in the environment ("avx512", "avx2",
@@ -32,13 +44,14 @@ struct CpuKernels {
 const CpuKernels& cpu_kernels();
 
 // One definition per instruction set, from the same sources. The tensors must not be empty.
-#define BNKERN_DECLARE_ISA(isa)                 \
-  namespace isa {                               \
-  void forward(const Forward& p);               \
-  void backward(const Backward& p);             \
-  void conv_grad_signs(const ConvGradSigns& p); \
-  void augment(const Augment& p);               \
-  bool conv3x3(const Conv3x3& p);               \
+#define BNKERN_DECLARE_ISA(isa)                    \
+  namespace isa {                                  \
+  void forward(const Forward& p);                  \
+  void backward(const Backward& p);                \
+  void conv_grad_signs(const ConvGradSigns& p);    \
+  void augment(const Augment& p);                  \
+  void conv3x3(const Conv3x3& p);                  \
+  void conv3x3_gradient(const Conv3x3Gradient& p); \
   }
 BNKERN_DECLARE_ISA(generic)
 BNKERN_DECLARE_ISA(avx2)

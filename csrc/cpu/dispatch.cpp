@@ -19,17 +19,20 @@ CpuKernels choose() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif
+#define BNKERN_KERNELS(isa)                                                                                    \
+  {                                                                                                            \
+    #isa, isa::forward, isa::backward, isa::augment, isa::conv_grad_signs, isa::conv3x3, isa::conv3x3_gradient \
+  }
   const Candidate candidates[] = {
 #ifdef BNKERN_HAS_AVX512
-      {{"avx512", avx512::forward, avx512::backward, avx512::augment, avx512::conv_grad_signs, avx512::conv3x3},
-       avx512},
+      {BNKERN_KERNELS(avx512), avx512},
 #endif
 #ifdef BNKERN_HAS_AVX2
-      {{"avx2", avx2::forward, avx2::backward, avx2::augment, avx2::conv_grad_signs, avx2::conv3x3}, avx2},
+      {BNKERN_KERNELS(avx2), avx2},
 #endif
-      {{"generic", generic::forward, generic::backward, generic::augment, generic::conv_grad_signs, generic::conv3x3},
-       true},
+      {BNKERN_KERNELS(generic), true},
   };
+#undef BNKERN_KERNELS
   const char* const asked = std::getenv("BNKERN_ISA");
   for (const Candidate& candidate : candidates) {
     if (asked && *asked && std::string(asked) != candidate.kernels.isa) continue;

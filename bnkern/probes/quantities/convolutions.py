@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import bnkern
-from bnkern.conv import Handoff
+from bnkern.conv import Handoff, gradient_sums
 
 from .base import Arrays, Quantity, ratio
 
@@ -94,10 +94,12 @@ class WeightGradientSigns(Quantity):
             elif self.centred == "gradient":
                 dy = dy - dy.mean((0, 2, 3), keepdim=True)
             handoff = None if self.centred else handoff
-            wanted = {*self.sums, "sum"} if handoff else self.sums
-            found = bnkern.conv2d_grad_signs(x, dy, module.kernel_size, module.stride, module.padding, wanted=wanted)
+            sizes = module.kernel_size, module.stride, module.padding
             if handoff:  # of a bnkern.nn.Conv2d: its gradient need not be formed again
+                found = gradient_sums(x, dy, *sizes, {*self.sums, "sum"})
                 handoff.put(dy, found.sum)
+            else:
+                found = bnkern.conv2d_grad_signs(x, dy, *sizes, wanted=self.sums)
             self._fill(out, found, places=dy.numel() // dy.shape[1])
 
         shape = self._shape(module.weight)

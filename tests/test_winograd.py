@@ -1,0 +1,110 @@
+"""The CPU's 3 x 3 convolution by F(2 x 2, 3 x 3), both its gradients, and the absolute sums of the weight's."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnkern.backends import cpu
+
+# Images, channels in and out, rows and columns. 32 outputs at a time and 16, several groups of them, odd sizes, single
+# rows, tiles that fill up no group, bands over several images, several chunks.
+SIZES = [
+    (3, 16, 16, 4, 32),
+    (2, 16, 64, 3, 8),
+    (3, 32, 32, 5, 16),
+    (2, 32, 48, 2, 16),
+    (3, 64, 64, 8, 8),
+    (2, 64, 16, 1, 16),
+    (5, 48, 32, 7, 7),
+    (1, 16, 16, 1, 1),
+    (2, 80, 16, 2, 3),
+    (20, 16, 16, 16, 32),
+]
+B = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], dtype=torch.float64).T
+G = torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], dtype=torch.float64) / 2
+A = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]], dtype=torch.float64).T
+CHAIN = 32  # tiles of a band at most, with the sizes above
+
+
+def operands(n: int, inputs: int, outputs: int, h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, the weight, and the output's gradient."""
+    torch.manual_seed(2)
+    x, weight, dy = torch.randn(n, inputs, h, w), torch.randn(outputs, inputs, 3, 3), torch.randn(n, outputs, h, w)
+    return (*(t.contiguous(memory_format=torch.channels_last) for t in (x.relu(), weight, dy)),)
+
+
+def tiles(t: Tensor, size: int, margin: int) -> Tensor:
+    """[N, C, down, across, size, size]: a tile for each 2 x 2 places, with zeros around."""
+    h, w = t.shape[2:]
+    padded = F.pad(t.double(), (margin, margin + w % 2, margin, margin + h % 2))
+    return padded.unfold(2, size, 2).unfold(3, size, 2)
+
+
+def both_sides(m: Tensor, t: Tensor) -> Tensor:
+    return m @ t @ m.mT
+
+
+def largest_output(x: Tensor, weight: Tensor) -> Tensor:
+    """What the products' and sums' magnitudes add up to on the way to each output: the scale of its rounding error."""
+    spread = both_sides(B.T.abs(), tiles(x.abs(), 4, 1))
+    products = torch.einsum("nihwab,oiab->nohwab", spread, both_sides(G.abs(), weight.double().abs()))
+    y = both_sides(A.T.abs(), products).permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3)
+    return y[:, :, : x.shape[2], : x.shape[3]]
+
+
+def largest_gradient(x: Tensor, dy: Tensor) -> Tensor:
+    spread = both_sides(B.T.abs(), tiles(x.abs(), 4, 1)), both_sides(A.abs(), tiles(dy.abs(), 2, 0))
+    return both_sides(G.T.abs(), torch.einsum("nihwab,nohwab->oiab", *spread))
+
+
+def for_any_number_of_threads(kernel: Callable[[], Tensor]) -> Tensor:
+    found, threads = [], torch.get_num_threads()
+    for torch_threads in (1, 2, 3, threads):
+        torch.set_num_threads(torch_threads)
+        found.append(kernel())
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    return found[0]
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last_weight", "plain_weight"])
+@pytest.mark.parametrize("flipped", [False, True], ids=["forward", "input_gradient"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_convolution(sizes: tuple[int, ...], flipped: bool, last: bool) -> None:
+    x, weight, _ = operands(*sizes)
+    bound = largest_output(x, weight.flip(2, 3) if flipped else weight)
+    if flipped:  # the weight of the convolution whose output's gradient is x
+        weight = weight.transpose(0, 1)
+    truth = (F.conv_transpose2d if flipped else F.conv2d)(x.double(), weight.double(), padding=1)
+    weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    y = for_any_number_of_threads(lambda: cpu.conv3x3(x, weight, flipped))
+    assert y.is_contiguous(memory_format=torch.channels_last) and y.shape == truth.shape
+    # A chain of I fma, after two additions for x and four for the weight, before four for y.
+    assert ((y - truth).abs() <= (sizes[1] + 10) * 2.0**-24 * bound).all()
+    assert (y - truth).norm() <= 4e-7 * truth.norm()
+
+
+@pytest.mark.parametrize("absolute", [False, True], ids=["sum", "abs_sum"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_gradient(sizes: tuple[int, ...], absolute: bool) -> None:
+    n, inputs, outputs, h, w = sizes
+    x, _, dy = operands(*sizes)
+    x = x - 0.25  # not only what a ReLU passes
+    terms = (x.abs(), dy.abs()) if absolute else (x, dy)
+    truth = torch.nn.grad.conv2d_weight(terms[0].double(), (outputs, inputs, 3, 3), terms[1].double(), padding=1)
+    found = for_any_number_of_threads(lambda: cpu.conv3x3_gradient(x, dy, absolute))
+    # A chain over a band's tiles, one over a chunk's bands, two additions for x and dy each, and four for the result.
+    bands = -(-n * -(-h // 2) * -(-w // 2) // 16)
+    assert ((found - truth).abs() <= (CHAIN + bands + 9) * 2.0**-24 * largest_gradient(x, dy)).all()
+    assert (found - truth).norm() <= 4e-7 * truth.norm()
+
+
+def test_an_image_without_gradient_adds_nothing() -> None:
+    """Exact zeros stay exact: channels that are dead, and images that do not count."""
+    x, _, dy = operands(4, 16, 32, 6, 6)
+    x[:, 3], dy[:, 5] = 0, 0
+    for absolute in (False, True):
+        found = cpu.conv3x3_gradient(x, dy, absolute)
+        assert not found[:, 3].any() and not found[5].any() and found[4, 4].all()
