@@ -1,4 +1,4 @@
-"""A whole training step of ResNet-20 on CIFAR-sized images, batch 128, fp32: forward, loss, backward, SGD.
+"""A whole training step of a ResNet on CIFAR-sized images, batch 128, fp32: forward, loss, backward, SGD.
 
 ``test_step`` takes ready batches. ``test_loop`` is the step that ``python -m bnkern.train`` takes, which also makes its
 batch, measures, and looks out for divergence; "ready batch" beside it is the step of ``test_step``. ``test_graph`` is
@@ -63,8 +63,12 @@ def training_step(model: nn.Module, layout: str) -> Callable[[tuple[Tensor, Tens
     return step
 
 
-def test_step(compare, device: torch.device, quick: bool, without_compile: str | None) -> None:
-    depth, case = (8, Case("few_images", "both", "fp32")) if quick else (20, Case("images", "both", "fp32"))
+@pytest.mark.parametrize("depth", [20, 110])
+def test_step(depth: int, compare, device: torch.device, quick: bool, without_compile: str | None) -> None:
+    """ResNet-110 in channels_last alone, every provider's better layout, and uncompiled: minutes otherwise."""
+    deep = depth > 20
+    depth, case = (8, Case("few_images", "both", "fp32")) if quick else (depth, Case("images", "both", "fp32"))
+    layouts, without_compile = (["channels_last"], "its depth") if deep else (LAYOUTS, without_compile)
     batch = torch.randn(case.size, device=device), torch.randint(10, case.size[:1], device=device)
     compare(
         f"resnet{depth}",
@@ -72,7 +76,7 @@ def test_step(compare, device: torch.device, quick: bool, without_compile: str |
         {
             f"{name} {layout}": training_step(build().to(device), layout)
             for name, build in networks(depth, without_compile).items()
-            for layout in LAYOUTS
+            for layout in layouts
         },
         make_data=lambda: batch,
         missing={"compile": f"left out by {without_compile}"} if without_compile else {},

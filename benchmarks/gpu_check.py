@@ -40,7 +40,7 @@ PARTS = {
     "batch-norms": (["bench_batch_norm.py", "--shapes=cifar", "-k", "bf16", *QUICKLY], 90),
     "probes-graph": (["bench_probes.py", "-k", "graph", "--budget=0.05"], 90),
     "graphs": (["bench_step.py", "-k", "graph", "--no-compile", "--budget=0.1"], 90),
-    "steps": (["bench_step.py", "-k", "not graph", "--no-compile", "--budget=0.1"], 60),
+    "steps": (["bench_step.py", "-k", "not graph and not 110", "--no-compile", "--budget=0.1"], 60),
     "phases": (["bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
     "phases-triton": (["bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
     "compiled": (["bench_batch_norm.py", "--shapes=stage1", "-k", "bf16 and bn_add_relu", "--budget=0.3"], 60),

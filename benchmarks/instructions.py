@@ -80,6 +80,9 @@ def cases(native: ModuleType, memory: Memory) -> dict[str, Callable[[], None]]:
         found[f"augment {layout} {dtype}"] = augment(native, memory, rows, dtype)
         for what, wanted in (("sums", (1, 1, 0, 0)), ("signs", (0, 0, 1, 1))):
             found[f"conv_grad_signs {what} {layout} {dtype}"] = conv_grad_signs(native, memory, rows, dtype, wanted)
+    for channels, side in ((16, 32), (64, 8)):
+        found[f"conv3x3 {channels}"] = conv3x3(native, memory, channels, side)
+        found[f"conv3x3_gradient {channels}"] = conv3x3_gradient(native, memory, channels, side)
     return found
 
 
@@ -130,6 +133,19 @@ def conv_grad_signs(native, memory, rows, dtype, wanted) -> Callable[[], None]:
     return lambda: native.cpu_conv_grad_signs(
         CODES[dtype], x, size, strides, dy, size, strides, [3, 3], ones, ones, results, 1
     )
+
+
+def conv3x3(native, memory, channels, side) -> Callable[[], None]:
+    size, strides = [4, channels, side, side], [9 * channels, 1, 3 * channels, channels]
+    x, y = (memory.normal("fp32", 4 * channels * side * side) for _ in range(2))
+    weight = memory.normal("fp32", channels * channels * 9)
+    return lambda: native.cpu_conv3x3(x, size, weight, channels, strides, y, 1)
+
+
+def conv3x3_gradient(native, memory, channels, side) -> Callable[[], None]:
+    size, result = [4, channels, side, side], memory.of(4 * channels * channels * 9)
+    x, dy = (memory.normal("fp32", 4 * channels * side * side) for _ in range(2))
+    return lambda: native.cpu_conv3x3_gradient(x, size, dy, channels, False, result, 1)
 
 
 def load(module: str) -> ModuleType:

@@ -30,6 +30,7 @@ def _table(row: dict) -> str:
     named = {
         "batch_norm": "Whole batch norms",
         "overhead": "The fixed cost of a call",
+        "conv2d": "Convolutions",
         "step": "Training steps",
         "loop": "Training steps of the loop",
         "graph": "Training steps of the loop as one CUDA graph",
@@ -223,6 +224,7 @@ _RENDER = {
     "Memory of networks": _networks,
     "Whole batch norms": _batch_norms,
     "The fixed cost of a call": _batch_norms,
+    "Convolutions": _batch_norms,
     "Phases": _phases,
     "Training steps": _steps,
     "Training steps of the loop": _steps,
