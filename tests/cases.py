@@ -409,3 +409,28 @@ def assert_mask_agrees(y: Tensor, z: Tensor, bound: Tensor) -> None:
     assert torch.equal(passed(y.cpu())[~unsure], passed(z)[~unsure])
     rare = 1e-2 if (unsure & (bound > 1e-3)).any() else 1e-3
     assert unsure.sum() <= max(2, rare * z.numel()), f"{int(unsure.sum())} of {z.numel()} elements too near zero"
+
+
+# ------------------------------------------------------------------------------------------- ways to call
+
+MOMENTUM = 0.3
+FUSED = pytest.mark.parametrize(
+    ("act", "with_residual"),
+    [(None, False), ("relu", False), (None, True), ("relu", True)],
+    ids=["plain", "relu", "add", "add_relu"],
+)
+MODES = pytest.mark.parametrize("mode", ["training", "untracked", "eval"])
+
+
+def leaf(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().requires_grad_()
+
+
+def running_of(p: Problem) -> tuple[Tensor, Tensor]:
+    """Running statistics to start from: near the batch's, in the dtype of the parameters."""
+    return p.mean.to(p.weight.dtype), (p.invstd**-2).to(p.weight.dtype)
+
+
+def bits(t: Tensor) -> Tensor:
+    """The bytes of t, so that NaN equals itself and -0 does not equal 0."""
+    return t.detach().contiguous().view(torch.uint8)

@@ -9,6 +9,7 @@ import torch
 
 import bnkern
 from tests.cases import PRECISIONS, TARGETS, Precision, Target
+from tests.ranks import WORLD, Ranks
 
 hypothesis.settings.register_profile("same-every-run", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("same-every-run")
@@ -66,3 +67,19 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[list[Ranks]]:
+    running: list[Ranks] = []
+    yield running
+    for ranks in running:
+        ranks.end()
+
+
+@pytest.fixture
+def ranks(pool: list[Ranks]) -> Ranks:
+    """Three processes, started at the first use and again where a test broke them."""
+    if not pool or not pool[-1].alive:
+        pool.append(Ranks(WORLD))
+    return pool[-1]

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+WORLD = 3  # processes of the fixture `ranks`
 TIMEOUT_S = 240  # of one call; the slowest compiles a network
 
 
@@ -66,6 +68,12 @@ class Ranks:
         for process in self.processes:
             process.join()
         self.folder.cleanup()
+
+
+def dealt(tensors: list[Tensor | None], split: tuple[int, ...]) -> list[list[Tensor | None]]:
+    """For each rank its part of each tensor, in the memory format of the whole."""
+    parts = [[None] * len(split) if t is None else [p.clone() for p in t.split(split)] for t in tensors]
+    return [list(of_rank) for of_rank in zip(*parts, strict=True)]
 
 
 GROUPS: dict[int, dist.ProcessGroup] = {}  # in a rank: the group of the first 1, 2, ... ranks

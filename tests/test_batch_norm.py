@@ -1,7 +1,6 @@
 """``batch_norm`` and ``add_act`` from end to end: values, gradients and statistics against torch in float64."""
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,57 +9,38 @@ from torch import Tensor
 
 import bnkern
 from tests.cases import (
-    BF16,
     CASE,
     EPS,
     FEW,
-    FP16,
     FP32,
     FP64,
+    FUSED,
     LAYOUTS,
     MIXED,
+    MODES,
+    MOMENTUM,
     PRECISIONS,
     SWEEP,
     Case,
     Precision,
-    Problem,
     Target,
     assert_close,
     assert_mask_agrees,
+    bits,
     by_channel,
     dx_bound,
     exact,
+    leaf,
     mean_bound,
     passed,
     running_bound,
+    running_of,
     shift_bound,
     stored,
     sums_bound,
     var_bound,
     y_bound,
 )
-
-MOMENTUM = 0.3
-FUSED = pytest.mark.parametrize(
-    ("act", "with_residual"),
-    [(None, False), ("relu", False), (None, True), ("relu", True)],
-    ids=["plain", "relu", "add", "add_relu"],
-)
-MODES = pytest.mark.parametrize("mode", ["training", "untracked", "eval"])
-
-
-def leaf(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().requires_grad_()
-
-
-def running_of(p: Problem) -> tuple[Tensor, Tensor]:
-    """Running statistics to start from: near the batch's, in the dtype of the parameters."""
-    return p.mean.to(p.weight.dtype), (p.invstd**-2).to(p.weight.dtype)
-
-
-def bits(t: Tensor) -> Tensor:
-    """The bytes of t, so that NaN equals itself and -0 does not equal 0."""
-    return t.detach().contiguous().view(torch.uint8)
 
 
 def true_batch_norm(
@@ -385,99 +365,6 @@ def test_eval_backward_after_the_statistics_moved(target: Target) -> None:
     assert torch.equal(bits(before), bits(after))
 
 
-# --------------------------------------------------------------------------------------------------------- memory
-
-
-@FUSED
-@MODES
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_saved_for_backward(target: Target, case: Case, mode: str, act: str | None, with_residual: bool) -> None:
-    """Of activation size nothing is kept but the input itself and, for residual with ReLU, one bit per element."""
-    p = case.problem(FP32, target.device)
-    x, weight, bias, residual = (leaf(t) for t in (p.x, p.weight, p.bias, p.residual))
-    running = (None, None) if mode == "untracked" else running_of(p)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        bnkern.batch_norm(
-            x, *running, weight, bias, mode != "eval", residual=residual if with_residual else None, act=act
-        )
-    own = {t.data_ptr() for t in (x, weight, bias)}
-    extra = [t for t in kept if t.data_ptr() not in own]
-    vectors = [t for t in extra if t.dtype != torch.uint8]
-    assert [tuple(t.shape) for t in vectors] == [(x.shape[1],)] * 2
-    masks = [t for t in extra if t.dtype == torch.uint8]
-    assert len(masks) == (act is not None and with_residual)
-    planes = x.shape[0] * x.shape[1]
-    assert all(t.numel() <= x.numel() / 8 + planes for t in masks)
-    assert residual.data_ptr() not in {t.data_ptr() for t in kept}
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@FUSED
-def test_nothing_is_saved_without_grad(target: Target, training: bool, act: str | None, with_residual: bool) -> None:
-    p = CASE["nchw_tail"].problem(FP32, target.device)
-
-    def pack(_: Tensor) -> None:
-        raise AssertionError("saved a tensor")
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        residual = p.residual if with_residual else None
-        y = bnkern.batch_norm(p.x, *running_of(p), p.weight, p.bias, training, residual=residual, act=act)
-        with torch.no_grad():
-            bnkern.batch_norm(leaf(p.x), *running_of(p), p.weight, p.bias, training, residual=residual, act=act)
-    assert not y.requires_grad
-
-
-@FUSED
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("case", [*FEW, CASE["expanded_batch"], CASE["expanded_space"]], ids=str)
-def test_arguments_are_only_read(target: Target, case: Case, training: bool, act: str | None, with_residual) -> None:
-    p = case.problem(BF16, target.device)
-    before = [bits(t) for t in p]
-    x, weight, bias, residual = leaves = [leaf(t) for t in (p.x, p.weight, p.bias, p.residual)]
-    y = bnkern.batch_norm(
-        x, *running_of(p), weight, bias, training, residual=residual if with_residual else None, act=act
-    )
-    torch.autograd.grad(y, leaves, p.dy, allow_unused=True)
-    assert all(torch.equal(old, bits(t)) for old, t in zip(before, p, strict=True))
-    assert y.data_ptr() not in {t.data_ptr() for t in p}
-
-
-@pytest.fixture
-def poisoned() -> Callable[[bool], None]:
-    """A switch: torch fills what torch.empty and its like return with NaN, or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    yield torch.use_deterministic_algorithms
-    torch.use_deterministic_algorithms(before)
-
-
-@FUSED
-@MODES
-@pytest.mark.parametrize("case", [*FEW, CASE["nhwc_c3"], CASE["nchw_s49"], CASE["expanded_batch"]], ids=str)
-def test_outputs_are_fully_written(
-    target: Target, case: Case, mode: str, act: str | None, with_residual: bool, poisoned: Callable[[bool], None]
-) -> None:
-    """The same bits, padding of the mask included, whatever the memory of outputs and workspaces held before."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    p, training = case.problem(FP16, target.device), mode != "eval"
-    residual = p.residual if with_residual else None
-    running = [(None, None) if mode == "untracked" else running_of(p) for _ in range(2)]
-    results = []
-    for on, statistics in zip((False, True), running, strict=True):
-        poisoned(on)
-        kernels = bnkern.backends.choose(target.backend, target.device, p.x.dtype)
-        y, mean, invstd, mask = kernels.forward(
-            p.x, p.weight, p.bias, residual, *statistics, None, training, MOMENTUM, EPS, act, True
-        )
-        needs = (True, True, True, with_residual)
-        grads = kernels.backward(p.dy, p.x, p.weight, p.bias, mean, invstd, mask, act, training, needs)
-        results.append([y, mean, invstd, mask, *grads, *statistics])
-    for clean, dirty in zip(*results, strict=True):
-        assert (clean is None) == (dirty is None)
-        assert clean is None or torch.equal(bits(clean), bits(dirty))
-    assert results[0][0].isfinite().all()
-
-
 # ------------------------------------------------------------------------------------------------------ few values
 
 
@@ -527,86 +414,3 @@ def test_empty_moments_do_not_poison_later_batches(target: Target) -> None:
     bn(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).to(target.device))
     assert all(t.isfinite().all() for t in bn.state_dict().values())
     assert bn.num_batches_tracked.item() == 2
-
-
-# ----------------------------------------------------------------------------------------------------- ReLU's mask
-
-
-def steps_around(center: Tensor, dtype: torch.dtype, steps: int) -> Tensor:
-    """[steps, C]: the ``steps`` neighbours in ``dtype`` of each value of center [C], in units of the last place."""
-    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    offsets = torch.arange(steps, dtype=integer) - steps // 2
-    return (center.to(dtype).view(integer) + offsets[:, None]).view(dtype)
-
-
-PLANES = pytest.mark.parametrize("planes", [True, False], ids=["planes", "rows"])
-HALVES_AND_FP32 = pytest.mark.parametrize("precision", [FP32, BF16, FP16], ids=lambda p: p.name)
-
-
-def arranged(v: Tensor, planes: bool) -> Tensor:
-    """[64, C] as [8, C, 8] in planes, or as it is, in rows."""
-    return v.view(8, 8, -1).movedim(1, 2).contiguous() if planes else v
-
-
-@HALVES_AND_FP32
-@PLANES
-def test_recomputed_mask_next_to_zero_in_eval(target: Target, precision: Precision, planes: bool) -> None:
-    """A million values whose pre-activation is within a few roundings of zero: the backward's ReLU is the forward's.
-
-    In half of the channels weight and bias are so small that z underflows, where only the rounded value decides.
-    """
-    generator, channels = torch.Generator().manual_seed(1), 16384
-    mean, weight, bias = torch.randn(3, channels, generator=generator, dtype=torch.float64)
-    var = torch.rand(channels, generator=generator, dtype=torch.float64) + 0.1
-    weight = weight.sign() * (0.5 + weight.abs())
-    small = torch.ones(channels, dtype=torch.float64)
-    small[::2] = 1e-4 if precision is FP16 else 1e-37
-    weight, bias, mean, var = (
-        t.to(precision.params).to(target.device) for t in (weight * small, bias * small, mean, var)
-    )
-    wide_weight, wide_bias, wide_mean, wide_var = exact(weight, bias, mean, var)
-    zero = wide_mean - wide_bias / wide_weight * (wide_var + EPS).sqrt()
-    x = leaf(arranged(steps_around(zero, precision.dtype, 64), planes).to(target.device))
-    y = bnkern.batch_norm(x, mean, var, weight, bias, act="relu")
-    dy = torch.ones_like(x) * by_channel((1 / small).clamp(max=1e30), x).to(x)
-    (dx,) = torch.autograd.grad(y, x, dy)
-    assert torch.equal(dx != 0, passed(y))
-    # The test bites: ReLU passes about half, and z has underflowed to zero in some places where it is positive.
-    assert 0.3 < passed(y).double().mean() < 0.7
-    z = F.batch_norm(*exact(x), wide_mean, wide_var, wide_weight, wide_bias)
-    assert ((z > 0) & (y.cpu() == 0)).sum() > 100
-
-
-@HALVES_AND_FP32
-@PLANES
-def test_recomputed_mask_next_to_zero_in_training(target: Target, precision: Precision, planes: bool) -> None:
-    """The same with the batch's statistics: four values in 64 give the variance, the others crowd about the mean."""
-    generator, channels = torch.Generator().manual_seed(2), 16384
-    mean = torch.randn(channels, generator=generator, dtype=torch.float64).to(precision.dtype)
-    values = steps_around(mean, precision.dtype, 64)
-    values[:2], values[-2:] = mean + 1, mean - 1
-    x = leaf(arranged(values, planes).to(target.device))
-    weight = torch.ones(channels, dtype=precision.params, device=target.device)
-    bias = leaf(torch.zeros_like(weight))
-    y = bnkern.batch_norm(x, None, None, weight, bias, True, act="relu")
-    dx, dbias = torch.autograd.grad(y, (x, bias), torch.ones_like(x))
-    g = passed(y).cpu().double()
-    assert torch.equal(dbias.cpu().double(), g.sum([0, *range(2, g.dim())]))
-    # One wrong bit would change dx by weight * invstd, which is more than 1.
-    wide = exact(x)[0].requires_grad_()
-    z = F.batch_norm(wide, None, None, *exact(weight, bias), True)
-    (true_dx,) = torch.autograd.grad(z, wide, g)
-    assert_close(dx, true_dx, torch.full_like(true_dx, 0.05), "dx")
-    assert (true_dx.abs() > 0.5).double().mean() > 0.5
-    assert 0.3 < g.mean() < 0.7
-
-
-@PLANES
-def test_recomputed_mask_of_the_identity(target: Target, planes: bool) -> None:
-    """Without normalisation z is x: every float16 there is."""
-    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    x = leaf(arranged(x.view(64, -1), planes).to(target.device))
-    y = bnkern.add_act(x)
-    (dx,) = torch.autograd.grad(y, x, torch.ones_like(x))
-    assert torch.equal(dx != 0, ~(x <= 0))
-    assert torch.equal(y.nan_to_num(7.0), x.relu().nan_to_num(7.0))

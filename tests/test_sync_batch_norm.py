@@ -1,50 +1,21 @@
 """SyncBatchNorm: several processes over gloo compute what one computes over their joint batch. Also DDP and FSDP2."""
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrize
 
 import bnkern
 from bnkern import distributed
 from tests.cases import BF16, FP32, FP64, Precision, ulp
-from tests.ranks import GROUPS, Ranks
+from tests.ranks import GROUPS, Ranks, dealt
 
-WORLD = 3
 # How a batch of 8 is dealt out: 2 and 3 ranks; even, uneven, one of a single value, one or more of none.
 SPLITS = [(4, 4), (1, 7), (8, 0), (0, 8), (3, 3, 2), (1, 6, 1), (0, 8, 0), (5, 0, 3)]
 EACH_SPLIT = pytest.mark.parametrize("split", SPLITS, ids=lambda s: "+".join(map(str, s)))
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[list[Ranks]]:
-    running: list[Ranks] = []
-    yield running
-    for ranks in running:
-        ranks.end()
-
-
-@pytest.fixture
-def ranks(pool: list[Ranks]) -> Ranks:
-    """Three processes, started at the first use and again where a test broke them."""
-    if not pool or not pool[-1].alive:
-        pool.append(Ranks(WORLD))
-    return pool[-1]
-
-
-def dealt(tensors: list[Tensor | None], split: tuple[int, ...]) -> list[list[Tensor | None]]:
-    """For each rank its part of each tensor, in the memory format of the whole."""
-    parts = [[None] * len(split) if t is None else [p.clone() for p in t.split(split)] for t in tensors]
-    return [list(of_rank) for of_rank in zip(*parts, strict=True)]
 
 
 def random_tensors(
@@ -246,158 +217,6 @@ def test_small_variance(ranks: Ranks) -> None:
     assert theirs > 100 * error
 
 
-# --------------------------------------------------------------------------------------------------- whole networks
-
-
-class Net(nn.Module):
-    """Convolutions, both fused shapes, and a batch norm of N x C, in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
-        self.first = bnkern.nn.BatchNorm2d(6, act="relu")
-        self.conv = nn.Conv2d(6, 6, 3, padding=1, bias=False)
-        self.last = bnkern.nn.BatchNorm2d(6, act="relu", momentum=None)
-        self.head = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(self.stem(x))
-        return self.head(self.last(self.conv(x), x).mean((2, 3)))
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net().double()
-
-
-def random_batches(split: tuple[int, ...]) -> list[list[tuple[Tensor, Tensor]]]:
-    """For each rank its part of three batches of input and target."""
-    generator = torch.Generator().manual_seed(1)
-    shapes = ((8, 3, 6, 6), (8, 4))
-    batches = [[torch.randn(shape, generator=generator).double() for shape in shapes] for _ in range(3)]
-    parts = [dealt(batch, split) for batch in batches]
-    return [[tuple(part[rank]) for part in parts] for rank in range(len(split))]
-
-
-def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]], weight: float) -> dict[str, Tensor]:
-    """Steps of SGD on weight * sum of squares, as one process would do them."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    outputs = []
-    for x, target in batches:
-        x = x.clone().requires_grad_()
-        y = model(x)
-        optimizer.zero_grad()
-        (weight * (y - target).square().sum()).backward()
-        optimizer.step()
-        outputs += [y.detach(), x.grad]
-    return {"outputs": outputs, "state": dict(getattr(model, "module", model).state_dict())}
-
-
-def train_rank(batches: list[tuple[Tensor, Tensor]], weight: float, compiled: bool, group) -> dict:
-    model = bnkern.nn.convert_sync_batchnorm(net(), group)
-    assert sum(type(m) is bnkern.nn.SyncBatchNorm for m in model.modules()) == 3
-    model = DistributedDataParallel(model, process_group=group, broadcast_buffers=True)
-    if compiled:
-        torch._dynamo.reset()
-        model = torch.compile(model, backend="aot_eager")
-    # DDP takes the mean of the ranks' gradients; the joint loss is the sum of theirs.
-    result = train(model, batches, weight * dist.get_world_size(group))
-    result["state"] = {k.removeprefix("_orig_mod.").removeprefix("module."): v for k, v in result["state"].items()}
-    return result
-
-
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("split", [(4, 4), (6, 2), (5, 0, 3)], ids=str)
-def test_network_under_ddp(ranks: Ranks, split: tuple[int, ...], compiled: bool) -> None:
-    """Three steps of DDP, with buffers broadcast, end where one process with the joint batch does: 1e-10 in float64."""
-    if compiled and 0 in split:
-        pytest.skip("an empty convolution has no compiled form")
-    parts = random_batches(split)
-    given = [(batches, 1 / 8, compiled) for batches in parts]
-    results = ranks.run(train_rank, given)
-    joint = [tuple(map(torch.cat, zip(*pieces, strict=True))) for pieces in zip(*parts, strict=True)]
-    joint = train(net(), joint, 1 / 8)
-    assert results[0]["state"].keys() == joint["state"].keys()
-    for name, value in joint["state"].items():
-        for result in results:
-            torch.testing.assert_close(result["state"][name], value, rtol=1e-10, atol=1e-10)
-            assert torch.equal(result["state"][name], results[0]["state"][name])
-    for k, whole in enumerate(joint["outputs"]):
-        scale = 1 if k % 2 == 0 else len(split)  # the input's gradient is of the loss that DDP was given
-        together = torch.cat([r["outputs"][k] for r in results]) / scale
-        torch.testing.assert_close(together, whole, rtol=1e-10, atol=1e-10)
-
-
-def two_forwards(x: Tensor, group) -> list[Tensor]:
-    """Two calls before one backward, as a siamese network makes them; DDP broadcasts buffers before each."""
-    model = bnkern.nn.convert_sync_batchnorm(net(), group)
-    model = DistributedDataParallel(model, process_group=group)
-    (model(x).square().sum() + model(2 * x).square().sum()).backward()
-    return [p.grad for p in model.parameters()]
-
-
-def test_two_forwards_under_ddp(ranks: Ranks) -> None:
-    x = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(2)).double()
-    results = ranks.run(two_forwards, [(part,) for (part,) in dealt([x], (3, 5))])
-    model = net()
-    (model(x).square().sum() + model(2 * x).square().sum()).backward()
-    for k, p in enumerate(model.parameters()):
-        for grads in results:
-            torch.testing.assert_close(2 * grads[k], p.grad, rtol=1e-10, atol=1e-10)
-
-
-def fully_sharded(model: Net, group: dist.ProcessGroup) -> nn.Module:
-    """FSDP2: each rank holds a part of every parameter, batch norms' included."""
-    mesh = DeviceMesh.from_group(group, "cpu")
-    for module in (model.first, model.last, model.head, model):
-        fully_shard(module, mesh=mesh)
-    assert isinstance(model.first.weight, DTensor)
-    return model
-
-
-def train_wrapped(batches: list[tuple[Tensor, Tensor]], wrapper: str, sync: bool, group) -> dict[str, Tensor]:
-    model = bnkern.nn.convert_sync_batchnorm(net(), group) if sync else net()
-    model = DistributedDataParallel(model, process_group=group) if wrapper == "ddp" else fully_sharded(model, group)
-    state = train(model, batches, 1.0)["state"]
-    return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
-
-
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_plain_batch_norms_in_wrappers(ranks: Ranks, wrapper: str) -> None:
-    """Each rank normalises by its own batch; gradients are averaged; DDP takes buffers from rank 0 before a step."""
-    parts = random_batches((3, 5))
-    results = ranks.run(train_wrapped, [(batches, wrapper, False) for batches in parts])
-    models = [net() for _ in parts]
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9) for model in models]
-    for step_batches in zip(*parts, strict=True):
-        if wrapper == "ddp":
-            models[1].load_state_dict(models[0].state_dict())
-        for model, (x, target) in zip(models, step_batches, strict=True):
-            model.zero_grad()
-            (model(x) - target).square().sum().backward()
-        for ps in zip(*(model.parameters() for model in models), strict=True):
-            mean = sum(p.grad for p in ps) / len(ps)
-            for p in ps:
-                p.grad = mean.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    for model, state in zip(models, results, strict=True):
-        for name, value in model.state_dict().items():
-            torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-10)
-
-
-def test_synchronized_network_under_fsdp(ranks: Ranks) -> None:
-    """As one process with the joint batch, whose gradient FSDP divides by the number of ranks."""
-    parts = random_batches((4, 4))
-    results = ranks.run(train_wrapped, [(batches, "fsdp", True) for batches in parts])
-    joint = [tuple(map(torch.cat, zip(*pieces, strict=True))) for pieces in zip(*parts, strict=True)]
-    model = net()
-    train(model, joint, 1 / 2)
-    for name, value in model.state_dict().items():
-        for state in results:
-            torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-10)
-
-
 # ---------------------------------------------------------------------------------------------- compile and errors
 
 
@@ -585,75 +404,3 @@ def test_constructor_and_state_are_torch_s() -> None:
         bnkern.nn.SyncBatchNorm(5, act="gelu")
     twin = copy.deepcopy(bnkern.nn.SyncBatchNorm(5, act="relu"))
     assert twin.act == "relu" and type(twin) is bnkern.nn.SyncBatchNorm
-
-
-# ------------------------------------------------------------------------------------------------------- conversion
-
-
-def test_convert() -> None:
-    """Torch's three, ours and torch's own SyncBatchNorm: the very same tensors, mode, hooks, act and names."""
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 1),
-        nn.BatchNorm2d(4, momentum=None),
-        bnkern.nn.BatchNorm2d(4, act="relu", affine=False),
-        nn.ModuleDict({"a": nn.SyncBatchNorm(4, eps=0.1), "b": bnkern.nn.SyncBatchNorm(4, act="relu")}),
-        nn.BatchNorm3d(4, track_running_stats=False, bias=False).requires_grad_(False),
-        nn.InstanceNorm2d(4),
-    )
-    model[1].eval()
-    handle, calls = model[1].register_forward_hook(lambda *_: calls.append(1)), []
-    before = dict(model.state_dict(keep_vars=True))
-    modes = {name: m.training for name, m in model.named_modules()}
-    was = {name: m for name, m in model.named_modules()}
-    converted = bnkern.nn.convert_sync_batchnorm(model, "group")
-    assert converted is model
-    after = model.state_dict(keep_vars=True)
-    assert list(after) == list(before)
-    assert all(after[k] is v for k, v in before.items())
-    assert {name: m.training for name, m in model.named_modules()} == modes
-    kinds = {name: type(m) for name, m in model.named_modules()}
-    for name in ("1", "2", "3.a", "3.b", "4"):
-        now = model.get_submodule(name)
-        assert kinds[name] is bnkern.nn.SyncBatchNorm and now.process_group == "group"
-        assert now.act == getattr(was[name], "act", None)
-        for key in ("eps", "momentum", "affine", "track_running_stats", "num_features"):
-            assert getattr(now, key) == getattr(was[name], key)
-    assert kinds["5"] is nn.InstanceNorm2d
-    model[1](torch.ones(2, 4, 2, 2))
-    assert calls == [1]
-    handle.remove()
-    model[1](torch.ones(2, 4, 2, 2))
-    assert calls == [1]
-
-
-def test_convert_a_single_and_a_shared_one() -> None:
-    bn = bnkern.nn.BatchNorm1d(4, act="relu")
-    converted = bnkern.nn.convert_sync_batchnorm(bn)
-    assert type(converted) is bnkern.nn.SyncBatchNorm and type(bn) is bnkern.nn.BatchNorm1d
-    assert converted.weight is bn.weight
-    model = nn.ModuleList([nn.Sequential(bn), bn, bn])
-    bnkern.nn.convert_sync_batchnorm(model)
-    assert type(model[1]) is bnkern.nn.SyncBatchNorm
-    assert model[0][0] is model[1] is model[2]
-    again = bnkern.nn.convert_sync_batchnorm(copy.deepcopy(model))
-    assert repr(again) == repr(model)
-
-
-def test_convert_refuses_what_it_would_spoil() -> None:
-    class Rectified(nn.BatchNorm2d):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).relu()
-
-    model = nn.Sequential(Rectified(4), nn.BatchNorm2d(4))
-    with pytest.warns(UserWarning, match=r"0 \(Rectified\) has a forward of its own"):
-        bnkern.nn.convert_sync_batchnorm(model)
-    assert type(model[0]) is Rectified and type(model[1]) is bnkern.nn.SyncBatchNorm
-    with pytest.raises(ValueError, match=r"a\.0 \(LazyBatchNorm2d\) must be initialised by a first call"):
-        bnkern.nn.convert_sync_batchnorm(nn.ModuleDict({"a": nn.Sequential(nn.LazyBatchNorm2d())}))
-    model = nn.Sequential(nn.BatchNorm2d(4))
-    parametrize.register_parametrization(model[0], "weight", nn.Softplus())
-    with pytest.raises(ValueError, match="0 must not be parametrized"):
-        bnkern.nn.convert_sync_batchnorm(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        bnkern.nn.convert_sync_batchnorm(nn.Sequential(nn.Linear(2, 2), bnkern.nn.BatchNorm1d(2)))
