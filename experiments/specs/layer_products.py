@@ -46,7 +46,8 @@ SPEC = Spec(
         "laptop": {"epochs": 6},
     },
     minutes={"quick": 0.5, "laptop": 15},
-    remark="At quick scale (one seed) two short epochs leave the bulk of singular values on the theorem's curve, and "
-    "only a few of the largest leave it: that of five layers comes to 17 times the theorem's edge. Condition grows at "
-    "the upper end, not at the lower one that the theorem is about.",
+    remark="After the laptop's 6 epochs (three seeds) the bulk has left the theorem's curve too: a Kolmogorov distance "
+    "of 0.12 for one layer and 0.14 for products, where it was 0.005 to 0.006. The largest value of five layers is 105 "
+    "times the theorem's edge, two decades, while the condition number grew by 1.7: it grows at the upper end, not at "
+    "the lower one that the theorem is about. Two short epochs (quick) move only a few of the largest values.",
 )
