@@ -220,10 +220,9 @@ def gradient_sums(
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
     """``F.conv2d`` with the weight gradient from :func:`gradient_sums`, which a probe may have formed already.
 
-    Output and input gradient go by Winograd's form where that serves.
-
-    For operands that :func:`takes_gradient` accepts. The result's attribute ``handoff`` is the probe's way in. Double
-    backward goes through torch's formula.
+    For operands that :func:`takes_gradient` accepts; output and input gradient go by Winograd's form where that serves,
+    and a value that is not finite then makes whole tiles of 2 x 2 places NaN. The result's attribute ``handoff`` is the
+    probe's way in. Double backward goes through torch's formula.
     """
     handoff = Handoff()
     y = _Conv2d.apply(x, weight, bias, stride, padding, handoff)

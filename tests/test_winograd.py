@@ -101,10 +101,32 @@ def test_gradient(sizes: tuple[int, ...], absolute: bool) -> None:
     assert (found - truth).norm() <= 4e-7 * truth.norm()
 
 
-def test_an_image_without_gradient_adds_nothing() -> None:
-    """Exact zeros stay exact: channels that are dead, and images that do not count."""
+def test_dead_channels_have_no_gradient() -> None:
+    """Exact zeros stay exact."""
     x, _, dy = operands(4, 16, 32, 6, 6)
     x[:, 3], dy[:, 5] = 0, 0
     for absolute in (False, True):
         found = cpu.conv3x3_gradient(x, dy, absolute)
         assert not found[:, 3].any() and not found[5].any() and found[4, 4].all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_not_lost(value: float) -> None:
+    """It may spread within a tile, but every result that it enters by the definition is not finite either."""
+    x, weight, dy = operands(2, 16, 16, 6, 6)
+    x[1, 3, 2, 5] = value
+    entered = ~F.conv2d(x.double(), weight.double(), padding=1).isfinite()
+    y, gradient = cpu.conv3x3(x, weight), cpu.conv3x3_gradient(x, dy)
+    assert entered.any() and not y[entered].isfinite().any()
+    assert y[0].isfinite().all() and y[1, :, :, :2].isfinite().all(), "no further than its tiles"
+    entered = ~torch.nn.grad.conv2d_weight(x.double(), weight.shape, dy.double(), padding=1).isfinite()
+    assert entered.any() and not gradient[entered].isfinite().any()
+    assert gradient[:, [i for i in range(16) if i != 3]].isfinite().all(), "other channels are as they were"
+
+
+@pytest.mark.parametrize("channels", [(24, 16), (16, 8)], ids=str)
+def test_other_channels_are_refused(channels: tuple[int, int]) -> None:
+    x, weight, dy = operands(2, *channels, 4, 4)
+    for kernel in (lambda: cpu.conv3x3(x, weight), lambda: cpu.conv3x3_gradient(x, dy)):
+        with pytest.raises(ValueError, match="multiples of 16"):
+            kernel()

@@ -146,6 +146,7 @@ void convolve_from(const Conv3x3& p) {
 }  // namespace
 
 void conv3x3(const Conv3x3& p) {
+  check_channels(p.inputs, p.outputs);
 #if defined(__AVX512F__)
   if (p.outputs % (2 * kLanes) == 0)
     convolve_from<8, 2>(p);

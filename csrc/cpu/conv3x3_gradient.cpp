@@ -159,6 +159,7 @@ void gradient(const Conv3x3Gradient& p) {
 }  // namespace
 
 void conv3x3_gradient(const Conv3x3Gradient& p) {
+  check_channels(p.inputs, p.outputs);
 #if defined(__AVX512F__)
   if (p.outputs % (2 * kLanes) == 0)
     gradient<8, 2>(p);

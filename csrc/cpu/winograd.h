@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "conv.h"
 #include "cpu.h"
@@ -23,6 +24,10 @@ namespace bnkern::BNKERN_ISA {
 
 constexpr int kPlaces = 16;              // of a tile
 constexpr std::int64_t kBandTiles = 16;  // or the next whole row of tiles; buffers have room for a multiple of it
+
+inline void check_channels(std::int64_t inputs, std::int64_t outputs) {
+  if (inputs % kLanes || outputs % kLanes) throw std::invalid_argument("conv3x3: channels must be multiples of 16");
+}
 
 // Images cut into bands of whole rows of tiles, a band's tiles numbered row by row.
 struct Bands {
