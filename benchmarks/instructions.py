@@ -82,7 +82,8 @@ def cases(native: ModuleType, memory: Memory) -> dict[str, Callable[[], None]]:
             found[f"conv_grad_signs {what} {layout} {dtype}"] = conv_grad_signs(native, memory, rows, dtype, wanted)
     for channels, side in ((16, 32), (64, 8)):
         found[f"conv3x3 {channels}"] = conv3x3(native, memory, channels, side)
-        found[f"conv3x3_gradient {channels}"] = conv3x3_gradient(native, memory, channels, side)
+        sizes = (4, channels, side)
+        found[f"conv3x3 gradient {channels}"] = conv_grad_signs(native, memory, True, "fp32", (1, 0, 0, 0), sizes, True)
     return found
 
 
@@ -124,14 +125,16 @@ def augment(native, memory, rows, dtype) -> Callable[[], None]:
     )
 
 
-def conv_grad_signs(native, memory, rows, dtype, wanted) -> Callable[[], None]:
-    n, c, side = 4, 16, 16  # 3 x 3, 16 to 16 channels
+def conv_grad_signs(
+    native, memory, rows, dtype, wanted, sizes=(4, 16, 16), winograd=False
+) -> Callable[[], None]:  # 3 x 3, as many outputs as inputs
+    n, c, side = sizes
     strides = [side * side * c, 1, side * c, c] if rows else [side * side * c, side * side, side, 1]
     x, dy = (memory.normal(dtype, n * c * side * side) for _ in range(2))
     results = [memory.of(4 * c * c * 9) if want else 0 for want in wanted]
     size, ones = [n, c, side, side], [1, 1]
     return lambda: native.cpu_conv_grad_signs(
-        CODES[dtype], x, size, strides, dy, size, strides, [3, 3], ones, ones, results, 1
+        CODES[dtype], x, size, strides, dy, size, strides, [3, 3], ones, ones, results, winograd, 1
     )
 
 
@@ -140,12 +143,6 @@ def conv3x3(native, memory, channels, side) -> Callable[[], None]:
     x, y = (memory.normal("fp32", 4 * channels * side * side) for _ in range(2))
     weight = memory.normal("fp32", channels * channels * 9)
     return lambda: native.cpu_conv3x3(x, size, weight, channels, strides, y, 1)
-
-
-def conv3x3_gradient(native, memory, channels, side) -> Callable[[], None]:
-    size, result = [4, channels, side, side], memory.of(4 * channels * channels * 9)
-    x, dy = (memory.normal("fp32", 4 * channels * side * side) for _ in range(2))
-    return lambda: native.cpu_conv3x3_gradient(x, size, dy, channels, False, result, 1)
 
 
 def load(module: str) -> ModuleType:

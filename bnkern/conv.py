@@ -206,15 +206,12 @@ def gradient_sums(
 
     Then a value that is not finite may spread to all nine places of a kernel.
     """
-    found, last = {}, torch.channels_last
-    if by_winograd(x, dy.shape[1], kernel_size, stride, padding):
-        kernels = backends.choose(backends.forced(), x.device.type, x.dtype)
-        if hasattr(kernels, "conv3x3_gradient") and all(t.is_contiguous(memory_format=last) for t in (x, dy)):
-            for name in {"sum", "abs_sum"}.intersection(wanted):
-                found[name] = kernels.conv3x3_gradient(x, dy, name == "abs_sum")
-    left = [name for name in wanted if name not in found]
-    others = conv2d_grad_signs(x, dy, kernel_size, stride, padding, wanted=left) if left else GradSigns(*[None] * 4)
-    return others._replace(**found)
+    sizes = (kernel_size, stride, padding)
+    kernels = backends.choose(backends.forced(), x.device.type, x.dtype, "conv_grad_signs")
+    dense = all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    if dense and hasattr(kernels, "conv3x3") and by_winograd(x, dy.shape[1], *sizes):
+        return GradSigns(*kernels.conv_grad_signs(x, dy, *sizes, _flags(wanted), winograd=True))
+    return conv2d_grad_signs(x, dy, *sizes, wanted=wanted)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:

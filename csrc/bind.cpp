@@ -189,7 +189,7 @@ PYBIND11_MODULE(_native, m) {
       [](int dtype, std::uintptr_t x, std::array<std::int64_t, 4> x_size, std::array<std::int64_t, 4> x_stride,
          std::uintptr_t dy, std::array<std::int64_t, 4> dy_size, std::array<std::int64_t, 4> dy_stride,
          std::array<std::int64_t, 2> kernel, std::array<std::int64_t, 2> stride, std::array<std::int64_t, 2> padding,
-         std::array<std::uintptr_t, 4> results, int threads) {
+         std::array<std::uintptr_t, 4> results, bool winograd, int threads) {
         const auto image = [](std::uintptr_t data, const auto& size, const auto& stride) {
           return bnkern::Image{at(data),  size[0],   size[1],   size[2],  size[3],
                                stride[0], stride[1], stride[2], stride[3]};
@@ -208,6 +208,7 @@ PYBIND11_MODULE(_native, m) {
             .abs_sum = at(results[1]),
             .sign_sum = static_cast<std::int32_t*>(at(results[2])),
             .nonzero = static_cast<std::int32_t*>(at(results[3])),
+            .winograd = winograd,
             .threads = threads,
         });
       },
@@ -234,25 +235,6 @@ PYBIND11_MODULE(_native, m) {
         });
       },
       "conv3x3 on the CPU; see Conv3x3 in csrc/cpu/cpu.h.", py::call_guard<py::gil_scoped_release>());
-  // x: address and sizes N, I, H, W.
-  m.def(
-      "cpu_conv3x3_gradient",
-      [](std::uintptr_t x, std::array<std::int64_t, 4> size, std::uintptr_t dy, std::int64_t outputs, bool absolute,
-         std::uintptr_t result, int threads) {
-        bnkern::cpu_kernels().conv3x3_gradient({
-            .x = static_cast<const float*>(at(x)),
-            .n = size[0],
-            .inputs = size[1],
-            .outputs = outputs,
-            .h = size[2],
-            .w = size[3],
-            .dy = static_cast<const float*>(at(dy)),
-            .result = static_cast<float*>(at(result)),
-            .absolute = absolute,
-            .threads = threads,
-        });
-      },
-      "conv3x3_gradient on the CPU; see Conv3x3Gradient in csrc/cpu/cpu.h.", py::call_guard<py::gil_scoped_release>());
 #ifdef BNKERN_CUDA
   bnkern::bind_cuda(m);
 #endif

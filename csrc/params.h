@@ -89,13 +89,15 @@ struct Image {
 };
 
 // conv_grad_signs: x [N, I, H, W], dy [N, O, H', W'], neither empty; results dense [O, I, kernel_h, kernel_w], null
-// where not wanted.
+// where not wanted. winograd: the sums come by F(2 x 2, 3 x 3), for float32 dense in channels_last, I and O multiples
+// of 16, a 3 x 3 kernel, stride and padding 1.
 struct ConvGradSigns {
   DType dtype;
   Image x, dy;
   std::int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
   void *sum, *abs_sum;  // accumulator type
   std::int32_t *sign_sum, *nonzero;
+  bool winograd;
   int threads;
 };
 

@@ -69,7 +69,7 @@ def test_probing_keeps_the_gradients_bits_and_forms_it_once(tmp_path: Path, monk
     monkeypatch.setattr(bnkern, "conv2d_grad_signs", counted)
     monkeypatch.setattr(conv, "conv2d_grad_signs", counted)
     plain(images()).square().sum().backward()
-    assert calls == [["sum"]]
+    assert calls == [("sum",)]
     quantity = probes.make("weight_gradient_signs", sums=["abs_sum", "nonzero"])
     with probes.record(probed, [quantity], out=tmp_path) as rec:
         probed(images()).square().sum().backward()
@@ -157,11 +157,11 @@ def test_state_dict_and_compile() -> None:
 def test_a_layer_by_winograd(stride: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and both gradients, with a gradient that arrives in another memory format too."""
     calls = []
-    for name in ("conv3x3", "conv3x3_gradient"):
-        kernel = getattr(cpu, name)
-        monkeypatch.setattr(
-            cpu, name, lambda *args, name=name, kernel=kernel: calls.append((name, *args[2:])) or kernel(*args)
-        )
+    convolve, sums = cpu.conv3x3, cpu.conv_grad_signs
+    monkeypatch.setattr(cpu, "conv3x3", lambda *args: calls.append(("conv3x3", *args[2:])) or convolve(*args))
+    monkeypatch.setattr(
+        cpu, "conv_grad_signs", lambda *args, **how: calls.append(("gradient", how)) or sums(*args, **how)
+    )
     ours, theirs = pair(32, 32, bias=bias, stride=stride)
     x = many_images(32)
     for dy_format in (torch.channels_last, torch.contiguous_format):
@@ -174,13 +174,14 @@ def test_a_layer_by_winograd(stride: int, bias: bool, monkeypatch: pytest.Monkey
             results.append((y.detach(), leaf.grad, module.weight.grad))
         for one, other in zip(*results, strict=True):  # chains of hundreds of products, each way in another order
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
-    forward, flipped, gradient = ("conv3x3", False), ("conv3x3", True), ("conv3x3_gradient", False)
+    forward, flipped = ("conv3x3", False), ("conv3x3", True)
+    gradient, direct = ("gradient", {"winograd": True}), ("gradient", {})
     if stride == 2:
-        assert calls == []
+        assert calls == [direct, direct]
     elif bias:
-        assert calls == [gradient]
+        assert calls == [gradient, direct]
     else:  # a dy in another format is left to torch and to the kernel that reads any
-        assert calls == [forward, flipped, gradient, forward]
+        assert calls == [forward, flipped, gradient, forward, direct]
 
 
 @pytest.mark.parametrize("case", ["few", "wide", "24 outputs", "1x1", "padding 0", "generic"])
@@ -217,13 +218,15 @@ def test_probing_a_layer_by_winograd(tmp_path: Path, monkeypatch: pytest.MonkeyP
     x = many_images(16)
     plain(x).square().sum().backward()
     calls = []
-    kernel = cpu.conv3x3_gradient
-    monkeypatch.setattr(cpu, "conv3x3_gradient", lambda *args: calls.append(args[2]) or kernel(*args))
+    kernel = cpu.conv_grad_signs
+    monkeypatch.setattr(
+        cpu, "conv_grad_signs", lambda *args, **how: calls.append((args[5], how)) or kernel(*args, **how)
+    )
     with probes.record(probed, ["weight_gradient_signs"], out=tmp_path) as rec:
         y = probed(x)
         y.square().sum().backward()
         rec.step()
-    assert sorted(calls) == [False, True]
+    assert calls == [((True, True, True, True), {"winograd": True})]
     assert torch.equal(plain.weight.grad, probed.weight.grad)
     found = probes.load(tmp_path)["weight_gradient_signs"][""]
     expected = bnkern.conv2d_grad_signs(x, 2 * y.detach(), 3, 1, 1)

@@ -17,7 +17,7 @@ from bnkern.backends import cpu
 from tests.cases import CASE, FEW, MIXED, Target
 from tests.test_augment import FORMATS, MANY, augment
 from tests.test_threads import LARGE, everything
-from tests.test_winograd import SIZES, operands
+from tests.test_winograd import SIZES, gradient_of, operands
 
 
 def child(isa: str) -> subprocess.CompletedProcess:
@@ -64,7 +64,7 @@ def main() -> None:
             print(case, precision.name, bits.hexdigest())
     for sizes in SIZES:
         x, weight, dy = operands(*sizes)
-        for result in (cpu.conv3x3(x, weight).permute(0, 2, 3, 1), cpu.conv3x3_gradient(x, dy)):
+        for result in (cpu.conv3x3(x, weight).permute(0, 2, 3, 1), gradient_of(x, dy)):
             print(sizes, hashlib.sha256(result.numpy().tobytes()).hexdigest())
     for precision in MIXED:
         for layout in FORMATS:

@@ -79,3 +79,22 @@ def test_channel_moments(target: Target) -> None:
     true_var, true_mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
     assert_close(mean, true_mean, mean_bound(true_mean, true_var, x.dtype), "mean")
     assert_close(var, true_var, var_bound(true_mean, true_var, x.dtype), "variance")
+
+
+@pytest.mark.parametrize("far", [3.0, 1e3, 1e6])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "planes"])
+def test_values_with_a_pattern(target: Target, rows: bool, first: int, far: float) -> None:
+    """Where a kernel's first look sees only the values that lie apart, or none of them, the moments are as exact.
+
+    In rows every fourth position of 64 channels is ``far`` away, in planes every fourth 16 positions.
+    """
+    x = torch.randn(8, 64, 32, 32, generator=torch.Generator().manual_seed(3))
+    position = torch.arange(32 * 32) // (1 if rows else 16) % 4
+    x += far * (position == first).view(32, 32)
+    x = x.contiguous(memory_format=torch.channels_last if rows else torch.contiguous_format).to(target.device)
+    count, mean, m2 = kernels(target, x.dtype).moments(x)
+    _, true_mean, true_m2 = reference.moments(*exact(x))
+    true_var = true_m2 / count
+    assert_close(mean.cpu(), true_mean, mean_bound(true_mean, true_var, x.dtype), "mean")
+    assert_close(m2.cpu() / count, true_var, var_bound(true_mean, true_var, x.dtype), "variance")

@@ -36,6 +36,11 @@ def operands(n: int, inputs: int, outputs: int, h: int, w: int) -> tuple[Tensor,
     return (*(t.contiguous(memory_format=torch.channels_last) for t in (x.relu(), weight, dy)),)
 
 
+def gradient_of(x: Tensor, dy: Tensor, absolute: bool = False) -> Tensor:
+    wanted, ones = (not absolute, absolute, False, False), (1, 1)
+    return cpu.conv_grad_signs(x, dy, (3, 3), ones, ones, wanted, winograd=True)[int(absolute)]
+
+
 def tiles(t: Tensor, size: int, margin: int) -> Tensor:
     """[N, C, down, across, size, size]: a tile for each 2 x 2 places, with zeros around."""
     h, w = t.shape[2:]
@@ -94,7 +99,7 @@ def test_gradient(sizes: tuple[int, ...], absolute: bool) -> None:
     x = x - 0.25  # not only what a ReLU passes
     terms = (x.abs(), dy.abs()) if absolute else (x, dy)
     truth = torch.nn.grad.conv2d_weight(terms[0].double(), (outputs, inputs, 3, 3), terms[1].double(), padding=1)
-    found = for_any_number_of_threads(lambda: cpu.conv3x3_gradient(x, dy, absolute))
+    found = for_any_number_of_threads(lambda: gradient_of(x, dy, absolute))
     # A chain over a band's tiles, one over a chunk's bands, two additions for x and dy each, and four for the result.
     bands = -(-n * -(-h // 2) * -(-w // 2) // 16)
     assert ((found - truth).abs() <= (CHAIN + bands + 9) * 2.0**-24 * largest_gradient(x, dy)).all()
@@ -106,7 +111,7 @@ def test_dead_channels_have_no_gradient() -> None:
     x, _, dy = operands(4, 16, 32, 6, 6)
     x[:, 3], dy[:, 5] = 0, 0
     for absolute in (False, True):
-        found = cpu.conv3x3_gradient(x, dy, absolute)
+        found = gradient_of(x, dy, absolute)
         assert not found[:, 3].any() and not found[5].any() and found[4, 4].all()
 
 
@@ -116,7 +121,7 @@ def test_what_is_not_finite_is_not_lost(value: float) -> None:
     x, weight, dy = operands(2, 16, 16, 6, 6)
     x[1, 3, 2, 5] = value
     entered = ~F.conv2d(x.double(), weight.double(), padding=1).isfinite()
-    y, gradient = cpu.conv3x3(x, weight), cpu.conv3x3_gradient(x, dy)
+    y, gradient = cpu.conv3x3(x, weight), gradient_of(x, dy)
     assert entered.any() and not y[entered].isfinite().any()
     assert y[0].isfinite().all() and y[1, :, :, :2].isfinite().all(), "no further than its tiles"
     entered = ~torch.nn.grad.conv2d_weight(x.double(), weight.shape, dy.double(), padding=1).isfinite()
@@ -127,6 +132,36 @@ def test_what_is_not_finite_is_not_lost(value: float) -> None:
 @pytest.mark.parametrize("channels", [(24, 16), (16, 8)], ids=str)
 def test_other_channels_are_refused(channels: tuple[int, int]) -> None:
     x, weight, dy = operands(2, *channels, 4, 4)
-    for kernel in (lambda: cpu.conv3x3(x, weight), lambda: cpu.conv3x3_gradient(x, dy)):
+    for kernel in (lambda: cpu.conv3x3(x, weight), lambda: gradient_of(x, dy)):
         with pytest.raises(ValueError, match="multiples of 16"):
             kernel()
+
+
+def test_what_is_no_such_convolution_is_refused() -> None:
+    x, _, dy = operands(2, 16, 16, 4, 4)
+    wanted, one, two = (True, False, False, False), (1, 1), (2, 2)
+    for call, message in (
+        ((x, dy[:, :, ::2, ::2], (3, 3), two, one), "stride"),
+        ((x, dy, (1, 1), one, (0, 0)), "3 x 3"),
+        ((x.contiguous(), dy, (3, 3), one, one), "channels_last"),
+        ((x.bfloat16(), dy.bfloat16(), (3, 3), one, one), "float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpu.conv_grad_signs(*call, wanted, winograd=True)
+
+
+@pytest.mark.parametrize("sizes", [(20, 16, 16, 16, 32), (12, 64, 16, 16, 16), (3, 32, 32, 5, 16)], ids=str)
+def test_all_at_once_is_each_alone(sizes: tuple[int, ...]) -> None:
+    """Results that share a walk over x and dy have the bits that they have alone; tasks are 1 to 10 of each."""
+    x, _, dy = operands(*sizes)
+    every = for_any_number_of_threads(lambda: torch.stack(grad_signs(x, dy, (True,) * 4)))
+    for k, result in enumerate(every):
+        wanted = tuple(i == k for i in range(4))
+        assert torch.equal(result, grad_signs(x, dy, wanted)[k].double())
+    direct = cpu.conv_grad_signs(x, dy, (3, 3), (1, 1), (1, 1), (False, False, True, True))
+    assert torch.equal(every[2], direct[2].double()) and torch.equal(every[3], direct[3].double())
+
+
+def grad_signs(x: Tensor, dy: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    found = cpu.conv_grad_signs(x, dy, (3, 3), (1, 1), (1, 1), wanted, winograd=True)
+    return [None if t is None else t.double() for t in found]

@@ -453,10 +453,11 @@ def augment(
 def _image(t: Tensor) -> tuple[Tensor, int, torch.Size, tuple[int, ...]]:
     """``t`` [N, C, H, W], or a dense copy where neither channels nor columns have unit stride, to be kept alive; its
     address, sizes and strides."""
-    unit = [axis for axis in (1, 3) if t.stride(axis) == 1 or t.shape[axis] == 1]
-    if not unit:
-        t = t.contiguous()
-    stride = tuple(1 if axis in unit else step for axis, step in enumerate(t.stride()))
+    stride = t.stride()
+    if stride[1] != 1:
+        unit = [axis for axis in (1, 3) if stride[axis] == 1 or t.shape[axis] == 1]
+        t = t if unit else t.contiguous()
+        stride = tuple(1 if axis in unit else step for axis, step in enumerate(t.stride()))
     return t, t.data_ptr(), t.shape, stride
 
 
@@ -467,8 +468,13 @@ def conv_grad_signs(
     stride: tuple[int, int],
     padding: tuple[int, int],
     wanted: tuple[bool, bool, bool, bool],
+    *,
+    winograd: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Sum, absolute sum, sign sum and number of nonzero summands of a convolution's weight gradient, where wanted."""
+    """Sum, absolute sum, sign sum and number of nonzero summands of a convolution's weight gradient, where wanted.
+
+    ``winograd``: the two sums come by Winograd's F(2 x 2, 3 x 3), of such a convolution as ``conv3x3``.
+    """
     shape = (dy.shape[1], x.shape[1], *kernel_size)
     make = torch.empty if x.numel() and dy.numel() else torch.zeros
     dtypes = (accumulator(x.dtype),) * 2 + (torch.int32,) * 2
@@ -477,8 +483,8 @@ def conv_grad_signs(
         x, *of_x = _image(x)
         dy, *of_dy = _image(dy)
         addresses = [_address(result) for result in results]
-        sizes = (kernel_size, stride, padding)
-        _native.cpu_conv_grad_signs(_CODES[x.dtype], *of_x, *of_dy, *sizes, addresses, torch.get_num_threads())
+        how = (kernel_size, stride, padding, addresses, winograd, torch.get_num_threads())
+        _native.cpu_conv_grad_signs(_CODES[x.dtype], *of_x, *of_dy, *how)
     return tuple(results)
 
 
@@ -498,14 +504,3 @@ def conv3x3(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor:
     y = torch.from_dlpack(_native.cpu_empty(_CODES[x.dtype], size, y_stride))
     _native.cpu_conv3x3(x.data_ptr(), x.shape, address, outputs, stride, y.data_ptr(), torch.get_num_threads())
     return y
-
-
-def conv3x3_gradient(x: Tensor, dy: Tensor, absolute: bool = False) -> Tensor:
-    """The gradient [O, I, 3, 3] of such a convolution's weight, or the sum of its summands' magnitudes.
-
-    x [N, I, H, W] and dy [N, O, H, W] are float32 in channels_last. By Winograd's form, as ``conv3x3``.
-    """
-    result = torch.empty(dy.shape[1], x.shape[1], 3, 3)
-    sizes, threads = (x.shape, dy.data_ptr(), dy.shape[1], absolute), torch.get_num_threads()
-    _native.cpu_conv3x3_gradient(x.data_ptr(), *sizes, result.data_ptr(), threads)
-    return result

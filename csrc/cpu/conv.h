@@ -1,5 +1,6 @@
-// What the two halves of conv_grad_signs share: the geometry of a convolution, how its positions are cut up, and
-// how pieces of x and dy are packed. conv_sums.cpp forms the sums, conv_signs.cpp the signs and counts.
+// What the parts of conv_grad_signs share: the geometry of a convolution, how its positions are cut up, and how pieces
+// of x and dy are packed. conv_sums.cpp and conv3x3_gradient.cpp form the sums, conv_signs.cpp the signs and counts,
+// and conv_grad_signs.cpp runs them.
 //
 // A chunk is a rectangle of images x rows of dy; partial results are made per chunk and joined in order. A block is
 // a rectangle within a chunk, small enough that its packed values stay in the caches. Both depend on shapes alone.
@@ -7,6 +8,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <memory>
 
 #include "../params.h"
 #include "pool.h"
@@ -217,8 +219,22 @@ struct Ahead {
   }
 };
 
-// The two halves. Each writes those of its results that are not null.
-void conv_sums(const ConvGradSigns& p);
-void conv_signs(const ConvGradSigns& p);
+// ------------------------------------------------------------------------------------------------------ parts
+
+// Some of the results. Tasks take pieces of x and dy in the order of memory; they may run in any order, each on a
+// thread with a scratch of its own. join() makes the results of what they leave, all threads of a region sharing it.
+class Summation {
+ public:
+  virtual ~Summation() = default;
+  virtual std::int64_t tasks() const = 0;
+  virtual std::int64_t scratch_bytes() const = 0;
+  virtual void run(std::int64_t task, char* scratch) = 0;
+  virtual void join() = 0;
+};
+
+// Each forms those of its results that are not null; the last the sum, or where `absolute` the absolute sum.
+std::unique_ptr<Summation> conv_sums(const ConvGradSigns& p);
+std::unique_ptr<Summation> conv_signs(const ConvGradSigns& p);
+std::unique_ptr<Summation> conv3x3_gradient(const ConvGradSigns& p, bool absolute);
 
 }  // namespace bnkern::BNKERN_ISA

@@ -3,8 +3,6 @@
 //
 // Bands are joined in chunks. Within a band a place's sums are chains of fma over its tiles, bands are added within a
 // chunk, chunks in double.
-#include <omp.h>
-
 #include "winograd.h"
 
 namespace bnkern::BNKERN_ISA {
@@ -99,74 +97,103 @@ void to_weights(const float* sums, std::int64_t size, float* partial) {
 }
 
 template <int kInputs, int kVectors>
-void gradient(const Conv3x3Gradient& p) {
-  const Bands bands(p.n, p.h, p.w);
-  const std::int64_t x_pitch = bands.pitch(p.inputs), dy_pitch = bands.pitch(p.outputs), zeros = p.w * p.inputs;
-  const std::int64_t size = p.inputs * p.outputs;
-  const std::int64_t chunks =
-      std::clamp<std::int64_t>(p.n * bands.down * bands.across / kLeastTiles, 1, std::min(kMostChunks, bands.count()));
-  const std::int64_t own = round_up(zeros + kPlaces * (x_pitch + dy_pitch + size), kLanes);
-  const int threads = static_cast<int>(std::min<std::int64_t>(p.threads, chunks));
-  const PoolSpace pool((threads * own + chunks * 9 * size) * static_cast<std::int64_t>(sizeof(float)));
-  float* const partials = reinterpret_cast<float*>(pool.data());
+class Conv3x3Gradient final : public Summation {
+ public:
+  Conv3x3Gradient(const ConvGradSigns& p, bool absolute)
+      : p_(p),
+        absolute_(absolute),
+        bands_(p.x.n, p.x.h, p.x.w),
+        size_(p.x.c * p.dy.c),
+        chunks_(std::clamp<std::int64_t>(p.x.n * bands_.down * bands_.across / kLeastTiles, 1,
+                                         std::min(kMostChunks, bands_.count()))),
+        pool_(chunks_ * 9 * size_ * static_cast<std::int64_t>(sizeof(float))),
+        partials_(reinterpret_cast<float*>(pool_.data())) {}
 
-#pragma omp parallel num_threads(threads)
-  {
-    float* const zero = partials + chunks * 9 * size + omp_get_thread_num() * own;
-    float* const x = zero + zeros;
-    float* const dy = x + kPlaces * x_pitch;
-    float* const sums = dy + kPlaces * dy_pitch;
-    std::memset(zero, 0, zeros * sizeof(float));
-#pragma omp for schedule(dynamic)
-    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-      std::memset(sums, 0, kPlaces * size * sizeof(float));
-      for (std::int64_t band = chunk * bands.count() / chunks; band < (chunk + 1) * bands.count() / chunks; ++band) {
-        const std::int64_t first = bands.first(band), last = bands.last(band);
-        for (std::int64_t row = first; row < last; ++row) {
-          const std::int64_t tile = (row - first) * bands.across;
-          const auto input = p.absolute ? input_tiles<true> : input_tiles<false>;
-          const auto gradient = p.absolute ? gradient_tiles<true> : gradient_tiles<false>;
-          input(bands, row, p.x, p.inputs, zero, x + tile * p.inputs, x_pitch);
-          gradient(bands, row, p.dy, p.outputs, dy + tile * p.outputs, dy_pitch);
-        }
-        const std::int64_t next = std::min(band + 1, bands.count() - 1);
-        const RowsAhead x_ahead(bands, next, p.x, p.inputs), dy_ahead(bands, next, p.dy, p.outputs);
-        for (int place = 0; place < kPlaces; ++place) {
-          x_ahead.call(place), dy_ahead.call(place);
-          for (std::int64_t i = 0; i < p.inputs; i += kInputs)
-            for (std::int64_t o = 0; o < p.outputs; o += kVectors * kLanes)
-              add_product<kInputs, kVectors>(x + place * x_pitch + i, p.inputs, dy + place * dy_pitch + o, p.outputs,
-                                             (last - first) * bands.across, sums + place * size + i * p.outputs + o);
-        }
+  std::int64_t tasks() const override { return chunks_; }
+
+  std::int64_t scratch_bytes() const override {
+    return (zeros() + kPlaces * (bands_.pitch(p_.x.c) + bands_.pitch(p_.dy.c) + size_)) *
+           static_cast<std::int64_t>(sizeof(float));
+  }
+
+  void run(std::int64_t chunk, char* scratch) override {
+    const std::int64_t inputs = p_.x.c, outputs = p_.dy.c;
+    const std::int64_t x_pitch = bands_.pitch(inputs), dy_pitch = bands_.pitch(outputs);
+    const float *const x = static_cast<const float*>(p_.x.data), *const dy = static_cast<const float*>(p_.dy.data);
+    float* const zero = reinterpret_cast<float*>(scratch);
+    float* const x_tiles = zero + zeros();
+    float* const dy_tiles = x_tiles + kPlaces * x_pitch;
+    float* const sums = dy_tiles + kPlaces * dy_pitch;
+    std::memset(zero, 0, zeros() * sizeof(float));
+    std::memset(sums, 0, kPlaces * size_ * sizeof(float));
+    const std::int64_t end = (chunk + 1) * bands_.count() / chunks_;
+    for (std::int64_t band = chunk * bands_.count() / chunks_; band < end; ++band) {
+      const std::int64_t first = bands_.first(band), last = bands_.last(band);
+      for (std::int64_t row = first; row < last; ++row) {
+        const std::int64_t tile = (row - first) * bands_.across;
+        const auto input = absolute_ ? input_tiles<true> : input_tiles<false>;
+        const auto gradient = absolute_ ? gradient_tiles<true> : gradient_tiles<false>;
+        input(bands_, row, x, inputs, zero, x_tiles + tile * inputs, x_pitch);
+        gradient(bands_, row, dy, outputs, dy_tiles + tile * outputs, dy_pitch);
       }
-      to_weights(sums, size, partials + chunk * 9 * size);
+      const std::int64_t next = std::min(band + 1, bands_.count() - 1);
+      const RowsAhead x_ahead(bands_, next, x, inputs), dy_ahead(bands_, next, dy, outputs);
+      for (int place = 0; place < kPlaces; ++place) {
+        x_ahead.call(place), dy_ahead.call(place);
+        for (std::int64_t i = 0; i < inputs; i += kInputs)
+          for (std::int64_t o = 0; o < outputs; o += kVectors * kLanes)
+            add_product<kInputs, kVectors>(x_tiles + place * x_pitch + i, inputs, dy_tiles + place * dy_pitch + o,
+                                           outputs, (last - first) * bands_.across,
+                                           sums + place * size_ + i * outputs + o);
+      }
     }
-#pragma omp for collapse(2) schedule(static)
-    for (std::int64_t i = 0; i < p.inputs; ++i)
+    to_weights(sums, size_, partials_ + chunk * 9 * size_);
+  }
+
+  void join() override {
+    float* const result = static_cast<float*>(absolute_ ? p_.abs_sum : p_.sum);
+#pragma omp for collapse(2) schedule(static) nowait
+    for (std::int64_t i = 0; i < p_.x.c; ++i)
       for (std::int64_t k = 0; k < 9; ++k)
-        for (std::int64_t o = 0; o < p.outputs; o += kLanes) {
+        for (std::int64_t o = 0; o < p_.dy.c; o += kLanes) {
           double totals[kLanes] = {};
-          for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-            const float* const from = partials + (chunk * 9 + k) * size + i * p.outputs + o;
+          for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
+            const float* const from = partials_ + (chunk * 9 + k) * size_ + i * p_.dy.c + o;
             for (int lane = 0; lane < kLanes; ++lane) totals[lane] += static_cast<double>(from[lane]);
           }
           for (int lane = 0; lane < kLanes; ++lane)
-            p.result[((o + lane) * p.inputs + i) * 9 + k] = static_cast<float>(totals[lane]);
+            result[((o + lane) * p_.x.c + i) * 9 + k] = static_cast<float>(totals[lane]);
         }
   }
-}
+
+ private:
+  std::int64_t zeros() const { return round_up(p_.x.w * p_.x.c, kLanes); }
+
+  const ConvGradSigns p_;
+  const bool absolute_;
+  const Bands bands_;
+  const std::int64_t size_, chunks_;
+  const PoolSpace pool_;
+  float* const partials_;  // [chunk][place of the kernel][input][output]
+};
 
 }  // namespace
 
-void conv3x3_gradient(const Conv3x3Gradient& p) {
-  check_channels(p.inputs, p.outputs);
+std::unique_ptr<Summation> conv3x3_gradient(const ConvGradSigns& p, bool absolute) {
+  check_channels(p.x.c, p.dy.c);
+  for (const std::int64_t one : {p.stride_h, p.stride_w, p.padding_h, p.padding_w, p.kernel_h - 2, p.kernel_w - 2})
+    if (one != 1) throw std::invalid_argument("conv3x3: the kernel must be 3 x 3, stride and padding 1");
+  for (const Image* t : {&p.x, &p.dy}) {
+    const bool dense = t->stride_c == 1 && (t->w == 1 || t->stride_w == t->c) &&
+                       (t->h == 1 || t->stride_h == t->w * t->c) && (t->n == 1 || t->stride_n == t->h * t->w * t->c);
+    if (p.dtype != DType::kFloat32 || !dense)
+      throw std::invalid_argument("conv3x3: tensors must be float32, dense in channels_last");
+  }
 #if defined(__AVX512F__)
-  if (p.outputs % (2 * kLanes) == 0)
-    gradient<8, 2>(p);
-  else
-    gradient<16, 1>(p);
+  if (p.dy.c % (2 * kLanes) == 0) return std::make_unique<Conv3x3Gradient<8, 2>>(p, absolute);
+  return std::make_unique<Conv3x3Gradient<16, 1>>(p, absolute);
 #else
-  gradient<4, 1>(p);
+  return std::make_unique<Conv3x3Gradient<4, 1>>(p, absolute);
 #endif
 }
 

@@ -9,7 +9,8 @@
 // Positions are in the order (row, image, column), each row of a block filled up to whole words with zeros: kernel
 // row p then is an offset of p rows in a plane of x, and no bit is ever shifted. With a stride along rows x's rows
 // form stride_h planes, one for each remainder of the row. NaN is present for `nonzero` and absent for `sign_sum`;
-// a block that holds one is counted a second time.
+// a block that holds one is counted a second time. Where a block of x has nothing below zero, which is so behind a
+// ReLU, no planes of negative values are made or looked at.
 #include <omp.h>
 
 #include <type_traits>
@@ -39,7 +40,10 @@ struct WideBits {
   static BNKERN_INLINE WideBits zero() { return {_mm512_setzero_si512()}; }
   static BNKERN_INLINE WideBits load(const Bits* p) { return {_mm512_loadu_si512(p)}; }
   friend BNKERN_INLINE WideBits operator&(WideBits a, WideBits b) { return {_mm512_and_si512(a.v, b.v)}; }
-  friend BNKERN_INLINE WideBits operator^(WideBits a, WideBits b) { return {_mm512_xor_si512(a.v, b.v)}; }
+  // (a ^ b) & c
+  static BNKERN_INLINE WideBits differing(WideBits a, WideBits b, WideBits c) {
+    return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x28)};
+  }
   BNKERN_INLINE void count(WideBits bits) {
     __m512i counts;
     if constexpr (kNative) {
@@ -54,6 +58,21 @@ struct WideBits {
     v = _mm512_add_epi64(v, counts);
   }
   BNKERN_INLINE std::int64_t total() const { return _mm512_reduce_add_epi64(v); }
+  // The totals of eight.
+  static BNKERN_INLINE void totals(const WideBits* counters, std::int64_t* to) {
+    __m512i pairs[4], fours[2];
+    for (int k = 0; k < 4; ++k) {
+      const __m512i a = counters[2 * k].v, b = counters[2 * k + 1].v;
+      pairs[k] = _mm512_add_epi64(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    }
+    for (int k = 0; k < 2; ++k) {
+      const __m512i a = pairs[2 * k], b = pairs[2 * k + 1];
+      fours[k] = _mm512_add_epi64(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
+    }
+    const __m512i even = _mm512_shuffle_i64x2(fours[0], fours[1], 0x88);
+    const __m512i odd = _mm512_shuffle_i64x2(fours[0], fours[1], 0xdd);
+    _mm512_storeu_si512(to, _mm512_add_epi64(even, odd));
+  }
 };
 using PlainBits = WideBits<false>;
 #elif defined(__AVX2__)
@@ -65,7 +84,9 @@ struct PlainBits {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
   }
   friend BNKERN_INLINE PlainBits operator&(PlainBits a, PlainBits b) { return {_mm256_and_si256(a.v, b.v)}; }
-  friend BNKERN_INLINE PlainBits operator^(PlainBits a, PlainBits b) { return {_mm256_xor_si256(a.v, b.v)}; }
+  static BNKERN_INLINE PlainBits differing(PlainBits a, PlainBits b, PlainBits c) {
+    return {_mm256_and_si256(_mm256_xor_si256(a.v, b.v), c.v)};
+  }
   BNKERN_INLINE void count(PlainBits bits) {
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
@@ -78,6 +99,9 @@ struct PlainBits {
     _mm256_store_si256(reinterpret_cast<__m256i*>(lane), v);
     return lane[0] + lane[1] + lane[2] + lane[3];
   }
+  static BNKERN_INLINE void totals(const PlainBits* counters, std::int64_t* to) {
+    for (int k = 0; k < 8; ++k) to[k] = counters[k].total();
+  }
 };
 #else
 struct PlainBits {
@@ -86,13 +110,49 @@ struct PlainBits {
   static BNKERN_INLINE PlainBits zero() { return {0}; }
   static BNKERN_INLINE PlainBits load(const Bits* p) { return {*p}; }
   friend BNKERN_INLINE PlainBits operator&(PlainBits a, PlainBits b) { return {a.v & b.v}; }
-  friend BNKERN_INLINE PlainBits operator^(PlainBits a, PlainBits b) { return {a.v ^ b.v}; }
+  static BNKERN_INLINE PlainBits differing(PlainBits a, PlainBits b, PlainBits c) { return {(a.v ^ b.v) & c.v}; }
   BNKERN_INLINE void count(PlainBits bits) { v += __builtin_popcountll(bits.v); }
   BNKERN_INLINE std::int64_t total() const { return static_cast<std::int64_t>(v); }
+  static BNKERN_INLINE void totals(const PlainBits* counters, std::int64_t* to) {
+    for (int k = 0; k < 8; ++k) to[k] = counters[k].total();
+  }
 };
 #endif
 
 // ---------------------------------------------------------------------------------------------- making planes
+
+// Whether there are vpermi2b and vgf2p8affineqb, which the compiler is not told of either.
+bool turns_natively() {
+#if defined(__AVX512F__)
+  static const bool native = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+  return native;
+#else
+  return false;
+#endif
+}
+
+#if defined(__AVX512F__)
+// turn() by them: eight positions' bytes, last first, are an 8 x 8 matrix of bits, transposed by one multiplication;
+// that leaves a byte of each channel for every eight positions.
+BNKERN_INLINE void turn_natively(const std::uint16_t* positions, Bits* words) {
+  const __m512i first = _mm512_loadu_si512(positions), second = _mm512_loadu_si512(positions + 32);
+  // Byte t of group g is at 2 (8 g + 7 - t) of both registers, byte g of channel t then at 8 g + t.
+  const __m512i groups =
+      _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(0x0101010101010101));
+  __m512i low = _mm512_add_epi8(_mm512_slli_epi64(groups, 4), _mm512_set1_epi64(0x00020406080a0c0e));
+  __m512i high = _mm512_add_epi8(low, _mm512_set1_epi8(1));
+  const __m512i bits = _mm512_set1_epi64(static_cast<std::int64_t>(0x8040201008040201));
+  const __m512i gather = _mm512_add_epi8(_mm512_set1_epi64(0x3830282018100800), groups);
+  asm("vpermi2b %2, %1, %0" : "+v"(low) : "v"(first), "v"(second));
+  asm("vpermi2b %2, %1, %0" : "+v"(high) : "v"(first), "v"(second));
+  asm("vgf2p8affineqb $0, %1, %2, %0" : "=v"(low) : "0"(low), "v"(bits));
+  asm("vgf2p8affineqb $0, %1, %2, %0" : "=v"(high) : "0"(high), "v"(bits));
+  asm("vpermb %1, %2, %0" : "=v"(low) : "0"(low), "v"(gather));
+  asm("vpermb %1, %2, %0" : "=v"(high) : "0"(high), "v"(gather));
+  _mm512_storeu_si512(words, low);
+  _mm512_storeu_si512(words + 8, high);
+}
+#endif
 
 // 64 positions' bits, one per channel, to 16 channels' words.
 BNKERN_INLINE void turn(const std::uint16_t* positions, Bits* words) {
@@ -140,6 +200,13 @@ BNKERN_INLINE void turn(const std::uint16_t* positions, Bits* words) {
 #endif
 }
 
+BNKERN_INLINE void turn([[maybe_unused]] bool natively, const std::uint16_t* positions, Bits* words) {
+#if defined(__AVX512F__)
+  if (natively) return turn_natively(positions, words);
+#endif
+  turn(positions, words);
+}
+
 // Planes of one tensor over a block, [channel][tap][remainder][row][word], those of present values first, then those
 // of negative ones. A tap is a column of the kernel, a remainder one of the row modulo the stride.
 struct Planes {
@@ -162,20 +229,27 @@ constexpr std::int64_t turned_size(std::int64_t row_words, std::int64_t taps) {
   return (row_words + 2) * kLanes + row_words * taps;
 }
 
-// Channels [first, first + planes.channels) of t over the images of a block. `all`: NaN is present too. Returns
-// whether there is a NaN. `values` [read_columns][16], `marks` and `turned`, of turned_size(), are scratch.
+struct Found {
+  bool nan, negative;
+};
+
+// Channels [first, first + planes.channels) of t over the images of a block. `all`: NaN is present too. Planes of
+// negative values are whole only where there is one. `values` [read_columns][16], `marks` and `turned`, of
+// turned_size(), are scratch.
 //
-// Where a convolution keeps the width, the tap that starts where the image does has all of the image's columns, and
-// another tap is the same plane moved along, with zeros where it would meet the next image. Moving 64 columns at once
-// is cheaper than turning them again.
+// Where a convolution keeps the width, the tap that starts where the image does has just the image's columns, so that
+// they are marked in place, and another tap is the same plane moved along, with zeros where it would meet the next
+// image. Moving 64 columns at once is cheaper than turning them again.
 template <class T>
-bool make_planes(const Image& t, const Rectangle& block, const Lattice& lattice, const Planes& planes,
-                 std::int64_t first, bool all, Bits* out, Accumulator<T>* values, std::uint16_t* marks, Bits* turned) {
+Found make_planes(const Image& t, const Rectangle& block, const Lattice& lattice, const Planes& planes,
+                  std::int64_t first, bool all, Bits* out, Accumulator<T>* values, std::uint16_t* marks, Bits* turned) {
   using A = Accumulator<T>;
   const std::int64_t run = planes.row_words * kWordBits, filled = block.images * lattice.columns;
   std::uint16_t *const column_marks = marks, *const runs = marks + 2 * lattice.read_columns;
-  const bool move = lattice.column_step == 1 && t.w == lattice.columns && planes.taps > 1 && planes.taps < kWordBits;
+  const bool move = lattice.column_step == 1 && t.w == lattice.columns && planes.taps < kWordBits;
+  const bool natively = turns_natively();
   const std::int64_t first_made = move ? lattice.padding : 0, end_made = move ? first_made + 1 : planes.taps;
+  const std::int64_t padding = move ? 0 : lattice.padding, read_columns = move ? t.w : lattice.read_columns;
   // A row's words of 16 channels, and zeros before and after; then for each tap the columns that do not leave an image.
   Bits *const words = turned + kLanes, *const inside = words + (planes.row_words + 1) * kLanes;
   std::fill(turned, words, Bits{0});
@@ -186,66 +260,72 @@ bool make_planes(const Image& t, const Rectangle& block, const Lattice& lattice,
       const Bits is_inside = column >= 0 && column < lattice.columns;
       inside[tap * planes.row_words + k / kWordBits] |= is_inside << k % kWordBits;
     }
-  unsigned any_nan = 0;
+  unsigned any_nan = 0, row_negative = 0;
+  bool any_negative = false;
   for (std::int64_t tap = 0; tap < 2 * planes.taps; ++tap)
     std::fill(runs + tap * run + filled, runs + (tap + 1) * run, std::uint16_t{0});
   // What a plane has beyond its rows.
   for (std::int64_t k = planes.rows * planes.row_words; k < planes.plane(); ++k)
-    for (std::int64_t plane = 0; plane < 2 * planes.channels * planes.taps * planes.remainders; ++plane)
+    for (std::int64_t plane = 0; plane < planes.channels * planes.taps * planes.remainders; ++plane)
       out[plane * planes.plane() + k] = 0;
 
-  std::uint16_t *const present = column_marks, *const negative = column_marks + lattice.read_columns;
+  std::uint16_t *present = column_marks, *negative = column_marks + read_columns;
   for (std::int64_t c = 0; c < planes.channels; c += kLanes) {
     const std::int64_t width = std::min<std::int64_t>(kLanes, planes.channels - c);
     const unsigned own = (1u << width) - 1;
     // First what is above zero and what is below, NaN being both; once a row is read, what they say, many at a time.
     const auto mark = [&](std::int64_t k, Vec<A> v) {
       present[k] = v.above_zero().bits();
-      negative[k] = (Vec<A>::all(0) - v).above_zero().bits();
+      negative[k] = v.below_zero().bits();
     };
-    const auto settle = [&](std::int64_t begin, std::int64_t end) {
-      unsigned nan = 0;
+    const auto settle = [&](std::uint16_t* present, std::uint16_t* negative, std::int64_t begin, std::int64_t end) {
+      unsigned nan = 0, is_negative = 0;
       for (std::int64_t k = begin; k < end; ++k) {
         const unsigned above = present[k] & own, below = negative[k] & own;
         nan |= above & below;
+        is_negative |= below & ~above;
         present[k] = static_cast<std::uint16_t>(all ? above | below : above ^ below);
         negative[k] = static_cast<std::uint16_t>(below & ~above);
       }
-      any_nan |= nan;
+      any_nan |= nan, row_negative |= is_negative;
     };
     for (std::int64_t remainder = 0; remainder < planes.remainders; ++remainder)
       for (std::int64_t r = 0; r < planes.rows; ++r) {
+        row_negative = 0;
         const std::int64_t row = lattice.first_row + r * lattice.row_step + remainder;
         for (std::int64_t image = 0; image < block.images; ++image) {
           const std::int64_t then = image + kAheadImages;  // in the order in which rows are read
           const Ahead ahead = Ahead::of<T>(t, block.image + then % block.images, first + c,
-                                           row + then / block.images * lattice.row_step, -lattice.padding);
+                                           row + then / block.images * lattice.row_step, -padding);
+          if (move) {
+            present = runs + first_made * run + image * lattice.columns;
+            negative = present + planes.taps * run;
+          }
           if (t.stride_c == 1 && width == kLanes && row >= 0 && row < t.h) {
-            const std::int64_t begin = std::min(lattice.padding, lattice.read_columns);
-            const std::int64_t end = std::min(lattice.padding + t.w, lattice.read_columns);
+            const std::int64_t begin = std::min(padding, read_columns);
+            const std::int64_t end = std::min(padding + t.w, read_columns);
             const T* const from =
                 static_cast<const T*>(t.data) + (block.image + image) * t.stride_n + first + c + row * t.stride_h;
             for (std::uint16_t* const marked : {present, negative}) {
               std::fill(marked, marked + begin, std::uint16_t{0});
-              std::fill(marked + end, marked + lattice.read_columns, std::uint16_t{0});
+              std::fill(marked + end, marked + read_columns, std::uint16_t{0});
             }
             for (std::int64_t k = begin; k < end; ++k) {
               ahead.call_at(k * ahead.column);  // which call(k) comes to where channels lie side by side
               mark(k, load(from + (k - begin) * t.stride_w));
             }
-            settle(begin, end);
+            if (!move) settle(present, negative, begin, end);
           } else {
-            pack_row<T>(t, block.image + image, row, lattice.padding, lattice.read_columns, first + c, width, false,
-                        values);
-            for (std::int64_t k = 0; k < lattice.read_columns; ++k) {
+            pack_row<T>(t, block.image + image, row, padding, read_columns, first + c, width, false, values);
+            for (std::int64_t k = 0; k < read_columns; ++k) {
               ahead.call(k);
               mark(k, Vec<A>::load(values + k * width));
             }
-            settle(0, lattice.read_columns);
+            if (!move) settle(present, negative, 0, read_columns);
           }
-          for (std::int64_t sign = 0; sign < 2; ++sign)
+          for (std::int64_t sign = 0; !move && sign < 2; ++sign)
             for (std::int64_t tap = first_made; tap < end_made; ++tap) {
-              const std::uint16_t* const from = column_marks + sign * lattice.read_columns + tap;
+              const std::uint16_t* const from = column_marks + sign * read_columns + tap;
               std::uint16_t* const to = runs + (sign * planes.taps + tap) * run + image * lattice.columns;
               if (lattice.column_step == 1)
                 std::copy_n(from, lattice.columns, to);
@@ -253,12 +333,17 @@ bool make_planes(const Image& t, const Rectangle& block, const Lattice& lattice,
                 for (std::int64_t w = 0; w < lattice.columns; ++w) to[w] = from[w * lattice.column_step];
             }
         }
-        for (std::int64_t sign = 0; sign < 2; ++sign)
+        if (move) settle(runs + first_made * run, runs + (planes.taps + first_made) * run, 0, filled);
+        if (row_negative && !any_negative) {  // the first: rows before it have none, and so have others after it
+          std::fill_n(out + planes.size(), planes.size(), Bits{0});
+          any_negative = true;
+        }
+        for (std::int64_t sign = 0; sign < (row_negative ? 2 : 1); ++sign)
           for (std::int64_t tap = first_made; tap < end_made; ++tap) {
             Bits* const to = out + sign * planes.size() + r * planes.row_words;
             for (std::int64_t word = 0; word < planes.row_words; ++word) {
               Bits* const from = words + word * kLanes;
-              turn(runs + (sign * planes.taps + tap) * run + word * kWordBits, from);
+              turn(natively, runs + (sign * planes.taps + tap) * run + word * kWordBits, from);
               for (std::int64_t k = 0; k < width; ++k) to[planes.offset(c + k, tap, remainder) + word] = from[k];
             }
             for (std::int64_t other = 0; move && other < planes.taps; ++other) {
@@ -279,7 +364,7 @@ bool make_planes(const Image& t, const Rectangle& block, const Lattice& lattice,
           }
       }
   }
-  return any_nan;
+  return {any_nan != 0, any_negative};
 }
 
 // ---------------------------------------------------------------------------------------------------- counting
@@ -290,11 +375,22 @@ struct Operand {
   std::int64_t step, negative;
 };
 
-// Adds to sign_sum[kO][kI] and nonzero[kO][kI], of strides o_step and i_step, where they are not null. kAlike: all
-// outputs have the same values present, as they do where no gradient is zero; what is present then is counted once.
-template <class Wide, bool kAlike, int kO, int kI>
-BNKERN_INLINE void count_tile(const Operand& dy, const Operand& x, std::int64_t words, std::int64_t o_step,
-                              std::int64_t i_step, std::int32_t* sign_sum, std::int32_t* nonzero) {
+template <int kCount, class Wide>
+BNKERN_INLINE void totals(const Wide* counters, std::int64_t* to) {
+  if constexpr (kCount == 8)
+    Wide::totals(counters, to);
+  else
+    for (int k = 0; k < kCount; ++k) to[k] = counters[k].total();
+}
+
+// Results lie tile by tile, so that a tile's are added at once: [four outputs][two channels][kernel row][column][4][2].
+constexpr std::int64_t kTileOutputs = 4, kTileChannels = 2, kTileSize = 8;
+
+// Adds to a tile of sign_sum and of nonzero, where they are not null. kAlike: all outputs have the same values present,
+// as they do where no gradient is zero; what is present then is counted once. kPositive: x has nothing below zero.
+template <class Wide, bool kAlike, bool kPositive, int kO, int kI>
+BNKERN_INLINE void count_tile(const Operand& dy, const Operand& x, std::int64_t words, std::int32_t* sign_sum,
+                              std::int32_t* nonzero) {
   constexpr int kCounted = kAlike ? 1 : kO;
   Wide present[kCounted][kI], differing[kO][kI];
   for (int i = 0; i < kI; ++i) {
@@ -305,7 +401,7 @@ BNKERN_INLINE void count_tile(const Operand& dy, const Operand& x, std::int64_t 
     Wide x_present[kI], x_negative[kI], both[kI];
     for (int i = 0; i < kI; ++i) {
       x_present[i] = Wide::load(x.present + i * x.step + k);
-      x_negative[i] = Wide::load(x.present + i * x.step + x.negative + k);
+      if (!kPositive) x_negative[i] = Wide::load(x.present + i * x.step + x.negative + k);
     }
     for (int o = 0; o < kO; ++o) {
       if (o < kCounted) {
@@ -316,50 +412,62 @@ BNKERN_INLINE void count_tile(const Operand& dy, const Operand& x, std::int64_t 
         }
       }
       const Wide dy_negative = Wide::load(dy.present + o * dy.step + dy.negative + k);
-      for (int i = 0; i < kI; ++i) differing[o][i].count((dy_negative ^ x_negative[i]) & both[i]);
+      for (int i = 0; i < kI; ++i)
+        differing[o][i].count(kPositive ? dy_negative & both[i] : Wide::differing(dy_negative, x_negative[i], both[i]));
     }
   }
-  for (int o = 0; o < kO; ++o)
-    for (int i = 0; i < kI; ++i) {
-      const std::int64_t at = o * o_step + i * i_step, count = present[o % kCounted][i].total();
-      if (nonzero) nonzero[at] += static_cast<std::int32_t>(count);
-      if (sign_sum) sign_sum[at] += static_cast<std::int32_t>(count - 2 * differing[o][i].total());
-    }
+  std::int64_t counts[kCounted * kI], differences[kO * kI];
+  totals<kCounted * kI>(present[0], counts), totals<kO * kI>(differing[0], differences);
+  std::int32_t nonzeros[kO * kI], sign_sums[kO * kI];
+  for (int k = 0; k < kO * kI; ++k) {
+    nonzeros[k] = static_cast<std::int32_t>(counts[k % (kCounted * kI)]);
+    sign_sums[k] = nonzeros[k] - 2 * static_cast<std::int32_t>(differences[k]);
+  }
+  const auto add = [](const std::int32_t* found, std::int32_t* results) __attribute__((always_inline)) {
+    for (int k = 0; k < kO * kI; ++k) results[k / kI * kTileChannels + k % kI] += found[k];
+  };
+  if (nonzero) add(nonzeros, nonzero);
+  if (sign_sum) add(sign_sums, sign_sum);
 }
 
-template <class Wide, bool kAlike, int kI>
-void count_outputs(const Operand& dy, const Operand& x, std::int64_t words, std::int64_t outputs, std::int64_t o_step,
-                   std::int64_t i_step, std::int32_t* sign_sum, std::int32_t* nonzero) {
-  const auto at = [&](std::int32_t* results, std::int64_t o) { return results ? results + o * o_step : nullptr; };
-  std::int64_t o = 0;
-  for (; o + 4 <= outputs; o += 4)
-    count_tile<Wide, kAlike, 4, kI>({dy.present + o * dy.step, dy.step, dy.negative}, x, words, o_step, i_step,
-                                    at(sign_sum, o), at(nonzero, o));
-  for (; o < outputs; ++o)
-    count_tile<Wide, kAlike, 1, kI>({dy.present + o * dy.step, dy.step, dy.negative}, x, words, o_step, i_step,
-                                    at(sign_sum, o), at(nonzero, o));
+// Tiles of some outputs, `step` from one four outputs' results to the next.
+template <class Wide, bool kAlike, bool kPositive, int kI>
+void count_outputs(const Operand& dy, const Operand& x, std::int64_t words, std::int64_t outputs, std::int64_t step,
+                   std::int32_t* sign_sum, std::int32_t* nonzero) {
+  const auto at = [](std::int32_t* results, std::int64_t offset) { return results ? results + offset : nullptr; };
+  std::int64_t o = 0, offset = 0;
+  for (; o + kTileOutputs <= outputs; o += kTileOutputs, offset += step)
+    count_tile<Wide, kAlike, kPositive, kTileOutputs, kI>({dy.present + o * dy.step, dy.step, dy.negative}, x, words,
+                                                          at(sign_sum, offset), at(nonzero, offset));
+  for (; o < outputs; ++o, offset += kTileChannels)
+    count_tile<Wide, kAlike, kPositive, 1, kI>({dy.present + o * dy.step, dy.step, dy.negative}, x, words,
+                                               at(sign_sum, offset), at(nonzero, offset));
 }
 
-// Adds a block's counts for `outputs` outputs to sign_sum and nonzero [outputs, I, kernel_h, kernel_w].
+// Adds a block's counts, to results of as many outputs as dy's planes have.
 template <class Wide>
 void count_block(const ConvGradSigns& p, const Planes& x_planes, const Planes& dy_planes, const Bits* x, const Bits* dy,
-                 std::int32_t* sign_sum, std::int32_t* nonzero) {
-  const std::int64_t area = p.kernel_h * p.kernel_w, words = dy_planes.plane();
+                 bool positive, std::int32_t* sign_sum, std::int32_t* nonzero) {
+  const std::int64_t words = dy_planes.plane();
+  const std::int64_t step = divide_up(p.x.c, kTileChannels) * p.kernel_h * p.kernel_w * kTileSize;
   const Operand outputs{dy, dy_planes.offset(1, 0, 0), dy_planes.size()};
-  const auto at = [](std::int32_t* results, std::int64_t offset) { return results ? results + offset : nullptr; };
   bool alike = true;
   for (std::int64_t o = 1; o < dy_planes.channels; ++o) alike &= std::equal(dy, dy + words, dy + o * outputs.step);
-  const auto pairs = alike ? count_outputs<Wide, true, 2> : count_outputs<Wide, false, 2>;
-  const auto single = alike ? count_outputs<Wide, true, 1> : count_outputs<Wide, false, 1>;
-  for (std::int64_t c = 0; c < p.x.c; c += 2)
+  const auto pairs = positive ? alike ? count_outputs<Wide, true, true, 2> : count_outputs<Wide, false, true, 2>
+                     : alike  ? count_outputs<Wide, true, false, 2>
+                              : count_outputs<Wide, false, false, 2>;
+  const auto single = positive ? alike ? count_outputs<Wide, true, true, 1> : count_outputs<Wide, false, true, 1>
+                      : alike  ? count_outputs<Wide, true, false, 1>
+                               : count_outputs<Wide, false, false, 1>;
+  std::int64_t offset = 0;
+  for (std::int64_t c = 0; c < p.x.c; c += kTileChannels)
     for (std::int64_t k = 0; k < p.kernel_h; ++k)
-      for (std::int64_t q = 0; q < p.kernel_w; ++q) {
+      for (std::int64_t q = 0; q < p.kernel_w; ++q, offset += kTileSize) {
         const Bits* const first = x + x_planes.offset(c, q, k % p.stride_h) + k / p.stride_h * x_planes.row_words;
         const Operand channels{first, x_planes.offset(1, 0, 0), x_planes.size()};
-        const std::int64_t offset = c * area + k * p.kernel_w + q;
-        const auto count = c + 2 <= p.x.c ? pairs : single;
-        count(outputs, channels, words, dy_planes.channels, p.x.c * area, area, at(sign_sum, offset),
-              at(nonzero, offset));
+        const auto count = c + kTileChannels <= p.x.c ? pairs : single;
+        count(outputs, channels, words, dy_planes.channels, step, sign_sum ? sign_sum + offset : nullptr,
+              nonzero ? nonzero + offset : nullptr);
       }
 }
 
@@ -372,101 +480,127 @@ CountBlock best_count() {
   return count_block<PlainBits>;
 }
 
-// ------------------------------------------------------------------------------------------------------ the drive
+// ------------------------------------------------------------------------------------------------------ the part
 
 template <class T>
-void conv_signs_as(const ConvGradSigns& p) {
+class ConvSigns final : public Summation {
   using A = Accumulator<T>;
-  static const CountBlock count = best_count();
-  const std::int64_t area = p.kernel_h * p.kernel_w, size = p.dy.c * p.x.c * area;
-  const Pieces chunks = chunks_of(p, kLeastPositions, size * static_cast<std::int64_t>(sizeof(std::int32_t)));
-  const std::int64_t outputs = outputs_per_task(p, chunks.count()), parts = divide_up(p.dy.c, outputs);
-  const std::int64_t tasks = chunks.count() * parts;
-  const int threads = static_cast<int>(std::min<std::int64_t>(tasks, p.threads));
 
-  // A position's bits in all planes; what rows are filled up with does not count.
-  const std::int64_t position_bits = 2 * (p.x.c * p.kernel_w * std::min(p.stride_h, p.kernel_h) + p.dy.c);
-  const std::int64_t positions = std::min(kBlockPositions, 8 * kBlockBytes / position_bits);
-  const auto x_planes = [&](const Rectangle& block) {
-    return Planes{p.x.c, p.kernel_w, std::min(p.stride_h, p.kernel_h), block.rows + (p.kernel_h - 1) / p.stride_h,
-                  divide_up(block.images * p.dy.w, kWordBits)};
-  };
-  const auto dy_planes = [&](const Rectangle& block, std::int64_t own_outputs) {
-    return Planes{own_outputs, 1, 1, block.rows, divide_up(block.images * p.dy.w, kWordBits)};
-  };
-  std::int64_t x_size = 0, dy_size = 0, marks_size = 0, turned = 0;
-  for (std::int64_t k = 0; k < chunks.count(); ++k) {
-    const Pieces blocks = blocks_of(p, chunks[k], positions);
-    const Rectangle block{0, blocks.images, 0, blocks.rows};
-    x_size = std::max(x_size, 2 * x_planes(block).size() + kWords);  // the last plane is read in whole vectors
-    dy_size = std::max(dy_size, 2 * dy_planes(block, outputs).size());
-    turned = std::max(turned, turned_size(x_planes(block).row_words, p.kernel_w));
-    marks_size = std::max(marks_size, 2 * x_columns(p) + 2 * p.kernel_w * x_planes(block).row_words * kWordBits);
-  }
-  const std::int64_t values_size = std::max(x_columns(p), p.dy.w) * kLanes + kLanes;
-  const std::int64_t scratch =
-      round_up(static_cast<std::int64_t>((x_size + dy_size + turned) * sizeof(Bits) +
-                                         marks_size * sizeof(std::uint16_t) + values_size * sizeof(A)),
-               64) +
-      320;
-  const std::int64_t partials = chunks.count() * size;
-  const PoolSpace pool(2 * (partials * static_cast<std::int64_t>(sizeof(std::int32_t)) + 64) + threads * scratch);
-  char* space = pool.data();
-  std::int32_t* const sign_sum = p.sign_sum ? take<std::int32_t>(space, partials) : nullptr;
-  std::int32_t* const nonzero = p.nonzero ? take<std::int32_t>(space, partials) : nullptr;
-  char* const scratches = space;
-
-  // Partial results joined; all threads of the region share it.
-  const auto join = [&](const std::int32_t* partial, std::int32_t* result) {
-#pragma omp for schedule(static) nowait
-    for (std::int64_t k = 0; k < size; ++k) {
-      std::int32_t total = 0;
-      for (std::int64_t chunk = 0; chunk < chunks.count(); ++chunk) total += partial[chunk * size + k];
-      result[k] = total;
+ public:
+  explicit ConvSigns(const ConvGradSigns& p)
+      : p_(p),
+        area_(p.kernel_h * p.kernel_w),
+        fours_(divide_up(p.dy.c, kTileOutputs)),
+        pairs_(divide_up(p.x.c, kTileChannels)),
+        size_(fours_ * pairs_ * area_ * kTileSize),
+        chunks_(chunks_of(p, kLeastPositions, size_ * static_cast<std::int64_t>(sizeof(std::int32_t)))),
+        outputs_(outputs_per_task(p, chunks_.count())),
+        pool_(2 * (chunks_.count() * size_ * static_cast<std::int64_t>(sizeof(std::int32_t)) + 64)) {
+    // A position's bits in all planes; what rows are filled up with does not count.
+    const std::int64_t position_bits = 2 * (p.x.c * p.kernel_w * std::min(p.stride_h, p.kernel_h) + p.dy.c);
+    positions_ = std::min(kBlockPositions, 8 * kBlockBytes / position_bits);
+    for (std::int64_t k = 0; k < chunks_.count(); ++k) {
+      const Pieces blocks = blocks_of(p, chunks_[k], positions_);
+      const Rectangle block{0, blocks.images, 0, blocks.rows};
+      const std::int64_t words = x_planes(block).row_words;
+      x_size_ = std::max(x_size_, 2 * x_planes(block).size() + kWords);  // the last plane is read in whole vectors
+      dy_size_ = std::max(dy_size_, 2 * dy_planes(block, outputs_).size());
+      turned_size_ = std::max(turned_size_, turned_size(words, p.kernel_w));
+      marks_size_ = std::max(marks_size_, 2 * x_columns(p) + 2 * p.kernel_w * words * kWordBits);
     }
-  };
+    values_size_ = std::max(x_columns(p), p.dy.w) * kLanes + kLanes;
+    char* space = pool_.data();
+    sign_sum_ = p.sign_sum ? take<std::int32_t>(space, chunks_.count() * size_) : nullptr;
+    nonzero_ = p.nonzero ? take<std::int32_t>(space, chunks_.count() * size_) : nullptr;
+  }
 
-#pragma omp parallel num_threads(threads)
-  {
-    char* own = scratches + omp_get_thread_num() * scratch;
-    Bits* const x = take<Bits>(own, x_size);
-    Bits* const dy = take<Bits>(own, dy_size);
-    Bits* const own_turned = take<Bits>(own, turned);
-    A* const values = take<A>(own, values_size);
-    std::uint16_t* const marks = take<std::uint16_t>(own, marks_size);
-#pragma omp for schedule(dynamic)
-    for (std::int64_t task = 0; task < tasks; ++task) {
-      const std::int64_t chunk = task / parts, output = task % parts * outputs;
-      const std::int64_t own_outputs = std::min(outputs, p.dy.c - output), first = output * p.x.c * area;
-      std::int32_t* const own_sign_sum = sign_sum ? sign_sum + chunk * size + first : nullptr;
-      std::int32_t* const own_nonzero = nonzero ? nonzero + chunk * size + first : nullptr;
-      for (std::int32_t* const results : {own_sign_sum, own_nonzero})
-        if (results) std::fill_n(results, own_outputs * p.x.c * area, 0);
-      const Pieces blocks = blocks_of(p, chunks[chunk], positions);
-      for (std::int64_t b = 0; b < blocks.count(); ++b) {
-        const Rectangle block = blocks[b];
-        const Planes of_x = x_planes(block), of_dy = dy_planes(block, own_outputs);
-        const Lattice x_lattice{
-            block.row * p.stride_h - p.padding_h, p.stride_h, p.stride_w, p.padding_w, p.dy.w, x_columns(p)};
-        const Lattice dy_lattice{block.row, 1, 1, 0, p.dy.w, p.dy.w};
-        const auto count_once = [&](bool all, std::int32_t* signs, std::int32_t* nonzeros) {
-          bool any_nan = make_planes<T>(p.x, block, x_lattice, of_x, 0, all, x, values, marks, own_turned);
-          any_nan |= make_planes<T>(p.dy, block, dy_lattice, of_dy, output, all, dy, values, marks, own_turned);
-          count(p, of_x, of_dy, x, dy, signs, any_nan && !all ? nullptr : nonzeros);
-          return any_nan;
-        };
-        if (count_once(false, own_sign_sum, own_nonzero) && nonzero) count_once(true, nullptr, own_nonzero);
+  std::int64_t tasks() const override { return chunks_.count() * divide_up(p_.dy.c, outputs_); }
+
+  std::int64_t scratch_bytes() const override {
+    return static_cast<std::int64_t>((x_size_ + dy_size_ + turned_size_) * sizeof(Bits) + values_size_ * sizeof(A) +
+                                     marks_size_ * sizeof(std::uint16_t)) +
+           320;
+  }
+
+  void run(std::int64_t task, char* scratch) override {
+    static const CountBlock count = best_count();
+    Bits* const x = take<Bits>(scratch, x_size_);
+    Bits* const dy = take<Bits>(scratch, dy_size_);
+    Bits* const turned = take<Bits>(scratch, turned_size_);
+    A* const values = take<A>(scratch, values_size_);
+    std::uint16_t* const marks = take<std::uint16_t>(scratch, marks_size_);
+    const std::int64_t parts = divide_up(p_.dy.c, outputs_), chunk = task / parts, output = task % parts * outputs_;
+    const std::int64_t own_outputs = std::min(outputs_, p_.dy.c - output), four = size_ / fours_;
+    const std::int64_t offset = chunk * size_ + output / kTileOutputs * four;
+    std::int32_t* const sign_sum = sign_sum_ ? sign_sum_ + offset : nullptr;
+    std::int32_t* const nonzero = nonzero_ ? nonzero_ + offset : nullptr;
+    for (std::int32_t* const results : {sign_sum, nonzero})
+      if (results) std::fill_n(results, divide_up(own_outputs, kTileOutputs) * four, 0);
+    const Pieces blocks = blocks_of(p_, chunks_[chunk], positions_);
+    for (std::int64_t b = 0; b < blocks.count(); ++b) {
+      const Rectangle block = blocks[b];
+      const Planes of_x = x_planes(block), of_dy = dy_planes(block, own_outputs);
+      const Lattice x_lattice{
+          block.row * p_.stride_h - p_.padding_h, p_.stride_h, p_.stride_w, p_.padding_w, p_.dy.w, x_columns(p_)};
+      const Lattice dy_lattice{block.row, 1, 1, 0, p_.dy.w, p_.dy.w};
+      const auto count_once = [&](bool all, std::int32_t* signs, std::int32_t* nonzeros) {
+        const Found in_x = make_planes<T>(p_.x, block, x_lattice, of_x, 0, all, x, values, marks, turned);
+        const Found in_dy = make_planes<T>(p_.dy, block, dy_lattice, of_dy, output, all, dy, values, marks, turned);
+        if (!in_dy.negative) std::fill_n(dy + of_dy.size(), of_dy.size(), Bits{0});
+        const bool any_nan = in_x.nan || in_dy.nan;
+        count(p_, of_x, of_dy, x, dy, !in_x.negative, signs, any_nan && !all ? nullptr : nonzeros);
+        return any_nan;
+      };
+      if (count_once(false, sign_sum, nonzero) && nonzero) count_once(true, nullptr, nonzero);
+    }
+  }
+
+  void join() override {
+    if (sign_sum_) join_partials(sign_sum_, p_.sign_sum);
+    if (nonzero_) join_partials(nonzero_, p_.nonzero);
+  }
+
+ private:
+  Planes x_planes(const Rectangle& block) const {
+    return {p_.x.c, p_.kernel_w, std::min(p_.stride_h, p_.kernel_h), block.rows + (p_.kernel_h - 1) / p_.stride_h,
+            divide_up(block.images * p_.dy.w, kWordBits)};
+  }
+  Planes dy_planes(const Rectangle& block, std::int64_t own_outputs) const {
+    return {own_outputs, 1, 1, block.rows, divide_up(block.images * p_.dy.w, kWordBits)};
+  }
+
+  void join_partials(const std::int32_t* partials, std::int32_t* result) const {
+#pragma omp for schedule(static) nowait
+    for (std::int64_t unit = 0; unit < fours_ * pairs_; ++unit) {
+      const std::int64_t first_output = unit / pairs_ * kTileOutputs, first_channel = unit % pairs_ * kTileChannels;
+      for (std::int64_t tap = 0; tap < area_; ++tap) {
+        std::int32_t totals[kTileSize] = {};
+        for (std::int64_t chunk = 0; chunk < chunks_.count(); ++chunk)
+          for (int k = 0; k < kTileSize; ++k)
+            totals[k] += partials[chunk * size_ + (unit * area_ + tap) * kTileSize + k];
+        for (int k = 0; k < kTileSize; ++k)
+          if (const std::int64_t o = first_output + k / kTileChannels, c = first_channel + k % kTileChannels;
+              o < p_.dy.c && c < p_.x.c)
+            result[(o * p_.x.c + c) * area_ + tap] = totals[k];
       }
     }
-    if (sign_sum) join(sign_sum, p.sign_sum);
-    if (nonzero) join(nonzero, p.nonzero);
   }
-}
+
+  const ConvGradSigns p_;
+  const std::int64_t area_, fours_, pairs_, size_;  // of a kernel; of tiles, and of a chunk's partial result
+  const Pieces chunks_;
+  const std::int64_t outputs_;  // of a task
+  const PoolSpace pool_;
+  std::int64_t positions_ = 0, x_size_ = 0, dy_size_ = 0, turned_size_ = 0, marks_size_ = 0, values_size_ = 0;
+  std::int32_t *sign_sum_, *nonzero_;  // partial results by chunk
+};
 
 }  // namespace
 
-void conv_signs(const ConvGradSigns& p) {
-  with_dtype(p.dtype, [&](auto* t) { conv_signs_as<std::remove_pointer_t<decltype(t)>>(p); });
+std::unique_ptr<Summation> conv_signs(const ConvGradSigns& p) {
+  std::unique_ptr<Summation> signs;
+  with_dtype(p.dtype, [&](auto* t) { signs = std::make_unique<ConvSigns<std::remove_pointer_t<decltype(t)>>>(p); });
+  return signs;
 }
 
 }  // namespace bnkern::BNKERN_ISA

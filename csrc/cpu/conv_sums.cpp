@@ -10,7 +10,6 @@
 #include <type_traits>
 
 #include "conv.h"
-#include "cpu.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
@@ -217,7 +216,7 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
 
 // The chunks' partial results joined in order: result [O, I, kernel_h, kernel_w]. All threads of a region share it.
 template <class A>
-void join(const ConvGradSigns& p, const Groups& groups, const A* partials, std::int64_t chunks, A* result) {
+void join_partials(const ConvGradSigns& p, const Groups& groups, const A* partials, std::int64_t chunks, A* result) {
   const std::int64_t size = groups.size(), rows = groups.count * p.kernel_h;
 #pragma omp for collapse(2) schedule(static) nowait
   for (std::int64_t row = 0; row < rows; ++row)
@@ -238,66 +237,75 @@ void join(const ConvGradSigns& p, const Groups& groups, const A* partials, std::
 }
 
 template <class T>
-void conv_sums_as(const ConvGradSigns& p) {
+class ConvSums final : public Summation {
   using A = Accumulator<T>;
-  const Groups groups = groups_of(p);
-  const std::int64_t size = groups.size();
-  const Pieces chunks = chunks_of(p, kLeastPositions, size * static_cast<std::int64_t>(sizeof(A)));
-  const std::int64_t outputs = outputs_per_task(p, chunks.count()), parts = divide_up(p.dy.c, outputs);
-  const std::int64_t tasks = chunks.count() * parts;
-  const int threads = static_cast<int>(std::min<std::int64_t>(tasks, p.threads));
 
-  // What a position takes in packed form; rows of x that two blocks share do not count.
-  const std::int64_t position_bytes = (p.x.c * p.stride_h * p.stride_w + p.dy.c) * static_cast<std::int64_t>(sizeof(A));
-  const std::int64_t positions = std::min(kBlockPositions, kBlockBytes / position_bytes);
-  std::int64_t dy_size = 0, x_size = 0;
-  for (std::int64_t k = 0; k < chunks.count(); ++k) {
-    const Pieces block = blocks_of(p, chunks[k], positions);
-    dy_size = std::max(dy_size, block.images * block.rows * p.dy.w * outputs * (p.sum && p.abs_sum ? 2 : 1));
-    x_size = std::max(x_size, block.images * x_rows(p, block.rows) * x_columns(p) * groups.width + kLanes);
-  }
-  const std::int64_t scratch = round_up((dy_size + x_size) * static_cast<std::int64_t>(sizeof(A)), 64) + 128;
-  const std::int64_t partials = chunks.count() * size;
-  const PoolSpace pool(((p.sum != nullptr) + (p.abs_sum != nullptr)) * (partials * sizeof(A) + 64) + threads * scratch);
-  char* space = pool.data();
-  A* const sum = p.sum ? take<A>(space, partials) : nullptr;
-  A* const abs_sum = p.abs_sum ? take<A>(space, partials) : nullptr;
-  char* const scratches = space;
-
-#pragma omp parallel num_threads(threads)
-  {
-    char* own = scratches + omp_get_thread_num() * scratch;
-    A* const dy = take<A>(own, dy_size);
-    A* const x = take<A>(own, x_size);
-#pragma omp for schedule(dynamic)
-    for (std::int64_t task = 0; task < tasks; ++task) {
-      const std::int64_t chunk = task / parts, output = task % parts * outputs;
-      const std::int64_t own_outputs = std::min(outputs, p.dy.c - output);
-      A* const chunk_sum = sum ? sum + chunk * size : nullptr;
-      A* const chunk_abs_sum = abs_sum ? abs_sum + chunk * size : nullptr;
-      for (std::int64_t g = 0; g < groups.count; ++g)
-        for (std::int64_t k = 0; k < p.kernel_h; ++k)
-          for (A* const partial : {chunk_sum, chunk_abs_sum})
-            if (partial) std::fill_n(partial + groups.offset(g, k, output), own_outputs * groups.pitch(g), A(0));
-      const Pieces blocks = blocks_of(p, chunks[chunk], positions);
-      for (std::int64_t b = 0; b < blocks.count(); ++b)
-        add_block<T>(p, groups, blocks[b], blocks[std::min(b + 1, blocks.count() - 1)], output, own_outputs, chunk_sum,
-                     chunk_abs_sum, x, dy);
+ public:
+  explicit ConvSums(const ConvGradSigns& p)
+      : p_(p),
+        groups_(groups_of(p)),
+        chunks_(chunks_of(p, kLeastPositions, groups_.size() * static_cast<std::int64_t>(sizeof(A)))),
+        outputs_(outputs_per_task(p, chunks_.count())),
+        pool_(((p.sum != nullptr) + (p.abs_sum != nullptr)) *
+              (chunks_.count() * groups_.size() * static_cast<std::int64_t>(sizeof(A)) + 64)) {
+    // What a position takes in packed form; rows of x that two blocks share do not count.
+    const std::int64_t bytes = (p.x.c * p.stride_h * p.stride_w + p.dy.c) * static_cast<std::int64_t>(sizeof(A));
+    positions_ = std::min(kBlockPositions, kBlockBytes / bytes);
+    for (std::int64_t k = 0; k < chunks_.count(); ++k) {
+      const Pieces block = blocks_of(p, chunks_[k], positions_);
+      dy_size_ = std::max(dy_size_, block.images * block.rows * p.dy.w * outputs_ * (p.sum && p.abs_sum ? 2 : 1));
+      x_size_ = std::max(x_size_, block.images * x_rows(p, block.rows) * x_columns(p) * groups_.width + kLanes);
     }
-    if (sum) join(p, groups, sum, chunks.count(), static_cast<A*>(p.sum));
-    if (abs_sum) join(p, groups, abs_sum, chunks.count(), static_cast<A*>(p.abs_sum));
+    char* space = pool_.data();
+    const std::int64_t partials = chunks_.count() * groups_.size();
+    sum_ = p.sum ? take<A>(space, partials) : nullptr;
+    abs_sum_ = p.abs_sum ? take<A>(space, partials) : nullptr;
   }
-}
+
+  std::int64_t tasks() const override { return chunks_.count() * divide_up(p_.dy.c, outputs_); }
+
+  std::int64_t scratch_bytes() const override {
+    return (dy_size_ + x_size_) * static_cast<std::int64_t>(sizeof(A)) + 128;
+  }
+
+  void run(std::int64_t task, char* scratch) override {
+    A* const dy = take<A>(scratch, dy_size_);
+    A* const x = take<A>(scratch, x_size_);
+    const std::int64_t parts = divide_up(p_.dy.c, outputs_), chunk = task / parts, output = task % parts * outputs_;
+    const std::int64_t own_outputs = std::min(outputs_, p_.dy.c - output);
+    A* const sum = sum_ ? sum_ + chunk * groups_.size() : nullptr;
+    A* const abs_sum = abs_sum_ ? abs_sum_ + chunk * groups_.size() : nullptr;
+    for (std::int64_t g = 0; g < groups_.count; ++g)
+      for (std::int64_t k = 0; k < p_.kernel_h; ++k)
+        for (A* const partial : {sum, abs_sum})
+          if (partial) std::fill_n(partial + groups_.offset(g, k, output), own_outputs * groups_.pitch(g), A(0));
+    const Pieces blocks = blocks_of(p_, chunks_[chunk], positions_);
+    for (std::int64_t b = 0; b < blocks.count(); ++b)
+      add_block<T>(p_, groups_, blocks[b], blocks[std::min(b + 1, blocks.count() - 1)], output, own_outputs, sum,
+                   abs_sum, x, dy);
+  }
+
+  void join() override {
+    if (sum_) join_partials(p_, groups_, sum_, chunks_.count(), static_cast<A*>(p_.sum));
+    if (abs_sum_) join_partials(p_, groups_, abs_sum_, chunks_.count(), static_cast<A*>(p_.abs_sum));
+  }
+
+ private:
+  const ConvGradSigns p_;
+  const Groups groups_;
+  const Pieces chunks_;
+  const std::int64_t outputs_;  // of a task
+  const PoolSpace pool_;
+  std::int64_t positions_ = 0, dy_size_ = 0, x_size_ = 0;  // of a block
+  A *sum_, *abs_sum_;                                      // partial results by chunk
+};
 
 }  // namespace
 
-void conv_sums(const ConvGradSigns& p) {
-  with_dtype(p.dtype, [&](auto* t) { conv_sums_as<std::remove_pointer_t<decltype(t)>>(p); });
-}
-
-void conv_grad_signs(const ConvGradSigns& p) {
-  if (p.sum || p.abs_sum) conv_sums(p);
-  if (p.sign_sum || p.nonzero) conv_signs(p);
+std::unique_ptr<Summation> conv_sums(const ConvGradSigns& p) {
+  std::unique_ptr<Summation> sums;
+  with_dtype(p.dtype, [&](auto* t) { sums = std::make_unique<ConvSums<std::remove_pointer_t<decltype(t)>>>(p); });
+  return sums;
 }
 
 }  // namespace bnkern::BNKERN_ISA

@@ -18,17 +18,6 @@ struct Conv3x3 {
   int threads;
 };
 
-// conv3x3_gradient: x [N, I, H, W] and the gradient dy [N, O, H, W], as above; result [O, I, 3, 3] is the weight's
-// gradient, or the sum of its summands' magnitudes.
-struct Conv3x3Gradient {
-  const float* x;
-  std::int64_t n, inputs, outputs, h, w;
-  const float* dy;
-  float* result;
-  bool absolute;
-  int threads;
-};
-
 struct CpuKernels {
   const char* isa;
   void (*forward)(const Forward&);
@@ -36,7 +25,6 @@ struct CpuKernels {
   void (*augment)(const Augment&);
   void (*conv_grad_signs)(const ConvGradSigns&);
   void (*conv3x3)(const Conv3x3&);
-  void (*conv3x3_gradient)(const Conv3x3Gradient&);
 };
 
 // The best that this machine runs, or the one named by BNKERN_ISA in the environment ("avx512", "avx2",
@@ -44,14 +32,13 @@ struct CpuKernels {
 const CpuKernels& cpu_kernels();
 
 // One definition per instruction set, from the same sources. The tensors must not be empty.
-#define BNKERN_DECLARE_ISA(isa)                    \
-  namespace isa {                                  \
-  void forward(const Forward& p);                  \
-  void backward(const Backward& p);                \
-  void conv_grad_signs(const ConvGradSigns& p);    \
-  void augment(const Augment& p);                  \
-  void conv3x3(const Conv3x3& p);                  \
-  void conv3x3_gradient(const Conv3x3Gradient& p); \
+#define BNKERN_DECLARE_ISA(isa)                 \
+  namespace isa {                               \
+  void forward(const Forward& p);               \
+  void backward(const Backward& p);             \
+  void conv_grad_signs(const ConvGradSigns& p); \
+  void augment(const Augment& p);               \
+  void conv3x3(const Conv3x3& p);               \
   }
 BNKERN_DECLARE_ISA(generic)
 BNKERN_DECLARE_ISA(avx2)

@@ -5,6 +5,7 @@
 //   Mask                      16 booleans, to and from 16 bits
 //   Packed<T>                 16 values as stored, rounded to nearest even as torch does; wide() reads them back
 //   load<T>, load_some<T>     from storage; the second only the first n lanes, zeros or a given value in the others
+//   load_two<T>               32 values in an order that is quick to make; put_in_order<T> undoes it
 #pragma once
 
 #include <cstdint>
@@ -76,6 +77,12 @@ struct ArrayVec {
     for (int i = 0; i < kLanes; ++i) m.lane[i] = !(lane[i] <= A(0));
     return m;
   }
+  // Where not (v >= 0): NaN passes.
+  BNKERN_INLINE Mask below_zero() const {
+    Mask m;
+    for (int i = 0; i < kLanes; ++i) m.lane[i] = !(lane[i] >= A(0));
+    return m;
+  }
   BNKERN_INLINE ArrayVec keep(Mask m) const {
     ArrayVec v;
     for (int i = 0; i < kLanes; ++i) v.lane[i] = m.lane[i] ? lane[i] : A(0);
@@ -139,6 +146,7 @@ struct FloatVec {
   friend BNKERN_INLINE FloatVec operator*(FloatVec a, FloatVec b) { return {_mm512_mul_ps(a.v, b.v)}; }
   friend BNKERN_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   BNKERN_INLINE Mask above_zero() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ)}; }
+  BNKERN_INLINE Mask below_zero() const { return {_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NGE_UQ)}; }
   BNKERN_INLINE FloatVec keep(Mask m) const { return {_mm512_maskz_mov_ps(m.m, v)}; }
   BNKERN_INLINE FloatVec magnitude() const { return {_mm512_abs_ps(v)}; }
   template <int relation>
@@ -220,6 +228,10 @@ struct FloatVec {
   BNKERN_INLINE Mask above_zero() const {
     const __m256 zero = _mm256_setzero_ps();
     return {_mm256_cmp_ps(lo, zero, _CMP_NLE_UQ), _mm256_cmp_ps(hi, zero, _CMP_NLE_UQ)};
+  }
+  BNKERN_INLINE Mask below_zero() const {
+    const __m256 zero = _mm256_setzero_ps();
+    return {_mm256_cmp_ps(lo, zero, _CMP_NGE_UQ), _mm256_cmp_ps(hi, zero, _CMP_NGE_UQ)};
   }
   BNKERN_INLINE FloatVec keep(Mask m) const { return {_mm256_and_ps(m.lo, lo), _mm256_and_ps(m.hi, hi)}; }
   BNKERN_INLINE FloatVec magnitude() const {
@@ -450,6 +462,36 @@ BNKERN_INLINE Vec<Accumulator<T>> load_some(const T* p, int n, T others) {
   T lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? p[i] : others;
   return load(lanes);
+}
+
+// bfloat16: those at even places, then those at odd ones, since a shift and a mask tell pairs apart.
+template <class T>
+BNKERN_INLINE void load_two(const T* p, Vec<Accumulator<T>>* to) {
+  if constexpr (!std::is_same_v<T, BFloat16>) {
+    to[0] = load(p), to[1] = load(p + kLanes);
+  } else {
+#if defined(__AVX512F__)
+    const __m512i pairs = _mm512_loadu_si512(p);
+    to[0] = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+    to[1] = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)))};
+#elif defined(__AVX2__)
+    const __m256i lo = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i hi = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + kLanes));
+    const __m256i odd = _mm256_set1_epi32(-65536);
+    to[0] = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+    to[1] = {_mm256_castsi256_ps(_mm256_and_si256(lo, odd)), _mm256_castsi256_ps(_mm256_and_si256(hi, odd))};
+#else
+    for (int i = 0; i < kLanes; ++i) to[0].lane[i] = widen(p[2 * i]), to[1].lane[i] = widen(p[2 * i + 1]);
+#endif
+  }
+}
+template <class T, class A>
+BNKERN_INLINE void put_in_order(A* values) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    A two[2 * kLanes];
+    std::memcpy(two, values, sizeof two);
+    for (int i = 0; i < kLanes; ++i) values[2 * i] = two[i], values[2 * i + 1] = two[kLanes + i];
+  }
 }
 
 // Where a result goes: past the caches, to the first n lanes, or plainly.
