@@ -26,6 +26,7 @@ class Rule(NamedTuple):
 
 # What every backend may know: how tensors lie in memory, and which dtype sums have.
 LEAVES = ("bnkern.backends.layout", "bnkern.backends.records", "bnkern.backends.reference.accumulator")
+NATIVE = (*LEAVES, "bnkern._native", "bnkern.backends.arguments")
 
 # The first pattern that matches a module is its rule.
 RULES = {
@@ -33,8 +34,10 @@ RULES = {
     "bnkern.backends.records": Rule((), ()),
     "bnkern.backends.reference": Rule(("bnkern.backends.layout",)),
     # Merging a handful of [C] vectors on the CPU needs no kernel of its own.
-    "bnkern.backends.cpu": Rule((*LEAVES, "bnkern._native", "bnkern.backends.reference.merge")),
-    "bnkern.backends.cuda": Rule((*LEAVES, "bnkern._native")),
+    "bnkern.backends.arguments": Rule(()),
+    "bnkern.backends.cpu_convolutions": Rule(NATIVE),
+    "bnkern.backends.cpu": Rule((*NATIVE, "bnkern.backends.cpu_convolutions", "bnkern.backends.reference.merge")),
+    "bnkern.backends.cuda": Rule(NATIVE),
     "bnkern.backends.triton*": Rule((*LEAVES, "bnkern.backends.triton*"), ("torch", "triton")),
     "bnkern.backends": Rule(()),  # loads its backends by name, from the table
     "bnkern.ops": Rule(("bnkern.backends", *LEAVES)),
@@ -148,7 +151,8 @@ def test_the_rules_can_be_broken(tmp_path: Path) -> None:
 
 def test_the_table_of_backends_names_modules() -> None:
     """The choice imports by name: each of its names that exists is a module of backends, and nothing else is."""
-    here = {name.split(".")[2] for name in MODULES if name.startswith("bnkern.backends.")} - {"layout", "records"}
+    here = {name.split(".")[2] for name in MODULES if name.startswith("bnkern.backends.")}
+    here -= {"layout", "records", "arguments", "cpu_convolutions"}
     assert here <= set(backends.NAMES)
     assert {"cpu", "reference"} <= here
 

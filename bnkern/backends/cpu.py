@@ -13,6 +13,8 @@ from torch import Tensor
 
 # torch comes first: it brings the OpenMP runtime that the native module then shares.
 from .. import _native
+from .arguments import ABSENT, CODES, address, contiguous, vector
+from .cpu_convolutions import conv3x3, conv_grad_signs
 from .layout import Layout, dense, layout, output_strides, strides
 from .records import activation_of_nothing
 from .reference import accumulator, merge
@@ -20,6 +22,7 @@ from .reference import accumulator, merge
 __all__ = [
     "augment",
     "backward",
+    "conv3x3",
     "conv_grad_signs",
     "forward",
     "grad_input",
@@ -30,8 +33,7 @@ __all__ = [
     "refuses",
 ]
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.uint8: 4}
-_ABSENT = (0, 0, 0)
+_BYTE = 4  # the code of uint8
 
 # Where torch offers DLPack's exchange table, the native module reads and makes tensors by itself: forward and backward
 # of plain dense tensors are then one native call each (csrc/call.cpp), and the Python below serves the others.
@@ -85,13 +87,13 @@ def _readable(t: Tensor, plan: _Plan) -> tuple[Tensor, int, int, int]:
 
 def _empty(x: Tensor, plan: _Plan) -> Tensor:
     """A result for x, a large one in memory that earlier results gave back: fresh pages cost more than the kernel."""
-    return torch.from_dlpack(_native.cpu_empty(_CODES[x.dtype], x.shape, plan.result_stride))
+    return torch.from_dlpack(_native.cpu_empty(CODES[x.dtype], x.shape, plan.result_stride))
 
 
 def _empty_mask(like: Layout) -> Tensor:
     shape = like.mask_shape
     steps = (1,) if like.rows else (shape[1] * shape[2], shape[2], 1)
-    return torch.from_dlpack(_native.cpu_empty(_CODES[torch.uint8], shape, steps))
+    return torch.from_dlpack(_native.cpu_empty(_BYTE, shape, steps))
 
 
 def release_memory() -> None:
@@ -101,20 +103,8 @@ def release_memory() -> None:
 
 def _result(t: Tensor | None, plan: _Plan) -> tuple[int, int, int]:
     if t is None:
-        return _ABSENT
+        return ABSENT
     return (t.data_ptr(), *(plan.result if t.stride() == plan.result_stride else strides(t, plan.like.rows)))
-
-
-def _vector(v: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if v is None else (v.data_ptr(), _CODES[v.dtype])
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _contiguous(v: Tensor | None) -> Tensor | None:
-    return v if v is None or v.is_contiguous() else v.contiguous()
 
 
 def _run_forward(
@@ -138,10 +128,10 @@ def _run_forward(
     record: Tensor | None = None,
 ) -> None:
     x, *source = _readable(x, plan)
-    residual, *added = (None, *_ABSENT) if residual is None else _readable(residual, plan)
-    weight, bias = _contiguous(weight), _contiguous(bias)
+    residual, *added = (None, *ABSENT) if residual is None else _readable(residual, plan)
+    weight, bias = contiguous(weight), contiguous(bias)
     _native.cpu_forward(
-        _CODES[x.dtype],
+        CODES[x.dtype],
         *plan.like,
         moments,
         normalize,
@@ -149,18 +139,18 @@ def _run_forward(
         *source,
         *added,
         *_result(y, plan),
-        _address(mask),
-        *_vector(weight),
-        *_vector(bias),
-        _address(mean),
-        _address(spread),
-        *_vector(running_mean),
-        *_vector(running_var),
-        _address(counter),
+        address(mask),
+        *vector(weight),
+        *vector(bias),
+        address(mean),
+        address(spread),
+        *vector(running_mean),
+        *vector(running_var),
+        address(counter),
         momentum is None,
         momentum or 0.0,
         eps,
-        _address(record),
+        address(record),
         torch.get_num_threads(),
     )
 
@@ -272,9 +262,9 @@ def _run_backward(
 ) -> None:
     dy, *incoming = _readable(dy, plan)
     x, *source = _readable(x, plan)
-    weight, bias = _contiguous(weight), _contiguous(bias)
+    weight, bias = contiguous(weight), contiguous(bias)
     _native.cpu_backward(
-        _CODES[x.dtype],
+        CODES[x.dtype],
         *plan.like,
         sums,
         input,
@@ -284,17 +274,17 @@ def _run_backward(
         *source,
         *_result(dx, plan),
         *_result(dresidual, plan),
-        _address(mask),
-        *_vector(weight),
-        *_vector(bias),
-        _address(mean),
-        _address(invstd),
-        _address(sum_dy),
-        _address(sum_dy_xhat),
-        *_vector(dweight),
-        *_vector(dbias),
-        _address(record_gradient),
-        _address(record_affine),
+        address(mask),
+        *vector(weight),
+        *vector(bias),
+        address(mean),
+        address(invstd),
+        address(sum_dy),
+        address(sum_dy_xhat),
+        *vector(dweight),
+        *vector(dbias),
+        address(record_gradient),
+        address(record_affine),
         torch.get_num_threads(),
     )
 
@@ -431,7 +421,7 @@ def augment(
         raise IndexError(f"position must be 0 to {len(order) // size - 1}, got {batch}")
     seed, epoch = state.tolist()
     _native.cpu_augment(
-        _CODES[out.dtype],
+        CODES[out.dtype],
         layout(out).rows,
         random,
         seed & 2**64 - 1,
@@ -445,62 +435,3 @@ def augment(
         labels_out.data_ptr(),
         torch.get_num_threads(),
     )
-
-
-# -------------------------------------------------------------------------------- beside the phases: convolutions
-
-
-def _image(t: Tensor) -> tuple[Tensor, int, torch.Size, tuple[int, ...]]:
-    """``t`` [N, C, H, W], or a dense copy where neither channels nor columns have unit stride, to be kept alive; its
-    address, sizes and strides."""
-    stride = t.stride()
-    if stride[1] != 1:
-        unit = [axis for axis in (1, 3) if stride[axis] == 1 or t.shape[axis] == 1]
-        t = t if unit else t.contiguous()
-        stride = tuple(1 if axis in unit else step for axis, step in enumerate(t.stride()))
-    return t, t.data_ptr(), t.shape, stride
-
-
-def conv_grad_signs(
-    x: Tensor,
-    dy: Tensor,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    wanted: tuple[bool, bool, bool, bool],
-    *,
-    winograd: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Sum, absolute sum, sign sum and number of nonzero summands of a convolution's weight gradient, where wanted.
-
-    ``winograd``: the two sums come by Winograd's F(2 x 2, 3 x 3), of such a convolution as ``conv3x3``.
-    """
-    shape = (dy.shape[1], x.shape[1], *kernel_size)
-    make = torch.empty if x.numel() and dy.numel() else torch.zeros
-    dtypes = (accumulator(x.dtype),) * 2 + (torch.int32,) * 2
-    results = [make(shape, dtype=dtype) if want else None for dtype, want in zip(dtypes, wanted, strict=True)]
-    if x.numel() and dy.numel():
-        x, *of_x = _image(x)
-        dy, *of_dy = _image(dy)
-        addresses = [_address(result) for result in results]
-        how = (kernel_size, stride, padding, addresses, winograd, torch.get_num_threads())
-        _native.cpu_conv_grad_signs(_CODES[x.dtype], *of_x, *of_dy, *how)
-    return tuple(results)
-
-
-def conv3x3(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor:
-    """The convolution of x [N, I, H, W], float32 in channels_last, by weight [O, I, 3, 3], of stride and padding 1.
-
-    ``flipped``: by the weight [I, O, 3, 3] turned by 180 degrees instead, which is the gradient of a convolution's
-    input. By Winograd's F(2 x 2, 3 x 3); I and O are multiples of 16.
-    """
-    n, _, h, w = x.shape
-    address, stride = weight.data_ptr(), weight.stride()
-    outputs = weight.shape[1 if flipped else 0]
-    if flipped:
-        address += weight.itemsize * 2 * (stride[2] + stride[3])
-        stride = (stride[1], stride[0], -stride[2], -stride[3])
-    size, y_stride = (n, outputs, h, w), (h * w * outputs, 1, w * outputs, outputs)
-    y = torch.from_dlpack(_native.cpu_empty(_CODES[x.dtype], size, y_stride))
-    _native.cpu_conv3x3(x.data_ptr(), x.shape, address, outputs, stride, y.data_ptr(), torch.get_num_threads())
-    return y

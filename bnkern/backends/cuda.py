@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .arguments import ABSENT, CODES, address, contiguous, vector
 from .layout import Layout, addressed, empty_like, layout, strides
 from .records import activation_of_nothing
 
 __all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
-
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_ABSENT = (0, 0, 0)
 
 
 def refuses(device_type: str, dtype: torch.dtype) -> str | None:
@@ -35,7 +33,7 @@ def refuses(device_type: str, dtype: torch.dtype) -> str | None:
         return "the native module was built without CUDA"
     if dtype is torch.float64:
         return "it has no float64 kernels, the Triton backend has"
-    return None if dtype in _CODES else f"it has no kernels for {dtype}"
+    return None if dtype in CODES else f"it has no kernels for {dtype}"
 
 
 # -------------------------------------------------------------------------------------------- devices and rules
@@ -156,19 +154,7 @@ def _current(function: Callable) -> Callable:
 
 
 def _view(t: Tensor | None, rows: bool) -> tuple[int, int, int]:
-    return _ABSENT if t is None else (t.data_ptr(), *strides(t, rows))
-
-
-def _vector(v: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if v is None else (v.data_ptr(), _CODES[v.dtype])
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _contiguous(v: Tensor | None) -> Tensor | None:
-    return v if v is None or v.is_contiguous() else v.contiguous()
+    return ABSENT if t is None else (t.data_ptr(), *strides(t, rows))
 
 
 def _launch(entry: Callable[..., int], x: Tensor, *call) -> None:
@@ -209,11 +195,11 @@ def _run_forward(
 ) -> None:
     x = addressed(x, like.rows)
     residual = None if residual is None else addressed(residual, like.rows)
-    weight, bias = _contiguous(weight), _contiguous(bias)
+    weight, bias = contiguous(weight), contiguous(bias)
     _launch(
         _native.cuda_forward,
         x,
-        _CODES[x.dtype],
+        CODES[x.dtype],
         like,
         moments,
         normalize,
@@ -221,18 +207,18 @@ def _run_forward(
         _view(x, like.rows),
         _view(residual, like.rows),
         _view(y, like.rows),
-        _address(mask),
-        _vector(weight),
-        _vector(bias),
-        _address(mean),
-        _address(spread),
-        _vector(running_mean),
-        _vector(running_var),
-        _address(counter),
+        address(mask),
+        vector(weight),
+        vector(bias),
+        address(mean),
+        address(spread),
+        vector(running_mean),
+        vector(running_var),
+        address(counter),
         momentum is None,
         momentum or 0.0,
         eps,
-        _address(record),
+        address(record),
     )
 
 
@@ -259,7 +245,7 @@ def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, T
         torch.empty_like(m2s[0]),
     )
     _native.cuda_merge(
-        _CODES[means.dtype],
+        CODES[means.dtype],
         *(t.data_ptr() for t in (count, means, m2s, merged_count, merged_mean, merged_m2)),
         *means.shape,
         torch._C._cuda_getCurrentRawStream(means.device.index),
@@ -283,7 +269,7 @@ def normalize(
     like = layout(x)
     y, mask = empty_like(x, like.rows), _empty_mask(x, like, act, residual)
     if x.numel():
-        statistics = (_contiguous(mean), _contiguous(invstd))
+        statistics = (contiguous(mean), contiguous(invstd))
         _run_forward(x, like, False, True, *statistics, y, weight, bias, residual, mask, act, record=record)
     elif record is not None:
         activation_of_nothing(record)
@@ -352,11 +338,11 @@ def _run_backward(
     record_affine: Tensor | None = None,
 ) -> None:
     dy, x = addressed(dy, like.rows), addressed(x, like.rows)
-    mean, invstd, weight, bias = (_contiguous(v) for v in (mean, invstd, weight, bias))
+    mean, invstd, weight, bias = (contiguous(v) for v in (mean, invstd, weight, bias))
     _launch(
         _native.cuda_backward,
         x,
-        _CODES[x.dtype],
+        CODES[x.dtype],
         like,
         sums,
         input,
@@ -366,17 +352,17 @@ def _run_backward(
         _view(x, like.rows),
         _view(dx, like.rows),
         _view(dresidual, like.rows),
-        _address(mask),
-        _vector(weight),
-        _vector(bias),
-        _address(mean),
-        _address(invstd),
-        _address(sum_dy),
-        _address(sum_dy_xhat),
-        _vector(dweight),
-        _vector(dbias),
-        _address(record_gradient),
-        _address(record_affine),
+        address(mask),
+        vector(weight),
+        vector(bias),
+        address(mean),
+        address(invstd),
+        address(sum_dy),
+        address(sum_dy_xhat),
+        vector(dweight),
+        vector(dbias),
+        address(record_gradient),
+        address(record_affine),
     )
 
 
@@ -431,7 +417,7 @@ def grad_input(
         scale = like.count / count
         sum_dy, sum_dy_xhat = sum_dy * scale, sum_dy_xhat * scale
     if x.numel() and (need_dx or need_dresidual):
-        results = (dx, dresidual, _contiguous(sum_dy), _contiguous(sum_dy_xhat))
+        results = (dx, dresidual, contiguous(sum_dy), contiguous(sum_dy_xhat))
         phase = (False, True, sums is not None)
         _run_backward(dy, x, like, mean, invstd, weight, bias, mask, act, *phase, *results, record_gradient=record)
     elif record is not None and need_dx:

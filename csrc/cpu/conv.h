@@ -19,9 +19,6 @@ namespace bnkern::BNKERN_ISA {
 constexpr std::int64_t kMostChunks = 32;
 constexpr std::int64_t kPartialBytes = 32 << 20;  // of one result's partials, unless a single chunk has more
 
-inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
-
 // A rectangle of images and rows.
 struct Rectangle {
   std::int64_t image, images, row, rows;

@@ -25,6 +25,9 @@ namespace bnkern::BNKERN_ISA {
 
 constexpr int kLanes = 16;
 
+inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
+
 // ------------------------------------------------------------------ plain arrays: any machine, and double
 
 template <class A>

@@ -29,7 +29,7 @@ struct Partition {
   std::int64_t planes_per_tile, spans_per_plane, span;  // planes
   std::int64_t rows, leftover, rows_per_tile;           // rows; leftover elements follow the last whole row
   std::int64_t tiles_per_block;                         // how many tiles share a record's sums
-  bool by_channel;  // the order in which threads take tiles (drive.cpp): it matters to prefetching alone
+  bool by_channel;  // the order in which threads take tiles (drive.h): it matters to prefetching alone
 
   std::int64_t count() const { return shape.n * shape.s; }
 };

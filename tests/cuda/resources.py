@@ -59,11 +59,11 @@ def usage(binary: Path, architecture: int) -> dict[str, tuple[int, int]]:
 
 
 def accesses(binary: Path, architecture: int) -> dict[str, dict[str, int]]:
-    """How many 16-byte loads and stores of global memory each kernel has."""
+    """How many 16-byte loads and stores each kernel has, of global memory or by generic addresses (sm_100)."""
     text = cuobjdump("-sass", "-arch", f"sm_{architecture}", str(binary))
     found = {}
     for name, body in re.findall(r"Function : ([^\n]+)\n(.*?)(?=Function : |\Z)", text, re.DOTALL):
-        found[_name(name)] = {word: len(re.findall(rf"\b{word}\.E\.[\w.]*128", body)) for word in ("LDG", "STG")}
+        found[_name(name)] = {word: len(re.findall(rf"\b{word}G?\.E\.[\w.]*128", body)) for word in ("LD", "ST")}
     return found
 
 

@@ -63,5 +63,5 @@ def test_whole_vectors(architecture: int) -> None:
             reads, writes = 4, True
         else:
             continue
-        assert widths["LDG"] >= reads, f"{name}: {widths}"
-        assert widths["STG"] >= (4 if writes else 0), f"{name}: {widths}"
+        assert widths["LD"] >= reads, f"{name}: {widths}"
+        assert widths["ST"] >= (4 if writes else 0), f"{name}: {widths}"

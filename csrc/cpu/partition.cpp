@@ -1,0 +1,56 @@
+// The cut of a tensor: tiles.h.
+#include <algorithm>
+
+#include "tiles.h"
+
+namespace bnkern::BNKERN_ISA {
+namespace {
+
+constexpr std::int64_t kRowTiles = 512;   // rows: about as many tiles as there should be at most
+constexpr std::int64_t kBlockRows = 512;  // rows: at most so many under one of a record's sums
+constexpr std::int64_t kBlocks = 16;      // rows: about as few blocks as there should be at least
+
+// The smallest factor that makes c a multiple of 16.
+std::int64_t factor_to_16(std::int64_t c) {
+  std::int64_t factor = kLanes;
+  for (; factor > 1 && c % 2 == 0; c /= 2) factor /= 2;
+  return factor;
+}
+
+}  // namespace
+
+Partition make_partition(const Shape& shape, bool dense) {
+  Partition part{};
+  part.shape = shape;
+  part.dense = dense;
+  if (shape.rows) {
+    std::int64_t factor = dense ? factor_to_16(shape.c) : 1;
+    while (dense && factor * shape.c < kWideRow) factor *= 2;
+    part.width = factor * shape.c;
+    part.group = factor > 1 || part.width < kGroupChannels ? part.width : kGroupChannels;
+    part.groups = divide_up(part.width, part.group);
+    const std::int64_t elements = part.count() * shape.c;
+    part.rows = dense ? elements / part.width : part.count();
+    part.leftover = dense ? elements % part.width : 0;
+    // Large tensors take larger tiles, up to what the second-level cache holds, so that joining them stays cheap.
+    std::int64_t tile = elements / kRowTiles;
+    tile = tile < kTileElements ? kTileElements : tile > 8 * kTileElements ? 8 * kTileElements : tile;
+    part.rows_per_tile = tile / part.group < 8 ? 8 : tile / part.group;
+    part.tiles = divide_up(part.rows, part.rows_per_tile) + (part.leftover > 0);
+    // As long a sum as in a large tensor's tile, but blocks enough for many threads.
+    const std::int64_t most = kBlockRows / part.rows_per_tile, few = part.tiles / kBlocks;
+    part.tiles_per_block = std::max<std::int64_t>(1, std::min(most, few));
+  } else {
+    part.width = part.groups = shape.c;
+    part.group = 1;
+    const std::int64_t pieces = divide_up(shape.s, kTileElements);
+    part.span = divide_up(divide_up(shape.s, pieces), kLanes) * kLanes;
+    part.spans_per_plane = divide_up(shape.s, part.span);
+    part.planes_per_tile = pieces > 1 ? 1 : kTileElements / shape.s;
+    part.tiles = divide_up(shape.n, part.planes_per_tile) * part.spans_per_plane;
+    part.tiles_per_block = 1;
+  }
+  return part;
+}
+
+}  // namespace bnkern::BNKERN_ISA
