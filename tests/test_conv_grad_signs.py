@@ -230,11 +230,11 @@ def test_layouts_have_the_same_bits_on_the_cpu(precision: Precision, name: str) 
 
 
 @functools.cache
-def digests(isa: str) -> list[str]:
+def digests(isa: str, extensions: bool = True) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_conv_grad_signs"],
         cwd=Path(__file__).parents[1],
-        env=os.environ | {"BNKERN_ISA": isa},
+        env=os.environ | {"BNKERN_ISA": isa, "BNKERN_EXTENSIONS": str(int(extensions))},
         capture_output=True,
         text=True,
     )
@@ -249,6 +249,12 @@ def digests(isa: str) -> list[str]:
 @pytest.mark.parametrize("isa", [isa for isa in _native.build_info()["isas"] if isa != _native.isa()])
 def test_instruction_sets_have_the_same_bits(isa: str) -> None:
     for one, other in zip(digests(_native.isa()), digests(isa), strict=True):
+        assert one == other
+
+
+@pytest.mark.skipif(_native.isa() != "avx512", reason="the other sets have no extensions that are used")
+def test_without_extensions_the_bits_are_the_same() -> None:
+    for one, other in zip(digests("avx512"), digests("avx512", extensions=False), strict=True):
         assert one == other
 
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "conv.h"
+#include "cpu.h"
 
 namespace bnkern::BNKERN_ISA {
 
@@ -18,7 +19,8 @@ constexpr std::int64_t kAheadImages = 2;  // how many images' rows ahead memory 
 // Whether there are vpermi2b and vgf2p8affineqb, which the compiler is not told of either.
 inline bool turns_natively() {
 #if defined(__AVX512F__)
-  static const bool native = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+  static const bool native =
+      with_extensions() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
   return native;
 #else
   return false;

@@ -218,7 +218,7 @@ using CountBlock = decltype(&count_block<PlainBits>);
 
 CountBlock best_count() {
 #if defined(__AVX512F__)
-  if (__builtin_cpu_supports("avx512vpopcntdq")) return count_block<WideBits<true>>;
+  if (with_extensions() && __builtin_cpu_supports("avx512vpopcntdq")) return count_block<WideBits<true>>;
 #endif
   return count_block<PlainBits>;
 }

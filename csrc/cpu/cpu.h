@@ -31,6 +31,10 @@ struct CpuKernels {
 // "generic"). Throws std::runtime_error where a named one cannot run here.
 const CpuKernels& cpu_kernels();
 
+// Whether instructions may be used that not every machine with such a set has: not with BNKERN_EXTENSIONS=0, by which
+// the others are tested.
+bool with_extensions();
+
 // One definition per instruction set, from the same sources. The tensors must not be empty.
 #define BNKERN_DECLARE_ISA(isa)                 \
   namespace isa {                               \

@@ -45,6 +45,14 @@ CpuKernels choose() {
 
 }  // namespace
 
+bool with_extensions() {
+  static const bool allowed = [] {
+    const char* const asked = std::getenv("BNKERN_EXTENSIONS");
+    return !asked || std::string(asked) != "0";
+  }();
+  return allowed;
+}
+
 const CpuKernels& cpu_kernels() {
   static const CpuKernels chosen = choose();
   return chosen;
