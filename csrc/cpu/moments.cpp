@@ -134,6 +134,7 @@ void whole_rows(const T* p, std::int64_t stride, std::int64_t next, std::int64_t
   std::int64_t r = 0;
   for (; r + 4 <= seen; r += 4, from += 4 * step)
     for (std::int64_t c = 0; c < channels; c += kVectors * kLanes) {
+      for (int k = 0; k < 4; ++k) __builtin_prefetch(from + k * step + c + next, 0, 2);
       const Values x0(from + c), x1(from + step + c), x2(from + 2 * step + c), x3(from + 3 * step + c);
       for (int k = 0; k < kVectors; ++k) {
         A* const to = shifts + c + k * kLanes;
@@ -180,7 +181,7 @@ void whole_rows(const T* p, std::int64_t stride, std::int64_t next, std::int64_t
   };
   for (r = 0; r + 4 <= count; r += 4, p += 4 * stride)
     for (std::int64_t c = 0; c < channels; c += kVectors * kLanes) {
-      for (int k = 0; k < 4; ++k) __builtin_prefetch(p + k * stride + c + next, 0, 2);
+      for (int k = 1; k < 4; ++k) __builtin_prefetch(p + k * stride + c + next, 0, 2);
       const Values x0(p + c), x1(p + stride + c), x2(p + 2 * stride + c), x3(p + 3 * stride + c);
       for (int k = 0; k < kVectors; ++k) four(c + k * kLanes, x0.v[k], x1.v[k], x2.v[k], x3.v[k]);
     }
