@@ -61,6 +61,21 @@ def serves(target: Target, dtype: torch.dtype) -> bool:
 # ------------------------------------------------------------------------------------------------------- values
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("where", [(0, 0, 0, 0), (1, 17, 3, 4), (3, 31, 8, 6)], ids=str)
+@pytest.mark.parametrize("of", ["x", "dy", "both", "neither"])
+def test_few_negative_values(target: Target, of: str, where: tuple[int, ...], stride: int) -> None:
+    """Behind a ReLU there are none; a single one, wherever it lies, is not passed over."""
+    case = ConvCase("few negatives", (4, 32, 9, 7), 20, (3, 3), "", (stride, stride), (1, 1))
+    x, dy = (t.abs() for t in case.operands(torch.float32, target.device))
+    if of in ("x", "both"):
+        x[where] *= -1
+    if of in ("dy", "both"):
+        n, c, h, w = where
+        dy[n, min(c, 19), h // stride, w // stride] *= -1
+    assert_close(target, x, dy, case)
+
+
 def test_the_reference_is_what_loops_give() -> None:
     """Every summand formed one by one, zeros on the padding and all."""
     case = ConvCase("tiny", (2, 2, 4, 5), 3, (3, 2), "", (2, 1), (1, 2))
