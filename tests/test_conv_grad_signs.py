@@ -276,6 +276,13 @@ def test_without_extensions_the_bits_are_the_same() -> None:
 # ----------------------------------------------------------------------------------------------- the public function
 
 
+def test_nothing_wanted(target: Target) -> None:
+    case = CASE["even_kernel"]
+    assert bnkern.conv2d_grad_signs(*case.operands(torch.float32, target.device), *case.geometry, wanted=()) == (
+        (None,) * 4
+    )
+
+
 def test_public_function(target: Target) -> None:
     case = CASE["even_kernel"]
     x, dy = case.operands(torch.float32, target.device)

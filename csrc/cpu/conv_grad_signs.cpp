@@ -24,6 +24,7 @@ void conv_grad_signs(const ConvGradSigns& p) {
     steps = std::max(steps, parts[k]->tasks());
     scratch = std::max(scratch, round_up(parts[k]->scratch_bytes(), 64));
   }
+  if (!steps) return;  // nothing is wanted
   const int threads = static_cast<int>(std::min<std::int64_t>(steps, p.threads));
   const PoolSpace pool(threads * scratch);
 #pragma omp parallel num_threads(threads)
