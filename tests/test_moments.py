@@ -46,6 +46,18 @@ def test_against_float64(target: Target, precision: Precision, case: Case) -> No
     assert (m2.cpu()[~lost] >= 0).all()
 
 
+# channels, layout, and which positions lie apart: runs of so many, one run of so many. The CPU's samples of rows are
+# one row of 4, 8 or 16, where a row of 16 channels is 8 positions long; those of planes 32 values of 512.
+PATTERNS = [
+    (256, torch.channels_last, 1, 4),
+    (64, torch.channels_last, 2, 8),
+    (16, torch.channels_last, 8, 8),
+    (256, torch.channels_last, 1, 16),
+    (4, torch.contiguous_format, 32, 16),
+    (4, torch.contiguous_format, 16, 4),
+]
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 3.3, -1e4, 1e-30])
 @pytest.mark.parametrize("layout", ["constant", "constant_rows"])
 def test_constant_input(target: Target, layout: str, value: float) -> None:
@@ -83,16 +95,15 @@ def test_channel_moments(target: Target) -> None:
 
 @pytest.mark.parametrize("far", [3.0, 1e3, 1e6])
 @pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("rows", [True, False], ids=["rows", "planes"])
-def test_values_with_a_pattern(target: Target, rows: bool, first: int, far: float) -> None:
-    """Where a kernel's first look sees only the values that lie apart, or none of them, the moments are as exact.
-
-    In rows every fourth position of 64 channels is ``far`` away, in planes every fourth 16 positions.
-    """
-    x = torch.randn(8, 64, 32, 32, generator=torch.Generator().manual_seed(3))
-    position = torch.arange(32 * 32) // (1 if rows else 16) % 4
-    x += far * (position == first).view(32, 32)
-    x = x.contiguous(memory_format=torch.channels_last if rows else torch.contiguous_format).to(target.device)
+@pytest.mark.parametrize("channels, layout, run, period", PATTERNS, ids=lambda v: str(v).replace("torch.", ""))
+def test_values_with_a_pattern(
+    target: Target, channels: int, layout: torch.memory_format, run: int, period: int, first: int, far: float
+) -> None:
+    """Where a kernel's sample holds only the values that lie apart, or none of them, the moments are as exact."""
+    x = torch.randn(8, channels, 64, 64, generator=torch.Generator().manual_seed(3))
+    position = torch.arange(64 * 64) // run % period
+    x += far * (position == first).view(64, 64)
+    x = x.contiguous(memory_format=layout).to(target.device)
     count, mean, m2 = kernels(target, x.dtype).moments(x)
     _, true_mean, true_m2 = reference.moments(*exact(x))
     true_var = true_m2 / count

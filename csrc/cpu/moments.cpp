@@ -1,16 +1,15 @@
-// moments: count, mean and M2 of a tile by a local two-pass sum with correction. The first pass brings the tile into a
-// cache, the second finds it there and calls for the next tile meanwhile, so that memory is never idle; nothing is ever
-// raw-squared.
+// moments: count, mean and M2 of a tile from sums about a value m near its mean; nothing is ever raw-squared.
 //
-//   m = sum x / n,   d = sum (x - m),   q = sum (x - m)^2   ->   mean = m + d / n,   M2 = q - d^2 / n
+//   d = sum (x - m),   q = sum (x - m)^2   ->   mean = m + d / n,   M2 = q - d^2 / n
 //
-// Any m near the mean will do, and d / n says how far off it is: mean and M2 are then right to the last bits of a
-// double. So in rows the first pass looks at every fourth row, unless there are few. By Chan's formula a part of f n
-// values has M2 >= f n (m - mean)^2, whatever the values are, hence q <= (1 + 1 / f) M2: the subtraction costs a factor
-// of 5 at worst, and as a rule next to nothing.
+// m is the mean of a sample, a few values from all over the tile, so that the tile is read once. The subtraction loses
+// digits only where m is many sigma from the mean, and the sums tell: q = M2 + n (m - mean)^2. Where q > kFar M2 the
+// tile is looked at again, with the mean just found for m. That mean is near enough whatever the values are: of a tile
+// a sample of the part f has M2 >= f n (m - mean)^2 by itself (Chan's formula), so the first m was off by
+// sigma / sqrt(f) at most, and d / n corrects it to within rounding.
 //
-// A record's third and fourth moments, least and largest value ride in the second pass: with t and f the sums of
-// (x - m)^3 and (x - m)^4, and e = d / n,  M3 = t - e (3 q - 2 e d),  M4 = f - e (4 t - e (6 q - 3 e d)).
+// A record's third and fourth moments, least and largest value ride along: with t and f the sums of (x - m)^3 and
+// (x - m)^4, and e = d / n,  M3 = t - e (3 q - 2 e d),  M4 = f - e (4 t - e (6 q - 3 e d)).
 #include <limits>
 
 #include "sums.h"
@@ -18,7 +17,9 @@
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-constexpr std::int64_t kPart = 4, kFewRows = 64;  // rows: the first pass looks at one in so many, but at all of a few
+constexpr double kFar = 4;               // q / M2 beyond this: m is more than sqrt(3) sigma from the mean
+constexpr std::int64_t kSampleOne = 16;  // a sample is one in so many, of a span's pairs of vectors or of rows
+constexpr std::int64_t kAhead = 8192;    // rows: how many bytes ahead to call for memory
 
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
@@ -31,29 +32,46 @@ BNKERN_INLINE void give_higher(double count, double error, double square, double
   *m4 = fourth - e * (4 * cube - e * (6 * square - 3 * (e * error)));
 }
 
-template <class T, bool record>
-void planes_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, Rows<double> out) {
+// ---- planes: one channel, whose sums stay in registers
+
+template <class A>
+struct TileSums {
+  double error, square, cube, fourth;
+  A low, high;
+};
+
+template <class T>
+BNKERN_INLINE Accumulator<T> sample_mean(const Partition& part, const View& x, std::int64_t group, std::int64_t tile) {
   using A = Accumulator<T>;
   using V = Vec<A>;
-  const double count = static_cast<double>(tile_count(part, tile));
-
-  V sums[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};  // four, to hide the latency of an addition
+  V sums[2] = {V::all(0), V::all(0)};
+  std::int64_t seen = 0;
   for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
     const T* p = at<const T>(part, x, span);
+    constexpr int pair = 2 * kLanes;
     std::int64_t i = 0;
-    for (; i + 4 * kLanes <= span.length; i += 4 * kLanes)
-      for (int k = 0; k < 4; k += 2) {
-        V values[2];
-        load_two(p + i + k * kLanes, values);
-        sums[k] = sums[k] + values[0], sums[k + 1] = sums[k + 1] + values[1];
-      }
-    for (; i + kLanes <= span.length; i += kLanes) sums[0] = sums[0] + load(p + i);
-    if (i < span.length) sums[1] = sums[1] + load_some(p + i, static_cast<int>(span.length - i));
+    for (; i + pair <= span.length; i += kSampleOne * pair, seen += pair) {
+      V values[2];
+      load_two(p + i, values);
+      sums[0] = sums[0] + values[0], sums[1] = sums[1] + values[1];
+    }
+    if (i == 0) {  // a short span, seen whole
+      for (; i < span.length; i += kLanes)
+        sums[0] = sums[0] + load_some(p + i, static_cast<int>(span.length - i < kLanes ? span.length - i : kLanes));
+      seen += span.length;
+    }
   });
-  const A first = static_cast<A>(sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<A>(count));
-  const V shift = V::all(first);
+  return static_cast<A>(sum<A>(sums[0] + sums[1]) / static_cast<A>(seen));
+}
 
-  V errors[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
+template <class T, bool record>
+__attribute__((noinline)) TileSums<Accumulator<T>> look_at_planes(const Partition& part, const View& x,
+                                                                  std::int64_t group, std::int64_t tile,
+                                                                  Accumulator<T> center) {
+  using A = Accumulator<T>;
+  using V = Vec<A>;
+  const V shift = V::all(center);
+  V errors[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};  // four, to hide the latency of an addition
   V squares[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
   V cubes[2] = {V::all(0), V::all(0)}, fourths[2] = {V::all(0), V::all(0)};
   V lows[2] = {V::all(kInfinity<A>), V::all(kInfinity<A>)}, highs[2] = {V::all(-kInfinity<A>), V::all(-kInfinity<A>)};
@@ -94,115 +112,201 @@ void planes_tile(const Partition& part, const View& x, std::int64_t group, std::
       if constexpr (record) look(1, load_some(p + i, n, p[i]), delta);
     }
   });
-  const double error = sum<A>((errors[0] + errors[1]) + (errors[2] + errors[3]));
-  const double square = sum<A>((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  *out[kMean] = first + error / count;
-  *out[kM2] = square - error * (error / count);
+  TileSums<A> sums{};
+  sums.error = sum<A>((errors[0] + errors[1]) + (errors[2] + errors[3]));
+  sums.square = sum<A>((squares[0] + squares[1]) + (squares[2] + squares[3]));
   if constexpr (record) {
-    give_higher(count, error, square, sum<A>(cubes[0] + cubes[1]), sum<A>(fourths[0] + fourths[1]), out[kM3], out[kM4]);
-    *out[kMin] = least_lane<A>(least(lows[0], lows[1]));
-    *out[kMax] = largest_lane<A>(largest(highs[0], highs[1]));
+    sums.cube = sum<A>(cubes[0] + cubes[1]);
+    sums.fourth = sum<A>(fourths[0] + fourths[1]);
+    sums.low = least_lane<A>(least(lows[0], lows[1]));
+    sums.high = largest_lane<A>(largest(highs[0], highs[1]));
+  }
+  return sums;
+}
+
+template <class T, bool record>
+void planes_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, Rows<double> out) {
+  using A = Accumulator<T>;
+  const double count = static_cast<double>(tile_count(part, tile));
+  A center = sample_mean<T>(part, x, group, tile);
+  TileSums<A> sums = look_at_planes<T, record>(part, x, group, tile, center);
+  const auto m2 = [&] { return sums.square - sums.error * (sums.error / count); };
+  if (sums.square > kFar * m2()) {
+    center = static_cast<A>(center + sums.error / count);
+    sums = look_at_planes<T, record>(part, x, group, tile, center);
+  }
+  *out[kMean] = center + sums.error / count;
+  *out[kM2] = m2();
+  if constexpr (record) {
+    give_higher(count, sums.error, sums.square, sums.cube, sums.fourth, out[kM3], out[kM4]);
+    *out[kMin] = sums.low, *out[kMax] = sums.high;
   }
 }
 
-// Rows: every lane has a channel of its own, so the sums are arrays over the group's channels. Rows are taken four at a
-// time: one load and store of a sum serves four values. kVectors: of 16 channels taken at once, 2 where load_two gains
-// something; the sums are in its order then.
-template <class T, bool record, int kVectors>
-void whole_rows(const T* p, std::int64_t stride, std::int64_t next, std::int64_t channels, std::int64_t count,
-                Rows<double> out) {
+// ---- rows: every lane has a channel of its own, so the sums are arrays over the group's channels
+
+// Rows of a tile, and where those lie that are read after it. kVectors: of 16 channels taken at once, 2 where load_two
+// gains something; the sums are in its order then.
+template <class T, int kVectors>
+struct TileRows {
+  using V = Vec<Accumulator<T>>;
+  static constexpr int kStep = kVectors * kLanes;
+  const T* p;
+  std::int64_t stride, count, channels, next;
+
+  // The sample is one row in so many; eight rows or more, where there are as many as 32.
+  BNKERN_INLINE std::int64_t one_in() const { return count < 64 ? 4 : count < 128 ? 8 : kSampleOne; }
+
+  BNKERN_INLINE void load(std::int64_t r, std::int64_t c, V* to) const {
+    const T* const from = p + r * stride + c;
+    if constexpr (kVectors == 2)
+      load_two(from, to);
+    else
+      to[0] = BNKERN_ISA::load(from);
+  }
+};
+
+template <class A>
+struct ColumnSums {
+  A *shifts, *errors, *squares, *cubes, *fourths, *lows, *highs;
+};
+
+// m of every channel. Its sums, and all others, are zero before.
+template <class T, int kVectors>
+BNKERN_INLINE void sample_rows(TileRows<T, kVectors> rows, Accumulator<T>* shifts) {
   using A = Accumulator<T>;
   using V = Vec<A>;
-  struct Values {
-    V v[kVectors];
-    BNKERN_INLINE explicit Values(const T* from) {
-      if constexpr (kVectors == 2)
-        load_two(from, v);
-      else
-        v[0] = load(from);
-    }
-  };
-  A* const shifts = zeroed_scratch<A>((record ? 7 : 3) * channels);
-  A *const errors = shifts + channels, *const squares = errors + channels;
-  A *const cubes = squares + channels, *const fourths = cubes + channels;
-  A *const lows = fourths + channels, *const highs = lows + channels;
-  if constexpr (record)
-    for (std::int64_t c = 0; c < channels; ++c) lows[c] = kInfinity<A>, highs[c] = -kInfinity<A>;
-
-  const std::int64_t part = count < kFewRows ? 1 : kPart, step = part * stride, seen = (count + part - 1) / part;
-  const T* from = p;
+  const std::int64_t one_in = rows.one_in(), seen = divide_up(rows.count, one_in);
   std::int64_t r = 0;
-  for (; r + 4 <= seen; r += 4, from += 4 * step)
-    for (std::int64_t c = 0; c < channels; c += kVectors * kLanes) {
-      for (int k = 0; k < 4; ++k) __builtin_prefetch(from + k * step + c + next, 0, 2);
-      const Values x0(from + c), x1(from + step + c), x2(from + 2 * step + c), x3(from + 3 * step + c);
+  for (; r + 4 <= seen; r += 4)
+    for (std::int64_t c = 0; c < rows.channels; c += rows.kStep) {
+      V x0[kVectors], x1[kVectors], x2[kVectors], x3[kVectors];
+      rows.load(r * one_in, c, x0), rows.load((r + 1) * one_in, c, x1);
+      rows.load((r + 2) * one_in, c, x2), rows.load((r + 3) * one_in, c, x3);
       for (int k = 0; k < kVectors; ++k) {
         A* const to = shifts + c + k * kLanes;
-        (V::load(to) + ((x0.v[k] + x1.v[k]) + (x2.v[k] + x3.v[k]))).store(to);
+        (V::load(to) + ((x0[k] + x1[k]) + (x2[k] + x3[k]))).store(to);
       }
     }
-  for (; r < seen; ++r, from += step)
-    for (std::int64_t c = 0; c < channels; c += kVectors * kLanes) {
-      const Values value(from + c);
+  for (; r < seen; ++r)
+    for (std::int64_t c = 0; c < rows.channels; c += rows.kStep) {
+      V values[kVectors];
+      rows.load(r * one_in, c, values);
       for (int k = 0; k < kVectors; ++k) {
         A* const to = shifts + c + k * kLanes;
-        (V::load(to) + value.v[k]).store(to);
+        (V::load(to) + values[k]).store(to);
       }
     }
   const V share = V::all(A(1) / static_cast<A>(seen));
-  for (std::int64_t c = 0; c < channels; c += kLanes) (V::load(shifts + c) * share).store(shifts + c);
+  for (std::int64_t c = 0; c < rows.channels; c += kLanes) (V::load(shifts + c) * share).store(shifts + c);
+}
 
+// Adds up all columns, four rows at a time: one load and store of a sum serves four values.
+template <bool record, class T, int kVectors>
+__attribute__((noinline)) void look_at_rows(TileRows<T, kVectors> rows, ColumnSums<Accumulator<T>> sums) {
+  using A = Accumulator<T>;
+  using V = Vec<A>;
+  if constexpr (record)
+    for (std::int64_t c = 0; c < rows.channels; ++c) sums.lows[c] = kInfinity<A>, sums.highs[c] = -kInfinity<A>;
   const auto four = [&](std::int64_t c, V x0, V x1, V x2, V x3) __attribute__((always_inline)) {
-    const V shift = V::load(shifts + c);
+    const V shift = V::load(sums.shifts + c);
     const V d0 = x0 - shift, d1 = x1 - shift, d2 = x2 - shift, d3 = x3 - shift;
-    (V::load(errors + c) + ((d0 + d1) + (d2 + d3))).store(errors + c);
+    (V::load(sums.errors + c) + ((d0 + d1) + (d2 + d3))).store(sums.errors + c);
     const V even = fma(d2, d2, d0 * d0), odd = fma(d3, d3, d1 * d1);
-    (V::load(squares + c) + (even + odd)).store(squares + c);
+    (V::load(sums.squares + c) + (even + odd)).store(sums.squares + c);
     if constexpr (record)
       compactly<A>([&]() __attribute__((always_inline)) {
         const V s0 = d0 * d0, s1 = d1 * d1, s2 = d2 * d2, s3 = d3 * d3;
-        (V::load(cubes + c) + (fma(s2, d2, s0 * d0) + fma(s3, d3, s1 * d1))).store(cubes + c);
-        (V::load(fourths + c) + (fma(s2, s2, s0 * s0) + fma(s3, s3, s1 * s1))).store(fourths + c);
-        least(x0, least(x1, least(x2, least(x3, V::load(lows + c))))).store(lows + c);
-        largest(x0, largest(x1, largest(x2, largest(x3, V::load(highs + c))))).store(highs + c);
+        (V::load(sums.cubes + c) + (fma(s2, d2, s0 * d0) + fma(s3, d3, s1 * d1))).store(sums.cubes + c);
+        (V::load(sums.fourths + c) + (fma(s2, s2, s0 * s0) + fma(s3, s3, s1 * s1))).store(sums.fourths + c);
+        least(x0, least(x1, least(x2, least(x3, V::load(sums.lows + c))))).store(sums.lows + c);
+        largest(x0, largest(x1, largest(x2, largest(x3, V::load(sums.highs + c))))).store(sums.highs + c);
       });
   };
   const auto one = [&](std::int64_t c, V value) __attribute__((always_inline)) {
-    const V delta = value - V::load(shifts + c);
-    (V::load(errors + c) + delta).store(errors + c);
-    fma(delta, delta, V::load(squares + c)).store(squares + c);
+    const V delta = value - V::load(sums.shifts + c);
+    (V::load(sums.errors + c) + delta).store(sums.errors + c);
+    fma(delta, delta, V::load(sums.squares + c)).store(sums.squares + c);
     if constexpr (record) {
       const V square = delta * delta;
-      fma(square, delta, V::load(cubes + c)).store(cubes + c);
-      fma(square, square, V::load(fourths + c)).store(fourths + c);
-      least(value, V::load(lows + c)).store(lows + c);
-      largest(value, V::load(highs + c)).store(highs + c);
+      fma(square, delta, V::load(sums.cubes + c)).store(sums.cubes + c);
+      fma(square, square, V::load(sums.fourths + c)).store(sums.fourths + c);
+      least(value, V::load(sums.lows + c)).store(sums.lows + c);
+      largest(value, V::load(sums.highs + c)).store(sums.highs + c);
     }
   };
-  for (r = 0; r + 4 <= count; r += 4, p += 4 * stride)
-    for (std::int64_t c = 0; c < channels; c += kVectors * kLanes) {
-      for (int k = 1; k < 4; ++k) __builtin_prefetch(p + k * stride + c + next, 0, 2);
-      const Values x0(p + c), x1(p + stride + c), x2(p + 2 * stride + c), x3(p + 3 * stride + c);
-      for (int k = 0; k < kVectors; ++k) four(c + k * kLanes, x0.v[k], x1.v[k], x2.v[k], x3.v[k]);
+  // Memory is called for in its own order, which the hardware's prefetchers follow, and the next tile's sample as well.
+  const T* ahead = rows.p + divide_up(kAhead, rows.channels * static_cast<std::int64_t>(sizeof(T))) * rows.stride;
+  const T* row_end = ahead + rows.channels;
+  std::int64_t r = 0;
+  for (; r + 4 <= rows.count; r += 4) {
+    if (r % rows.one_in() == 0)
+      for (std::int64_t c = 0; c < rows.channels; c += rows.kStep)
+        __builtin_prefetch(rows.p + r * rows.stride + c + rows.next, 0, 2);
+    for (std::int64_t c = 0; c < rows.channels; c += rows.kStep) {
+      for (int k = 0; k < 4; ++k) {
+        __builtin_prefetch(ahead);
+        ahead += rows.kStep;
+        if (ahead == row_end) ahead += rows.stride - rows.channels, row_end += rows.stride;
+      }
+      V x0[kVectors], x1[kVectors], x2[kVectors], x3[kVectors];
+      rows.load(r, c, x0), rows.load(r + 1, c, x1), rows.load(r + 2, c, x2), rows.load(r + 3, c, x3);
+      for (int k = 0; k < kVectors; ++k) four(c + k * kLanes, x0[k], x1[k], x2[k], x3[k]);
     }
-  for (; r < count; ++r, p += stride)
-    for (std::int64_t c = 0; c < channels; c += kVectors * kLanes) {
-      const Values value(p + c);
-      for (int k = 0; k < kVectors; ++k) one(c + k * kLanes, value.v[k]);
+  }
+  for (; r < rows.count; ++r)
+    for (std::int64_t c = 0; c < rows.channels; c += rows.kStep) {
+      V values[kVectors];
+      rows.load(r, c, values);
+      for (int k = 0; k < kVectors; ++k) one(c + k * kLanes, values[k]);
     }
+}
 
+template <bool record, class T, int kVectors>
+void whole_rows(TileRows<T, kVectors> rows, Rows<double> out) {
+  using A = Accumulator<T>;
+  const std::int64_t channels = rows.channels;
+  constexpr int arrays = record ? 7 : 3;
+  A* const all = zeroed_scratch<A>(arrays * channels);
+  const auto sums_from = [&](std::int64_t c) {
+    A* const a = all + c;
+    return ColumnSums<A>{
+        a, a + channels, a + 2 * channels, a + 3 * channels, a + 4 * channels, a + 5 * channels, a + 6 * channels};
+  };
+  const ColumnSums<A> sums = sums_from(0);
+  sample_rows(rows, sums.shifts);
+  look_at_rows<record>(rows, sums);
+
+  using V = Vec<A>;
+  const double count = static_cast<double>(rows.count), share = 1 / count;
+  const V scale = V::all(static_cast<A>(kFar * share)), limit = V::all(static_cast<A>(1 - kFar));
+  for (std::int64_t begin = 0; begin < channels; begin += rows.kStep) {
+    bool far = false;
+    for (std::int64_t c = begin; c < begin + rows.kStep; c += kLanes) {
+      const V error = V::load(sums.errors + c);
+      far |= fma(V::load(sums.squares + c), limit, error * (error * scale)).above_zero().bits() != 0;
+    }
+    if (!far) continue;
+    for (std::int64_t c = begin; c < begin + rows.kStep; ++c) {
+      sums.shifts[c] = static_cast<A>(sums.shifts[c] + sums.errors[c] * share);
+      for (int k = 1; k < arrays; ++k) all[k * channels + c] = 0;
+    }
+    TileRows<T, kVectors> columns = rows;
+    columns.p += begin, columns.channels = rows.kStep;
+    look_at_rows<record>(columns, sums_from(begin));
+  }
   if constexpr (kVectors == 2)
-    for (A* sums = shifts; sums < shifts + (record ? 7 : 3) * channels; sums += 2 * kLanes) put_in_order<T>(sums);
-  const double exact_share = 1.0 / static_cast<double>(count);
+    for (A* two = all; two < all + arrays * channels; two += rows.kStep) put_in_order<T>(two);
+  const A *const shifts = sums.shifts, *const errors = sums.errors, *const squares = sums.squares;
   for (std::int64_t c = 0; c < channels; ++c) {
     const double error = errors[c];
-    out[kMean][c] = shifts[c] + error * exact_share;
-    out[kM2][c] = squares[c] - error * (error * exact_share);
+    out[kMean][c] = shifts[c] + error * share;
+    out[kM2][c] = squares[c] - error * (error * share);
   }
   if constexpr (record)
     for (std::int64_t c = 0; c < channels; ++c) {
-      give_higher(static_cast<double>(count), errors[c], squares[c], cubes[c], fourths[c], out[kM3] + c, out[kM4] + c);
-      out[kMin][c] = lows[c], out[kMax][c] = highs[c];
+      give_higher(count, sums.errors[c], sums.squares[c], sums.cubes[c], sums.fourths[c], out[kM3] + c, out[kM4] + c);
+      out[kMin][c] = sums.lows[c], out[kMax][c] = sums.highs[c];
     }
 }
 
@@ -224,8 +328,8 @@ void rows_tile(const Partition& part, const View& x, std::int64_t group, std::in
     return;
   }
   if constexpr (std::is_same_v<T, BFloat16>)
-    if (channels % (2 * kLanes) == 0) return whole_rows<T, record, 2>(p, stride, next, channels, count, out);
-  whole_rows<T, record, 1>(p, stride, next, channels, count, out);
+    if (channels % (2 * kLanes) == 0) return whole_rows<record>(TileRows<T, 2>{p, stride, count, channels, next}, out);
+  whole_rows<record>(TileRows<T, 1>{p, stride, count, channels, next}, out);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-constexpr std::int64_t kRowTiles = 512;   // rows: about as many tiles as there should be at most
+constexpr std::int64_t kRowTiles = 64;    // rows: as many tiles are enough for any number of threads
 constexpr std::int64_t kBlockRows = 512;  // rows: at most so many under one of a record's sums
 constexpr std::int64_t kBlocks = 16;      // rows: about as few blocks as there should be at least
 
@@ -32,9 +32,8 @@ Partition make_partition(const Shape& shape, bool dense) {
     const std::int64_t elements = part.count() * shape.c;
     part.rows = dense ? elements / part.width : part.count();
     part.leftover = dense ? elements % part.width : 0;
-    // Large tensors take larger tiles, up to what the second-level cache holds, so that joining them stays cheap.
-    std::int64_t tile = elements / kRowTiles;
-    tile = tile < kTileElements ? kTileElements : tile > 8 * kTileElements ? 8 * kTileElements : tile;
+    // Tiles up to what the second-level cache holds, so that joining them, whose cost goes with channels, stays cheap.
+    const std::int64_t tile = std::clamp(elements / kRowTiles, 2 * kTileElements, 8 * kTileElements);
     part.rows_per_tile = tile / part.group < 8 ? 8 : tile / part.group;
     part.tiles = divide_up(part.rows, part.rows_per_tile) + (part.leftover > 0);
     // As long a sum as in a large tensor's tile, but blocks enough for many threads.

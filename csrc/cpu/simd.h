@@ -454,16 +454,30 @@ BNKERN_INLINE typename V::Mask first_lanes(int n) {
   return V::Mask::from_bits(static_cast<std::uint16_t>((1 << n) - 1));
 }
 
+// Up to 16 values, by pieces whose sizes the compiler knows.
 template <class T>
-BNKERN_INLINE Vec<Accumulator<T>> load_some(const T* p, int n) {
-  T lanes[kLanes] = {};
-  std::memcpy(lanes, p, n * sizeof(T));
-  return load(lanes);
+BNKERN_INLINE void copy_some(T* to, const T* from, int n) {
+#pragma GCC unroll 5
+  for (int size = kLanes; size; size /= 2)
+    if (n & size) {
+      std::memcpy(to, from, size * sizeof(T));
+      to += size, from += size;
+    }
 }
+
 template <class T>
-BNKERN_INLINE Vec<Accumulator<T>> load_some(const T* p, int n, T others) {
+BNKERN_INLINE Vec<Accumulator<T>> load_some(const T* p, int n, T others = T{}) {
+#if defined(__AVX512F__)
+  const auto m = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) return {_mm512_mask_loadu_ps(_mm512_set1_ps(others), m, p)};
+  if constexpr (sizeof(T) == 2) {
+    const HalfLanes h = _mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<short>(others.bits)), m, p);
+    return widen(h, static_cast<T*>(nullptr));
+  }
+#endif
   T lanes[kLanes];
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? p[i] : others;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = others;
+  copy_some(lanes, p, n);
   return load(lanes);
 }
 
@@ -504,9 +518,14 @@ BNKERN_INLINE void put(T* p, Packed<T> packed, bool past_cache) {
 }
 template <class T>
 BNKERN_INLINE void put_some(T* p, Packed<T> packed, int n) {
+#if defined(__AVX512F__)
+  const auto m = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, m, packed.v.v);
+  if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, m, packed.h);
+#endif
   T lanes[kLanes];
   packed.store(lanes);
-  std::memcpy(p, lanes, n * sizeof(T));
+  copy_some(p, lanes, n);
 }
 
 // Sum of the lanes by a fixed tree, and the least and largest of them.

@@ -2,8 +2,8 @@
 // partial results are computed per tile and joined in tile order, so the bits are the same on every run.
 //
 // A group is what shares one loop over tiles: one channel (planes) or a stretch of channels (rows).
-// A tile is a piece of a group along N and S, about kTileElements long, so that a second look at it
-// finds it in the first-level cache. A span is a contiguous run within a tile.
+// A tile is a piece of a group along N and S: of planes about kTileElements long, so that a second look at it
+// finds it in the first-level cache, of rows some times that. A span is a contiguous run within a tile.
 //
 // Dense rows are seen as flat memory in "wide" rows of lcm(C, 16) elements or a multiple: every span is
 // then whole vectors and whole mask bytes for any C, and the wide channels are folded onto the C at the end.
@@ -174,13 +174,17 @@ struct RowChannels {
 };
 
 BNKERN_INLINE std::uint16_t load_bits(const std::uint8_t* mask, std::int64_t i, int n = kLanes) {
-  std::uint16_t bits = 0;
-  std::memcpy(&bits, mask + i / 8, n > 8 ? 2 : 1);
+  if (n <= 8) return mask[i / 8];
+  std::uint16_t bits;
+  std::memcpy(&bits, mask + i / 8, 2);
   return bits;
 }
 BNKERN_INLINE void store_bits(std::uint8_t* mask, std::int64_t i, std::uint16_t bits, int n = kLanes) {
   if (n < kLanes) bits &= static_cast<std::uint16_t>((1 << n) - 1);
-  std::memcpy(mask + i / 8, &bits, n > 8 ? 2 : 1);
+  if (n <= 8)
+    mask[i / 8] = static_cast<std::uint8_t>(bits);
+  else
+    std::memcpy(mask + i / 8, &bits, 2);
 }
 
 // A thread's scratch memory, grown where asked for and kept: accumulators of the rows' tiles.
