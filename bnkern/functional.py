@@ -106,7 +106,8 @@ def channel_moments(x: Tensor) -> Moments:
     """Mean and biased variance of each channel of x [N, C, ...] over all other axes, in one pass over memory.
 
     mean = sum x / M and var = sum (x - mean)^2 / M, float32 (float64 for float64 input), by sums of distances
-    from a value near the mean, merged with Chan's formula. Not differentiable: the results carry no graph. Raises TypeError or ValueError.
+    from a value near the mean, merged with Chan's formula. Not differentiable: the results carry no graph. Raises
+    TypeError or ValueError.
     """
     _check("channel_moments", x, None, None)
     x = x.detach()
