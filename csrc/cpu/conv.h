@@ -12,7 +12,7 @@
 
 #include "../params.h"
 #include "pool.h"
-#include "simd.h"
+#include "storage.h"
 
 namespace bnkern::BNKERN_ISA {
 

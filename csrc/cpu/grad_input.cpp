@@ -69,7 +69,7 @@ template <class T, bool record>
 void grad_input_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                      std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums) {
   using A = Accumulator<T>;
-  if constexpr (record && kSecondLook<A>) {
+  if constexpr (record && kArrayVec<A>) {
     grad_input_tile<T, false>(part, t, k, group, tile, sums);
     second_look_at<T, InputSums<A>>(part, t.dx, group, tile, sums);
   } else {

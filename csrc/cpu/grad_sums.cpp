@@ -123,7 +123,7 @@ template <class T, bool record>
 void grad_sums_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                     std::int64_t group, std::int64_t tile, Rows<double> out, Rows<Accumulator<T>> sizes_out) {
   using A = Accumulator<T>;
-  constexpr bool twice = record && kSecondLook<A>;
+  constexpr bool twice = record && kArrayVec<A>;
   if constexpr (twice) grad_sums_tile<T, false>(part, t, k, group, tile, out, sizes_out);
   with_gradient_kind<A>(part, t, [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
     if constexpr (twice)

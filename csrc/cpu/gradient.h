@@ -5,7 +5,7 @@
 
 namespace bnkern::BNKERN_ISA {
 
-enum class ReluMask { kNone, kSaved, kRecomputed };
+enum class ReluMask { kNone, kSaved, kRecomputed, kAny };  // kAny: told at run time
 
 // g and xhat at element i of a span; n lanes of them where n < 16, zeros in the others.
 template <ReluMask kind, class Channel, class T>
@@ -14,13 +14,15 @@ struct Gradient {
   using V = Vec<A>;
   const T *dy, *x;
   const std::uint8_t* mask;
+  bool relu;
   std::int64_t dy_ahead, x_ahead;
   Channel mean, invstd, weight, bias;
 
   BNKERN_INLINE Gradient(const Partition& part, const Tensors<T>& t, const Coefficients<A>& k, const Span& span)
       : dy(at<const T>(part, t.dy, span)),
         x(at<const T>(part, t.x, span)),
-        mask(t.mask + span.mask_byte),
+        mask(t.mask ? t.mask + span.mask_byte : nullptr),
+        relu(t.relu),
         dy_ahead(read_ahead<T>(part, t.dy)),
         x_ahead(read_ahead<T>(part, t.x)),
         mean(k.mean, span.c),
@@ -36,8 +38,10 @@ struct Gradient {
   BNKERN_INLINE V g(std::int64_t i, V xhat, int n = kLanes) const {
     __builtin_prefetch(dy + i + dy_ahead);
     V g = n == kLanes ? load(dy + i) : load_some(dy + i, n);
-    if constexpr (kind == ReluMask::kSaved) g = g.keep(V::Mask::from_bits(load_bits(mask, i, n)));
-    if constexpr (kind == ReluMask::kRecomputed) {
+    const bool saved = kind == ReluMask::kSaved || (kind == ReluMask::kAny && relu && mask);
+    const bool recomputed = kind == ReluMask::kRecomputed || (kind == ReluMask::kAny && relu && !mask);
+    if (saved) g = g.keep(V::Mask::from_bits(load_bits(mask, i, n)));
+    if (recomputed) {
       const V z = scale_shift(xhat, weight[i], bias[i]);
       g = g.keep(Packed<T>::of(z).above_zero());
     }
@@ -48,15 +52,13 @@ struct Gradient {
 // Calls f.template operator()<ReluMask, Channel>() for this call's kind of mask and of layout.
 template <class A, class T, class F>
 BNKERN_INLINE void with_gradient_kind(const Partition& part, const Tensors<T>& t, F f) {
-  const ReluMask kind = !t.relu ? ReluMask::kNone : t.mask ? ReluMask::kSaved : ReluMask::kRecomputed;
   const auto with_channel = [&]<class Channel>() __attribute__((always_inline)) {
-    switch (kind) {
-      case ReluMask::kNone:
-        return f.template operator()<ReluMask::kNone, Channel>();
-      case ReluMask::kSaved:
-        return f.template operator()<ReluMask::kSaved, Channel>();
-      case ReluMask::kRecomputed:
-        return f.template operator()<ReluMask::kRecomputed, Channel>();
+    if constexpr (kArrayVec<A>) {
+      f.template operator()<ReluMask::kAny, Channel>();
+    } else {
+      if (!t.relu) return f.template operator()<ReluMask::kNone, Channel>();
+      t.mask ? f.template operator()<ReluMask::kSaved, Channel>()
+             : f.template operator()<ReluMask::kRecomputed, Channel>();
     }
   };
   part.shape.rows ? with_channel.template operator()<RowChannels<A>>()

@@ -18,7 +18,7 @@ namespace bnkern::BNKERN_ISA {
 namespace {
 
 constexpr double kFar = 4;               // q / M2 beyond this: m is more than sqrt(3) sigma from the mean
-constexpr std::int64_t kSampleOne = 16;  // a sample is one in so many, of a span's pairs of vectors or of rows
+constexpr std::int64_t kSampleOne = 16;  // the sample is one in so many, of a span's pairs of vectors or of rows
 constexpr std::int64_t kAhead = 8192;    // rows: how many bytes ahead to call for memory
 
 template <class A>
@@ -73,22 +73,23 @@ __attribute__((noinline)) TileSums<Accumulator<T>> look_at_planes(const Partitio
   const V shift = V::all(center);
   V errors[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};  // four, to hide the latency of an addition
   V squares[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
-  V cubes[2] = {V::all(0), V::all(0)}, fourths[2] = {V::all(0), V::all(0)};
+  V cubes[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
+  V fourths[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
   V lows[2] = {V::all(kInfinity<A>), V::all(kInfinity<A>)}, highs[2] = {V::all(-kInfinity<A>), V::all(-kInfinity<A>)};
   const auto look = [&](int k, V value, V delta) __attribute__((always_inline)) {
     compactly<A>([&]() __attribute__((always_inline)) {
       const V square = delta * delta;
       cubes[k] = fma(square, delta, cubes[k]);
       fourths[k] = fma(square, square, fourths[k]);
-      lows[k] = least(value, lows[k]);
-      highs[k] = largest(value, highs[k]);
+      lows[k % 2] = least(value, lows[k % 2]);
+      highs[k % 2] = largest(value, highs[k % 2]);
     });
   };
   const auto add = [&](int k, V value) __attribute__((always_inline)) {
     const V delta = value - shift;
     errors[k] = errors[k] + delta;
     squares[k] = fma(delta, delta, squares[k]);
-    if constexpr (record) look(k % 2, value, delta);
+    if constexpr (record) look(k, value, delta);
   };
   const std::int64_t next = next_tile(part, x);
   for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
@@ -116,8 +117,8 @@ __attribute__((noinline)) TileSums<Accumulator<T>> look_at_planes(const Partitio
   sums.error = sum<A>((errors[0] + errors[1]) + (errors[2] + errors[3]));
   sums.square = sum<A>((squares[0] + squares[1]) + (squares[2] + squares[3]));
   if constexpr (record) {
-    sums.cube = sum<A>(cubes[0] + cubes[1]);
-    sums.fourth = sum<A>(fourths[0] + fourths[1]);
+    sums.cube = sum<A>((cubes[0] + cubes[1]) + (cubes[2] + cubes[3]));
+    sums.fourth = sum<A>((fourths[0] + fourths[1]) + (fourths[2] + fourths[3]));
     sums.low = least_lane<A>(least(lows[0], lows[1]));
     sums.high = largest_lane<A>(largest(highs[0], highs[1]));
   }
@@ -154,9 +155,11 @@ struct TileRows {
   const T* p;
   std::int64_t stride, count, channels, next;
 
-  // The sample is one row in so many; eight rows or more, where there are as many as 32.
-  BNKERN_INLINE std::int64_t one_in() const { return count < 64 ? 4 : count < 128 ? 8 : kSampleOne; }
-
+  // The sample is one row in so many: eight rows or more, and all of a few.
+  BNKERN_INLINE std::int64_t one_in() const {
+    if (count < 32) return 1;
+    return count < 64 ? 4 : count < 128 ? 8 : kSampleOne;
+  }
   BNKERN_INLINE void load(std::int64_t r, std::int64_t c, V* to) const {
     const T* const from = p + r * stride + c;
     if constexpr (kVectors == 2)
@@ -236,19 +239,18 @@ __attribute__((noinline)) void look_at_rows(TileRows<T, kVectors> rows, ColumnSu
     }
   };
   // Memory is called for in its own order, which the hardware's prefetchers follow, and the next tile's sample as well.
+  const std::int64_t run = rows.stride == rows.channels ? rows.count * rows.stride : rows.channels;  // without a gap
   const T* ahead = rows.p + divide_up(kAhead, rows.channels * static_cast<std::int64_t>(sizeof(T))) * rows.stride;
-  const T* row_end = ahead + rows.channels;
+  const T* run_end = ahead + run;
   std::int64_t r = 0;
   for (; r + 4 <= rows.count; r += 4) {
     if (r % rows.one_in() == 0)
       for (std::int64_t c = 0; c < rows.channels; c += rows.kStep)
         __builtin_prefetch(rows.p + r * rows.stride + c + rows.next, 0, 2);
     for (std::int64_t c = 0; c < rows.channels; c += rows.kStep) {
-      for (int k = 0; k < 4; ++k) {
-        __builtin_prefetch(ahead);
-        ahead += rows.kStep;
-        if (ahead == row_end) ahead += rows.stride - rows.channels, row_end += rows.stride;
-      }
+      for (int k = 0; k < 4; ++k) __builtin_prefetch(ahead + k * rows.kStep);
+      ahead += 4 * rows.kStep;
+      if (ahead >= run_end) ahead = run_end + rows.stride - run, run_end += rows.stride;
       V x0[kVectors], x1[kVectors], x2[kVectors], x3[kVectors];
       rows.load(r, c, x0), rows.load(r + 1, c, x1), rows.load(r + 2, c, x2), rows.load(r + 3, c, x3);
       for (int k = 0; k < kVectors; ++k) four(c + k * kLanes, x0[k], x1[k], x2[k], x3[k]);

@@ -71,7 +71,7 @@ template <class T, bool record>
 void normalize_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                     std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sums) {
   using A = Accumulator<T>;
-  if constexpr (record && kSecondLook<A>) {
+  if constexpr (record && kArrayVec<A>) {
     normalize_tile<T, false>(part, t, k, group, tile, sums);
     second_look_at<T, OutputSums<A>>(part, t.y, group, tile, sums);
   } else {

@@ -8,18 +8,15 @@
 
 namespace bnkern::BNKERN_ISA {
 
-// Where a vector is an array, unrolled code is long, and the compiler slow over it. There a record is made by a second
-// look at a tile, which is in cache, and 16 lanes are added by a call of f. The order of additions is the same.
-template <class A>
-constexpr bool kSecondLook = std::is_same_v<Vec<A>, ArrayVec<A>>;
-
+// Where vectors are arrays a record is made by a second look at a tile, which is in cache, and 16 lanes are added by a
+// call of f. The order of additions is the same.
 template <class F>
 __attribute__((noinline)) void called(F f) {
   f();
 }
 template <class A, class F>
 BNKERN_INLINE void compactly(F f) {
-  if constexpr (kSecondLook<A>)
+  if constexpr (kArrayVec<A>)
     called(f);
   else
     f();

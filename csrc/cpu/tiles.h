@@ -12,7 +12,7 @@
 #include <cstdlib>
 
 #include "../params.h"
-#include "simd.h"
+#include "storage.h"
 
 namespace bnkern::BNKERN_ISA {
 

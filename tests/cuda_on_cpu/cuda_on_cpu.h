@@ -12,7 +12,7 @@
 #include <string>
 
 #define BNKERN_ISA on_host  // the scalar conversions of the CPU kernels
-#include "../../csrc/cpu/simd.h"
+#include "../../csrc/cpu/storage.h"
 #undef BNKERN_ISA
 
 #define __global__
