@@ -43,10 +43,11 @@ struct InputSpan {
         scale(k.scale, span.c) {}
 
   BNKERN_INLINE Packed<T> write(std::int64_t i) const {
-    const V xhat = gradient.xhat(i), g = gradient.g(i, xhat);
-    const auto packed = Packed<T>::of(input(i, xhat, g));
+    const V xhat = gradient.xhat(i);
+    const Packed<T> g = gradient.stored_g(i, xhat);
+    const auto packed = Packed<T>::of(input(i, xhat, g.wide()));
     if (dx) put(dx + i, packed, past_cache);
-    if (dresidual) put(dresidual + i, Packed<T>::of(g), past_cache);
+    if (dresidual) put(dresidual + i, g, past_cache);
     return packed;
   }
   BNKERN_INLINE Packed<T> write_some(std::int64_t i, int n) const {

@@ -37,7 +37,17 @@ struct Gradient {
   }
   BNKERN_INLINE V g(std::int64_t i, V xhat, int n = kLanes) const {
     __builtin_prefetch(dy + i + dy_ahead);
-    V g = n == kLanes ? load(dy + i) : load_some(dy + i, n);
+    return passed(i, xhat, n, n == kLanes ? load(dy + i) : load_some(dy + i, n));
+  }
+  // The same as stored: values of dy and zeros, which need no rounding.
+  BNKERN_INLINE Packed<T> stored_g(std::int64_t i, V xhat) const {
+    __builtin_prefetch(dy + i + dy_ahead);
+    return passed(i, xhat, kLanes, Packed<T>::read(dy + i));
+  }
+
+ private:
+  template <class Lanes>
+  BNKERN_INLINE Lanes passed(std::int64_t i, V xhat, int n, Lanes g) const {
     const bool saved = kind == ReluMask::kSaved || (kind == ReluMask::kAny && relu && mask);
     const bool recomputed = kind == ReluMask::kRecomputed || (kind == ReluMask::kAny && relu && !mask);
     if (saved) g = g.keep(V::Mask::from_bits(load_bits(mask, i, n)));

@@ -1,6 +1,6 @@
 // Values as stored: how they become lanes and lanes become them.
 //
-//   Packed<T>                 16 values as stored, rounded to nearest even as torch does; wide() reads them back
+//   Packed<T>                 16 values as stored, rounded to nearest even as torch does; wide() gives their lanes
 //   load<T>, load_some<T>     from storage; the second only the first n lanes, zeros or a given value in the others
 //   load_two<T>               32 values in an order that is quick to make; put_in_order<T> undoes it
 //   put<T>, put_some<T>       to storage
@@ -25,11 +25,9 @@ BNKERN_INLINE FloatVec widen(HalfLanes h, Float16*) { return {_mm512_cvtph_ps(h)
 BNKERN_INLINE HalfLanes narrow(FloatVec a, BFloat16*) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  rounded = _mm512_srli_epi32(rounded, 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
-  return _mm512_cvtepi32_epi16(rounded);
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 number = _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, rounded, 16));
 }
 BNKERN_INLINE HalfLanes narrow(FloatVec a, Float16*) {
   return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -119,6 +117,7 @@ struct Packed {  // float and double: stored as they are
   using V = Vec<T>;
   V v;
   static BNKERN_INLINE Packed of(V v) { return {v}; }
+  static BNKERN_INLINE Packed read(const T* p) { return {V::load(p)}; }
   BNKERN_INLINE void store(T* p) const { v.store(p); }
   BNKERN_INLINE void stream(T* p) const { v.stream(p); }
   BNKERN_INLINE typename V::Mask above_zero() const { return v.above_zero(); }
@@ -137,6 +136,7 @@ template <class T>
 struct PackedHalf {
   HalfLanes h;
   static BNKERN_INLINE PackedHalf of(Vec<float> v) { return {narrow(v, static_cast<T*>(nullptr))}; }
+  static BNKERN_INLINE PackedHalf read(const T* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
   BNKERN_INLINE void store(T* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h); }
   BNKERN_INLINE void stream(T* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), h); }
   BNKERN_INLINE Vec<float> wide() const { return widen(h, static_cast<T*>(nullptr)); }
@@ -183,6 +183,11 @@ struct PackedHalf {
     for (int i = 0; i < kLanes; ++i) narrow(v.lane[i], packed.lane + i);
     return packed;
   }
+  static BNKERN_INLINE PackedHalf read(const T* p) {
+    PackedHalf packed;
+    std::memcpy(packed.lane, p, sizeof packed.lane);
+    return packed;
+  }
   BNKERN_INLINE void store(T* p) const { std::memcpy(p, lane, sizeof lane); }
   BNKERN_INLINE void stream(T* p) const { store(p); }
   BNKERN_INLINE Vec<float> wide() const { return load(lane); }
@@ -199,11 +204,13 @@ struct PackedHalf {
 template <>
 struct Packed<BFloat16> : PackedHalf<BFloat16> {
   static BNKERN_INLINE Packed of(Vec<float> v) { return {PackedHalf<BFloat16>::of(v)}; }
+  static BNKERN_INLINE Packed read(const BFloat16* p) { return {PackedHalf<BFloat16>::read(p)}; }
   BNKERN_INLINE Packed keep(Vec<float>::Mask m) const { return {PackedHalf<BFloat16>::keep(m)}; }
 };
 template <>
 struct Packed<Float16> : PackedHalf<Float16> {
   static BNKERN_INLINE Packed of(Vec<float> v) { return {PackedHalf<Float16>::of(v)}; }
+  static BNKERN_INLINE Packed read(const Float16* p) { return {PackedHalf<Float16>::read(p)}; }
   BNKERN_INLINE Packed keep(Vec<float>::Mask m) const { return {PackedHalf<Float16>::keep(m)}; }
 };
 
