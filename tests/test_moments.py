@@ -46,18 +46,6 @@ def test_against_float64(target: Target, precision: Precision, case: Case) -> No
     assert (m2.cpu()[~lost] >= 0).all()
 
 
-# channels, layout, and which positions lie apart: runs of so many, one run of so many. The CPU's samples of rows are
-# one row of 4, 8 or 16, where a row of 16 channels is 8 positions long; those of planes 32 values of 512.
-PATTERNS = [
-    (256, torch.channels_last, 1, 4),
-    (64, torch.channels_last, 2, 8),
-    (16, torch.channels_last, 8, 8),
-    (256, torch.channels_last, 1, 16),
-    (4, torch.contiguous_format, 32, 16),
-    (4, torch.contiguous_format, 16, 4),
-]
-
-
 @pytest.mark.parametrize("value", [0.0, 1.0, 3.3, -1e4, 1e-30])
 @pytest.mark.parametrize("layout", ["constant", "constant_rows"])
 def test_constant_input(target: Target, layout: str, value: float) -> None:
@@ -91,6 +79,18 @@ def test_channel_moments(target: Target) -> None:
     true_var, true_mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
     assert_close(mean, true_mean, mean_bound(true_mean, true_var, x.dtype), "mean")
     assert_close(var, true_var, var_bound(true_mean, true_var, x.dtype), "variance")
+
+
+# channels, layout, and which positions lie apart: runs of so many, one run of so many. The CPU's samples of rows are
+# one row of 4, 8 or 16, where a row of 16 channels is 8 positions long; those of planes 32 values of 512.
+PATTERNS = [
+    (256, torch.channels_last, 1, 4),
+    (64, torch.channels_last, 2, 8),
+    (16, torch.channels_last, 8, 8),
+    (256, torch.channels_last, 1, 16),
+    (4, torch.contiguous_format, 32, 16),
+    (4, torch.contiguous_format, 16, 4),
+]
 
 
 @pytest.mark.parametrize("far", [3.0, 1e3, 1e6])

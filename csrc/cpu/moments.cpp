@@ -17,9 +17,9 @@
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-constexpr double kFar = 4;               // q / M2 beyond this: m is more than sqrt(3) sigma from the mean
-constexpr std::int64_t kSampleOne = 16;  // the sample is one in so many, of a span's pairs of vectors or of rows
-constexpr std::int64_t kAhead = 8192;    // rows: how many bytes ahead to call for memory
+constexpr double kFar = 4;             // q / M2 beyond this: m is more than sqrt(3) sigma from the mean
+constexpr std::int64_t kOneIn = 16;    // the sample is one in so many, of a span's pairs of vectors or of rows
+constexpr std::int64_t kAhead = 8192;  // rows: how many bytes ahead to call for memory
 
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
@@ -50,7 +50,7 @@ BNKERN_INLINE Accumulator<T> sample_mean(const Partition& part, const View& x, s
     const T* p = at<const T>(part, x, span);
     constexpr int pair = 2 * kLanes;
     std::int64_t i = 0;
-    for (; i + pair <= span.length; i += kSampleOne * pair, seen += pair) {
+    for (; i + pair <= span.length; i += kOneIn * pair, seen += pair) {
       V values[2];
       load_two(p + i, values);
       sums[0] = sums[0] + values[0], sums[1] = sums[1] + values[1];
@@ -158,7 +158,7 @@ struct TileRows {
   // The sample is one row in so many: eight rows or more, and all of a few.
   BNKERN_INLINE std::int64_t one_in() const {
     if (count < 32) return 1;
-    return count < 64 ? 4 : count < 128 ? 8 : kSampleOne;
+    return count < 64 ? 4 : count < 128 ? 8 : kOneIn;
   }
   BNKERN_INLINE void load(std::int64_t r, std::int64_t c, V* to) const {
     const T* const from = p + r * stride + c;

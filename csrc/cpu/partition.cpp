@@ -6,7 +6,7 @@
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-constexpr std::int64_t kRowTiles = 64;    // rows: as many tiles are enough for any number of threads
+constexpr std::int64_t kRowTiles = 64;    // rows: about so many tiles, unless they would be too small or too large
 constexpr std::int64_t kBlockRows = 512;  // rows: at most so many under one of a record's sums
 constexpr std::int64_t kBlocks = 16;      // rows: about as few blocks as there should be at least
 
