@@ -13,15 +13,15 @@ examples:
   python -m experiments reproduce                     25 minutes on two cores with AVX-512, and the report
   python -m experiments list
   python -m experiments run gradient_signs moments_by_depth
-  python -m experiments run all --scale laptop        hours; Ctrl-C when you like, the same command goes on
-  python -m experiments run learning_rates --scale paper --device cuda --seeds 5
+  python -m experiments run all --scale reduced       days; Ctrl-C when you like, the same command goes on
+  python -m experiments run learning_rates --scale full --device cuda --seeds 5
   python -m experiments report                        results/report.html
 
 scales:
-  smoke    seconds, on made-up images: does everything run?
-  quick    minutes: what needs no training at the paper's own scale, training as small as it can be
-  laptop   hours on two CPU cores: training reduced, with the paper's ratios of learning rates and epochs
-  paper    the paper's own, for a GPU where it trains
+  smoke    seconds, on synthetic images: does everything run?
+  quick    minutes: what needs no training at scale full, training as small as it can be and not judged
+  reduced  hours to days on two CPU cores: training with the paper's learning rates on so few images that all fit them
+  full     the paper's own settings, for a GPU where it trains; beyond the paper, all that the spec states
 Results are kept in a folder a run; a finished run is not repeated, an interrupted one goes on.
 """
 
@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> int:
     run_parser = commands.add_parser("run", help="run experiments")
     run_parser.add_argument("names", nargs="+", metavar="NAME", help="experiments, or: all")
     run_parser.add_argument(
-        "--scale", choices=SCALES, default="laptop", help="see python -m experiments --help (default: laptop)"
+        "--scale", choices=SCALES, default="reduced", help="see python -m experiments --help (default: reduced)"
     )
     report_parser = commands.add_parser("report", help="draw the results and hold them against the paper")
     report_parser.add_argument(

@@ -1,4 +1,4 @@
-"""The report: every experiment's claim, the paper's numbers and ours, the verdict, the figure, and how to redo it.
+"""The report: every experiment's claims, the paper's numbers and ours, the verdict, the figure, and how to redo it.
 
 The same content four times: ``report.html``, one self-contained page; ``report.md``; ``report.json`` for programs;
 ``figures/`` and ``data/`` beside them. The same results give the same bytes.
@@ -22,9 +22,19 @@ PUBLISHED = Path(__file__).parent / "published"
 TITLE = "Understanding Batch Normalization, reproduced"
 LEAD = (
     "Bjorck, Gomes, Selman and Weinberger (2018) explain what batch norm does by a set of experiments. Each is run "
-    "again here on bnkern's kernels, and what the paper claims is held against what came out. A claim counts as held "
-    "where the mean over seeds is what is stated under it; an experiment has held where all its claims have. The "
-    'paper\'s numbers are those it prints, or read off its figures; "not available" where it gives none.'
+    "again here on bnkern's kernels, and the paper's claims are held against the results. A claim holds where the mean "
+    "over seeds is what is stated under it; beside it stands how many seeds pass by themselves. An experiment "
+    "holds where all its claims hold. A number that is not finite never holds. A limit at the edge of what was tried "
+    "is only a bound, and is left undecided. The paper's numbers are those that it prints; ≈ marks one that was read "
+    'off a figure, brackets one that was derived from its numbers, and "not available" that it gives none.'
+)
+THRESHOLDS = (
+    "Set on 2026-11-22 in the commit that added the experiment, from the paper's numbers and from trials on one to "
+    "eight networks; unchanged since."
+)
+REDUCED = (
+    "Reduced means the paper's learning rates on few training images without augmentation, so that every network can "
+    "fit them in hours instead of weeks."
 )
 PARTS = {  # of the paper's story, by the lowest Spec.order that belongs to each
     0: "Larger learning rates, and what they do",
@@ -33,7 +43,7 @@ PARTS = {  # of the paper's story, by the lowest Spec.order that belongs to each
     5.5: "Random matrices, and other normalisations",
 }
 CLASSES = {"held": "held", "held in part": "part", "did not hold": "not"}
-SIGNS = {True: "✓ held", False: "✗ not held", None: "shown"}
+GIVEN = {"printed": "{}", "read off": "≈ {}", "derived": "({})"}  # how the paper's numbers are written
 IMAGES = {"cifar10": "CIFAR-10", "synthetic": "made-up images", "none": "no images"}
 COMMANDS = ("again", "to run it")  # those of a section's facts that are typed
 
@@ -53,12 +63,20 @@ class Section:
     @property
     def outcome(self) -> str:
         """The verdict, and how many claims it rests on."""
-        checked = [finding.held for finding in self.findings if finding.held is not None]
+        checked = [finding for finding in self.findings if finding.claim.check and finding.values]
+        told = f"{sum(finding.held is True for finding in checked)} of {len(checked)} claims"
         if self.verdict == "incomplete":
-            return f"{self.verdict} ({sum(checked)} of {len(checked)} claims so far)"
-        if self.verdict not in CLASSES:
+            return f"{self.verdict} ({told} so far)"
+        return f"{self.verdict} ({told})" if self.verdict in CLASSES else self.verdict
+
+    @property
+    def kind(self) -> str:
+        """Which of the groups of :func:`_tally` it belongs to."""
+        if self.verdict in ("shown", "not run"):
             return self.verdict
-        return f"{self.verdict} ({sum(checked)} of {len(checked)} claims)"
+        if self.spec.beyond:
+            return "beyond the paper"
+        return "as in the paper" if self.results.scale == "full" else self.results.scale
 
     @property
     def n(self) -> str:
@@ -67,17 +85,21 @@ class Section:
             return ""
         seeds = {len(self.results.where(label=run.config["label"])) for run in self.results.runs}
         least, most = min(seeds), max(seeds)
-        return f"{self.results.scale}, n = {least}" + (f" to {most}" if most > least else "")
+        scale = self.results.scale
+        if scale == "full":
+            scale = "beyond the paper" if self.spec.beyond else "as in the paper"
+        return f"{scale}, n = {least}" + (f" to {most}" if most > least else "")
 
     @property
     def caution(self) -> str:
         """What limits the numbers, if anything does."""
         if self.results.data == "synthetic":
-            return "Made-up images, not CIFAR-10: these numbers show that everything runs, and nothing else."
-        if self.results.scale == "smoke":
-            return "Smoke scale: these numbers show that everything runs, and nothing else."
-        if self.results.runs and self.results.scale != "paper":
-            return f"Scale {self.results.scale}: smaller than the paper's own, as said under Here."
+            return "Synthetic images, not CIFAR-10: these numbers show that everything runs, and nothing else."
+        if self.results.scale in ("smoke", "quick"):
+            scale = self.results.scale.capitalize()
+            return f"{scale} scale: these numbers show that everything runs. No claim is held against them."
+        if self.results.scale == "reduced":
+            return f"Reduced scale. {REDUCED}"
         return ""
 
 
@@ -108,9 +130,9 @@ def publish(out: Path, to: Path = PUBLISHED) -> int:
     Refuses results that cannot speak about the paper.
     """
     told = json.loads((out / "report.json").read_text())["experiments"]
-    unfit = [e["name"] for e in told if e["verdict"] == "not judged"]
+    unfit = [e["name"] for e in told if e["facts"].get("scale", "").startswith("smoke") or e["synthetic"]]
     if unfit:
-        print(f"not published: {', '.join(unfit)} ran on made-up images or at smoke scale only", file=sys.stderr)
+        print(f"not published: {', '.join(unfit)} ran on synthetic images or at smoke scale only", file=sys.stderr)
         return 1
     for folder in ("figures", "data"):
         shutil.rmtree(to / folder, ignore_errors=True)
@@ -130,7 +152,7 @@ def _section(name: str, results: Results, out: Path) -> Section:
 
 def _facts(name: str, about: Spec, results: Results, out: Path) -> dict[str, str]:
     """The conditions of the runs, each said once where all agree, else listed."""
-    command = f"python -m experiments run {name} --scale {results.scale if results.runs else 'paper'}"
+    command = f"python -m experiments run {name} --scale {results.scale if results.runs else 'full'}"
     if not results.runs:
         return {"to run it": command}
 
@@ -145,6 +167,7 @@ def _facts(name: str, about: Spec, results: Results, out: Path) -> dict[str, str
     per_net = {net.label: len(results.where(label=net.label)) for net in about.runs}
     return {
         "scale": f"{results.scale}, {IMAGES[results.data]}",
+        "thresholds": about.thresholds or THRESHOLDS,
         "runs": ", ".join(f"{label}: {count}" for label, count in per_net.items())
         + f"; seeds {_span(seeds)}"
         + (f"; {failed} failed" if failed else "")
@@ -174,11 +197,26 @@ def _parts(sections: list[Section]) -> dict[str, list[Section]]:
     return told
 
 
-def _tally(sections: list[Section]) -> str:
-    """How many experiments came out how."""
-    verdicts = [section.verdict for section in sections]
-    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys([*CLASSES, *verdicts])]
-    return f"{len(sections)} experiments: " + ", ".join(count for count in counts if not count.startswith("0 ")) + "."
+HEADLINES = {  # by Section.kind
+    "as in the paper": "Measured as in the paper",
+    "reduced": "At reduced scale",
+    "beyond the paper": "Beyond the paper",
+    "not run": "Not run",
+    "shown": "Only shown, since their scale or data cannot tell",
+}
+
+
+def _tally(sections: list[Section]) -> list[str]:
+    """How many experiments came out how: a sentence for each group, and what reduced means."""
+    told = []
+    for kind, headline in HEADLINES.items():
+        verdicts = [section.verdict for section in sections if section.kind == kind]
+        counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]
+        if kind in ("not run", "shown"):
+            counts = [str(len(verdicts))]
+        if verdicts:
+            told.append(f"{headline}: {', '.join(counts)}.")
+    return told + [REDUCED] * any(section.results.scale == "reduced" for section in sections)
 
 
 def _span(seeds: list[int]) -> str:
@@ -208,9 +246,24 @@ def _short(value: float, digits: int = 6) -> str:
     return f"{value:.{digits}g}"
 
 
-def _paper(finding: Finding) -> str:
-    """The paper's number with the digits it prints."""
-    return "not available" if finding.claim.paper is None else _short(finding.claim.paper)
+def _paper(finding: Finding, spec: Spec) -> str:
+    """The paper's number: with the digits it prints, or three where it was read off a figure or derived."""
+    claim, given = finding.claim, finding.claim.given or spec.given
+    if claim.paper is None:
+        return "not available"
+    return GIVEN[given].format(_short(claim.paper, 6 if given == "printed" else 3))
+
+
+def _sign(finding: Finding) -> str:
+    """Whether the claim held, for a reader."""
+    if finding.held is None:
+        return "– undecided" if finding.undecided else "shown"
+    return "✓ held" if finding.held else "✗ not held"
+
+
+def _seeds(finding: Finding) -> str:
+    """How many seeds pass by themselves."""
+    return f"{finding.passing} of {len(finding.values)}" if finding.held is not None else ""
 
 
 def _ours(finding: Finding) -> tuple[str, str]:
@@ -218,6 +271,10 @@ def _ours(finding: Finding) -> tuple[str, str]:
     if not finding.values:
         return "-", ""
     count = f"n = {len(finding.values)}"
+    if finding.bound != 0:
+        bound = {1: "at least ", -1: "at most ", None: "bounds about "}[finding.bound]
+        ends = sum(value.bound != 0 for value in finding.values)
+        return bound + number(finding.mean), f"{ends} of {len(finding.values)} at the edge of what was tried"
     if not math.isfinite(finding.spread) or not finding.spread:
         return number(finding.mean), count
     if finding.claim.mean == "geometric":
@@ -249,12 +306,15 @@ def _json(sections: list[Section]) -> dict:
 
     return {
         "title": TITLE,
+        "tally": _tally(sections),
         "experiments": [
             {
                 "name": section.name,
                 "title": section.spec.title,
                 "of": section.spec.of,
                 "verdict": section.verdict,
+                "kind": section.kind,
+                "synthetic": section.results.data == "synthetic",
                 "remark": section.spec.remark,
                 "caution": section.caution,
                 "facts": section.facts,
@@ -265,9 +325,12 @@ def _json(sections: list[Section]) -> dict:
                         "ours": plain(finding.mean) if finding.values else None,
                         "mean": finding.claim.mean,
                         "spread": plain(finding.spread) if finding.values else None,
-                        "values": [plain(value) for value in finding.values],
+                        "given": finding.claim.given or section.spec.given,
+                        "values": [plain(value.number) for value in finding.values],
+                        "bounds": [value.bound for value in finding.values],
                         "check": _check(finding) or None,
                         "held": finding.held,
+                        "passing": finding.passing,
                     }
                     for finding in section.findings
                 ],
@@ -286,7 +349,7 @@ def _markdown(sections: list[Section]) -> str:
         lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
         return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
-    text = [f"# {TITLE}", "", LEAD, "", _tally(sections), ""]
+    text = [f"# {TITLE}", "", LEAD, "", *(f"- {line}" for line in _tally(sections)), ""]
     rows = []
     for part, members in _parts(sections).items():
         rows.append([f"**{part}**", "", "", ""])
@@ -296,13 +359,16 @@ def _markdown(sections: list[Section]) -> str:
         text += [f'<a id="{s.name}"></a>', "", f"## {s.spec.title}", ""]
         text += [f"{s.spec.of} · `{s.name}` · **{s.outcome}**", ""]
         text += [f"> {s.caution}", ""] if s.caution else []
-        text += [f"**The paper.** {s.spec.shows}", "", f"**Here.** {s.spec.method}", ""]
+        text += [f"**Known.** {s.spec.shows}", "", f"**Method.** {s.spec.method}", ""]
         text += [f"**To note.** {s.spec.remark}", ""] if s.spec.remark else []
         if s.tables:
             text += [f"![{s.spec.title}](figures/{s.name}.svg)", "", drawer(s.name).CAPTION, ""]
             text += table(
-                ["claim", "paper", "ours", "spread", "must be", ""],
-                [[f.claim.text, _paper(f), *_ours(f), _check(f) or "-", SIGNS[f.held]] for f in s.findings],
+                ["claim", "paper", "ours", "spread", "must be", "seeds that pass", ""],
+                [
+                    [f.claim.text, _paper(f, s.spec), *_ours(f), _check(f) or "-", _seeds(f), _sign(f)]
+                    for f in s.findings
+                ],
             )
             text += ["Data: " + ", ".join(f"[{name}.csv](data/{name}.csv)" for name in s.tables), ""]
         text += [f"- {label}: {f'`{fact}`' if label in COMMANDS else fact}" for label, fact in s.facts.items()]
@@ -312,6 +378,7 @@ def _markdown(sections: list[Section]) -> str:
 
 def _html(sections: list[Section], figures: dict[str, str]) -> str:
     style = (Path(__file__).parent / "report.css").read_text()
+    tally = "".join(f"<li>{escape(line)}</li>" for line in _tally(sections))
     overview, told = [], []
     for part, members in _parts(sections).items():
         overview.append(f'<tr class="chapter"><th colspan="3">{escape(part)}</th></tr>')
@@ -326,7 +393,7 @@ def _html(sections: list[Section], figures: dict[str, str]) -> str:
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{TITLE}</title>\n<style>\n{style}</style>\n"
-        f'<header id="top">\n<h1>{TITLE}</h1>\n<p>{escape(LEAD)}</p>\n<p><b>{escape(_tally(sections))}</b></p>\n'
+        f'<header id="top">\n<h1>{TITLE}</h1>\n<p>{escape(LEAD)}</p>\n<ul class="tally">{tally}</ul>\n'
         f'<table class="overview">{"".join(overview)}</table>\n</header>\n' + "".join(told)
     )
 
@@ -334,8 +401,8 @@ def _html(sections: list[Section], figures: dict[str, str]) -> str:
 def _html_section(s: Section, figure: str | None) -> str:
     text = [
         f'<p class="warning">{escape(s.caution)}</p>' if s.caution else "",
-        f"<p><b>The paper.</b> {escape(s.spec.shows)}</p>",
-        f"<p><b>Here.</b> {escape(s.spec.method)}</p>",
+        f"<p><b>Known.</b> {escape(s.spec.shows)}</p>",
+        f"<p><b>Method.</b> {escape(s.spec.method)}</p>",
         f"<p><b>To note.</b> {escape(s.spec.remark)}</p>" if s.spec.remark else "",
     ]
     top = ' · <a href="#top">contents</a>'
@@ -347,10 +414,10 @@ def _html_section(s: Section, figure: str | None) -> str:
         caption = f"<figcaption>{escape(drawer(s.name).CAPTION)}</figcaption>"
         shown = f"<figure>{_inline(figure, s.name)}{caption}</figure>"
         parts.append(f'<div class="beside"><div>{"".join(text)}</div>{shown}</div>')
-        parts.append(_html_findings([f for f in s.findings if f.claim.check]))
+        parts.append(_html_findings([f for f in s.findings if f.claim.check], s.spec))
         if shown := [f for f in s.findings if not f.claim.check]:
             summary = f"<summary>{len(shown)} more numbers, without a check</summary>"
-            parts.append(f"<details>{summary}{_html_findings(shown)}</details>")
+            parts.append(f"<details>{summary}{_html_findings(shown, s.spec)}</details>")
         parts += [_html_table(name, rows) for name, rows in s.tables.items()]
     else:
         parts += text
@@ -362,16 +429,17 @@ def _html_section(s: Section, figure: str | None) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _html_findings(findings: list[Finding]) -> str:
+def _html_findings(findings: list[Finding], spec: Spec) -> str:
     rows = []
     for f in findings:
         ours, spread = _ours(f)
         check = f"<small>must be {escape(_check(f))}</small>" if f.claim.check else ""
         mark = {True: "held", False: "not", None: "soft"}[f.held]
+        seeds = f"<small>{_seeds(f)} seeds pass</small>" if _seeds(f) else ""
         rows.append(
-            f'<tr><td>{escape(f.claim.text)}{check}</td><td class="number">{_paper(f)}</td>'
+            f'<tr><td>{escape(f.claim.text)}{check}</td><td class="number">{_paper(f, spec)}</td>'
             f'<td class="number">{ours}<small>{escape(spread)}</small></td>'
-            f'<td class="{mark}">{SIGNS[f.held]}</td></tr>'
+            f'<td class="{mark}">{_sign(f)}{seeds}</td></tr>'
         )
     head = '<th>claim</th><th class="number">paper</th><th class="number">ours</th><th></th>'
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'

@@ -6,10 +6,40 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from .specs import SCALES, Claim, Run, Spec
+from .specs import JUDGED, SCALES, Claim, Run, Spec
+
+
+class Value(NamedTuple):
+    """A number of one run, or only a bound of it, where a search ended at the edge of what was tried.
+
+    ``bound``: 0 for the number itself, 1 where the true one is at least ``number``, -1 where it is at most that, and
+    None where two bounds were combined that say nothing about the result.
+    """
+
+    number: float
+    bound: int | None = 0
+
+    def less(self, other: "Value") -> "Value":
+        """The difference."""
+        return Value(self.number - other.number, _combined(self.bound, other.bound))
+
+    def over(self, other: "Value") -> "Value":
+        """The ratio of two numbers that are not negative; nan where the denominator is 0."""
+        ratio = self.number / other.number if other.number else math.nan
+        return Value(ratio, _combined(self.bound, other.bound))
+
+
+def _combined(first: int | None, second: int | None) -> int | None:
+    """The bound of a result that rises with the first number and falls with the second."""
+    if first is None or second is None:
+        return None
+    if first and second:
+        return first if first == -second else None
+    return first or -second
 
 
 @dataclass(frozen=True)
@@ -33,6 +63,13 @@ class Finished:
         """What was measured of one quantity, at one layer where it is of layers."""
         return self.arrays[quantity if layer is None else f"{quantity}/{layer}"]
 
+    def value(self, quantity: str, layer: int | None = None) -> Value:
+        """The quantity, averaged over channels where it has any, and its bound, where an array "<quantity> bound" has
+        one."""
+        name = f"{quantity} bound" + ("" if layer is None else f"/{layer}")
+        bound = int(self.arrays[name]) if name in self.arrays else 0
+        return Value(float(np.mean(self.at(quantity, layer))), bound)
+
 
 @dataclass(frozen=True)
 class Results:
@@ -43,38 +80,42 @@ class Results:
     runs: tuple[Finished, ...]
     stale: int = 0  # runs that were left out, see read
 
+    @property
+    def judged(self) -> bool:
+        """Whether claims may be held against these results: not at a scale, or on data, that cannot tell."""
+        return self.scale in JUDGED and self.data != "synthetic"
+
     def where(self, **config: object) -> list[Finished]:
         """The runs whose config, or its options, have these values, by seed."""
         return [run for run in self.runs if all((run.config | run.config["options"])[k] == config[k] for k in config)]
 
-    def each(self, quantity: str, layer: int | None = None, **config: object) -> list[float]:
-        """One number a run: the quantity at the layer, averaged over channels where it has any."""
-        return [float(np.mean(run.at(quantity, layer))) for run in self.where(**config)]
+    def each(self, quantity: str, layer: int | None = None, **config: object) -> list[Value]:
+        """One value a run: the quantity at the layer, averaged over channels where it has any."""
+        return [run.value(quantity, layer) for run in self.where(**config)]
 
-    def ratio(self, of: dict, to: dict) -> list[float]:
-        """One number a seed that has both: the first over the second, each given as the arguments of ``each``."""
+    def ratio(self, of: dict, to: dict) -> list[Value]:
+        """One value a seed that has both: the first over the second, each given as the arguments of ``each``."""
         first, second = (self._by_seed(**which) for which in (of, to))
-        pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
-        return [a / b if b else math.inf for a, b in pairs]
+        return [first[seed].over(second[seed]) for seed in sorted(first.keys() & second.keys())]
 
-    def _by_seed(self, quantity: str, layer: int | None = None, **config: object) -> dict[int, float]:
+    def _by_seed(self, quantity: str, layer: int | None = None, **config: object) -> dict[int, Value]:
         seeds = [run.config["seed"] for run in self.where(**config)]
         return dict(zip(seeds, self.each(quantity, layer, **config), strict=True))
 
-    def difference(self, quantity: str, layer: int, after: int, **config: object) -> list[float]:
-        """One number a run: the quantity at ``layer`` less that at ``after``."""
+    def difference(self, quantity: str, layer: int, after: int, **config: object) -> list[Value]:
+        """One value a run: the quantity at ``layer`` less that at ``after``."""
         pairs = zip(self.each(quantity, layer, **config), self.each(quantity, after, **config), strict=True)
-        return [first - second for first, second in pairs]
+        return [first.less(second) for first, second in pairs]
 
     def slope(self, quantity: str, layers: tuple[int, ...], **config: object) -> list[float]:
         """One number a run: the least-squares slope of the quantity over the layers' numbers."""
-        columns = [self.each(quantity, layer, **config) for layer in layers]
+        columns = [[value.number for value in self.each(quantity, layer, **config)] for layer in layers]
         return [float(np.polyfit(layers, row, 1)[0]) for row in zip(*columns, strict=True)]
 
-    def gap(self, quantity: str, first: str, second: str) -> list[float]:
-        """One number a seed that both runs have: the quantity of the run labelled ``first`` less the ``second``'s."""
+    def gap(self, quantity: str, first: str, second: str) -> list[Value]:
+        """One value a seed that both runs have: the quantity of the run labelled ``first`` less the ``second``'s."""
         of, less = (self._by_seed(quantity, label=label) for label in (first, second))
-        return [of[seed] - less[seed] for seed in sorted(of.keys() & less.keys())]
+        return [of[seed].less(less[seed]) for seed in sorted(of.keys() & less.keys())]
 
 
 def configuration(experiment: str, about: Spec, run: Run, scale: str, data: str, seed: int) -> dict:
@@ -117,49 +158,73 @@ def read(folder: Path, about: Spec, scale: str | None = None) -> Results:
 class Finding:
     """A claim beside what we found: the mean of ``values`` (one a seed), their spread, and whether it held.
 
-    ``spread`` is the standard deviation; with geometric means the factor exp(standard deviation of ln). ``held``
-    is None where there is nothing to check, or nothing to check it on.
+    ``spread`` is the standard deviation; with geometric means the factor exp(standard deviation of ln). ``bound`` is
+    that of the mean (see Value): 0 where every value is a number, and not merely a bound. ``held`` is None where there
+    is nothing to check, nothing to judge it by, or only a bound. ``passing`` counts the seeds whose own value is a
+    number that passes the check.
     """
 
     claim: Claim
-    values: tuple[float, ...]
+    values: tuple[Value, ...]
     mean: float
     spread: float
+    bound: int | None
     held: bool | None
+    passing: int
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the claim would be judged if its values were more than bounds."""
+        return self.claim.check is not None and bool(self.values) and self.bound != 0
 
 
 def find(claim: Claim, results: Results) -> Finding:
-    """One claim held against the results. A value that is not a number never holds."""
-    values = tuple(claim.ours(results))
+    """One claim held against the results.
+
+    A mean over values of which one is not finite never holds. Nor does a bound: it is neither held nor refuted.
+    """
+    values = tuple(value if isinstance(value, Value) else Value(float(value)) for value in claim.ours(results))
     if not values:
-        return Finding(claim, (), math.nan, math.nan, None)
+        return Finding(claim, (), math.nan, math.nan, 0, None, 0)
+    numbers = np.array([value.number for value in values])
     geometric = claim.mean == "geometric"
     with np.errstate(divide="ignore", invalid="ignore"):
-        terms = np.log(values) if geometric else np.asarray(values)
+        terms = np.log(numbers) if geometric else numbers
         mean = float(np.mean(terms))
         spread = float(np.std(terms, ddof=1)) if len(values) > 1 else math.nan
         if geometric:
             mean, spread = float(np.exp(mean)), float(np.exp(spread))
-    held = bool(claim.check.holds(mean)) if claim.check else None
-    return Finding(claim, values, mean, spread, held)
+    bounds = {value.bound for value in values} - {0}
+    bound = 0 if not bounds else bounds.pop() if len(bounds) == 1 else None
+    held, passing = None, 0
+    if claim.check and results.judged:
+        passing = sum(_holds(claim, value.number) for value in values if value.bound == 0)
+        held = _holds(claim, mean) if bound == 0 else None
+    return Finding(claim, values, mean, spread, bound, held, passing)
+
+
+def _holds(claim: Claim, number: float) -> bool:
+    return math.isfinite(number) and bool(claim.check.holds(number))
 
 
 def verdict(findings: list[Finding], results: Results) -> str:
-    """ "held", "held in part" or "did not hold"; "not run"; "not judged" where the scale or the data cannot tell.
+    """ "held", "held in part" or "did not hold"; "not run"; "shown" where the scale or the data cannot tell.
 
-    "incomplete" while runs are missing that a claim to be checked needs.
+    "incomplete" while runs are missing that a claim to be checked needs. A claim that is undecided has not held.
     """
     if not results.runs:
         return "not run"
-    if results.scale == "smoke" or results.data == "synthetic":
-        return "not judged"
+    if not results.judged:
+        return "shown"
     checked = [finding for finding in findings if finding.claim.check]
     if not all(finding.values for finding in checked):
         return "incomplete"
-    held = [finding.held for finding in checked]
+    held = [finding.held is True for finding in checked]
     if all(held):
-        return "held" if held else "not judged"
-    return "held in part" if any(held) else "did not hold"
+        return "held" if held else "shown"
+    if any(held):
+        return "held in part"
+    return "undecided" if all(finding.undecided for finding in checked) else "did not hold"
 
 
 def judge(spec: Spec, results: Results) -> tuple[str, list[Finding]]:

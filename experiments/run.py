@@ -63,7 +63,7 @@ def plan(experiments: list[str], scale: str, data: str, seeds: int | None, out: 
 
 def run(
     experiments: list[str],
-    scale: str = "laptop",
+    scale: str = "reduced",
     data: str | None = None,
     device: str | None = None,
     seeds: int | None = None,

@@ -18,24 +18,25 @@ from experiments import report as reporting
 from experiments import results as reading
 from experiments import run as running
 from experiments.__main__ import main
-from experiments.results import Finished, Results, find, judge
-from experiments.specs import Claim, Run, above, between, within, within_factor
+from experiments.results import Finished, Results, Value, find, judge
+from experiments.specs import Claim, Run, above, below, between, within, within_factor
 from tests.made_up import made_up
 
 ROOT = Path(__file__).parent.parent
+FULL = Results("full", "cifar10", ())  # judged, and otherwise of no account
 
 
 # ------------------------------------------------------------------------------------------------ made-up results
 
 
 def results_of(name: str, holds: bool = True, seeds: int = 2, **changed: float) -> Results:
-    """Made-up results at the paper's scale, for which the claims hold or break, but for ``changed``."""
+    """Made-up results at scale full, for which the claims hold or break, but for ``changed``."""
     runs = []
-    for planned in running.plan([name], "paper", "cifar10", seeds, Path()):
+    for planned in running.plan([name], "full", "cifar10", seeds, Path()):
         made = Finished(planned.folder, planned.config, {"seconds": 1.0})
         made.__dict__["arrays"] = made_up(planned.config, holds) | changed
         runs.append(made)
-    return Results("paper", "cifar10", tuple(runs))
+    return Results("full", "cifar10", tuple(runs))
 
 
 class Procedure:
@@ -109,8 +110,8 @@ def test_drawing_and_reporting_need_neither_torch_nor_bnkern() -> None:
 
 def test_scales() -> None:
     about = spec("gradient_signs")
-    assert about.scale("laptop") == "paper" and about.scale("smoke") == "smoke"
-    assert about.at("paper") == about.runs and about.runs[0].batch == 128 and about.runs[0].seeds >= 5
+    assert about.scale("reduced") == "full" and about.scale("smoke") == "smoke"
+    assert about.at("full") == about.runs and about.runs[0].batch == 128 and about.runs[0].seeds >= 5
     assert {run.batch for run in about.at("smoke")} == {2}
 
 
@@ -145,23 +146,98 @@ def test_what_is_no_number_never_holds() -> None:
     assert judge(spec("moments_by_depth"), results)[0] == "held in part"
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_one_value_that_is_not_finite_breaks_a_claim(value: float) -> None:
+    """An infinite mean is above every threshold, and holds none."""
+    for check in (above(10), below(10)):
+        found = find(Claim("", lambda results: [20.0, value], None, check), FULL)
+        assert found.held is False and found.passing == (check.text == "above 10")
+
+
+def test_a_ratio_of_zeros_never_holds() -> None:
+    """The reach of networks that have none: 0/0 was once infinity, and above everything."""
+    results = results_of("gradient_predictiveness", **{"reach/1": 0.0, "reach bound/1": 0})
+    [found] = [f for f in judge(spec("gradient_predictiveness"), results)[1] if f.claim.text.startswith("reach, mini-b")
+               and "1, with batch norm over" in f.claim.text]  # fmt: skip
+    assert all(np.isnan(value.number) for value in found.values) and found.held is False and found.passing == 0
+
+
+def test_a_limit_at_the_edge_of_what_was_tried_decides_nothing() -> None:
+    """Not even where the bound itself passes, nor in a ratio or a difference."""
+    at_least = Value(1.0, 1)
+    found = find(Claim("", lambda results: [Value(0.5), at_least], None, above(0)), FULL)
+    assert found.held is None and found.undecided and found.bound == 1 and found.passing == 1
+    assert at_least.less(Value(0.5)) == Value(0.5, 1) and Value(0.5).less(at_least) == Value(-0.5, -1)
+    assert at_least.over(Value(0.5, -1)) == Value(2.0, 1) and at_least.less(at_least) == Value(0.0, None)
+    for name, claims in (("depth_limits", 4), ("final_layer_norm", 2)):
+        verdict, findings = judge(spec(name), results_of(name, **{"limit bound": np.float64(1)}))
+        assert sum(finding.undecided for finding in findings if finding.claim.check) == claims
+        assert verdict == ("undecided" if name == "depth_limits" else "held in part")
+
+
+def test_a_report_writes_bounds_as_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = results_of("depth_limits", **{"limit bound": np.float64(1), "learning limit bound": np.float64(-1)})
+    monkeypatch.setattr(reporting, "names", lambda: ["depth_limits"])
+    monkeypatch.setattr(reporting, "read", lambda *_: results)
+    monkeypatch.setattr(reporting, "_facts", lambda *_: {})
+    reporting.report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "at most" in page and "2 of 2 at the edge of what was tried" in page and "– undecided" in page
+    drawn = json.loads((tmp_path / "report.json").read_text())["experiments"][0]["tables"]["depth_limits"]
+    assert all(row["limit above all"] == row["learning limit below all"] == 2 for row in drawn)
+    figure = drawer("depth_limits").draw(results_table("depth_limits", results))
+    lines = [line for line in figure.axes[0].lines if line.get_linestyle() not in ("None", "none", "")]
+    assert not lines, "no line leads to a bound"
+
+
+def results_table(name: str, results: Results) -> list[dict]:
+    return next(iter(drawer(name).tables(spec(name), results).values()))
+
+
+@pytest.mark.parametrize("name", names())
+def test_quick_results_are_shown_and_not_judged(name: str) -> None:
+    good = results_of(name)
+    verdict, findings = judge(spec(name), Results("quick", "cifar10", good.runs))
+    assert verdict == "shown" and all(finding.held is None and not finding.passing for finding in findings)
+
+
+def test_the_headline_counts_apart() -> None:
+    """What is as in the paper, reduced, beyond it, and only shown."""
+    made = {
+        "moments_by_depth": results_of("moments_by_depth"),
+        "mechanism": results_of("mechanism", holds=False),
+        "learning_rates": Results("reduced", "cifar10", results_of("learning_rates").runs),
+        "norm_variants": Results("quick", "cifar10", results_of("norm_variants").runs),
+        "depth_limits": Results("none", "none", ()),
+    }
+    sections = [reporting.Section(n, spec(n), r, *judge(spec(n), r), {}, {}) for n, r in made.items()]
+    assert reporting._tally(sections) == [
+        "Measured as in the paper: 1 held.",
+        "At reduced scale: 1 held.",
+        "Beyond the paper: 1 did not hold.",
+        "Not run: 1.",
+        "Only shown, since their scale or data cannot tell: 1.",
+        reporting.REDUCED,
+    ]
+
+
 def test_what_holds_so_far_is_not_called_held() -> None:
     """Runs of one network alone cannot bear out what is claimed of both."""
     good = results_of("channel_gradients")
-    half = Results("paper", "cifar10", tuple(run for run in good.runs if run.config["norm"] == "batch"))
+    half = Results("full", "cifar10", tuple(run for run in good.runs if run.config["norm"] == "batch"))
     verdict, findings = judge(spec("channel_gradients"), half)
     assert verdict == "incomplete" and any(finding.held for finding in findings)
 
 
 def test_verdicts_are_withheld_where_they_would_mean_nothing() -> None:
     about, good = spec("moments_by_depth"), results_of("moments_by_depth")
-    assert judge(about, Results("smoke", "cifar10", good.runs))[0] == "not judged"
-    assert judge(about, Results("paper", "synthetic", good.runs))[0] == "not judged"
-    assert judge(about, Results("paper", "cifar10", ()))[0] == "not run"
+    assert judge(about, Results("smoke", "cifar10", good.runs))[0] == "shown"
+    assert judge(about, Results("full", "synthetic", good.runs))[0] == "shown"
+    assert judge(about, Results("full", "cifar10", ()))[0] == "not run"
 
 
 def test_means_and_spreads() -> None:
-    results = Results("paper", "cifar10", ())
+    results = FULL
     found = find(Claim("", lambda results: [1.0, 3.0], 2.0, within(2, 0.1)), results)
     assert (found.mean, found.spread, found.held) == (2.0, pytest.approx(2**0.5), True)
     found = find(Claim("", lambda results: [1.0, 4.0], 2.0, within_factor(2, 1.6), mean="geometric"), results)
@@ -192,10 +268,10 @@ def test_everything_runs_at_smoke_scale_and_is_told(tmp_path: Path, capsys: pyte
             assert done.env["backend"] == (backends.forced() or "cpu") and done.env["seconds"] > 0
             assert {"commit", "dirty", "versions", "cpu", "threads", "started"} <= done.env.keys()
     told = json.loads((tmp_path / "report.json").read_text())
-    assert [e["verdict"] for e in told["experiments"]] == ["not judged"] * len(names())
+    assert [e["verdict"] for e in told["experiments"]] == ["shown"] * len(names())
     without = {claim["claim"] for e in told["experiments"] for claim in e["claims"] if claim["ours"] is None}
     assert without <= {"share of batch norm's gain"}  # after two steps there may be no gain
-    assert "Made-up images" in (tmp_path / "report.html").read_text()
+    assert "Synthetic images" in (tmp_path / "report.html").read_text()
     assert reporting.publish(tmp_path, tmp_path / "published") == 1 and not (tmp_path / "published").exists()
 
 
@@ -249,7 +325,7 @@ def test_what_is_done_again_is_put_aside(tmp_path: Path, procedure: Procedure, m
 
 
 def test_missing_data_is_one_message_and_leaves_nothing(tmp_path: Path, procedure: Procedure, capsys) -> None:
-    assert run(tmp_path / "results", scale="paper", data=str(tmp_path / "nowhere")) == 1
+    assert run(tmp_path / "results", scale="full", data=str(tmp_path / "nowhere")) == 1
     assert re.fullmatch(r"no CIFAR-10 in .*nowhere .*\n", capsys.readouterr().err)
     assert not procedure.calls and not (tmp_path / "results").exists()
 
@@ -287,7 +363,7 @@ def test_reproduce_runs_all_and_ends_with_the_report(tmp_path: Path, procedure: 
     assert re.fullmatch(r"\d+ runs: 0 finished before, \d+ to do, about \d+ (s|min) on two cores", said[0])
     assert said[-1] == f"report: {tmp_path / 'report.html'}" and Path(said[-1].split(": ")[1]).exists()
     procedure.fails = {len(procedure.calls) + 1: KeyboardInterrupt()}
-    (tmp_path / "moments_by_depth/paper-none-seed0-synthetic/DONE").unlink()
+    (tmp_path / "moments_by_depth/full-none-seed0-synthetic/DONE").unlink()
     assert main(["reproduce", "--data", "synthetic", "--seeds", "1", "--out", str(tmp_path)]) == 130
 
 
@@ -299,15 +375,15 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pyt
 
 def test_runs_of_different_scales_and_data_live_side_by_side(tmp_path: Path, procedure, monkeypatch) -> None:
     assert run(tmp_path) == 0
-    assert run(tmp_path, scale="laptop", data="synthetic", seeds=1) == 0
+    assert run(tmp_path, scale="reduced", data="synthetic", seeds=1) == 0
     assert (read(tmp_path / "moments_by_depth").scale, read(tmp_path / "moments_by_depth").data) == (
-        "paper",
+        "full",
         "synthetic",
     )
     monkeypatch.setattr(cifar10, "load", lambda where: None)
     assert run(tmp_path, data="some folder", seeds=1) == 0
     assert (read(tmp_path / "moments_by_depth").scale, read(tmp_path / "moments_by_depth").data) == ("smoke", "cifar10")
-    assert read(tmp_path / "moments_by_depth", "paper").data == "synthetic"
+    assert read(tmp_path / "moments_by_depth", "full").data == "synthetic"
 
 
 def test_an_unknown_name_suggests_the_nearest(capsys: pytest.CaptureFixture) -> None:
@@ -328,14 +404,14 @@ def test_list(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.fixture(scope="module")
 def papers_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report on result files at the paper's scale that hold the paper's own numbers."""
+    """A report on result files at scale full that hold the paper's own numbers."""
     out = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("BNKERN_DATA", raising=False)
         patch.setattr(cifar10, "load", lambda where: None)
         for name in running.PROCEDURES:
             patch.setitem(running.PROCEDURES, name, Procedure())
-        assert running.run(names(), "paper", "some folder", "cpu", 2, out) == 0
+        assert running.run(names(), "full", "some folder", "cpu", 2, out) == 0
     reporting.report(out)
     return out
 
@@ -346,7 +422,9 @@ def test_every_section_stands_under_its_heading(papers_results: Path) -> None:
     assert places == sorted(places)
     for heading in reporting.PARTS.values():
         assert page.count(heading) in (0, 2)  # in the table of contents and above its sections
-    assert f"{len(names())} experiments: {len(names())} held." in page
+    beyond = sum(spec(name).beyond for name in names())
+    assert f"Measured as in the paper: {len(names()) - beyond} held." in page
+    assert f"Beyond the paper: {beyond} held." in page and "Reduced means" not in page
 
 
 def test_report(papers_results: Path, tmp_path: Path) -> None:
@@ -361,10 +439,8 @@ def test_report(papers_results: Path, tmp_path: Path) -> None:
         assert experiment["verdict"] == "held"
         for claim in experiment["claims"] if experiment["name"] in ("gradient_signs", "moments_by_depth") else ():
             assert claim["paper"] is None or claim["ours"] == pytest.approx(claim["paper"], rel=0.01)
-    assert (
-        "| a/b, layer 18, with batch norm | 251.8 | 252 | ×/÷ 1.00, n = 2 | within 1.6x of the paper's | ✓ held |"
-        in (papers_results / "report.md").read_text()
-    )
+    row = "| a/b, layer 18, with batch norm | 251.8 | 252 | ×/÷ 1.00, n = 2 | within 1.6x of the paper's | 2 of 2 | ✓"
+    assert row in (papers_results / "report.md").read_text()
     assert reporting.publish(papers_results, tmp_path / "published") == 0
     assert (tmp_path / "published/figures/gradient_signs.svg").exists()
     assert (tmp_path / "published/data/moments_by_depth.csv").read_text().startswith("norm,layer,seeds,ln_std,")
@@ -388,7 +464,7 @@ def test_the_same_results_give_the_same_bytes(papers_results: Path, monkeypatch:
 def test_a_report_without_results_says_what_to_run(tmp_path: Path) -> None:
     page = reporting.report(tmp_path).read_text()
     assert page.count(">not run<") == 2 * len(names()) and "<svg" not in page
-    assert "python -m experiments run gradient_signs --scale paper" in page
+    assert "python -m experiments run gradient_signs --scale full" in page
 
 
 @pytest.mark.parametrize(
@@ -412,7 +488,7 @@ def test_numbers_for_readers(value: object, text: str) -> None:
 
 def test_a_run_is_its_own_documentation() -> None:
     """What a finished run writes down is the whole of its configuration."""
-    [planned, *_] = running.plan(["gradient_signs"], "laptop", "cifar10", 1, Path("results"))
-    assert planned.name == "gradient_signs/paper-batch-seed0"
+    [planned, *_] = running.plan(["gradient_signs"], "reduced", "cifar10", 1, Path("results"))
+    assert planned.name == "gradient_signs/full-batch-seed0"
     fields = set(Run.__dataclass_fields__) - {"seeds"}
     assert planned.config.keys() == fields | {"experiment", "scale", "data", "seed"}

@@ -13,6 +13,7 @@ from bnkern.train.cifar10 import Split, synthetic
 from experiments import names, spec
 from experiments.procedures import training
 from experiments.run import plan
+from experiments.specs import REDUCED_EPOCHS, SCALES, Run
 
 IMAGES = synthetic(64, 20)
 CPU = torch.device("cpu")
@@ -104,7 +105,8 @@ def test_the_largest_rate_that_is_borne(tmp_path: Path) -> None:
     assert found["limit"] == pytest.approx(-2) and found["learning limit"] <= found["limit"]
     assert not list(tmp_path.glob("**/*.pt"))
     none = measure(tmp_path / "none", configuration("none", lrs=[1e6, 1e7], epochs=1))["limits"]
-    assert none["limit"] == none["learning limit"] == pytest.approx(5.5), "half a decade below what was tried"
+    assert none["limit"] == none["learning limit"] == pytest.approx(6) and none["limit bound"] == -1, "below all tried"
+    assert found["limit bound"] == 0
 
 
 def test_a_rate_teaches_if_the_loss_falls_below_guessing(tmp_path: Path) -> None:
@@ -158,16 +160,37 @@ TRAINED = [name for name in names() if any(run.procedure in ("training", "layer_
 
 
 @pytest.mark.parametrize("name", ["learning_rates", "final_layer_norm", "norm_variants"])
-@pytest.mark.parametrize("scale", ["quick", "laptop"])
-def test_smaller_scales_keep_rates_and_ratios_of_epochs(name: str, scale: str) -> None:
-    full = {run.label: run for run in spec(name).at("paper") if "lr" in run.options}
-    small = {run.label: run for run in spec(name).at(scale) if "lr" in run.options}
+def test_quick_runs_keep_rates_and_ratios_of_epochs(name: str) -> None:
+    full, small = trained_runs(name, "full"), trained_runs(name, "quick")
     assert full.keys() == small.keys()
     factor = sum(run.options["epochs"] for run in small.values()) / sum(run.options["epochs"] for run in full.values())
     for label, run in full.items():
         assert small[label].options["lr"] == run.options["lr"]
         assert abs(small[label].options["epochs"] - factor * run.options["epochs"]) <= 1  # rounded, at least 1
         assert small[label].batch == run.batch == 128
+
+
+@pytest.mark.parametrize("name", ["learning_rates", "final_layer_norm", "norm_variants"])
+def test_reduced_runs_keep_the_rates_and_share_images_and_epochs(name: str) -> None:
+    """Runs of several experiments with the same rate are the same run, but for the network."""
+    full, small = trained_runs(name, "full"), trained_runs(name, "reduced")
+    assert full.keys() == small.keys()
+    for label, run in small.items():
+        assert run.options["lr"] == full[label].options["lr"] and run.batch == 128 and run.seeds >= 3
+        assert run.options["epochs"] == REDUCED_EPOCHS[run.options["lr"]]
+        assert (run.options["images"], run.options["augment"]) == (1280, False)
+        assert run.depth == (56 if name == "norm_variants" else 110)
+
+
+def trained_runs(name: str, scale: str) -> dict[str, Run]:
+    return {run.label: run for run in spec(name).at(scale) if "lr" in run.options}
+
+
+def test_a_limit_at_the_edge_of_the_rates_tried_is_a_bound() -> None:
+    rates = [0.01, 0.1, 1.0]
+    assert training.largest(rates, [True, True, False]) == (-1, 0)
+    assert training.largest(rates, [True, True, True]) == (0, 1), "at least 1"
+    assert training.largest(rates, [False, False, False]) == (-2, -1), "at most 0.01"
 
 
 def test_what_is_quick_stays_quick() -> None:
@@ -178,7 +201,7 @@ def test_what_is_quick_stays_quick() -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_training_run_is_one_that_bnkern_train_accepts(name: str) -> None:
     """A wrong setting shows here, not after hours."""
-    for scale in ("smoke", "quick", "laptop", "paper"):
+    for scale in SCALES:
         for planned in plan([name], scale, "cifar10", 1, Path()):
             changes = {"lr": planned.config["options"].get("lr", 0.1)}
             training.settings_of(planned.config, IMAGES, CPU, **changes)

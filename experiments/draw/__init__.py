@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 Rows = list[dict[str, object]]
 
@@ -70,7 +70,9 @@ def save(draw: Callable[[Rows], Figure], rows: Rows, stem: Path) -> None:
 
 
 def _label_powers(axis: Axis) -> None:
-    """Powers of ten alone; plain 1, 2 and 5 times them on an axis that spans too few."""
+    """Powers of ten alone; plain 1, 2 and 5 times them on an axis that spans too few. A drawer's own ticks stay."""
+    if isinstance(axis.get_major_locator(), FixedLocator):
+        return
     axis.set_minor_formatter(NullFormatter())
     low, high = axis.get_view_interval()
     if 0 < low < high < 30 * low:
@@ -94,6 +96,13 @@ def band(axes, x, rows: Rows, name: str, style: str, colour: str) -> None:
 def ranged(name: str, values: np.ndarray) -> dict[str, float]:
     """What ``band`` draws of one number a seed: the median, the least and the largest."""
     return {name: np.median(values), f"{name} low": np.min(values), f"{name} high": np.max(values)}
+
+
+def living(name: str, values: np.ndarray, dead: np.ndarray) -> dict[str, float]:
+    """As ``ranged``, of the seeds that are not dead; nan where all are."""
+    return (
+        ranged(name, values[~dead]) if not dead.all() else dict.fromkeys((name, f"{name} low", f"{name} high"), np.nan)
+    )
 
 
 def count(seeds: int) -> str:

@@ -4,17 +4,19 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from . import INK, NETS, Rows, column
+from . import INK, NETS, Rows
 
 CAPTION = (
-    "Largest learning rate of those tried that is borne (filled) and that teaches (hollow), mean of its logarithm and "
-    "range over seeds."
+    "Largest of the learning rates tried that is borne (filled) and that teaches (hollow): mean of its logarithm and "
+    "range over seeds. An arrow up marks a limit above all rates tried, an arrow down one below them all: these are "
+    "bounds, and no line leads to them."
 )
 LIMITS = {"limit": "borne", "learning limit": "teaches"}
+ARROWS = {1: "^", -1: "v"}
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """The limits by depth, as logarithms to base 10; and every rate tried."""
+    """The limits by depth, as logarithms to base 10, with the seeds whose limit is only a bound; and every rate."""
     limits, tried = [], []
     for run in spec.runs:
         done = results.where(label=run.label)
@@ -22,8 +24,10 @@ def tables(spec, results) -> dict[str, Rows]:
             continue
         row = {"norm": run.norm, "depth": done[0].config["depth"], "seeds": len(done)}
         for name in LIMITS:
-            values = [one.at(name).item() for one in done]
-            row |= {name: np.mean(values), f"{name} low": min(values), f"{name} high": max(values)}
+            values = [one.value(name) for one in done]
+            numbers, bounds = [value.number for value in values], [value.bound for value in values]
+            row |= {name: np.mean(numbers), f"{name} low": min(numbers), f"{name} high": max(numbers)}
+            row |= {f"{name} above all": bounds.count(1), f"{name} below all": bounds.count(-1)}
         limits.append(row)
         for index, rate in enumerate(done[0].at("lrs")):
             shares = {name: np.mean([one.at(name)[index] for one in done]) for name in ("survived", "learned")}
@@ -36,15 +40,22 @@ def draw(rows: Rows) -> Figure:
     figure = Figure(figsize=(5.4, 3.8))
     axes = figure.add_subplot()
     for norm, (_, colour, marker) in NETS.items():
-        depth = np.array(column(rows, "depth", norm=norm), float)
         for name, shift in zip(LIMITS, (0.985, 1.015), strict=True):
-            mean, low, high = (
-                10 ** np.array(column(rows, key, norm=norm), float) for key in (name, f"{name} low", f"{name} high")
-            )
-            if len(depth):
+            mine = [row for row in rows if row["norm"] == norm]
+            found = [row for row in mine if not row[f"{name} above all"] and not row[f"{name} below all"]]
+            hollow = {} if name == "limit" else {"markerfacecolor": "none"}
+            if found:
+                depth = np.array([row["depth"] for row in found], float) * shift
+                mean, low, high = (
+                    10 ** np.array([row[key] for row in found]) for key in (name, f"{name} low", f"{name} high")
+                )
                 style = dict(fmt=marker + ("-" if name == "limit" else ":"), color=colour, capsize=2, linewidth=1.2)
-                hollow = {} if name == "limit" else {"markerfacecolor": "none"}
-                axes.errorbar(depth * shift, mean, [mean - low, high - mean], **style, **hollow)
+                axes.errorbar(depth, mean, [mean - low, high - mean], **style, **hollow)
+            for bound, which in ((1, "above all"), (-1, "below all")):
+                ends = [row for row in mine if row[f"{name} {which}"]]
+                limits = [10 ** row[f"{name} {'high' if bound == 1 else 'low'}"] for row in ends]
+                places = [row["depth"] * shift for row in ends]
+                axes.plot(places, limits, ARROWS[bound], color=colour, markersize=8, linestyle="none", **hollow)
     depths = sorted({row["depth"] for row in rows})
     axes.set(xscale="log", yscale="log", xlabel="depth", ylabel="learning rate")
     axes.set_xticks(depths, [str(depth) for depth in depths])

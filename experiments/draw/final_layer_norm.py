@@ -6,8 +6,9 @@ from matplotlib.figure import Figure
 from . import INK, SERIES, Rows
 
 CAPTION = (
-    "Left: the largest learning rate that is borne, geometric mean and range over seeds. Right: test accuracy of the "
-    "last epoch, mean and standard deviation over seeds, at the learning rate given; hollow: the paper's."
+    "Left: the largest learning rate that is borne, geometric mean and range over seeds; an arrow marks a limit beyond "
+    "all rates tried. Right: test accuracy of the last epoch, mean and standard deviation over seeds, at the learning "
+    "rate given; hollow: the paper's."
 )
 NETS = {"none": ("none", SERIES[1]), "final": ("one, at the end", SERIES[2]), "batch": ("everywhere", SERIES[0])}
 
@@ -16,12 +17,13 @@ def tables(spec, results) -> dict[str, Rows]:
     """For each net its limit and its accuracy, where there are runs of them."""
     rows = []
     for norm in NETS:
-        limits = [run.at("limit").item() for run in results.where(label=f"limit-{norm}")]
+        found = results.each("limit", label=f"limit-{norm}")
+        limits, bounds = [value.number for value in found], {value.bound for value in found}
         label = next(label for label in spec.paper if label.startswith(norm))
         accuracies = [run.at("test accuracy").item() for run in results.where(label=label)]
         row = {"batch norm": norm, "run": label, "seeds": len(accuracies), "paper": spec.paper[label]}
         row |= {"limit": np.mean(limits) if limits else np.nan, "limit low": min(limits, default=np.nan)}
-        row |= {"limit high": max(limits, default=np.nan)}
+        row |= {"limit high": max(limits, default=np.nan), "bound": sum(bounds)}
         row["test accuracy"] = np.mean(accuracies) if accuracies else np.nan
         row["spread"] = np.std(accuracies, ddof=1) if len(accuracies) > 1 else 0.0
         rows.append(row)
@@ -35,7 +37,8 @@ def draw(rows: Rows) -> Figure:
     for at, (norm, (_, colour)) in enumerate(NETS.items()):
         [row] = [row for row in rows if row["batch norm"] == norm]
         middle, low, high = (10 ** row[name] for name in ("limit", "limit low", "limit high"))
-        left.errorbar(at, middle, [[middle - low], [high - middle]], fmt="o", color=colour, capsize=3)
+        marker = {0: "o", 1: "^", -1: "v"}[row["bound"]]
+        left.errorbar(at, middle, [[middle - low], [high - middle]], fmt=marker, color=colour, capsize=3)
         right.errorbar(at, row["test accuracy"], row["spread"], fmt="o", color=colour, capsize=3)
         right.plot(at, row["paper"], "D", color=colour, markerfacecolor="none", markersize=8)
         right.annotate(row["run"].partition("-")[2], (at, 3), ha="center", color=INK, fontsize=9)

@@ -7,9 +7,9 @@ from . import INK, NETS, Rows, band, column, key_of_nets, ranged
 
 CAPTION = (
     "How much the gradient has changed after a step of size a, relative to its norm. Lines: median over seeds; bands: "
-    "all seeds. Dotted: a change by half, which bounds the reach. Values above 1e6 are drawn there."
+    "all seeds. Dotted: a change by half, which bounds the reach. Values above 100 are drawn there."
 )
-HIGHEST = 1e6
+HIGHEST = 100
 QUANTITIES = {"predictiveness": "change", "smoothness": "smoothness"}
 
 
@@ -41,10 +41,8 @@ def draw(rows: Rows) -> Figure:
             ]
             band(axes, column(mine, "a"), mine, "change", f"{marker}-", colour)
         axes.axhline(0.5, color=INK, linestyle=":", linewidth=1)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set(xscale="log", yscale="log", ylabel="||g(a) - g|| / ||g||")
         axes.set_title(f"mini-batch {number}", loc="left", fontsize=10)
-        axes.set_ylabel("||g(a) - g|| / ||g||")
     axes.set_xlabel("a")
     figure.legend(handles=key_of_nets(min(row["seeds"] for row in rows)), loc="outside lower center", ncols=2)
     return figure

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -141,8 +140,9 @@ def _limits(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
     """Which of ``lrs`` a network bears: one epoch at each, a run of its own, without drops.
 
     ``survived``: no loss was over 1e3 or not finite. ``learned``: and the mean loss of the last quarter is below the
-    first loss and below that of guessing, ln 10. ``limit`` and ``learning limit``: log10 of the largest such rate,
-    half a decade below the smallest one tried where there is none.
+    first loss and below that of guessing, ln 10. ``limit`` and ``learning limit``: log10 of the largest such rate.
+    ``limit bound`` and ``learning limit bound`` are 1 where that is the largest rate tried, so that the limit is at
+    least this; -1 where no rate served, so that it is below the smallest one tried, which then stands as the limit.
     """
     rates = sorted(config["options"]["lrs"])
     data = subset(data, {"tests": 1})  # nobody looks at the accuracy
@@ -157,13 +157,18 @@ def _limits(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
         learned.append(survived[-1] and teaches(losses))
     forget(folder)
 
-    def largest(usable: Iterable[bool]) -> float:
-        found = [rate for rate, good in zip(rates, usable, strict=True) if good]
-        return math.log10(max(found)) if found else math.log10(rates[0]) - 0.5
-
     found = {"lrs": rates, "survived": survived, "learned": learned}
-    found |= {"limit": largest(survived), "learning limit": largest(learned)}
+    for name, usable in (("limit", survived), ("learning limit", learned)):
+        found[name], found[f"{name} bound"] = largest(rates, usable)
     return {name: np.asarray(value, float) for name, value in found.items()}
+
+
+def largest(rates: list[float], usable: list[bool]) -> tuple[float, int]:
+    """log10 of the largest usable of the rising rates, and its bound as :func:`_limits` has it."""
+    served = [rate for rate, good in zip(rates, usable, strict=True) if good]
+    if not served:
+        return math.log10(rates[0]), -1
+    return math.log10(served[-1]), 1 if served[-1] == rates[-1] else 0
 
 
 def teaches(losses: list[float]) -> bool:

@@ -37,5 +37,5 @@ SPEC = Spec(
     ),
     runs=tuple(Run(norm, "at_init", norm, ("output_gradients",)) for norm in NETS),
     smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 8}},
-    minutes={"paper": 0.6},
+    minutes={"full": 0.6},
 )

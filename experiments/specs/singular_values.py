@@ -65,7 +65,8 @@ SPEC = Spec(
         Run("conditions", "theory", quantities=("conditions",), seeds=20, options={"factors": ALL, "size": 200}),
     ),
     smaller={"smoke": lambda run: {"seeds": min(run.seeds, 2)} | ({"size": 60} if run.seeds > 1 else {})},
-    minutes={"paper": 1},
+    given="read off",
+    minutes={"full": 1},
     images=False,
     remark="The theorem's O(M) for the largest is of x: the largest singular value itself grows like the root of e M. "
     "Condition numbers gain 1.49 decades a factor here; the theory of Lyapunov exponents (Newman, 1986) has 1.43 in "

@@ -1,11 +1,12 @@
 """Figure 3: with batch norm, a step along the gradient may be much larger before the loss rises."""
 
-from . import Claim, Run, Spec, above, below, within_factor
+from . import Claim, Run, Spec, above, below, between, within_factor
 
-RATES = tuple(10 ** (k / 4) for k in range(-20, -2))  # 1e-5 to 0.18
+RATES = tuple(10 ** (k / 4) for k in range(-24, 5))  # 1e-6 to 10
 AT = (1, 4, 7)
 NETS = {"batch": "with batch norm", "none": "without"}
 LOWEST = {("batch", 1): 10**-0.06, ("batch", 4): 10**-0.15, ("batch", 7): 10**-0.11, ("none", 1): 0.1}
+BEST = {("batch", 1): 0.03, ("batch", 4): 0.035, ("batch", 7): 0.09, ("none", 1): 2e-4}
 
 
 def claim(quantity: str, text: str, at: int, norm: str, paper: float | None = None, check=None) -> Claim:
@@ -18,6 +19,17 @@ def claim(quantity: str, text: str, at: int, norm: str, paper: float | None = No
     )
 
 
+def ratio(at: int) -> Claim:
+    of, to = (dict(quantity="improving", layer=at, norm=norm) for norm in NETS)
+    text = f"largest a before the loss rises, with batch norm over without, mini-batch {at}"
+    return Claim(text, lambda results: results.ratio(of, to), None, above(10), "geometric")
+
+
+def dead(at: int) -> Claim:
+    text = f"share of networks that are dead before the step, mini-batch {at}, without"
+    return Claim(text, lambda results: results.each("dead at start", at, norm="none"))
+
+
 SPEC = Spec(
     title="How far along its gradient may a step go?",
     of="Figure 3",
@@ -25,34 +37,41 @@ SPEC = Spec(
     shows="The loss of a mini-batch after a step of size a along minus its own gradient, over the loss before, for "
     "mini-batches 1, 4 and 7 of training. With batch norm it falls up to a of about 0.03 to 0.09 and at 0.2 is no more "
     "than three times its start. Without, the best a is near 2e-4 for the first mini-batch, and between 3e-3 and 8e-3 "
-    "the loss passes a million times its start.",
+    "the loss passes a million times its start, at all three.",
     method="ResNet-110 with projection shortcuts, batches of 128 augmented images, training as in Figure 1: lr 0.1 "
     "with batch norm, 1e-4 without, momentum 0.9, weight decay 1e-4. Before the updates by mini-batches 1, 4 and 7 "
     "the loss is taken along minus the gradient of that mini-batch, without momentum and decay, with batch norm in "
-    "training mode, at a from 1e-5 to 0.18, four to a decade. Only the first mini-batch is checked: what the later "
-    "ones look like without batch norm depends on the seed, since the first steps undo most of a bad start. The "
-    "paper's values are read off its figure. Means over seeds are geometric.",
+    "training mode, at a from 1e-6 to 10, four to a decade. All three mini-batches are checked. A network all of whose "
+    "images have the same logits is dead: its loss is that of a constant answer, and does not count as an improvement. "
+    "The paper's values are read off its figure. Means over seeds are geometric.",
     claims=(
-        Claim(
-            "largest a before the loss rises, with batch norm over without, mini-batch 1",
-            lambda results: results.ratio(
-                dict(quantity="improving", layer=1, norm="batch"), dict(quantity="improving", layer=1, norm="none")
-            ),
-            None,
-            above(10),
-            "geometric",
+        *map(ratio, AT),
+        *(
+            claim(
+                "passes 1e3", "smallest a at which the loss is 1e3 times its start", at, "none", None, between(0, 0.01)
+            )
+            for at in AT
         ),
-        claim("largest to 0.01", "largest relative loss, a up to 0.01", 1, "none", 1e6, above(1e3)),
-        claim("largest", "largest relative loss", 1, "batch", 3, below(10)),
-        claim("best rate", "best a", 1, "batch", 0.03, within_factor(0.03, 3)),
-        claim("best rate", "best a", 1, "none", 2e-4),
+        *(claim("largest to 0.2", "largest relative loss, a up to 0.2", at, "batch", 3, below(10)) for at in AT),
+        *(
+            claim("best rate", "best a", at, "batch", BEST["batch", at], within_factor(BEST["batch", at], 3))
+            for at in AT
+        ),
+        *(claim("best rate", "best a", at, "none", BEST.get(("none", at))) for at in AT),
+        *(claim("passes 1e6", "smallest a at which the loss is 1e6 times its start", at, "none", 5e-3) for at in AT),
         *(claim("lowest", "lowest relative loss", at, norm, LOWEST.get((norm, at))) for norm in NETS for at in AT),
         *(claim("improving", "largest a before the loss rises", at, norm) for norm in NETS for at in AT),
+        *map(dead, AT),
     ),
     runs=tuple(
         Run(norm, "landscape", norm, seeds=5, options={"lr": lr, "at": AT, "rates": RATES})
         for norm, lr in (("batch", 0.1), ("none", 1e-4))
     ),
-    smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 8, "rates": RATES[::6]}, "quick": {"seeds": 2}},
-    minutes={"quick": 2.5, "paper": 6},
+    smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 8, "rates": RATES[::6]}, "quick": {"seeds": 1}},
+    given="read off",
+    minutes={"quick": 2, "full": 9},
+    thresholds="Those of mini-batch 1 were set on 2026-11-22 from the paper's figure and one trial network. On "
+    "2026-11-28 the same ones were put on mini-batches 4 and 7 as well, when earlier runs were known to miss the "
+    "factor of 10 at mini-batch 7. The loss at a up to 0.01, which had to be above 1e3 and was infinite, became the a "
+    "at which it passes 1e3, which must be at most 0.01.",
 )
