@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from . import names, spec
+from .results import PUBLISHED, RUNS
 from .specs import SCALES, Spec
 
 EXAMPLES = """\
@@ -69,6 +70,12 @@ def main(words: list[str] | None = None) -> int:
             default=True,
             help="keep finished runs (default); --no-resume does them again, the old ones put aside",
         )
+    for command in (run_parser, report_parser):
+        command.add_argument(
+            "--published",
+            action="store_true",
+            help="count the training runs in experiments/published/runs as finished, and add them to the report",
+        )
     for command in (reproduce_parser, run_parser, report_parser):
         command.add_argument("--out", type=Path, default=Path("results"), help="the results' folder (default: results)")
     asked = parser.parse_args(words)
@@ -86,14 +93,16 @@ def main(words: list[str] | None = None) -> int:
                 run_parser.error(f"no experiment {name!r}; did you mean {near[0]!r}? There are: {', '.join(names())}")
         from .run import INTERRUPTED, run  # torch is loaded here, not for list and report
 
+        kept = PUBLISHED / RUNS if getattr(asked, "published", False) else None
         scale = "quick" if asked.command == "reproduce" else asked.scale
-        status = run(wanted, scale, asked.data, asked.device, asked.seeds, asked.out, asked.resume)
+        status = run(wanted, scale, asked.data, asked.device, asked.seeds, asked.out, asked.resume, kept)
         if asked.command == "run" or status == INTERRUPTED:
             return status
-    from .report import publish, report
+    from .report import publish, report  # matplotlib is loaded here
 
     try:
-        page = report(asked.out, getattr(asked, "scale", None))
+        published = PUBLISHED if getattr(asked, "published", False) else None
+        page = report(asked.out, getattr(asked, "scale", None), published)
     except OSError as error:
         print(f"no report: {error.strerror or error} ({asked.out})", file=sys.stderr)
         return 1

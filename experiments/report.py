@@ -15,10 +15,9 @@ from html import escape
 from pathlib import Path
 
 from . import draw, drawer, names, spec
-from .results import Finding, Results, judge, read
-from .specs import Spec
+from .results import PUBLISHED, RUNS, Finding, Results, finished, judge, read
+from .specs import JUDGED, Spec
 
-PUBLISHED = Path(__file__).parent / "published"
 TITLE = "Understanding Batch Normalization, reproduced"
 LEAD = (
     "Bjorck, Gomes, Selman and Weinberger (2018) explain what batch norm does by a set of experiments. Each is run "
@@ -103,12 +102,16 @@ class Section:
         return ""
 
 
-def report(out: Path, scale: str | None = None) -> Path:
-    """Writes the report on the results in ``out``, of one scale or of each experiment's largest; the page's path."""
+def report(out: Path, scale: str | None = None, published: Path | None = None) -> Path:
+    """Writes the report on the results in ``out``, of one scale or of each experiment's largest; the page's path.
+
+    With ``published``, a folder that :func:`publish` has filled, the runs kept there are added.
+    """
     for folder in ("figures", "data"):
         shutil.rmtree(out / folder, ignore_errors=True)
         (out / folder).mkdir(parents=True)
-    sections = [_section(name, read(out / name, spec(name), scale), out) for name in names()]
+    kept = {name: published and published / RUNS / name for name in names()}
+    sections = [_section(name, read(out / name, spec(name), scale, kept[name]), out) for name in names()]
     figures = {}
     for section in sections:
         for name, rows in section.tables.items():
@@ -127,7 +130,8 @@ def report(out: Path, scale: str | None = None) -> Path:
 def publish(out: Path, to: Path = PUBLISHED) -> int:
     """Copies the report, its figures and its CSV files to the folder that is committed; the exit status.
 
-    Refuses results that cannot speak about the paper.
+    The finished training runs of scales that are judged are copied too: they take hours, and a report on another
+    machine can add them. Refuses results that cannot speak about the paper.
     """
     told = json.loads((out / "report.json").read_text())["experiments"]
     unfit = [e["name"] for e in told if e["facts"].get("scale", "").startswith("smoke") or e["synthetic"]]
@@ -139,8 +143,20 @@ def publish(out: Path, to: Path = PUBLISHED) -> int:
         shutil.copytree(out / folder, to / folder)
     for file in ("report.html", "report.md", "report.json"):
         shutil.copy(out / file, to / file)
+    for name in names():
+        for run in finished(out / name):
+            if run.config["procedure"] == "training" and run.config["scale"] in JUDGED:
+                _keep(run.folder, to / RUNS / name / run.folder.name)
     print(f"published: {to}")
     return 0
+
+
+def _keep(run: Path, to: Path) -> None:
+    """Copies what :func:`.results.finished` reads of a run."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(run / "probes", to / "probes")
+    for name in ("config.json", "env.json", "DONE"):
+        shutil.copy(run / name, to / name)
 
 
 def _section(name: str, results: Results, out: Path) -> Section:
@@ -278,7 +294,8 @@ def _ours(finding: Finding) -> tuple[str, str]:
     if not math.isfinite(finding.spread) or not finding.spread:
         return number(finding.mean), count
     if finding.claim.mean == "geometric":
-        return number(finding.mean), f"×/÷ {finding.spread:.2f}, {count}"
+        spread = f"{finding.spread:.2f}" if finding.spread < 100 else number(finding.spread)
+        return number(finding.mean), f"×/÷ {spread}, {count}"
     digits = max(0, 1 - math.floor(math.log10(finding.spread)))
     return f"{finding.mean:.{digits}f}", f"± {finding.spread:.{digits}f}, {count}"
 

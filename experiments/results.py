@@ -12,6 +12,9 @@ import numpy as np
 
 from .specs import JUDGED, SCALES, Claim, Run, Spec
 
+PUBLISHED = Path(__file__).parent / "published"
+RUNS = "runs"  # the folder in it for finished runs that take hours, by experiment
+
 
 class Value(NamedTuple):
     """A number of one run, or only a bound of it, where a search ended at the edge of what was tried.
@@ -134,17 +137,19 @@ def finished(folder: Path) -> Iterator[Finished]:
     yield from sorted(found, key=lambda run: (run.config["label"], run.config["seed"]))
 
 
-def read(folder: Path, about: Spec, scale: str | None = None) -> Results:
+def read(folder: Path, about: Spec, scale: str | None = None, kept: Path | None = None) -> Results:
     """The results of one experiment: of the scale asked for, else the largest there is, on real images if any.
 
-    Runs whose configuration is not, or no longer, one of the spec's are counted as ``stale`` and otherwise left out.
+    Runs in the folder ``kept`` are added where ``folder`` does not have them. Runs whose configuration is not, or no
+    longer, one of the spec's are counted as ``stale`` and otherwise left out.
     """
+    runs = {run.folder.name: run for place in (kept, folder) if place for run in finished(place)}
     groups: dict[tuple[bool, int, str], list[Finished]] = {}
     stale = 0
-    for run in finished(folder):
+    for run in runs.values():
         at, data, seed = (run.config[name] for name in ("scale", "data", "seed"))
-        wanted = (configuration(folder.name, about, planned, at, data, seed) for planned in about.at(at))
-        if run.config not in wanted:
+        planned = about.at(at) if at in SCALES else ()
+        if run.config not in (configuration(folder.name, about, one, at, data, seed) for one in planned):
             stale += 1
         elif scale is None or at == about.scale(scale):
             groups.setdefault((data != "synthetic", SCALES.index(at), data), []).append(run)

@@ -35,6 +35,7 @@ class Planned:
     folder: Path
     config: dict
     minutes: float  # that it is expected to take, on two cores
+    kept: Path | None = None  # a folder that counts too, if it has this run, finished
 
     @property
     def name(self) -> str:
@@ -42,10 +43,12 @@ class Planned:
 
     def finished(self) -> bool:
         """Whether it is done, as configured now."""
-        return finished(self.folder, self.config)
+        return any(finished(place, self.config) for place in (self.folder, self.kept) if place)
 
 
-def plan(experiments: list[str], scale: str, data: str, seeds: int | None, out: Path) -> list[Planned]:
+def plan(
+    experiments: list[str], scale: str, data: str, seeds: int | None, out: Path, kept: Path | None = None
+) -> list[Planned]:
     """All runs of the experiments: every configuration of their specs at that scale, for seeds 0, 1, ..."""
     wanted = []
     for experiment in experiments:
@@ -57,7 +60,8 @@ def plan(experiments: list[str], scale: str, data: str, seeds: int | None, out: 
             for seed in range(seeds or run.seeds):
                 config = configuration(experiment, about, run, at, data, seed)
                 name = f"{at}-{run.label}-seed{seed}" + "-synthetic" * (config["data"] == "synthetic")
-                wanted.append(Planned(out / experiment / name, config, minutes))
+                there = kept / experiment / name if kept else None
+                wanted.append(Planned(out / experiment / name, config, minutes, there))
     return wanted
 
 
@@ -69,6 +73,7 @@ def run(
     seeds: int | None = None,
     out: Path = Path("results"),
     resume: bool = True,
+    kept: Path | None = None,
 ) -> int:
     """Does what is not done yet; a run that fails is recorded and does not stop the others.
 
@@ -80,13 +85,14 @@ def run(
         seeds: how many, instead of each configuration's own number.
         out: where result folders are.
         resume: keep finished runs; else do them all again.
+        kept: another folder, by experiment, whose finished runs count as done.
 
     Returns:
         the exit status: 0; 1 where a run failed, or data or disk are wanting; 130 after Ctrl-C.
     """
     data = data or os.environ.get("BNKERN_DATA") or ("synthetic" if scale == "smoke" else None)
     kind = "synthetic" if data == "synthetic" else "cifar10"
-    wanted = plan(experiments, scale, kind, seeds, out)
+    wanted = plan(experiments, scale, kind, seeds, out, kept)
     todo = [planned for planned in wanted if not (resume and planned.finished())]
     expected = 60 * sum(planned.minutes for planned in todo)
     about = f", about {duration(expected)} on two cores" if todo and scale != "smoke" else ""

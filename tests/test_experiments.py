@@ -311,6 +311,31 @@ def test_a_full_disk_stops_with_one_line(tmp_path: Path, procedure: Procedure, c
     assert run(tmp_path) == 0 and len(procedure.calls) == 5
 
 
+def test_published_runs_count_as_finished_where_asked(tmp_path: Path, procedure: Procedure, monkeypatch) -> None:
+    """Training takes hours: a run is kept with the report, and another machine does the other seeds."""
+    monkeypatch.setattr(cifar10, "load", lambda where: None)
+    asked = {"experiments": ["norm_variants"], "scale": "reduced", "data": "some folder", "device": "cpu"}
+    first, second, kept = tmp_path / "first", tmp_path / "second", tmp_path / "published"
+    assert running.run(seeds=1, out=first, **asked) == 0 and len(procedure.calls) == 9
+    reporting.report(first)
+    assert reporting.publish(first, kept) == 0
+    assert running.run(seeds=2, out=second, kept=kept / "runs", **asked) == 0
+    assert procedure.calls[9:] == [(label, 1) for label, _ in procedure.calls[:9]]
+    assert len(read(second / "norm_variants").runs) == 9
+    assert (
+        len(reading.read(second / "norm_variants", spec("norm_variants"), None, kept / "runs/norm_variants").runs) == 18
+    )
+    reporting.report(second, published=kept)
+    assert "group-0.1: 2" in (second / "report.md").read_text()
+
+
+def test_results_of_scales_that_are_gone_are_left_out(tmp_path: Path, procedure: Procedure) -> None:
+    assert run(tmp_path, seeds=1) == 0
+    config = tmp_path / "moments_by_depth/smoke-none-seed0-synthetic/config.json"
+    config.write_text(config.read_text().replace('"scale": "smoke"', '"scale": "laptop"'))
+    assert read(tmp_path / "moments_by_depth").stale == 1
+
+
 def test_what_is_done_again_is_put_aside(tmp_path: Path, procedure: Procedure, monkeypatch) -> None:
     """Because the spec has changed, or on demand; never overwritten."""
     assert run(tmp_path, seeds=1) == 0
