@@ -15,7 +15,7 @@ def claim(quantity: str, text: str, at: int, norm: str, paper: float | None = No
         lambda results: results.each(quantity, at, norm=norm),
         paper,
         check,
-        "geometric",
+        "arithmetic" if quantity == "dead at start" else "geometric",
     )
 
 
@@ -23,11 +23,6 @@ def ratio(at: int) -> Claim:
     of, to = (dict(quantity="improving", layer=at, norm=norm) for norm in NETS)
     text = f"largest a before the loss rises, with batch norm over without, mini-batch {at}"
     return Claim(text, lambda results: results.ratio(of, to), None, above(10), "geometric")
-
-
-def dead(at: int) -> Claim:
-    text = f"share of networks that are dead before the step, mini-batch {at}, without"
-    return Claim(text, lambda results: results.each("dead at start", at, norm="none"))
 
 
 SPEC = Spec(
@@ -61,7 +56,7 @@ SPEC = Spec(
         *(claim("passes 1e6", "smallest a at which the loss is 1e6 times its start", at, "none", 5e-3) for at in AT),
         *(claim("lowest", "lowest relative loss", at, norm, LOWEST.get((norm, at))) for norm in NETS for at in AT),
         *(claim("improving", "largest a before the loss rises", at, norm) for norm in NETS for at in AT),
-        *map(dead, AT),
+        *(claim("dead at start", "share of networks that are dead before", at, "none") for at in AT),
     ),
     runs=tuple(
         Run(norm, "landscape", norm, seeds=5, options={"lr": lr, "at": AT, "rates": RATES})
@@ -70,6 +65,9 @@ SPEC = Spec(
     smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 8, "rates": RATES[::6]}, "quick": {"seeds": 1}},
     given="read off",
     minutes={"quick": 2, "full": 9},
+    remark="Mini-batch 1 is as in the paper. By 4 and 7 the first updates have undone most of the bad start "
+    "without batch norm: steps of 0.02 and 0.08 are borne, and the loss passes a million times its start at 0.1 and "
+    "0.4, not between 3e-3 and 8e-3. No network was dead before a step.",
     thresholds="Those of mini-batch 1 were set on 2026-11-22 from the paper's figure and one trial network. On "
     "2026-11-28 the same ones were put on mini-batches 4 and 7 as well, when earlier runs were known to miss the "
     "factor of 10 at mini-batch 7. The loss at a up to 0.01, which had to be above 1e3 and was infinite, became the a "
