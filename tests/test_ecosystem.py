@@ -8,87 +8,21 @@ import inspect
 import io
 import operator
 import pickle
+import re
+import types
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
-from torch.ao import quantization
-from torch.ao.quantization import quantize_fx
-from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
-from torch.fx.experimental import optimization
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils import mkldnn
 
 import bnkern
-
-CLOSE = {"rtol": 1e-10, "atol": 1e-10}
-
-
-class Net(nn.Module):
-    """BN -> ReLU, BN -> add -> ReLU and a plain BN in float64; ``fused`` chooses bnkern's modules or torch's."""
-
-    def __init__(self, fused: bool) -> None:
-        super().__init__()
-        kind, act = (bnkern.nn, {"act": "relu"}) if fused else (nn, {})
-        self.fused = fused
-        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, padding=1), kind.BatchNorm2d(8, **act)
-        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), kind.BatchNorm2d(8, **act)
-        self.head, self.norm3 = nn.Linear(8, 4), kind.BatchNorm1d(4)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(self.conv1(x))
-        x = x if self.fused else x.relu()
-        y = self.conv2(x)
-        y = self.norm2(y, x) if self.fused else (self.norm2(y) + x).relu()
-        return self.norm3(self.head(y.mean((2, 3))))
-
-
-def pair() -> tuple[Net, Net]:
-    """Ours and torch's network in the same state, after two steps of training."""
-    torch.manual_seed(0)
-    networks = Net(True), Net(False)
-    networks[1].load_state_dict(networks[0].state_dict())
-    for network in networks:
-        train(network)
-    return networks
-
-
-def batches(count: int = 2) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(6, 3, 5, 5, generator=generator).double() for _ in range(count)]
-
-
-def train(model: nn.Module) -> None:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
-    model.train()
-    for x in batches():
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-
-
-def norms_of(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-
-def conv_and_norm(act: str | None = "relu", conv: type[nn.Conv2d] = nn.Conv2d) -> nn.Sequential:
-    """A convolution and a batch norm in eval, with statistics of their own."""
-    torch.manual_seed(2)
-    model = nn.Sequential(conv(3, 8, 3), bnkern.nn.BatchNorm2d(8, act=act))
-    for value in model[1].state_dict().values():
-        if value.is_floating_point():
-            value.uniform_(0.5, 1.5)
-    return model.eval().requires_grad_(False)
-
-
-X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(3))
-
+from bnkern.guard import REBUILDERS
+from tests.ecosystem import CLOSE, X, batches, conv_and_norm, norms_of, pair, train
 
 # ------------------------------------------------------------------------------- functions that must work as on torch's
 
@@ -342,6 +276,14 @@ def test_refuses_to_lose_the_activation(function: Callable[[nn.Module], nn.Modul
     assert torch.equal(model(X), expected)
 
 
+@pytest.mark.parametrize("name", REBUILDERS)
+def test_every_listed_name_is_refused(name: str) -> None:
+    """A function of that name that reads a hyperparameter, in whatever library it is defined."""
+    code = unlisted.__code__.replace(co_name=name.rpartition(".")[2], co_qualname=name)
+    with pytest.raises(TypeError, match=f"{re.escape(name)} would drop the activation"):
+        types.FunctionType(code, {"nn": nn})(bnkern.nn.BatchNorm2d(8, act="relu"))
+
+
 def test_refuses_to_fold_into_a_linear_layer() -> None:
     linear, norm = nn.Linear(3, 8).eval(), bnkern.nn.BatchNorm1d(8, act="relu").eval()
     with pytest.raises(TypeError, match=r"fuse_linear_bn_eval would drop the activation of a BatchNorm1d"):
@@ -349,6 +291,16 @@ def test_refuses_to_fold_into_a_linear_layer() -> None:
     norm.act = None
     x = torch.randn(5, 3)
     torch.testing.assert_close(fuse_linear_bn_eval(linear, norm)(x), norm(linear(x)))
+
+
+def test_a_refused_conversion_leaves_the_function_as_it_was() -> None:
+    """torch's converter replaces modules as it goes: those before the one that refuses are converted, and right."""
+    model = nn.Sequential(*conv_and_norm(act=None), nn.Conv2d(8, 8, 1), bnkern.nn.BatchNorm2d(8, act="relu")).eval()
+    expected = model(X)
+    with pytest.raises(TypeError, match="would drop the activation"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[1]) is nn.SyncBatchNorm and type(model[3]) is bnkern.nn.BatchNorm2d
+    torch.testing.assert_close(model(X), expected)
 
 
 def test_refuses_synchronized_ones_and_converted_models() -> None:
@@ -440,120 +392,3 @@ def test_compiled_code_that_reads_hyperparameters() -> None:
     torch.testing.assert_close(compiled(x), norm(x) * 0.25)
     norm.eps = 0.5
     torch.testing.assert_close(compiled(x), norm(x) * 0.5)
-
-
-# ----------------------------------------------------------------------------------- tracing, quantisation, fx's fusers
-
-
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_jit_trace(training: bool, frozen: bool) -> None:
-    """The trace holds the calls: on another input it gives that input's result, gradients and statistics."""
-    ours, _ = pair()
-    ours.train(training).requires_grad_(not frozen)
-    state = copy.deepcopy(ours.state_dict())
-    first, second = batches()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        traced = torch.jit.trace(copy.deepcopy(ours), first, check_trace=False)
-    traced.load_state_dict(state)
-    x, y = second.clone().requires_grad_(), second.clone().requires_grad_()
-    one, other = traced(x), ours(y)
-    torch.testing.assert_close(one, other, **CLOSE)
-    torch.testing.assert_close(traced.state_dict(), dict(ours.state_dict()), **CLOSE)
-    one.square().sum().backward()
-    other.square().sum().backward()
-    torch.testing.assert_close(x.grad, y.grad, **CLOSE)
-
-
-def test_jit_trace_of_the_other_modules() -> None:
-    first, second = (torch.randn(2, 3, 6, 6) for _ in range(2))
-    conv = bnkern.nn.Conv2d(3, 3, 3, padding=1).to(memory_format=torch.channels_last)
-    model = nn.Sequential(bnkern.nn.Activation(), conv, bnkern.nn.SyncBatchNorm(3, act="relu").eval())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(model, first.to(memory_format=torch.channels_last))
-    second = second.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(traced(second), model(second))
-
-
-def gradient(model: Callable[..., Tensor], x: Tensor, residual: Tensor) -> Tensor:
-    x = x.clone().requires_grad_()
-    model(x, residual).square().sum().backward()
-    return x.grad
-
-
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-def test_gradients_of_a_graph_that_was_exported_without(strict: bool) -> None:
-    """The ReLU's mask is kept for a backward that the exported graph was not asked for when it was made."""
-    norm = bnkern.nn.BatchNorm2d(4, act="relu").eval().requires_grad_(False)
-    x, residual = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(4)).unbind(0)
-    exported = torch.export.export(norm, (x, residual), strict=strict).module()
-    torch.testing.assert_close(gradient(exported, x, residual), gradient(norm, x, residual))
-
-
-def test_gradients_of_a_graph_without_a_mask_are_refused() -> None:
-    norm = bnkern.nn.BatchNorm2d(4, act="relu").eval().requires_grad_(False)
-    x, residual = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(4)).unbind(0)
-    graph = make_fx(norm)(x, residual)
-    assert torch.equal(graph(x, residual), norm(x, residual))
-    with pytest.raises(RuntimeError, match="recorded where no gradient was needed and keeps no ReLU mask"):
-        gradient(graph, x, residual)
-
-
-class LeafTracer(fx.Tracer):
-    """Records calls of bnkern's modules as calls of modules."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return type(module).__module__ == "bnkern.nn" or super().is_leaf_module(module, name)
-
-
-@pytest.mark.parametrize("act", [None, "relu"])
-def test_fx_fuser_leaves_it_alone(act: str | None) -> None:
-    """torch.fx.experimental.optimization compares exact classes, so that it folds torch's own batch norms only."""
-    model = nn.Sequential(conv_and_norm(act), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)).eval()
-    fused = optimization.fuse(fx.GraphModule(model, LeafTracer().trace(model)), no_trace=True)
-    kinds = {type(module) for module in fused.modules()}
-    assert bnkern.nn.BatchNorm2d in kinds and nn.BatchNorm2d not in kinds
-    torch.testing.assert_close(fused(X), model(X), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("names", [["0", "1"], ["0", "1", "2"], ["1", "2"]], ids=str)
-@pytest.mark.parametrize("training", [False, True], ids=["fuse_modules", "fuse_modules_qat"])
-def test_fuse_modules_refuses(names: list[str], training: bool) -> None:
-    """torch.ao.quantization names the classes that it has no fuser for."""
-    model = nn.Sequential(*conv_and_norm(), nn.ReLU()).train(training)
-    fuse = quantization.fuse_modules_qat if training else quantization.fuse_modules
-    with pytest.raises((AssertionError, NotImplementedError), match=r"bnkern\.nn\.BatchNorm2d"):
-        fuse(model, names)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("act", [None, "relu"])
-def test_eager_quantisation_refuses(act: str | None) -> None:
-    """Conversion finds no quantised class and leaves the batch norm, which then refuses the quantised tensor."""
-    model = nn.Sequential(quantization.QuantStub(), *conv_and_norm(act), quantization.DeQuantStub()).eval()
-    model.qconfig = quantization.get_default_qconfig(torch.backends.quantized.engine)
-    prepared = quantization.prepare(model)
-    prepared(X)
-    converted = quantization.convert(prepared)
-    with pytest.raises(TypeError, match=r"batch_norm: input must be float32, .*, got torch\.qu"):
-        converted(X)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("act", [None, "relu"])
-def test_fx_quantisation_keeps_it_in_floating_point(act: str | None) -> None:
-    """As a class that is not traced it stays a float module between quantised convolutions, with its activation."""
-    model = nn.Sequential(*conv_and_norm(act), nn.Conv2d(8, 4, 1)).eval()
-    custom = PrepareCustomConfig().set_non_traceable_module_classes([bnkern.nn.BatchNorm2d])
-    mapping = quantization.get_default_qconfig_mapping(torch.backends.quantized.engine)
-    prepared = quantize_fx.prepare_fx(copy.deepcopy(model), mapping, (X,), prepare_custom_config=custom)
-    prepared(X)
-    converted = quantize_fx.convert_fx(prepared)
-    kept = converted.get_submodule("1")
-    assert type(kept) is bnkern.nn.BatchNorm2d and kept.act == act
-    expected = model(X)
-    assert (converted(X) - expected).abs().max() < 0.05 * (expected.max() - expected.min())
