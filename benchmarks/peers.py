@@ -213,7 +213,7 @@ def others(
     modules = {}
     for name, make in makers.items():
         try:
-            modules[name] = _like(make(ours.num_features, ours.act), ours).to(device)
+            modules[name] = _like(make(len(ours.weight), ours.act), ours).to(device)
         except Exception as error:  # as for a peer that fails when it is called
             missing[name] = str(error) if isinstance(error, Missing) else timing.reason(error)
     return modules, missing

@@ -161,7 +161,7 @@ def _call(tensors: _Tensors, settings: _Settings, records: "Records | None") -> 
         return _eager(tensors, settings, records)
     if records is not None and records.mirrors:
         raise RuntimeError("several recordings of one layer at once are for eager calls, not for torch.compile")
-    save_mask = act is not None and residual is not None and _grad_wanted(tensors)
+    save_mask = act is not None and residual is not None and (_grad_wanted(tensors) or ops.recorded())
     wanted = (None, None, None) if records is None else records[:3]
     y, _, _, _, *new, activation = torch.ops.bnkern.batch_norm_forward(
         *tensors, *settings, save_mask, backends.forced(), wanted[0] is not None, *wanted[1:]

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 from .conv import conv2d, takes_gradient
 from .distributed import ranks_of, sync_batch_norm
 from .functional import add_act, batch_norm
+from .guard import Hyperparameter
 from .ops import nobody_looks
 
 
@@ -23,10 +24,12 @@ class _Fused:
     """What the three batch norms add to their torch.nn parents: the fused call and the ``act`` argument.
 
     Parameters and buffers, their names, defaults and reset are the parent's, so a state_dict goes both ways and
-    ``isinstance(module, torch.nn.BatchNorm2d)`` holds.
+    ``isinstance(module, torch.nn.BatchNorm2d)`` holds. Functions that take any such instance apart and rebuild it
+    would drop ``act``: :mod:`bnkern.guard` makes that an error or a warning.
     """
 
     taps: tuple = ()  # of the recordings that watch this module (bnkern.probes)
+    num_features, eps = Hyperparameter(), Hyperparameter()
 
     def __init__(
         self,
@@ -66,7 +69,7 @@ class _Fused:
             _tensor(self, parameters, "bias"),
             training or running_mean is None,
             momentum,
-            self.eps,
+            self.__dict__["eps"],
             residual=residual,
             act=self.act,
             num_batches_tracked=counter,
@@ -188,7 +191,7 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
             self.weight,
             self.bias,
             momentum,
-            self.eps,
+            self.__dict__["eps"],
             group=group,
             residual=residual,
             act=self.act,
@@ -208,7 +211,7 @@ def convert_sync_batchnorm(
     and are left as they are, with a warning.
 
     Raises:
-        ValueError: a batch norm that is lazy or parametrized; names it.
+        ValueError: a batch norm that is lazy, parametrized or sharded by ``fully_shard``; names it.
     """
     done: dict[torch.nn.Module, torch.nn.Module] = {}
 
@@ -242,6 +245,8 @@ def _synchronized(
         raise ValueError(f"convert_sync_batchnorm: {name} ({kind}) must be initialised by a first call before")
     if parametrize.is_parametrized(module):
         raise ValueError(f"convert_sync_batchnorm: {name} must not be parametrized; remove its parametrizations before")
+    if hasattr(module, "unshard"):  # a method of the classes that fully_shard makes; the new module would not gather
+        raise ValueError(f"convert_sync_batchnorm: {name} ({kind}) must not be sharded; call fully_shard afterwards")
     if type(module).forward not in _FORWARDS:
         warnings.warn(f"convert_sync_batchnorm: {name} ({kind}) has a forward of its own, left as it is", stacklevel=4)
         return module

@@ -17,14 +17,23 @@ PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def nobody_looks() -> bool:
-    """Whether no compilation, export, dispatch or function mode, transform or forward-mode level is at work."""
+    """Whether no compilation, export, trace, dispatch or function mode, transform or forward-mode level is at work.
+
+    A result that torch.jit.trace does not see made would be a constant of its graph.
+    """
     return not (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def recorded() -> bool:
+    """Whether the call goes into a graph that may later run with inputs that require gradients where these do not."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def plain(t: Tensor) -> bool:
@@ -209,14 +218,22 @@ def _backward_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, _, _, _, _, ctx.training, _, _, ctx.act, _, ctx.backend, _, gradient, affine = inputs
+    x, weight, bias, residual, _, _, _, ctx.training, _, _, ctx.act, save_mask, ctx.backend, _, gradient, affine = (
+        inputs
+    )
     _, mean, invstd, mask, *others = output
+    ctx.lacks_mask = ctx.act is not None and residual is not None and not save_mask
     ctx.save_for_backward(x, weight, bias, mean, invstd, mask)
     ctx.places = gradient, affine  # to be written: saved tensors may not change
     ctx.mark_non_differentiable(mean, invstd, mask, *others)
 
 
 def _autograd(ctx, dy, *_):
+    if ctx.lacks_mask:
+        raise RuntimeError(
+            "batch_norm: this graph was recorded where no gradient was needed and keeps no ReLU mask for the backward; "
+            "record it with an input or parameter that requires a gradient"
+        )
     x, weight, bias, mean, invstd, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad[:4]
     there = needs[0], mean.numel() > 0  # what there is to record

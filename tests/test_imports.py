@@ -56,7 +56,8 @@ RULES = {
         )
     ),
     "bnkern.conv": Rule(("bnkern.backends", "bnkern._native")),
-    "bnkern.nn": Rule(("bnkern.functional", "bnkern.distributed", "bnkern.conv", "bnkern.ops")),
+    "bnkern.guard": Rule(()),
+    "bnkern.nn": Rule(("bnkern.functional", "bnkern.distributed", "bnkern.conv", "bnkern.guard", "bnkern.ops")),
     # A residual that lies in memory as the input does is the kernels' business, any other is torch's.
     "bnkern.convert*": Rule(("bnkern.nn", "bnkern.convert*", "bnkern.backends.layout")),
     "bnkern.probes*": Rule(

@@ -88,7 +88,7 @@ def test_quantities_agree_with_their_oracles(target: Target, norm: bool, layout:
         compare(found["gradient_channel_signs"][layer], make("gradient_channel_signs").oracle(seen.dy[conv]), layer)
         if norm:
             var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
-            xhat = (x - mean) * torch.rsqrt(var + module.eps)
+            xhat = (x - mean) * torch.rsqrt(var + vars(module)["eps"])
             g = seen.dy[layer] * (y > 0) if module.act else seen.dy[layer]
             signs = make("affine_gradient_signs").oracle(g, xhat)
             compare(found["affine_gradient_signs"][layer], signs, layer)
