@@ -12,7 +12,7 @@ help: ## show this list
 
 setup: .venv/done ## create .venv and build the kernels; done again only where something changed
 
-reproduce: setup ## run the paper's experiments, 25 minutes to an hour, and write the report: results/report.html
+reproduce: setup ## run the paper's experiments, half an hour to an hour, and write the report: results/report.html
 	.venv/bin/python -m experiments reproduce $(ARGS)
 
 test: setup ## the tests
@@ -22,7 +22,7 @@ test-all: setup ## the tests, the slow ones too, and those of the floor versions
 	.venv/bin/python -m pytest -n 2 -m "not gpu" $(ARGS)
 	$(MAKE) test-floor
 
-test-floor: .venv-floor/done ## the Triton kernels under the oldest triton and numpy that are supported
+test-floor: .venv-floor/done ## the Triton kernels under triton 3.6, the oldest that is supported, and an older numpy
 	.venv-floor/bin/python -m pytest -n 2 -m "not gpu" -k triton $(ARGS)
 
 bench: setup ## the benchmarks; pick some with ARGS='-k moments'

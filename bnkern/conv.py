@@ -53,6 +53,8 @@ def conv2d_grad_signs(
         A NaN makes the sums that it enters NaN, and so does infinity times zero, on the padding too. Signs and counts
         look at the factors: a NaN has sign 0 and counts as nonzero, zero times anything does not.
 
+        On a GPU Triton's kernel serves; the README's known limits say where it was wrong with larger blocks.
+
     Raises:
         TypeError, ValueError: an argument is not as above; names it.
         RuntimeError: a forced backend cannot serve the call; says why.
@@ -218,8 +220,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, in
     """``F.conv2d`` with the weight gradient from :func:`gradient_sums`, which a probe may have formed already.
 
     For operands that :func:`takes_gradient` accepts; output and input gradient go by Winograd's form where that serves,
-    and a value that is not finite then makes whole tiles of 2 x 2 places NaN. The result's attribute ``handoff`` is the
-    probe's way in. Double backward goes through torch's formula.
+    and may then be NaN where the definition gives an infinity. The result's attribute ``handoff`` is the probe's way
+    in. Double backward goes through torch's formula.
     """
     handoff = Handoff()
     y = _Conv2d.apply(x, weight, bias, stride, padding, handoff)

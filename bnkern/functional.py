@@ -116,7 +116,11 @@ def channel_moments(x: Tensor) -> Moments:
 
 
 def explain(input: Tensor, *args: object, **kwargs: object) -> str:
-    """Which backend serves ``batch_norm(input, ...)`` with these arguments here, and why not the others, as a table."""
+    """Which backend serves ``batch_norm(input, ...)`` here, and why not the others, as a table.
+
+    The device type and dtype of input decide. ``residual`` and ``act`` are checked where they are given by name; other
+    arguments are ignored. Raises TypeError or ValueError as :func:`batch_norm` does.
+    """
     _check("explain", input, kwargs.get("residual"), kwargs.get("act"))
     return backends.explain(input.device.type, input.dtype)
 

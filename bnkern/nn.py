@@ -81,21 +81,21 @@ class _Fused:
 
 
 class BatchNorm1d(_Fused, torch.nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d`` ([N, C] or [N, C, L]) computing ``act(batch_norm(input) + residual)`` in one kernel.
+    """``torch.nn.BatchNorm1d`` ([N, C] or [N, C, L]) computing ``act(batch_norm(input) + residual)`` as one call.
 
     Arguments are those of torch.nn.BatchNorm1d and ``act``: None or "relu". See :func:`bnkern.batch_norm`.
     """
 
 
 class BatchNorm2d(_Fused, torch.nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` ([N, C, H, W]) computing ``act(batch_norm(input) + residual)`` in one kernel.
+    """``torch.nn.BatchNorm2d`` ([N, C, H, W]) computing ``act(batch_norm(input) + residual)`` as one call.
 
     Arguments are those of torch.nn.BatchNorm2d and ``act``: None or "relu". See :func:`bnkern.batch_norm`.
     """
 
 
 class BatchNorm3d(_Fused, torch.nn.BatchNorm3d):
-    """``torch.nn.BatchNorm3d`` ([N, C, D, H, W]) computing ``act(batch_norm(input) + residual)`` in one kernel.
+    """``torch.nn.BatchNorm3d`` ([N, C, D, H, W]) computing ``act(batch_norm(input) + residual)`` as one call.
 
     Arguments are those of torch.nn.BatchNorm3d and ``act``: None or "relu". See :func:`bnkern.batch_norm`.
     """
@@ -124,10 +124,12 @@ class Conv2d(torch.nn.Conv2d):
     """``torch.nn.Conv2d`` whose weight gradient comes together with its probe (``weight_gradient_signs``).
 
     Where the CPU's own kernels were measured to be faster than torch's (:func:`bnkern.conv.takes_gradient`: float32 in
-    channels_last, mostly), the backward takes the weight gradient from the kernel that also makes the probe's sums,
-    probed or not, with the same bits; and a 3 x 3 convolution of stride and padding 1 without bias goes by Winograd's
-    F(2 x 2, 3 x 3), forward and backward. Elsewhere this is torch's convolution, a probe beside it. Arguments and
-    state_dict are torch's.
+    channels_last, multiples of 16 input channels), the backward takes the weight gradient from the kernel that also
+    makes the probe's sums, probed or not, with the same bits; and a 3 x 3 convolution of stride and padding 1 without
+    bias goes by Winograd's F(2 x 2, 3 x 3), forward and backward, where :func:`bnkern.conv.by_winograd` says so: then
+    results may be NaN where the definition gives an infinity, and a value that is not finite may spread to all nine
+    weights' gradients of its channel. Which of these serve depends on the CPU's instruction set. Elsewhere this is
+    torch's convolution, a probe beside it. Arguments and state_dict are torch's.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Config:
     precision: str = "fp32"  # "tf32": fp32 with TF32 products on a GPU; "bf16": autocast, parameters in fp32; "fp64"
     channels_last: bool = False
     compile: bool = False  # the network by torch.compile
-    graph: bool = True  # the whole step as one CUDA graph, on one GPU without probes
+    graph: bool = True  # the whole step as one CUDA graph, on one GPU, unless probes decide on the host
     deterministic: bool = False  # only deterministic algorithms: a resumed run has the bits of an uninterrupted one
 
     # what is written down, and when; an epoch's end always counts
