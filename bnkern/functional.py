@@ -118,14 +118,14 @@ def channel_moments(x: Tensor) -> Moments:
 def explain(input: Tensor, *args: object, **kwargs: object) -> str:
     """Which backend serves ``batch_norm(input, ...)`` with these arguments here, and why not the others, as a table."""
     _check("explain", input, kwargs.get("residual"), kwargs.get("act"))
-    return backends.explain(input.device.type, input.dtype)
+    return backends.explain(input.device, input.dtype)
 
 
 # --------------------------------------------------------------------------------------------------- the call
 
 
 def _backend(x: Tensor):
-    return backends.choose(backends.forced(), x.device.type, x.dtype)
+    return backends.choose(backends.forced(), x.device, x.dtype)
 
 
 def _grad_wanted(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from . import architectures
 from .arguments import ABSENT, CODES, address, contiguous, vector
 from .layout import Layout, addressed, empty_like, layout, strides
 from .records import activation_of_nothing
@@ -25,15 +26,30 @@ from .records import activation_of_nothing
 __all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
 
 
-def refuses(device_type: str, dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve such an input, or None."""
-    if device_type != "cuda":
-        return f"its kernels run on CUDA devices, the input is on {device_type}"
+    if device.type != "cuda":
+        return f"its kernels run on CUDA devices, the input is on {device}"
     if not hasattr(_native, "cuda_forward"):
         return "the native module was built without CUDA"
+    if torch.cuda.is_available() and _serving(torch.cuda.get_device_properties(device)) is None:
+        found = torch.cuda.get_device_properties(device)
+        return (
+            f"the native module was built for {' '.join(_ARCHITECTURES)}, and the code of none of these runs on "
+            f"{found.name}, whose capability is {found.major}.{found.minor}: build it with "
+            f"BNKERN_CUDA_ARCHS={found.major}{found.minor}"
+        )
     if dtype is torch.float64:
         return "it has no float64 kernels, the Triton backend has"
     return None if dtype in CODES else f"it has no kernels for {dtype}"
+
+
+_ARCHITECTURES = _native.build_info()["cuda_archs"]
+
+
+def _serving(properties) -> architectures.Capability | None:
+    """The capability that the code was compiled for which a device of these properties runs, or None."""
+    return architectures.serving((properties.major, properties.minor), _ARCHITECTURES)
 
 
 # -------------------------------------------------------------------------------------------- devices and rules
@@ -45,7 +61,7 @@ class Device(NamedTuple):
     multiprocessors: int
     shared_bytes: int  # that one block may ask for
     threads: int  # of a block, at most
-    clusters: bool  # blocks can read each other's shared memory: capability 9.0 and later
+    clusters: bool  # blocks can read each other's shared memory: device and code of capability 9.0 and later
 
 
 class Rule(NamedTuple):
@@ -62,7 +78,9 @@ RULES = {"": Rule(0, "rule of thumb: one kernel for every size")}
 @functools.cache
 def _device(index: int) -> tuple[Device, Rule]:
     found = torch.cuda.get_device_properties(index)
-    device = Device(found.multi_processor_count, found.shared_memory_per_block_optin, 512, found.major >= 9)
+    # PTX for an earlier capability has no cluster instructions, also where the device that runs it has them.
+    clusters = _serving(found) >= (9, 0)
+    device = Device(found.multi_processor_count, found.shared_memory_per_block_optin, 512, clusters)
     return device, RULES.get(found.name, RULES[""])
 
 

@@ -231,7 +231,7 @@ class OnCpu(NamedTuple):
                 assert same, f"result {k} depends on the order of threads and blocks"
         return first
 
-    def refuses(self, device_type: str, dtype: torch.dtype) -> str | None:
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype is not torch.float64 else "no float64"
 
     def _forward(self, x: Tensor, phases: tuple[bool, bool], saved, rest: tuple, record=None) -> list[Tensor | None]:
