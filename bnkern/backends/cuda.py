@@ -10,7 +10,6 @@ it. RuntimeError where a block has too little shared memory to record rows (142 
 """
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -84,77 +83,6 @@ def _device(index: int) -> tuple[Device, Rule]:
     return device, RULES.get(found.name, RULES[""])
 
 
-# ------------------------------------------------------------------------------------------------- workspaces
-
-
-class Workspaces:
-    """Memory in which the blocks of a launch tell each other of their parts: one for each (device, stream).
-
-    Launches on a stream follow each other and share it. It begins with signals, which are zero and which each launch
-    leaves so. A launch that is being captured into a graph gets memory of its own, out of a slab of zeros: graphs
-    captured on one stream may replay side by side. The slab is made and renewed outside of captures, when under half
-    of it is left; that waits once for its zeros. What a graph was given stays given, since nobody says when the graph
-    is gone. Where a capture outlasts the slab, or comes before any other launch, the memory is the graph's own,
-    zeroed by one more node of it.
-    """
-
-    SLAB = 64 << 20  # bytes; a launch takes some 40 KB
-    LEAST = 1 << 20
-    LINE = 256
-
-    def __init__(
-        self, zeros: Callable[[int, int], Tensor], capturing: Callable[[], bool], wait: Callable[[], None]
-    ) -> None:
-        self._zeros, self._capturing, self._wait = zeros, capturing, wait
-        self._lock = threading.Lock()
-        self._own: dict[tuple[int, int], tuple[int, int]] = {}
-        self._slabs: dict[int, Tensor] = {}
-        self._kept: list[Tensor] = []
-
-    def at_hand(self, device: int, stream: int) -> tuple[int, int]:
-        """Address and bytes of what a launch on this stream may use as it is: nothing within a capture."""
-        if self._capturing() or self._short(device):
-            return 0, 0
-        return self._own.get((device, stream), (0, 0))
-
-    def fresh(self, needed: int, device: int, stream: int) -> tuple[int, int]:
-        """Address and bytes of at least ``needed`` bytes, where less was at hand. The device is current."""
-        with self._lock:
-            if self._capturing():
-                return self._of_slab(needed, device)
-            if self._short(device):
-                self._slabs[device] = self._zeroed(self.SLAB, device)
-                self._wait()
-            address, size = self._own.get((device, stream), (0, 0))
-            if size < needed:
-                # What the smaller one was used for is done by the time the stream comes to what follows.
-                size = max(needed, 2 * size, self.LEAST)
-                self._own[device, stream] = address, size = self._zeroed(size, device).data_ptr(), size
-            return address, size
-
-    def _short(self, device: int) -> bool:
-        return len(self._slabs.get(device, ())) < self.SLAB // 2
-
-    def _zeroed(self, count: int, device: int) -> Tensor:
-        self._kept.append(self._zeros(count, device))
-        return self._kept[-1]
-
-    def _of_slab(self, needed: int, device: int) -> tuple[int, int]:
-        needed = -(-needed // self.LINE) * self.LINE
-        slab = self._slabs.get(device, ())
-        if len(slab) < needed:
-            return self._zeroed(needed, device).data_ptr(), needed
-        self._slabs[device] = slab[needed:]
-        return slab.data_ptr(), needed
-
-
-_workspaces = Workspaces(
-    lambda count, device: torch.zeros(count, dtype=torch.uint8, device=torch.device("cuda", device)),
-    torch.cuda.is_current_stream_capturing,
-    lambda: torch.cuda.current_stream().synchronize(),
-)
-
-
 # -------------------------------------------------------------------------------------------------- launchers
 
 
@@ -175,15 +103,30 @@ def _view(t: Tensor | None, rows: bool) -> tuple[int, int, int]:
     return ABSENT if t is None else (t.data_ptr(), *strides(t, rows))
 
 
-def _launch(entry: Callable[..., int], x: Tensor, *call) -> None:
-    """Queues a call of the native module on the current stream. It says how much workspace it lacks, if any."""
+def _launch(entry: Callable[..., None], x: Tensor, *call) -> None:
+    """Queues a call of the native module on the current stream.
+
+    RuntimeError with CUDA's words; torch.OutOfMemoryError where there is no memory for the stream's workspace.
+    """
     index = x.device.index
     device, rule = _device(index)
     strategy = int(x.nbytes >= rule.single_read_from)
     stream = torch._C._cuda_getCurrentRawStream(index)  # as Triton's launcher: a third of the cost of current_stream()
-    needed = entry(*call, device, (strategy, *_workspaces.at_hand(index, stream)), stream)
-    if needed:
-        entry(*call, device, (strategy, *_workspaces.fresh(needed, index, stream)), stream)
+    try:
+        entry(*call, device, strategy, stream)
+    except MemoryError:
+        # The workspace is not torch's, whose allocator may hold all that is free. It too returns that before it raises.
+        if torch.cuda.is_current_stream_capturing():
+            raise _out_of_memory() from None
+        torch.cuda.empty_cache()
+        try:
+            entry(*call, device, strategy, stream)
+        except MemoryError:
+            raise _out_of_memory() from None
+
+
+def _out_of_memory() -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError("CUDA has no memory left for the workspace of this stream (about 1 MB)")
 
 
 def _empty_mask(x: Tensor, like: Layout, act: str | None, residual: Tensor | None) -> Tensor | None:
