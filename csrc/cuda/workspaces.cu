@@ -1,6 +1,7 @@
 #include "workspaces.h"
 
 #include <algorithm>
+#include <bit>
 #include <map>
 #include <mutex>
 #include <new>
@@ -12,18 +13,18 @@
 namespace bnkern {
 namespace {
 
-// Outside of captures the first one is so large that hardly any network needs another.
-constexpr WorkspaceSize kLeast{1024, 1 << 20};
+// Of a call outside of captures: so much that hardly any network needs more. Of a captured one: 512 bytes of signals.
+constexpr WorkspaceSize kLeastOwn{1024, 1 << 20}, kLeastCaptured{32, 0};
 
 bool holds(const WorkspaceSize& size, const WorkspaceSize& needed) {
   return size.groups >= needed.groups && size.bytes >= needed.bytes;
 }
-WorkspaceSize larger(const WorkspaceSize& a, const WorkspaceSize& b) {
-  return {std::max(a.groups, b.groups), std::max(a.bytes, b.bytes)};
-}
-// What replaces a workspace that is too small.
-WorkspaceSize grown(const WorkspaceSize& old, const WorkspaceSize& needed) {
-  return larger(needed, {2 * old.groups, 2 * old.bytes});
+// What replaces a workspace that is too small, in powers of two, so that few calls of a network need another one.
+WorkspaceSize enlarged(const WorkspaceSize& old, const WorkspaceSize& needed, const WorkspaceSize& least) {
+  const auto power = [](std::int64_t a, std::int64_t b, std::int64_t c) {
+    return static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(std::max({a, b, c}))));
+  };
+  return {power(old.groups, needed.groups, least.groups), power(old.bytes, needed.bytes, least.bytes)};
 }
 
 // Allocation is no part of a capture, be it this thread's or another's, and does not spoil it.
@@ -122,7 +123,7 @@ class Stream {
   cudaError_t provide_own(WorkspaceSize needed) {
     if (holds(own_.size, needed)) return cudaSuccess;
     CudaWorkspace fresh;
-    cudaError_t error = allocate(larger(kLeast, grown(own_.size, needed)), &fresh);
+    cudaError_t error = allocate(enlarged(own_.size, needed, kLeastOwn), &fresh);
     if (error == cudaSuccess) error = clear_signals(fresh, stream_);
     if (error == cudaSuccess) own_ = fresh;
     return error;
@@ -131,7 +132,7 @@ class Stream {
   cudaError_t provide_captured(WorkspaceSize needed, unsigned long long capture, cudaGraph_t graph) {
     if (capture != capture_) captured_ = {}, capture_ = capture;  // no two captures have the same number
     if (holds(captured_.size, needed)) return cudaSuccess;
-    const WorkspaceSize size = grown(captured_.size, needed);
+    const WorkspaceSize size = enlarged(captured_.size, needed, kLeastCaptured);
     CudaWorkspace fresh;
     cudaError_t error = cudaSuccess;
     if (!Returned::of_all_devices().take(device_, size, &fresh)) error = allocate(size, &fresh);

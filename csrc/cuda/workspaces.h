@@ -4,8 +4,8 @@
 // signals zero. So no kernel of another call may run in between, and each call queues all its kernels under a lock.
 //
 // - Calls outside of captures share one workspace for each device and stream. It is never freed; one that has become
-//   too small stays allocated as well, since kernels may still use it and cudaFree would wait for the device. A new one
-//   is at least twice as large, so that all of a stream's have together less than twice the bytes of the last.
+//   too small stays allocated as well, since kernels may still use it and cudaFree would wait for the device. Sizes are
+//   powers of two, the first one 1 MB, so that a stream has few.
 // - Calls that are captured share one for each graph and stream: kernels that one stream captures depend on each other
 //   in their order, and no graph runs twice at the same time, but two graphs may. The graph owns it, as a CUDA user
 //   object: when the graph, and what was instantiated from it, is gone and its last launch has finished, the memory

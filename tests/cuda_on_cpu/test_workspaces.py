@@ -22,7 +22,8 @@ from tests.cuda_on_cpu.sandbox import sandboxed
 from tests.cuda_on_cpu.test_launchers import on_the_host
 from tests.record_cases import empty_record
 
-STREAMS = count(1000)  # every test has streams of its own: what a stream was given outlives the test
+DEVICES = count(1)  # every test has a device of its own, since what was allocated outlives the test
+STREAM, OTHER = 7, 8
 
 
 class Runtime:
@@ -43,7 +44,7 @@ class Runtime:
             *[ctypes.c_int64] * 2,
             ctypes.POINTER(native.CudaWorkspace),
         ]
-        self.lib.set_device(0)
+        self.lib.set_device(next(DEVICES))
 
     def counted(self) -> dict[str, int]:
         names = ("allocations", "allocated_bytes", "memsets", "limits_set")
@@ -76,31 +77,30 @@ def overlap(a: range, b: range) -> bool:
 
 @sandboxed
 def test_calls_of_a_stream_share_memory() -> None:
-    r, stream, other = Runtime(), next(STREAMS), next(STREAMS)
+    r, stream, other = Runtime(), STREAM, OTHER
     first = r.workspace(stream)
     before = r.counted()
     for _ in range(100):
         assert r.workspace(stream, groups=1024, size=1 << 20) == first
     assert r.counted() == before, "a call allocates nothing and clears nothing"
     assert not overlap(first, r.workspace(other))
-    r.lib.set_device(1)
-    assert not overlap(first, r.workspace(stream)), "streams of two devices may have the same handle"
-    r.lib.set_device(0)
     larger = r.workspace(stream, groups=3000, size=3 << 20)
     assert not overlap(first, larger) and r.workspace(stream) == larger
+    r.lib.set_device(next(DEVICES))
+    assert not overlap(larger, r.workspace(stream)), "streams of two devices may have the same handle"
 
 
 @sandboxed
 def test_captured_calls_share_the_workspace_of_their_graph() -> None:
     """The launches of a ResNet-110 took 9 MB, most of it signals for 4096 groups, and never gave it back."""
-    r, stream = Runtime(), next(STREAMS)
+    r, stream = Runtime(), STREAM
     own = r.workspace(stream)
     before = r.counted()
     with r.capture(stream) as graph:
         given = {r.workspace(stream, groups=8, size=17_000) for _ in range(220)}
     (captured,) = given
     made = {name: value - before[name] for name, value in r.counted().items()}
-    assert made == {"allocations": 1, "allocated_bytes": 256 + 17_000, "memsets": 1, "limits_set": 0}
+    assert made == {"allocations": 1, "allocated_bytes": 512 + 32_768, "memsets": 1, "limits_set": 0}
     assert not overlap(own, captured) and r.workspace(stream) == own
     r.lib.destroy_graph(graph)
 
@@ -108,7 +108,7 @@ def test_captured_calls_share_the_workspace_of_their_graph() -> None:
 @sandboxed
 def test_graphs_and_streams_of_a_graph_have_workspaces_of_their_own() -> None:
     """They may run side by side."""
-    r, stream, joined = Runtime(), next(STREAMS), next(STREAMS)
+    r, stream, joined = Runtime(), STREAM, OTHER
     graphs, given = [], [r.workspace(stream), r.workspace(joined)]
     for _ in range(3):
         with r.capture(stream) as graph:
@@ -123,42 +123,41 @@ def test_graphs_and_streams_of_a_graph_have_workspaces_of_their_own() -> None:
 
 @sandboxed
 def test_workspaces_of_graphs_that_are_gone_are_used_again() -> None:
-    r, stream = Runtime(), next(STREAMS)
-    size = 123_456  # more than other tests leave behind
+    r, stream = Runtime(), STREAM
     alive = []
     for k in range(5):
         before = r.counted()["allocations"]
         for _ in range(10):
             with r.capture(stream) as graph:
-                got = r.workspace(stream, groups=50, size=size)
+                got = r.workspace(stream, groups=50, size=10_000)
                 assert not any(overlap(got, other) for other in alive)
             r.lib.destroy_graph(graph)
         assert r.counted()["allocations"] - before == 1, f"10 captures beside {k} living graphs"
         with r.capture(stream):
-            alive.append(r.workspace(stream, groups=50, size=size))
+            alive.append(r.workspace(stream, groups=50, size=10_000))
 
 
 @sandboxed
 def test_a_capture_that_comes_to_need_more() -> None:
-    """What its first kernels use stays the graph's; what replaces it is at least twice as large."""
-    r, stream = Runtime(), next(STREAMS)
-    base = 1 << 20  # more than other tests leave behind
+    """What its first kernels use stays the graph's."""
+    r, stream = Runtime(), STREAM
     with r.capture(stream) as graph:
-        small = r.workspace(stream, groups=4, size=base)
-        large = r.workspace(stream, groups=4, size=base + 1)
-        assert not overlap(small, large) and len(large) >= 2 * base
-        assert r.workspace(stream, groups=8, size=2 * base) == large
+        small = r.workspace(stream, groups=4, size=4096)
+        large = r.workspace(stream, groups=4, size=4097)
+        assert not overlap(small, large)
+        assert r.workspace(stream, groups=8, size=8192) == large
         with_more_groups = r.workspace(stream, groups=100, size=1)
         assert not overlap(large, with_more_groups)
+        assert r.workspace(stream, groups=1, size=8192) == with_more_groups
     with r.capture(stream) as other:
-        assert not any(overlap(r.workspace(stream, 4, base), w) for w in (small, large, with_more_groups))
+        assert not any(overlap(r.workspace(stream, 4, 1000), w) for w in (small, large, with_more_groups))
     r.lib.destroy_graph(graph)
     r.lib.destroy_graph(other)
 
 
 @sandboxed
 def test_memory_may_be_allocated_while_others_capture() -> None:
-    r, capturing, stream = Runtime(), next(STREAMS), next(STREAMS)
+    r, capturing, stream = Runtime(), OTHER, STREAM
     with r.capture(capturing) as graph:
         r.workspace(stream)
     r.lib.destroy_graph(graph)
@@ -166,7 +165,7 @@ def test_memory_may_be_allocated_while_others_capture() -> None:
 
 @sandboxed
 def test_no_memory() -> None:
-    r, stream = Runtime(), next(STREAMS)
+    r, stream = Runtime(), STREAM
     r.lib.set_memory_left(1000)
     try:
         with pytest.raises(RuntimeError, match="no memory"):
@@ -180,15 +179,14 @@ def test_no_memory() -> None:
 def test_the_limit_of_shared_memory_is_set_once() -> None:
     """To what the device can give: a limit set for one launch may not be lowered by another before it is queued."""
     r = Runtime()
-    kernel = ctypes.c_void_p(next(STREAMS))
+    kernel = ctypes.c_void_p(1234)
     before = r.counted()["limits_set"]
-    for device in (0, 1):
+    for device in (next(DEVICES), next(DEVICES)):
         r.lib.set_device(device)
         assert r.lib.allowed_shared_memory(kernel) == 48 << 10
         for _ in range(3):
             r.lib.allow_shared_memory(kernel)
             assert r.lib.allowed_shared_memory(kernel) == 227 << 10
-    r.lib.set_device(0)
     assert r.counted()["limits_set"] - before == 2
 
 
