@@ -85,7 +85,7 @@ def on_the_host(check, *args, single_read_from: int = 0) -> None:
             (cuda, "_native", Native()),
             (cuda, "_device", lambda index: (device, cuda.Rule(single_read_from, "a test"))),
             (torch.cuda, "current_device", lambda: None),
-            (backends, "choose", lambda name, device_type, dtype: cuda),
+            (backends, "choose", lambda name, device, dtype: cuda),
         ):
             patches.enter_context(patch.object(target, name, value))
         patches.enter_context(patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True))
