@@ -34,7 +34,7 @@ def bound(call: str, op: str, inputs: Inputs) -> partial:
     """The backend's function bound to its arguments, and to the outputs of an earlier call where it takes ``out``."""
     x, residual, dy = inputs
     residual, act = (residual, "relu") if op == "bn_add_relu" else (None, None)
-    backend = backends.choose(backends.forced(), x.device.type, x.dtype)
+    backend = backends.choose(backends.forced(), x.device, x.dtype)
     count, mean, m2 = backend.moments(x)
     invstd = torch.rsqrt(m2 / count + 1e-5)
     weight, bias = torch.rand_like(mean) + 0.5, torch.randn_like(mean)

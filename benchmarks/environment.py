@@ -21,7 +21,7 @@ def environment(device: torch.device) -> dict:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted changes": bool(_git("status", "--porcelain", "--", ":!benchmarks/results")),
         "device": device.type,
-        "backend": backends.choose(backends.forced(), device.type, torch.float32).__name__.rpartition(".")[2],
+        "backend": backends.choose(backends.forced(), device, torch.float32).__name__.rpartition(".")[2],
         "threads": torch.get_num_threads(),
         "torch isa": torch.backends.cpu.get_cpu_capability(),
         "transparent huge pages": huge_pages.read_text().strip() if huge_pages.exists() else "unknown",

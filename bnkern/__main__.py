@@ -57,11 +57,11 @@ def native() -> dict[str, str]:
 
 
 def working_backends() -> dict[str, str]:
-    """Per backend the kinds of tensor it serves here, or why it serves none."""
-    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    """Per backend the devices whose tensors it serves here, or why it serves none."""
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     found = {}
     for name in backends.NAMES:
-        served = [kind for kind in kinds if backends.unavailable(name, kind) is None]
+        served = [device for device in here if backends.unavailable(name, device) is None]
         reason = backends.unavailable(name, "cuda") or backends.unavailable(name, "cpu")
         found[name] = f"works on {' and '.join(served)} tensors" if served else f"no: {reason}"
     return found

@@ -65,7 +65,7 @@ def conv2d_grad_signs(
     stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
     _check(x, dy, kernel_size, stride, padding)
     wanted = _flags(wanted)
-    backend = backends.choose(backends.forced(), x.device.type, x.dtype, "conv_grad_signs")
+    backend = backends.choose(backends.forced(), x.device, x.dtype, "conv_grad_signs")
     return GradSigns(*backend.conv_grad_signs(x.detach(), dy.detach(), kernel_size, stride, padding, wanted))
 
 
@@ -209,7 +209,7 @@ def gradient_sums(
     Then a value that is not finite may spread to all nine places of a kernel.
     """
     sizes = (kernel_size, stride, padding)
-    kernels = backends.choose(backends.forced(), x.device.type, x.dtype, "conv_grad_signs")
+    kernels = backends.choose(backends.forced(), x.device, x.dtype, "conv_grad_signs")
     dense = all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, dy))
     if dense and hasattr(kernels, "conv3x3") and by_winograd(x, dy.shape[1], *sizes):
         return GradSigns(*kernels.conv_grad_signs(x, dy, *sizes, _flags(wanted), winograd=True))
@@ -267,7 +267,7 @@ _SUM = ("sum",)
 
 def _winograd(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor | None:
     """The CPU's own 3 x 3 convolution (stride 1, padding 1) of x, or None where it has none for such an x."""
-    kernels = backends.choose(backends.forced(), x.device.type, x.dtype)
+    kernels = backends.choose(backends.forced(), x.device, x.dtype)
     if not hasattr(kernels, "conv3x3") or not x.is_contiguous(memory_format=torch.channels_last):
         return None
     return kernels.conv3x3(x, weight, flipped)

@@ -137,7 +137,7 @@ _library.define(
 def _forward(
     x, weight, bias, residual, eps, act, backend, group, ranks, record=False, record_gradient=None, record_affine=None
 ):
-    kernels = backends.choose(backend, x.device.type, x.dtype)
+    kernels = backends.choose(backend, x.device, x.dtype)
     count, mean, m2 = gather_moments(kernels, *kernels.moments(x), group, ranks)
     invstd = torch.rsqrt(m2 / count.clamp(min=1) + eps)
     activation = ops._record(x, rows.ACTIVATION, record)
@@ -175,7 +175,7 @@ def _backward(
     record_affine=False,
 ):
     need_x, need_weight, need_bias, need_residual = needs
-    kernels = backends.choose(backend, x.device.type, x.dtype)
+    kernels = backends.choose(backend, x.device, x.dtype)
     common = (dy, x, mean, invstd, weight, bias, mask if mask.numel() else None, act)
     gradient, affine = ops._record(x, rows.GRADIENT, record_gradient), ops._record(x, rows.AFFINE, record_affine)
     dx = dweight = dbias = dresidual = joint = None

@@ -122,14 +122,14 @@ def explain(input: Tensor, *args: object, **kwargs: object) -> str:
     arguments are ignored. Raises TypeError or ValueError as :func:`batch_norm` does.
     """
     _check("explain", input, kwargs.get("residual"), kwargs.get("act"))
-    return backends.explain(input.device.type, input.dtype)
+    return backends.explain(input.device, input.dtype)
 
 
 # --------------------------------------------------------------------------------------------------- the call
 
 
 def _backend(x: Tensor):
-    return backends.choose(backends.forced(), x.device.type, x.dtype)
+    return backends.choose(backends.forced(), x.device, x.dtype)
 
 
 def _grad_wanted(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -121,7 +121,7 @@ def _forward(
     running = (running_mean, running_var, num_batches_tracked)
     if training:
         running = tuple(None if t is None else t.clone() for t in running)
-    kernels = backends.choose(backend, x.device.type, x.dtype)
+    kernels = backends.choose(backend, x.device, x.dtype)
     activation = _record(x, records.ACTIVATION, record)
     y, mean, invstd, mask = kernels.forward(
         x, weight, bias, residual, *running, training, momentum, eps, act, save_mask, **_places(record=activation)
@@ -183,7 +183,7 @@ def copy_records(places: tuple[Tensor | None, ...], found: tuple[Tensor, ...], f
 def _backward(
     dy, x, weight, bias, mean, invstd, mask, act, training, needs, backend, record_gradient=False, record_affine=False
 ):
-    kernels = backends.choose(backend, x.device.type, x.dtype)
+    kernels = backends.choose(backend, x.device, x.dtype)
     gradient = _record(x, records.GRADIENT, record_gradient)
     affine = _record(x, records.AFFINE, record_affine)
     grads = kernels.backward(

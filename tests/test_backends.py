@@ -32,7 +32,7 @@ def fresh_table() -> None:
     """Choices are remembered; a test that changes what there is to choose forgets them before and after."""
 
     def forget() -> None:
-        for remembered in (backends.choose, backends.unavailable, backends._load):
+        for remembered in (backends._choose, backends._unavailable, backends._load):
             remembered.cache_clear()
 
     forget()
@@ -179,12 +179,29 @@ def test_first_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch, fresh_table
         "cpu        cannot: its kernels run on the CPU, the input is on cuda",
     ]
     refusing["cuda"] = None
-    for remembered in (backends.choose, backends.unavailable):
+    for remembered in (backends._choose, backends._unavailable):
         remembered.cache_clear()
     assert backends.choose("", "cuda", FP).__name__ == "cuda"
     with bnkern.use_backend("triton"):
         assert backends.choose(backends.forced(), "cuda", FP).__name__ == "triton"
         assert "triton     serves this call (forced)" in backends.explain("cuda", FP)
+
+
+def gpu(**properties: object) -> types.SimpleNamespace:
+    """Properties of a device as torch has them: those of an H100 but for the given ones."""
+    h100 = {"name": "H100", "major": 9, "minor": 0, "multi_processor_count": 132}
+    return types.SimpleNamespace(**h100 | {"shared_memory_per_block_optin": 227 << 10} | properties)
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, *properties: types.SimpleNamespace, current: int = 0) -> None:
+    """Makes torch see these devices."""
+
+    def of(device: torch.device | int) -> types.SimpleNamespace:
+        return properties[device if isinstance(device, int) else device.index]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", of)
 
 
 @pytest.mark.parametrize(("kilobytes", "first"), [(227, "cuda"), (163, "cuda"), (99, "triton"), (64, "triton")])
@@ -195,11 +212,56 @@ def test_triton_comes_first_where_shared_memory_is_small(
     for name in ("cuda", "triton"):
         module = types.SimpleNamespace(refuses=lambda device, dtype: None, __name__=name)
         monkeypatch.setitem(sys.modules, f"bnkern.backends.{name}", module)
-    found = types.SimpleNamespace(shared_memory_per_block_optin=kilobytes << 10)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: found)
+    gpus(monkeypatch, gpu(shared_memory_per_block_optin=kilobytes << 10))
     assert backends.choose("", "cuda", FP).__name__ == first
     assert backends.explain("cuda", FP).splitlines()[0] == f"{first:<10} serves this call"
+
+
+def test_every_device_has_its_own_choice(monkeypatch: pytest.MonkeyPatch, fresh_table: None) -> None:
+    """An H100 beside an RTX 4090: neither the first that was asked nor the current one decides for the other."""
+    for name in ("cuda", "triton"):
+        module = types.SimpleNamespace(refuses=lambda device, dtype: None, __name__=name)
+        monkeypatch.setitem(sys.modules, f"bnkern.backends.{name}", module)
+    ada = gpu(name="RTX 4090", major=8, minor=9, shared_memory_per_block_optin=99 << 10)
+    for current in (0, 1):
+        gpus(monkeypatch, gpu(), ada, current=current)
+        for index, first in enumerate(("cuda", "triton")):
+            device = torch.device("cuda", index)
+            assert backends.choose("", device, FP).__name__ == first
+            assert backends.explain(device, FP).splitlines()[0] == f"{first:<10} serves this call"
+        assert backends.choose("", "cuda", FP).__name__ == ("cuda", "triton")[current]
+        assert backends.choose("", torch.device("cuda"), FP).__name__ == ("cuda", "triton")[current]
+
+
+@pytest.mark.parametrize(
+    ("built", "major", "minor", "runs"),
+    [
+        (["90"], 8, 0, False),  # an A100 with a module that was built for the H100
+        (["90"], 9, 0, True),
+        (["90"], 12, 0, True),  # its PTX
+        (["90-real"], 12, 0, False),
+        (["80-real", "100"], 8, 9, True),
+        (["80-real", "100"], 9, 0, False),
+    ],
+)
+def test_cuda_refuses_devices_that_it_was_not_built_for(
+    built: list[str], major: int, minor: int, runs: bool, monkeypatch: pytest.MonkeyPatch, fresh_table: None
+) -> None:
+    """Without the refusal each call raises "no kernel image is available", while explain says that cuda serves."""
+    cuda = backends._load("cuda")
+    monkeypatch.setattr(cuda._native, "cuda_forward", None, raising=False)
+    monkeypatch.setattr(cuda, "_ARCHITECTURES", built)
+    gpus(monkeypatch, gpu(name="a device", major=major, minor=minor))
+    line = backends.explain("cuda", FP).splitlines()[0]
+    if runs:
+        assert line == "cuda       serves this call"
+    else:
+        assert line == (
+            f"cuda       cannot: the native module was built for {' '.join(built)}, and the code of none of these runs "
+            f"on a device, whose capability is {major}.{minor}: build it with BNKERN_CUDA_ARCHS={major}{minor}"
+        )
+        with pytest.raises(RuntimeError, match="'cuda' was asked for but cannot serve cuda:0"):
+            backends.choose("cuda", "cuda", FP)
 
 
 def test_explain() -> None:

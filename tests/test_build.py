@@ -179,6 +179,25 @@ def test_every_dependency_is_pinned():
     assert names == set(pins)
 
 
+@pytest.mark.skipif(not all(map(shutil.which, ("cmake", "ninja", "nvcc"))), reason="cmake, ninja or nvcc is missing")
+def test_architectures_are_named_one_by_one(tmp_path):
+    """Words that stand for others would be in build_info(), and the module could not say which GPUs it serves."""
+    header = tmp_path / "include" / "pybind11" / "pybind11.h"  # looked for, and not read before the architectures are
+    header.parent.mkdir(parents=True)
+    header.touch()
+    options = {
+        "BNKERN_CUDA": 1,
+        "BNKERN_CUDA_ARCHS": "80-real;all-major",
+        "BNKERN_PYBIND11_INCLUDE": header.parents[1],
+        "Python_EXECUTABLE": sys.executable,
+    }
+    defines = [f"-D{name}={value}" for name, value in options.items()]
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *defines]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "all-major is no architecture" in " ".join(done.stderr.split()), done.stderr
+
+
 @pytest.mark.slow
 def test_source_archive_builds_for_every_architecture(tmp_path):
     """sdist -> wheel -> import, away from this tree, and for all CUDA architectures where there is a compiler."""

@@ -37,7 +37,8 @@ RULES = {
     "bnkern.backends.arguments": Rule(()),
     "bnkern.backends.cpu_convolutions": Rule(NATIVE),
     "bnkern.backends.cpu": Rule((*NATIVE, "bnkern.backends.cpu_convolutions", "bnkern.backends.reference.merge")),
-    "bnkern.backends.cuda": Rule(NATIVE),
+    "bnkern.backends.architectures": Rule((), ()),
+    "bnkern.backends.cuda": Rule((*NATIVE, "bnkern.backends.architectures")),
     "bnkern.backends.triton*": Rule((*LEAVES, "bnkern.backends.triton*"), ("torch", "triton")),
     "bnkern.backends": Rule(()),  # loads its backends by name, from the table
     "bnkern.ops": Rule(("bnkern.backends", *LEAVES)),
@@ -153,7 +154,7 @@ def test_the_rules_can_be_broken(tmp_path: Path) -> None:
 def test_the_table_of_backends_names_modules() -> None:
     """The choice imports by name: each of its names that exists is a module of backends, and nothing else is."""
     here = {name.split(".")[2] for name in MODULES if name.startswith("bnkern.backends.")}
-    here -= {"layout", "records", "arguments", "cpu_convolutions"}
+    here -= {"layout", "records", "arguments", "architectures", "cpu_convolutions"}
     assert here <= set(backends.NAMES)
     assert {"cpu", "reference"} <= here
 

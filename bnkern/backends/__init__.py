@@ -2,7 +2,10 @@
 
 A backend is a module with the five phases (``moments merge normalize grad_sums grad_input``, where it has kernels
 for them one by one), the two calls made by autograd, ``forward`` and ``backward``, both with the signatures of
-``reference.py``, and ``refuses(device_type, dtype) -> str | None``: why it cannot serve such an input.
+``reference.py``, and ``refuses(device, dtype) -> str | None``: why it cannot serve such an input.
+
+A ``device`` is a ``torch.device`` or its name. The GPUs of a machine may differ, so every choice is made and remembered
+for one device with its index; "cuda" without an index is the current device.
 """
 
 import contextlib
@@ -25,14 +28,27 @@ ROOM = 160 << 10  # bytes that a block can ask for; records of rows take up to 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _order(device_type: str) -> tuple[str, ...]:
-    """The table's row for a device; for CUDA that of the current one."""
-    order = PREFERENCE.get(device_type, ("reference",))
-    if device_type != "cuda" or not torch.cuda.is_available():
+def _order(device: torch.device) -> tuple[str, ...]:
+    """The table's row for a device."""
+    order = PREFERENCE.get(device.type, ("reference",))
+    if device.type != "cuda" or not torch.cuda.is_available():
         return order
-    if torch.cuda.get_device_properties().shared_memory_per_block_optin >= ROOM:
+    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= ROOM:
         return order
     return ("triton", *(name for name in order if name != "triton"))
+
+
+_CPU = torch.device("cpu")
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    """The device with its index, which the device of a tensor has already."""
+    if device == _CPU:  # first, since this is in every call, and reading a device's type costs more than comparing it
+        return device
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _checked(name: str) -> str:
@@ -75,37 +91,45 @@ def _load(name: str) -> ModuleType | str:
         return f"cannot be imported: {error}"
 
 
-@cache
-def unavailable(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+def unavailable(name: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
     """Why the named backend cannot serve tensors of this device and dtype here, or None if it can."""
-    module = _load(_checked(name))
-    return module if isinstance(module, str) else module.refuses(device_type, dtype)
+    return _unavailable(name, _indexed(device), dtype)
 
 
 @cache
-def choose(name: str, device_type: str, dtype: torch.dtype, function: str | None = None) -> ModuleType:
+def _unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    module = _load(_checked(name))
+    return module if isinstance(module, str) else module.refuses(device, dtype)
+
+
+def choose(name: str, device: torch.device | str, dtype: torch.dtype, function: str | None = None) -> ModuleType:
     """The backend module for tensors of this device and dtype: the named one, or for "" the table's first that can.
 
     ``function``: what is to be called, where not every backend has it (``augment``, ``conv_grad_signs``: "cuda" has
     batch norm alone). One that is named and has no such kernels leaves the call to the table.
 
-    Raises RuntimeError where a named backend cannot serve. Falling back to the reference warns, once.
+    Raises RuntimeError where a named backend cannot serve. Falling back to the reference warns, once a device.
     """
+    return _choose(name, _indexed(device), dtype, function)
+
+
+@cache
+def _choose(name: str, device: torch.device, dtype: torch.dtype, function: str | None) -> ModuleType:
     if name:
-        reason = unavailable(name, device_type, dtype)
+        reason = _unavailable(name, device, dtype)
         if reason:
-            raise RuntimeError(f"backend {name!r} was asked for but cannot serve {device_type} {dtype}: {reason}")
+            raise RuntimeError(f"backend {name!r} was asked for but cannot serve {device} {dtype}: {reason}")
         module = _load(name)
-        return module if function is None or hasattr(module, function) else choose("", device_type, dtype, function)
+        return module if function is None or hasattr(module, function) else _choose("", device, dtype, function)
     reasons = []
-    for candidate in _order(device_type):
-        reason = unavailable(candidate, device_type, dtype)
+    for candidate in _order(device):
+        reason = _unavailable(candidate, device, dtype)
         if reason is None and function is not None and not hasattr(_load(candidate), function):
             reason = f"it has no {function}"
         if reason is None:
             if candidate == "reference":
-                why = "; ".join(reasons) or f"no backend has kernels for device {device_type!r}"
-                warnings.warn(f"bnkern uses its slow reference for {device_type} {dtype}: {why}", stacklevel=3)
+                why = "; ".join(reasons) or f"no backend has kernels for device {device.type!r}"
+                warnings.warn(f"bnkern uses its slow reference for {device} {dtype}: {why}", stacklevel=4)
             return _load(candidate)
         reasons.append(f"{candidate}: {reason}")
     raise AssertionError("the reference serves everything")
@@ -118,13 +142,14 @@ def native_usual() -> Callable[..., bool] | None:
     return None if isinstance(module, str) else module.usual
 
 
-def explain(device_type: str, dtype: torch.dtype) -> str:
+def explain(device: torch.device | str, dtype: torch.dtype) -> str:
     """The table for such an input, one backend a line: which serves it, and why not the others."""
     chosen = None
     lines = []
-    order = _order(device_type)
+    device = _indexed(device)
+    order = _order(device)
     for name in order + tuple(name for name in NAMES if name not in order):
-        reason = unavailable(name, device_type, dtype)
+        reason = _unavailable(name, device, dtype)
         if forced() and name != forced():
             verdict = f"not asked for ({forced()} is forced)"
         elif reason:

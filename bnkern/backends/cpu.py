@@ -44,9 +44,9 @@ _reads_tensors = _native.exchange(
 usual = _native.usual if _reads_tensors else None
 
 
-def refuses(device_type: str, dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve such an input, or None."""
-    return None if device_type == "cpu" else f"its kernels run on the CPU, the input is on {device_type}"
+    return None if device.type == "cpu" else f"its kernels run on the CPU, the input is on {device}"
 
 
 class _Plan(NamedTuple):

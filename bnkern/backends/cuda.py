@@ -10,7 +10,6 @@ it. RuntimeError where a block has too little shared memory to record rows (142 
 """
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from . import architectures
 from .arguments import ABSENT, CODES, address, contiguous, vector
 from .layout import Layout, addressed, empty_like, layout, strides
 from .records import activation_of_nothing
@@ -25,15 +25,30 @@ from .records import activation_of_nothing
 __all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses"]
 
 
-def refuses(device_type: str, dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve such an input, or None."""
-    if device_type != "cuda":
-        return f"its kernels run on CUDA devices, the input is on {device_type}"
+    if device.type != "cuda":
+        return f"its kernels run on CUDA devices, the input is on {device}"
     if not hasattr(_native, "cuda_forward"):
         return "the native module was built without CUDA"
+    if torch.cuda.is_available() and _serving(torch.cuda.get_device_properties(device)) is None:
+        found = torch.cuda.get_device_properties(device)
+        return (
+            f"the native module was built for {' '.join(_ARCHITECTURES)}, and the code of none of these runs on "
+            f"{found.name}, whose capability is {found.major}.{found.minor}: build it with "
+            f"BNKERN_CUDA_ARCHS={found.major}{found.minor}"
+        )
     if dtype is torch.float64:
         return "it has no float64 kernels, the Triton backend has"
     return None if dtype in CODES else f"it has no kernels for {dtype}"
+
+
+_ARCHITECTURES = _native.build_info()["cuda_archs"]
+
+
+def _serving(properties) -> architectures.Capability | None:
+    """The capability that the code was compiled for which a device of these properties runs, or None."""
+    return architectures.serving((properties.major, properties.minor), _ARCHITECTURES)
 
 
 # -------------------------------------------------------------------------------------------- devices and rules
@@ -45,7 +60,7 @@ class Device(NamedTuple):
     multiprocessors: int
     shared_bytes: int  # that one block may ask for
     threads: int  # of a block, at most
-    clusters: bool  # blocks can read each other's shared memory: capability 9.0 and later
+    clusters: bool  # blocks can read each other's shared memory: device and code of capability 9.0 and later
 
 
 class Rule(NamedTuple):
@@ -62,79 +77,10 @@ RULES = {"": Rule(0, "rule of thumb: one kernel for every size")}
 @functools.cache
 def _device(index: int) -> tuple[Device, Rule]:
     found = torch.cuda.get_device_properties(index)
-    device = Device(found.multi_processor_count, found.shared_memory_per_block_optin, 512, found.major >= 9)
+    # PTX for an earlier capability has no cluster instructions, also where the device that runs it has them.
+    clusters = _serving(found) >= (9, 0)
+    device = Device(found.multi_processor_count, found.shared_memory_per_block_optin, 512, clusters)
     return device, RULES.get(found.name, RULES[""])
-
-
-# ------------------------------------------------------------------------------------------------- workspaces
-
-
-class Workspaces:
-    """Memory in which the blocks of a launch tell each other of their parts: one for each (device, stream).
-
-    Launches on a stream follow each other and share it. It begins with signals, which are zero and which each launch
-    leaves so. A launch that is being captured into a graph gets memory of its own, out of a slab of zeros: graphs
-    captured on one stream may replay side by side. The slab is made and renewed outside of captures, when under half
-    of it is left; that waits once for its zeros. What a graph was given stays given, since nobody says when the graph
-    is gone. Where a capture outlasts the slab, or comes before any other launch, the memory is the graph's own,
-    zeroed by one more node of it.
-    """
-
-    SLAB = 64 << 20  # bytes; a launch takes some 40 KB
-    LEAST = 1 << 20
-    LINE = 256
-
-    def __init__(
-        self, zeros: Callable[[int, int], Tensor], capturing: Callable[[], bool], wait: Callable[[], None]
-    ) -> None:
-        self._zeros, self._capturing, self._wait = zeros, capturing, wait
-        self._lock = threading.Lock()
-        self._own: dict[tuple[int, int], tuple[int, int]] = {}
-        self._slabs: dict[int, Tensor] = {}
-        self._kept: list[Tensor] = []
-
-    def at_hand(self, device: int, stream: int) -> tuple[int, int]:
-        """Address and bytes of what a launch on this stream may use as it is: nothing within a capture."""
-        if self._capturing() or self._short(device):
-            return 0, 0
-        return self._own.get((device, stream), (0, 0))
-
-    def fresh(self, needed: int, device: int, stream: int) -> tuple[int, int]:
-        """Address and bytes of at least ``needed`` bytes, where less was at hand. The device is current."""
-        with self._lock:
-            if self._capturing():
-                return self._of_slab(needed, device)
-            if self._short(device):
-                self._slabs[device] = self._zeroed(self.SLAB, device)
-                self._wait()
-            address, size = self._own.get((device, stream), (0, 0))
-            if size < needed:
-                # What the smaller one was used for is done by the time the stream comes to what follows.
-                size = max(needed, 2 * size, self.LEAST)
-                self._own[device, stream] = address, size = self._zeroed(size, device).data_ptr(), size
-            return address, size
-
-    def _short(self, device: int) -> bool:
-        return len(self._slabs.get(device, ())) < self.SLAB // 2
-
-    def _zeroed(self, count: int, device: int) -> Tensor:
-        self._kept.append(self._zeros(count, device))
-        return self._kept[-1]
-
-    def _of_slab(self, needed: int, device: int) -> tuple[int, int]:
-        needed = -(-needed // self.LINE) * self.LINE
-        slab = self._slabs.get(device, ())
-        if len(slab) < needed:
-            return self._zeroed(needed, device).data_ptr(), needed
-        self._slabs[device] = slab[needed:]
-        return slab.data_ptr(), needed
-
-
-_workspaces = Workspaces(
-    lambda count, device: torch.zeros(count, dtype=torch.uint8, device=torch.device("cuda", device)),
-    torch.cuda.is_current_stream_capturing,
-    lambda: torch.cuda.current_stream().synchronize(),
-)
 
 
 # -------------------------------------------------------------------------------------------------- launchers
@@ -157,15 +103,30 @@ def _view(t: Tensor | None, rows: bool) -> tuple[int, int, int]:
     return ABSENT if t is None else (t.data_ptr(), *strides(t, rows))
 
 
-def _launch(entry: Callable[..., int], x: Tensor, *call) -> None:
-    """Queues a call of the native module on the current stream. It says how much workspace it lacks, if any."""
+def _launch(entry: Callable[..., None], x: Tensor, *call) -> None:
+    """Queues a call of the native module on the current stream.
+
+    RuntimeError with CUDA's words; torch.OutOfMemoryError where there is no memory for the stream's workspace.
+    """
     index = x.device.index
     device, rule = _device(index)
     strategy = int(x.nbytes >= rule.single_read_from)
     stream = torch._C._cuda_getCurrentRawStream(index)  # as Triton's launcher: a third of the cost of current_stream()
-    needed = entry(*call, device, (strategy, *_workspaces.at_hand(index, stream)), stream)
-    if needed:
-        entry(*call, device, (strategy, *_workspaces.fresh(needed, index, stream)), stream)
+    try:
+        entry(*call, device, strategy, stream)
+    except MemoryError:
+        # The workspace is not torch's, whose allocator may hold all that is free. It too returns that before it raises.
+        if torch.cuda.is_current_stream_capturing():
+            raise _out_of_memory() from None
+        torch.cuda.empty_cache()
+        try:
+            entry(*call, device, strategy, stream)
+        except MemoryError:
+            raise _out_of_memory() from None
+
+
+def _out_of_memory() -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError("CUDA has no memory left for the workspace of this stream (about 1 MB)")
 
 
 def _empty_mask(x: Tensor, like: Layout, act: str | None, residual: Tensor | None) -> Tensor | None:

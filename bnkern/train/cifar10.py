@@ -287,7 +287,7 @@ class Batches:
         key[1].fill_(epoch)
 
     def _make(self, state: tuple[Tensor, Tensor], position: Tensor, images: Tensor, labels: Tensor) -> None:
-        kernels = backends.choose(backends.forced(), self.device.type, self.dtype, "augment")
+        kernels = backends.choose(backends.forced(), self.device, self.dtype, "augment")
         given = (*self.split, *state, position, self._table)
         kernels.augment(*given, images, labels, self.size, self._first, self.augment)
 

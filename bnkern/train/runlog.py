@@ -156,7 +156,7 @@ def environment(device: torch.device, kernels: str = "bnkern") -> dict:
     """What a run runs on: code, versions, machine, and the backend that serves its batch norm."""
     served = kernels
     if kernels == "bnkern":
-        module = backends.choose(backends.forced(), device.type, torch.float32)
+        module = backends.choose(backends.forced(), device, torch.float32)
         served = module.__name__.rpartition(".")[2]
     versions = {"python": platform.python_version(), "bnkern": bnkern.__version__, "torch": torch.__version__}
     with contextlib.suppress(PackageNotFoundError):

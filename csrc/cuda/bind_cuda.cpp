@@ -9,6 +9,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "workspaces.h"
 
 namespace py = pybind11;
 
@@ -25,7 +26,6 @@ using Address = std::uintptr_t;
 using Addressed = std::array<std::int64_t, 3>;  // address, outer, inner
 using Vector = std::array<std::int64_t, 2>;     // address, dtype
 using Sizes = std::array<std::int64_t, 4>;      // rows, n, c, s
-using Place = std::array<std::int64_t, 3>;      // strategy; address and bytes of the workspace
 using Limits = std::array<int, 4>;              // multiprocessors, shared_bytes, threads, clusters
 
 View view(const Addressed& v) { return {at(v[0]), v[1], v[2]}; }
@@ -37,7 +37,7 @@ CudaForward forward(int dtype, const Sizes& sizes, bool moments, bool normalize,
                     const Addressed& residual, const Addressed& y, Address mask, const Vector& weight,
                     const Vector& bias, Address mean, Address spread, const Vector& running_mean,
                     const Vector& running_var, Address counter, bool cumulative, double momentum, double eps,
-                    Address record, const Limits& limits, const Place& place) {
+                    Address record, const Limits& limits, int strategy) {
   return {
       .call =
           {
@@ -64,8 +64,8 @@ CudaForward forward(int dtype, const Sizes& sizes, bool moments, bool normalize,
               .threads = 0,
           },
       .device = device(limits),
-      .strategy = static_cast<Strategy>(place[0]),
-      .workspace = {at(place[1]), place[2]},
+      .strategy = static_cast<Strategy>(strategy),
+      .workspace = {},
   };
 }
 
@@ -73,7 +73,7 @@ CudaBackward backward(int dtype, const Sizes& sizes, bool sums, bool input, bool
                       const Addressed& dy, const Addressed& x, const Addressed& dx, const Addressed& dresidual,
                       Address mask, const Vector& weight, const Vector& bias, Address mean, Address invstd,
                       Address sum_dy, Address sum_dy_xhat, const Vector& dweight, const Vector& dbias,
-                      Address record_gradient, Address record_affine, const Limits& limits, const Place& place) {
+                      Address record_gradient, Address record_affine, const Limits& limits, int strategy) {
   return {
       .call =
           {
@@ -101,27 +101,22 @@ CudaBackward backward(int dtype, const Sizes& sizes, bool sums, bool input, bool
               .threads = 0,
           },
       .device = device(limits),
-      .strategy = static_cast<Strategy>(place[0]),
-      .workspace = {at(place[1]), place[2]},
+      .strategy = static_cast<Strategy>(strategy),
+      .workspace = {},
   };
 }
 
-// A launch of a call made from Args: 0, or how many bytes of workspace it needs where it was given fewer, and nothing
-// was done.
+// A launch of a call made from Args.
 template <class Call, class... Args>
-auto launcher(Call (*make)(Args...), std::int64_t (*needed)(const Call&),
-              std::string (*queue)(const Call&, std::uintptr_t)) {
-  return [=](Args... args, std::uintptr_t stream) -> std::int64_t {
-    const Call call = make(args...);
-    if (const std::int64_t bytes = needed(call); bytes > call.workspace.bytes) return bytes;
-    raise_if(queue(call, stream));
-    return 0;
-  };
+auto launcher(Call (*make)(Args...), std::string (*queue)(Call, std::uintptr_t)) {
+  return [=](Args... args, std::uintptr_t stream) { raise_if(queue(make(args...), stream)); };
 }
 
 }  // namespace
 
 void bind_cuda(py::module_& m) {
+  // Other threads run meanwhile, since a launch waits where the stream's queue is full or CUDA loads a kernel. What
+  // must not interleave is kept apart by a lock for each stream (workspaces.h), with or without a GIL.
   const py::call_guard<py::gil_scoped_release> released;
   m.def(
       "cuda_merge",
@@ -132,13 +127,27 @@ void bind_cuda(py::module_& m) {
                             stream));
       },
       "merge on the current CUDA device; see CudaMerge in csrc/cuda/kernels.h.", released);
-  m.def("cuda_forward", launcher(forward, cuda_forward_workspace, cuda_forward),
-        "moments and/or normalize on the current CUDA device; see Forward in csrc/params.h. 0, or the bytes of "
-        "workspace it needs where it was given fewer.",
+  m.def(
+      "cuda_forward", launcher(forward, cuda_forward),
+      "moments and/or normalize on the current CUDA device; see Forward in csrc/params.h. MemoryError where the device "
+      "has no memory left for the stream's workspace.",
+      released);
+  m.def("cuda_backward", launcher(backward, cuda_backward),
+        "grad_sums and/or grad_input on the current CUDA device; see Backward in csrc/params.h. Raises likewise.",
         released);
-  m.def("cuda_backward", launcher(backward, cuda_backward_workspace, cuda_backward),
-        "grad_sums and/or grad_input on the current CUDA device; see Backward in csrc/params.h. Returns likewise.",
-        released);
+  m.def(
+      "cuda_workspace",
+      [](std::uintptr_t stream) {
+        CudaWorkspace found;
+        raise_if(with_workspace("cuda_workspace", stream, {0, 1}, [&](const CudaWorkspace& workspace) {
+          found = workspace;
+          return std::string();
+        }));
+        return std::array<std::int64_t, 3>{reinterpret_cast<std::int64_t>(found.data), signal_bytes(found.size.groups),
+                                           found.size.bytes};
+      },
+      "Address of a stream's workspace, bytes of its signals, bytes behind them: for tests, which write to the latter.",
+      released);
 }
 
 }  // namespace bnkern

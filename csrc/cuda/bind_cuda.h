@@ -1,5 +1,4 @@
-// The CUDA entries of the native module. A function of its own, since the tests make a second module of it whose
-// kernels run on the host.
+// The CUDA entries of the native module. A function of its own, in a file that only builds with CUDA compile.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -216,22 +216,30 @@ BNKERN_DEVICE void sum_over_block(int width, int parts, PivotSums* scratch, Give
 
 // ------------------------------------------------------------------------------------------------- workspace
 
-// Signals for up to kGroups groups of blocks, then parts, then one pair per channel.
-constexpr int kGroups = 4096;
+constexpr int kGroups = 4096;  // of blocks that exchange parts, at most
 
+// Signals, then parts, then one pair per channel.
 struct Workspace {
-  unsigned *barriers, *arrivals;  // [kGroups]; one more arrival signal for all groups together
+  unsigned *counting, *barriers, *arrivals;  // [1], of all groups together; [groups]
   Partials parts;
   Pair* totals;
 };
-inline std::int64_t workspace_bytes(std::int64_t parts, std::int64_t channels) {
-  return 2 * (kGroups + 16) * static_cast<std::int64_t>(sizeof(unsigned)) +
-         (parts + 1) * channels * static_cast<std::int64_t>(sizeof(Pair));
+inline std::int64_t pairs_bytes(std::int64_t parts, std::int64_t channels) {
+  return (parts + 1) * channels * static_cast<std::int64_t>(sizeof(Pair));
+}
+// Where the parts begin. It depends on the memory, not on the call: a word that was a part's is never a signal later.
+inline char* behind_signals(const CudaWorkspace& memory) {
+  return static_cast<char*>(memory.data) + signal_bytes(memory.size.groups);
 }
 inline Workspace lay_out(const CudaWorkspace& memory, std::int64_t parts, std::int64_t channels) {
   unsigned* const words = static_cast<unsigned*>(memory.data);
-  Pair* const pairs = reinterpret_cast<Pair*>(words + 2 * (kGroups + 16));
-  return {words, words + kGroups + 16, {pairs, channels}, pairs + parts * channels};
+  Pair* const pairs = reinterpret_cast<Pair*>(behind_signals(memory));
+  return {words, words + 1, words + 1 + memory.size.groups, {pairs, channels}, pairs + parts * channels};
+}
+// Blocks that are alone in their group need no signals.
+inline WorkspaceSize workspace_size(std::int64_t groups, std::int64_t parts, std::int64_t channels,
+                                    std::int64_t record_bytes) {
+  return {parts > 1 ? groups : 0, pairs_bytes(parts, channels) + record_bytes};
 }
 
 // ------------------------------------------------------------------------------------------------ statistics
@@ -245,7 +253,7 @@ BNKERN_DEVICE double momentum_of(const Forward& p) {
 // Where the others read the counter, the last one.
 BNKERN_DEVICE void update_counter(const Forward& p, const Workspace& space, unsigned group, unsigned groups) {
   if (!p.counter) return;
-  const bool counts = p.cumulative ? last_of_blocks(space.arrivals + kGroups, groups) : group == 0;
+  const bool counts = p.cumulative ? last_of_blocks(space.counting, groups) : group == 0;
   if (counts && threadIdx.x == 0) ++*p.counter;
 }
 

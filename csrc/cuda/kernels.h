@@ -1,5 +1,5 @@
-// What the CUDA part offers to bind.cpp. Each function queues its kernels on `stream`, a stream of the
-// current device, and returns "" or the reason why it could not. It allocates nothing and waits for nothing.
+// What the CUDA part offers to bind_cuda.cpp. Each function queues its kernels on `stream`, a stream of the current
+// device, and returns "" or the reason why it could not. It waits for nothing, and allocates a workspace at most.
 //
 // How a file of kernels is laid out: the plan, a plain struct that says how a tensor is cut up and which is a function
 // of shape, strides, dtype, strategy and device alone; __global__ templates over the storage type, which take the call,
@@ -40,12 +40,19 @@ struct CudaDevice {
 // cannot hold the one kernel's blocks all at once, two kernels do the same with the same bits.
 enum class Strategy : int { kTwoKernels = 0, kSingleRead = 1 };
 
-// Memory that calls on one stream share, one after the other. It begins with signals (exchange.h), which are zero
-// before the first call; what follows them may hold anything.
+// Memory that calls on one stream share, one after the other (workspaces.h). It begins with the signals (exchange.h) of
+// `groups` groups of blocks, which are zero before the first call; the `bytes` behind them may hold anything.
+struct WorkspaceSize {
+  std::int64_t groups, bytes;
+};
 struct CudaWorkspace {
   void* data;
-  std::int64_t bytes;
+  WorkspaceSize size;
 };
+// One signal of all groups together, then a barrier and an arrival signal for each. What follows is aligned to as much.
+inline std::int64_t signal_bytes(std::int64_t groups) {
+  return ((1 + 2 * groups) * static_cast<std::int64_t>(sizeof(unsigned)) + 255) / 256 * 256;
+}
 
 // Calls of params.h, with fp32, bf16 or fp16 tensors that are not empty; `threads` is not looked at.
 struct CudaForward {
@@ -60,21 +67,26 @@ struct CudaBackward {
   Strategy strategy;  // of sums and input as one
   CudaWorkspace workspace;
 };
-std::string cuda_forward(const CudaForward& p, std::uintptr_t stream);
-std::string cuda_backward(const CudaBackward& p, std::uintptr_t stream);
+// With the stream's workspace, whatever p.workspace is. Several threads may call them at once.
+std::string cuda_forward(CudaForward p, std::uintptr_t stream);
+std::string cuda_backward(CudaBackward p, std::uintptr_t stream);
 
-// How many bytes of workspace such a call needs: its addresses count only by their alignment, and by being null.
-std::int64_t cuda_forward_workspace(const CudaForward& p);
-std::int64_t cuda_backward_workspace(const CudaBackward& p);
+// With p.workspace, which no other call may use before this one has queued all its kernels.
+std::string forward_within(const CudaForward& p, std::uintptr_t stream);
+std::string backward_within(const CudaBackward& p, std::uintptr_t stream);
+
+// How much workspace such a call needs: its addresses count only by their alignment, and by being null.
+WorkspaceSize forward_workspace(const CudaForward& p);
+WorkspaceSize backward_workspace(const CudaBackward& p);
 
 // The two layouts, one file each, behind the functions above.
 std::string rows_forward(const CudaForward& p, std::uintptr_t stream);
 std::string rows_backward(const CudaBackward& p, std::uintptr_t stream);
-std::int64_t rows_forward_workspace(const CudaForward& p);
-std::int64_t rows_backward_workspace(const CudaBackward& p);
+WorkspaceSize rows_forward_workspace(const CudaForward& p);
+WorkspaceSize rows_backward_workspace(const CudaBackward& p);
 std::string planes_forward(const CudaForward& p, std::uintptr_t stream);
 std::string planes_backward(const CudaBackward& p, std::uintptr_t stream);
-std::int64_t planes_forward_workspace(const CudaForward& p);
-std::int64_t planes_backward_workspace(const CudaBackward& p);
+WorkspaceSize planes_forward_workspace(const CudaForward& p);
+WorkspaceSize planes_backward_workspace(const CudaBackward& p);
 
 }  // namespace bnkern

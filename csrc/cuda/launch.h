@@ -1,6 +1,7 @@
 // The only way a kernel is launched, and the words kernels use that are not C++: a .cu file includes no other CUDA
 // header. Compiled by nvcc they mean the GPU. Compiled by the host compiler they mean tests/cuda_on_cpu, which runs
-// every thread of a kernel as a fiber: the sources are the same, and every word that is PTX below has its twin there.
+// every thread of a kernel as a fiber: the sources are the same, and every word that is PTX below has its twin there,
+// as has every function of the CUDA runtime that launch.cu and workspaces.cu call.
 #pragma once
 
 #include <cstddef>
@@ -29,6 +30,21 @@ struct Launch {
   unsigned cluster = 1;   // blocks of a cluster, neighbours along x
 };
 
+// "name: CUDA's words", or "" where nothing went wrong.
+std::string error_text(const char* name, cudaError_t error);
+
+// Lets a kernel have as much dynamic shared memory as a block of the current device can get. It is set once for each
+// kernel and device: a limit that fits one launch would be lowered by the next, perhaps by another thread's before
+// this one is queued. Kernels have no static shared memory, which would count towards it.
+cudaError_t allow_shared_memory(const void* kernel);
+
+namespace detail {
+// What must be set before a kernel is queued with so much shared memory.
+inline cudaError_t prepare(const Launch& how, const void* kernel) {
+  return how.shared_bytes > (48 << 10) ? allow_shared_memory(kernel) : cudaSuccess;
+}
+}  // namespace detail
+
 #ifdef __CUDACC__
 
 namespace detail {
@@ -49,10 +65,7 @@ cudaError_t queue(const Launch& how, bool cooperative, void (*kernel)(Params...)
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[config.numAttrs++].val.clusterDim = {how.cluster, 1, 1};
   }
-  cudaError_t error = cudaSuccess;
-  if (how.shared_bytes > (48 << 10)) {  // more is given only to who asks
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared_bytes));
-  }
+  cudaError_t error = prepare(how, reinterpret_cast<const void*>(kernel));
   if (error == cudaSuccess && how.cluster > 8) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
@@ -60,18 +73,13 @@ cudaError_t queue(const Launch& how, bool cooperative, void (*kernel)(Params...)
   if (error != cudaSuccess) cudaGetLastError();  // the error is reported here, not by whoever asks CUDA next
   return error;
 }
-
-inline std::string words_of(const Launch& how, cudaError_t error) {
-  if (error == cudaSuccess) return {};
-  return std::string(how.name) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
-}
 }  // namespace detail
 
 // Queues kernel(args...) and returns at once: "" or why it could not be queued. What goes wrong while
 // the kernel runs is reported by the stream's next synchronisation, as for any kernel.
 template <class... Params, class... Args>
 std::string launch(const Launch& how, void (*kernel)(Params...), Args&&... args) {
-  return detail::words_of(how, detail::queue(how, false, kernel, std::forward<Args>(args)...));
+  return error_text(how.name, detail::queue(how, false, kernel, std::forward<Args>(args)...));
 }
 
 // The same with all blocks resident at once, so that they may wait for one another. False, and nothing queued, where
@@ -80,7 +88,7 @@ template <class... Params, class... Args>
 bool launch_resident(const Launch& how, std::string* error, void (*kernel)(Params...), Args&&... args) {
   const cudaError_t code = detail::queue(how, true, kernel, std::forward<Args>(args)...);
   if (code == cudaErrorCooperativeLaunchTooLarge || code == cudaErrorInvalidClusterSize) return false;
-  *error = detail::words_of(how, code);
+  *error = error_text(how.name, code);
   return true;
 }
 
@@ -89,7 +97,7 @@ template <class... Params, class... Args>
 bool launch_clusters(const Launch& how, std::string* error, void (*kernel)(Params...), Args&&... args) {
   const cudaError_t code = detail::queue(how, false, kernel, std::forward<Args>(args)...);
   if (code == cudaErrorInvalidClusterSize || code == cudaErrorLaunchOutOfResources) return false;
-  *error = detail::words_of(how, code);
+  *error = error_text(how.name, code);
   return true;
 }
 
@@ -97,15 +105,20 @@ bool launch_clusters(const Launch& how, std::string* error, void (*kernel)(Param
 
 template <class... Params, class... Args>
 std::string launch(const Launch& how, void (*kernel)(Params...), Args&&... args) {
+  if (const auto error = detail::prepare(how, reinterpret_cast<const void*>(kernel)); error != cudaSuccess)
+    return error_text(how.name, error);
   return cuda_on_cpu::run({how.name, how.blocks, how.threads, how.shared_bytes, how.cluster, false},
-                          [&] { kernel(args...); });
+                          reinterpret_cast<const void*>(kernel), [&] { kernel(args...); });
 }
 
 template <class... Params, class... Args>
 bool launch_resident(const Launch& how, std::string* error, void (*kernel)(Params...), Args&&... args) {
   const cuda_on_cpu::Grid grid{how.name, how.blocks, how.threads, how.shared_bytes, how.cluster, true};
   if (!cuda_on_cpu::fits(grid)) return false;
-  *error = cuda_on_cpu::run(grid, [&] { kernel(args...); });
+  const cudaError_t prepared = detail::prepare(how, reinterpret_cast<const void*>(kernel));
+  *error = prepared == cudaSuccess
+               ? cuda_on_cpu::run(grid, reinterpret_cast<const void*>(kernel), [&] { kernel(args...); })
+               : error_text(how.name, prepared);
   return true;
 }
 

@@ -278,10 +278,10 @@ std::string planes_backward(const CudaBackward& p, std::uintptr_t stream) {
   }
 }
 
-std::int64_t planes_backward_workspace(const CudaBackward& p) {
+WorkspaceSize planes_backward_workspace(const CudaBackward& p) {
   const Cut cut =
       cut_planes(p.call.shape, p.call.dtype == DType::kFloat32 ? 4 : 2, 2, p.device, p.strategy, p.call.sums);
-  return workspace_bytes(cut.parts, p.call.shape.c) + record_bytes(p.call, cut.parts);
+  return workspace_size(p.call.shape.c, cut.parts, p.call.shape.c, record_bytes(p.call, cut.parts));
 }
 
 }  // namespace bnkern

@@ -248,10 +248,10 @@ std::string planes_forward(const CudaForward& p, std::uintptr_t stream) {
   }
 }
 
-std::int64_t planes_forward_workspace(const CudaForward& p) {
+WorkspaceSize planes_forward_workspace(const CudaForward& p) {
   const Cut cut =
       cut_planes(p.call.shape, p.call.dtype == DType::kFloat32 ? 4 : 2, 1, p.device, p.strategy, p.call.moments);
-  return workspace_bytes(cut.parts, p.call.shape.c) + record_bytes(p.call, cut.parts);
+  return workspace_size(p.call.shape.c, cut.parts, p.call.shape.c, record_bytes(p.call, cut.parts));
 }
 
 }  // namespace bnkern

@@ -39,7 +39,7 @@ inline std::int64_t record_bytes(const Backward& p, std::int64_t parts) {
 template <class Call>
 RecordSpace record_space(const Call& p, const CudaWorkspace& memory, std::int64_t parts) {
   const std::int64_t c = p.shape.c;
-  double* const first = reinterpret_cast<double*>(static_cast<char*>(memory.data) + workspace_bytes(parts, c));
+  double* const first = reinterpret_cast<double*>(behind_signals(memory) + pairs_bytes(parts, c));
   if constexpr (std::is_same_v<Call, Forward>) {
     return {{p.record ? first : nullptr, kActivationRows, c}, {}, {}};
   } else {

@@ -456,10 +456,10 @@ std::string rows_backward(const CudaBackward& p, std::uintptr_t stream) {
   return with_half_or_float(p.call.dtype, [&](auto* t) { return backward_as<Pointee<decltype(t)>>(p, stream); });
 }
 
-std::int64_t rows_backward_workspace(const CudaBackward& p) {
+WorkspaceSize rows_backward_workspace(const CudaBackward& p) {
   return with_half_or_float(p.call.dtype, [&](auto* t) {
-    const int parts = cut<Pointee<decltype(t)>>(p).plan.splits;
-    return workspace_bytes(parts, p.call.shape.c) + record_bytes(p.call, parts);
+    const RowsPlan plan = cut<Pointee<decltype(t)>>(p).plan;
+    return workspace_size(plan.groups, plan.splits, p.call.shape.c, record_bytes(p.call, plan.splits));
   });
 }
 

@@ -453,10 +453,10 @@ std::string rows_forward(const CudaForward& p, std::uintptr_t stream) {
   return with_half_or_float(p.call.dtype, [&](auto* t) { return forward_as<Pointee<decltype(t)>>(p, stream); });
 }
 
-std::int64_t rows_forward_workspace(const CudaForward& p) {
+WorkspaceSize rows_forward_workspace(const CudaForward& p) {
   return with_half_or_float(p.call.dtype, [&](auto* t) {
-    const int parts = cut<Pointee<decltype(t)>>(p).plan.splits;
-    return workspace_bytes(parts, p.call.shape.c) + record_bytes(p.call, parts);
+    const RowsPlan plan = cut<Pointee<decltype(t)>>(p).plan;
+    return workspace_size(plan.groups, plan.splits, p.call.shape.c, record_bytes(p.call, plan.splits));
   });
 }
 

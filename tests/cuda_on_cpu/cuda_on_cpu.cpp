@@ -5,10 +5,13 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <sstream>
+#include <thread>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -28,6 +31,8 @@ constexpr int kWarp = 32;
 
 std::uint64_t seed = 0;
 int resident_blocks = 1 << 30;
+std::mutex one_launch;
+int pause_in_ms = 0;
 
 // A stack, kept for later launches.
 class Stack {
@@ -288,12 +293,19 @@ void Scheduler::enter() {
 
 }  // namespace
 
-std::string run(const Grid& grid, const std::function<void()>& body) {
-  Scheduler here(grid, body);
-  scheduler = &here;
-  std::string error = here.run();
-  scheduler = nullptr;
-  seed = seed * 6364136223846793005u + 1442695040888963407u;  // the next launch has another order
+std::string run(const Grid& grid, const void* kernel, const std::function<void()>& body) {
+  if (grid.shared_bytes > std::size_t(allowed_shared_memory(kernel)))
+    return std::string(grid.name) + ": more shared memory than the kernel may have";
+  std::string error;
+  {
+    const std::lock_guard<std::mutex> lock(one_launch);
+    Scheduler here(grid, body);
+    scheduler = &here;
+    error = here.run();
+    scheduler = nullptr;
+    seed = seed * 6364136223846793005u + 1442695040888963407u;  // the next launch has another order
+  }
+  if (pause_in_ms) std::this_thread::sleep_for(std::chrono::milliseconds(pause_in_ms));
   return error;
 }
 
@@ -374,3 +386,5 @@ extern "C" void configure(std::uint64_t order, int blocks) {
   cuda_on_cpu::seed = order;
   cuda_on_cpu::resident_blocks = blocks;
 }
+// How long a thread waits after each of its launches, so that others can launch before its next one.
+extern "C" void pause_between_launches(int milliseconds) { cuda_on_cpu::pause_in_ms = milliseconds; }

@@ -11,6 +11,8 @@
 #include <functional>
 #include <string>
 
+#include "runtime.h"
+
 #define BNKERN_ISA on_host  // the scalar conversions of the CPU kernels
 #include "../../csrc/cpu/storage.h"
 #undef BNKERN_ISA
@@ -37,8 +39,9 @@ struct Grid {
   bool resident;  // all blocks at once
 };
 
-// Runs `body` once for every thread: "" or what went wrong.
-std::string run(const Grid& grid, const std::function<void()>& body);
+// Runs `body`, which is the kernel with its arguments, once for every thread: "" or what went wrong. One launch at a
+// time: threads of the host wait for each other, and may take turns between two launches (pause_between_launches).
+std::string run(const Grid& grid, const void* kernel, const std::function<void()>& body);
 // Whether all its blocks can be resident at once: as many as configure() said.
 bool fits(const Grid& grid);
 

@@ -12,7 +12,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, Structure, c_bool, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_bool, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,10 +74,12 @@ def kernels() -> ctypes.CDLL:
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
     lib = load(build(sources, FLAGS + (SANITIZERS if INSIDE in os.environ else [])))
     for which, (name, struct) in enumerate({"forward": CudaForward, "backward": CudaBackward}.items()):
-        getattr(lib, name).restype, getattr(lib, name).argtypes = c_char_p, [POINTER(struct)]
-        workspace = getattr(lib, f"{name}_workspace")
-        workspace.restype, workspace.argtypes = c_int64, [POINTER(struct)]
+        getattr(lib, name).restype, getattr(lib, name).argtypes = c_char_p, [POINTER(struct), c_size_t]
+        within, workspace = getattr(lib, f"{name}_within"), getattr(lib, f"{name}_workspace")
+        within.restype, within.argtypes = c_char_p, [POINTER(struct)]
+        workspace.restype, workspace.argtypes = None, [POINTER(struct), POINTER(WorkspaceSize)]
         assert lib.sizes(which) == ctypes.sizeof(struct), f"{struct.__name__} is not as in kernels.h"
+    lib.signal_bytes.restype, lib.signal_bytes.argtypes = c_int64, [c_int64]
     return lib
 
 
@@ -137,8 +139,12 @@ class CudaDevice(Structure):
     _fields_ = [*_fields("multiprocessors shared_bytes threads", c_int), ("clusters", c_bool)]
 
 
+class WorkspaceSize(Structure):
+    _fields_ = _fields("groups bytes", c_int64)
+
+
 class CudaWorkspace(Structure):
-    _fields_ = [("data", c_void_p), ("bytes", c_int64)]
+    _fields_ = [("data", c_void_p), ("size", WorkspaceSize)]
 
 
 class CudaForward(Structure):
@@ -182,14 +188,15 @@ def run(call: Forward | Backward, device: Device, strategy: int, seed: int) -> N
     lib = kernels()
     name, struct = ("forward", CudaForward) if isinstance(call, Forward) else ("backward", CudaBackward)
     p = struct(call, CudaDevice(*device[:4]), strategy, CudaWorkspace())
-    size = getattr(lib, f"{name}_workspace")(p)
-    signals = 2 * 4112 * 4  # kGroups of device.h
+    size = WorkspaceSize()
+    getattr(lib, f"{name}_workspace")(p, size)
+    signals = lib.signal_bytes(size.groups)
     generator = torch.Generator().manual_seed(seed)
-    workspace = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+    workspace = torch.randint(0, 256, (signals + size.bytes,), dtype=torch.uint8, generator=generator)
     workspace[:signals] = 0
     p.workspace = CudaWorkspace(workspace.data_ptr(), size)
     lib.configure(seed, device.resident)
-    said = getattr(lib, name)(p).decode()
+    said = getattr(lib, f"{name}_within")(p).decode()
     if said:
         raise RuntimeError(said)
     # A signal's upper bit is its turn; everything else is as it was.
@@ -231,7 +238,7 @@ class OnCpu(NamedTuple):
                 assert same, f"result {k} depends on the order of threads and blocks"
         return first
 
-    def refuses(self, device_type: str, dtype: torch.dtype) -> str | None:
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype is not torch.float64 else "no float64"
 
     def _forward(self, x: Tensor, phases: tuple[bool, bool], saved, rest: tuple, record=None) -> list[Tensor | None]:

@@ -41,38 +41,35 @@ class Native:
 
     launches = 0
 
-    def cuda_forward(self, dtype: int, sizes: tuple, *given) -> int:
+    def cuda_forward(self, dtype: int, sizes: tuple, *given) -> None:
         moments, normalize, relu, x, residual, y, mask, weight, bias, mean, spread, *given = given
-        running_mean, running_var, counter, cumulative, momentum, eps, record, device, place, _stream = given
+        running_mean, running_var, counter, cumulative, momentum, eps, record, device, strategy, stream = given
         views = (native.View(*v) for v in (x, residual, y))
         affine = (native.ChannelVector(*v) for v in (weight, bias))
         running = (native.ChannelVector(*v) for v in (running_mean, running_var))
         rest = (counter, cumulative, momentum, eps, record)
         head = (native.Shape(*sizes), dtype, moments, normalize, relu)
         call = native.Forward(*head, *views, mask, *affine, mean, spread, *running, *rest)
-        return self._launch("forward", native.CudaForward, call, device, place)
+        self._launch("forward", native.CudaForward, call, device, strategy, stream)
 
-    def cuda_backward(self, dtype: int, sizes: tuple, *given) -> int:
+    def cuda_backward(self, dtype: int, sizes: tuple, *given) -> None:
         sums, input, relu, training, dy, x, dx, dresidual, mask, weight, bias, *given = given
-        mean, invstd, sum_dy, sum_dy_xhat, dweight, dbias, *records, device, place, _stream = given
+        mean, invstd, sum_dy, sum_dy_xhat, dweight, dbias, *records, device, strategy, stream = given
         views = (native.View(*v) for v in (dy, x, dx, dresidual))
         affine = (native.ChannelVector(*v) for v in (weight, bias))
         gradients = (native.ChannelVector(*v) for v in (dweight, dbias))
         head = (native.Shape(*sizes), dtype, sums, input, relu, training)
         call = native.Backward(*head, *views, mask, *affine, mean, invstd, sum_dy, sum_dy_xhat, *gradients, *records)
-        return self._launch("backward", native.CudaBackward, call, device, place)
+        self._launch("backward", native.CudaBackward, call, device, strategy, stream)
 
-    def _launch(self, name: str, struct: type, call, device, place) -> int:
-        strategy, address, size = place
-        lib = native.kernels()
-        p = struct(call, native.CudaDevice(*device), strategy, native.CudaWorkspace(address, size))
-        needed = getattr(lib, f"{name}_workspace")(p)
-        if needed > size:
-            return needed
-        if said := getattr(lib, name)(p).decode():
+    def _launch(self, name: str, struct: type, call, device, strategy: int, stream: int) -> None:
+        p = struct(call, native.CudaDevice(*device), strategy, native.CudaWorkspace())
+        said = getattr(native.kernels(), name)(p, stream).decode()
+        if said == "no memory":
+            raise MemoryError
+        if said:
             raise RuntimeError(said)
         Native.launches += 1
-        return 0
 
 
 class NothingLaunched(AssertionError):
@@ -82,17 +79,13 @@ class NothingLaunched(AssertionError):
 def on_the_host(check, *args, single_read_from: int = 0) -> None:
     """A check of the backends, with ``bnkern.backends.cuda`` over the host's kernels serving it on the CPU."""
     device = cuda.Device(multiprocessors=4, shared_bytes=64 << 10, threads=64, clusters=True)
-    workspaces = cuda.Workspaces(
-        lambda count, device: torch.zeros(count, dtype=torch.uint8), lambda: False, lambda: None
-    )
     native.kernels().configure(1, 1 << 20)
     with ExitStack() as patches:
         for target, name, value in (
             (cuda, "_native", Native()),
-            (cuda, "_workspaces", workspaces),
             (cuda, "_device", lambda index: (device, cuda.Rule(single_read_from, "a test"))),
             (torch.cuda, "current_device", lambda: None),
-            (backends, "choose", lambda name, device_type, dtype: cuda),
+            (backends, "choose", lambda name, device, dtype: cuda),
         ):
             patches.enter_context(patch.object(target, name, value))
         patches.enter_context(patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True))

@@ -10,7 +10,7 @@ import torch
 triton = pytest.importorskip("triton")
 resources = pytest.importorskip("tests.triton.resources")
 
-if resources.backend.refuses("cpu", torch.float32) is None:
+if resources.backend.refuses(torch.device("cpu"), torch.float32) is None:
     pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
 
 RECORDINGS = resources.RECORDINGS

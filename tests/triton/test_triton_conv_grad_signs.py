@@ -249,7 +249,8 @@ def test_memory_format() -> None:
 # ----------------------------------------------------------------------------------------- what is compiled
 
 compiled = pytest.mark.skipif(
-    resources.backend.refuses("cpu", torch.float32) is None, reason="TRITON_INTERPRET is set, so nothing is compiled"
+    resources.backend.refuses(torch.device("cpu"), torch.float32) is None,
+    reason="TRITON_INTERPRET is set, so nothing is compiled",
 )
 EVERY_TEST = [pytest.param(90, ["bf16"], id="sm_90")]
 SLOW = [

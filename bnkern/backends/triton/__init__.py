@@ -31,9 +31,9 @@ _INTERPRETED = not isinstance(moments_kernel, JITFunction)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def refuses(device_type: str, dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot serve such an input, or None."""
-    if device_type != "cuda" and not (device_type == "cpu" and _INTERPRETED):
+    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETED):
         return "Triton kernels run on CUDA devices; on the CPU only under TRITON_INTERPRET=1"
     if dtype not in _DTYPES:
         return f"has no kernels for {dtype}"

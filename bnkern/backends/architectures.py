@@ -1,0 +1,49 @@
+"""Which code of the native module a GPU runs, from the list of architectures that the module was compiled for.
+
+An entry is spelled as in CMake: "90" is machine code and PTX, "90-real" machine code alone, "90-virtual" PTX alone.
+Sources: CUDA C++ Programming Guide, "Compute Capability and Application Compatibility", and NVIDIA's description of
+architecture-specific ("90a") and family-specific ("100f") targets.
+"""
+
+import re
+from collections.abc import Iterable
+
+Capability = tuple[int, int]
+
+_ENTRY = re.compile(r"(\d+)(\d)([af]?)(-real|-virtual)?")
+# Integrated GPUs (Jetson): machine code is not exchanged between them and the other GPUs of their major capability.
+_INTEGRATED = {(7, 2), (8, 7), (10, 1)}
+
+
+def _machine_code_runs(compiled: Capability, suffix: str, device: Capability) -> bool:
+    if suffix == "a" or {compiled, device} & _INTEGRATED:
+        return device == compiled
+    return device[0] == compiled[0] and device[1] >= compiled[1]
+
+
+def _ptx_runs(compiled: Capability, suffix: str, device: Capability) -> bool:
+    if suffix:
+        return _machine_code_runs(compiled, suffix, device)
+    return device >= compiled
+
+
+def serving(device: Capability, architectures: Iterable[str]) -> Capability | None:
+    """The capability that the code was compiled for which a GPU of capability ``device`` runs, or None.
+
+    Machine code serves later minor capabilities of the same major one, and comes first; PTX serves every later
+    capability. ``__CUDA_ARCH__`` in the kernels is that of the result, not of the device.
+
+    Raises ValueError for an entry that is no architecture.
+    """
+    machine_code, ptx = [], []
+    for entry in architectures:
+        match = _ENTRY.fullmatch(entry)
+        if match is None:
+            raise ValueError(f"not a CUDA architecture: {entry!r}")
+        major, minor, suffix, only = match.groups()
+        compiled = (int(major), int(minor))
+        if only != "-virtual" and _machine_code_runs(compiled, suffix, device):
+            machine_code.append(compiled)
+        if only != "-real" and _ptx_runs(compiled, suffix, device):
+            ptx.append(compiled)
+    return max(machine_code or ptx, default=None)

@@ -1,0 +1,33 @@
+// What launches need of the CUDA runtime on the host.
+#include "launch.h"
+
+#include <mutex>
+#include <set>
+#include <utility>
+
+namespace bnkern {
+
+std::string error_text(const char* name, cudaError_t error) {
+  if (error == cudaSuccess) return {};
+  return std::string(name) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
+}
+
+cudaError_t allow_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static auto* const allowed = new std::set<std::pair<const void*, int>>;
+  int device, most;
+  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (allowed->count({kernel, device})) return cudaSuccess;
+  }
+  // Without the lock, since CUDA may load the kernel first. Two threads may both get here, and set the same value.
+  cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  allowed->insert({kernel, device});
+  return cudaSuccess;
+}
+
+}  // namespace bnkern
