@@ -17,7 +17,7 @@ from . import backends, ops
 from .backends import records as rows
 from .backends.layout import empty_like, layout
 from .backends.reference import accumulator
-from .functional import _check, _check_statistics
+from .functional import _check, _check_statistics, in_format_of
 
 if TYPE_CHECKING:
     from .probes.buffer import Records
@@ -77,7 +77,16 @@ def sync_batch_norm(
         )
     wanted = (None, None, None) if records is None else records[:3]
     y, mean, _, unbiased, count, _, activation = torch.ops.bnkern.sync_batch_norm_forward(
-        input, weight, bias, residual, eps, act, backends.forced(), *group, wanted[0] is not None, *wanted[1:]
+        input,
+        weight,
+        bias,
+        in_format_of(input, residual),
+        eps,
+        act,
+        backends.forced(),
+        *group,
+        wanted[0] is not None,
+        *wanted[1:],
     )
     if wanted[0] is not None:
         wanted[0].copy_(activation)

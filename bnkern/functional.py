@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends, ensembles, ops
 from .backends import reference
-from .backends.layout import format_name, formats_conflict
+from .backends.layout import formats_conflict, layout, relaid
 
 if TYPE_CHECKING:
     from .probes.buffer import Records
@@ -51,8 +51,13 @@ def batch_norm(
         weight, bias: [C] or None, each on its own.
         training: normalise by the batch's statistics (True) or the running ones (False).
         momentum: weight of the batch in the running statistics; None for the cumulative mean, 1 / counter.
-        eps: added to the variance; not negative.
-        residual: a tensor of the shape, dtype and memory format of ``input``, added before the activation.
+        eps: added to the variance; positive in training, as torch asks since 2.10, and not negative otherwise (torch
+            2.10 and 2.11 ask for a positive one there too).
+        residual: a tensor of the shape, dtype and device of ``input``, added before the activation. It is read in
+            place where its memory format is that of ``input``. A residual in the other format (contiguous beside
+            channels_last, or the reverse) is first copied to the format of ``input``, which costs one more read and
+            write of the residual, and its gradient is copied back, which costs as much. Its shape is not broadcast
+            and its dtype not promoted.
         act: None or "relu".
         num_batches_tracked: int64 scalar counter, raised by one in training when given; needed by momentum None.
         records: where the kernels write what they see, in the same pass (:mod:`bnkern.probes` gives it); the results
@@ -61,7 +66,9 @@ def batch_norm(
     Vectors of size C have the dtype of ``input``, or float32 for bfloat16 and float16 input.
 
     Returns:
-        y, of the shape, dtype and memory format of ``input``. Differentiable in input, weight, bias and residual;
+        y, of the shape, dtype and memory format of ``input``. Differentiable in input, weight, bias and residual,
+        each gradient in the memory format of its tensor (under torch.compile the format of the residual's gradient is
+        the compiler's choice until autograd accumulates it into a leaf, as for torch's own addition);
         a second time, and in forward mode (torch.func.jvp, dual tensors), through the reference formula. torch.func's
         vmap and grad run the kernels, an ensemble's members folded into the channels (:mod:`bnkern.ensembles`),
         unless running statistics are to be updated: then the reference formula serves. Saved for backward: input,
@@ -79,7 +86,7 @@ def batch_norm(
         return _eager(tensors, settings, records, _apply)
     _check("batch_norm", input, residual, act)
     _check_statistics(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    return _call(tensors, settings, records)
+    return _call((input, weight, bias, in_format_of(input, residual)), settings, records)
 
 
 def add_act(
@@ -88,10 +95,11 @@ def add_act(
     """``act(x + residual)`` by the kernels of :func:`batch_norm` without normalisation.
 
     x and residual are as ``input`` and ``residual`` there, and so is ``records``; the sum is rounded once, before the
-    activation. Differentiable in both. Raises TypeError or ValueError naming the argument that is wrong.
+    activation. A residual in another memory format than x is copied once, as there. Differentiable in both. Raises
+    TypeError or ValueError naming the argument that is wrong.
     """
     _check("add_act", x, residual, act)
-    return _call((x, None, None, residual), (None, None, None, False, None, 0.0, act), records)
+    return _call((x, None, None, in_format_of(x, residual)), (None, None, None, False, None, 0.0, act), records)
 
 
 class Moments(NamedTuple):
@@ -233,6 +241,41 @@ class _BatchNorm(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
+# --------------------------------------------------------------------------------- a residual in another format
+
+
+def in_format_of(x: Tensor, residual: Tensor | None) -> Tensor | None:
+    """The residual as the kernels read it: itself, or its one copy where its memory format is not that of ``x``."""
+    if residual is None or residual.stride() == x.stride() or not formats_conflict(x, residual):
+        return residual
+    rows = layout(x).rows
+    if torch.compiler.is_compiling():  # torch.compile traces no Function that has a forward mode
+        return relaid(residual, rows)
+    return _Relaid.apply(residual, rows)
+
+
+class _Relaid(torch.autograd.Function):
+    """A copy in the given layout of a tensor that has the other one. Its gradient is copied back to that other one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t, rows):
+        return relaid(t, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.rows = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Relaid.apply(grad, not ctx.rows), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return _Relaid.apply(tangent, ctx.rows)
+
+
 # ------------------------------------------------------------------------------------------- checks at the door
 
 
@@ -258,9 +301,9 @@ def _usual(
     dtype, device, channels = x.dtype, x.device, x.shape[1]
     if dtype not in backends.DTYPES or device.type == "meta" or (training and x.numel() == channels):
         return False
-    if (act is not None and act != "relu") or type(eps) is not float or not eps >= 0 or type(momentum) is not float:
+    if (act is not None and act != "relu") or type(eps) is not float or type(momentum) is not float:
         return False
-    if type(training) is not bool:
+    if type(training) is not bool or not (eps > 0 or (eps == 0 and not training)):
         return False
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
         return False
@@ -317,11 +360,6 @@ def _check(name: str, x: Tensor, residual: Tensor | None, act: str | None) -> No
         raise TypeError(f"{name}: residual must have the dtype of input, {x.dtype}, got {residual.dtype}")
     if residual.device != x.device:
         raise ValueError(f"{name}: residual must be on the device of input, {x.device}, got {residual.device}")
-    if formats_conflict(x, residual):
-        raise ValueError(
-            f"{name}: residual must have the memory format of input, {format_name(x)}, got {format_name(residual)}; "
-            "convert one of them with .contiguous(memory_format=...)"
-        )
 
 
 def _check_statistics(
@@ -346,6 +384,8 @@ def _check_statistics(
         raise ValueError("batch_norm: running_mean and running_var must be given when training=False")
     if not isinstance(eps, (float, int)) or isinstance(eps, bool):
         raise TypeError(f"batch_norm: eps must be a number, got {type(eps).__name__}")
+    if training and not eps > 0:
+        raise ValueError(f"batch_norm: eps must be positive during training, got {eps}")
     if not eps >= 0:
         raise ValueError(f"batch_norm: eps must not be negative, got {eps}")
     if momentum is not None and (not isinstance(momentum, (float, int)) or isinstance(momentum, bool)):

@@ -247,7 +247,7 @@ PyObject* usual(PyObject* const* args) {
   PyObject *const training = args[7], *const momentum = args[8], *const eps = args[9], *const act = args[10];
   const bool options =
       PyBool_Check(training) && PyFloat_CheckExact(momentum) && PyFloat_CheckExact(eps) &&
-      PyFloat_AS_DOUBLE(eps) >= 0 &&
+      (PyFloat_AS_DOUBLE(eps) > 0 || (PyFloat_AS_DOUBLE(eps) == 0 && training == Py_False)) &&
       (act == Py_None || (PyUnicode_CheckExact(act) && PyUnicode_CompareWithASCIIString(act, "relu") == 0));
   const bool none = args[4] == Py_None;
   if (!options || none != (args[5] == Py_None) || (none && training == Py_False)) Py_RETURN_FALSE;

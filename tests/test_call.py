@@ -18,7 +18,7 @@ from torch import Tensor
 import bnkern
 from bnkern import backends, functional
 from bnkern.backends import layout as layouts
-from tests.cases import BF16, CASES, FP32, FP64, Case, Precision
+from tests.cases import BF16, CASES, FP32, FP64, LAYOUTS, Case, Precision
 from tests.test_errors import bad_arguments, good_arguments
 
 cpu = pytest.importorskip("bnkern.backends.cpu")
@@ -249,6 +249,9 @@ def test_the_door_is_the_same(precision: Precision, layout: str, training: bool)
     assert native.usual(*arguments_of(good)) is functional._usual(*arguments_of(good)) is True
     for name in ("weight", "bias", "residual", "num_batches_tracked", "act"):
         assert native.usual(*arguments_of(good | {name: None}))
+    for eps in (0.0, -0.0):  # accepted in eval mode alone
+        call = arguments_of(good | {"eps": eps})
+        assert native.usual(*call) is functional._usual(*call) is (not training)
     parameters = good | {name: torch.nn.Parameter(good[name]) for name in ("input", "weight", "bias")}
     assert native.usual(*arguments_of(parameters))
     odd = [(name, value) for name, value, _ in bad_arguments(good)]
@@ -257,6 +260,7 @@ def test_the_door_is_the_same(precision: Precision, layout: str, training: bool)
         odd += [(name, tensor.as_subclass(Subclass)), (name, torch._neg_view(tensor))]
         odd += [(name, torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype))]
     odd += [("momentum", None), ("momentum", 1), ("eps", 0), ("input", good["input"][:0])]
+    odd.append(("residual", LAYOUTS["contiguous" if layout == "channels_last" else "channels_last"](good["residual"])))
     for name, value in odd:
         call = arguments_of(good | {name: value})
         if isinstance(call[0], Tensor):

@@ -59,8 +59,7 @@ RULES = {
     "bnkern.conv": Rule(("bnkern.backends", "bnkern._native")),
     "bnkern.guard": Rule(()),
     "bnkern.nn": Rule(("bnkern.functional", "bnkern.distributed", "bnkern.conv", "bnkern.guard", "bnkern.ops")),
-    # A residual that lies in memory as the input does is the kernels' business, any other is torch's.
-    "bnkern.convert*": Rule(("bnkern.nn", "bnkern.convert*", "bnkern.backends.layout")),
+    "bnkern.convert*": Rule(("bnkern.nn", "bnkern.convert*")),
     "bnkern.probes*": Rule(
         (*LEAVES, "bnkern", "bnkern.nn", "bnkern.conv", "bnkern.distributed", "bnkern.functional", "bnkern.probes*"),
         ("torch", "numpy"),

@@ -119,12 +119,8 @@ def test_channels_last_stays_channels_last(target: Target, case: Case) -> None:
 @pytest.mark.parametrize("case", FEW, ids=str)
 @pytest.mark.parametrize("of_residual", LAYOUTS)
 def test_residual_as_a_view(target: Target, case: Case, of_residual: str) -> None:
-    """A residual is served in any layout but that of clearly the other memory format, and to the same values."""
+    """A residual of any strides gives the values of a residual that has the strides of the input."""
     p = case.problem(FP32, target.device)
     residual = LAYOUTS[of_residual](p.residual.contiguous())
     same = LAYOUTS[case.layout](residual.contiguous())
-    if layouts.formats_conflict(p.x, residual):
-        with pytest.raises(ValueError, match="residual must have the memory format of input"):
-            bnkern.add_act(p.x, residual)
-    else:
-        assert torch.equal(bnkern.add_act(p.x, residual), bnkern.add_act(p.x, same))
+    assert torch.equal(bnkern.add_act(p.x, residual), bnkern.add_act(p.x, same))

@@ -57,23 +57,28 @@ def strides(x: Tensor, rows: bool) -> tuple[int, int] | None:
         return x.stride(0), x.stride(1)
     if rows and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x.shape[1], 1
-    if rows and x.shape[1] > 1 and x.stride(1) != 1:
+    return _folded(x.shape, x.stride(), rows)
+
+
+def _folded(shape: tuple[int, ...], stride: tuple[int, ...], rows: bool) -> tuple[int, int] | None:
+    """:func:`strides` of any tensor of these sizes and strides."""
+    if rows and shape[1] > 1 and stride[1] != 1:
         return None
     # Fold the axes that must form one evenly strided run: the positions of a plane, or all rows.
-    axes = (0, *range(2, x.dim())) if rows else range(2, x.dim())
+    axes = (0, *range(2, len(shape))) if rows else range(2, len(shape))
     step = expected = None if rows else 1
     for axis in reversed(axes):
-        size = x.shape[axis]
+        size = shape[axis]
         if size == 1:
             continue
         if expected is None:
-            step = expected = x.stride(axis)
-        elif x.stride(axis) != expected:
+            step = expected = stride[axis]
+        elif stride[axis] != expected:
             return None
         expected *= size
     if rows:
-        return (x.shape[1] if step is None else step), 1
-    return x.stride(0), x.stride(1)
+        return (shape[1] if step is None else step), 1
+    return stride[0], stride[1]
 
 
 def dense_strides(x: Tensor, rows: bool) -> tuple[int, ...]:
@@ -109,14 +114,18 @@ def addressed(t: Tensor, rows: bool) -> Tensor:
     return t if strides(t, rows) is not None else dense(t, rows).copy_(t)
 
 
-def format_name(t: Tensor) -> str:
-    """The memory format in a user's words, for messages."""
-    return "channels_last" if layout(t).rows else "contiguous (channels first)"
-
-
 def formats_conflict(x: Tensor, other: Tensor) -> bool:
-    """Whether ``other`` is clearly of the other memory format: dense there and not addressable in ``x``'s."""
+    """Whether ``other`` has the other memory format: it is addressable in the other layout and not in that of ``x``.
+
+    Reads sizes and strides alone, so that it works on the tensors of vmap, which do not tell their memory format.
+    """
     rows = layout(x).rows
     if layout(other).rows == rows or other.numel() == 0:
         return False
-    return strides(other, rows) is None and strides(other, not rows) is not None
+    shape, stride = other.shape, other.stride()
+    return _folded(shape, stride, rows) is None and _folded(shape, stride, not rows) is not None
+
+
+def relaid(t: Tensor, rows: bool) -> Tensor:
+    """``t``, copied to the dense form of the given layout where it is not in it, by plain differentiable torch."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if rows else t.contiguous()

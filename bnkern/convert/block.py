@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ..backends.layout import formats_conflict
-
 
 class Note:
     """What happened to one batch norm: ``was``, its class before; ``outcome`` and ``why`` not more, in words."""
@@ -64,7 +62,6 @@ def _alike(x: Tensor, residual: Any) -> bool:
         and residual.dtype is x.dtype
         and residual.device == x.device
         and residual.layout is torch.strided
-        and (residual.stride() == x.stride() or not formats_conflict(x, residual))
     )
 
 
