@@ -165,6 +165,26 @@ def test_the_other_side_takes_the_sum() -> None:
     assert_same_model(before, after, image())
 
 
+class FusedResidual(nn.Module):
+    """The residual of the second fused pair is the result of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b1, self.conv, self.b2 = nn.BatchNorm2d(C), nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.b1(x))
+        z = self.b2(self.conv(y))
+        return F.relu(z + y)
+
+
+def test_residual_from_a_fused_pair() -> None:
+    before = seeded(FusedResidual)
+    after = bnkern.convert(copy.deepcopy(before))
+    assert outcomes(after) == {"b1": RELU, "b2": ADD}
+    assert_same_model(before, after, image())
+
+
 def test_both_sides_are_batch_norms() -> None:
     before = net(lambda self, y, x: torch.relu(y + self.other(x)), other=nn.BatchNorm2d(C))
     after = bnkern.convert(copy.deepcopy(before))

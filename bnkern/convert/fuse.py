@@ -15,17 +15,25 @@ def fuse_all(model: nn.Module) -> None:
     the end of a module that it calls."""
     holders = Counter(id(child) for m in model.modules() for child in m._modules.values() if child is not None)
     entered: set[nn.Module] = set()  # their forward is part of another's by now
+    reached: set[nn.Module] = set()  # modules that a forward calls by a path through another module
     views: dict[str, dict[str, str] | str] = {}
     for name, module in list(model.named_modules()):
         called = not is_norm(module) and type(module).forward is not nn.Module.forward  # an nn.ModuleList is not
         if called and any(is_norm(m) for m in module.modules()) and module not in entered:
-            fusion = _Fusion(module, holders)
+            fusion = _Fusion(module, holders, reached)
             entered |= fusion.apply()
+            reached |= fusion.reaches
             views[name] = fusion.view
     for name, module in model.named_modules():
         if is_norm(module) and module.act is None and not module._conversion.why:
-            count = holders[id(module)]
-            module._conversion.why = f"the model holds it in {count} places" if count > 1 else _follower(name, views)
+            module._conversion.why = _shared(module, holders, reached) or _follower(name, views)
+
+
+def _shared(module: nn.Module, holders: Counter[int], reached: set[nn.Module]) -> str:
+    """Why a batch norm may be called by several forwards, or ""."""
+    if holders[id(module)] > 1:
+        return f"the model holds it in {holders[id(module)]} places"
+    return "it is called from outside the module that holds it" if module in reached else ""
 
 
 def _follower(name: str, views: dict[str, dict[str, str] | str]) -> str:
@@ -57,9 +65,10 @@ def has_plain_forward(module: nn.Module) -> bool:
 class _Fusion:
     """One block: ``apply`` finds what its forward lets be fused, and does it."""
 
-    def __init__(self, block: nn.Module, holders: Counter[int]) -> None:
-        self.block, self.holders = block, holders
+    def __init__(self, block: nn.Module, holders: Counter[int], reached: set[nn.Module]) -> None:
+        self.block, self.holders, self.reached = block, holders, reached
         self.name = type(block).__name__
+        self.reaches: set[nn.Module] = set()  # what this forward adds to ``reached``
         self.barred: set[str] = set()  # submodules that must be called, not looked into
         self.view: dict[str, str] | str = {}  # submodule -> what its result goes into, "" where it is returned
 
@@ -77,7 +86,7 @@ class _Fusion:
             hooked = [n.target for n in (match.bn, match.relu) if n.op == "call_module" and has_hooks(self._at(n))]
             if hooked:
                 self._tell(bn, f"a hook sits on {hooked[0]}")
-            elif self._absorbs(match, graph):
+            elif self._absorbs(match, graph, patterns):
                 self._at(match.relu).__class__ = AbsorbedReLU
                 self._fused(bn, "batch norm + ReLU")
             elif not self._replaceable():
@@ -94,12 +103,23 @@ class _Fusion:
     def _at(self, node: fx.Node) -> nn.Module:
         return self.block.get_submodule(node.target)
 
+    def _reached(self, graph: fx.Graph) -> set[nn.Module]:
+        """The modules that the forward calls by a path through another module with a forward of its own."""
+        found = set()
+        for path in [node.target for node in graph.nodes if node.op == "call_module"]:
+            names = path.split(".")
+            holders = [self.block.get_submodule(".".join(names[:k])) for k in range(1, len(names))]
+            if any(type(holder).forward is not nn.Module.forward for holder in holders):
+                found.add(self.block.get_submodule(path))
+        return found
+
     # ---------------------------------------------------------------------------------------------- analysis
 
     def _analyse(self) -> tuple[fx.Graph, dict, Patterns, frozenset[str]]:
         """The trace and its patterns, looking into as few submodules as the patterns need."""
         inline: frozenset[str] = frozenset()
         graph, constants, patterns = self._patterns(inline)
+        self.reaches = self._reached(graph)
         while patterns.enter:
             path = patterns.enter[0]
             try:
@@ -120,7 +140,8 @@ class _Fusion:
         return graph, constants, patterns
 
     def _is_free_norm(self, module: nn.Module) -> bool:
-        return is_norm(module) and module.act is None and self.holders[id(module)] == 1
+        free = is_norm(module) and module.act is None and module not in self.reached
+        return free and self.holders[id(module)] == 1
 
     def _can_enter(self, path: str) -> bool:
         """Whether a submodule may be looked into: only this block calls it, it is somebody's plain module (torch's own
@@ -136,12 +157,15 @@ class _Fusion:
             and has_plain_forward(module)
         )
 
-    def _absorbs(self, match: Match, graph: fx.Graph) -> bool:
+    def _absorbs(self, match: Match, graph: fx.Graph, patterns: Patterns) -> bool:
         """Whether the ReLU is a module that serves nobody else, so that it can give its work away for good."""
         if match.add is not None or match.relu.op != "call_module":
             return False
         calls = [node.target for node in graph.nodes if node.op == "call_module"]
-        if calls.count(match.relu.target) > 1 or self.holders[id(self._at(match.relu))] > 1:
+        relu = self._at(match.relu)
+        if calls.count(match.relu.target) > 1 or self.holders[id(relu)] > 1:
+            return False
+        if relu in self.reached or patterns.holder_is_called(match.relu):
             return False
         if not parameters(type(self.block))[1]:
             return True

@@ -15,12 +15,20 @@ _ADD = (operator.add, operator.iadd, torch.add)
 
 
 class Match(NamedTuple):
-    """Nodes of a graph: ``relu(bn)``, or ``relu(add)`` where ``add`` adds ``residual`` to what bn gave."""
+    """Nodes of a graph: ``relu(bn)``, or ``relu(add)`` where ``add.args[side]`` is the output of bn.
+
+    The residual is looked up in ``add`` when it is needed: where it is the ReLU of another match, fusing that match
+    exchanges the node.
+    """
 
     bn: fx.Node
     relu: fx.Node
     add: fx.Node | None = None
-    residual: fx.Node | None = None
+    side: int = 0
+
+    @property
+    def residual(self) -> fx.Node:
+        return self.add.args[1 - self.side]
 
 
 class Patterns:
@@ -59,6 +67,12 @@ class Patterns:
         """nn.Identity, of which nobody would notice that it is not called."""
         module = self.called(node)
         return type(module) is nn.Identity and len(node.args) == 1 and not has_hooks(module)
+
+    def holder_is_called(self, node: fx.Node) -> bool:
+        """Whether a module that holds the called one is itself called, and may call it a second time."""
+        called = {n.target for n in self.graph.nodes if n.op == "call_module"}
+        path = node.target.split(".")
+        return any(".".join(path[:k]) in called for k in range(1, len(path)))
 
     def _is_relu(self, node: fx.Node) -> bool:
         if type(self.called(node)) is nn.ReLU:
@@ -137,18 +151,18 @@ class Patterns:
 
     def _match_sum(self, add: fx.Node, relu: fx.Node) -> None:
         left, right = add.args
-        sides = [(left, right), (right, left)]
+        sides = [0, 1]
         if self.in_place(add):  # left is overwritten: it may be dropped only where nobody else can see it
-            sides = sides[:1]
+            sides = [0]
             if self._is_norm(self._only(right)) and not self._is_norm(self._only(left)):
                 self._refuse(right, "it is added in place to a tensor that others may see")
-        for side, other in sides:
-            source = None if left is right else self._only(side)
+        for side in sides:
+            source = None if left is right else self._only(add.args[side])
             if source is None:
-                self._refuse(side, "its output is used by others than the addition")
+                self._refuse(add.args[side], "its output is used by others than the addition")
             elif self._is_norm(source):
                 if self._undisturbed(source, add):
-                    return self._take(Match(source, relu, add, other))
+                    return self._take(Match(source, relu, add, side))
                 self._refuse(source, "something in between may change its input in place")
             elif source.op == "call_module" and self.can_enter(source.target):
                 self.enter.append(source.target)
@@ -159,6 +173,8 @@ class Patterns:
         calls = [node for node in self.graph.nodes if node.op == "call_module" and node.target == match.bn.target]
         if len(calls) > 1:
             self._refuse(match.bn, "it is called more than once")
+        elif self.holder_is_called(match.bn):
+            self._refuse(match.bn, "it is called from outside the module that holds it")
         else:
             self.matches.append(match)
 
