@@ -77,6 +77,14 @@ def batch_norm(
     settings = (running_mean, running_var, num_batches_tracked, training, momentum, eps, act)
     if ops.nobody_looks() and (backends.native_usual() or _usual)(*tensors, *settings):
         return _eager(tensors, settings, records, _apply)
+    node = ops.fx_node(
+        batch_norm,
+        input,
+        (running_mean, running_var, weight, bias, training, momentum, eps),
+        {"residual": residual, "act": act, "num_batches_tracked": num_batches_tracked},
+    )
+    if node is not None:
+        return node
     _check("batch_norm", input, residual, act)
     _check_statistics(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     return _call(tensors, settings, records)
@@ -90,6 +98,9 @@ def add_act(
     x and residual are as ``input`` and ``residual`` there, and so is ``records``; the sum is rounded once, before the
     activation. Differentiable in both. Raises TypeError or ValueError naming the argument that is wrong.
     """
+    node = ops.fx_node(add_act, x, (residual, act), {})
+    if node is not None:
+        return node
     _check("add_act", x, residual, act)
     return _call((x, None, None, residual), (None, None, None, False, None, 0.0, act), records)
 
@@ -157,6 +168,8 @@ def _call(tensors: _Tensors, settings: _Settings, records: "Records | None") -> 
                 "member's update; make the module with track_running_stats=False, or call it in eval mode"
             )
         return reference.forward(*tensors, *settings, False)[0]
+    if torch.jit.is_tracing():
+        return _jit_traced(tensors, settings)
     if ops.direct(*tensors, *statistics):
         return _eager(tensors, settings, records)
     if records is not None and records.mirrors:
@@ -173,6 +186,17 @@ def _call(tensors: _Tensors, settings: _Settings, records: "Records | None") -> 
     if wanted[0] is not None:
         wanted[0].copy_(activation)
     return y
+
+
+def _jit_traced(tensors: _Tensors, settings: _Settings) -> Tensor:
+    """The call in torch's operators, which torch.jit.trace can record; in eval mode."""
+    running_mean, running_var, _, training, _, eps, act = settings
+    if training:
+        raise RuntimeError(
+            "batch_norm: torch.jit.trace can record bnkern's batch norm in eval mode only; call model.eval() before, "
+            "or bnkern.revert(model) to trace a converted model in training"
+        )
+    return ops.eval_in_torch(*tensors, running_mean, running_var, eps, act)
 
 
 def _eager(tensors: _Tensors, settings: _Settings, records: "Records | None", apply: Callable | None = None) -> Tensor:

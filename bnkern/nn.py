@@ -3,7 +3,7 @@
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
 from .conv import conv2d, takes_gradient
@@ -17,6 +17,17 @@ def _tensor(module: torch.nn.Module, stored: dict[str, Tensor | None], name: str
     if name in stored:
         return stored[name]
     return getattr(module, name)  # parametrized, pruned, a replica's
+
+
+def fx_leaf(module: torch.nn.Module, input: object, *others: object) -> fx.Proxy | None:
+    """The call of ``module`` as one node where torch.fx traces, as for modules of torch.nn; else None.
+
+    None also for the module that is itself the root of the trace: it is traced into.
+    """
+    if not isinstance(input, fx.Proxy) or not isinstance(input.tracer, fx.Tracer) or module is input.tracer.root:
+        return None
+    args = (input, *(other for other in others if other is not None))
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, {})
 
 
 class _Fused:
@@ -48,7 +59,12 @@ class _Fused:
         self.act = act
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)
+        if isinstance(input, fx.Proxy):
+            node = fx_leaf(self, input, residual)
+            if node is not None:
+                return node
+        else:
+            self._check_input_dim(input)
         training, momentum = self.training, self.momentum
         buffers, parameters = self._buffers, self._parameters
         running_mean = running_var = counter = None
@@ -110,6 +126,9 @@ class Activation(torch.nn.Module):
         self.act = act
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        node = fx_leaf(self, input, residual)
+        if node is not None:
+            return node
         records = self.taps[0].records(self, input) if self.taps else None
         return add_act(input, residual, self.act, records=records)
 
@@ -140,7 +159,8 @@ class Conv2d(torch.nn.Conv2d):
             and takes_gradient(input, self.weight, self.stride, self.padding, self.dilation, self.groups)
         ):
             return conv2d(input, self.weight, self.bias, self.stride, self.padding)
-        return super().forward(input)
+        node = fx_leaf(self, input)
+        return super().forward(input) if node is None else node
 
 
 class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
@@ -174,7 +194,7 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         group = ranks_of(self.process_group) if self.training else None
-        if group is None:
+        if group is None or isinstance(input, fx.Proxy):
             return super().forward(input, residual)
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)

@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from torch import fx, nn
 
-from .block import AbsorbedReLU, Guard, Recipe, add_relu, block_class, has_hooks
+from .block import AbsorbedReLU, Guard, Recipe, block_class, has_hooks, norm_relu
 from .match import Match, Patterns
 from .trace import Untraceable, parameters, trace
 
@@ -195,15 +195,14 @@ class _Fusion:
         for match in matches:
             guarded.add(match.bn.target)
             self._fused(self._at(match.bn), "batch norm + ReLU" if match.add is None else "batch norm + add + ReLU")
-            joined = match.bn
-            if match.add is not None:
-                with graph.inserting_before(match.add):
-                    bn = graph.get_attr(match.bn.target)
-                    in_place = patterns.in_place(match.add)
-                    joined = graph.call_function(add_relu, (bn, match.bn.args[0], match.residual, in_place))
+            last = match.bn if match.add is None else match.add
+            rest = () if match.add is None else (match.residual, patterns.in_place(match.add))
+            with graph.inserting_before(last):
+                bn = graph.get_attr(match.bn.target)
+                joined = graph.call_function(norm_relu, (bn, match.bn.args[0], *rest))
             match.relu.replace_all_uses_with(joined)
             # What is not called any more: down from the ReLU, each node once it has no user left.
-            parts = (match.relu, match.add, match.bn if match.add is not None else None)
+            parts = (match.relu, match.add, match.bn)
             for node in reversed(graph.nodes):
                 if not node.users and (node in parts or patterns.is_identity(node)):
                     graph.erase_node(node)
