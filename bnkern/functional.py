@@ -85,6 +85,8 @@ def batch_norm(
     )
     if node is not None:
         return node
+    if torch.jit.is_tracing():
+        return _jit_traced(tensors, settings)
     _check("batch_norm", input, residual, act)
     _check_statistics(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     return _call(tensors, settings, records)
@@ -101,8 +103,11 @@ def add_act(
     node = ops.fx_node(add_act, x, (residual, act), {})
     if node is not None:
         return node
+    tensors, settings = (x, None, None, residual), (None, None, None, False, None, 0.0, act)
+    if torch.jit.is_tracing():
+        return _jit_traced(tensors, settings)
     _check("add_act", x, residual, act)
-    return _call((x, None, None, residual), (None, None, None, False, None, 0.0, act), records)
+    return _call(tensors, settings, records)
 
 
 class Moments(NamedTuple):
@@ -168,8 +173,6 @@ def _call(tensors: _Tensors, settings: _Settings, records: "Records | None") -> 
                 "member's update; make the module with track_running_stats=False, or call it in eval mode"
             )
         return reference.forward(*tensors, *settings, False)[0]
-    if torch.jit.is_tracing():
-        return _jit_traced(tensors, settings)
     if ops.direct(*tensors, *statistics):
         return _eager(tensors, settings, records)
     if records is not None and records.mirrors:
@@ -189,7 +192,7 @@ def _call(tensors: _Tensors, settings: _Settings, records: "Records | None") -> 
 
 
 def _jit_traced(tensors: _Tensors, settings: _Settings) -> Tensor:
-    """The call in torch's operators, which torch.jit.trace can record; in eval mode."""
+    """The call in torch's operators, which torch.jit.trace can record; in eval mode. They check the arguments."""
     running_mean, running_var, _, training, _, eps, act = settings
     if training:
         raise RuntimeError(

@@ -59,7 +59,7 @@ class _Fused:
         self.act = act
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if isinstance(input, fx.Proxy):
+        if type(input) is not Tensor and isinstance(input, fx.Proxy):
             node = fx_leaf(self, input, residual)
             if node is not None:
                 return node
@@ -147,10 +147,13 @@ class Conv2d(torch.nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        node = fx_leaf(self, input)
+        if node is not None:
+            return node
         if (
-            torch.is_grad_enabled()
+            type(input) is Tensor
+            and torch.is_grad_enabled()
             and self.weight.requires_grad
-            and type(input) is Tensor
             and not isinstance(self.padding, str)
             and self.padding_mode == "zeros"
             and nobody_looks()
@@ -159,8 +162,7 @@ class Conv2d(torch.nn.Conv2d):
             and takes_gradient(input, self.weight, self.stride, self.padding, self.dilation, self.groups)
         ):
             return conv2d(input, self.weight, self.bias, self.stride, self.padding)
-        node = fx_leaf(self, input)
-        return super().forward(input) if node is None else node
+        return super().forward(input)
 
 
 class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):

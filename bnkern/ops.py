@@ -4,9 +4,9 @@ The op writes nothing in place. It returns the new running statistics, which the
 functionalisation has nothing to undo. Absent results are tensors of no elements, since an op cannot return None.
 The argument ``backend`` is the forced backend's name or "" for the table's choice; the backward gets the same.
 
-``torch._decomp`` has a decomposition of the forward into torch's operators, which torch.onnx.export uses and
-``ExportedProgram.run_decompositions(torch._decomp.get_decompositions([op]))`` applies on request; torch.compile and
-torch.export keep the op. torch.jit.trace records the same operators, and torch.fx.symbolic_trace records the call.
+``torch._decomp`` has a decomposition of the forward in eval mode into torch's operators, which torch.onnx.export uses
+and ``ExportedProgram.run_decompositions(torch._decomp.get_decompositions([op]))`` applies on request; torch.compile
+and torch.export keep the op. torch.jit.trace records the same operators, and torch.fx.symbolic_trace records the call.
 """
 
 from collections.abc import Callable
@@ -285,14 +285,13 @@ def _decomposition(
     record_gradient=None,
     record_affine=None,
 ):
-    running = (running_mean, running_var, num_batches_tracked)
-    if training or record or running_mean is None:
-        return _forward(
-            x, weight, bias, residual, *running, training, momentum, eps, act, save_mask, "reference", record
-        )
+    if training or record:
+        return NotImplemented  # the op stays: exporters are for inference
     acc, empty = accumulator(x.dtype), x.new_empty(0)
     y = eval_in_torch(x, weight, bias, residual, running_mean, running_var, eps, act)
-    mean, invstd = running_mean.to(acc, copy=True), torch.rsqrt(running_var.to(acc) + eps)
+    mean = invstd = x.new_empty(0, dtype=acc)
+    if running_mean is not None:
+        mean, invstd = running_mean.to(acc, copy=True), torch.rsqrt(running_var.to(acc) + eps)
     saved = save_mask and act is not None and residual is not None
     mask = pack_mask(~(y <= 0), layout(x)) if saved else x.new_empty(0, dtype=torch.uint8)
     return y, mean, invstd, mask, empty, empty.clone(), empty.clone(), _record(x, records.ACTIVATION, False)

@@ -151,16 +151,17 @@ def forwards(draw: st.DrawFn, depth: int = 2) -> Forward:
     # Submodules, and calls of what a submodule holds.
     inner = [f"self.{name}{at}({{a}})" for name in bodies for at in ("", *bodies[name].children)]
 
-    def value() -> str:
-        """One of the last three values, mostly."""
-        return values[draw(st.integers(-min(3, len(values)), -1))] if draw(st.integers(0, 3)) else draw_from(values)
+    def value(besides: str = "") -> str:
+        """One of the last three values, mostly; and another one than ``besides``, mostly."""
+        choices = ([v for v in values if v != besides] if draw(st.integers(0, 7)) else None) or values
+        return draw_from(choices[-3:] if draw(st.integers(0, 3)) else choices)
 
     def draw_from(choices: list[str]) -> str:
         return choices[draw(st.integers(0, len(choices) - 1))]
 
     def assign(form: str, a: str) -> str:
         name = f"v{len(lines)}"
-        lines.append(f"{name} = " + form.format(a=a, b=value()))
+        lines.append(f"{name} = " + form.format(a=a, b=value(besides=a)))
         values.append(name)
         return name
 

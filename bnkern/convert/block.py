@@ -51,9 +51,10 @@ def norm_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None, in_place
     fused = getattr(bn, "act", None) == "relu"
     if residual is None:
         return bn(x) if fused else torch.relu(bn(x))
-    if fused and _alike(x, residual):
+    recorded = torch.jit.is_tracing()  # comparisons of shapes would be recorded as constants, with a warning
+    if fused and not recorded and _alike(x, residual):
         return bn(x, residual)
-    if fused and not torch.compiler.is_compiling():
+    if fused and not recorded and not torch.compiler.is_compiling():
         bn._conversion.separate_adds += 1
     y = (without_act(bn) if fused else bn)(x)
     return torch.relu(y.add_(residual) if in_place else y + residual)

@@ -97,7 +97,16 @@ class _Fusion:
             self._tell(self.block.get_submodule(path), why)
         if not replaced:
             return set()
-        self._replace_forward(graph, constants, patterns, replaced, inline)
+        try:
+            recipe = self._recipe(graph, constants, patterns, replaced, inline)
+        except Exception as error:  # a graph that torch.fx does not accept: the block keeps its own forward
+            for match in replaced:
+                self._tell(self._at(match.bn), f"{self.name}.forward could not be replaced: {error}")
+            return set()
+        for match in replaced:
+            self._fused(self._at(match.bn), "batch norm + ReLU" if match.add is None else "batch norm + add + ReLU")
+        self.block._recipe = recipe
+        self.block.__class__ = block_class(type(self.block))
         return {self.block.get_submodule(path) for path in inline}
 
     def _at(self, node: fx.Node) -> nn.Module:
@@ -188,34 +197,31 @@ class _Fusion:
         bn.act = "relu"
         bn._conversion.outcome, bn._conversion.why = outcome, ""
 
-    def _replace_forward(
+    def _recipe(
         self, graph: fx.Graph, constants: dict, patterns: Patterns, matches: list[Match], inline: frozenset[str]
-    ) -> None:
-        guarded = set(inline)
+    ) -> Recipe:
+        """The block's forward with the calls of each match joined; ``graph`` is edited, the modules are not."""
+        erased = set()
         for match in matches:
-            guarded.add(match.bn.target)
-            self._fused(self._at(match.bn), "batch norm + ReLU" if match.add is None else "batch norm + add + ReLU")
             last = match.bn if match.add is None else match.add
-            rest = () if match.add is None else (match.residual, patterns.in_place(match.add))
+            addition = () if match.add is None else (match.residual, patterns.in_place(match.add))
             with graph.inserting_before(last):
                 bn = graph.get_attr(match.bn.target)
-                joined = graph.call_function(norm_relu, (bn, match.bn.args[0], *rest))
+                joined = graph.call_function(norm_relu, (bn, match.bn.args[0], *addition))
             match.relu.replace_all_uses_with(joined)
             # What is not called any more: down from the ReLU, each node once it has no user left.
-            parts = (match.relu, match.add, match.bn)
             for node in reversed(graph.nodes):
-                if not node.users and (node in parts or patterns.is_identity(node)):
+                if not node.users and (node in (match.relu, match.add, match.bn) or patterns.is_identity(node)):
                     graph.erase_node(node)
                     if node.op == "call_module":
-                        guarded.add(node.target)
+                        erased.add(node.target)
+        graph.lint()
         guards = [
             Guard(path, type(module), is_norm(module))
-            for path in sorted(guarded)
+            for path in sorted(erased.union(inline))
             for module in [self.block.get_submodule(path)]
         ]
-        graph.lint()
-        self.block._recipe = Recipe(graph, parameters(type(self.block))[0], constants, guards)
-        self.block.__class__ = block_class(type(self.block))
+        return Recipe(graph, parameters(type(self.block))[0], constants, guards)
 
     # ----------------------------------------------------------------------------------------- why not more
 
