@@ -85,7 +85,7 @@ def check(forward: Forward, seen: Counter[str]) -> None:
     seen.update(["with gradients"] * (not any("no gradients" in name for name in theirs)))
 
 
-@pytest.mark.parametrize("examples", [200, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [150, pytest.param(3000, marks=pytest.mark.slow)])
 def test_any_forward(examples: int) -> None:
     """It has the same outputs, changes of inputs, gradients, statistics and state_dict keys."""
     seen: Counter[str] = Counter()

@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from .block import AbsorbedReLU, Guard, Recipe, block_class, has_hooks, norm_relu
 from .match import Match, Patterns
+from .reach import has_forward, reached_in_source, reached_in_trace
 from .trace import Untraceable, parameters, trace
 
 
@@ -18,7 +19,7 @@ def fuse_all(model: nn.Module) -> None:
     reached: set[nn.Module] = set()  # modules that a forward calls by a path through another module
     views: dict[str, dict[str, str] | str] = {}
     for name, module in list(model.named_modules()):
-        called = not is_norm(module) and type(module).forward is not nn.Module.forward  # an nn.ModuleList is not
+        called = not is_norm(module) and has_forward(module)
         if called and any(is_norm(m) for m in module.modules()) and module not in entered:
             fusion = _Fusion(module, holders, reached)
             entered |= fusion.apply()
@@ -78,6 +79,7 @@ class _Fusion:
             graph, constants, patterns, inline = self._analyse()
         except Untraceable as reason:
             self.view = f"{self.name}.forward {reason}"
+            self.reaches = reached_in_source(self.block)
             return set()
         self.view = {node.target: self._followers(node) for node in graph.nodes if node.op == "call_module"}
         replaced = []
@@ -112,23 +114,13 @@ class _Fusion:
     def _at(self, node: fx.Node) -> nn.Module:
         return self.block.get_submodule(node.target)
 
-    def _reached(self, graph: fx.Graph) -> set[nn.Module]:
-        """The modules that the forward calls by a path through another module with a forward of its own."""
-        found = set()
-        for path in [node.target for node in graph.nodes if node.op == "call_module"]:
-            names = path.split(".")
-            holders = [self.block.get_submodule(".".join(names[:k])) for k in range(1, len(names))]
-            if any(type(holder).forward is not nn.Module.forward for holder in holders):
-                found.add(self.block.get_submodule(path))
-        return found
-
     # ---------------------------------------------------------------------------------------------- analysis
 
     def _analyse(self) -> tuple[fx.Graph, dict, Patterns, frozenset[str]]:
         """The trace and its patterns, looking into as few submodules as the patterns need."""
         inline: frozenset[str] = frozenset()
         graph, constants, patterns = self._patterns(inline)
-        self.reaches = self._reached(graph)
+        self.reaches = reached_in_trace(self.block, graph)
         while patterns.enter:
             path = patterns.enter[0]
             try:
