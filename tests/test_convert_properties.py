@@ -85,7 +85,7 @@ def check(forward: Forward, seen: Counter[str]) -> None:
     seen.update(["with gradients"] * (not any("no gradients" in name for name in theirs)))
 
 
-@pytest.mark.parametrize("examples", [150, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [120, pytest.param(3000, marks=pytest.mark.slow)])
 def test_any_forward(examples: int) -> None:
     """It has the same outputs, changes of inputs, gradients, statistics and state_dict keys."""
     seen: Counter[str] = Counter()
@@ -102,7 +102,7 @@ def test_any_forward(examples: int) -> None:
     assert seen["with gradients"] > 0.3 * seen["networks"]
 
 
-@pytest.mark.parametrize("examples", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_any_forward_under_symbolic_trace(examples: int) -> None:
     """Where torch.fx traces a network to one that computes the same, it does so with the converted network."""
     traced_networks = 0

@@ -1,4 +1,4 @@
-"""Which modules a forward reaches through another module: ``self.body.relu(x)``, beside or in place of ``self.body(x)``.
+"""Which modules a forward reaches through another module: ``self.body.relu(x)`` beside or instead of ``self.body(x)``.
 
 What such a module computes may not be given to its neighbours, since not all callers would see the change.
 """
