@@ -84,6 +84,16 @@ def batch_norm(
     settings = (running_mean, running_var, num_batches_tracked, training, momentum, eps, act)
     if ops.nobody_looks() and (backends.native_usual() or _usual)(*tensors, *settings):
         return _eager(tensors, settings, records, _apply)
+    node = ops.fx_node(
+        batch_norm,
+        input,
+        (running_mean, running_var, weight, bias, training, momentum, eps),
+        {"residual": residual, "act": act, "num_batches_tracked": num_batches_tracked},
+    )
+    if node is not None:
+        return node
+    if torch.jit.is_tracing() and not training:  # a trace in training records bnkern's op
+        return ops.eval_in_torch(*tensors, running_mean, running_var, eps, act)
     _check("batch_norm", input, residual, act)
     _check_statistics(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     return _call((input, weight, bias, in_format_of(input, residual)), settings, records)
@@ -98,8 +108,14 @@ def add_act(
     activation. A residual in another memory format than x is copied once, as there. Differentiable in both. Raises
     TypeError or ValueError naming the argument that is wrong.
     """
+    node = ops.fx_node(add_act, x, (residual, act), {})
+    if node is not None:
+        return node
+    tensors, settings = (x, None, None, residual), (None, None, None, False, None, 0.0, act)
+    if torch.jit.is_tracing():
+        return ops.eval_in_torch(*tensors, None, None, 0.0, act)
     _check("add_act", x, residual, act)
-    return _call((x, None, None, in_format_of(x, residual)), (None, None, None, False, None, 0.0, act), records)
+    return _call((x, None, None, in_format_of(x, residual)), settings, records)
 
 
 class Moments(NamedTuple):

@@ -3,7 +3,7 @@
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
 from .conv import conv2d, takes_gradient
@@ -18,6 +18,17 @@ def _tensor(module: torch.nn.Module, stored: dict[str, Tensor | None], name: str
     if name in stored:
         return stored[name]
     return getattr(module, name)  # parametrized, pruned, a replica's
+
+
+def fx_leaf(module: torch.nn.Module, input: object, *others: object) -> fx.Proxy | None:
+    """The call of ``module`` as one node where torch.fx traces, as for modules of torch.nn; else None.
+
+    None also for the module that is itself the root of the trace: it is traced into.
+    """
+    if not isinstance(input, fx.Proxy) or not isinstance(input.tracer, fx.Tracer) or module is input.tracer.root:
+        return None
+    args = (input, *(other for other in others if other is not None))
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, {})
 
 
 class _Fused:
@@ -51,7 +62,12 @@ class _Fused:
         self.act = act
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)
+        if type(input) is not Tensor and isinstance(input, fx.Proxy):
+            node = fx_leaf(self, input, residual)
+            if node is not None:
+                return node
+        else:
+            self._check_input_dim(input)
         training, momentum = self.training, self.momentum
         buffers, parameters = self._buffers, self._parameters
         running_mean = running_var = counter = None
@@ -113,6 +129,9 @@ class Activation(torch.nn.Module):
         self.act = act
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        node = fx_leaf(self, input, residual)
+        if node is not None:
+            return node
         records = self.taps[0].records(self, input) if self.taps else None
         return add_act(input, residual, self.act, records=records)
 
@@ -133,10 +152,13 @@ class Conv2d(torch.nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        node = fx_leaf(self, input)
+        if node is not None:
+            return node
         if (
-            torch.is_grad_enabled()
+            type(input) is Tensor
+            and torch.is_grad_enabled()
             and self.weight.requires_grad
-            and type(input) is Tensor
             and not isinstance(self.padding, str)
             and self.padding_mode == "zeros"
             and nobody_looks()
@@ -179,7 +201,7 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         group = ranks_of(self.process_group) if self.training else None
-        if group is None:
+        if group is None or isinstance(input, fx.Proxy):
             return super().forward(input, residual)
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)

@@ -3,15 +3,23 @@
 The op writes nothing in place. It returns the new running statistics, which the caller copies back, so that
 functionalisation has nothing to undo. Absent results are tensors of no elements, since an op cannot return None.
 The argument ``backend`` is the forced backend's name or "" for the table's choice; the backward gets the same.
+
+``torch._decomp`` has a decomposition of the forward in eval mode into torch's operators, which torch.onnx.export uses
+and ``ExportedProgram.run_decompositions(torch._decomp.get_decompositions([op]))`` applies on request; torch.compile
+and torch.export keep the op. torch.jit.trace records the same operators, and torch.fx.symbolic_trace records the call.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._decomp import register_decomposition
 
 from . import backends
 from .backends import records
 from .backends.layout import empty_like, layout
-from .backends.reference import accumulator
+from .backends.reference import accumulator, pack_mask
 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -23,7 +31,7 @@ def nobody_looks() -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or torch._C._is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -59,6 +67,13 @@ def transformed() -> bool:
     level = torch._C._functorch.peek_interpreter_stack()
     inside = level is not None and level.key() != torch._C._functorch.TransformType.Functionalize
     return inside or torch.autograd.forward_ad._current_level >= 0
+
+
+def fx_node(function: Callable, x: object, args: tuple, kwargs: dict) -> fx.Proxy | None:
+    """The call ``function(x, *args, **kwargs)`` as one node where torch.fx.symbolic_trace gave ``x``, else None."""
+    if isinstance(x, fx.Proxy):
+        return x.tracer.create_proxy("call_function", function, (x, *args), kwargs)
+    return None
 
 
 def over_members(t: Tensor) -> bool:
@@ -243,6 +258,58 @@ def _autograd(ctx, dy, *_):
     )
     copy_records(ctx.places, (gradient, affine), flags)
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 12)
+
+
+def eval_in_torch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    act: str | None,
+) -> Tensor:
+    """``act(batch_norm(x) + residual)`` in eval mode by torch's operators, rounded once as the kernels round."""
+    y = x if residual is None and running_mean is None else x.to(accumulator(x.dtype))
+    if running_mean is not None:
+        vectors = (None if v is None else v.to(y.dtype) for v in (running_mean, running_var, weight, bias))
+        y = F.batch_norm(y, *vectors, False, 0.0, eps)
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    y = y.to(x.dtype)
+    return y.relu() if act == "relu" else y
+
+
+@register_decomposition(torch.ops.bnkern.batch_norm_forward.default)
+def _decomposition(
+    x,
+    weight,
+    bias,
+    residual,
+    running_mean,
+    running_var,
+    num_batches_tracked,
+    training,
+    momentum,
+    eps,
+    act,
+    save_mask,
+    backend,
+    record=False,
+    record_gradient=None,
+    record_affine=None,
+):
+    if training or record:
+        return NotImplemented  # the op stays: exporters are for inference
+    acc, empty = accumulator(x.dtype), x.new_empty(0)
+    y = eval_in_torch(x, weight, bias, residual, running_mean, running_var, eps, act)
+    mean = invstd = x.new_empty(0, dtype=acc)
+    if running_mean is not None:
+        mean, invstd = running_mean.to(acc, copy=True), torch.rsqrt(running_var.to(acc) + eps)
+    saved = save_mask and act is not None and residual is not None
+    mask = pack_mask(~(y <= 0), layout(x)) if saved else x.new_empty(0, dtype=torch.uint8)
+    return y, mean, invstd, mask, empty, empty.clone(), empty.clone(), _record(x, records.ACTIVATION, False)
 
 
 for _name, _implementation, _fake in (

@@ -169,6 +169,76 @@ def test_shared_relu() -> None:
     assert (after.eval()(image()) >= 0).all()
 
 
+class Reaches(nn.Module):
+    """Calls its submodule and, by paths through it, the batch norm and ReLU that the submodule holds."""
+
+    def __init__(self, mode: str = "") -> None:
+        super().__init__()
+        self.body, self.mode = net(lambda self, y, x: self.relu(y), relu=nn.ReLU()), mode
+        self.tail = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
+        self.bn, self.relu = nn.BatchNorm2d(C), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tail(self.body(x)) - 1
+        if self.mode == "branches" and y.sum() > 1e9:
+            return y
+        return self.steps(self.relu(self.bn(self.body.bn(self.body.relu(y) - 1))))
+
+    def steps(self, x: Tensor) -> Tensor:
+        for layer in self.tail:
+            x = layer(x) - 0.5
+        return x
+
+
+@pytest.mark.parametrize("mode", ["", "branches"])
+def test_calls_of_what_a_submodule_holds(mode: str) -> None:
+    """They would see the change: traced, or found in the source of a forward that cannot be traced."""
+    before = seeded(lambda: Reaches(mode))
+    after = bnkern.convert(copy.deepcopy(before))
+    layers = {layer.name: layer for layer in bnkern.convert.summary(after)}
+    assert type(after.body.relu) is type(after.tail[1]) is nn.ReLU
+    for name in ("body.bn", "tail.0"):
+        assert (layers[name].outcome, layers[name].why) == (PLAIN, "it is called from outside the module that holds it")
+    assert layers["bn"].outcome == (PLAIN if mode else RELU)
+    assert_same_model(before, after, image())
+
+
+def test_a_plain_call_in_an_untraceable_forward_reaches_nothing() -> None:
+    """self.body(x), its attributes, and "is not None" leave the submodule's own layers to be fused."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Sequential(nn.BatchNorm2d(C), nn.ReLU()) for _ in range(2)])
+            self.body = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.body is not None and x.sum() > -1e9 and self.body.training in (True, False):
+                x = self.body(self.blocks[0](x))
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    before = seeded(Branches)
+    after = bnkern.convert(copy.deepcopy(before))
+    assert set(outcomes(after).values()) == {RELU}
+    assert_same_model(before, after, image())
+
+
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda m: torch.jit.trace(m.eval(), image())], ids=["script", "trace"]
+)
+def test_modules_of_torch_jit(make: Callable) -> None:
+    """They run compiled code: left as they are, beside layers that are converted."""
+    inner = seeded(lambda: nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()))
+    before = nn.Sequential(make(inner), nn.BatchNorm2d(C), nn.ReLU())
+    after = nn.Sequential(make(inner), copy.deepcopy(before[1]), nn.ReLU())
+    bnkern.convert(after)
+    assert outcomes(after) == {"0.1": LEFT, "1": RELU}
+    assert "0.1  left alone: it is part of a torch.jit module" in str(bnkern.convert.summary(after))
+    torch.testing.assert_close(after.eval()(image()), before.eval()(image()), rtol=1e-5, atol=1e-5)
+
+
 def test_relu_called_twice() -> None:
     before = net(lambda self, y, x: self.relu(self.conv(self.relu(y))), relu=nn.ReLU())
     after = bnkern.convert(copy.deepcopy(before))

@@ -41,7 +41,8 @@ RULES = {
     "bnkern.backends.cuda": Rule((*NATIVE, "bnkern.backends.architectures")),
     "bnkern.backends.triton*": Rule((*LEAVES, "bnkern.backends.triton*"), ("torch", "triton")),
     "bnkern.backends": Rule(()),  # loads its backends by name, from the table
-    "bnkern.ops": Rule(("bnkern.backends", *LEAVES)),
+    # The decomposition into torch's operators returns the mask as the reference formula packs it.
+    "bnkern.ops": Rule(("bnkern.backends", "bnkern.backends.reference.pack_mask", *LEAVES)),
     "bnkern.distributed": Rule(("bnkern.functional", "bnkern.ops", "bnkern.backends", "bnkern.probes.buffer", *LEAVES)),
     "bnkern.probes.buffer": Rule(()),
     # The second derivative is the reference formula's.

@@ -429,8 +429,8 @@ def pack_mask(passed: Tensor, like: Layout) -> Tensor:
     bits = passed.movedim(1, -1).reshape(1, -1) if like.rows else passed.reshape(like.n * like.c, like.s)
     bits = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.shape[1] % 8))
     bits = bits.view(bits.shape[0], bits.shape[1] // 8, 8)
-    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=passed.device)
-    return (bits * powers).sum(-1, dtype=torch.uint8).view(like.mask_shape)
+    shifts = torch.arange(8, dtype=torch.uint8, device=passed.device)
+    return (bits << shifts).sum(-1, dtype=torch.uint8).view(like.mask_shape)
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from .. import nn as fused
@@ -120,6 +121,9 @@ def summary(model: nn.Module) -> Summary:
             if note.separate_adds:
                 why = f"torch added the residual in {note.separate_adds} calls, to broadcast or promote it"
             layers.append(Layer(name, note.outcome, why))
+        elif isinstance(module, torch.jit.ScriptModule):
+            if module.original_name in [cls.__name__ for cls in _OURS]:
+                layers.append(Layer(name, "left alone", "it is part of a torch.jit module"))
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             layers.append(Layer(name, "left alone", _why_left(module)))
     return Summary(layers)

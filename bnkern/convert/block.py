@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from ..nn import fx_leaf
+
 
 class Note:
     """What happened to one batch norm: ``was``, its class before; ``outcome`` and ``why`` not more, in words."""
@@ -29,22 +31,31 @@ class AbsorbedReLU(nn.ReLU):
     """An nn.ReLU whose work the batch norm before it does; returns its input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return input
+        node = fx_leaf(self, input)
+        return input if node is None else node
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), "done by the batch norm before it"]))
 
 
-def add_relu(bn: nn.Module, x: Tensor, residual: Tensor, in_place: bool) -> Tensor:
+def norm_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Tensor:
     """``relu(bn(x) + residual)`` in one call; where torch would broadcast or promote, the addition is torch's own.
 
-    ``bn.act`` is "relu". ``in_place`` says that the model wrote ``out += residual``, which rounds to out's dtype.
+    ``in_place`` says that the model wrote ``out += residual``, which rounds to the dtype of out. ``bn.act`` is "relu",
+    unless bnkern.revert was called on the model of which a torch.fx trace still makes this call.
     """
-    if _alike(x, residual):
+    if isinstance(x, fx.Proxy):
+        module = x.tracer.create_proxy("get_attr", x.tracer.path_of_module(bn), (), {})
+        return x.tracer.create_proxy("call_function", norm_relu, (module, x, residual, in_place), {})
+    fused = getattr(bn, "act", None) == "relu"
+    if residual is None:
+        return bn(x) if fused else torch.relu(bn(x))
+    recorded = torch.jit.is_tracing()  # comparisons of shapes would be recorded as constants, with a warning
+    if fused and not recorded and _alike(x, residual):
         return bn(x, residual)
-    if not torch.compiler.is_compiling():
+    if fused and not recorded and not torch.compiler.is_compiling():
         bn._conversion.separate_adds += 1
-    y = without_act(bn)(x)
+    y = (without_act(bn) if fused else bn)(x)
     return torch.relu(y.add_(residual) if in_place else y + residual)
 
 
@@ -122,7 +133,7 @@ class Recipe:
         if len(args) + len(kwargs) != len(self.names) or any(name not in self.names for name in kwargs):
             return "it was called with optional arguments"
         for value in (*args, *kwargs.values()):
-            if not isinstance(value, Tensor):
+            if not isinstance(value, (Tensor, fx.Proxy)):
                 return "it was called with an argument that is no tensor"
         for path, cls, is_norm in self.guards:
             module = _find(block, path)

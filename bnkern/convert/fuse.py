@@ -5,8 +5,9 @@ from collections import Counter
 import torch
 from torch import fx, nn
 
-from .block import AbsorbedReLU, Guard, Recipe, add_relu, block_class, has_hooks
+from .block import AbsorbedReLU, Guard, Recipe, block_class, has_hooks, norm_relu
 from .match import Match, Patterns
+from .reach import has_forward, reached_in_source, reached_in_trace
 from .trace import Untraceable, parameters, trace
 
 
@@ -18,7 +19,7 @@ def fuse_all(model: nn.Module) -> None:
     reached: set[nn.Module] = set()  # modules that a forward calls by a path through another module
     views: dict[str, dict[str, str] | str] = {}
     for name, module in list(model.named_modules()):
-        called = not is_norm(module) and type(module).forward is not nn.Module.forward  # an nn.ModuleList is not
+        called = not is_norm(module) and has_forward(module)
         if called and any(is_norm(m) for m in module.modules()) and module not in entered:
             fusion = _Fusion(module, holders, reached)
             entered |= fusion.apply()
@@ -78,6 +79,7 @@ class _Fusion:
             graph, constants, patterns, inline = self._analyse()
         except Untraceable as reason:
             self.view = f"{self.name}.forward {reason}"
+            self.reaches = reached_in_source(self.block)
             return set()
         self.view = {node.target: self._followers(node) for node in graph.nodes if node.op == "call_module"}
         replaced = []
@@ -97,21 +99,20 @@ class _Fusion:
             self._tell(self.block.get_submodule(path), why)
         if not replaced:
             return set()
-        self._replace_forward(graph, constants, patterns, replaced, inline)
+        try:
+            recipe = self._recipe(graph, constants, patterns, replaced, inline)
+        except Exception as error:  # a graph that torch.fx does not accept: the block keeps its own forward
+            for match in replaced:
+                self._tell(self._at(match.bn), f"{self.name}.forward could not be replaced: {error}")
+            return set()
+        for match in replaced:
+            self._fused(self._at(match.bn), "batch norm + ReLU" if match.add is None else "batch norm + add + ReLU")
+        self.block._recipe = recipe
+        self.block.__class__ = block_class(type(self.block))
         return {self.block.get_submodule(path) for path in inline}
 
     def _at(self, node: fx.Node) -> nn.Module:
         return self.block.get_submodule(node.target)
-
-    def _reached(self, graph: fx.Graph) -> set[nn.Module]:
-        """The modules that the forward calls by a path through another module with a forward of its own."""
-        found = set()
-        for path in [node.target for node in graph.nodes if node.op == "call_module"]:
-            names = path.split(".")
-            holders = [self.block.get_submodule(".".join(names[:k])) for k in range(1, len(names))]
-            if any(type(holder).forward is not nn.Module.forward for holder in holders):
-                found.add(self.block.get_submodule(path))
-        return found
 
     # ---------------------------------------------------------------------------------------------- analysis
 
@@ -119,7 +120,7 @@ class _Fusion:
         """The trace and its patterns, looking into as few submodules as the patterns need."""
         inline: frozenset[str] = frozenset()
         graph, constants, patterns = self._patterns(inline)
-        self.reaches = self._reached(graph)
+        self.reaches = reached_in_trace(self.block, graph)
         while patterns.enter:
             path = patterns.enter[0]
             try:
@@ -188,35 +189,31 @@ class _Fusion:
         bn.act = "relu"
         bn._conversion.outcome, bn._conversion.why = outcome, ""
 
-    def _replace_forward(
+    def _recipe(
         self, graph: fx.Graph, constants: dict, patterns: Patterns, matches: list[Match], inline: frozenset[str]
-    ) -> None:
-        guarded = set(inline)
+    ) -> Recipe:
+        """The block's forward with the calls of each match joined; ``graph`` is edited, the modules are not."""
+        erased = set()
         for match in matches:
-            guarded.add(match.bn.target)
-            self._fused(self._at(match.bn), "batch norm + ReLU" if match.add is None else "batch norm + add + ReLU")
-            joined = match.bn
-            if match.add is not None:
-                with graph.inserting_before(match.add):
-                    bn = graph.get_attr(match.bn.target)
-                    in_place = patterns.in_place(match.add)
-                    joined = graph.call_function(add_relu, (bn, match.bn.args[0], match.residual, in_place))
+            last = match.bn if match.add is None else match.add
+            addition = () if match.add is None else (match.residual, patterns.in_place(match.add))
+            with graph.inserting_before(last):
+                bn = graph.get_attr(match.bn.target)
+                joined = graph.call_function(norm_relu, (bn, match.bn.args[0], *addition))
             match.relu.replace_all_uses_with(joined)
             # What is not called any more: down from the ReLU, each node once it has no user left.
-            parts = (match.relu, match.add, match.bn if match.add is not None else None)
             for node in reversed(graph.nodes):
-                if not node.users and (node in parts or patterns.is_identity(node)):
+                if not node.users and (node in (match.relu, match.add, match.bn) or patterns.is_identity(node)):
                     graph.erase_node(node)
                     if node.op == "call_module":
-                        guarded.add(node.target)
+                        erased.add(node.target)
+        graph.lint()
         guards = [
             Guard(path, type(module), is_norm(module))
-            for path in sorted(guarded)
+            for path in sorted(erased.union(inline))
             for module in [self.block.get_submodule(path)]
         ]
-        graph.lint()
-        self.block._recipe = Recipe(graph, parameters(type(self.block))[0], constants, guards)
-        self.block.__class__ = block_class(type(self.block))
+        return Recipe(graph, parameters(type(self.block))[0], constants, guards)
 
     # ----------------------------------------------------------------------------------------- why not more
 

@@ -154,8 +154,7 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if type(a) is _Stand:
             return a.node
-        own = (*self.root.parameters(), *self.root.buffers())
-        if isinstance(a, torch.Tensor) and not any(a is t for t in own):
+        if isinstance(a, torch.Tensor) and not any(a is t for t in (*self.root.parameters(), *self.root.buffers())):
             raise Untraceable("makes a tensor of its own")
         return super().create_arg(a)
 
