@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bnkern.train.processes import process_group
+
 WORLD = 3  # processes of the fixture `ranks`
 TIMEOUT_S = 240  # of one call; the slowest compiles a network
 
@@ -81,15 +83,16 @@ GROUPS: dict[int, dist.ProcessGroup] = {}  # in a rank: the group of the first 1
 
 def _serve(rank: int, count: int, rendezvous: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=count)
-    for size in range(1, count):
-        GROUPS[size] = dist.new_group(list(range(size)))
-    GROUPS[count] = dist.group.WORLD
-    with contextlib.suppress(EOFError):
-        while True:
-            function, size, given = pickle.loads(pipe.recv_bytes())
-            try:
-                answer = function(*given, group=GROUPS[size]), None
-            except BaseException:
-                answer = None, traceback.format_exc()
-            pipe.send_bytes(pickle.dumps(answer))
+    with process_group("gloo", init_method=rendezvous, rank=rank, world_size=count):
+        for size in range(1, count):
+            GROUPS[size] = dist.new_group(list(range(size)))
+        GROUPS[count] = dist.group.WORLD
+        with contextlib.suppress(EOFError):  # the test run ended without Ranks.end, which kills the processes
+            while True:
+                function, size, given = pickle.loads(pipe.recv_bytes())
+                try:
+                    answer = function(*given, group=GROUPS[size]), None
+                except BaseException:
+                    answer = None, traceback.format_exc()
+                pipe.send_bytes(pickle.dumps(answer))
+        GROUPS.clear()

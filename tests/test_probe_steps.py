@@ -263,13 +263,12 @@ def test_torch_compile_recompiles_on_entering_and_never_again(tmp_path: Path) ->
 
 RANK = """
 import sys
-import torch.distributed as dist
+from bnkern.train.processes import process_group
 from tests.test_probe_steps import record_rank
 rank, port, out, norm = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "True"
 shares = [int(size) for size in sys.argv[5:]]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(shares))
-record_rank(out, norm, shares, rank)
-dist.destroy_process_group()
+with process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(shares)):
+    record_rank(out, norm, shares, rank)
 """
 SUMMED = [*CHANNEL, "weight_gradient_signs"]
 

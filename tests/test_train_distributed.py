@@ -24,16 +24,16 @@ SCRIPT = """
 import sys, torch, torch.distributed as dist
 torch.set_num_threads(1)
 from pathlib import Path
+from bnkern.train.processes import process_group
 from tests.test_train_distributed import one_run
-dist.init_process_group("gloo")
-for name in sys.argv[2:]:
-    one_run(name, Path(sys.argv[1]))
-    if name == "again":
-        if dist.get_rank() == 0:
-            (Path(sys.argv[1]) / "again/DONE").unlink()
-            (Path(sys.argv[1]) / "again/checkpoint.pt").unlink()
+with process_group("gloo"):
+    for name in sys.argv[2:]:
         one_run(name, Path(sys.argv[1]))
-dist.destroy_process_group()
+        if name == "again":
+            if dist.get_rank() == 0:
+                (Path(sys.argv[1]) / "again/DONE").unlink()
+                (Path(sys.argv[1]) / "again/checkpoint.pt").unlink()
+            one_run(name, Path(sys.argv[1]))
 """
 
 
@@ -51,6 +51,7 @@ def torchrun(folder: Path, processes: int, *names: str) -> Path:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "FutureWarning" not in done.stderr, done.stderr
     return folder
 
 

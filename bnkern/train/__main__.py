@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from . import cifar10
 from .config import PRESETS, Config, from_dict, laptop, parse, preset
 from .loop import train
+from .processes import process_group
 from .sweep import sweep
 
 EXAMPLES = """\
@@ -120,12 +120,9 @@ def _distributed(config: Config, asked: argparse.Namespace) -> int:
     device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else asked.device or "cpu"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
+    with process_group("nccl" if device.startswith("cuda") else "gloo"):
         data = cifar10.load("synthetic" if config.data == "synthetic" else asked.data)
         train(config, asked.out / config.title, data, device, resume=asked.resume, tensorboard=asked.tensorboard)
-    finally:
-        dist.destroy_process_group()
     return 0
 
 

@@ -1,5 +1,6 @@
 """Training from start to end: the host's side of :mod:`.step`, with metrics, evaluation, checkpoints and divergence."""
 
+import inspect
 import os
 import sys
 import time
@@ -27,6 +28,11 @@ from .step import Step, autocast, loss_of
 
 EVALUATION = 500  # images at a time
 IMPROVEMENT = 1e-4  # the plateau rule's: relative
+
+# Forward broadcasts no buffers, because batch norm over all ranks keeps them equal. Up to torch 2.12 the argument is
+# called broadcast_buffers; since 2.13 that name is deprecated.
+_NAMES = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+NO_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False}
 
 # Makes a recorder for (network, folder, step to start from); the loop calls its step(loss) and flush(wait=True).
 Probes = Callable[[nn.Module, Path, int], AbstractContextManager]
@@ -157,7 +163,7 @@ class _Run:
             self.recorder = stack.enter_context(probes(self.network, folder / "probes", self.host.done))
         model = torch.compile(self.network) if config.compile else self.network
         if self.world > 1:
-            model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            model = nn.parallel.DistributedDataParallel(model, **NO_BUFFERS)
         self.step = Step(model, self.network, self.batches, config, self.recorder and self.recorder.step)
         if state:
             self.restore(state)
