@@ -24,8 +24,8 @@ from tests.torch_samples import DTYPES, MODULES, OPS, ModuleSample, OpSample, Sa
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
-# rtol is that of torch.testing.assert_close for the dtype. atol is wider: in float32 a gradient is the sum of some
-# hundred terms of size 10, each rounded; the half precisions round the state of two steps twice, at values of order 1.
+# rtol is that of torch.testing.assert_close for the dtype. atol is wider. In float32 a gradient is the sum of some
+# hundred terms of size 10, each rounded. Half precisions round the state of two steps twice, at values of order one.
 TOLERANCE = {
     torch.float32: (1.3e-6, 1e-4),
     torch.float64: (1e-7, 1e-7),
