@@ -312,6 +312,10 @@ def _decomposition(
     return y, mean, invstd, mask, empty, empty.clone(), empty.clone(), _record(x, records.ACTIVATION, False)
 
 
+# FakeTensorMode takes a decomposition in place of the fake kernel where sizes are symbolic, unless the op stands in the
+# table of meta kernels too.
+register_decomposition(torch.ops.bnkern.batch_norm_forward.default, type="meta")(_forward_fake)
+
 for _name, _implementation, _fake in (
     ("batch_norm_forward", _forward, _forward_fake),
     ("batch_norm_backward", _backward, _backward_fake),
