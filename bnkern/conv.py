@@ -57,13 +57,16 @@ def conv2d_grad_signs(
 
     Raises:
         TypeError, ValueError: an argument is not as above; names it.
-        RuntimeError: a forced backend cannot serve the call; says why.
+        RuntimeError: a forced backend cannot serve the call; says why. Under torch.jit.trace, which would record the
+            results as constants.
 
     Source: Bjorck et al., "Understanding Batch Normalization", 2018, equation 4 and Table 1.
     """
     kernel_size = _pair("kernel_size", kernel_size, 1)
     stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
     _check(x, dy, kernel_size, stride, padding)
+    if torch.jit.is_tracing():
+        raise RuntimeError("conv2d_grad_signs: torch.jit.trace cannot record this call, only its results as constants")
     wanted = _flags(wanted)
     backend = backends.choose(backends.forced(), x.device, x.dtype, "conv_grad_signs")
     return GradSigns(*backend.conv_grad_signs(x.detach(), dy.detach(), kernel_size, stride, padding, wanted))

@@ -131,9 +131,11 @@ def channel_moments(x: Tensor) -> Moments:
 
     mean = sum x / M and var = sum (x - mean)^2 / M, float32 (float64 for float64 input), by sums of distances
     from a value near the mean, merged with Chan's formula. Not differentiable: the results carry no graph. Raises
-    TypeError or ValueError.
+    TypeError or ValueError, and RuntimeError under torch.jit.trace, which would record the results as constants.
     """
     _check("channel_moments", x, None, None)
+    if torch.jit.is_tracing():
+        raise RuntimeError("channel_moments: torch.jit.trace cannot record this call, only its results as constants")
     x = x.detach()
     count, mean, m2 = _backend(x).moments(x)
     return Moments(count, mean, m2 / count)

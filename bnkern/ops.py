@@ -6,7 +6,8 @@ The argument ``backend`` is the forced backend's name or "" for the table's choi
 
 ``torch._decomp`` has a decomposition of the forward in eval mode into torch's operators, which torch.onnx.export uses
 and ``ExportedProgram.run_decompositions(torch._decomp.get_decompositions([op]))`` applies on request; torch.compile
-and torch.export keep the op. torch.jit.trace records the same operators, and torch.fx.symbolic_trace records the call.
+and torch.export keep the op. torch.jit.trace records torch's operators in eval mode and the op in training, and
+torch.fx.symbolic_trace records the call.
 """
 
 from collections.abc import Callable

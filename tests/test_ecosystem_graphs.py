@@ -65,6 +65,20 @@ def test_a_saved_trace_holds_the_call() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda x: bnkern.channel_moments(x).mean, "channel_moments"),
+        (lambda x: bnkern.conv2d_grad_signs(x, x, 1).sum, "conv2d_grad_signs"),
+    ],
+    ids=["channel_moments", "conv2d_grad_signs"],
+)
+def test_functions_that_a_trace_would_hold_as_constants_are_refused(function: Callable, name: str) -> None:
+    with pytest.raises(RuntimeError, match=f"{name}: torch.jit.trace cannot record this call"):
+        torch.jit.trace(function, (X,))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_jit_script_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"bnkern.nn\.py"):
         torch.jit.script(conv_and_norm())
