@@ -7,10 +7,11 @@
 //   too small stays allocated as well, since kernels may still use it and cudaFree would wait for the device. Sizes are
 //   powers of two, the first one 1 MB, so that a stream has few.
 // - Calls that are captured share one for each graph and stream: kernels that one stream captures depend on each other
-//   in their order, and no graph runs twice at the same time, but two graphs may. The graph owns it, as a CUDA user
-//   object: when the graph, and what was instantiated from it, is gone and its last launch has finished, the memory
-//   goes to the next capture that needs as much. All together it is as much as the graphs that lived at once have had.
-//   One node of the graph, a memset in front of the stream's first kernel, makes the signals zero.
+//   in their order, and an executable graph never runs twice at the same time, but two graphs may. Two executables of
+//   one graph, or clones of it within other graphs, share its workspace and must not run at the same time. The graph
+//   owns it, as a CUDA user object: when the graph, and what was instantiated from it, is gone and its last launch has
+//   finished, the memory goes to the next capture that needs as much or less. It is never returned to CUDA. One node of
+//   the graph, a memset in front of the stream's first kernel, makes the signals zero.
 //
 // The memory comes from cudaMalloc and not from torch's allocator, which may at any time be directed to the private
 // pool of a graph: what is kept out of such a pool would be given to a tensor as well (torch clears cuBLAS's workspaces
