@@ -101,6 +101,29 @@ def test_a_killed_process_leaves_whole_files(tmp_path: Path) -> None:
     assert probes.load(tmp_path).steps.tolist() == list(range(9))
 
 
+def test_an_unclosed_recording_is_written_before_the_interpreter_ends(tmp_path: Path) -> None:
+    """The interpreter waits for the thread that writes, here one that is slow."""
+    code = f"""
+        import time
+        from tests.probing import CHANNEL, make_net, train
+        from bnkern import probes
+        from bnkern.probes import files
+        write = files.write_part
+        def slowly(path, arrays):
+            time.sleep(0.2)
+            write(path, arrays)
+        files.write_part = slowly
+        net = make_net()
+        recording = probes.record(net, CHANNEL, out={str(tmp_path)!r}, capacity=3)
+        rec = recording.__enter__()
+        train(net, 9, rec)
+        rec.flush()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=120, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0
+    assert probes.load(tmp_path).steps.tolist() == list(range(9))
+
+
 def test_a_full_buffer_drops_the_newest_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_net()
     monkeypatch.setattr(files.Writer, "busy", lambda self: True)  # a disk that never catches up

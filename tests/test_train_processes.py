@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bnkern.probes import load
 from tests.test_train_distributed import torchrun
 from tests.training import tiny
 
@@ -78,40 +79,45 @@ def test_threads_of_the_group_end_with_the_block(end: str, status: int) -> None:
     assert done.returncode == status, done.stderr
 
 
-# The command line in one rank. "fails": the second rank raises at the end of its first epoch.
-RANK = f"""{THREADS}
+COMMAND_LINE = f"""{THREADS}
 import sys
-import bnkern.train.loop
 from bnkern.train.__main__ import main
-def fail(*_):
-    raise RuntimeError("as the test asked")
-if "fails" in sys.argv[1]:
-    bnkern.train.loop._Run.end_epoch = fail
-status = main(sys.argv[2:])
+status = main(sys.argv[1:])
 print(len(gloo_threads()), "threads afterwards")
 sys.exit(status)
 """
+FAILING_COMMAND_LINE = f"""
+import os
+import bnkern.train.loop
+def fail(*_):
+    raise RuntimeError("as the test asked")
+if os.environ["RANK"] == "1":
+    bnkern.train.loop._Run.end_epoch = fail
+{COMMAND_LINE}"""
+
+
+def run_of(folder: Path, **settings: object) -> tuple[str, ...]:
+    """The arguments of the command line."""
+    return json.dumps(tiny(log_every=1, **settings).to_dict()), "--out", str(folder), "--device", "cpu"
 
 
 @contextmanager
-def command_line(folder: Path, modes: tuple[str, ...], **settings: object) -> Iterator[list[subprocess.Popen]]:
-    """One run in as many processes as there are modes."""
+def two_ranks(script: str, *words: str) -> Iterator[list[subprocess.Popen]]:
+    """Two processes that run the script and find each other through the environment, as torchrun starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [json.dumps(tiny(log_every=1, **settings).to_dict()), "--out", str(folder), "--device", "cpu"]
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(modes))}
-    environment = os.environ | environment | {"OMP_NUM_THREADS": "1"}
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, mode, *words],
+            [sys.executable, "-c", script, *words],
             cwd=ROOT,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank, mode in enumerate(modes)
+        for rank in range(2)
     ]
     try:
         yield ranks
@@ -133,19 +139,19 @@ def assert_ended(ranks: list[subprocess.Popen], status: int) -> list[str]:
 
 
 def test_command_line_ends_in_order(tmp_path: Path) -> None:
-    with command_line(tmp_path, ("", ""), batch=500, epochs=1) as ranks:
+    with two_ranks(COMMAND_LINE, *run_of(tmp_path, batch=500, epochs=1)) as ranks:
         assert_ended(ranks, 0)
 
 
 def test_command_line_ends_in_order_after_an_error(tmp_path: Path) -> None:
     """Of one rank: the other one learns of it in its next collective, from the closed connection."""
-    with command_line(tmp_path, ("", "fails"), batch=500, epochs=1) as ranks:
+    with two_ranks(FAILING_COMMAND_LINE, *run_of(tmp_path, batch=500, epochs=1)) as ranks:
         errors = assert_ended(ranks, 1)
     assert errors[1].splitlines()[-1] == "RuntimeError: as the test asked" and "RuntimeError: " in errors[0]
 
 
 def test_command_line_ends_in_order_after_an_interrupt(tmp_path: Path) -> None:
-    with command_line(tmp_path, ("", ""), epochs=50) as ranks:
+    with two_ranks(COMMAND_LINE, *run_of(tmp_path, epochs=50)) as ranks:
         deadline = time.monotonic() + 120
         while not (written := list(tmp_path.glob("*/metrics.jsonl"))) or not written[0].stat().st_size:
             assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
@@ -154,6 +160,38 @@ def test_command_line_ends_in_order_after_an_interrupt(tmp_path: Path) -> None:
             rank.send_signal(signal.SIGINT)
         errors = assert_ended(ranks, 130)
     assert all("goes on from the last checkpoints" in error for error in errors)
+
+
+RECORDING = f"""{THREADS}
+import os, sys
+import torch
+import torch.distributed as dist
+from bnkern import probes
+from bnkern.train.processes import process_group
+from tests.probing import CHANNEL, make_net, train
+def run():
+    net = make_net(norm=False)
+    with probes.record(net, CHANNEL, out=sys.argv[1]) as rec:
+        train(net, 3, rec)
+        rec.flush()
+        train(net, 2, rec)
+        if dist.get_rank() == 1:
+            raise ValueError("as the test asked")
+        dist.all_reduce(torch.zeros(1))
+try:
+    with process_group("gloo"):
+        run()
+finally:
+    print(len(gloo_threads()), "threads afterwards")
+"""
+
+
+def test_recording_ends_in_order_after_an_error(tmp_path: Path) -> None:
+    """Of one rank: it enters no collective, in which it would wait for the others; what was flushed is on the disk."""
+    with two_ranks(RECORDING, str(tmp_path)) as ranks:
+        errors = assert_ended(ranks, 1)
+    assert "ValueError: as the test asked" in errors[1] and "RuntimeError: " in errors[0]
+    assert load(tmp_path).steps.tolist() == [0, 1, 2]
 
 
 @pytest.mark.slow

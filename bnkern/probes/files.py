@@ -7,9 +7,9 @@ A recording is a folder. ``index.json`` says which quantities, their rows and op
 
 import json
 import os
-import queue
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 
@@ -33,13 +33,14 @@ class Writer:
         self.folder = Path(out)
         self.quantities = {quantity.name: quantity for quantity in quantities}
         self._unserved = unserved
-        self._ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        self._rank = dist.get_rank() if self._ranks > 1 else 0
+        self.ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self._rank = dist.get_rank() if self.ranks > 1 else 0
         self._error: BaseException | None = None
         self._dropped = 0
-        self._queue: queue.Queue[Filled | None] = queue.Queue()
         self._waiting, self._lock = 0, threading.Lock()  # bytes
-        self._thread: threading.Thread | None = None
+        # One thread, so that parts are written in order. The interpreter waits for it at exit even if the recording was
+        # never closed: no part is lost, and the thread does not run while the interpreter shuts down.
+        self._thread: ThreadPoolExecutor | None = None
         if self._rank == 0:
             existing = parts(self.folder)
             if existing and not append:
@@ -49,8 +50,7 @@ class Writer:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._next = 1 + max((int(path.stem.split("-")[1]) for path in existing), default=-1)
             self._write_index()
-            self._thread = threading.Thread(target=self._run, name="bnkern probes", daemon=True)
-            self._thread.start()
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="bnkern probes")
 
     def busy(self) -> bool:
         """Whether as much is waiting as may."""
@@ -58,16 +58,17 @@ class Writer:
 
     def put(self, filled: Filled) -> None:
         """Hand over rows; with several ranks, a collective call."""
-        if self._ranks > 1:
+        if self.ranks > 1:
             filled = self._gathered(filled)
         if self._thread is not None:
             with self._lock:
                 self._waiting += filled.rows.nbytes
-            self._queue.put(filled)
+            self._thread.submit(self._write_in_turn, filled)
 
     def wait(self) -> None:
         """Until all that was put is on the disk; raises what went wrong."""
-        self._queue.join()
+        if self._thread is not None:
+            self._thread.submit(int).result()  # does nothing, after all that was put before it
         self.raise_if_failed()
 
     def raise_if_failed(self) -> None:
@@ -78,8 +79,7 @@ class Writer:
     def close(self, dropped: int) -> None:
         """Wait until all is written; raises what went wrong."""
         if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
+            self._thread.shutdown()
             self._dropped = dropped
             if self._error is None and dropped:
                 self._write_index()
@@ -94,7 +94,7 @@ class Writer:
         backend = dist.get_backend()
         device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else rows.device
         rows = rows.to(device)
-        all_rows = [torch.empty_like(rows) for _ in range(self._ranks)] if self._rank == 0 else None
+        all_rows = [torch.empty_like(rows) for _ in range(self.ranks)] if self._rank == 0 else None
         dist.gather(rows, all_rows, dst=0)
         if filled.home is not None:
             filled.home.append(filled.rows)
@@ -102,18 +102,16 @@ class Writer:
             return filled
         return filled._replace(rows=torch.stack(all_rows).cpu(), ids=filled.ids[:count], ready=None, home=None)
 
-    def _run(self) -> None:
-        while (filled := self._queue.get()) is not None:
-            if self._error is None:
-                try:
-                    self._write(filled)
-                except BaseException as error:
-                    self._error = error
-            with self._lock:
-                self._waiting -= filled.rows.nbytes
-            if filled.home is not None:
-                filled.home.append(filled.rows)
-            self._queue.task_done()
+    def _write_in_turn(self, filled: Filled) -> None:
+        if self._error is None:
+            try:
+                self._write(filled)
+            except BaseException as error:
+                self._error = error
+        with self._lock:
+            self._waiting -= filled.rows.nbytes
+        if filled.home is not None:
+            filled.home.append(filled.rows)
 
     def _write(self, filled: Filled) -> None:
         if filled.ready is not None:
@@ -125,8 +123,8 @@ class Writer:
         arrays = {"step": ids[:, 0], "call": ids[:, 1]}
         for (name, layer), (offset, shape) in filled.places.items():
             size = int(np.prod(shape))
-            if self._ranks > 1:
-                values = rows[:, :, offset : offset + size].reshape(self._ranks, count, *shape)
+            if self.ranks > 1:
+                values = rows[:, :, offset : offset + size].reshape(self.ranks, count, *shape)
                 values = self.quantities[name].merge(values)
             else:
                 values = rows[:count, offset : offset + size].reshape(count, *shape)
@@ -141,7 +139,7 @@ class Writer:
             "format": 1,
             "quantities": {q.name: {"rows": list(q.rows), "options": None} for q in self.quantities.values()},
             "unserved": [[name, layer, why] for (name, layer), why in self._unserved.items()],
-            "ranks": self._ranks,
+            "ranks": self.ranks,
             "dropped": self._dropped,
         }
         for quantity in known:

@@ -250,10 +250,15 @@ class Recorder:
         return 0 if self._buffer.device is None else int(self._buffer.dropped)
 
     def close(self, failed: bool = False) -> None:
-        """Stop listening, write what is left. ``record`` calls it; after an exception too, without a second one."""
+        """Stop listening, write what is left. ``record`` calls it; after an exception too, without a second one.
+
+        After an exception in a distributed run, the rows since the last flush are lost: collecting them from all ranks
+        is a collective, and the other ranks may be in another one or gone.
+        """
         self._forget()
         try:
-            self._hand_out()
+            if not (failed and self._writer.ranks > 1):
+                self._hand_out()
             self._writer.close(self.dropped)
         except Exception:
             if not failed:
