@@ -4,7 +4,9 @@
     grad_sums | reduce: (sum g, sum g * xhat) added over the ranks | grad_input
 
 Two ops hold a pass each, collective included, so that eager, torch.compile and fake tensors all see one call. The
-collectives are torch's functional ones and follow the group's own backend: gloo for CPU tensors, nccl for CUDA.
+collectives follow the group's own backend: gloo for CPU tensors, nccl for CUDA. They are not torch's functional ones:
+of those, one that Ctrl-C interrupts before it is waited for stays in a registry, which keeps gloo's threads alive until
+the process ends.
 """
 
 from typing import TYPE_CHECKING
@@ -109,22 +111,28 @@ def sync_batch_norm(
 # ---------------------------------------------------------------------------------------------------- the two seams
 
 
+def _named(group: str) -> "dist.ProcessGroup":
+    """The group of that name: the ops take the name, since a schema has no process groups."""
+    return dist.distributed_c10d._resolve_process_group(group)  # in C++, by the name that ranks_of gives
+
+
 def gather_moments(kernels, count: int, mean: Tensor, m2: Tensor, group: str, ranks: int) -> tuple[Tensor, ...]:
     """One (count, mean [C], M2 [C]) of all ranks' own, the same bits on each. The count is a tensor from here on."""
     channels, dtype = mean.shape[0], mean.dtype
     # The integer travels as bits: float32 would round counts beyond 2^24.
     bits = torch.full((1,), count, dtype=torch.int64, device=mean.device).view(dtype)
     packed = torch.cat((mean, m2, bits))
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(packed, ranks, group)
-    gathered = torch.ops._c10d_functional.wait_tensor(gathered).view(ranks, -1)
+    gathered = packed.new_empty(ranks, len(packed))
+    dist.all_gather(list(gathered.unbind()), packed, group=_named(group))
     means, m2s, bits = gathered.split((channels, channels, len(bits)), dim=1)
     return kernels.merge(bits.contiguous().view(torch.int64).flatten(), means, m2s)
 
 
 def reduce_sums(sum_dy: Tensor, sum_dy_xhat: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """sum g [C] and sum g * xhat [C] over all ranks."""
-    reduced = torch.ops._c10d_functional.all_reduce(torch.cat((sum_dy, sum_dy_xhat)), "sum", group)
-    return torch.ops._c10d_functional.wait_tensor(reduced).chunk(2)
+    reduced = torch.cat((sum_dy, sum_dy_xhat))
+    dist.all_reduce(reduced, group=_named(group))
+    return reduced.chunk(2)
 
 
 # -------------------------------------------------------------------------------------------------------- the ops
