@@ -25,17 +25,24 @@ def inputs() -> list[Tensor]:
 
 
 def results(model: nn.Module) -> dict[str, Tensor]:
-    """Outputs, inputs afterwards and state, in eval and in training; and gradients, where autograd has them."""
+    """Outputs, inputs afterwards and state, in eval and in training; and gradients, where autograd has them.
+
+    The state after a forward that raised halfway is left out: which batch norms had run by then depends on the order of
+    independent operations, which a fusion may change.
+    """
     found: dict[str, Any] = {}
     for training in (False, True):
         model.train(training)
         xs = inputs()
         with torch.no_grad():
             outputs = tree_leaves(model(*xs))
+        found |= {f"{training}: {k} without gradients": t.clone() for k, t in model.state_dict().items()}
         model.zero_grad()
         leaves = [x.requires_grad_() for x in inputs()]
+        finished = False
         try:
             differentiable = [y for y in tree_leaves(model(*[x * 1 for x in leaves])) if y.requires_grad]
+            finished = True
             if differentiable:
                 sum((y * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum() for y in differentiable).backward()
         except RuntimeError as error:  # a value that backward needs was changed in place
@@ -44,7 +51,8 @@ def results(model: nn.Module) -> dict[str, Tensor]:
             parameters = {**dict(model.named_parameters()), **dict(zip("xz", leaves, strict=True))}
             found |= {f"{training}: grad {k}": p.grad.clone() for k, p in parameters.items() if p.grad is not None}
         found |= {f"{training}: {k}": y for k, y in enumerate([*outputs, *xs])}
-        found |= {f"{training}: {k}": t.clone() for k, t in model.state_dict().items()}
+        if finished:
+            found |= {f"{training}: {k}": t.clone() for k, t in model.state_dict().items()}
     return found
 
 
