@@ -372,3 +372,46 @@ def test_additions_that_are_torchs(form: Callable[[Net, Tensor, Tensor], Tensor]
     assert after.bn.num_batches_tracked == 1
     assert "torch added the residual in 2 calls" in str(bnkern.convert.summary(after))
     assert replaced(after) == [""]
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x).relu()
+
+
+class Middle(nn.Module):
+    """Calls the batch norm of ``inner`` and not ``inner``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.inner.bn(x) * 2)
+
+
+class Outer(nn.Module):
+    """Takes over ``middle``, whose batch norm comes before an addition and a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = Middle()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.middle(x) + x).relu()
+
+
+def test_a_batch_norm_that_a_forward_within_another_one_reaches() -> None:
+    """``middle`` is part of the fused forward of the outer module, so that only there its own calls are seen."""
+    before = Outer()
+    after = bnkern.convert(copy.deepcopy(before))
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(after(x), before(x))
+    outcomes = {layer.name: layer.outcome for layer in bnkern.convert.summary(after)}
+    assert outcomes["middle.bn"] == "batch norm + add + ReLU"
+    assert after.middle.inner.bn.act is None

@@ -133,6 +133,8 @@ class _Fusion:
         if needed != inline:
             self.barred |= inline
             graph, constants, patterns = self._patterns(needed)
+        # A forward that is part of this one from now on is not analysed by itself.
+        self.reaches |= reached_in_trace(self.block, graph, needed)
         return graph, constants, patterns, needed
 
     def _patterns(self, inline: frozenset[str]) -> tuple[fx.Graph, dict, Patterns]:

@@ -17,10 +17,14 @@ def has_forward(module: nn.Module) -> bool:
     return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward
 
 
-def reached_in_trace(block: nn.Module, graph: fx.Graph) -> set[nn.Module]:
-    """The modules that a traced forward calls by a path through another module with a forward."""
+def reached_in_trace(block: nn.Module, graph: fx.Graph, inlined: frozenset[str] = frozenset()) -> set[nn.Module]:
+    """The modules that a traced forward calls by a path through another module with a forward.
+
+    The forwards of the modules at the paths ``inlined`` are part of the graph, so that their own children are not
+    reached through them.
+    """
     paths = [node.target.split(".") for node in graph.nodes if node.op == "call_module"]
-    return {_find(block, path) for path in paths if _through_forward(block, path)}
+    return {_find(block, path) for path in paths if _through_forward(block, path, inlined)}
 
 
 def reached_in_source(block: nn.Module) -> set[nn.Module]:
@@ -91,5 +95,6 @@ def _find(block: nn.Module, path: list[str]) -> nn.Module | None:
     return block
 
 
-def _through_forward(block: nn.Module, path: list[str]) -> bool:
-    return any(has_forward(_find(block, path[:k])) for k in range(1, len(path)))
+def _through_forward(block: nn.Module, path: list[str], inlined: frozenset[str] = frozenset()) -> bool:
+    prefixes = [path[:k] for k in range(1, len(path))]
+    return any(has_forward(_find(block, prefix)) for prefix in prefixes if ".".join(prefix) not in inlined)
