@@ -44,7 +44,7 @@ SPEC = Spec(
     "three quarters of training; accuracies of the last epoch, train accuracy over its augmented batches. A run has "
     "diverged once a loss after the first step is above 1e3 or not finite, and then has no accuracy. Scale full: "
     "ResNet-110 and the paper's epochs. Reduced: ResNet-110 on the first 1,280 training images, without crops and "
-    "flips, for 100 epochs at 0.1, 200 at 0.003 and 1,200 at 0.0001. Quick: ResNet-8 on the first 5,000 training "
+    "flips, for 300 epochs at 0.1, 200 at 0.003 and 1,200 at 0.0001. Quick: ResNet-8 on the first 5,000 training "
     "images, the paper's epochs times 2/165. Beyond the paper: Fixup, an initialisation for nets without norms.",
     claims=(
         gap("batch-0.1", "batch-0.003", 2.8, above(0)),
