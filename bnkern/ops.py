@@ -10,6 +10,7 @@ and torch.export keep the op. torch.jit.trace records torch's operators in eval 
 torch.fx.symbolic_trace records the call.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -167,6 +168,7 @@ def _forward_fake(
     record_gradient=None,
     record_affine=None,
 ):
+    _allow_in_inductor()
     like = layout(x)
     identity = not training and running_mean is None
     statistic = [x.new_empty(0 if identity else like.c, dtype=accumulator(x.dtype)) for _ in range(2)]
@@ -177,6 +179,20 @@ def _forward_fake(
         for t in (running_mean, running_var, num_batches_tracked)
     ]
     return (empty_like(x, like.rows), *statistic, mask, *running, _record(x, records.ACTIVATION, record))
+
+
+def _allow_in_inductor() -> None:
+    """Register the op with Inductor as one to be called, although it also has a decomposition.
+
+    Inductor does so by itself, but where the environment variable CI is set, as on GitHub's runners, it first raises
+    for an operator of which torch knows a decomposition. Its module takes a second to import, so this waits until a
+    graph is traced, when Inductor has imported it.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    op = torch.ops.bnkern.batch_norm_forward.default
+    if lowering is not None and op not in lowering.lowerings:
+        tag = torch._library.utils.get_layout_constraint_tag(op, with_default=True)
+        lowering.make_fallback(op, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
 
 
 def _record(x: Tensor, rows: tuple[str, ...], wanted: bool) -> Tensor:

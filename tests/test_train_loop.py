@@ -241,13 +241,15 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "whole", tmp_path / "a")
 
 
-KILLED = """
+# Long enough that no machine finishes between two looks at the metrics.
+KILLED_SETTINGS = {"epochs": 12, "checkpoint_every": 2, "log_every": 3, "lr": 0.02, "deterministic": True}
+KILLED = f"""
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from bnkern.train.loop import train
 from tests.training import images, tiny
-train(tiny(epochs=4, checkpoint_every=2, log_every=3, lr=0.02, deterministic=True), Path(sys.argv[1]), images())
+train(tiny(**{KILLED_SETTINGS}), Path(sys.argv[1]), images())
 """
 
 
@@ -255,8 +257,7 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
     """kill -9 three times, each a random moment after the metrics have grown by some lines."""
     draw = random.Random(5)
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    settings = {"epochs": 4, "checkpoint_every": 2, "log_every": 3, "lr": 0.02, "deterministic": True}
-    train(tiny(**settings), whole, images())
+    train(tiny(**KILLED_SETTINGS), whole, images())
     command = [sys.executable, "-c", KILLED, str(folder)]
     killed = []
     for more in (1, 6, 5):
