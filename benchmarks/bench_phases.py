@@ -1,4 +1,4 @@
-"""The phases, one by one and joined to forward and backward: outputs reused, against a copy in the same rounds.
+"""The phases, one by one and joined to forward and backward, against a copy in the same rounds.
 
 A copy is y.copy_(x) of 256 MiB into memory that is there, on as many threads as the phases. It counts as one read
 and one write; what else the hardware moves for it (a store may first read the line it writes) it also moves for a
@@ -8,19 +8,19 @@ call without them.
 
 from collections.abc import Callable
 from functools import partial
-from inspect import signature
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import shapes, traffic
 from benchmarks.shapes import Case, Inputs
 from bnkern import backends
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
 
 COPY_BYTES = 256 << 20
 ANY_SHAPE = True
-NO_OUTPUTS = ("moments", "grad_sums")  # but for a few numbers per channel
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -30,39 +30,33 @@ def cases(device: torch.device) -> list[Case]:
     return cached + [case._replace(shape=large[case.dtype]) for case in cached]
 
 
-def bound(call: str, op: str, inputs: Inputs) -> partial:
-    """The backend's function bound to its arguments, and to the outputs of an earlier call where it takes ``out``."""
+def bound(call: str, op: str, inputs: Inputs, recorded: bool = False) -> partial:
+    """The backend's function bound to its arguments; ``recorded``: with all records of a whole call."""
     x, residual, dy = inputs
     residual, act = (residual, "relu") if op == "bn_add_relu" else (None, None)
     backend = backends.choose(backends.forced(), x.device, x.dtype)
     count, mean, m2 = backend.moments(x)
     invstd = torch.rsqrt(m2 / count + 1e-5)
     weight, bias = torch.rand_like(mean) + 0.5, torch.randn_like(mean)
-    y, mask = backend.normalize(x, mean, invstd, weight, bias, residual, act)
-    gradient = dy, x, mean, invstd, weight, bias, mask, act
-    grads = torch.empty_like(x), None if residual is None else torch.empty_like(x)
     running = torch.zeros_like(mean), torch.ones_like(mean), torch.zeros((), dtype=torch.int64, device=x.device)
+    record, *records = (_empty_record(rows, x) if recorded else None for rows in (ACTIVATION, GRADIENT, AFFINE))
+    forward = ForwardCall(x, weight, bias, residual, *running, True, 0.1, 1e-5, act, act is not None, record)
+    _, mask = backend.normalize(forward, mean, invstd)
     needs = True, True, True, residual is not None
-    arguments, outputs = {
-        "moments": ((x,), None),
-        "normalize": ((x, mean, invstd, weight, bias, residual, act), (y, mask)),
-        "grad_sums": (gradient, None),
-        "grad_input": ((*gradient, (*backend.grad_sums(*gradient), count)), grads),
-        "forward": ((x, weight, bias, residual, *running, True, 0.1, 1e-5, act, act is not None), y),
-        "backward": ((dy, x, weight, bias, mean, invstd, mask, act, True, needs), grads),
+    backward = BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, True, needs, *records)
+    arguments = {
+        "moments": lambda: (x,),
+        "normalize": lambda: (forward, mean, invstd),
+        "grad_sums": lambda: (backward,),
+        "grad_input": lambda: (backward, (*backend.grad_sums(backward), count)),
+        "forward": lambda: (forward,),
+        "backward": lambda: (backward,),
     }[call]
-    function = getattr(backend, call)
-    reused = {"out": outputs} if outputs is not None and "out" in signature(function).parameters else {}
-    return partial(function, *arguments, **reused)
+    return partial(getattr(backend, call), *arguments())
 
 
-def bound_with_records(call: str, op: str, inputs: Inputs) -> tuple[partial, partial]:
-    """``bound``, and the same call with all its records."""
-    plain = bound(call, op, inputs)
-    rows = {"forward": {"record": ACTIVATION}, "backward": {"record_gradient": GRADIENT, "record_affine": AFFINE}}[call]
-    x = inputs[0]
-    wanted = {k: torch.empty(len(v), x.shape[1], dtype=torch.float64, device=x.device) for k, v in rows.items()}
-    return plain, partial(plain, **wanted)
+def _empty_record(rows: tuple[str, ...], x: Tensor) -> Tensor:
+    return torch.empty(len(rows), x.shape[1], dtype=torch.float64, device=x.device)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +69,7 @@ def copy(device: torch.device) -> Callable:
 def measure(case: Case, mode: str, inputs: Inputs, copy: Callable, compare: Callable) -> Callable:
     def run(call: str, op: str) -> None:
         moved = {
-            "bnkern": traffic.moved((call,), op, case.elements, case.itemsize)
-            | {"outputs": "reused" if call in NO_OUTPUTS or bound(call, op, inputs).keywords else "fresh"},
+            "bnkern": traffic.moved((call,), op, case.elements, case.itemsize),
             "copy": {"bytes": 2 * COPY_BYTES},
         }
         compare(
@@ -129,7 +122,7 @@ def test_records(op: str, call: str, case: Case, mode: str, inputs: Inputs, comp
         f"{op} {call}",
         case,
         {"bnkern": lambda functions: functions[1](), "without records": lambda functions: functions[0]()},
-        make_data=lambda: bound_with_records(call, op, inputs.clone()),
+        make_data=lambda: [bound(call, op, inputs.clone(), recorded) for recorded in (False, True)],
         mode=mode,
         moved=lambda _: traffic.moved((call,), op, case.elements, case.itemsize),
         budget_s=1.0,

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks import shapes, traffic
 from benchmarks.shapes import Case
 from bnkern import backends
+from bnkern.backends.calls import BackwardCall, ForwardCall
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or backends.unavailable("cuda", "cuda") is not None,
@@ -43,11 +44,13 @@ class Layer:
 
     def forward(self, kernels) -> tuple[Tensor | None, ...]:
         given = self.x, self.weight, self.bias, self.residual, *self.running, self.counter
-        return kernels.forward(*given, True, 0.1, 1e-5, "relu", True)
+        return kernels.forward(ForwardCall(*given, True, 0.1, 1e-5, "relu", True))
 
     def backward(self, kernels) -> tuple[Tensor | None, ...]:
         mean, invstd, mask = self.saved
-        return kernels.backward(self.dy, self.x, self.weight, self.bias, mean, invstd, mask, "relu", True, NEEDS)
+        return kernels.backward(
+            BackwardCall(self.dy, self.x, self.weight, self.bias, mean, invstd, mask, "relu", True, NEEDS)
+        )
 
 
 def by(way: str, call: str, layer: Layer) -> tuple[Tensor | None, ...]:
@@ -55,12 +58,12 @@ def by(way: str, call: str, layer: Layer) -> tuple[Tensor | None, ...]:
     from bnkern.backends import cuda
 
     name, single_read_from = WAYS[way]
-    of_device = cuda._device
-    cuda._device = lambda index: (of_device(index)[0], cuda.Rule(single_read_from, "this benchmark"))
+    kernels, index = backends.choose(name, "cuda", layer.x.dtype), torch.cuda.current_device()
+    cuda.introduce(index, single_read_from)
     try:
-        return getattr(layer, call)(backends.choose(name, "cuda", layer.x.dtype))
+        return getattr(layer, call)(kernels)
     finally:
-        cuda._device = of_device
+        cuda.introduce(index)
 
 
 @pytest.mark.parametrize("call", ["forward", "backward"])

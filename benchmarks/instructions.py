@@ -1,9 +1,9 @@
 """Instructions that the CPU kernels execute, counted by valgrind: a guard of speed that noise cannot fake.
 
 Fixed cases, the AVX2 kernels (valgrind knows no AVX-512), one thread, the built module itself. A process without
-torch calls the module once for each case, and callgrind counts from the module's entry to its return: the kernel and
-a few thousand instructions of its binding, no Python. instructions.json holds the counts by compiler;
-``python -m benchmarks.instructions`` prints them beside it, ``--write`` (``make instructions``) replaces this
+torch, whose tensors are :class:`Array`, calls the module once for each case, and callgrind counts from the kernel's
+entry to its return: no Python, and nothing of how the module reads its arguments. instructions.json holds the counts by
+compiler; ``python -m benchmarks.instructions`` prints them beside it, ``--write`` (``make instructions``) replaces this
 compiler's.
 
 A count says how much code runs. It does not say how long loads take, nor anything of threads or AVX-512.
@@ -21,18 +21,23 @@ import subprocess
 import sys
 import tempfile
 from array import array
+from collections import namedtuple
 from collections.abc import Callable
 from importlib import machinery, util
 from itertools import product
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 TABLE = Path(__file__).with_name("instructions.json")
 ISA = "avx2"
 TOLERANCE = 0.03  # counts repeat to the digit; this lets through what touches no inner loop
-# Every call of the module passes here, and returns here: the kernels' own entries end in jumps, which valgrind cannot
-# tell from calls that stay.
-ENTRY = "pybind11::cpp_function::dispatcher(_object*, _object* const*, unsigned long, _object*)"
+# Every kernel is called from here, and returns here: the kernels' own entries end in jumps, which valgrind cannot tell
+# from calls that stay.
+ENTRIES = [
+    f"void bnkern::run_released<bnkern::{call}>(void (*)(bnkern::{call} const&), bnkern::{call} const&)"
+    for call in ("Forward", "Backward", "ConvGradSigns", "Conv3x3", "Augment")
+]
 CODES = {"fp32": 0, "bf16": 1}  # of csrc/dtype.h
 SHAPES = {"vectors": (4, 16, 1024), "odd": (4, 17, 49)}  # N, C, S; the odd one is no multiple of a vector anywhere
 PLANES_AND_ROWS = {"planes": False, "rows": True}
@@ -41,108 +46,125 @@ PLANES_AND_ROWS = {"planes": False, "rows": True}
 # ------------------------------------------------------------------------- in the process that valgrind watches
 
 
-class Memory:
-    """Hands out zeroed pages, so that addresses are aligned alike in every run, and keeps them."""
+DTYPES = ("fp32", "bf16", "fp16", "fp64", "uint8", "int64", "int32")  # by the codes of csrc/call/dlpack.h
+WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "uint8": 1, "int64": 8, "int32": 4}
 
-    def __init__(self) -> None:
-        rng = random.Random(0)
-        self._normal = array("f", (rng.gauss(0, 1) for _ in range(1 << 12))).tobytes()
-        self._kept = []
 
-    def of(self, size: int, pattern: bytes = b"") -> int:
-        """The address of ``size`` bytes that repeat a pattern."""
+class Array:
+    """What stands for a tensor: zeroed pages, so that addresses are aligned alike in every run; kept for good."""
+
+    device = None
+    _kept: ClassVar[list] = []
+
+    def __init__(self, shape: tuple[int, ...], dtype: str = "fp32", pattern: bytes = b"", rows: bool = False) -> None:
+        """Full of a pattern, contiguous or, with ``rows``, with the second axis innermost."""
+        order = (1, *range(len(shape) - 1, 1, -1), 0) if rows else range(len(shape) - 1, -1, -1)
+        strides, size = [0] * len(shape), 1
+        for axis in order:
+            strides[axis], size = size, size * shape[axis]
+        size *= WIDTH[dtype]
         pages = mmap.mmap(-1, size)
         if pattern:
             pages[:] = (pattern * (size // len(pattern) + 1))[:size]
         self._kept.append(pages)
-        return ctypes.addressof(ctypes.c_char.from_buffer(pages))
-
-    def normal(self, dtype: str, count: int) -> int:
-        """Standard normal values, 4096 of them over and over."""
-        if dtype == "fp32":
-            return self.of(4 * count, self._normal)
-        return self.of(2 * count, b"".join(self._normal[k + 2 : k + 4] for k in range(0, len(self._normal), 4)))
-
-    def ones(self, count: int) -> int:
-        return self.of(4 * count, array("f", [1.0]).tobytes())
+        address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        self.described = address, 1, 0, DTYPES.index(dtype), shape, tuple(strides)
 
 
-def cases(native: ModuleType, memory: Memory) -> dict[str, Callable[[], None]]:
+_RANDOM = random.Random(0)
+_NORMAL = array("f", (_RANDOM.gauss(0, 1) for _ in range(1 << 12))).tobytes()
+_NORMAL_BF16 = b"".join(_NORMAL[k + 2 : k + 4] for k in range(0, len(_NORMAL), 4))
+
+
+def normal(shape: tuple[int, ...], dtype: str, rows: bool = False) -> Array:
+    """Standard normal values, 4096 of them over and over."""
+    return Array(shape, dtype, _NORMAL if dtype == "fp32" else _NORMAL_BF16, rows)
+
+
+def ones(count: int) -> Array:
+    return Array((count,), "fp32", array("f", [1.0]).tobytes())
+
+
+def cases(native: ModuleType) -> dict[str, Callable[[], object]]:
     """A call of the module for each case, by name."""
     found = {}
     for shape, (layout, rows), dtype, op in product(SHAPES, PLANES_AND_ROWS.items(), CODES, ("bn", "bn_add_relu")):
         for recorded in (False, True) if (dtype, op) == ("fp32", "bn_add_relu") else (False,):
             name = f"{op} {layout} {dtype} {shape}{' recorded' if recorded else ''}"
-            what = (native, memory, rows, dtype, SHAPES[shape], op == "bn_add_relu", recorded)
+            what = (native, rows, dtype, SHAPES[shape], op == "bn_add_relu", recorded)
             found[f"forward {name}"] = forward(*what)
             found[f"backward {name}"] = backward(*what)
     for (layout, rows), dtype in product(PLANES_AND_ROWS.items(), CODES):
-        found[f"augment {layout} {dtype}"] = augment(native, memory, rows, dtype)
-        for what, wanted in (("sums", (1, 1, 0, 0)), ("signs", (0, 0, 1, 1))):
-            found[f"conv_grad_signs {what} {layout} {dtype}"] = conv_grad_signs(native, memory, rows, dtype, wanted)
+        found[f"augment {layout} {dtype}"] = augment(native, rows, dtype)
+        for what, wanted in (("sums", (True, True, False, False)), ("signs", (False, False, True, True))):
+            found[f"conv_grad_signs {what} {layout} {dtype}"] = conv_grad_signs(native, rows, dtype, wanted)
     for channels, side in ((16, 32), (64, 8)):
-        found[f"conv3x3 {channels}"] = conv3x3(native, memory, channels, side)
-        sizes = (4, channels, side)
-        found[f"conv3x3 gradient {channels}"] = conv_grad_signs(native, memory, True, "fp32", (1, 0, 0, 0), sizes, True)
+        found[f"conv3x3 {channels}"] = conv3x3(native, channels, side)
+        sizes, wanted = (4, channels, side), (True, False, False, False)
+        found[f"conv3x3 gradient {channels}"] = conv_grad_signs(native, True, "fp32", wanted, sizes, True)
     return found
 
 
-def forward(native, memory, rows, dtype, sizes, fused, recorded) -> Callable[[], None]:
+def forward(native, rows, dtype, sizes, fused, recorded) -> Callable[[], object]:
+    c = sizes[1]
+    x, residual = (normal(sizes, dtype, rows) for _ in range(2))
+    weight, bias, running_mean, running_var = (ones(c) for _ in range(4))
+    record = Array((8, c), "fp64") if recorded else None
+    running = (running_mean, running_var, Array((), "int64"))
+    act, residual = ("relu", residual) if fused else (None, None)
+    call = native.ForwardCall(x, weight, bias, residual, *running, True, 0.1, 1e-5, act, fused, record)
+    return lambda: native.forward(call, True)
+
+
+def backward(native, rows, dtype, sizes, fused, recorded) -> Callable[[], object]:
     n, c, s = sizes
-    count, code, steps = n * c * s, CODES[dtype], (c, 1) if rows else (c * s, s)
-    x, residual, y = (memory.normal(dtype, count) for _ in range(3))
-    mask, record = memory.of(n * c * (s // 8 + 1)) if fused else 0, memory.of(64 * c) if recorded else 0
-    weight, bias, mean, invstd, running_mean, running_var = (memory.ones(c) for _ in range(6))
-    counter = memory.of(8)
-    return lambda: native.cpu_forward(
-        code, rows, n, c, s, True, True, fused,
-        x, *steps, residual if fused else 0, *steps, y, *steps, mask,
-        weight, 0, bias, 0, mean, invstd, running_mean, 0, running_var, 0, counter, False, 0.1, 1e-5, record, 1,
-    )  # fmt: skip
+    dy, x = (normal(sizes, dtype, rows) for _ in range(2))
+    mask = Array(((n * c * s + 7) // 8,) if rows else (n, c, (s + 7) // 8), "uint8", bytes(range(256)))
+    weight, bias, mean, invstd = (ones(c) for _ in range(4))
+    records = (Array((7, c), "fp64"), Array((8, c), "fp64")) if recorded else (None, None)
+    act, mask = ("relu", mask) if fused else (None, None)
+    needs = (True, True, True, fused)
+    call = native.BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, True, needs, *records)
+    return lambda: native.backward(call)
 
 
-def backward(native, memory, rows, dtype, sizes, fused, recorded) -> Callable[[], None]:
-    n, c, s = sizes
-    count, code, steps = n * c * s, CODES[dtype], (c, 1) if rows else (c * s, s)
-    dy, x, dx, dresidual = (memory.normal(dtype, count) for _ in range(4))
-    mask = memory.of(n * c * (s // 8 + 1), bytes(range(256))) if fused else 0
-    weight, bias, mean, invstd, dweight, dbias = (memory.ones(c) for _ in range(6))
-    records = (memory.of(64 * c), memory.of(64 * c)) if recorded else (0, 0)
-    return lambda: native.cpu_backward(
-        code, rows, n, c, s, True, True, fused, True,
-        dy, *steps, x, *steps, dx, *steps, dresidual if fused else 0, *steps, mask,
-        weight, 0, bias, 0, mean, invstd, 0, 0, dweight, 0, dbias, 0, *records, 1,
-    )  # fmt: skip
-
-
-def augment(native, memory, rows, dtype) -> Callable[[], None]:
-    count, pixels = 8, 3 * 32 * 32
-    images, labels = memory.of(count * pixels, bytes(range(251))), memory.of(8 * count)
-    chosen = memory.of(8 * count, array("q", range(count)).tobytes())
-    table, out, labels_out = memory.normal(dtype, 3 * 256), memory.normal(dtype, count * pixels), memory.of(8 * count)
-    return lambda: native.cpu_augment(
-        CODES[dtype], rows, True, 1, 0, images, labels, chosen, count, table, out, labels_out, 1
-    )
+def augment(native, rows, dtype) -> Callable[[], object]:
+    count, pixels = 8, (3, 32, 32)
+    images, labels = Array((count, *pixels), "uint8", bytes(range(251))), Array((count,), "int64")
+    chosen = Array((count,), "int64", array("q", range(count)).tobytes())
+    table, out = normal((3, 256), dtype), normal((count, *pixels), dtype, rows)
+    return lambda: native.augment(images, labels, chosen, table, out, Array((count,), "int64"), True, 1, 0)
 
 
 def conv_grad_signs(
-    native, memory, rows, dtype, wanted, sizes=(4, 16, 16), winograd=False
-) -> Callable[[], None]:  # 3 x 3, as many outputs as inputs
+    native, rows, dtype, wanted, sizes=(4, 16, 16), winograd=False
+) -> Callable[[], object]:  # 3 x 3, as many outputs as inputs
     n, c, side = sizes
-    strides = [side * side * c, 1, side * c, c] if rows else [side * side * c, side * side, side, 1]
-    x, dy = (memory.normal(dtype, n * c * side * side) for _ in range(2))
-    results = [memory.of(4 * c * c * 9) if want else 0 for want in wanted]
-    size, ones = [n, c, side, side], [1, 1]
-    return lambda: native.cpu_conv_grad_signs(
-        CODES[dtype], x, size, strides, dy, size, strides, [3, 3], ones, ones, results, winograd, 1
-    )
+    x, dy = (normal((n, c, side, side), dtype, rows) for _ in range(2))
+    return lambda: native.conv_grad_signs(x, dy, (3, 3), (1, 1), (1, 1), wanted, winograd)
 
 
-def conv3x3(native, memory, channels, side) -> Callable[[], None]:
-    size, strides = [4, channels, side, side], [9 * channels, 1, 3 * channels, channels]
-    x, y = (memory.normal("fp32", 4 * channels * side * side) for _ in range(2))
-    weight = memory.normal("fp32", channels * channels * 9)
-    return lambda: native.cpu_conv3x3(x, size, weight, channels, strides, y, 1)
+def conv3x3(native, channels, side) -> Callable[[], object]:
+    x, weight = normal((4, channels, side, side), "fp32", True), normal((channels, channels, 3, 3), "fp32", True)
+    return lambda: native.conv3x3(x, weight, False)
+
+
+class Torch:
+    """What the native module needs of torch (bnkern/backends/native.py), for :class:`Array`."""
+
+    PLAIN_TYPES = (Array,)
+    DTYPES = DTYPES
+    exchange_table = None
+
+    def __init__(self, native: ModuleType) -> None:
+        names = native.fields()
+        self.ForwardCall, self.BackwardCall = (namedtuple("Call", fields) for fields in names)
+
+    describe = staticmethod(lambda t: t.described)
+    from_dlpack = staticmethod(lambda capsule: capsule)
+    is_neg = staticmethod(lambda t: False)
+    get_num_threads = staticmethod(lambda: 1)
+    output_strides = current_stream = empty_strided = None
 
 
 def load(module: str) -> ModuleType:
@@ -150,13 +172,15 @@ def load(module: str) -> ModuleType:
     loader = machinery.ExtensionFileLoader("_native", module)
     native = util.module_from_spec(util.spec_from_loader("_native", loader))
     loader.exec_module(native)
+    torch = Torch(native)
+    native.connect(torch)
+    native.ForwardCall, native.BackwardCall = torch.ForwardCall, torch.BackwardCall
     return native
 
 
 def call_all(module: str) -> None:
     """Calls each case once, and prints its name before."""
-    memory = Memory()  # must outlive the calls
-    for name, call in cases(load(module), memory).items():
+    for name, call in cases(load(module)).items():
         print(name, flush=True)
         call()
 
@@ -197,8 +221,9 @@ def count() -> dict[str, int]:
     from bnkern import _native
 
     with tempfile.TemporaryDirectory() as folder:
-        collect = ["--collect-atstart=no", f"--toggle-collect={ENTRY}", f"--dump-after={ENTRY}"]
-        options = [f"--callgrind-out-file={folder}/dump", *collect]
+        # valgrind takes a pattern for the one and not for the other.
+        collect = ["--toggle-collect=void bnkern::run_released<*", *(f"--dump-after={entry}" for entry in ENTRIES)]
+        options = [f"--callgrind-out-file={folder}/dump", "--collect-atstart=no", *collect]
         # Isolated and without site-packages: this file again, as a program.
         command = [sys.executable, "-I", "-S", __file__, "--call", _native.__file__]
         done = subprocess.run(

@@ -30,6 +30,7 @@ def _table(row: dict) -> str:
     named = {
         "batch_norm": "Whole batch norms",
         "overhead": "The fixed cost of a call",
+        "host_time": "The host's part of a call on a GPU, launches left out",
         "conv2d": "Convolutions",
         "step": "Training steps",
         "loop": "Training steps of the loop",
@@ -104,7 +105,7 @@ def _phases(rows: list[dict]) -> Iterator[str]:
     pairs = groups(rows, lambda row: row["bench"], case_of)
     for bench, case in sorted(pairs, key=lambda key: CALLS.index(key[0])):
         ours, copy = pairs[bench, case]
-        fresh = ", fresh outputs" if ours["outputs"] == "fresh" else ""
+        fresh = ", fresh outputs" if ours.get("outputs") == "fresh" else ""
         rates = f"{ours['gb_per_s']:.1f}", f"{copy['gb_per_s']:.1f}", f"{ours['share_of_copy']:.0%}"
         yield line(bench, case, f"{ours['bytes'] / 1e6:.1f}", _time(ours) + fresh, *rates)
 
@@ -225,6 +226,7 @@ _RENDER = {
     "Memory of networks": _networks,
     "Whole batch norms": _batch_norms,
     "The fixed cost of a call": _batch_norms,
+    "The host's part of a call on a GPU, launches left out": _batch_norms,
     "Convolutions": _batch_norms,
     "Phases": _phases,
     "Training steps": _steps,

@@ -7,7 +7,7 @@ from . import nn, probes
 from .backends import use_backend
 from .conv import GradSigns, conv2d_grad_signs
 from .convert import convert, revert
-from .functional import Moments, add_act, batch_norm, channel_moments, explain
+from .norm import Moments, add_act, batch_norm, channel_moments, explain
 
 __version__ = "0.1.0"
 __all__ = [

@@ -7,10 +7,9 @@ from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
 from .conv import conv2d, takes_gradient
-from .distributed import ranks_of, sync_batch_norm
-from .functional import add_act, batch_norm
 from .guard import Hyperparameter
-from .ops import nobody_looks
+from .norm import add_act, batch_norm, ranks_of, sync_batch_norm
+from .norm.context import is_plain_eager
 
 
 def _tensor(module: torch.nn.Module, stored: dict[str, Tensor | None], name: str) -> Tensor | None:
@@ -142,13 +141,14 @@ class Activation(torch.nn.Module):
 class Conv2d(torch.nn.Conv2d):
     """``torch.nn.Conv2d`` whose weight gradient comes together with its probe (``weight_gradient_signs``).
 
-    Where the CPU's own kernels were measured to be faster than torch's (:func:`bnkern.conv.takes_gradient`: float32 in
-    channels_last, multiples of 16 input channels), the backward takes the weight gradient from the kernel that also
-    makes the probe's sums, probed or not, with the same bits; and a 3 x 3 convolution of stride and padding 1 without
-    bias goes by Winograd's F(2 x 2, 3 x 3), forward and backward, where :func:`bnkern.conv.by_winograd` says so: then
-    results may be NaN where the definition gives an infinity, and a value that is not finite may spread to all nine
-    weights' gradients of its channel. Which of these serve depends on the CPU's instruction set. Elsewhere this is
-    torch's convolution, a probe beside it. Arguments and state_dict are torch's.
+    Where the CPU's own kernels were measured to be faster than torch's (``prefers_own_gradient`` of
+    bnkern/backends/cpu: float32 in channels_last, multiples of 16 input channels), the backward takes the weight
+    gradient from the kernel that also makes the probe's sums, probed or not, with the same bits. A 3 x 3 convolution of
+    stride and padding 1 without bias goes by Winograd's F(2 x 2, 3 x 3), forward and backward, where
+    ``prefers_winograd`` says so. Then results may be NaN where the definition gives an infinity, and a value that is
+    not finite may spread to all nine weights' gradients of its channel. Which of these serve depends on the CPU's
+    instruction set. Elsewhere this is torch's convolution, with the probe beside it. Arguments and state_dict are
+    torch's.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Conv2d(torch.nn.Conv2d):
             and self.weight.requires_grad
             and not isinstance(self.padding, str)
             and self.padding_mode == "zeros"
-            and nobody_looks()
+            and is_plain_eager()
             and not torch.is_autocast_enabled(input.device.type)
             and input.dim() == 4
             and takes_gradient(input, self.weight, self.stride, self.padding, self.dilation, self.groups)
@@ -174,7 +174,7 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
     """``torch.nn.SyncBatchNorm`` ([N, C, ...]) computing ``act(batch_norm(input) + residual)`` over all ranks' batches.
 
     Arguments are those of torch.nn.SyncBatchNorm and ``act``: None or "relu". In training, in a process group of two
-    ranks or more, statistics are those of the joint batch (:func:`bnkern.distributed.sync_batch_norm`): every rank
+    ranks or more, statistics are those of the joint batch (:func:`bnkern.norm.sync_batch_norm`): every rank
     must call, be its batch empty or not. In eval, and with one rank or none, a plain batch norm. Works on the CPU
     (gloo) as on CUDA (nccl); for the CPU's sake no instance of torch's class, which DistributedDataParallel refuses.
     """

@@ -1,5 +1,5 @@
 // Philox4x32-10, a counter-based random number generator: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as
-// easy as 1, 2, 3", SC 2011. Its twins: philox in bnkern/backends/reference.py, and triton's own.
+// easy as 1, 2, 3", SC 2011. Its twins: philox in bnkern/backends/reference/images.py, and triton's own.
 #pragma once
 
 #include <cstdint>

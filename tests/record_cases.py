@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bnkern.backends import records, reference
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from tests.cases import EPS, Problem, assert_close, by_channel, exact, mean_bound, passed, sums_bound, var_bound
 
 MODES = ("training", "eval", "identity")
@@ -42,8 +43,10 @@ class Call(NamedTuple):
             running = [p.mean.clone(), p.invstd.square().reciprocal()]
         weight, bias = (None, None) if self.mode == "identity" else (p.weight, p.bias)
         tail = (None, self.training, 0.1, EPS, self.relu(), True)
-        with_record = {} if record is None else {"record": record}
-        return [*kernels.forward(p.x, weight, bias, self.residual(p), *running, *tail, **with_record), *running]
+        return [
+            *kernels.forward(ForwardCall(p.x, weight, bias, self.residual(p), *running, *tail, record)),
+            *running,
+        ]
 
     def needs(self, p: Problem) -> tuple[bool, bool, bool, bool]:
         parameters = self.mode != "identity"
@@ -60,7 +63,7 @@ class Call(NamedTuple):
         mean, invstd, mask = saved
         weight, bias = (None, None) if self.mode == "identity" else (p.weight, p.bias)
         arguments = (p.dy, p.x, weight, bias, mean, invstd, mask, self.relu(), self.training, needs)
-        return list(kernels.backward(*arguments, **wanted))
+        return list(kernels.backward(BackwardCall(*arguments, **wanted)))
 
 
 def empty_record(rows: tuple[str, ...], x: Tensor) -> Tensor:
@@ -169,7 +172,7 @@ def assert_affine(record: Tensor, p: Problem, mean: Tensor, invstd: Tensor, y: T
     dy, x, mean, invstd = (t.detach().cpu() for t in (p.dy, p.x, mean, invstd))
     g = dy.where(passed(y).cpu(), 0.0) if relu else dy
     got = _rows(records.AFFINE, record)
-    truth = _rows(records.AFFINE, reference.affine(g, x, mean, invstd, None, None, None, None))
+    truth = _rows(records.AFFINE, reference.affine(BackwardCall(g, x, mean=mean, invstd=invstd)))
     _assert_exact(got, truth, tuple(f"{d}_{what}" for d in ("bias", "weight") for what in ("sign_sum", "nonzero")))
     xhat = (x.to(mean.dtype) - by_channel(mean, x)) * by_channel(invstd, x)
     for d, bound in zip(("bias", "weight"), sums_bound(*exact(g, xhat), x.dtype), strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnkern import backends
-from bnkern.backends.reference import CROP, ORDER, philox, words
+from bnkern.backends.reference.images import CROP, ORDER, philox, words
 from tests.cases import Target
 
 # Random123's known answers for philox4x32-10: counter, key, words.

@@ -56,14 +56,15 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The calls that the backends got, as "backend.forward" and "backend.backward"."""
     calls: list[str] = []
 
-    def spy_on(name: str, function: str) -> None:
+    def spy_on(name: str, function: str, called: str) -> None:
         module = backends._load(name)
         original = getattr(module, function)
-        monkeypatch.setattr(module, function, lambda *args: calls.append(f"{name}.{function}") or original(*args))
+        monkeypatch.setattr(module, function, lambda *args: calls.append(f"{name}.{called}") or original(*args))
 
     for name in ("cpu", "reference"):
-        spy_on(name, "forward")
-        spy_on(name, "backward")
+        spy_on(name, "forward", "forward")
+        spy_on(name, "backward", "backward")
+    spy_on("cpu", "try_forward", "forward")
     return calls
 
 
@@ -249,7 +250,7 @@ def test_cuda_refuses_devices_that_it_was_not_built_for(
 ) -> None:
     """Without the refusal each call raises "no kernel image is available", while explain says that cuda serves."""
     cuda = backends._load("cuda")
-    monkeypatch.setattr(cuda._native, "cuda_forward", None, raising=False)
+    monkeypatch.setattr(cuda._native, "cuda_device", lambda index, **limits: None, raising=False)
     monkeypatch.setattr(cuda, "_ARCHITECTURES", built)
     gpus(monkeypatch, gpu(name="a device", major=major, minor=minor))
     line = backends.explain("cuda", FP).splitlines()[0]

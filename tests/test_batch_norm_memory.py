@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import bnkern
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from tests.cases import BF16, CASE, EPS, FEW, FP16, FP32, FUSED, MODES, MOMENTUM, Case, Target, bits, leaf, running_of
 
 
@@ -89,10 +90,10 @@ def test_outputs_are_fully_written(
         poisoned(on)
         kernels = bnkern.backends.choose(target.backend, target.device, p.x.dtype)
         y, mean, invstd, mask = kernels.forward(
-            p.x, p.weight, p.bias, residual, *statistics, None, training, MOMENTUM, EPS, act, True
+            ForwardCall(p.x, p.weight, p.bias, residual, *statistics, None, training, MOMENTUM, EPS, act, True)
         )
         needs = (True, True, True, with_residual)
-        grads = kernels.backward(p.dy, p.x, p.weight, p.bias, mean, invstd, mask, act, training, needs)
+        grads = kernels.backward(BackwardCall(p.dy, p.x, p.weight, p.bias, mean, invstd, mask, act, training, needs))
         results.append([y, mean, invstd, mask, *grads, *statistics])
     for clean, dirty in zip(*results, strict=True):
         assert (clean is None) == (dirty is None)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import bnkern
-from bnkern.backends.reference import philox
+from bnkern.backends.reference.images import philox
 from bnkern.train import cifar10
 from bnkern.train.cifar10 import DataError
 from tests.cases import Target

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 import bnkern
-from bnkern import conv, probes
+from bnkern import probes
 from bnkern.backends import cpu
+from bnkern.conv import layer
 
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table says AVX-512; the kernel itself runs on any machine."""
-    monkeypatch.setattr(conv, "_isa", lambda: "avx512")
+    monkeypatch.setattr(cpu._native, "isa", lambda: "avx512")
 
 
 def pair(inputs: int = 16, outputs: int = 8, **options: object) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -67,7 +68,7 @@ def test_probing_keeps_the_gradients_bits_and_forms_it_once(tmp_path: Path, monk
     kernel = bnkern.conv2d_grad_signs
     counted = lambda *args, **kwargs: calls.append(kwargs["wanted"]) or kernel(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(bnkern, "conv2d_grad_signs", counted)
-    monkeypatch.setattr(conv, "conv2d_grad_signs", counted)
+    monkeypatch.setattr(layer, "conv2d_grad_signs", counted)
     plain(images()).square().sum().backward()
     assert calls == [("sum",)]
     quantity = probes.make("weight_gradient_signs", sums=["abs_sum", "nonzero"])
@@ -187,7 +188,7 @@ def test_a_layer_by_winograd(stride: int, bias: bool, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("case", ["few", "wide", "24 outputs", "1x1", "padding 0", "generic"])
 def test_what_winograd_leaves(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, outputs, kernel, padding = many_images(16), 16, 3, 1
-    served = lambda: conv.by_winograd(x, outputs, (kernel, kernel), (1, 1), (padding, padding))  # noqa: E731
+    served = lambda: cpu.prefers_winograd(x, outputs, (kernel, kernel), (1, 1), (padding, padding))  # noqa: E731
     assert served()
     match case:
         case "few":
@@ -201,12 +202,12 @@ def test_what_winograd_leaves(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
         case "padding 0":
             padding = 0
         case "generic":
-            monkeypatch.setattr(conv, "_isa", lambda: "generic")
+            monkeypatch.setattr(cpu._native, "isa", lambda: "generic")
     assert not served()
 
 
 def test_with_avx2_only_what_winograd_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "_isa", lambda: "avx2")
+    monkeypatch.setattr(cpu._native, "isa", lambda: "avx2")
     ours, _ = pair(16, 16)
     assert takes_over(ours(many_images(16))) and not takes_over(ours(images(16)))
 

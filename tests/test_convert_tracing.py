@@ -111,7 +111,7 @@ def test_functions_are_nodes() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = bnkern.batch_norm(x, None, None, self.weight, training=True, residual=x, act="relu")
-            return bnkern.functional.add_act(y, x)
+            return bnkern.add_act(y, x)
 
     traced = fx.symbolic_trace(Calls())
     torch.testing.assert_close(traced(x), Calls.forward(traced, x), rtol=0, atol=0)

@@ -5,6 +5,7 @@ import torch
 
 from bnkern import backends
 from bnkern.backends import reference
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from tests.cases import FEW, SWEEP, Case, Precision, Target, assert_close, by_channel, dx_bound, exact, passed
 
 ACTS = pytest.mark.parametrize("act", [None, "relu", "saved mask"])
@@ -13,18 +14,18 @@ TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "
 
 def check(target: Target, dy, x, mean, invstd, weight, bias, residual, act, training) -> None:
     kernels = backends.choose(target.backend, target.device, x.dtype)
-    y, mask = kernels.normalize(x, mean, invstd, weight, bias, residual, act)
+    y, mask = kernels.normalize(ForwardCall(x, weight, bias, residual, act=act, save_mask=True), mean, invstd)
     wide_dy, wide_x, wide_mean, wide_invstd, wide_weight = exact(dy, x, mean, invstd, weight)
     g = wide_dy.where(passed(y).cpu(), 0.0) if act else wide_dy
     sums = wide_sums = None
     if training:
         # Both get the same sums, rounded to the dtype in which sums are kept.
-        pair = reference.grad_sums(g, wide_x, wide_mean, wide_invstd, None, None, None, None)
+        pair = reference.grad_sums(BackwardCall(g, wide_x, mean=wide_mean, invstd=wide_invstd))
         count = x.numel() // x.shape[1]
         sums = (*(s.to(mean.dtype).to(target.device) for s in pair), count)
         wide_sums = (*exact(*sums[:2]), count)
-    dx, dresidual = kernels.grad_input(dy, x, mean, invstd, weight, bias, mask, act, sums)
-    true_dx, _ = reference.grad_input(g, wide_x, wide_mean, wide_invstd, wide_weight, None, None, None, wide_sums)
+    dx, dresidual = kernels.grad_input(BackwardCall(dy, x, weight, bias, mean, invstd, mask, act), sums)
+    true_dx, _ = reference.grad_input(BackwardCall(g, wide_x, wide_weight, None, wide_mean, wide_invstd), wide_sums)
 
     one = torch.ones(x.shape[1], dtype=torch.float64)
     scale = by_channel((one if weight is None else wide_weight) * (one if invstd is None else wide_invstd), x)

@@ -5,6 +5,7 @@ import torch
 
 from bnkern import backends
 from bnkern.backends import records, reference
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.backends.reference import accumulator
 from tests.cases import (
     FEW,
@@ -27,13 +28,13 @@ ACTS = pytest.mark.parametrize("act", [None, "relu", "saved mask"])
 
 def check(target: Target, dy, x, mean, invstd, weight, bias, residual, act) -> None:
     kernels = backends.choose(target.backend, target.device, x.dtype)
-    y, mask = kernels.normalize(x, mean, invstd, weight, bias, residual, act)
-    sum_dy, sum_dy_xhat = kernels.grad_sums(dy, x, mean, invstd, weight, bias, mask, act)
+    y, mask = kernels.normalize(ForwardCall(x, weight, bias, residual, act=act, save_mask=True), mean, invstd)
+    sum_dy, sum_dy_xhat = kernels.grad_sums(BackwardCall(dy, x, weight, bias, mean, invstd, mask, act))
     wide_dy, wide_x, wide_mean, wide_invstd = exact(dy, x, mean, invstd)
     # The truth sums where the forward's own output says that the ReLU passed.
     g = wide_dy.where(passed(y).cpu(), 0.0) if act else wide_dy
     xhat = wide_x if mean is None else (wide_x - by_channel(wide_mean, x)) * by_channel(wide_invstd, x)
-    true_dy, true_dy_xhat = reference.grad_sums(g, wide_x, wide_mean, wide_invstd, None, None, None, None)
+    true_dy, true_dy_xhat = reference.grad_sums(BackwardCall(g, wide_x, mean=wide_mean, invstd=wide_invstd))
     dy_bound, dy_xhat_bound = sums_bound(g, xhat, x.dtype)
     assert sum_dy.dtype == sum_dy_xhat.dtype == accumulator(x.dtype)
     assert_close(sum_dy, true_dy, dy_bound, "sum dy")
@@ -75,7 +76,9 @@ def test_lanes_without_a_value_add_nothing(target: Target, precision: Precision,
     needs = (False, True, True, False)
     for recorded in ({}, {"record_affine": record}):
         _, dweight, dbias, _ = kernels.backward(
-            dy, x, torch.ones_like(mean), torch.zeros_like(mean), mean, invstd, None, None, False, needs, **recorded
+            BackwardCall(
+                dy, x, torch.ones_like(mean), torch.zeros_like(mean), mean, invstd, None, None, False, needs, **recorded
+            )
         )
         assert dweight.tolist() == [0.0] * 5 and dbias.tolist() == [75.0] * 5, "xhat is 0 wherever there is a value"
     assert record.tolist() == [[75.0] * 5] * 4 + [[0.0] * 5] * 4

@@ -24,45 +24,63 @@ class Rule(NamedTuple):
     others: tuple[str, ...] = ("torch",)
 
 
-# What every backend may know: how tensors lie in memory, and which dtype sums have.
-LEAVES = ("bnkern.backends.layout", "bnkern.backends.records", "bnkern.backends.reference.accumulator")
-NATIVE = (*LEAVES, "bnkern._native", "bnkern.backends.arguments")
+# What every backend may know: the arguments of a call, how tensors lie in memory, and which dtype sums have.
+LEAVES = (
+    "bnkern.backends.calls",
+    "bnkern.backends.layout",
+    "bnkern.backends.records",
+    "bnkern.backends.reference.accumulator",
+)
 
 # The first pattern that matches a module is its rule.
 RULES = {
+    "bnkern.backends.calls": Rule(()),
     "bnkern.backends.layout": Rule(()),
-    "bnkern.backends.records": Rule((), ()),
-    "bnkern.backends.reference": Rule(("bnkern.backends.layout",)),
+    "bnkern.backends.records": Rule(()),
+    "bnkern.backends.reference*": Rule(
+        ("bnkern.backends.calls", "bnkern.backends.layout", "bnkern.backends.reference.*")
+    ),
+    # The native module takes what it can read; the reference serves empty batches.
+    "bnkern.backends.native": Rule((*LEAVES, "bnkern._native", "bnkern.backends.reference")),
+    "bnkern.backends.cpu.convolution": Rule((*LEAVES, "bnkern.backends.native")),
     # Merging a handful of [C] vectors on the CPU needs no kernel of its own.
-    "bnkern.backends.arguments": Rule(()),
-    "bnkern.backends.cpu_convolutions": Rule(NATIVE),
-    "bnkern.backends.cpu": Rule((*NATIVE, "bnkern.backends.cpu_convolutions", "bnkern.backends.reference.merge")),
+    "bnkern.backends.cpu": Rule(
+        ("bnkern.backends.native", "bnkern.backends.cpu.convolution", "bnkern.backends.reference.merge")
+    ),
     "bnkern.backends.architectures": Rule((), ()),
-    "bnkern.backends.cuda": Rule((*NATIVE, "bnkern.backends.architectures")),
+    "bnkern.backends.cuda": Rule(("bnkern.backends.native", "bnkern.backends.architectures")),
     "bnkern.backends.triton*": Rule((*LEAVES, "bnkern.backends.triton*"), ("torch", "triton")),
     "bnkern.backends": Rule(()),  # loads its backends by name, from the table
+    # Batch norm, from the bottom to the top.
+    "bnkern.norm.context": Rule(()),
+    "bnkern.norm.validation": Rule(("bnkern.backends", "bnkern.backends.calls")),
+    "bnkern.norm.ranks": Rule((*LEAVES, "bnkern.backends.reference.update_running")),
     # The decomposition into torch's operators returns the mask as the reference formula packs it.
-    "bnkern.ops": Rule(("bnkern.backends", "bnkern.backends.reference.pack_mask", *LEAVES)),
-    "bnkern.distributed": Rule(("bnkern.functional", "bnkern.ops", "bnkern.backends", "bnkern.probes.buffer", *LEAVES)),
-    "bnkern.probes.buffer": Rule(()),
+    "bnkern.norm.op": Rule(
+        ("bnkern.norm.context", "bnkern.norm.ranks", "bnkern.backends", "bnkern.backends.reference.pack_mask", *LEAVES)
+    ),
     # The second derivative is the reference formula's.
-    "bnkern.ensembles": Rule(("bnkern.ops", "bnkern.backends.layout", "bnkern.backends.reference")),
-    "bnkern.functional": Rule(
+    "bnkern.norm.vmap": Rule(("bnkern.norm.context", "bnkern.norm.op", "bnkern.backends.reference", *LEAVES)),
+    "bnkern.norm.autograd": Rule(("bnkern.norm.context", "bnkern.backends", "bnkern.backends.reference", *LEAVES)),
+    "bnkern.norm.sync": Rule(
+        ("bnkern.norm.context", "bnkern.norm.op", "bnkern.norm.autograd", "bnkern.norm.validation", *LEAVES)
+    ),
+    "bnkern.norm.api": Rule(
         (
-            "bnkern.ops",
-            "bnkern.ensembles",
+            *(f"bnkern.norm.{module}" for module in ("autograd", "context", "op", "vmap", "validation")),
             "bnkern.backends",
-            "bnkern.backends.layout",
             "bnkern.backends.reference",
-            "bnkern.probes.buffer",
+            *LEAVES,
         )
     ),
-    "bnkern.conv": Rule(("bnkern.backends", "bnkern._native")),
+    "bnkern.norm": Rule(("bnkern.norm.*",)),
+    "bnkern.conv.*": Rule(("bnkern.backends", "bnkern.conv.*")),
+    "bnkern.conv": Rule(("bnkern.conv.*",)),
     "bnkern.guard": Rule(()),
-    "bnkern.nn": Rule(("bnkern.functional", "bnkern.distributed", "bnkern.conv", "bnkern.guard", "bnkern.ops")),
+    "bnkern.nn": Rule(("bnkern.norm", "bnkern.norm.context", "bnkern.conv", "bnkern.guard")),
     "bnkern.convert*": Rule(("bnkern.nn", "bnkern.convert*")),
     "bnkern.probes*": Rule(
-        (*LEAVES, "bnkern", "bnkern.nn", "bnkern.conv", "bnkern.distributed", "bnkern.functional", "bnkern.probes*"),
+        (*LEAVES, "bnkern", "bnkern.nn", "bnkern.conv", "bnkern.norm", "bnkern.probes*"),
         ("torch", "numpy"),
     ),
     "bnkern.train.sweep": Rule(("bnkern*",), ("torch", "ray")),
@@ -145,22 +163,22 @@ def test_the_rules_can_be_broken(tmp_path: Path) -> None:
     assert sorted(imports_of("p.q.m", path)) == ["a.b", "c", "p.q.x", "p.y", "p.z.w.v", "q.r"]
     assert not allowed("bnkern.backends.reference.forward", RULES["bnkern.backends.cpu"].ours)
     assert not allowed("bnkern.backends.cpu", RULES["bnkern.backends.triton*"].ours)
-    assert not allowed("bnkern.functional.batch_norm", RULES["bnkern.ops"].ours)
-    assert not allowed("bnkern.backends.reference", RULES["bnkern.ops"].ours)
-    assert allowed("bnkern.backends.reference.accumulator", RULES["bnkern.ops"].ours)
+    assert not allowed("bnkern.norm.api.batch_norm", RULES["bnkern.norm.op"].ours)
+    assert not allowed("bnkern.backends.reference", RULES["bnkern.norm.op"].ours)
+    assert allowed("bnkern.backends.reference.accumulator", RULES["bnkern.norm.op"].ours)
     assert not allowed("tests.cases", RULES["bnkern.train*"].ours)
 
 
 def test_the_table_of_backends_names_modules() -> None:
     """The choice imports by name: each of its names that exists is a module of backends, and nothing else is."""
     here = {name.split(".")[2] for name in MODULES if name.startswith("bnkern.backends.")}
-    here -= {"layout", "records", "arguments", "architectures", "cpu_convolutions"}
+    here -= {"calls", "layout", "records", "native", "architectures"}
     assert here <= set(backends.NAMES)
     assert {"cpu", "reference"} <= here
 
 
 def test_native_sources_know_neither_torch_nor_python() -> None:
-    """csrc includes nothing of torch; pybind11 in the bindings alone, and Python's own header in call.cpp."""
+    """csrc includes nothing of torch; pybind11 in the bindings alone, and Python's own header in csrc/call."""
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
     assert len(sources) > 5
     for path in sources:
@@ -168,7 +186,7 @@ def test_native_sources_know_neither_torch_nor_python() -> None:
         foreign = [i for i in included if re.match(r"(torch|ATen|c10|caffe2|Python\.h|pybind11)", i)]
         if path.stem in ("bind", "bind_cuda"):
             foreign = [i for i in foreign if not i.startswith("pybind11")]
-        if path.name == "call.cpp":
+        if path.parent.name == "call":
             foreign = [i for i in foreign if i != "Python.h"]
         assert not foreign, f"{path.name} includes {foreign}"
 

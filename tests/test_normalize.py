@@ -5,6 +5,7 @@ import torch
 
 from bnkern import backends
 from bnkern.backends import reference
+from bnkern.backends.calls import ForwardCall
 from bnkern.backends.layout import layout
 from tests.cases import (
     FEW,
@@ -27,8 +28,9 @@ WITH_RESIDUAL = pytest.mark.parametrize("with_residual", [False, True], ids=["",
 
 def check(target: Target, x, mean, invstd, weight, bias, residual, act) -> None:
     kernels = backends.choose(target.backend, target.device, x.dtype)
-    y, mask = kernels.normalize(x, mean, invstd, weight, bias, residual, act)
-    z, _ = reference.normalize(*exact(x, mean, invstd, weight, bias, residual), None)
+    y, mask = kernels.normalize(ForwardCall(x, weight, bias, residual, act=act, save_mask=True), mean, invstd)
+    wide = exact(x, weight, bias, residual)
+    z, _ = reference.normalize(ForwardCall(*wide), *exact(mean, invstd))
     scale = 1.0 if weight is None else by_channel(exact(weight)[0], z)
     bound = y_bound(z, x.dtype, scale)
     assert y.dtype == x.dtype
@@ -68,7 +70,7 @@ def test_nan_and_zero_in_the_mask(target: Target, case: Case) -> None:
     values = torch.tensor([torch.nan, 0.0, -0.0, torch.inf, -torch.inf, 1e-45, -1e-45], device=target.device)
     x = x.copy_(values.repeat(x.numel() // 7 + 1)[: x.numel()].view(x.shape))
     kernels = backends.choose(target.backend, target.device, x.dtype)
-    y, mask = kernels.normalize(x, None, None, None, None, torch.zeros_like(x), "relu")
+    y, mask = kernels.normalize(ForwardCall(x, residual=torch.zeros_like(x), act="relu", save_mask=True), None, None)
     bits = reference.unpack_mask(mask, x)
     assert torch.equal(bits, x.isnan() | (x > 0))
     assert torch.equal(y.nan_to_num(7.0), x.relu().nan_to_num(7.0))

@@ -15,8 +15,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnkern
-from bnkern import backends, ops
+from bnkern import backends
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.backends.layout import layout
+from bnkern.norm import context
 from tests.cases import BF16, CASE, CASES, EPS, FEW, FP32, FP64, Case, Problem, Target
 
 FORWARD = torch.ops.bnkern.batch_norm_forward.default
@@ -58,6 +60,11 @@ FUSED = pytest.mark.parametrize(
 # ------------------------------------------------------------------------------------------------------------ ops
 
 
+def or_none(t: Tensor) -> Tensor | None:
+    """What the operator returned, as its backward takes it."""
+    return t if t.numel() else None
+
+
 @pytest.mark.parametrize("case", [CASE["nhwc_c5_s49"], CASE["sliced_channels"]], ids=str)
 @FUSED
 def test_opcheck(target: Target, case: Case, act: str | None, with_residual: bool) -> None:
@@ -74,9 +81,8 @@ def test_opcheck_of_the_backward(target: Target, act: str | None, with_residual:
         _, mean, invstd, mask, *_ = FORWARD(*args)
         x, weight, bias = args[:3]
         for needs in ((True, weight is not None, bias is not None, with_residual), (False, False, False, True)):
-            torch.library.opcheck(
-                BACKWARD, (p.dy, x, weight, bias, mean, invstd, mask, act, args[7], list(needs), args[-1])
-            )
+            saved = (x, weight, bias, *map(or_none, (mean, invstd, mask)))
+            torch.library.opcheck(BACKWARD, (p.dy, *saved, act, args[7], list(needs), args[-1]))
 
 
 @FUSED
@@ -84,14 +90,13 @@ def test_opcheck_of_ops_that_record(target: Target, act: str | None, with_residu
     p = CASE["nhwc_c5_s49"].problem(BF16, target.device)
     for mode in ("training", "eval", "identity"):
         args = arguments(p, mode, act, with_residual)
-        torch.library.opcheck(FORWARD, (*requiring_grad(args), True))
+        torch.library.opcheck(FORWARD, (*requiring_grad(args), "", 1, True))
         _, mean, invstd, mask, *_ = FORWARD(*args)
         x, weight, bias = args[:3]
         needs = [True, weight is not None, bias is not None, with_residual]
         affine = mode != "identity"
-        torch.library.opcheck(
-            BACKWARD, (p.dy, x, weight, bias, mean, invstd, mask, act, args[7], needs, args[-1], True, affine)
-        )
+        saved = (x, weight, bias, *map(or_none, (mean, invstd, mask)))
+        torch.library.opcheck(BACKWARD, (p.dy, *saved, act, args[7], needs, args[-1], "", None, True, affine))
 
 
 @pytest.mark.parametrize("mode", ["training", "identity"])
@@ -105,7 +110,8 @@ def test_fakes_tell_the_truth(target: Target, case: Case, mode: str, act: str | 
 
     def both(*args: object) -> list[Tensor]:
         y, mean, invstd, mask, *running = FORWARD(*args[:-1])
-        backward = (args[-1], *args[:3], mean, invstd, mask, args[10], args[7], needs, args[-2])
+        saved = (*args[:3], *map(or_none, (mean, invstd, mask)))
+        backward = (args[-1], *saved, args[10], args[7], needs, args[-2])
         return [y, mean, invstd, mask, *running, *BACKWARD(*backward)]
 
     fake_mode = FakeTensorMode()
@@ -124,12 +130,14 @@ def test_op_equals_direct_call(target: Target, case: Case, mode: str, act: str |
     args = requiring_grad(arguments(case.problem(FP32, target.device), mode, act, with_residual))
     leaves = [t for t in args[:4] if t is not None]
     before = copy.deepcopy([None if t is None else t.detach() for t in args[4:7]])
-    y, mean, invstd, mask, *new, activation = FORWARD(*args)
-    assert activation.numel() == 0
+    y, mean, invstd, mask, *new, count, activation = FORWARD(*args)
+    assert count.numel() == activation.numel() == 0
     for old, untouched in zip(before, args[4:7], strict=True):
         assert old is None or torch.equal(old, untouched)
     kernels = backends.choose(target.backend, target.device, torch.float32)
-    direct = kernels.forward(*(t.detach() if isinstance(t, Tensor) else t for t in args[:4]), *before, *args[7:-1])
+    direct = kernels.forward(
+        ForwardCall(*(t.detach() if isinstance(t, Tensor) else t for t in args[:4]), *before, *args[7:-1])
+    )
     for one, other in zip((y, mean, invstd, mask), direct, strict=True):
         assert torch.equal(one, other) if other is not None else one.numel() == 0
     for one, other in zip(new, before, strict=True):
@@ -137,7 +145,7 @@ def test_op_equals_direct_call(target: Target, case: Case, mode: str, act: str |
     dy = torch.ones_like(y)
     needs = tuple(t is not None for t in args[:4])
     direct = kernels.backward(
-        dy, *(None if t is None else t.detach() for t in args[:3]), *direct[1:], act, args[7], needs
+        BackwardCall(dy, *(None if t is None else t.detach() for t in args[:3]), *direct[1:], act, args[7], needs)
     )
     for one, other in zip(
         torch.autograd.grad(y, leaves, dy), [g for g, n in zip(direct, needs, strict=True) if n], strict=True
@@ -150,16 +158,22 @@ def test_op_equals_direct_call(target: Target, case: Case, mode: str, act: str |
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch, target: Target) -> list[bool]:
-    """Of each call to the op's implementation a True; of each direct launch a False."""
+    """Of each call to the operator's implementation a True; of each call of a backend without it a False."""
     taken: list[bool] = []
     module = backends.choose(target.backend, target.device, torch.float32)
-    original = module.forward
 
-    def forward(*args: object) -> object:
-        taken.append(any(frame.function == "_forward" for frame in inspect.stack()[1:3]))
-        return original(*args)
+    def spy_on(name: str) -> None:
+        original = getattr(module, name)
 
-    monkeypatch.setattr(module, "forward", forward)
+        def spied(call: ForwardCall) -> object:
+            taken.append(any(frame.function == "_forward" for frame in inspect.stack()[1:3]))
+            return original(call)
+
+        monkeypatch.setattr(module, name, spied)
+
+    for name in ("forward", "try_forward"):
+        if hasattr(module, name):
+            spy_on(name)
     return taken
 
 
@@ -462,12 +476,12 @@ def test_captured_statistics_refuse_to_change_under_grad(target: Target) -> None
     assert mean.tolist() == var.tolist() == [1.0] * 3
 
 
-def test_direct_knows_where_it_is() -> None:
+def test_is_direct() -> None:
     x = torch.ones(2, 3)
-    assert ops.direct(x, None, nn.Parameter(x)) and not ops.transformed()
-    assert not ops.direct(x.to("meta")) and not ops.direct(x.as_subclass(Labelled))
+    assert context.is_direct(x, None, nn.Parameter(x)) and not context.is_transformed()
+    assert not context.is_direct(x.to("meta")) and not context.is_direct(x.as_subclass(Labelled))
     with FakeTensorMode() as mode:
-        assert not ops.direct(mode.from_tensor(x))
+        assert not context.is_direct(mode.from_tensor(x))
     with forward_ad.dual_level():
-        assert not ops.direct(x) and ops.transformed()
-    assert layout(x).rows and ops.direct(x)
+        assert not context.is_direct(x) and context.is_transformed()
+    assert layout(x).rows and context.is_direct(x)

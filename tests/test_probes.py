@@ -310,7 +310,7 @@ def test_moments_of_parts_merge_to_those_of_the_whole() -> None:
     for part in (x, x[:2], x[2:2], x[2:]):
         record = torch.empty(8, 3, dtype=torch.float64)
         with bnkern.use_backend("reference"):
-            bnkern.add_act(part, records=bnkern.probes.buffer.Records(activation=record))
+            bnkern.add_act(part, records=bnkern.backends.records.Records(activation=record))
         rows.append(record.numpy()[None])
     merged = quantity.merge(np.stack(rows[1:]))
     np.testing.assert_allclose(merged, rows[0], rtol=1e-9)

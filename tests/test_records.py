@@ -5,6 +5,7 @@ import torch
 
 from bnkern import backends
 from bnkern.backends import records, reference
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from tests.cases import CASE, EPS, FEW, FP32, LAYOUTS, MIXED, SWEEP, Case, Precision, Problem, Target
 from tests.record_cases import ACTS, MODES, Call, check_backward, check_forward, empty_record
 
@@ -71,10 +72,10 @@ def test_values_as_stored(target: Target, precision: Precision) -> None:
     record, record_gradient = empty_record(records.ACTIVATION, x), empty_record(records.GRADIENT, x)
     module = kernels(target, x.dtype)
     settings = (None, None, None, None, None, False, 0.1, EPS, None, False)
-    y = module.forward(x * tiny, weight, *settings, record=record)[0]
+    y = module.forward(ForwardCall(x * tiny, weight, *settings, record=record))[0]
     needs = (True, False, False, False)
     dx, *_ = module.backward(
-        x * tiny, x, weight, None, None, None, None, None, False, needs, record_gradient=record_gradient
+        BackwardCall(x * tiny, x, weight, None, None, None, None, None, False, needs, record_gradient=record_gradient)
     )
     assert (y == 0).all() and (dx == 0).all(), "the values were to vanish when stored"
     assert record[records.ACTIVATION.index("active")].tolist() == [0.0] * 3

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import bnkern
-from bnkern import distributed
+from bnkern.norm import ranks as joint
 from tests.cases import BF16, FP32, FP64, Precision, ulp
 from tests.ranks import GROUPS, Ranks, dealt
 
@@ -180,7 +180,7 @@ def test_one_value_in_all(ranks: Ranks) -> None:
 
 def moments_of(count: int, mean: Tensor, m2: Tensor, group) -> tuple[Tensor, ...]:
     kernels = bnkern.backends.choose("", "cpu", mean.dtype)
-    return distributed.gather_moments(kernels, count, mean, m2, *distributed.ranks_of(group))
+    return joint.gather_moments(kernels, count, mean, m2, *joint.ranks_of(group))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -266,15 +266,18 @@ def checked_by_torch(group) -> None:
         weight, bias = torch.rand(5), torch.rand(5)
         for act, added in ((None, None), ("relu", None), ("relu", residual)):
             leaves = [t if t is None else t.clone().requires_grad_() for t in (x, weight, bias, added)]
-            given = (1e-5, act, "", group.group_name, 1)
-            forward = torch.ops.bnkern.sync_batch_norm_forward.default
+            running = (torch.zeros(5), torch.ones(5), torch.tensor(0))
+            given = (*running, True, 0.1, 1e-5, act, added is not None, "", group.group_name, 1)
+            forward = torch.ops.bnkern.batch_norm_forward.default
+            backward = torch.ops.bnkern.batch_norm_backward.default
             torch.library.opcheck(forward, (*leaves, *given))
             torch.library.opcheck(forward, (*leaves, *given, True))
-            _, mean, invstd, _, count, mask, _ = forward(x, weight, bias, added, *given)
+            _, mean, invstd, mask, *_, count, _ = forward(x, weight, bias, added, *given)
+            mask = mask if mask.numel() else None
             for needs in ([True, True, True, added is not None], [False, True, False, False]):
-                arguments = (dy, x, weight, bias, mean, invstd, count, mask, act, needs, "", group.group_name)
-                torch.library.opcheck(torch.ops.bnkern.sync_batch_norm_backward.default, arguments)
-            torch.library.opcheck(torch.ops.bnkern.sync_batch_norm_backward.default, (*arguments, False, True))
+                arguments = (dy, x, weight, bias, mean, invstd, mask, act, True, needs, "", group.group_name, count)
+                torch.library.opcheck(backward, arguments)
+            torch.library.opcheck(backward, (*arguments, False, True))
 
 
 def test_opcheck(ranks: Ranks) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import bnkern
 from bnkern import backends
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
 from tests.cases import CASE, CASES, EPS, FEW, MIXED, Case, Precision, Target
 from tests.record_cases import Call, empty_record
@@ -41,9 +42,11 @@ def everything(target: Target, case: Case, precision: Precision) -> list[Tensor]
     results = [*kernels.moments(p.x)[1:]]
     for residual in (None, p.residual):
         running = [torch.zeros_like(p.weight), torch.ones_like(p.weight)]
-        y, *saved = kernels.forward(p.x, p.weight, p.bias, residual, *running, None, True, 0.1, EPS, "relu", True)
+        y, *saved = kernels.forward(
+            ForwardCall(p.x, p.weight, p.bias, residual, *running, None, True, 0.1, EPS, "relu", True)
+        )
         needs = (True, True, True, residual is not None)
-        grads = kernels.backward(p.dy, p.x, p.weight, p.bias, *saved, "relu", True, needs)
+        grads = kernels.backward(BackwardCall(p.dy, p.x, p.weight, p.bias, *saved, "relu", True, needs))
         results += [t for t in (y, *saved, *running, *grads) if t is not None]
     call = Call("training", "relu")
     activation, gradient, affine = (empty_record(rows, p.x) for rows in (ACTIVATION, GRADIENT, AFFINE))

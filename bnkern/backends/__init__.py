@@ -1,8 +1,9 @@
 """Which kernels serve a call: one table, :func:`choose`, with :func:`use_backend` to force and :func:`explain` to see.
 
-A backend is a module with the five phases (``moments merge normalize grad_sums grad_input``, where it has kernels
-for them one by one), the two calls made by autograd, ``forward`` and ``backward``, both with the signatures of
-``reference.py``, and ``refuses(device, dtype) -> str | None``: why it cannot serve such an input.
+A backend is a module with the functions of ``reference``, all with its signatures: ``forward`` and ``backward`` of
+whole calls, the phases ``moments merge normalize grad_sums grad_input`` where it has kernels for them one by one, and
+``refuses(device, dtype) -> str | None``: why it cannot serve such an input. One with ``try_forward`` checks the
+arguments of a call itself, and returns None where they need the slow checks.
 
 A ``device`` is a ``torch.device`` or its name. The GPUs of a machine may differ, so every choice is made and remembered
 for one device with its index; "cuda" without an index is the current device.
@@ -12,7 +13,7 @@ import contextlib
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 
@@ -133,13 +134,6 @@ def _choose(name: str, device: torch.device, dtype: torch.dtype, function: str |
             return _load(candidate)
         reasons.append(f"{candidate}: {reason}")
     raise AssertionError("the reference serves everything")
-
-
-@cache
-def native_usual() -> Callable[..., bool] | None:
-    """``functional._usual`` in C++, for tensors of any device, where the native module can read torch's tensors."""
-    module = _load("cpu")
-    return None if isinstance(module, str) else module.usual
 
 
 def explain(device: torch.device | str, dtype: torch.dtype) -> str:

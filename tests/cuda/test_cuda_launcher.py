@@ -1,6 +1,6 @@
-"""The CUDA launchers and the native module's entries, without a GPU.
+"""The backend "cuda" without a GPU: what it says, and what it does when there is no memory for a workspace.
 
-Workspaces have tests of their own: tests/cuda_on_cpu/test_workspaces.py.
+Calls themselves run in tests/cuda_on_cpu/test_launchers.py, workspaces in tests/cuda_on_cpu/test_workspaces.py.
 """
 
 from collections.abc import Callable
@@ -10,51 +10,36 @@ import torch
 
 from bnkern import _native
 from bnkern.backends import cuda
-
-DEVICE = cuda.Device(multiprocessors=132, shared_bytes=227 << 10, threads=512, clusters=True)
-
-
-@pytest.fixture
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launchers take tensors of the CPU."""
-    monkeypatch.setattr(cuda, "_device", lambda index: (DEVICE, cuda.RULES[""]))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+from bnkern.backends import native as backend_functions
 
 
-@pytest.mark.skipif(not hasattr(_native, "cuda_forward"), reason="built without CUDA")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="its tensors are on the CPU")
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["planes", "rows"])
-def test_the_native_module_takes_what_the_launchers_give(on_the_cpu: None, memory_format: torch.memory_format) -> None:
-    """All arguments fit, and what CUDA says without a GPU comes as text."""
-    x = torch.randn(4, 16, 8, 8).contiguous(memory_format=memory_format)
-    w, counter = torch.ones(16), torch.tensor(1)
-    saved = (w, w, None, "relu")
-    for entry, call in (
-        ("forward", lambda: cuda.moments(x)),
-        ("forward", lambda: cuda.normalize(x, w, w, w, w, x, "relu")),
-        ("backward", lambda: cuda.grad_sums(x, x, w, w, *saved)),
-        ("backward", lambda: cuda.grad_input(x, x, w, w, *saved, (w, w, 256))),
-        ("forward", lambda: cuda.forward(x, w, w, x, w, w, counter, True, None, 1e-5, "relu", True)),
-        ("backward", lambda: cuda.backward(x, x, w, w, w, w, None, "relu", True, (True,) * 4)),
-    ):
-        with pytest.raises(RuntimeError, match=rf"{entry}: .*\(cudaError\w+\)"):
-            call()
+@pytest.mark.skipif(not hasattr(_native, "cuda_workspace"), reason="built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_cuda_says_comes_as_text() -> None:
+    with pytest.raises(RuntimeError, match=r"cuda_workspace: .*\(cudaError\w+\)"):
+        _native.cuda_workspace(0)
+
+
+class NoMemory:
+    """A native module that has memory for a workspace never, or once torch's cache is empty."""
+
+    def __init__(self, happened: list[str], freed_by_torch: bool) -> None:
+        self.happened, self.freed_by_torch = happened, freed_by_torch
+
+    def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.happened.append("call")
+        if not (self.freed_by_torch and "emptied" in self.happened):
+            raise MemoryError("std::bad_alloc")
+        return x[0], x[0]
 
 
 @pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch, on_the_cpu: None) -> Callable[..., list[str]]:
-    """Makes CUDA have memory for a workspace never, or once torch's cache is empty; gives what happened."""
+def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Makes CUDA have no memory for a workspace; gives what happened."""
 
     def make(*, freed_by_torch: bool, capturing: bool) -> list[str]:
         happened: list[str] = []
-
-        def forward(*arguments: object) -> None:
-            happened.append("call")
-            if not (freed_by_torch and "emptied" in happened):
-                raise MemoryError("std::bad_alloc")
-
-        monkeypatch.setattr(cuda._native, "cuda_forward", forward, raising=False)
+        monkeypatch.setattr(backend_functions, "_native", NoMemory(happened, freed_by_torch))
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("emptied"))
         return happened

@@ -10,10 +10,12 @@ import functools
 import hashlib
 import os
 import subprocess
+import sysconfig
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -21,11 +23,13 @@ from torch import Tensor
 
 import bnkern
 from bnkern import backends
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.backends.layout import addressed, empty_like, layout, strides
 from tests.cuda_on_cpu.sandbox import COMPILER, INSIDE, ROOT
 
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{HERE}"]
+FLAGS += [f"-isystem{sysconfig.get_path('include')}", "-DBNKERN_CUDA_ON_CPU"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-clobbered", "-Wno-maybe-uninitialized"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -69,18 +73,31 @@ def load(library: Path) -> ctypes.CDLL:
 
 
 @functools.cache
-def kernels() -> ctypes.CDLL:
-    """All of csrc/cuda on the host. Sanitized in the sandbox, plain elsewhere."""
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
-    lib = load(build(sources, FLAGS + (SANITIZERS if INSIDE in os.environ else [])))
+def kernels(optimized: bool = False) -> ctypes.CDLL:
+    """All of csrc/cuda on the host. Sanitized in the sandbox, plain elsewhere; ``optimized``: for measurements."""
+    csrc = ROOT / "csrc"
+    call = [csrc / "call" / f"{name}.cpp" for name in ("batch_norm", "cuda", "dlpack", "tensors")]
+    sources = [*sorted((csrc / "cuda").glob("*.cu")), *call, csrc / "cpu" / "pool.cpp", *sorted(HERE.glob("*.cpp"))]
+    more = SANITIZERS if INSIDE in os.environ else ["-O3"] if optimized else []
+    lib = load(build(sources, FLAGS + more))
     for which, (name, struct) in enumerate({"forward": CudaForward, "backward": CudaBackward}.items()):
         getattr(lib, name).restype, getattr(lib, name).argtypes = c_char_p, [POINTER(struct), c_size_t]
         within, workspace = getattr(lib, f"{name}_within"), getattr(lib, f"{name}_workspace")
         within.restype, within.argtypes = c_char_p, [POINTER(struct)]
         workspace.restype, workspace.argtypes = None, [POINTER(struct), POINTER(WorkspaceSize)]
         assert lib.sizes(which) == ctypes.sizeof(struct), f"{struct.__name__} is not as in kernels.h"
+    lib.know_device.argtypes = [POINTER(CudaDevice), c_int64]
+    lib.leave_out_launches.argtypes = [c_bool]
     lib.signal_bytes.restype, lib.signal_bytes.argtypes = c_int64, [c_int64]
     return lib
+
+
+@functools.cache
+def module(optimized: bool = False) -> ModuleType:
+    """The native module's functions for calls (csrc/call), over these kernels: they take the CPU's tensors."""
+    make = ctypes.PyDLL(kernels(optimized)._name).native_module
+    make.restype, make.argtypes = ctypes.py_object, []
+    return make()
 
 
 # ---------------------------------------------------------------------------------------------- the structs
@@ -241,10 +258,10 @@ class OnCpu(NamedTuple):
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype is not torch.float64 else "no float64"
 
-    def _forward(self, x: Tensor, phases: tuple[bool, bool], saved, rest: tuple, record=None) -> list[Tensor | None]:
+    def _forward(self, of: ForwardCall, phases: tuple[bool, bool], saved=None) -> list[Tensor | None]:
         """y, mask, mean, spread, and what becomes of the running statistics and the counter."""
         moments, normalize = phases
-        weight, bias, residual, running_mean, running_var, counter, momentum, eps, act, save_mask = rest
+        x, weight, bias, residual, running_mean, running_var, counter, _, momentum, eps, act, _, record = of
         like = layout(x)
         x = addressed(x, like.rows)
         residual = None if residual is None else addressed(residual, like.rows)
@@ -252,7 +269,7 @@ class OnCpu(NamedTuple):
         def call(seed: int) -> list[Tensor | None]:
             state = [None if t is None else t.clone() for t in (running_mean, running_var, counter)]
             y = _noise(empty_like(x, like.rows)) if normalize else None
-            mask = _noise(torch.empty(like.mask_shape, dtype=torch.uint8)) if save_mask else None
+            mask = _noise(torch.empty(like.mask_shape, dtype=torch.uint8)) if of.has_mask else None
             mean, spread = saved or (None, None)
             if moments or running_mean is not None:
                 mean, spread = _noise(torch.empty(like.c)), _noise(torch.empty(like.c))
@@ -288,33 +305,31 @@ class OnCpu(NamedTuple):
     def moments(self, x: Tensor) -> tuple[int, Tensor, Tensor]:
         if not x.numel():
             return 0, torch.zeros(x.shape[1]), torch.zeros(x.shape[1])
-        rest = (None,) * 6 + (0.0, 0.0, None, False)
-        _, _, mean, m2, *_ = self._forward(x, (True, False), None, rest)
+        _, _, mean, m2, *_ = self._forward(ForwardCall(x), (True, False))
         return layout(x).count, mean, m2
 
-    def normalize(self, x, mean, invstd, weight, bias, residual, act):
-        rest = (weight, bias, residual, None, None, None, 0.0, 0.0, act, act is not None and residual is not None)
-        y, mask, *_ = self._forward(x, (False, True), (mean, invstd), rest)
+    def normalize(self, call: ForwardCall, mean: Tensor | None, invstd: Tensor | None):
+        call = call._replace(running_mean=None, running_var=None, num_batches_tracked=None)
+        y, mask, *_ = self._forward(call, (False, True), (mean, invstd))
         return y, mask
 
-    def forward(
-        self, x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, save_mask,
-        *, record=None,
-    ):  # fmt: skip
-        save_mask = save_mask and act is not None and residual is not None
-        rest = (weight, bias, residual, running_mean, running_var, counter, momentum, eps, act, save_mask)
-        y, mask, mean, invstd, *state = self._forward(x, (training, True), None, rest, record)
-        for old, new in zip((running_mean, running_var, counter), state, strict=True):
+    def forward(self, call: ForwardCall):
+        y, mask, mean, invstd, *state = self._forward(call, (call.training, True))
+        for old, new in zip(call[4:7], state, strict=True):
             if old is not None:
                 old.copy_(new)
         return y, mean, invstd, mask
 
-    def _backward(self, dy, x, saved: tuple, phases: tuple[bool, bool], training, sums, wanted, records=(None, None)):
+    def _backward(self, of: BackwardCall, phases: tuple[bool, bool], centred: bool, sums, wanted):
         """dx, dresidual, the sums, dweight and dbias."""
-        weight, bias, mean, invstd, mask, act = saved
+        dy, x, weight, bias, mean, invstd, mask, act, *_ = of
         like = layout(x)
         dy, x = addressed(dy, like.rows), addressed(x, like.rows)
         want_dx, want_dresidual, weight_dtype, bias_dtype = wanted
+        records = (
+            of.record_gradient if want_dx and phases[1] else None,
+            of.record_affine if mean is not None and phases[0] else None,
+        )
 
         def call(seed: int) -> list[Tensor | None]:
             dx, dresidual = (_noise(empty_like(x, like.rows)) if w else None for w in (want_dx, want_dresidual))
@@ -327,7 +342,7 @@ class OnCpu(NamedTuple):
                     DTYPES[x.dtype],
                     *phases,
                     act is not None,
-                    training,
+                    centred,
                     *(view(t, like.rows) for t in (dy, x, dx, dresidual)),
                     address(mask),
                     *map(vector, (weight, bias)),
@@ -347,29 +362,19 @@ class OnCpu(NamedTuple):
                 record.copy_(recorded)
         return results
 
-    def grad_sums(self, dy, x, mean, invstd, weight, bias, mask, act):
-        saved = (weight, bias, mean, invstd, mask, act)
-        return self._backward(dy, x, saved, (True, False), True, None, (False, False, None, None))[2:4]
+    def grad_sums(self, call: BackwardCall):
+        return self._backward(call, (True, False), True, None, (False, False, None, None))[2:4]
 
-    def grad_input(self, dy, x, mean, invstd, weight, bias, mask, act, sums, need_dx=True, need_dresidual=True):
-        saved = (weight, bias, mean, invstd, mask, act)
-        wanted = (need_dx, need_dresidual, None, None)
-        return self._backward(dy, x, saved, (False, True), sums is not None, sums and sums[:2], wanted)[:2]
+    def grad_input(self, call: BackwardCall, sums):
+        need_x, _, _, need_residual = call.needs
+        wanted = (need_x, need_residual, None, None)
+        return self._backward(call, (False, True), sums is not None, sums and sums[:2], wanted)[:2]
 
-    def backward(
-        self, dy, x, weight, bias, mean, invstd, mask, act, training, needs,
-        *, record_gradient=None, record_affine=None,
-    ):  # fmt: skip
-        need_x, need_weight, need_bias, need_residual = needs
-        if mean is None:
-            record_affine = None
-        sums = need_weight or need_bias or (need_x and training) or record_affine is not None
-        wanted = (need_x, need_residual, need_weight and weight.dtype, need_bias and bias.dtype)
-        phases = (sums, need_x or need_residual)
-        records = (record_gradient if need_x else None, record_affine)
-        saved = (weight, bias, mean, invstd, mask, act)
-        results = self._backward(dy, x, saved, phases, training and need_x, None, wanted, records)
-        dx, dresidual, _, _, dweight, dbias = results
+    def backward(self, call: BackwardCall):
+        need_x, need_weight, need_bias, need_residual = call.needs
+        wanted = (need_x, need_residual, need_weight and call.weight.dtype, need_bias and call.bias.dtype)
+        phases = (call.needs_sums, need_x or need_residual)
+        dx, dresidual, _, _, dweight, dbias = self._backward(call, phases, call.training and need_x, None, wanted)
         return dx, dweight, dbias, dresidual
 
 

@@ -56,6 +56,11 @@ cudaError_t cudaGetDevice(int* current) {
   *current = device;
   return cudaSuccess;
 }
+cudaError_t cudaSetDevice(int chosen) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  device = chosen;
+  return cudaSuccess;
+}
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = kSharedOptIn;
   return cudaSuccess;

@@ -1,14 +1,16 @@
-"""The launchers of bnkern/backends/cuda.py over the kernels on the host: what they hand over, allocate and refuse."""
+"""Calls of the backend "cuda" over the kernels on the host: how csrc/call reads, allocates and hands over."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
-import torch
 
 import bnkern
 from bnkern import backends
 from bnkern.backends import cuda
+from bnkern.backends import native as backend_functions
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.backends.layout import layout
 from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
 from tests import test_batch_norm as of_batch_norm
@@ -36,63 +38,39 @@ TARGET = Target("cuda", "cpu")
 CASES = [CASE[name] for name in ("nchw_tail", "sliced_space", "nhwc", "nhwc_c5_s49", "nc", "expanded_channels")]
 
 
-class Native:
-    """The CUDA entries of the native module, by the host's kernels: as csrc/cuda/bind_cuda.cpp makes its structs."""
+class Counting:
+    """The native module on the host, and how many of its calls were taken."""
 
-    launches = 0
+    taken = 0
 
-    def cuda_forward(self, dtype: int, sizes: tuple, *given) -> None:
-        moments, normalize, relu, x, residual, y, mask, weight, bias, mean, spread, *given = given
-        running_mean, running_var, counter, cumulative, momentum, eps, record, device, strategy, stream = given
-        views = (native.View(*v) for v in (x, residual, y))
-        affine = (native.ChannelVector(*v) for v in (weight, bias))
-        running = (native.ChannelVector(*v) for v in (running_mean, running_var))
-        rest = (counter, cumulative, momentum, eps, record)
-        head = (native.Shape(*sizes), dtype, moments, normalize, relu)
-        call = native.Forward(*head, *views, mask, *affine, mean, spread, *running, *rest)
-        self._launch("forward", native.CudaForward, call, device, strategy, stream)
+    def __getattr__(self, name: str) -> Callable:
+        function = getattr(native.module(), name)
 
-    def cuda_backward(self, dtype: int, sizes: tuple, *given) -> None:
-        sums, input, relu, training, dy, x, dx, dresidual, mask, weight, bias, *given = given
-        mean, invstd, sum_dy, sum_dy_xhat, dweight, dbias, *records, device, strategy, stream = given
-        views = (native.View(*v) for v in (dy, x, dx, dresidual))
-        affine = (native.ChannelVector(*v) for v in (weight, bias))
-        gradients = (native.ChannelVector(*v) for v in (dweight, dbias))
-        head = (native.Shape(*sizes), dtype, sums, input, relu, training)
-        call = native.Backward(*head, *views, mask, *affine, mean, invstd, sum_dy, sum_dy_xhat, *gradients, *records)
-        self._launch("backward", native.CudaBackward, call, device, strategy, stream)
+        def counted(*args: object) -> object:
+            results = function(*args)
+            Counting.taken += results is not None
+            return results
 
-    def _launch(self, name: str, struct: type, call, device, strategy: int, stream: int) -> None:
-        p = struct(call, native.CudaDevice(*device), strategy, native.CudaWorkspace())
-        said = getattr(native.kernels(), name)(p, stream).decode()
-        if said == "no memory":
-            raise MemoryError
-        if said:
-            raise RuntimeError(said)
-        Native.launches += 1
+        return counted
 
 
 class NothingLaunched(AssertionError):
     """A check that was to run kernels passed without one."""
 
 
-def on_the_host(check, *args, single_read_from: int = 0) -> None:
+def on_the_host(check: Callable, *args: object, single_read_from: int = 0) -> None:
     """A check of the backends, with ``bnkern.backends.cuda`` over the host's kernels serving it on the CPU."""
-    device = cuda.Device(multiprocessors=4, shared_bytes=64 << 10, threads=64, clusters=True)
-    native.kernels().configure(1, 1 << 20)
+    lib = native.kernels()
+    lib.configure(1, 1 << 20)
+    native.module().connect(backend_functions)
+    lib.know_device(native.CudaDevice(4, 64 << 10, 64, True), single_read_from)
     with ExitStack() as patches:
-        for target, name, value in (
-            (cuda, "_native", Native()),
-            (cuda, "_device", lambda index: (device, cuda.Rule(single_read_from, "a test"))),
-            (torch.cuda, "current_device", lambda: None),
-            (backends, "choose", lambda name, device, dtype: cuda),
-        ):
-            patches.enter_context(patch.object(target, name, value))
-        patches.enter_context(patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True))
+        patches.enter_context(patch.object(backend_functions, "_native", Counting()))
+        patches.enter_context(patch.object(backends, "choose", lambda name, device, dtype: cuda))
         patches.enter_context(bnkern.use_backend("cuda"))
-        before = Native.launches
+        before = Counting.taken
         check(*args)
-        if Native.launches == before:
+        if Counting.taken == before:
             raise NothingLaunched
 
 
@@ -140,13 +118,17 @@ def _recorded_by_phases(case: Case) -> None:
     """As SyncBatchNorm calls them: statistics and sums are of more values than these, and so not what these have."""
     p = case.problem(FP32)
     mean, invstd, count = p.mean + 0.5 / p.invstd, 0.8 * p.invstd, 2 * layout(p.x).count
-    saved = (mean, invstd, p.weight, p.bias)
     activation, gradient, affine = (empty_record(r, p.x) for r in (ACTIVATION, GRADIENT, AFFINE))
-    y, mask = cuda.normalize(p.x, *saved, p.residual, "relu", record=activation)
+    y, mask = cuda.normalize(
+        ForwardCall(p.x, p.weight, p.bias, p.residual, act="relu", save_mask=True, record=activation), mean, invstd
+    )
+    call = BackwardCall(
+        p.dy, p.x, p.weight, p.bias, mean, invstd, mask, "relu", record_gradient=gradient, record_affine=affine
+    )
     assert_activation(activation, *exact(p.x, y), p.x.dtype)
-    sums = cuda.grad_sums(p.dy, p.x, *saved, mask, "relu", record=affine)
+    sums = cuda.grad_sums(call)
     assert_affine(affine, p, mean, invstd, y, "relu")
-    dx, _ = cuda.grad_input(p.dy, p.x, *saved, mask, "relu", (*sums, count), record=gradient)
+    dx, _ = cuda.grad_input(call, (*sums, count))
     assert_gradient(gradient, dx)
 
 

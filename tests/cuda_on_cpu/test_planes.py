@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from tests import test_batch_norm as of_batch_norm
 from tests import test_grad_input as of_grad_input
 from tests import test_grad_sums as of_grad_sums
@@ -103,9 +104,9 @@ def test_phases(precision: Precision, case: Case) -> None:
 def test_where_clusters_find_no_room_the_bits_stay(precision: Precision, case: Case) -> None:
     p, results = case.problem(precision), []
     for way in (WAYS["clusters"], WAYS["not_resident"]):
-        y, *saved = way.forward(
+        y, *saved = way.forward(ForwardCall(
             p.x, p.weight, p.bias, p.residual, None, None, None, True, 0.1, EPS, "relu", True
-        )  # fmt: skip
-        grads = way.backward(p.dy, p.x, p.weight, p.bias, *saved, "relu", True, (True,) * 4)
+        ))  # fmt: skip
+        grads = way.backward(BackwardCall(p.dy, p.x, p.weight, p.bias, *saved, "relu", True, (True,) * 4))
         results.append([t.contiguous().view(torch.uint8) for t in (y, *saved, *grads)])
     assert all(map(torch.equal, *results))

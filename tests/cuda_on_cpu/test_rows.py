@@ -9,6 +9,7 @@ import mmap
 import pytest
 import torch
 
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from tests import test_batch_norm as of_batch_norm
 from tests import test_grad_input as of_grad_input
 from tests import test_grad_sums as of_grad_sums
@@ -154,7 +155,7 @@ def test_cumulative_momentum(way: str) -> None:
     running, counter = [torch.zeros(72), torch.ones(72)], torch.tensor(0)
     batches = [p.x + shift for shift in (0.0, 1.0, 5.0)]
     for x in batches:
-        WAYS[way].forward(x, None, None, None, *running, counter, True, None, 1e-5, None, False)
+        WAYS[way].forward(ForwardCall(x, None, None, None, *running, counter, True, None, 1e-5, None, False))
     assert counter.item() == 3
     truth = [torch.stack([f(x.double()) for x in batches]).mean(0) for f in (lambda x: x.mean(0), lambda x: x.var(0))]
     for got, want in zip(running, truth, strict=True):
@@ -175,8 +176,8 @@ def test_schedules_strategies_and_residency_change_no_bit() -> None:
             results = []
             for kernels in (one, held, two):
                 rest = (True, 0.1, 1e-5, "relu", True)
-                y, *saved = kernels.forward(p.x, p.weight, p.bias, p.residual, None, None, None, *rest)
-                grads = kernels.backward(p.dy, p.x, p.weight, p.bias, *saved, "relu", True, (True,) * 4)
+                y, *saved = kernels.forward(ForwardCall(p.x, p.weight, p.bias, p.residual, None, None, None, *rest))
+                grads = kernels.backward(BackwardCall(p.dy, p.x, p.weight, p.bias, *saved, "relu", True, (True,) * 4))
                 results.append([y, *saved, *grads])
             assert_same_bits(results[0], results[1], "what is read again")
             assert_same_bits(results[0], results[2], "two kernels in place of one")
@@ -201,7 +202,11 @@ def test_offsets_beyond_31_bits(way: str, channels: int) -> None:
     results = []
     for of_x, of_dy in ((x.copy_(p.x), dy.copy_(p.dy)), (p.x, p.dy)):
         kernels = WAYS[way]
-        y, *saved = kernels.forward(of_x, p.weight, p.bias, None, None, None, None, True, 0.1, 1e-5, "relu", False)
+        y, *saved = kernels.forward(
+            ForwardCall(of_x, p.weight, p.bias, None, None, None, None, True, 0.1, 1e-5, "relu", False)
+        )
         needs = (True, True, True, False)
-        results.append([y, *saved, *kernels.backward(of_dy, of_x, p.weight, p.bias, *saved, "relu", True, needs)])
+        results.append(
+            [y, *saved, *kernels.backward(BackwardCall(of_dy, of_x, p.weight, p.bias, *saved, "relu", True, needs))]
+        )
     assert_same_bits(*results, "far apart and side by side")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bnkern.backends import cuda
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
 from tests.cases import CASE, FP32, Case, Problem
 from tests.cuda_on_cpu import native
@@ -200,12 +201,14 @@ def _results(p: Problem) -> list[Tensor]:
     activation, gradient, affine = (empty_record(rows, p.x) for rows in (ACTIVATION, GRADIENT, AFFINE))
     affine_parameters = (p.weight, p.bias)
     y, mean, invstd, mask = cuda.forward(
-        p.x, *affine_parameters, p.residual, None, None, None, True, 0.1, 1e-5, "relu", True, record=activation
+        ForwardCall(
+            p.x, *affine_parameters, p.residual, None, None, None, True, 0.1, 1e-5, "relu", True, record=activation
+        )
     )
     saved = (mean, invstd, mask, "relu", True, (True,) * 4)
-    grads = cuda.backward(
+    grads = cuda.backward(BackwardCall(
         p.dy, p.x, *affine_parameters, *saved, record_gradient=gradient, record_affine=affine
-    )  # fmt: skip
+    ))  # fmt: skip
     return [y, mean, invstd, mask, *grads, activation, gradient, affine]
 
 

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from bnkern.backends import records
 from bnkern.backends import triton as backend
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.backends.triton import common
 from tests.occupancy import WARP, resident_blocks
 
@@ -155,13 +156,13 @@ def variants(way: str, precision: str, fused: bool, recording: str = "") -> dict
     )
     with launches() as launched:
         y, mean, invstd, mask = backend.forward(
-            x, vector, vector, residual, *running, training, 0.1, 1e-5, "relu", True, record=activation
+            ForwardCall(x, vector, vector, residual, *running, training, 0.1, 1e-5, "relu", True, record=activation)
         )
         if training:
-            backend.backward(
+            backend.backward(BackwardCall(
                 y, x, vector, vector, mean, invstd, mask, "relu", True, (True, True, True, fused),
                 record_gradient=gradient, record_affine=affine,
-            )  # fmt: skip
+            ))  # fmt: skip
         if not recording:
             backend.moments(x)
             _augment(dtype)

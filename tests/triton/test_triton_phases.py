@@ -10,6 +10,7 @@ import torch
 import bnkern
 from bnkern import backends
 from bnkern.backends import reference
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from tests import test_batch_norm as of_batch_norm
 from tests import test_grad_input as of_grad_input
 from tests import test_grad_sums as of_grad_sums
@@ -140,7 +141,7 @@ def cumulative_momentum(dtype: torch.dtype) -> None:
     for step in range(2):
         x = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(step), dtype=dtype)
         for kernels, running in ((triton, state), (reference, expected)):
-            kernels.forward(x, None, None, None, *running, True, None, 1e-5, None, False)
+            kernels.forward(ForwardCall(x, None, None, None, *running, True, None, 1e-5, None, False))
     assert state[2] == 4
     # Two updates of a few roundings each.
     tolerance = 8 * torch.finfo(dtype).eps
@@ -159,13 +160,15 @@ def empty_batch(shape: tuple[int, ...]) -> None:
     x = torch.empty(shape)
     for training in (True, False):
         running, expected = ([torch.ones(c), torch.full((c,), 2.0), torch.tensor(2)] for _ in range(2))
-        ours = triton.forward(x, None, None, x, *running, training, 0.1, 1e-5, "relu", True)
-        truth = reference.forward(x, None, None, x, *expected, training, 0.1, 1e-5, "relu", True)
+        ours = triton.forward(ForwardCall(x, None, None, x, *running, training, 0.1, 1e-5, "relu", True))
+        truth = reference.forward(ForwardCall(x, None, None, x, *expected, training, 0.1, 1e-5, "relu", True))
         torch.testing.assert_close(ours, truth)
         torch.testing.assert_close(running, expected, rtol=0, atol=0)
         weight = torch.ones(c)
         saved = (weight, weight, *truth[1:3], truth[3], "relu", training, (True,) * 4)
-        torch.testing.assert_close(triton.backward(x, x, *saved), reference.backward(x, x, *saved))
+        torch.testing.assert_close(
+            triton.backward(BackwardCall(x, x, *saved)), reference.backward(BackwardCall(x, x, *saved))
+        )
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 3)])
@@ -176,14 +179,18 @@ def test_empty_batch(shape: tuple[int, ...]) -> None:
 def partial_needs() -> None:
     triton = backends.choose("triton", "cpu", torch.float32)
     p = CASE["nhwc_c5_s49"].problem()
-    _, mask = triton.normalize(p.x, p.mean, p.invstd, p.weight, p.bias, p.residual, "relu")
+    _, mask = triton.normalize(
+        ForwardCall(p.x, p.weight, p.bias, p.residual, act="relu", save_mask=True), p.mean, p.invstd
+    )
     arguments = (p.dy, p.x, p.weight, p.bias, p.mean, p.invstd, mask, "relu")
-    full = triton.backward(*arguments, True, (True,) * 4)
+    full = triton.backward(BackwardCall(*arguments, True, (True,) * 4))
     for i in range(4):
         needs = tuple(i == j for j in range(4))
-        for j, (grad, expected) in enumerate(zip(triton.backward(*arguments, True, needs), full, strict=True)):
+        for j, (grad, expected) in enumerate(
+            zip(triton.backward(BackwardCall(*arguments, True, needs)), full, strict=True)
+        ):
             assert torch.equal(grad, expected) if i == j else grad is None
-    assert triton.backward(*arguments, True, (False,) * 4) == (None,) * 4
+    assert triton.backward(BackwardCall(*arguments, True, (False,) * 4)) == (None,) * 4
 
 
 def test_partial_needs() -> None:
@@ -197,9 +204,11 @@ def wide_offsets(case: Case) -> None:
         p = case.problem()
         triton = backends.choose("triton", "cpu", torch.float32)
         y, mean, invstd, mask = triton.forward(
-            p.x, p.weight, p.bias, p.residual, None, None, None, True, 0.1, 1e-5, "relu", True
+            ForwardCall(p.x, p.weight, p.bias, p.residual, None, None, None, True, 0.1, 1e-5, "relu", True)
         )
-        grads = triton.backward(p.dy, p.x, p.weight, p.bias, mean, invstd, mask, "relu", True, (True,) * 4)
+        grads = triton.backward(
+            BackwardCall(p.dy, p.x, p.weight, p.bias, mean, invstd, mask, "relu", True, (True,) * 4)
+        )
         return [y, mean, invstd, mask, *grads]
 
     narrow, common.INT32_OFFSETS = run(), 0
@@ -226,8 +235,10 @@ def on_gpu(test):
 def step(p, x: torch.Tensor) -> list[torch.Tensor]:
     triton = backends.choose("triton", "cuda", x.dtype)
     running = [torch.zeros_like(p.mean), torch.ones_like(p.mean), torch.tensor(3, device=x.device)]
-    y, mean, invstd, mask = triton.forward(x, p.weight, p.bias, p.residual, *running, True, None, 1e-5, "relu", True)
-    grads = triton.backward(p.dy, x, p.weight, p.bias, mean, invstd, mask, "relu", True, (True,) * 4)
+    y, mean, invstd, mask = triton.forward(
+        ForwardCall(x, p.weight, p.bias, p.residual, *running, True, None, 1e-5, "relu", True)
+    )
+    grads = triton.backward(BackwardCall(p.dy, x, p.weight, p.bias, mean, invstd, mask, "relu", True, (True,) * 4))
     return [y, mean, invstd, mask, *running, *grads]
 
 
@@ -275,7 +286,7 @@ def test_beyond_two_to_the_31() -> None:
     x = torch.randn(33, 64, 1024, 1024, dtype=torch.bfloat16, device="cuda")
     triton = backends.choose("triton", "cuda", x.dtype)
     mean, invstd = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")
-    y, _ = triton.normalize(x, mean, invstd, None, None, None, "relu")
+    y, _ = triton.normalize(ForwardCall(x, act="relu"), mean, invstd)
     assert torch.equal(y[-1], x[-1].relu())
     _, mean, m2 = triton.moments(x)
     assert mean.abs().max() < 1e-2

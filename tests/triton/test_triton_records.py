@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bnkern import backends
 from bnkern.backends import reference
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.backends.layout import layout
 from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
 from tests.cases import BF16, CASE, FP16, FP32, FP64, Case, Precision, _unit
@@ -64,7 +65,7 @@ def forward(p, mode: str, act: str | None, with_residual: bool, record: Tensor |
     residual = p.residual if with_residual else None
     weight, bias = (None, None) if mode == "identity" else (p.weight, p.bias)
     results = triton.forward(
-        p.x, weight, bias, residual, *state, mode == "training", 0.1, 1e-5, act, True, record=record
+        ForwardCall(p.x, weight, bias, residual, *state, mode == "training", 0.1, 1e-5, act, True, record=record)
     )
     return [*results, *state]
 
@@ -74,7 +75,18 @@ def backward(p, mode: str, act: str | None, saved: list[Tensor | None], needs, *
     weight, bias = (None, None) if mode == "identity" else (p.weight, p.bias)
     gradient, affine = records or (None, None)
     grads = triton.backward(
-        p.dy, p.x, weight, bias, *saved, act, mode == "training", needs, record_gradient=gradient, record_affine=affine
+        BackwardCall(
+            p.dy,
+            p.x,
+            weight,
+            bias,
+            *saved,
+            act,
+            mode == "training",
+            needs,
+            record_gradient=gradient,
+            record_affine=affine,
+        )
     )
     return list(grads)
 
@@ -248,12 +260,12 @@ def empty_batch(shape: tuple[int, ...]) -> None:
             running = [torch.ones(c), torch.full((c,), 2.0), torch.tensor(2)]
             of_kernels = blank(ACTIVATION, x), blank(GRADIENT, x), blank(AFFINE, x)
             _, *saved = kernels.forward(
-                x, None, None, x, *running, training, 0.1, 1e-5, "relu", True, record=of_kernels[0]
+                ForwardCall(x, None, None, x, *running, training, 0.1, 1e-5, "relu", True, record=of_kernels[0])
             )
-            kernels.backward(
+            kernels.backward(BackwardCall(
                 x, x, None, None, *saved, "relu", training, (True, False, False, True),
                 record_gradient=of_kernels[1], record_affine=of_kernels[2],
-            )  # fmt: skip
+            ))  # fmt: skip
             records.append(of_kernels)
         torch.testing.assert_close(*records, rtol=0, atol=0)
 

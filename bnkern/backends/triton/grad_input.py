@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..calls import BackwardCall, Sums
 from ..layout import addressed, empty_like, layout
 from .common import (
     addresses,
@@ -108,42 +109,31 @@ def grad_input_kernel(
         write_part(parts_ptr, rows, 0, 6, part, channel, channels, there)
 
 
-def grad_input(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    act: str | None,
-    sums: tuple[Tensor, Tensor, int] | None,
-    need_dx: bool = True,
-    need_dresidual: bool = True,
-    record: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
     """dx and the residual's gradient g, where needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
 
-    ``record`` [7, C] is filled, by a second launch, with ``records.GRADIENT`` of dx, where that is needed.
+    ``call.record_gradient`` is filled, by a second launch, where dx is needed.
     """
+    dy, x, mask, relu = call.dy, call.x, call.mask, call.act == "relu"
+    need_dx, _, _, need_dresidual = call.needs
     like = layout(x)
     dx = empty_like(x, like.rows) if need_dx else None
     dresidual = empty_like(x, like.rows) if need_dresidual else None
-    record = record if need_dx else None
+    record = call.record_gradient if need_dx else None
     if x.numel() == 0 and record is not None:
         record.zero_()
     if x.numel() == 0 or not (need_dx or need_dresidual):
         return dx, dresidual
     dy, x = addressed(dy, like.rows), addressed(x, like.rows)
     written = [dresidual if dx is None else dx, dx if dresidual is None else dresidual]
-    vectors, given = channel_vectors(x, mean, invstd, weight, bias)
+    vectors, given = channel_vectors(x, call.mean, call.invstd, call.weight, call.bias)
     total, dot, count = (vectors[0], vectors[0], 1) if sums is None else sums
     total, dot = total.contiguous(), dot.contiguous()
     how = plan(like, [dy, x, *written], [*vectors, total, dot], pointwise=True, recording=record is not None)
     parts = None if record is None else torch.empty((how.parts, 6, like.c), dtype=torch.float64, device=x.device)
-    flags = (int(act == "relu"), int(sums is not None), int(need_dx), int(need_dresidual))
+    flags = (int(relu), int(sums is not None), int(need_dx), int(need_dresidual))
     launch(
-        grad_input_kernel, how.grid, x.device, dy, x, *written, mask if act == "relu" else None, *vectors, total, dot,
+        grad_input_kernel, how.grid, x.device, dy, x, *written, mask if relu else None, *vectors, total, dot,
         parts, *how.strides, *how.sizes, *given, count, *flags, **how.constants,
     )  # fmt: skip
     if record is not None:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..calls import BackwardCall
 from ..layout import addressed, layout
 from ..reference import accumulator
 from .common import addresses, affine, channel_of, channel_vectors, gated, kernel, launch, locate, plan, position
@@ -117,18 +118,10 @@ def fold_kernel(
     tl.store(dot_ptr + channel, dot, mask=channel < channels)
 
 
-def grad_sums(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    act: str | None,
-    record: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """sum g [C] and sum g * xhat [C]. ``record`` [8, C] is filled, by these launches, with ``records.AFFINE``."""
+def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
+    """sum g [C] and sum g * xhat [C]. These launches also fill ``call.record_affine``, unless this is the identity."""
+    dy, x, mask, relu = call.dy, call.x, call.mask, call.act == "relu"
+    record = None if call.mean is None else call.record_affine
     like, acc = layout(x), accumulator(x.dtype)
     if x.numel() == 0:
         if record is not None:
@@ -136,14 +129,14 @@ def grad_sums(
         zeros = torch.zeros(like.c, dtype=acc, device=x.device)
         return zeros, zeros.clone()
     dy, x = addressed(dy, like.rows), addressed(x, like.rows)
-    vectors, given = channel_vectors(x, mean, invstd, weight, bias)
+    vectors, given = channel_vectors(x, call.mean, call.invstd, call.weight, call.bias)
     how = plan(like, [dy, x], vectors)
     sums, dots = torch.empty((2, how.grid[1], like.c), dtype=acc, device=x.device)
     total, dot = (torch.empty(like.c, dtype=acc, device=x.device) for _ in range(2))
     parts = None if record is None else torch.empty((how.parts, 8, like.c), dtype=torch.float64, device=x.device)
     launch(
-        grad_sums_kernel, how.grid, x.device, dy, x, mask if act == "relu" else None, *vectors, sums, dots, parts,
-        *how.strides, *how.sizes, *given, int(act == "relu"), **how.constants,
+        grad_sums_kernel, how.grid, x.device, dy, x, mask if relu else None, *vectors, sums, dots, parts,
+        *how.strides, *how.sizes, *given, int(relu), **how.constants,
     )  # fmt: skip
     launch(
         fold_kernel, (triton.cdiv(like.c, CHANNELS), 1 if record is None else 9), x.device,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..calls import ForwardCall
 from ..reference import accumulator
 from .common import kernel, launch
 from .records import fold_moments
@@ -141,35 +142,25 @@ def statistics_kernel(
             tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
 
 
-def statistics(
-    parts: tuple[Tensor, ...] | None,
-    count: int,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    dtype: torch.dtype,
-    record: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def statistics(parts: tuple[Tensor, ...] | None, count: int, call: ForwardCall) -> tuple[Tensor, Tensor]:
     """mean and invstd [C] of partial moments of ``count`` values, with which the running statistics are updated.
 
-    Without parts: those of the running statistics, which then stay as they are. ``dtype`` is the input's.
-    ``record`` [8, C], of which the parts must hold parts, is filled but for the last row, which becomes 0; without
-    parts it is left alone.
+    Without parts: those of the running statistics, which then stay as they are. ``call.record`` [8, C], of which the
+    parts must hold parts, is filled but for the last row, which becomes 0; without parts it is left alone.
     """
+    running_mean, record = call.running_mean, call.record
     training, has_running = parts is not None, running_mean is not None
     like = parts[1] if training else running_mean
     channels = like.shape[-1]
-    mean, invstd = (torch.empty(channels, dtype=accumulator(dtype), device=like.device) for _ in range(2))
+    mean, invstd = (torch.empty(channels, dtype=accumulator(call.x.dtype), device=like.device) for _ in range(2))
     counts, means, m2s = parts[:3] if training else (mean, mean, mean)
-    running = (running_mean, running_var) if has_running else (mean, mean)
-    cumulative = training and has_running and momentum is None
+    running = (running_mean, call.running_var) if has_running else (mean, mean)
+    cumulative = training and has_running and call.momentum is None
     recorded = (parts[3], record) if training and record is not None else (None, None)
     grid = (1 if cumulative else triton.cdiv(channels, CHANNELS), 1 if recorded[1] is None else 2)
     launch(
-        statistics_kernel, grid, like.device, counts, means, m2s, *running, num_batches_tracked, mean, invstd,
-        *recorded, len(counts), channels, count, momentum or 0.0, eps, int(training), int(has_running), int(cumulative),
-        PARTS=PARTS, CHANNELS=CHANNELS,
+        statistics_kernel, grid, like.device, counts, means, m2s, *running, call.num_batches_tracked, mean,
+        invstd, *recorded, len(counts), channels, count, call.momentum or 0.0, call.eps, int(training),
+        int(has_running), int(cumulative), PARTS=PARTS, CHANNELS=CHANNELS,
     )  # fmt: skip
     return mean, invstd

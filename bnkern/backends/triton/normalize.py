@@ -4,8 +4,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..calls import ForwardCall
 from ..layout import addressed, empty_like, layout
-from ..records import activation_of_nothing
+from ..records import fill_empty_activation
 from .common import (
     addresses,
     affine,
@@ -91,32 +92,23 @@ def normalize_kernel(
 
 
 def normalize(
-    x: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: str | None,
-    save_mask: bool = True,
-    record: Tensor | None = None,
-    tallied: bool = False,
+    call: ForwardCall, mean: Tensor | None, invstd: Tensor | None, tallied: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """y and, with residual and ReLU and unless not wanted, the mask.
+    """y and, where the call saves one, the mask.
 
-    ``record`` [8, C] is filled, by a second launch; if ``tallied``, only its last row, which must be 0, by this one.
+    ``call.record`` is filled, by a second launch; if ``tallied``, only its last row, which must be 0, by this one.
     """
+    x, residual, record = call.x, call.residual, call.record
     like = layout(x)
-    save_mask = save_mask and act == "relu" and residual is not None
     y = empty_like(x, like.rows)
-    mask = torch.empty(like.mask_shape, dtype=torch.uint8, device=x.device) if save_mask else None
+    mask = torch.empty(like.mask_shape, dtype=torch.uint8, device=x.device) if call.has_mask else None
     if x.numel() == 0:
         if record is not None:
-            activation_of_nothing(record)
+            fill_empty_activation(record)
         return y, mask
     x = addressed(x, like.rows)
     z = x if residual is None else addressed(residual, like.rows)
-    vectors, given = channel_vectors(x, mean, invstd, weight, bias)
+    vectors, given = channel_vectors(x, mean, invstd, call.weight, call.bias)
     how = plan(like, [x, z, y], vectors, pointwise=True, recording=record is not None)
     told = how.parts
     parts = tally = row = None
@@ -127,7 +119,7 @@ def normalize(
         parts = torch.empty((told, 8, like.c), dtype=torch.float64, device=x.device)
     launch(
         normalize_kernel, how.grid, x.device, x, z, y, mask, *vectors, parts, tally, row,
-        *how.strides, *how.sizes, *given, int(residual is not None), int(act == "relu"), told, **how.constants,
+        *how.strides, *how.sizes, *given, int(residual is not None), int(call.act == "relu"), told, **how.constants,
     )  # fmt: skip
     if parts is not None:
         fold_activation(parts, record, like.count)

@@ -1,8 +1,8 @@
 """Batch norm for torch.func's grad and vmap: by the kernels, the members of an ensemble folded into the channels.
 
-vmap maps one batch norm over B members. Channels do not meet in batch norm, so B members of C channels are one batch
-norm of B * C channels: x [B, N, C, ...] becomes [N, B * C, ...] in the memory format of its members, a copy unless
-they lie so already; what the members share is repeated. Results are views of the folded ones.
+vmap maps one batch norm over B members. Channels are independent in batch norm, so B members of C channels are one
+batch norm of B * C channels: x [B, N, C, ...] becomes [N, B * C, ...] in the memory format of its members, a copy
+unless they lie so already; tensors that members share are repeated. Results are views of the folded ones.
 
 The backward takes its ReLU mask from y, y != 0 (NaN passes), and is itself differentiable, by the reference formula.
 """
@@ -10,33 +10,20 @@ The backward takes its ReLU mask from y, y != 0 (NaN passes), and is itself diff
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401 (registers the operators)
-from .backends import reference
-from .backends.layout import layout
+from ..backends import reference
+from ..backends.calls import BackwardCall, ForwardCall
+from ..backends.layout import layout
+from . import context, op  # noqa: F401 (op registers the operators)
 
 
-def serves(running_mean: Tensor | None, training: bool) -> bool:
-    """Whether the transforms at work and the call are for this module: no forward mode, nothing to update."""
-    functorch = torch._C._functorch
-    forward_mode = torch.autograd.forward_ad._current_level >= 0 or any(
-        level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or ()
-    )
-    return not forward_mode and training == (running_mean is None)
+def serves(call: ForwardCall) -> bool:
+    """Whether this module can take the call: no forward mode is active, and no running statistics are updated."""
+    return not context.is_forward_mode() and call.training == (call.running_mean is None)
 
 
-def batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
-    act: str | None,
-    backend: str,
-) -> Tensor:
-    """y of a batch norm that updates nothing: by the batch's statistics, or by the running ones where given."""
-    return _Forward.apply(x, weight, bias, residual, running_mean, running_var, eps, act, backend)[0]
+def batch_norm(call: ForwardCall, backend: str) -> Tensor:
+    """y of a call that updates nothing: by the batch's statistics, or by the running ones where given."""
+    return _Forward.apply(*call[:6], call.eps, call.act, backend)[0]
 
 
 def _fold(t: Tensor | None, axis: int | None, members: int, rows: bool) -> Tensor | None:
@@ -110,11 +97,10 @@ class _Backward(torch.autograd.Function):
         vectors = [mean if v is None else v for v in (weight, bias)]
         if weight is None:
             vectors[0] = torch.ones_like(mean)
-        no_mask = x.new_empty(0, dtype=torch.uint8)
         needs = (True, True, True, False)
-        return torch.ops.bnkern.batch_norm_backward(
-            g, x, *vectors, mean, invstd, no_mask, None, training, needs, backend
-        )[:3]
+        return torch.ops.bnkern.batch_norm_backward(g, x, *vectors, mean, invstd, None, None, training, needs, backend)[
+            :3
+        ]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -127,9 +113,8 @@ class _Backward(torch.autograd.Function):
 
         def formula(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             vectors = (weight, mean if bias is None else bias)
-            return reference.differentiable_backward(
-                g, x, *vectors, mean, invstd, None, None, ctx.training, ctx.eps, (True, True, True, False)
-            )[:3]
+            call = BackwardCall(g, x, *vectors, mean, invstd, None, None, ctx.training, (True, True, True, False))
+            return reference.differentiable_backward(call, ctx.eps)[:3]
 
         scale = torch.ones_like(mean) if weight is None else weight
         of_g, of_x, of_weight = torch.func.vjp(formula, g, x, scale)[1](ddgrads)

@@ -35,7 +35,7 @@ struct Managed {
   std::uint64_t flags;
   Tensor tensor;
 };
-// What torch.Tensor.__dlpack_c_exchange_api__ holds: functions return 0, or -1 with a Python error set.
+// What torch.Tensor.__dlpack_c_exchange_api__ holds (a capsule), or __c_dlpack_exchange_api__ (an address): functions return 0, or -1 with a Python error set.
 struct ExchangeApi {
   Version version;
   void* previous;
@@ -43,15 +43,21 @@ struct ExchangeApi {
   void* managed_from_object;
   int (*object_from_managed)(Managed*, void** object);  // takes the tensor over
   int (*view_of_object)(void* object, Tensor*);         // valid as long as the object; may be null
-  void* current_stream;
+  int (*current_stream)(std::int32_t device_type, std::int32_t device_id, void** stream);  // may be null
 };
 
 constexpr Version kVersion{1, 0};
-constexpr std::int32_t kCpu = 1;
+constexpr const char* kCapsule = "dltensor_versioned";
+#ifdef BNKERN_CUDA_ON_CPU  // tests/cuda_on_cpu: CUDA's kernels take the tensors of the CPU
+constexpr std::int32_t kCpu = -1, kCuda = 1;
+#else
+constexpr std::int32_t kCpu = 1, kCuda = 2;
+#endif
 constexpr std::uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4;
-constexpr DataType kFloat64{kFloat, 64, 1}, kInt64{kInt, 64, 1}, kUInt8{kUInt, 8, 1};
-// By the codes of dtype.h, and one more for bytes.
-constexpr DataType kTypes[] = {{kFloat, 32, 1}, {kBFloat, 16, 1}, {kFloat, 16, 1}, kFloat64, kUInt8};
+constexpr DataType kFloat32{kFloat, 32, 1}, kFloat64{kFloat, 64, 1}, kUInt8{kUInt, 8, 1}, kInt64{kInt, 64, 1},
+    kInt32{kInt, 32, 1};
+// By the codes of dtype.h, then those of masks, counters and counts: DTYPES of bnkern/backends/native.py.
+constexpr DataType kTypes[] = {kFloat32, {kBFloat, 16, 1}, {kFloat, 16, 1}, kFloat64, kUInt8, kInt64, kInt32};
 
 // An uninitialised tensor on the CPU, of memory aligned to 64 bytes: a large one's from the pool, which the deleter
 // gives it back to. Throws std::bad_alloc.

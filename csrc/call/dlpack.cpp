@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "cpu/pool.h"
+#include "../cpu/pool.h"
 
 namespace bnkern::dlpack {
 namespace {

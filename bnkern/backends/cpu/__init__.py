@@ -1,0 +1,72 @@
+"""The C++ CPU kernels (csrc/cpu), by the native module.
+
+They read planes with unit stride within a plane, and rows that are dense or have a multiple of 16 channels; any other
+tensor is copied once to the dense form of its layout. Formulas are those of ``reference``. Large results lie in memory
+that earlier results gave back: fresh pages cost more than the kernel.
+"""
+
+import torch
+from torch import Tensor
+
+from ..native import (
+    _native,
+    backward,
+    forward,
+    grad_input,
+    grad_sums,
+    moments,
+    normalize,
+    try_forward,
+)
+from ..reference import merge
+from .convolution import conv3x3, conv_grad_signs, prefers_own_gradient, prefers_winograd
+
+__all__ = [
+    "augment",
+    "backward",
+    "conv3x3",
+    "conv_grad_signs",
+    "forward",
+    "grad_input",
+    "grad_sums",
+    "merge",
+    "moments",
+    "normalize",
+    "prefers_own_gradient",
+    "prefers_winograd",
+    "refuses",
+    "try_forward",
+]
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve such an input, or None."""
+    return None if device.type == "cpu" else f"its kernels run on the CPU, the input is on {device}"
+
+
+def release_memory() -> None:
+    """Return to the system the memory kept of freed results (at most BNKERN_POOL_MB, default an eighth of it)."""
+    _native.pool_clear()
+
+
+def augment(
+    images: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    state: Tensor,
+    position: Tensor,
+    table: Tensor,
+    out: Tensor,
+    labels_out: Tensor,
+    size: int,
+    first: int,
+    random: bool,
+) -> None:
+    """One batch of an epoch into ``out`` and ``labels_out``. Raises IndexError where the order has no such batch."""
+    batch = position.item()
+    if not 0 <= batch < len(order) // size:
+        raise IndexError(f"position must be 0 to {len(order) // size - 1}, got {batch}")
+    seed, epoch = state.tolist()
+    begin = batch * size + first
+    chosen = order[begin : begin + len(out)]
+    _native.augment(images, labels, chosen, table, out, labels_out, random, seed, epoch)

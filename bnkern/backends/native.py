@@ -1,0 +1,162 @@
+"""Batch norm by the native module, for CPU and CUDA tensors: the functions of a backend, and what C++ needs of torch.
+
+``bnkern._native`` reads a call's tensors, checks them, makes the results and runs the kernels (csrc/call). It declines,
+by returning None, what it cannot read: an empty batch, for which the reference serves; tensors that two strides do not
+describe, which are copied once to the dense form of their layout; subclasses.
+
+The native module must be imported after torch, which brings the OpenMP runtime that both then share.
+"""
+
+import functools
+import sys
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from . import layout as layouts
+from . import reference
+from .calls import BackwardCall, Forward, ForwardCall, Gradients, Sums
+from .layout import dense, layout, strides
+
+# ------------------------------------------------------------------------------- by their names, for _native.connect
+
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # whose instances are tensors and nothing else
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int64, torch.int32)
+is_neg = Tensor.is_neg
+from_dlpack = torch.from_dlpack
+empty_strided = torch.empty_strided
+get_num_threads = torch.get_num_threads
+# torch 2.10 offers DLPack's table of functions by its address, later versions in a capsule.
+exchange_table = getattr(Tensor, "__dlpack_c_exchange_api__", getattr(Tensor, "__c_dlpack_exchange_api__", None))
+
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+_DEVICE_TYPES = {"cpu": 1, "cuda": 2}  # DLPack's
+
+
+def current_stream(t: Tensor) -> int:
+    """The current stream of a CUDA tensor's device, where the exchange table does not tell it."""
+    return torch._C._cuda_getCurrentRawStream(t.device.index)
+
+
+def describe(t: Tensor) -> tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """Address, device type and index, dtype, shape and strides; None where ``t`` has no elements in memory.
+
+    For a torch without the exchange table.
+    """
+    kind, dtype = _DEVICE_TYPES.get(t.device.type), _CODES.get(t.dtype)
+    if kind is None or dtype is None or t.layout is not torch.strided:
+        return None
+    try:
+        address = t.data_ptr()
+    except RuntimeError:  # a tensor of a functorch transform
+        return None
+    return address, kind, t.device.index or 0, dtype, tuple(t.shape), t.stride()
+
+
+@functools.lru_cache(maxsize=4096)
+def output_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """:func:`bnkern.backends.layout.output_strides` for a tensor of these sizes and strides."""
+    x = torch.empty_strided(shape, stride, device="meta")
+    return layouts.output_strides(x, layout(x).rows)
+
+
+def _connect() -> bool:
+    if _native.fields() != (ForwardCall._fields, BackwardCall._fields):
+        raise ImportError("bnkern._native was built from other sources than this package: build it again")
+    return _native.connect(sys.modules[__name__])
+
+
+READS_TABLE = _connect()  # whether tensors are read through the exchange table
+
+# ------------------------------------------------------------------------------------------------- readable operands
+
+
+def _readable(t: Tensor | None, rows: bool) -> Tensor | None:
+    """``t`` itself where the kernels can read it in this layout, else a dense copy."""
+    if t is None:
+        return None
+    t = plain(t)
+    found = strides(t, rows)
+    narrow = rows and t.device.type == "cpu" and t.shape[1] % 16 and found is not None and found[0] != t.shape[1]
+    return dense(t, rows).copy_(t) if found is None or narrow else t
+
+
+def _vector(v: Tensor | None) -> Tensor | None:
+    return None if v is None else plain(v).contiguous()
+
+
+def plain(t: Tensor | None) -> Tensor | None:
+    """The same memory as an instance of torch.Tensor."""
+    if t is None or type(t) in PLAIN_TYPES:
+        return t
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.as_subclass(Tensor)
+
+
+def _readable_forward(call: ForwardCall) -> ForwardCall:
+    rows = layout(call.x).rows
+    x, residual = _readable(call.x, rows), _readable(call.residual, rows)
+    return ForwardCall(x, _vector(call.weight), _vector(call.bias), residual, *map(plain, call[4:7]), *call[7:])
+
+
+def _readable_backward(call: BackwardCall) -> BackwardCall:
+    rows = layout(call.x).rows
+    dy, x = _readable(call.dy, rows), _readable(call.x, rows)
+    return BackwardCall(dy, x, *map(_vector, call[2:6]), plain(call.mask), *call[7:])
+
+
+# ----------------------------------------------------------------------------------------- the functions of a backend
+
+
+def try_forward(call: ForwardCall) -> Forward | None:
+    """:func:`forward` of a call that nobody has validated, or None where it is not plainly a valid batch norm."""
+    return _native.forward(call, False)
+
+
+def forward(call: ForwardCall) -> Forward:
+    """moments and normalize as one: y, mean, invstd, mask. Running statistics and counter change in place."""
+    if not call.x.numel():
+        return reference.forward(call)
+    return _native.forward(call, True) or _native.forward(_readable_forward(call), True)
+
+
+def backward(call: BackwardCall) -> Gradients:
+    """grad_sums and grad_input as one: (dx, dweight, dbias, dresidual), each where ``call.needs`` says so."""
+    if not call.x.numel():
+        return reference.backward(call)
+    return _native.backward(call) or _native.backward(_readable_backward(call))
+
+
+def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Count, mean [C] and M2 [C] of x."""
+    if not x.numel():
+        return reference.moments(x)
+    return layout(x).count, *(_native.moments(x) or _native.moments(_readable(x, layout(x).rows)))
+
+
+def normalize(call: ForwardCall, mean: Tensor | None, invstd: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """y and, where the call saves one, its mask."""
+    if not call.x.numel():
+        return reference.normalize(call, mean, invstd)
+    found = _native.normalize(call, mean, invstd)
+    return found or _native.normalize(_readable_forward(call), _vector(mean), _vector(invstd))
+
+
+def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
+    """sum g [C] and sum g * xhat [C]."""
+    if not call.x.numel():
+        return reference.grad_sums(call)
+    return _native.grad_sums(call) or _native.grad_sums(_readable_backward(call))
+
+
+def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
+    """dx and the residual's gradient, where needed; ``sums`` is (sum g, sum g * xhat, M), or None in eval mode."""
+    if not call.x.numel():
+        return reference.grad_input(call, sums)
+    sum_dy, sum_dy_xhat, count = (None, None, 0) if sums is None else sums
+    own = layout(call.x).count
+    if sums is not None and count != own:  # other ranks' values are in the sums; the kernel divides by its own count
+        sum_dy, sum_dy_xhat = sum_dy * (own / count), sum_dy_xhat * (own / count)
+    found = _native.grad_input(call, sum_dy, sum_dy_xhat)
+    return found or _native.grad_input(_readable_backward(call), _vector(sum_dy), _vector(sum_dy_xhat))

@@ -1,0 +1,52 @@
+"""Every kernel's specification, in plain torch: a backend that serves all devices and dtypes, accurate and slow.
+
+Arithmetic is float64 for float64 input and float32 otherwise; called with float64 input it is the truth of the tests.
+"""
+
+import torch
+
+from .batch_norm import (
+    activation,
+    affine,
+    backward,
+    differentiable_backward,
+    forward,
+    grad_input,
+    grad_sums,
+    gradient,
+    merge,
+    moments,
+    normalize,
+    pack_mask,
+    unpack_mask,
+    update_running,
+)
+from .convolution import conv_grad_signs
+from .dtypes import accumulator
+from .images import augment
+
+__all__ = [
+    "accumulator",
+    "activation",
+    "affine",
+    "augment",
+    "backward",
+    "conv_grad_signs",
+    "differentiable_backward",
+    "forward",
+    "grad_input",
+    "grad_sums",
+    "gradient",
+    "merge",
+    "moments",
+    "normalize",
+    "pack_mask",
+    "refuses",
+    "unpack_mask",
+    "update_running",
+]
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve such an input, or None: plain torch serves them all."""
+    return None

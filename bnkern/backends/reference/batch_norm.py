@@ -1,0 +1,296 @@
+"""The five phases of batch norm in plain torch: the specification that every other backend is held against.
+
+Accurate rather than fast. Arithmetic is float64 for float64 input and float32 otherwise; called with float64
+input it is the truth of the tests. Symbols: x [N, C, ...] input, M = N * S values per channel, and per channel
+
+    mean   = sum x / M                        M2      = sum (x - mean)^2
+    invstd = 1 / sqrt(M2 / M + eps)           xhat    = (x - mean) * invstd
+    z      = weight * xhat + bias + residual  y       = act(round(z))
+    g      = dy where the ReLU mask is set    dbias   = sum g,  dweight = sum g * xhat
+    dx     = weight * invstd * (g - dbias / M - xhat * dweight / M)
+
+round() is the rounding to the dtype of x. The mask is set where not (round(z) <= 0), so that NaN passes, as in
+torch's threshold_backward. ``mean`` and ``invstd`` None mean identity normalisation, xhat = x.
+
+Source: Ioffe and Szegedy 2015, algorithm 1 and section 3; merging by Chan, Golub and LeVeque 1979.
+"""
+
+import torch
+from torch import Tensor
+
+from ..calls import BackwardCall, Forward, ForwardCall, Gradients, Sums
+from ..layout import Layout, empty_like, layout
+from .dtypes import accumulator
+
+
+def _axes(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def _per_channel(v: Tensor, x: Tensor) -> Tensor:
+    """A [C] vector shaped to broadcast against x, in x's accumulator dtype."""
+    return v.to(accumulator(x.dtype)).view(1, -1, *[1] * (x.dim() - 2))
+
+
+# ---------------------------------------------------------------------------------------------- the five phases
+
+
+def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Count, mean [C] and M2 [C] of x, by two passes."""
+    acc, count = x.to(accumulator(x.dtype)), layout(x).count
+    if count == 0:
+        zero = acc.new_zeros(x.shape[1])
+        return 0, zero, zero.clone()
+    mean = acc.mean(_axes(x))
+    m2 = (acc - _per_channel(mean, x)).square().sum(_axes(x))
+    return count, mean, m2
+
+
+def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One (count, mean [C], M2 [C]) from K of them: counts [K], means and m2s [K, C], in the order given.
+
+    Chan: n = na + nb, d = mb - ma, mean = ma + d * nb / n, M2 = M2a + M2b + d^2 * na * nb / n.
+    A part of zero count changes nothing.
+    """
+    count, mean, m2 = torch.zeros_like(counts[:1]), torch.zeros_like(means[0]), torch.zeros_like(m2s[0])
+    for k in range(counts.shape[0]):
+        total = count + counts[k]
+        share = counts[k].to(means.dtype) / total.clamp(min=1)
+        delta = means[k] - mean
+        present = counts[k] > 0
+        mean = torch.where(present, mean + delta * share, mean)
+        m2 = torch.where(present, m2 + m2s[k] + delta * delta * count.to(means.dtype) * share, m2)
+        count = total
+    return count[0], mean, m2
+
+
+def normalize(call: ForwardCall, mean: Tensor | None, invstd: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """y = act(round(weight * ((x - mean) * invstd) + bias + residual)) and, where the call saves one, its mask.
+
+    ``call.record`` is filled with :func:`activation` of x and y.
+    """
+    x, residual, act = call.x, call.residual, call.act
+    z = _pre_activation(x, mean, invstd, call.weight, call.bias)
+    if residual is not None:
+        z = z + residual.to(z.dtype)
+    z = z.to(x.dtype)
+    mask = pack_mask(~(z <= 0), layout(x)) if call.has_mask else None
+    y = z.relu() if act == "relu" else z
+    like = empty_like(x, layout(x).rows)
+    y = like.copy_(y) if y is x or y.stride() != like.stride() else y
+    if call.record is not None:
+        call.record.copy_(activation(x, y))
+    return y, mask
+
+
+def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
+    """sum g [C] and sum g * xhat [C]: the gradients of bias and weight.
+
+    ``call.record_affine`` is filled with :func:`affine`, unless the normalisation is the identity.
+    """
+    if call.record_affine is not None and call.mean is not None:
+        call.record_affine.copy_(affine(call))
+    g, axes = _masked(call), _axes(call.x)
+    return g.sum(axes), (g * _xhat(call.x, call.mean, call.invstd)).sum(axes)
+
+
+def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
+    """dx and the residual's gradient g, where needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
+
+    ``call.record_gradient`` is filled with :func:`gradient` of dx, where dx is needed.
+    """
+    x, mean, invstd = call.x, call.mean, call.invstd
+    need_x, _, _, need_residual = call.needs
+    g = _masked(call)
+    dx = g
+    if sums is not None:
+        sum_dy, sum_dy_xhat, count = sums
+        dx = dx - (_per_channel(sum_dy / count, x) + _xhat(x, mean, invstd) * _per_channel(sum_dy_xhat / count, x))
+    if call.weight is not None:
+        dx = dx * _per_channel(call.weight, x)
+    if invstd is not None:
+        dx = dx * _per_channel(invstd, x)
+    dx = dx.to(x.dtype) if need_x else None
+    if call.record_gradient is not None and need_x:
+        call.record_gradient.copy_(gradient(dx))
+    return dx, g.to(x.dtype) if need_residual else None
+
+
+# ----------------------------------------------------------------------------------- the two calls of a backend
+
+
+def forward(call: ForwardCall) -> Forward:
+    """y, mean, invstd and the mask. In training the running statistics and the counter are updated in place.
+
+    Not training: normalises by the running statistics, or by nothing at all (identity) where they are None.
+    An empty batch leaves the running statistics alone and returns mean 0 and invstd 0.
+    """
+    acc = accumulator(call.x.dtype)
+    mean = invstd = None
+    if call.training:
+        count, mean, m2 = moments(call.x)
+        invstd = torch.rsqrt(m2 / count + call.eps) if count else torch.zeros_like(mean)
+        update_running(call, count, mean, m2)
+    elif call.running_mean is not None:
+        mean, invstd = call.running_mean.to(acc, copy=True), torch.rsqrt(call.running_var.to(acc) + call.eps)
+    y, mask = normalize(call, mean, invstd)
+    return y, mean, invstd, mask
+
+
+def update_running(call: ForwardCall, count: int | Tensor, mean: Tensor, m2: Tensor) -> None:
+    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance M2 / (M - 1), in place.
+
+    The counter, where given, goes up by one first; momentum None stands for 1 / counter, the cumulative mean. Without
+    any value (count 0) the running statistics stay. A count that is a tensor is not read by the host.
+    """
+    counter = call.num_batches_tracked
+    if counter is not None:
+        counter += 1
+    if call.running_mean is None:
+        return
+    share = call.momentum if call.momentum is not None else 1.0 / counter.to(mean.dtype)
+    if isinstance(count, Tensor):
+        share = (count > 0).to(mean.dtype) * share
+        variance = m2 / (count - 1).clamp(min=1)
+    elif count == 0:
+        return
+    else:
+        variance = m2 / (count - 1)
+    for running, batch in ((call.running_mean, mean), (call.running_var, variance)):
+        running.copy_(running.to(mean.dtype) * (1 - share) + batch * share)
+
+
+def backward(call: BackwardCall) -> Gradients:
+    """(dx, dweight, dbias, dresidual), each only where ``call.needs`` says so."""
+    need_x, need_weight, need_bias, need_residual = call.needs
+    dx = dweight = dbias = dresidual = sums = None
+    if call.needs_sums:
+        sum_dy, sum_dy_xhat = grad_sums(call)
+        dweight = sum_dy_xhat.to(call.weight.dtype) if need_weight else None
+        dbias = sum_dy.to(call.bias.dtype) if need_bias else None
+        sums = (sum_dy, sum_dy_xhat, max(layout(call.x).count, 1)) if call.training else None
+    if need_x or need_residual:
+        dx, dresidual = grad_input(call, sums)
+        rows = layout(call.x).rows
+        dx = empty_like(call.x, rows).copy_(dx) if need_x else None
+        dresidual = empty_like(call.x, rows).copy_(dresidual) if need_residual else None
+    return dx, dweight, dbias, dresidual
+
+
+def differentiable_backward(call: BackwardCall, eps: float) -> Gradients:
+    """``backward`` as a differentiable function of dy, x and weight: what double backward differentiates.
+
+    In training the statistics are recomputed from x, since the second derivative runs through them. The ReLU mask
+    is constant almost everywhere and is taken as such.
+    """
+    dy, x, weight, bias, mean, invstd, mask, act, training, needs, *_ = call
+    if mask is None and act == "relu":
+        with torch.no_grad():
+            passed = ~(_pre_activation(x, mean, invstd, weight, bias).to(x.dtype) <= 0)
+            mask = pack_mask(passed, layout(x))
+    if training:
+        count, mean, m2 = moments(x)
+        invstd = torch.rsqrt(m2 / count + eps)
+    call = BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, training, needs)
+    need_x, need_weight, need_bias, need_residual = needs
+    sum_dy, sum_dy_xhat = grad_sums(call)
+    dx, dresidual = grad_input(call, (sum_dy, sum_dy_xhat, layout(x).count) if training else None)
+    return (
+        dx if need_x else None,
+        sum_dy_xhat.to(weight.dtype) if need_weight else None,
+        sum_dy.to(bias.dtype) if need_bias else None,
+        dresidual if need_residual else None,
+    )
+
+
+# ------------------------------------------------------------------------------------- what the kernels record
+
+
+def activation(x: Tensor, y: Tensor) -> Tensor:
+    """The rows ``records.ACTIVATION`` [8, C] of an input x and the output y computed from it.
+
+    Per channel count M, mean = sum x / M, m_k = sum (x - mean)^k for k = 2, 3, 4, the least and largest x that is not
+    NaN (inf and -inf where there is none), and the number of y > 0. An empty batch has mean and m_k 0.
+    """
+    wide, axes, count = x.double(), _axes(x), layout(x).count
+    mean = wide.sum(axes) / max(count, 1)
+    delta = wide - mean.view(1, -1, *[1] * (x.dim() - 2))
+    powers = [(delta**k).sum(axes) for k in (2, 3, 4)]
+    wide = wide.movedim(1, 0).flatten(1)
+    least, largest = (
+        torch.cat([wide.where(~wide.isnan(), none), wide.new_full((len(wide), 1), none)], 1)
+        for none in (torch.inf, -torch.inf)
+    )
+    rows = [torch.full_like(mean, count), mean, *powers, least.amin(1), largest.amax(1), (y > 0).sum(axes)]
+    return torch.stack([row.double() for row in rows])
+
+
+def gradient(dx: Tensor) -> Tensor:
+    """The rows ``records.GRADIENT`` [7, C] of dx: per channel count, sum, sum of absolute values, of squares, and how
+    many values are above, below and equal to zero (a NaN is none of these)."""
+    wide, axes = dx.double(), _axes(dx)
+    sums = [wide.sum(axes), wide.abs().sum(axes), wide.square().sum(axes)]
+    signs = [(dx > 0).sum(axes), (dx < 0).sum(axes), (dx == 0).sum(axes)]
+    return torch.stack([torch.full_like(sums[0], layout(dx).count), *sums, *(sign.double() for sign in signs)])
+
+
+def affine(call: BackwardCall) -> Tensor:
+    """The rows ``records.AFFINE`` [8, C]: of the summands d = g (bias) and d = g * xhat (weight), in the accumulator's
+    dtype, per channel sum d, sum |d|, sum sign d and the number of d != 0. A NaN has sign 0 and counts as nonzero."""
+    x, g = call.x, _masked(call)
+    rows = []
+    for d in (g, g * _xhat(x, call.mean, call.invstd)):
+        signs = (d > 0).double() - (d < 0).double()
+        rows += [total.sum(_axes(x)) for total in (d.double(), d.double().abs(), signs, (d != 0).double())]
+    return torch.stack(rows)
+
+
+# ------------------------------------------------------------------------------------------------- shared terms
+
+
+def _xhat(x: Tensor, mean: Tensor | None, invstd: Tensor | None) -> Tensor:
+    acc = x.to(accumulator(x.dtype))
+    return acc if mean is None else (acc - _per_channel(mean, x)) * _per_channel(invstd, x)
+
+
+def _pre_activation(
+    x: Tensor, mean: Tensor | None, invstd: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    z = _xhat(x, mean, invstd)
+    if weight is not None:
+        z = z * _per_channel(weight, x)
+    if bias is not None:
+        z = z + _per_channel(bias, x)
+    return z
+
+
+def _masked(call: BackwardCall) -> Tensor:
+    """g: dy where the ReLU let the value through. Without a saved mask it is recomputed as the forward rounded."""
+    x = call.x
+    g = call.dy.to(accumulator(x.dtype))
+    if call.act is None:
+        return g
+    if call.mask is not None:
+        passed = unpack_mask(call.mask, x)
+    else:
+        passed = ~(_pre_activation(x, call.mean, call.invstd, call.weight, call.bias).to(x.dtype) <= 0)
+    return torch.where(passed, g, torch.zeros_like(g))
+
+
+def pack_mask(passed: Tensor, like: Layout) -> Tensor:
+    """Boolean [N, C, ...] to the mask's bytes (``Layout.mask_shape``), least significant bit first."""
+    bits = passed.movedim(1, -1).reshape(1, -1) if like.rows else passed.reshape(like.n * like.c, like.s)
+    bits = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.shape[1] % 8))
+    bits = bits.view(bits.shape[0], bits.shape[1] // 8, 8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=passed.device)
+    return (bits << shifts).sum(-1, dtype=torch.uint8).view(like.mask_shape)
+
+
+def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask's bytes back to boolean [N, C, ...], for the layout of x."""
+    rows, n, c, s = layout(x)
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (mask.unsqueeze(-1) >> shifts) & 1
+    if rows:
+        return bits.flatten()[: n * c * s].view(n, *x.shape[2:], c).movedim(-1, 1).bool()
+    return bits.flatten(-2)[..., :s].reshape(x.shape).bool()

@@ -1,0 +1,124 @@
+"""Do the summands of a convolution's weight gradient agree in sign? And a convolution whose gradient comes with it."""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+
+
+class GradSigns(NamedTuple):
+    """Sums over the summands of each weight's gradient, [O, I, *kernel_size] each; None where not wanted."""
+
+    sum: Tensor | None
+    abs_sum: Tensor | None
+    sign_sum: Tensor | None
+    nonzero: Tensor | None
+
+
+def conv2d_grad_signs(
+    x: Tensor,
+    dy: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    *,
+    wanted: Collection[str] = GradSigns._fields,
+) -> GradSigns:
+    """The weight gradient of a convolution, and of its summands the absolute sum, the sign sum and how many count.
+
+    The gradient of weight K[o, i, p, q] is the sum over images n and output places (h, w) of ::
+
+        d = dy[n, o, h, w] * x[n, i, h * stride + p - padding, w * stride + q - padding]
+
+    with zeros on the padding. Returned are sum d, sum |d|, sum sign(d) and the number of nonzero d, those that are
+    wanted, in one pass over tiles that are loaded once.
+
+    Args:
+        x: the convolution's input [N, I, H, W]; float32, bfloat16, float16 or float64. NCHW, channels_last and views
+            of them are read in place on the CPU; other strides are copied once.
+        dy: the gradient at the convolution's own output [N, O, H', W'], of the dtype and device of x, with
+            H' = (H + 2 * padding - kernel_size) // stride + 1; x and dy may differ in memory format.
+        kernel_size, stride, padding: the convolution's, ints or pairs (rows, columns). No dilation, no groups.
+        wanted: names of GradSigns' fields.
+
+    Returns:
+        GradSigns. ``sum`` and ``abs_sum`` are float32 (float64 for float64), of float32 chains of some hundred
+        products joined in float64 on the CPU; ``sum`` has the same bits whatever else is wanted. ``sign_sum`` and
+        ``nonzero`` are exact, int32. Not differentiable: the results carry no graph. An empty batch gives zeros.
+
+        A NaN makes the sums that it enters NaN, and so does infinity times zero, on the padding too. Signs and counts
+        look at the factors: a NaN has sign 0 and counts as nonzero, zero times anything does not.
+
+        On a GPU Triton's kernel serves; the README's known limits say where it was wrong with larger blocks.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; names it.
+        RuntimeError: a forced backend cannot serve the call; says why. Under torch.jit.trace, which would record the
+            results as constants.
+
+    Source: Bjorck et al., "Understanding Batch Normalization", 2018, equation 4 and Table 1.
+    """
+    kernel_size = _pair("kernel_size", kernel_size, 1)
+    stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
+    _check(x, dy, kernel_size, stride, padding)
+    if torch.jit.is_tracing():
+        raise RuntimeError("conv2d_grad_signs: torch.jit.trace cannot record this call, only its results as constants")
+    wanted = flags(wanted)
+    backend = backends.choose(backends.forced(), x.device, x.dtype, "conv_grad_signs")
+    return GradSigns(*backend.conv_grad_signs(x.detach(), dy.detach(), kernel_size, stride, padding, wanted))
+
+
+def _pair(name: str, value: object, least: int) -> tuple[int, int]:
+    pair = (value, value) if type(value) is int else value
+    if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(type(v) is int for v in pair)):
+        raise TypeError(f"conv2d_grad_signs: {name} must be an int or a pair of ints, got {value!r}")
+    if min(pair) < least:
+        raise ValueError(f"conv2d_grad_signs: {name} must be at least {least}, got {value!r}")
+    return tuple(pair)
+
+
+def flags(wanted: object) -> tuple[bool, ...]:
+    """One boolean for each of GradSigns' fields: whether its name is among ``wanted``."""
+    fields = GradSigns._fields
+    if isinstance(wanted, str) or not isinstance(wanted, Collection):
+        raise TypeError(f"conv2d_grad_signs: wanted must be a collection of names, got {wanted!r}")
+    for name in wanted:
+        if name not in fields:
+            raise ValueError(f"conv2d_grad_signs: wanted must be names out of {', '.join(fields)}; got {name!r}")
+    return tuple(name in wanted for name in fields)
+
+
+def _check(
+    x: Tensor, dy: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> None:
+    for name, t in (("x", x), ("dy", dy)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"conv2d_grad_signs: {name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dtype not in backends.DTYPES:
+            raise TypeError(f"conv2d_grad_signs: {name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+        if t.layout is not torch.strided:
+            raise TypeError(f"conv2d_grad_signs: {name} must be a strided (dense) tensor, got {t.layout}")
+        if t.dim() != 4:
+            raise ValueError(f"conv2d_grad_signs: {name} must have 4 dimensions, got shape {list(t.shape)}")
+    if dy.dtype != x.dtype:
+        raise TypeError(f"conv2d_grad_signs: dy must have the dtype of x, {x.dtype}, got {dy.dtype}")
+    if dy.device != x.device:
+        raise ValueError(f"conv2d_grad_signs: dy must be on the device of x, {x.device}, got {dy.device}")
+    sizes = [
+        (size + 2 * pad - kernel) // step + 1
+        for size, kernel, step, pad in zip(x.shape[2:], kernel_size, stride, padding, strict=True)
+    ]
+    if min(sizes) < 1:
+        raise ValueError(
+            f"conv2d_grad_signs: kernel_size {kernel_size} does not fit x, {list(x.shape)}, with padding {padding}"
+        )
+    if [dy.shape[0], *dy.shape[2:]] != [x.shape[0], *sizes]:
+        raise ValueError(
+            f"conv2d_grad_signs: dy must be [{x.shape[0]}, O, {sizes[0]}, {sizes[1]}], the convolution's output for x "
+            f"{list(x.shape)}, got {list(dy.shape)}"
+        )
+    if dy.shape[0] * sizes[0] * sizes[1] >= 1 << 31:
+        raise ValueError("conv2d_grad_signs: dy has 2^31 places or more: int32 cannot hold the counts")

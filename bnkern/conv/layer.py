@@ -1,0 +1,123 @@
+"""A convolution whose weight gradient a probe may have formed already, and whose kernels may be a backend's own."""
+
+from collections.abc import Collection
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .api import GradSigns, conv2d_grad_signs, flags
+
+
+class Handoff:
+    """Where a probe that has formed the weight gradient leaves it for the convolution's own backward."""
+
+    def __init__(self) -> None:
+        self._dy: tuple[int, int] | None = None
+        self._sum: Tensor | None = None
+
+    def put(self, dy: Tensor, sum: Tensor) -> None:
+        """``sum`` belongs to this gradient, as it is now."""
+        self._dy, self._sum = (dy.data_ptr(), dy._version), sum
+
+    def take(self, dy: Tensor) -> Tensor | None:
+        """The sum left for this gradient, if it still is what it was; at most once."""
+        found = self._sum if self._dy == (dy.data_ptr(), dy._version) else None
+        self._dy = self._sum = None
+        return found
+
+
+def takes_gradient(
+    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], groups: int
+) -> bool:
+    """Whether the CPU's own kernels serve the backward of such a convolution rather than torch."""
+    if x.device.type != "cpu" or backends.unavailable("cpu", "cpu"):
+        return False
+    kernels = backends.choose("cpu", x.device, x.dtype)
+    return kernels.prefers_own_gradient(x, weight, stride, padding, dilation, groups)
+
+
+def gradient_sums(
+    x: Tensor,
+    dy: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    wanted: Collection[str],
+) -> GradSigns:
+    """:func:`conv2d_grad_signs` as the backward of :func:`conv2d` has it: by Winograd's form where that serves.
+
+    Then a value that is not finite may spread to all nine places of a kernel.
+    """
+    sizes = (kernel_size, stride, padding)
+    kernels = backends.choose(backends.forced(), x.device, x.dtype, "conv_grad_signs")
+    dense = all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    if dense and _uses_winograd(kernels, x, dy.shape[1], *sizes):
+        return GradSigns(*kernels.conv_grad_signs(x, dy, *sizes, flags(wanted), winograd=True))
+    return conv2d_grad_signs(x, dy, *sizes, wanted=wanted)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """``F.conv2d`` with the weight gradient from :func:`gradient_sums`, which a probe may have formed already.
+
+    For operands that :func:`takes_gradient` accepts; output and input gradient go by Winograd's form where that serves,
+    and may then be NaN where the definition gives an infinity. The result's attribute ``handoff`` is the probe's way
+    in. Double backward goes through torch's formula.
+    """
+    handoff = Handoff()
+    y = _Conv2d.apply(x, weight, bias, stride, padding, handoff)
+    y.handoff = handoff
+    return y
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, handoff):
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding, ctx.handoff = stride, padding, handoff
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        kernels = backends.choose(backends.forced(), x.device, x.dtype)
+        sizes = (weight.shape[0], weight.shape[2:], stride, padding)
+        ctx.winograd = bias is None and _uses_winograd(kernels, x, *sizes)
+        y = _winograd(x, weight) if ctx.winograd else None
+        return torch.nn.functional.conv2d(x, weight, bias, stride, padding) if y is None else y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        once = not torch.is_grad_enabled()
+        ours = need_weight and once
+        left = ctx.handoff.take(dy)
+        dx = _winograd(dy, weight, flipped=True) if need_x and once and ctx.winograd else None
+        theirs = (need_x and dx is None, need_weight and not ours, need_bias)
+        dweight = dbias = None
+        if any(theirs):
+            found, dweight, dbias = torch.ops.aten.convolution_backward(
+                dy, x, weight, ctx.bias_sizes, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, theirs
+            )
+            dx = found if dx is None else dx
+        if ours:
+            found = left
+            if found is None:
+                found = gradient_sums(x, dy, tuple(weight.shape[2:]), ctx.stride, ctx.padding, _SUM).sum
+            dweight = torch.empty_like(weight).copy_(found)
+        return dx, dweight, dbias, None, None, None
+
+
+_SUM = ("sum",)
+
+
+def _uses_winograd(kernels: ModuleType, x: Tensor, *sizes: object) -> bool:
+    """Whether the backend has a 3 x 3 convolution of its own and prefers it for such sizes."""
+    prefers = getattr(kernels, "prefers_winograd", None)
+    return prefers is not None and prefers(x, *sizes)
+
+
+def _winograd(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor | None:
+    """The backend's own 3 x 3 convolution (stride 1, padding 1) of x, or None where it has none for such an x."""
+    kernels = backends.choose(backends.forced(), x.device, x.dtype)
+    if not hasattr(kernels, "conv3x3") or not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    return kernels.conv3x3(x, weight, flipped)

@@ -1,0 +1,143 @@
+"""Batch norm in plain eager mode: one autograd.Function over a backend's forward and backward."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import reference
+from ..backends.calls import BackwardCall, Forward, ForwardCall
+from ..backends.layout import formats_conflict, layout, relaid
+from ..backends.records import Records
+from . import context
+
+
+def try_batch_norm(call: ForwardCall, records: Records | None) -> Tensor | None:
+    """:func:`batch_norm` of a call that nobody has validated, in plain eager mode.
+
+    None, before anything is written, where the backend does not find it plainly valid in the same read in which it
+    takes the call's tensors.
+    """
+    x = call.x
+    for t in call[:4]:
+        if t is not None and type(t) not in context.PLAIN:
+            return None
+    if x is None or x.is_meta or x.dtype not in backends.DTYPES:
+        return None
+    backend = backends.choose(backends.forced(), x.device, x.dtype)
+    attempt = getattr(backend, "try_forward", None)
+    if attempt is None:
+        return None
+    try:
+        return _run(call, records, backend, attempt)
+    except _Declined:
+        return None
+
+
+def batch_norm(call: ForwardCall, records: Records | None) -> Tensor:
+    """y of a valid call of plain tensors, differentiable."""
+    backend = backends.choose(backends.forced(), call.x.device, call.x.dtype)
+    return _run(ForwardCall(*map(context.unwrapped, call[:7]), *call[7:]), records, backend, backend.forward)
+
+
+class _Declined(Exception):
+    """The backend did not take the call."""
+
+
+def _run(call: ForwardCall, records: Records | None, backend: ModuleType, forward: Callable) -> Tensor:
+    x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, _, _ = call
+    needs_grad = context.grad_needed(x, weight, bias, residual)
+    if needs_grad or records is not None:
+        save_mask = needs_grad and act is not None and residual is not None
+        record = None if records is None else records.activation
+        call = ForwardCall(
+            x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, save_mask,
+            record,
+        )  # fmt: skip
+    if needs_grad:
+        y = _apply(x, weight, bias, residual, call, backend, forward, records)
+    else:
+        y = _taken(forward(call))[0]
+        if records is not None:
+            records.forward_written()
+    if training:
+        # The kernels write through addresses, of which autograd's version counters know nothing.
+        torch.autograd.graph.increment_version([t for t in (running_mean, running_var, counter) if t is not None])
+    return y
+
+
+def _taken(results: Forward | None) -> Forward:
+    if results is None:
+        raise _Declined
+    return results
+
+
+class _BatchNorm(torch.autograd.Function):
+    """A backend's forward and backward, and for double backward the reference formula."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, call, backend, forward, records):
+        y, mean, invstd, mask = _taken(forward(call))
+        if records is not None:
+            records.forward_written()
+        ctx.save_for_backward(x, weight, bias, mean, invstd, mask)
+        ctx.call = call.act, call.training, call.eps, backend, records
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        act, training, eps, backend, records = ctx.call
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled() or context.is_batched(dy):
+            call = BackwardCall(dy, *ctx.saved_tensors, act, training, needs)
+            grads = reference.differentiable_backward(call, eps)
+        elif records is None:
+            grads = backend.backward(BackwardCall(dy.resolve_neg(), *ctx.saved_tensors, act, training, needs))
+        else:
+            wanted = (records.gradient, records.affine)
+            grads = backend.backward(BackwardCall(dy.resolve_neg(), *ctx.saved_tensors, act, training, needs, *wanted))
+            records.backward_written()
+        return (*grads, None, None, None, None)
+
+
+# What Function.apply does where no transform is active and no tensor has outlived one, as here. Finding that out takes
+# Function.apply 2 us.
+_apply = super(torch.autograd.Function, _BatchNorm).apply
+
+
+# --------------------------------------------------------------------------------- a residual in another format
+
+
+def with_residual_in_format(call: ForwardCall) -> ForwardCall:
+    """The call with its residual as the kernels read it: itself, or a copy where its memory format is not that of x."""
+    x, residual = call.x, call.residual
+    if residual is None or residual.stride() == x.stride() or not formats_conflict(x, residual):
+        return call
+    rows = layout(x).rows
+    # torch.compile traces no Function that has a forward mode.
+    residual = relaid(residual, rows) if torch.compiler.is_compiling() else _Relaid.apply(residual, rows)
+    return ForwardCall(*call[:3], residual, *call[4:])
+
+
+class _Relaid(torch.autograd.Function):
+    """A copy in the given layout of a tensor that has the other one. Its gradient is copied back to that other one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t, rows):
+        return relaid(t, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.rows = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Relaid.apply(grad, not ctx.rows), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return _Relaid.apply(tangent, ctx.rows)

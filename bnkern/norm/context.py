@@ -1,0 +1,101 @@
+"""In what context batch norm is called: plain eager mode, or under something that must see the call.
+
+torch offers no public way to ask most of these questions; all of torch's private names that they take are here.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def is_plain_eager() -> bool:
+    """Whether no compilation, export, trace, dispatch or function mode, transform or forward-mode level is active.
+
+    Under torch.jit.trace the result of a call that is not recorded would become a constant of the graph.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def is_recorded() -> bool:
+    """Whether the call goes into a graph that may later run with inputs that require gradients where these do not."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether the values of ``t`` are what lies in its memory: no subclass, no lazy negation, no zeros never stored."""
+    return type(t) in PLAIN and not t.is_neg() and not t._is_zerotensor()
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Whether a backend may be called with these tensors, without passing through an operator.
+
+    Only plain tensors on a real device have an address.
+    """
+    return is_plain_eager() and all(t is None or (is_plain(t) and t.device.type != "meta") for t in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether a torch.func transform (grad, jvp, vmap) or forward-mode differentiation must see into the call.
+
+    They see through plain torch alone: an operator's registered backward is unknown to them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    level = torch._C._functorch.peek_interpreter_stack()
+    inside = level is not None and level.key() != torch._C._functorch.TransformType.Functionalize
+    return inside or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode differentiation is active, by torch.func.jvp or by dual tensors."""
+    functorch = torch._C._functorch
+    return torch.autograd.forward_ad._current_level >= 0 or any(
+        level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or ()
+    )
+
+
+def is_mapped(t: Tensor) -> bool:
+    """Whether vmap maps over ``t``, at any of its levels."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether ``t`` stands for several tensors: a gradient that vmap or ``is_grads_batched`` maps over."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
+
+
+def unwrapped(t: Tensor | None) -> Tensor | None:
+    """The tensor within ``t`` where that has outlived the transform which wrapped it, else ``t`` itself."""
+    return None if t is None else torch._C._functorch.unwrap_if_dead(t)
+
+
+def grad_needed(*tensors: Tensor | None) -> bool:
+    """Whether autograd is on and one of the tensors requires a gradient."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def fx_node(function: Callable, x: object, args: tuple, kwargs: dict) -> fx.Proxy | None:
+    """The call ``function(x, *args, **kwargs)`` as one node where torch.fx.symbolic_trace gave ``x``, else None."""
+    if isinstance(x, fx.Proxy):
+        return x.tracer.create_proxy("call_function", function, (x, *args), kwargs)
+    return None

@@ -1,0 +1,297 @@
+"""The operator that torch.compile, export, fake tensors and modes see: one functional forward and its backward.
+
+The operator writes nothing in place. It returns the new running statistics, which the caller copies back, so that
+functionalisation has nothing to undo. Absent results are tensors of no elements, since an operator cannot return None.
+
+Its arguments are the fields of :class:`ForwardCall` up to ``record``, and those of :class:`Extra`. With a group the
+statistics and the backward's sums are those of all its ranks (:mod:`bnkern.norm.ranks`).
+
+``torch._decomp`` has a decomposition of the forward in eval mode into torch's operators, which torch.onnx.export uses
+and ``ExportedProgram.run_decompositions(torch._decomp.get_decompositions([op]))`` applies on request; torch.compile
+and torch.export keep the operator. torch.jit.trace records torch's operators in eval mode and the operator in training,
+and torch.fx.symbolic_trace records the call.
+"""
+
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._decomp import register_decomposition
+
+from .. import backends
+from ..backends.calls import BackwardCall, ForwardCall
+from ..backends.layout import empty_like, layout
+from ..backends.records import ACTIVATION, AFFINE, GRADIENT, Records
+from ..backends.reference import accumulator, pack_mask
+from . import context, ranks
+
+
+class Extra(NamedTuple):
+    """What the forward operator takes after a call's own arguments."""
+
+    backend: str  # the forced backend's name, or "" for the table's choice; the backward gets the same
+    group: str = ""  # the name of the process group whose ranks are normalised together, or "" for this process alone
+    ranks: int = 1
+    record: bool = False  # whether to return the record ACTIVATION
+    record_gradient: Tensor | None = None  # where the backward writes its records
+    record_affine: Tensor | None = None
+
+
+class BackwardExtra(NamedTuple):
+    """What the backward operator takes after a call's own arguments."""
+
+    backend: str
+    group: str = ""
+    count: Tensor | None = None  # the number of values per channel on all ranks, int64; with a group
+    record_gradient: bool = False
+    record_affine: bool = False
+
+
+_FORWARD = ForwardCall._fields[:-1]
+_BACKWARD = BackwardCall._fields[:-2]
+
+
+# ---------------------------------------------------------------------------------------------------- the schema
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    float | None: "float?",
+    str: "str",
+    str | None: "str?",
+    tuple[bool, bool, bool, bool]: "bool[]",
+}
+_SCHEMA_VALUES = {"": '""', None: "None", False: "False", 1: "1"}
+
+
+def _arguments(call: type, fields: tuple[str, ...], extra: type) -> str:
+    """The schema of an operator's arguments. Only those of ``extra`` have defaults."""
+    words = [f"{_SCHEMA_TYPES[call.__annotations__[name]]} {name}" for name in fields]
+    for name, kind in extra.__annotations__.items():
+        default = f"={_SCHEMA_VALUES[extra._field_defaults[name]]}" if name in extra._field_defaults else ""
+        words.append(f"{_SCHEMA_TYPES[kind]} {name}{default}")
+    return ", ".join(words)
+
+
+_library = torch.library.Library("bnkern", "DEF")
+_library.define(
+    f"batch_norm_forward({_arguments(ForwardCall, _FORWARD, Extra)})"
+    " -> (Tensor y, Tensor mean, Tensor invstd, Tensor mask, Tensor new_running_mean, Tensor new_running_var,"
+    " Tensor new_num_batches_tracked, Tensor count, Tensor activation)"
+)
+_library.define(
+    f"batch_norm_backward({_arguments(BackwardCall, _BACKWARD, BackwardExtra)})"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, Tensor gradient, Tensor affine)"
+)
+
+
+def batch_norm(call: ForwardCall, records: Records | None, group: tuple[str, int] = ("", 1)) -> Tensor:
+    """y of a valid call through the operator. Running statistics and records are written afterwards, by copies."""
+    if records is not None and records.mirrors and torch.compiler.is_compiling():
+        raise RuntimeError("several recordings of one layer at once are for eager calls, not for torch.compile")
+    saved = context.grad_needed(call.x, call.weight, call.bias, call.residual) or context.is_recorded()
+    save_mask = call.act is not None and call.residual is not None and saved
+    wanted = (None, None, None) if records is None else (records.activation, records.gradient, records.affine)
+    y, _, _, _, new_mean, new_var, new_counter, _, activation = torch.ops.bnkern.batch_norm_forward(
+        *call[:11], save_mask, backends.forced(), *group, wanted[0] is not None, *wanted[1:]
+    )
+    if call.training:
+        running = (call.running_mean, call.running_var, call.num_batches_tracked)
+        for buffer, value in zip(running, (new_mean, new_var, new_counter), strict=True):
+            if buffer is not None:
+                buffer.copy_(value)
+    if wanted[0] is not None:
+        wanted[0].copy_(activation)
+    if records is not None and records.mirrors:
+        records.forward_written()
+        if y.grad_fn is not None:
+            y.grad_fn.register_hook(lambda *_: records.backward_written())
+    return y
+
+
+# ------------------------------------------------------------------------------------------------- the forward
+
+
+def _split(arguments: tuple) -> tuple[ForwardCall, Extra]:
+    return ForwardCall(*arguments[: len(_FORWARD)]), Extra(*arguments[len(_FORWARD) :])
+
+
+def _split_backward(arguments: tuple) -> tuple[BackwardCall, BackwardExtra]:
+    return BackwardCall(*arguments[: len(_BACKWARD)]), BackwardExtra(*arguments[len(_BACKWARD) :])
+
+
+def _or_empty(t: Tensor | None, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(0, dtype=dtype) if t is None else t
+
+
+def _or_none(t: Tensor) -> Tensor | None:
+    return t if t.numel() else None
+
+
+def _record(x: Tensor, rows: tuple[str, ...], wanted: bool) -> Tensor:
+    """Where a kernel writes its record [rows, C]; no elements where none is wanted."""
+    return x.new_empty((len(rows), x.shape[1]) if wanted else 0, dtype=torch.float64)
+
+
+def _forward(*arguments):
+    call, extra = _split(arguments)
+    x, running = call.x, call[4:7]
+    if call.training:
+        running = tuple(None if t is None else t.clone() for t in running)
+    activation = _record(x, ACTIVATION, extra.record)
+    call = ForwardCall(*call[:4], *running, *call[7:-1], activation if extra.record else None)
+    kernels = backends.choose(extra.backend, x.device, x.dtype)
+    count = None
+    if extra.group:
+        y, mean, invstd, mask, count = ranks.forward(kernels, call, extra.group, extra.ranks)
+    else:
+        y, mean, invstd, mask = kernels.forward(call)
+    if not call.training:
+        running = (None, None, None)
+    acc = accumulator(x.dtype)
+    statistics = (_or_empty(mean, x, acc), _or_empty(invstd, x, acc), _or_empty(mask, x, torch.uint8))
+    return (y, *statistics, *(_or_empty(t, x) for t in running), _or_empty(count, x, torch.int64), activation)
+
+
+def _forward_fake(*arguments):
+    _allow_in_inductor()
+    call, extra = _split(arguments)
+    x, like = call.x, layout(call.x)
+    statistic = [x.new_empty(like.c if call.normalizes else 0, dtype=accumulator(x.dtype)) for _ in range(2)]
+    mask = x.new_empty(like.mask_shape if call.has_mask else 0, dtype=torch.uint8)
+    running = [torch.empty_like(t) if call.training and t is not None else x.new_empty(0) for t in call[4:7]]
+    count = x.new_empty(() if extra.group else 0, dtype=torch.int64)
+    return (empty_like(x, like.rows), *statistic, mask, *running, count, _record(x, ACTIVATION, extra.record))
+
+
+def _allow_in_inductor() -> None:
+    """Register the operator with Inductor as one to be called, although it also has a decomposition.
+
+    Inductor does so by itself, but where the environment variable CI is set, as on GitHub's runners, it first raises
+    for an operator of which torch knows a decomposition. Its module takes a second to import, so this waits until a
+    graph is traced, when Inductor has imported it.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    op = torch.ops.bnkern.batch_norm_forward.default
+    if lowering is not None and op not in lowering.lowerings:
+        tag = torch._library.utils.get_layout_constraint_tag(op, with_default=True)
+        lowering.make_fallback(op, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
+
+
+# ------------------------------------------------------------------------------------------------ the backward
+
+
+def _backward(*arguments):
+    call, extra = _split_backward(arguments)
+    x = call.x
+    gradient, affine = _record(x, GRADIENT, extra.record_gradient), _record(x, AFFINE, extra.record_affine)
+    records = (gradient if extra.record_gradient else None, affine if extra.record_affine else None)
+    call = BackwardCall(*call[:9], tuple(call.needs), *records)
+    kernels = backends.choose(extra.backend, x.device, x.dtype)
+    grads = ranks.backward(kernels, call, extra.group, extra.count) if extra.group else kernels.backward(call)
+    return (*(_or_empty(grad, x) for grad in grads), gradient, affine)
+
+
+def _backward_fake(*arguments):
+    call, extra = _split_backward(arguments)
+    x, rows = call.x, layout(call.x).rows
+    need_x, need_weight, need_bias, need_residual = call.needs
+    return (
+        empty_like(x, rows) if need_x else x.new_empty(0),
+        torch.empty_like(call.weight) if need_weight else x.new_empty(0),
+        torch.empty_like(call.bias) if need_bias else x.new_empty(0),
+        empty_like(x, rows) if need_residual else x.new_empty(0),
+        _record(x, GRADIENT, extra.record_gradient),
+        _record(x, AFFINE, extra.record_affine),
+    )
+
+
+# -------------------------------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx, inputs, output):
+    call, ctx.extra = _split(inputs)
+    _, mean, invstd, mask, *_, count, _ = output
+    ctx.act, ctx.training = call.act, call.training
+    ctx.lacks_mask = call.act is not None and call.residual is not None and not call.save_mask
+    ctx.save_for_backward(call.x, call.weight, call.bias, mean, invstd, mask, count)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # y alone has a gradient; no zeros for the rest
+
+
+def _autograd(ctx, dy, *_):
+    if ctx.lacks_mask:
+        raise RuntimeError(
+            "batch_norm: this graph was recorded where no gradient was needed and keeps no ReLU mask for the backward; "
+            "record it with an input or parameter that requires a gradient"
+        )
+    x, weight, bias, *saved = ctx.saved_tensors
+    mean, invstd, mask, count = map(_or_none, saved)
+    needs, extra = ctx.needs_input_grad[:4], ctx.extra
+    places = (extra.record_gradient, extra.record_affine)  # to be written, so they are not among the saved tensors
+    flags = [place is not None and there for place, there in zip(places, (needs[0], mean is not None), strict=True)]
+    *grads, gradient, affine = torch.ops.bnkern.batch_norm_backward(
+        dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs, extra.backend, extra.group, count, *flags
+    )
+    for place, record, flag in zip(places, (gradient, affine), flags, strict=True):
+        if flag:
+            place.copy_(record)
+    others = [None] * (len(_FORWARD) + len(Extra._fields) - 4)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *others)
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError(
+        "batch_norm: double backward across ranks is not supported, nor is it through the operator that torch.compile "
+        "and dispatch modes use; eager calls within one process have it"
+    )
+
+
+# ------------------------------------------------------------------------------------------- in torch's operators
+
+
+def eval_in_torch(call: ForwardCall) -> Tensor:
+    """y of a call in eval mode by torch's operators, rounded once as the kernels round."""
+    x, weight, bias, residual, running_mean, running_var, *_ = call
+    y = x if residual is None and running_mean is None else x.to(accumulator(x.dtype))
+    if running_mean is not None:
+        vectors = (None if v is None else v.to(y.dtype) for v in (running_mean, running_var, weight, bias))
+        y = F.batch_norm(y, *vectors, False, 0.0, call.eps)
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    y = y.to(x.dtype)
+    return y.relu() if call.act == "relu" else y
+
+
+@register_decomposition(torch.ops.bnkern.batch_norm_forward.default)
+def _decomposition(*arguments):
+    call, extra = _split(arguments)
+    if call.training or extra.record:
+        return NotImplemented  # the operator stays: exporters are for inference
+    x, acc = call.x, accumulator(call.x.dtype)
+    y = eval_in_torch(call)
+    mean, invstd, empty = x.new_empty(0, dtype=acc), x.new_empty(0, dtype=acc), x.new_empty(0)
+    if call.running_mean is not None:
+        mean, invstd = call.running_mean.to(acc, copy=True), torch.rsqrt(call.running_var.to(acc) + call.eps)
+    mask = pack_mask(~(y <= 0), layout(x)) if call.has_mask else x.new_empty(0, dtype=torch.uint8)
+    running = (empty, empty.clone(), empty.clone())
+    return y, mean, invstd, mask, *running, x.new_empty(0, dtype=torch.int64), _record(x, ACTIVATION, False)
+
+
+# FakeTensorMode takes a decomposition in place of the fake kernel where sizes are symbolic, unless the operator stands
+# in the table of meta kernels too.
+register_decomposition(torch.ops.bnkern.batch_norm_forward.default, type="meta")(_forward_fake)
+
+for _name, _implementation, _fake in (
+    ("batch_norm_forward", _forward, _forward_fake),
+    ("batch_norm_backward", _backward, _backward_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bnkern::{_name}", _fake, lib=_library)
+torch.library.register_autograd("bnkern::batch_norm_forward", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("bnkern::batch_norm_backward", _no_second_derivative, lib=_library)

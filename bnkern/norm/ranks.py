@@ -1,0 +1,84 @@
+"""Batch norm over the joint batch of several ranks: a backend's phases, with two places between them where ranks meet.
+
+    moments | gather: (count, mean, M2) of all ranks, merged in rank order | normalize
+    grad_sums | reduce: (sum g, sum g * xhat) added over the ranks | grad_input
+
+The collectives follow the group's own backend: gloo for CPU tensors, nccl for CUDA. They are not torch's functional
+ones: of those, one that Ctrl-C interrupts before it is waited for stays in a registry, which keeps gloo's threads alive
+until the process ends.
+"""
+
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..backends.calls import BackwardCall, ForwardCall, Gradients
+from ..backends.layout import layout
+from ..backends.reference import update_running
+
+
+def ranks_of(process_group: "dist.ProcessGroup | None" = None) -> tuple[str, int] | None:
+    """Name and number of ranks of the group, by default of all processes; None where there is only one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = process_group or dist.group.WORLD
+    ranks = dist.get_world_size(group)
+    return (group.group_name, ranks) if ranks > 1 else None
+
+
+def forward(kernels: ModuleType, call: ForwardCall, group: str, ranks: int) -> tuple[Tensor | None, ...]:
+    """As a backend's forward in training, and the count of all ranks' values per channel as fifth result.
+
+    Where the ranks have no value at all the running statistics stay; one value in all counts as variance 0.
+    """
+    count, mean, m2 = gather_moments(kernels, *kernels.moments(call.x), group, ranks)
+    invstd = torch.rsqrt(m2 / count.clamp(min=1) + call.eps)
+    y, mask = kernels.normalize(call, mean, invstd)
+    update_running(call, count, mean, m2)
+    return y, mean, invstd, mask, count
+
+
+def backward(kernels: ModuleType, call: BackwardCall, group: str, count: Tensor) -> Gradients:
+    """As a backend's backward; dweight and dbias are this rank's share, which DistributedDataParallel averages."""
+    need_x, need_weight, need_bias, need_residual = call.needs
+    dx = dweight = dbias = dresidual = joint = None
+    if call.needs_sums:
+        sum_dy, sum_dy_xhat = kernels.grad_sums(call)
+        dbias = sum_dy.to(call.bias.dtype) if need_bias else None
+        dweight = sum_dy_xhat.to(call.weight.dtype, copy=True) if need_weight else None  # no two results share memory
+    if need_x:
+        # The kernels divide by a count that the host knows, this rank's own; the scaled sums correct for that.
+        own = max(layout(call.x).count, 1)
+        scale = own / count.clamp(min=1).to(sum_dy.dtype)
+        joint = (*(total * scale for total in reduce_sums(sum_dy, sum_dy_xhat, group)), own)
+    if need_x or need_residual:
+        dx, dresidual = kernels.grad_input(call, joint)
+    return dx, dweight, dbias, dresidual
+
+
+def gather_moments(
+    kernels: ModuleType, count: int, mean: Tensor, m2: Tensor, group: str, ranks: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One (count, mean [C], M2 [C]) of all ranks' own, the same bits on each. The count is a tensor from here on."""
+    channels, dtype = mean.shape[0], mean.dtype
+    # The integer travels as bits: float32 would round counts beyond 2^24.
+    bits = torch.full((1,), count, dtype=torch.int64, device=mean.device).view(dtype)
+    packed = torch.cat((mean, m2, bits))
+    gathered = packed.new_empty(ranks, len(packed))
+    dist.all_gather(list(gathered.unbind()), packed, group=_resolve(group))
+    means, m2s, bits = gathered.split((channels, channels, len(bits)), dim=1)
+    return kernels.merge(bits.contiguous().view(torch.int64).flatten(), means, m2s)
+
+
+def reduce_sums(sum_dy: Tensor, sum_dy_xhat: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """sum g [C] and sum g * xhat [C] over all ranks."""
+    reduced = torch.cat((sum_dy, sum_dy_xhat))
+    dist.all_reduce(reduced, group=_resolve(group))
+    return reduced.chunk(2)
+
+
+def _resolve(group: str) -> "dist.ProcessGroup":
+    """The group of that name. The operator takes the name, since a schema has no process groups."""
+    return dist.distributed_c10d._resolve_process_group(group)  # in C++, by the name that ranks_of gives

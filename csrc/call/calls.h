@@ -1,0 +1,21 @@
+// The native module's functions that take torch's tensors.
+#pragma once
+
+#include <Python.h>
+
+#include "dlpack.h"
+
+namespace bnkern {
+
+struct Forward;
+struct Backward;
+
+// Add the functions of batch_norm.cpp and convolution.cpp to the module. They set a Python error where they fail.
+bool add_calls(PyObject* module);
+bool add_cpu_functions(PyObject* module);
+
+// Queues a call of tensors on a CUDA device; `x` is one of them.
+void launch_cuda(Forward& p, PyObject* x, const dlpack::Device& device);
+void launch_cuda(Backward& p, PyObject* x, const dlpack::Device& device);
+
+}  // namespace bnkern

@@ -1,0 +1,185 @@
+// The CPU's convolution kernels, and batches of images, from torch's tensors.
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+
+#include "../cpu/cpu.h"
+#include "calls.h"
+#include "layout.h"
+#include "tensors.h"
+
+namespace bnkern {
+namespace {
+
+[[noreturn]] void refuse(const char* name, const char* expected) {
+  PyErr_Format(PyExc_TypeError, "%s must be %s", name, expected);
+  throw PythonError();
+}
+
+// A tensor on the CPU of that type and number of axes.
+Tensor operand(PyObject* object, const char* name, const char* expected, dlpack::DataType type, int ndim) {
+  Tensor t;
+  if (!read(object, t) || t.device.type != dlpack::kCpu || !(t.dtype == type) || t.ndim != ndim) refuse(name, expected);
+  return t;
+}
+
+bool is_contiguous(const Tensor& t) {
+  return one_run(t.shape, t.strides, t.ndim, [&](int k) { return t.ndim - 1 - k; });
+}
+bool is_channels_last(const Tensor& t) {
+  constexpr std::array<int, 4> axes{1, 3, 2, 0};
+  return t.ndim == 4 && one_run(t.shape, t.strides, 4, [&](int k) { return axes[k]; });
+}
+
+std::array<std::int64_t, 2> pair(PyObject* object, const char* name) {
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 2) refuse(name, "a pair of ints");
+  std::array<std::int64_t, 2> values;
+  for (int i = 0; i < 2; ++i) values[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(object, i));
+  if (PyErr_Occurred()) throw PythonError();
+  return values;
+}
+
+// conv3x3(x, weight, flipped) -> y: x float32 in channels_last. Flipped: by the weight turned by 180 degrees, its first
+// two axes exchanged.
+PyObject* conv3x3(PyObject* const* args) {
+  constexpr const char* kInput = "a float32 tensor [N, I, H, W] on the CPU, dense in channels_last";
+  constexpr const char* kWeight = "a float32 tensor [O, I, 3, 3] on the CPU that fits the input";
+  const Tensor x = operand(args[0], "conv3x3: x", kInput, dlpack::kFloat32, 4);
+  const Tensor weight = operand(args[1], "conv3x3: weight", kWeight, dlpack::kFloat32, 4);
+  const bool flipped = args[2] == Py_True;
+  const int output = flipped ? 1 : 0, input = flipped ? 0 : 1, sign = flipped ? -1 : 1;
+  const std::int64_t *const size = x.shape, *const step = weight.strides;
+  if (!is_channels_last(x)) refuse("conv3x3: x", kInput);
+  if (weight.shape[2] != 3 || weight.shape[3] != 3 || weight.shape[input] != size[1])
+    refuse("conv3x3: weight", kWeight);
+  const std::int64_t outputs = weight.shape[output];
+  const std::int64_t shape[] = {size[0], outputs, size[2], size[3]};
+  const std::int64_t strides[] = {size[2] * size[3] * outputs, 1, size[3] * outputs, outputs};
+  void* data;
+  Object y = make(args[0], x.device, x.dtype, 4, shape, strides, data);
+  const auto* const first = static_cast<const float*>(weight.data) + (flipped ? 2 * (step[2] + step[3]) : 0);
+  const Conv3x3 p{
+      .x = static_cast<const float*>(x.data),
+      .n = size[0],
+      .inputs = size[1],
+      .outputs = outputs,
+      .h = size[2],
+      .w = size[3],
+      .weight = first,
+      .weight_output = step[output],
+      .weight_input = step[input],
+      .weight_h = sign * step[2],
+      .weight_w = sign * step[3],
+      .y = static_cast<float*>(data),
+      .threads = threads(),
+  };
+  run_released(cpu_kernels().conv3x3, p);
+  return y.release();
+}
+
+// Whether the tensor [N, C, H, W] has unit stride along channels or columns.
+bool read_image(const Tensor& t, Image& image) {
+  const std::int64_t *const size = t.shape, *const step = t.strides;
+  const auto unit = [&](int axis) { return step[axis] == 1 || (step[1] != 1 && size[axis] == 1); };
+  if (!unit(1) && !unit(3)) return false;
+  image = {t.data,  size[0], size[1], size[2], size[3], step[0], unit(1) ? 1 : step[1], step[2],
+           unit(3) && step[1] != 1 ? 1 : step[3]};
+  return true;
+}
+
+// conv_grad_signs(x, dy, kernel, stride, padding, wanted, winograd) -> (sum, abs_sum, sign_sum, nonzero), or None where
+// the strides of x or dy cannot be taken.
+PyObject* conv_grad_signs(PyObject* const* args) {
+  ConvGradSigns p{};
+  Tensor x, dy;
+  if (!read(args[0], x) || !read(args[1], dy) || x.ndim != 4 || dy.ndim != 4 || !(x.dtype == dy.dtype) ||
+      x.device.type != dlpack::kCpu || dy.device.type != dlpack::kCpu)
+    Py_RETURN_NONE;
+  if (!read_image(x, p.x) || !read_image(dy, p.dy)) Py_RETURN_NONE;
+  int code = 0;
+  while (code < 4 && !(dlpack::kTypes[code] == x.dtype)) ++code;
+  if (code == 4) refuse("conv_grad_signs: x", "of a floating point dtype");
+  p.dtype = static_cast<DType>(code);
+  const auto kernel = pair(args[2], "conv_grad_signs: kernel"), stride = pair(args[3], "conv_grad_signs: stride"),
+             padding = pair(args[4], "conv_grad_signs: padding");
+  PyObject* const wanted = args[5];
+  if (!PyTuple_Check(wanted) || PyTuple_GET_SIZE(wanted) != 4) refuse("conv_grad_signs: wanted", "4 booleans");
+  p.kernel_h = kernel[0], p.kernel_w = kernel[1], p.stride_h = stride[0], p.stride_w = stride[1];
+  p.padding_h = padding[0], p.padding_w = padding[1];
+  const std::int64_t shape[] = {dy.shape[1], x.shape[1], kernel[0], kernel[1]};
+  const std::int64_t strides[] = {shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1};
+  const auto sums = p.dtype == DType::kFloat64 ? dlpack::kFloat64 : dlpack::kFloat32;
+  Object results[4];
+  void* data[4] = {};
+  for (int i = 0; i < 4; ++i)
+    if (PyTuple_GET_ITEM(wanted, i) == Py_True)
+      results[i] = make(args[0], x.device, i < 2 ? sums : dlpack::kInt32, 4, shape, strides, data[i]);
+  p.sum = data[0], p.abs_sum = data[1];
+  p.sign_sum = static_cast<std::int32_t*>(data[2]), p.nonzero = static_cast<std::int32_t*>(data[3]);
+  p.winograd = args[6] == Py_True;
+  p.threads = threads();
+  run_released(cpu_kernels().conv_grad_signs, p);
+  return tuple_of(results);
+}
+
+// augment(images, labels, chosen, table, out, labels_out, random, seed, epoch): see Augment in params.h. `chosen` says
+// which of the images make the batch.
+PyObject* augment(PyObject* const* args) {
+  const Tensor images = operand(args[0], "augment: images", "uint8 [n, 3, 32, 32]", dlpack::kUInt8, 4);
+  const Tensor labels = operand(args[1], "augment: labels", "int64 [n]", dlpack::kInt64, 1);
+  const Tensor chosen = operand(args[2], "augment: chosen", "int64 [B]", dlpack::kInt64, 1);
+  Tensor table, out;
+  int code = 0;
+  if (!read(args[4], out) || out.ndim != 4 || out.device.type != dlpack::kCpu)
+    refuse("augment: out", "a tensor [B, 3, 32, 32] on the CPU");
+  while (code < 4 && !(dlpack::kTypes[code] == out.dtype)) ++code;
+  if (code == 4) refuse("augment: out", "of a floating point dtype");
+  table = operand(args[3], "augment: table", "[3, 256] of the dtype of out", out.dtype, 2);
+  const Tensor labels_out = operand(args[5], "augment: labels_out", "int64 [B]", dlpack::kInt64, 1);
+  const bool rows = !is_contiguous(out);
+  const std::int64_t count = out.shape[0];
+  const auto is_picture = [](const Tensor& t) { return t.shape[1] == 3 && t.shape[2] == 32 && t.shape[3] == 32; };
+  if (!is_picture(images) || !is_contiguous(images)) refuse("augment: images", "uint8 [n, 3, 32, 32], contiguous");
+  if (!is_picture(out) || (rows && !is_channels_last(out))) refuse("augment: out", "dense, [B, 3, 32, 32]");
+  if (table.shape[0] != 3 || table.shape[1] != 256 || !is_contiguous(table)) refuse("augment: table", "[3, 256]");
+  if (labels.shape[0] != images.shape[0] || !is_contiguous(labels)) refuse("augment: labels", "int64 [n], contiguous");
+  if (chosen.shape[0] != count || !is_contiguous(chosen)) refuse("augment: chosen", "int64 [B], contiguous");
+  if (labels_out.shape[0] != count || !is_contiguous(labels_out)) refuse("augment: labels_out", "int64 [B], contiguous");
+  const Augment p{
+      .images = static_cast<const std::uint8_t*>(images.data),
+      .labels = static_cast<const std::int64_t*>(labels.data),
+      .chosen = static_cast<const std::int64_t*>(chosen.data),
+      .count = count,
+      .table = table.data,
+      .out = out.data,
+      .labels_out = static_cast<std::int64_t*>(labels_out.data),
+      .dtype = static_cast<DType>(code),
+      .rows = rows,
+      .random = args[6] == Py_True,
+      .seed = PyLong_AsUnsignedLongLongMask(args[7]),
+      .epoch = static_cast<std::uint32_t>(PyLong_AsUnsignedLongMask(args[8])),
+      .threads = threads(),
+  };
+  if (PyErr_Occurred()) throw PythonError();
+  run_released(cpu_kernels().augment, p);
+  Py_RETURN_NONE;
+}
+
+}  // namespace
+
+bool add_cpu_functions(PyObject* module) {
+  static PyMethodDef methods[] = {
+      method<conv3x3, 3>("conv3x3", "conv3x3(x, weight, flipped) -> y; see Conv3x3 in csrc/cpu/cpu.h."),
+      method<conv_grad_signs, 7>("conv_grad_signs",
+                                 "conv_grad_signs(x, dy, kernel, stride, padding, wanted, winograd) -> four tensors, "
+                                 "each where wanted; None where strides cannot be read."),
+      method<augment, 9>("augment",
+                         "augment(images, labels, chosen, table, out, labels_out, random, seed, epoch): a batch of "
+                         "CIFAR images; see Augment in csrc/params.h."),
+      {nullptr, nullptr, 0, nullptr},
+  };
+  return PyModule_AddFunctions(module, methods) == 0;
+}
+
+}  // namespace bnkern

@@ -1,0 +1,99 @@
+// What is needed of Python's C API: owned references, errors, and functions of a module.
+#pragma once
+
+#include <Python.h>
+
+#include <exception>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+namespace bnkern {
+
+// An owned reference, or none.
+class Object {
+ public:
+  Object() = default;
+  explicit Object(PyObject* object) : object_(object) {}
+  Object(Object&& other) noexcept : object_(other.release()) {}
+  Object& operator=(Object&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~Object() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  PyObject* release() {
+    PyObject* const object = object_;
+    object_ = nullptr;
+    return object;
+  }
+
+ private:
+  PyObject* object_ = nullptr;
+};
+
+struct PythonError {};  // thrown where a Python error is set already
+
+inline Object checked(PyObject* object) {
+  if (!object) throw PythonError();
+  return Object(object);
+}
+
+// Other Python threads run while a kernel does.
+class Released {
+ public:
+  Released() : state_(PyEval_SaveThread()) {}
+  Released(const Released&) = delete;
+  ~Released() { PyEval_RestoreThread(state_); }
+
+ private:
+  PyThreadState* const state_;
+};
+
+// Runs a kernel while other Python threads run. A function of its own, at which benchmarks/instructions.py counts.
+template <class Call>
+[[gnu::noinline]] void run_released(void (*kernel)(const Call&), const Call& call) {
+  {
+    const Released others;
+    kernel(call);
+  }
+  asm volatile("");  // so that this function returns, and does not end in a jump
+}
+
+// The objects as a tuple, None where there is none.
+template <std::size_t size>
+PyObject* tuple_of(Object (&objects)[size]) {
+  Object tuple = checked(PyTuple_New(size));
+  for (std::size_t i = 0; i < size; ++i) {
+    PyObject* const object = objects[i].release();
+    PyTuple_SET_ITEM(tuple.get(), i, object ? object : Py_NewRef(Py_None));
+  }
+  return tuple.release();
+}
+
+// A function of a module with `count` positional arguments. Exceptions become Python's.
+template <PyObject* (*body)(PyObject* const*), Py_ssize_t count>
+PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  if (given != count) return PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", count, given);
+  try {
+    return body(args);
+  } catch (const PythonError&) {
+    return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+template <PyObject* (*body)(PyObject* const*), Py_ssize_t count>
+PyMethodDef method(const char* name, const char* doc) {
+  auto* const function = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&entry<body, count>));
+  return {name, function, METH_FASTCALL, doc};
+}
+
+}  // namespace bnkern
