@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <iterator>
 #include <sstream>
@@ -13,7 +14,10 @@
 #include "call/layout.h"
 #include "cpu/cpu.h"
 #include "cpu/pool.h"
-#include "cuda/bind_cuda.h"
+#ifdef BNKERN_CUDA
+#include "call/cuda.h"
+#include "cuda/workspaces.h"
+#endif
 
 namespace py = pybind11;
 
@@ -45,7 +49,53 @@ py::dict build_info() {
 
 }  // namespace
 
-#ifndef BNKERN_CUDA
+#ifdef BNKERN_CUDA
+namespace {
+
+void raise_if(const std::string& error) {
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+void add_cuda_functions(py::module_& m) {
+  using bnkern::CudaWorkspace;
+  using Address = std::uintptr_t;
+  const auto at = [](Address address) { return reinterpret_cast<void*>(address); };
+  m.def(
+      "cuda_device",
+      [](int index, int multiprocessors, int shared_bytes, int threads, bool clusters, std::int64_t single_read_from) {
+        bnkern::know_cuda_device(index, {multiprocessors, shared_bytes, threads, clusters}, single_read_from);
+      },
+      py::arg("index"), py::kw_only(), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("threads"),
+      py::arg("clusters"), py::arg("single_read_from"),
+      "What plans for the device of that index depend on (CudaDevice in csrc/cuda/kernels.h), and the least bytes of a "
+      "tensor whose calls are one kernel. Before the first call.");
+  m.def(
+      "cuda_merge",
+      [at](int dtype, Address count, Address mean, Address m2, Address merged_count, Address merged_mean,
+           Address merged_m2, std::int64_t rows, std::int64_t channels, std::uintptr_t stream) {
+        raise_if(bnkern::cuda_merge({static_cast<bnkern::DType>(dtype), at(count), at(mean), at(m2), at(merged_count),
+                                     at(merged_mean), at(merged_m2), rows, channels},
+                                    stream));
+      },
+      "merge on the current CUDA device; see CudaMerge in csrc/cuda/kernels.h.",
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cuda_workspace",
+      [](std::uintptr_t stream) {
+        CudaWorkspace found;
+        raise_if(bnkern::with_workspace("cuda_workspace", stream, {0, 1}, [&](const CudaWorkspace& workspace) {
+          found = workspace;
+          return std::string();
+        }));
+        return std::array<std::int64_t, 3>{reinterpret_cast<std::int64_t>(found.data),
+                                           bnkern::signal_bytes(found.size.groups), found.size.bytes};
+      },
+      "Address of a stream's workspace, bytes of its signals, bytes behind them: for tests, which write to the latter.",
+      py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+#else
 namespace bnkern {
 [[noreturn]] static void refuse() { throw std::runtime_error("the native module was built without CUDA"); }
 void launch_cuda(Forward&, PyObject*, const dlpack::Device&) { refuse(); }
@@ -75,6 +125,6 @@ PYBIND11_MODULE(_native, m) {
         "How many bytes may be kept: BNKERN_POOL_MB, or an eighth of memory (the container's, where it has less).");
   m.def("pool_clear", &bnkern::pool_clear, "Returns the kept bytes to the system.");
 #ifdef BNKERN_CUDA
-  bnkern::bind_cuda(m);
+  add_cuda_functions(m);
 #endif
 }

@@ -201,9 +201,7 @@ double number(PyObject* object) {
   return value;
 }
 
-bool is_relu(PyObject* act) {
-  return PyUnicode_CheckExact(act) && PyUnicode_CompareWithASCIIString(act, "relu") == 0;
-}
+bool is_relu(PyObject* act) { return PyUnicode_CheckExact(act) && PyUnicode_CompareWithASCIIString(act, "relu") == 0; }
 
 // ---------------------------------------------------------------------------------------------- the forward
 
@@ -364,8 +362,7 @@ PyObject* grad_input(PyObject* const* args) {
   Input x;
   Backward p{};
   const Needs need = needs_of(field[B::needs]);
-  if (!read_backward(field, x, p) || !x.read_statistic(args[1], p.sum_dy) ||
-      !x.read_statistic(args[2], p.sum_dy_xhat))
+  if (!read_backward(field, x, p) || !x.read_statistic(args[1], p.sum_dy) || !x.read_statistic(args[2], p.sum_dy_xhat))
     Py_RETURN_NONE;
   p.record_affine = nullptr;
   if (!need.x) p.record_gradient = nullptr;

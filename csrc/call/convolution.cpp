@@ -83,7 +83,14 @@ bool read_image(const Tensor& t, Image& image) {
   const std::int64_t *const size = t.shape, *const step = t.strides;
   const auto unit = [&](int axis) { return step[axis] == 1 || (step[1] != 1 && size[axis] == 1); };
   if (!unit(1) && !unit(3)) return false;
-  image = {t.data,  size[0], size[1], size[2], size[3], step[0], unit(1) ? 1 : step[1], step[2],
+  image = {t.data,
+           size[0],
+           size[1],
+           size[2],
+           size[3],
+           step[0],
+           unit(1) ? 1 : step[1],
+           step[2],
            unit(3) && step[1] != 1 ? 1 : step[3]};
   return true;
 }
@@ -145,7 +152,8 @@ PyObject* augment(PyObject* const* args) {
   if (table.shape[0] != 3 || table.shape[1] != 256 || !is_contiguous(table)) refuse("augment: table", "[3, 256]");
   if (labels.shape[0] != images.shape[0] || !is_contiguous(labels)) refuse("augment: labels", "int64 [n], contiguous");
   if (chosen.shape[0] != count || !is_contiguous(chosen)) refuse("augment: chosen", "int64 [B], contiguous");
-  if (labels_out.shape[0] != count || !is_contiguous(labels_out)) refuse("augment: labels_out", "int64 [B], contiguous");
+  if (labels_out.shape[0] != count || !is_contiguous(labels_out))
+    refuse("augment: labels_out", "int64 [B], contiguous");
   const Augment p{
       .images = static_cast<const std::uint8_t*>(images.data),
       .labels = static_cast<const std::int64_t*>(labels.data),

@@ -35,7 +35,8 @@ struct Managed {
   std::uint64_t flags;
   Tensor tensor;
 };
-// What torch.Tensor.__dlpack_c_exchange_api__ holds (a capsule), or __c_dlpack_exchange_api__ (an address): functions return 0, or -1 with a Python error set.
+// What torch.Tensor.__dlpack_c_exchange_api__ holds (a capsule), or __c_dlpack_exchange_api__ (an address): functions
+// return 0, or -1 with a Python error set.
 struct ExchangeApi {
   Version version;
   void* previous;

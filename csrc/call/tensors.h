@@ -25,8 +25,8 @@ struct Tensor {
 // are read through the exchange table.
 PyObject* connect(PyObject* const* args);
 
-// False where the object is no plain tensor whose elements are in memory: another type, a subclass, empty, sparse, meta,
-// of a transform.
+// False where the object is no plain tensor whose elements are in memory: another type, a subclass, empty, sparse,
+// meta, of a transform.
 bool read(PyObject* object, Tensor& tensor);
 
 // Whether the elements in memory are the negated values (torch.Tensor.is_neg), of which DLPack does not tell.

@@ -6,86 +6,117 @@ namespace bnkern::BNKERN_ISA {
 namespace {
 
 template <class T>
-void backward_as(const Backward& p) {
+class BackwardPhases : public Phases<T> {
+ public:
   using A = Accumulator<T>;
-  const bool dense = p.shape.rows && gapless(p.dy, p.shape) && gapless(p.x, p.shape) && gapless(p.dx, p.shape) &&
-                     gapless(p.dresidual, p.shape);
-  Partition part = make_partition(p.shape, dense);
-  const std::int64_t elements = part.count() * p.shape.c;
-  const double count = static_cast<double>(part.count());
 
-  Workspace space(7 * Workspace::bytes<A>(part.width) + 3 * Workspace::bytes<double>(kMostRows * part.width));
-  Coefficients<A> k{};
-  for (A** array : {&k.mean, &k.invstd, &k.weight, &k.bias, &k.mean_dy, &k.mean_dy_xhat, &k.scale})
-    *array = space.take<A>(part.width);
-  const bool record_affine = p.record_affine && p.sums, record_gradient = p.record_gradient && p.dx;
-  const Given measured = make_room(space, p.sums ? kGradSumsRows : 0, part.width);
-  const Given measured_sums = make_room(space, record_affine ? kRecordedGradSumsRows : 0, part.width);
-  const Given applied_sums = make_room(space, record_gradient ? kRecordedGradInputRows : 0, part.width);
+  explicit BackwardPhases(const Backward& p)
+      : Phases<T>{.part = partition_of(p),
+                  .element_bytes = 2 * sizeof(T),
+                  .applying = p.input,
+                  .max_threads = p.threads,
+                  .measured = {},
+                  .measured_sums = {},
+                  .applied_sums = {}},
+        p_(p),
+        record_affine_(p.record_affine && p.sums),
+        record_gradient_(p.record_gradient && p.dx),
+        width_(this->part.width),
+        count_(static_cast<double>(this->part.count())),
+        space_(7 * Workspace::bytes<A>(width_) + 3 * Workspace::bytes<double>(kMostRows * width_)),
+        sum_dy_(static_cast<A*>(p.sum_dy)),
+        sum_dy_xhat_(static_cast<A*>(p.sum_dy_xhat)) {
+    for (A** array : {&k_.mean, &k_.invstd, &k_.weight, &k_.bias, &k_.mean_dy, &k_.mean_dy_xhat, &k_.scale})
+      *array = space_.template take<A>(width_);
+    this->measured = make_totals(space_, p.sums ? kGradSumsRows : 0, width_);
+    this->measured_sums = make_totals(space_, record_affine_ ? kRecordedGradSumsRows : 0, width_);
+    this->applied_sums = make_totals(space_, record_gradient_ ? kRecordedGradInputRows : 0, width_);
+    t_.x = p.x, t_.dy = p.dy, t_.dx = p.dx, t_.dresidual = p.dresidual;
+    t_.mask = const_cast<std::uint8_t*>(p.mask), t_.relu = p.relu, t_.training = p.training;
+    t_.stream = this->elements() * static_cast<std::int64_t>(sizeof(T)) > kStreamBytes;
+    for (std::int64_t group = 0; group < this->part.groups; ++group)
+      for_channels(this->part, group, [&](std::int64_t c, const Columns& columns) { set_coefficients(c, columns); });
+  }
 
-  Tensors<T> t{};
-  t.x = p.x, t.dy = p.dy, t.dx = p.dx, t.dresidual = p.dresidual;
-  t.mask = const_cast<std::uint8_t*>(p.mask), t.relu = p.relu, t.training = p.training;
-  t.stream = elements * static_cast<std::int64_t>(sizeof(T)) > kStreamBytes;
+  void measure(std::int64_t group, std::int64_t tile, const Rows<double>& out, const Rows<A>& sums) {
+    record_affine_ ? grad_sums_tile<T, true>(this->part, t_, k_, group, tile, out, sums)
+                   : grad_sums_tile<T, false>(this->part, t_, k_, group, tile, out, sums);
+  }
 
-  A* const sums = static_cast<A*>(p.sum_dy);
-  A* const products = static_cast<A*>(p.sum_dy_xhat);
-  const auto means_of_sums = [&](const Columns& columns, double sum, double product) {
-    set_all(k.mean_dy, columns, static_cast<A>(sum / count));
-    set_all(k.mean_dy_xhat, columns, static_cast<A>(product / count));
-  };
-  for (std::int64_t group = 0; group < part.groups; ++group)
-    for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
-      const A invstd = p.invstd ? static_cast<const A*>(p.invstd)[c] : A(1), weight = read(p.weight, c, A(1));
-      set_all(k.mean, columns, p.mean ? static_cast<const A*>(p.mean)[c] : A(0));
-      set_all(k.invstd, columns, invstd);
-      set_all(k.weight, columns, weight);
-      set_all(k.bias, columns, read(p.bias, c, A(0)));
-      set_all(k.scale, columns, weight * invstd);
-      if (!p.sums && p.training) means_of_sums(columns, sums[c], products[c]);
+  void join(std::int64_t channels, double, const Rows<double>& total, double, const Rows<double>& tile) {
+    join_sums(this->measured.rows, channels, total, tile);
+  }
+
+  void finish(std::int64_t group) {
+    for_channels(this->part, group, [&](std::int64_t c, const Columns& columns) {
+      const double sum = add_up(this->measured.values[kSumDy], columns);
+      const double product = add_up(this->measured.values[kSumDyXhat], columns);
+      if (sum_dy_) sum_dy_[c] = static_cast<A>(sum);
+      if (sum_dy_xhat_) sum_dy_xhat_[c] = static_cast<A>(product);
+      if (p_.dbias) write(p_.dbias, c, sum);
+      if (p_.dweight) write(p_.dweight, c, product);
+      set_means(columns, sum, product);
+      if (!record_affine_) return;
+      const auto total = [&](int r) { return add_up(this->measured_sums.values[r], columns); };
+      write_record(p_.record_affine, p_.shape.c, c,
+                   {sum, total(kOfDy + kAbsSum), total(kOfDy + kSignSum), count_ - total(kOfDy + kZeros), product,
+                    total(kOfDyXhat + kAbsSum), total(kOfDyXhat + kSignSum), count_ - total(kOfDyXhat + kZeros)});
     });
-  const auto grad_sums = record_affine ? grad_sums_tile<T, true> : grad_sums_tile<T, false>;
-  const auto grad_input = record_gradient ? grad_input_tile<T, true> : grad_input_tile<T, false>;
-  run<A>(
-      part, 2 * sizeof(T), p.input, p.threads, measured, measured_sums, applied_sums,
-      [&](std::int64_t group, std::int64_t tile, const Rows<double>& out, const Rows<A>& sums) {
-        grad_sums(part, t, k, group, tile, out, sums);
-      },
-      [&](std::int64_t channels, double, const Rows<double>& total, double, const Rows<double>& tile) {
-        join_sums(measured.rows, channels, total, tile);
-      },
-      [&](std::int64_t group) {
-        for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
-          const double sum = add_up(measured.totals[kSumDy], columns);
-          const double product = add_up(measured.totals[kSumDyXhat], columns);
-          if (sums) sums[c] = static_cast<A>(sum);
-          if (products) products[c] = static_cast<A>(product);
-          if (p.dbias) write(p.dbias, c, sum);
-          if (p.dweight) write(p.dweight, c, product);
-          means_of_sums(columns, sum, product);
-          if (!record_affine) return;
-          const auto total = [&](int r) { return add_up(measured_sums.totals[r], columns); };
-          write_record(p.record_affine, p.shape.c, c,
-                       {sum, total(kOfDy + kAbsSum), total(kOfDy + kSignSum), count - total(kOfDy + kZeros), product,
-                        total(kOfDyXhat + kAbsSum), total(kOfDyXhat + kSignSum), count - total(kOfDyXhat + kZeros)});
-        });
-      },
-      [&](std::int64_t group, std::int64_t tile, const Rows<A>& sums) { grad_input(part, t, k, group, tile, sums); },
-      [&](std::int64_t group) {
-        if (!record_gradient) return;
-        for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
-          const auto total = [&](int r) { return add_up(applied_sums.totals[r], columns); };
-          write_record(p.record_gradient, p.shape.c, c,
-                       {count, total(kDxSum), total(kDxAbsSum), total(kDxSquareSum), total(kDxPositive),
-                        total(kDxNegative), total(kDxZero)});
-        });
-      });
-}
+  }
+
+  void apply(std::int64_t group, std::int64_t tile, const Rows<A>& sums) {
+    record_gradient_ ? grad_input_tile<T, true>(this->part, t_, k_, group, tile, sums)
+                     : grad_input_tile<T, false>(this->part, t_, k_, group, tile, sums);
+  }
+
+  void close(std::int64_t group) {
+    if (!record_gradient_) return;
+    for_channels(this->part, group, [&](std::int64_t c, const Columns& columns) {
+      const auto total = [&](int r) { return add_up(this->applied_sums.values[r], columns); };
+      write_record(p_.record_gradient, p_.shape.c, c,
+                   {count_, total(kDxSum), total(kDxAbsSum), total(kDxSquareSum), total(kDxPositive),
+                    total(kDxNegative), total(kDxZero)});
+    });
+  }
+
+ private:
+  static Partition partition_of(const Backward& p) {
+    return make_partition(p.shape, p.shape.rows && gapless(p.dy, p.shape) && gapless(p.x, p.shape) &&
+                                       gapless(p.dx, p.shape) && gapless(p.dresidual, p.shape));
+  }
+
+  void set_coefficients(std::int64_t c, const Columns& columns) {
+    const A invstd = p_.invstd ? static_cast<const A*>(p_.invstd)[c] : A(1), weight = read(p_.weight, c, A(1));
+    set_all(k_.mean, columns, p_.mean ? static_cast<const A*>(p_.mean)[c] : A(0));
+    set_all(k_.invstd, columns, invstd);
+    set_all(k_.weight, columns, weight);
+    set_all(k_.bias, columns, read(p_.bias, c, A(0)));
+    set_all(k_.scale, columns, weight * invstd);
+    if (!p_.sums && p_.training) set_means(columns, sum_dy_[c], sum_dy_xhat_[c]);
+  }
+
+  void set_means(const Columns& columns, double sum, double product) {
+    set_all(k_.mean_dy, columns, static_cast<A>(sum / count_));
+    set_all(k_.mean_dy_xhat, columns, static_cast<A>(product / count_));
+  }
+
+  const Backward& p_;
+  const bool record_affine_, record_gradient_;
+  const std::int64_t width_;
+  const double count_;
+  Workspace space_;
+  Coefficients<A> k_{};
+  Tensors<T> t_{};
+  A *const sum_dy_, *const sum_dy_xhat_;
+};
 
 }  // namespace
 
 void backward(const Backward& p) {
-  with_dtype(p.dtype, [&](auto* t) { backward_as<std::remove_pointer_t<decltype(t)>>(p); });
+  with_dtype(p.dtype, [&](auto* t) {
+    BackwardPhases<std::remove_pointer_t<decltype(t)>> phases(p);
+    run(phases);
+  });
 }
 
 }  // namespace bnkern::BNKERN_ISA

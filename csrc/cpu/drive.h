@@ -78,144 +78,211 @@ void join_sums(int rows, std::int64_t channels, const Rows<double>& total, const
 
 // ---- the two ways through two phases
 
-// How many rows of numbers a phase gives, and room for their totals over all tiles.
-struct Given {
+// The numbers that a phase gives for each channel, added up over all tiles: `rows` of them, none where it gives none.
+struct Totals {
   int rows = 0;
-  Rows<double> totals;
+  Rows<double> values;
 };
 
-// measure(group, tile, out, sums) gives a tile's partial result, join() adds `out` to its group's total, finish(group)
-// makes the group's coefficients of it; absent where it gives no rows. apply(group, tile, sums) is the second phase,
-// which may be absent as well. `sums` are of type A and a record's, shared by the tiles of a block; close(group) is
-// called with the totals of the second phase's.
-template <class A, class Measure, class Join, class Finish, class Apply, class Close>
-void run(Partition& part, std::int64_t element_bytes, bool applying, int max_threads, const Given& measured,
-         const Given& measured_sums, const Given& applied_sums, Measure measure, Join join, Finish finish, Apply apply,
-         Close close) {
-  const bool measuring = measured.rows > 0;
-  const std::int64_t elements = part.count() * part.shape.c;
-  const std::int64_t enough = 1 + elements / kThreadElements;
-  const int threads = enough < max_threads ? static_cast<int>(enough) : max_threads;
-  const auto total_of = [&](const Given& given, std::int64_t group) { return given.totals.at(group * part.group); };
+// What run() needs to know of a call of two phases, which derives from this. `measure` takes a partial result of each
+// tile; `apply` is the second phase, whose coefficients are made of the totals. Either may be absent. Beside its
+// result a tile adds to sums of type A, a record's, which the tiles of a block share.
+//
+//   void measure(group, tile, Rows<double> out, Rows<A> sums)   a tile's partial result, and its part of a record
+//   void join(channels, before, total, count, tile)             adds the result of a tile of `count` values per channel
+//                                                               to the total of the tiles before, of `before` values
+//   void finish(group)                                          coefficients of the group, from its totals
+//   void apply(group, tile, Rows<A> sums)                       the second phase
+//   void close(group)                                           after it, with the totals of its sums
+template <class T>
+struct Phases {
+  using A = Accumulator<T>;
+  Partition part;
+  std::int64_t element_bytes;  // that both phases read and write, per element
+  bool applying;
+  int max_threads;
+  Totals measured, measured_sums, applied_sums;
 
-  part.by_channel = !part.shape.rows && measuring && applying && part.groups >= threads &&
-                    part.shape.s * element_bytes >= kPlaneBytes &&
-                    (part.groups % threads == 0 || part.groups >= 4 * threads);
-  if (part.by_channel) {
+  bool measuring() const { return measured.rows > 0; }
+  std::int64_t elements() const { return part.count() * part.shape.c; }
+  Rows<double> total_of(const Totals& totals, std::int64_t group) const { return totals.values.at(group * part.group); }
+};
+
+// Each thread takes whole channels through both phases.
+template <class P>
+void run_by_channel(P& phases, int threads) {
+  using A = typename P::A;
+  const Partition& part = phases.part;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (std::int64_t group = 0; group < part.groups; ++group) {
-      double values[kMostRows], seen = 0;
-      A values_of_sums[kMostRows];
-      const Rows<double> out{values, 1};
-      const Rows<A> sums{values_of_sums, 1};
-      for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
-        measure(group, tile, out, sums);
-        const double count = static_cast<double>(tile_count(part, tile));
-        join(1, seen, total_of(measured, group), count, out);
-        join_sums(measured_sums.rows, 1, total_of(measured_sums, group), sums);
-        seen += count;
-      }
-      finish(group);
-      for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
-        apply(group, tile, sums);
-        join_sums(applied_sums.rows, 1, total_of(applied_sums, group), sums);
-      }
-      close(group);
+  for (std::int64_t group = 0; group < part.groups; ++group) {
+    double values[kMostRows], before = 0;
+    A values_of_sums[kMostRows];
+    const Rows<double> out{values, 1};
+    const Rows<A> sums{values_of_sums, 1};
+    const auto add_sums = [&](const Totals& totals) {
+      join_sums(totals.rows, 1, phases.total_of(totals, group), sums);
+    };
+    for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
+      phases.measure(group, tile, out, sums);
+      const double count = static_cast<double>(tile_count(part, tile));
+      phases.join(1, before, phases.total_of(phases.measured, group), count, out);
+      add_sums(phases.measured_sums);
+      before += count;
     }
-    return;
+    phases.finish(group);
+    for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
+      phases.apply(group, tile, sums);
+      add_sums(phases.applied_sums);
+    }
+    phases.close(group);
+  }
+}
+
+// All threads share the tiles of a batch of groups, phase by phase. Each member function that ends in _all is called
+// by every thread of the team, and divides its loop among them.
+template <class P>
+class InStep {
+ public:
+  using A = typename P::A;
+
+  explicit InStep(P& phases)
+      : phases_(phases),
+        part_(phases.part),
+        batch_(batch_of(phases)),
+        pitch_(batch_ * part_.group),
+        block_(phases.measured_sums.rows || phases.applied_sums.rows ? part_.tiles_per_block : 1),
+        blocks_(divide_up(part_.tiles, block_)),
+        sums_rows_(std::max(phases.measured_sums.rows, phases.applied_sums.rows)),  // one phase after the other
+        space_(Workspace::bytes<double>(phases.measured.rows * pitch_ * part_.tiles) +
+               Workspace::bytes<A>(sums_rows_ * pitch_ * blocks_)),
+        parts_(space_.template take<double>(phases.measured.rows * pitch_ * part_.tiles)),
+        parts_of_sums_(space_.template take<A>(sums_rows_ * pitch_ * blocks_)) {}
+
+  void run_all() {
+    for (std::int64_t from = 0; from < part_.groups; from += batch_) {
+      const std::int64_t groups = std::min(part_.groups - from, batch_);
+      if (phases_.measuring()) {
+        measure_all(from, groups);
+        join_all(from, groups);
+        finish_all(from, groups);
+      }
+      if (phases_.applying) apply_all(from, groups);
+      if (phases_.applied_sums.rows) close_all(from, groups);
+    }
   }
 
+ private:
   // Batches of groups that fit a cache, unless all is small anyway.
-  std::int64_t batch = part.groups;
-  if (part.shape.rows && measuring && applying && elements * element_bytes > kStreamBytes) {
-    const std::int64_t group_bytes = part.count() * part.group * element_bytes;
-    batch = kBatchBytes / group_bytes < 1 ? 1 : kBatchBytes / group_bytes;
-    batch = batch < part.groups ? batch : part.groups;
+  static std::int64_t batch_of(const P& phases) {
+    const Partition& part = phases.part;
+    const bool two_phases = phases.measuring() && phases.applying;
+    if (!part.shape.rows || !two_phases || phases.elements() * phases.element_bytes <= kStreamBytes) return part.groups;
+    const std::int64_t group_bytes = part.count() * part.group * phases.element_bytes;
+    return std::min(std::max<std::int64_t>(kBatchBytes / group_bytes, 1), part.groups);
   }
-  // Partial results lie tile by tile, row by row, groups side by side; a record's sums block by block.
-  const std::int64_t pitch = batch * part.group;
-  const std::int64_t block = measured_sums.rows || applied_sums.rows ? part.tiles_per_block : 1;
-  const std::int64_t blocks = divide_up(part.tiles, block);
-  const std::int64_t pieces = divide_up(part.group, kJoinChannels);
-  const int sums_rows = std::max(measured_sums.rows, applied_sums.rows);  // one phase after the other
-  Workspace space(Workspace::bytes<double>(measured.rows * pitch * part.tiles) +
-                  Workspace::bytes<A>(sums_rows * pitch * blocks));
-  double* const parts = space.take<double>(measured.rows * pitch * part.tiles);
-  A* const parts_of_sums = space.take<A>(sums_rows * pitch * blocks);
-  const auto part_of = [&](std::int64_t tile, std::int64_t group) {
-    return Rows<double>{parts + tile * measured.rows * pitch + group * part.group, pitch};
-  };
-  const auto sums_of = [&](const Given& given, std::int64_t index, std::int64_t group) {
-    return Rows<A>{parts_of_sums + index * given.rows * pitch + group * part.group, pitch};
-  };
 
-  const auto work = [&] {
-    for (std::int64_t from = 0; from < part.groups; from += batch) {
-      const std::int64_t groups = part.groups - from < batch ? part.groups - from : batch;
-      const auto channels_of = [&](std::int64_t group) {
-        const std::int64_t left = part.width - (from + group) * part.group;
-        return left < part.group ? left : part.group;
-      };
-      const auto cleared_sums = [&](const Given& given, std::int64_t index, std::int64_t group) {
-        const Rows<A> sums = sums_of(given, index, group);
-        for (int r = 0; r < given.rows; ++r) std::memset(sums[r], 0, channels_of(group) * sizeof(A));
-        return sums;
-      };
-      const auto join_blocks = [&](const Given& given, std::int64_t group) {
-        for (std::int64_t index = 0; given.rows && index < blocks; ++index)
-          join_sums(given.rows, channels_of(group), total_of(given, from + group), sums_of(given, index, group));
-      };
-      if (measuring) {
+  // Partial results lie tile by tile, row by row, groups side by side; a record's sums block by block.
+  Rows<double> part_of(std::int64_t tile, std::int64_t group) const {
+    return {parts_ + tile * phases_.measured.rows * pitch_ + group * part_.group, pitch_};
+  }
+  Rows<A> sums_of(const Totals& totals, std::int64_t index, std::int64_t group) const {
+    return {parts_of_sums_ + index * totals.rows * pitch_ + group * part_.group, pitch_};
+  }
+  std::int64_t channels_of(std::int64_t group) const {
+    return std::min(part_.width - group * part_.group, part_.group);
+  }
+  Rows<A> cleared_sums(const Totals& totals, std::int64_t index, std::int64_t from, std::int64_t group) const {
+    const Rows<A> sums = sums_of(totals, index, group);
+    for (int r = 0; r < totals.rows; ++r) std::memset(sums[r], 0, channels_of(from + group) * sizeof(A));
+    return sums;
+  }
+  void join_blocks(const Totals& totals, std::int64_t from, std::int64_t group) const {
+    for (std::int64_t index = 0; totals.rows && index < blocks_; ++index)
+      join_sums(totals.rows, channels_of(from + group), phases_.total_of(totals, from + group),
+                sums_of(totals, index, group));
+  }
+
+  void measure_all(std::int64_t from, std::int64_t groups) {
 #pragma omp for schedule(static)
-        for (std::int64_t unit = 0; unit < groups * blocks; ++unit) {
-          const std::int64_t index = unit / groups, group = unit % groups;
-          const Rows<A> sums = cleared_sums(measured_sums, index, group);
-          const std::int64_t end = std::min((index + 1) * block, part.tiles);
-          for (std::int64_t tile = index * block; tile < end; ++tile)
-            measure(from + group, tile, part_of(tile, group), sums);
-        }
-        // Channels are joined apart, since rows have few groups: the threads share those of one.
+    for (std::int64_t unit = 0; unit < groups * blocks_; ++unit) {
+      const std::int64_t index = unit / groups, group = unit % groups;
+      const Rows<A> sums = cleared_sums(phases_.measured_sums, index, from, group);
+      const std::int64_t end = std::min((index + 1) * block_, part_.tiles);
+      for (std::int64_t tile = index * block_; tile < end; ++tile)
+        phases_.measure(from + group, tile, part_of(tile, group), sums);
+    }
+  }
+
+  // Channels are joined apart, since rows have few groups: the threads share those of one.
+  void join_all(std::int64_t from, std::int64_t groups) {
+    const std::int64_t pieces = divide_up(part_.group, kJoinChannels);
 #pragma omp for schedule(static)
-        for (std::int64_t unit = 0; unit < groups * pieces; ++unit) {
-          const std::int64_t group = unit / pieces, first = unit % pieces * kJoinChannels;
-          double seen = 0;
-          for (std::int64_t tile = 0; tile < part.tiles; ++tile) {
-            const double count = static_cast<double>(tile_count(part, tile));
-            const std::int64_t channels = std::min(tile_channels(part, from + group, tile) - first, kJoinChannels);
-            if (channels > 0)
-              join(channels, seen, total_of(measured, from + group).at(first), count, part_of(tile, group).at(first));
-            seen += count;
-          }
-        }
-#pragma omp for schedule(static)
-        for (std::int64_t group = 0; group < groups; ++group) {
-          join_blocks(measured_sums, group);
-          finish(from + group);
-        }
-      }
-      if (applying) {
-#pragma omp for schedule(static)
-        for (std::int64_t unit = 0; unit < groups * blocks; ++unit) {
-          // After measuring, the last tiles first: they are still in cache. Within a tile memory order is kept.
-          const std::int64_t index = measuring ? blocks - 1 - unit / groups : unit / groups, group = unit % groups;
-          const Rows<A> sums = cleared_sums(applied_sums, index, group);
-          const std::int64_t end = std::min((index + 1) * block, part.tiles);
-          for (std::int64_t tile = end - 1; tile >= index * block; --tile) apply(from + group, tile, sums);
-        }
-      }
-      if (applied_sums.rows) {
-#pragma omp for schedule(static)
-        for (std::int64_t group = 0; group < groups; ++group) {
-          join_blocks(applied_sums, group);
-          close(from + group);
-        }
+    for (std::int64_t unit = 0; unit < groups * pieces; ++unit) {
+      const std::int64_t group = unit / pieces, first = unit % pieces * kJoinChannels;
+      double before = 0;
+      for (std::int64_t tile = 0; tile < part_.tiles; ++tile) {
+        const double count = static_cast<double>(tile_count(part_, tile));
+        const std::int64_t channels = std::min(tile_channels(part_, from + group, tile) - first, kJoinChannels);
+        if (channels > 0)
+          phases_.join(channels, before, phases_.total_of(phases_.measured, from + group).at(first), count,
+                       part_of(tile, group).at(first));
+        before += count;
       }
     }
-  };
-  // A thread alone needs no team: each of a team's barriers is a system call, even where nobody waits.
-  if (threads == 1 && !omp_in_parallel()) return work();
+  }
+
+  void finish_all(std::int64_t from, std::int64_t groups) {
+#pragma omp for schedule(static)
+    for (std::int64_t group = 0; group < groups; ++group) {
+      join_blocks(phases_.measured_sums, from, group);
+      phases_.finish(from + group);
+    }
+  }
+
+  void apply_all(std::int64_t from, std::int64_t groups) {
+    const bool measured = phases_.measuring();
+#pragma omp for schedule(static)
+    for (std::int64_t unit = 0; unit < groups * blocks_; ++unit) {
+      // After measuring, the last tiles first: they are still in cache. Within a tile memory order is kept.
+      const std::int64_t index = measured ? blocks_ - 1 - unit / groups : unit / groups, group = unit % groups;
+      const Rows<A> sums = cleared_sums(phases_.applied_sums, index, from, group);
+      const std::int64_t end = std::min((index + 1) * block_, part_.tiles);
+      for (std::int64_t tile = end - 1; tile >= index * block_; --tile) phases_.apply(from + group, tile, sums);
+    }
+  }
+
+  void close_all(std::int64_t from, std::int64_t groups) {
+#pragma omp for schedule(static)
+    for (std::int64_t group = 0; group < groups; ++group) {
+      join_blocks(phases_.applied_sums, from, group);
+      phases_.close(from + group);
+    }
+  }
+
+  P& phases_;
+  const Partition& part_;
+  const std::int64_t batch_, pitch_, block_, blocks_;
+  const int sums_rows_;
+  Workspace space_;
+  double* const parts_;
+  A* const parts_of_sums_;
+};
+
+// Both phases over all tiles.
+template <class P>
+void run(P& phases) {
+  Partition& part = phases.part;
+  const std::int64_t enough = 1 + phases.elements() / kThreadElements;
+  const int threads = enough < phases.max_threads ? static_cast<int>(enough) : phases.max_threads;
+  part.by_channel = !part.shape.rows && phases.measuring() && phases.applying && part.groups >= threads &&
+                    part.shape.s * phases.element_bytes >= kPlaneBytes &&
+                    (part.groups % threads == 0 || part.groups >= 4 * threads);
+  if (part.by_channel) return run_by_channel(phases, threads);
+  InStep<P> in_step(phases);
+  // A thread alone needs no team: each of a team's barriers is a system call, even where no thread waits.
+  if (threads == 1 && !omp_in_parallel()) return in_step.run_all();
 #pragma omp parallel num_threads(threads)
-  work();
+  in_step.run_all();
 }
 
 // ---- from wide channels to channels
@@ -255,10 +322,10 @@ inline double add_up(const double* row, const Columns& columns) {
   return sum;
 }
 
-inline Given make_room(Workspace& space, int rows, std::int64_t width) {
-  const Given given{rows, Rows<double>{space.take<double>(rows * width), width}};
-  std::memset(given.totals.data, 0, rows * width * sizeof(double));
-  return given;
+inline Totals make_totals(Workspace& space, int rows, std::int64_t width) {
+  const Totals totals{rows, Rows<double>{space.take<double>(rows * width), width}};
+  std::memset(totals.values.data, 0, rows * width * sizeof(double));
+  return totals;
 }
 
 inline bool gapless(const View& view, const Shape& shape) { return !view || view.outer == shape.c; }

@@ -55,109 +55,143 @@ double values_of(const Partition& part, std::int64_t v) {
 }
 
 template <class T>
-void forward_as(const Forward& p) {
+class ForwardPhases : public Phases<T> {
+ public:
   using A = Accumulator<T>;
-  const bool dense = p.shape.rows && gapless(p.x, p.shape) && gapless(p.residual, p.shape) && gapless(p.y, p.shape);
-  Partition part = make_partition(p.shape, dense);
-  const std::int64_t elements = part.count() * p.shape.c;
 
-  // A record's moments ride in the phase moments; where that does not run they are taken of a tile right before it is
-  // normalised, which then counts as measuring.
-  const bool record = p.record != nullptr, as_one = record && !p.moments;
-  Workspace space(4 * Workspace::bytes<A>(part.width) + 3 * Workspace::bytes<double>(kMostRows * part.width));
-  Coefficients<A> k{};
-  k.mean = space.take<A>(part.width);
-  k.invstd = space.take<A>(part.width);
-  k.weight = space.take<A>(part.width);
-  k.bias = space.take<A>(part.width);
-  const Given measured = make_room(space, record ? kRecordedMomentsRows : p.moments ? kMomentsRows : 0, part.width);
-  const Given measured_sums = make_room(space, as_one ? kRecordedNormalizeRows : 0, part.width);
-  const Given applied_sums = make_room(space, record && !as_one ? kRecordedNormalizeRows : 0, part.width);
+  explicit ForwardPhases(const Forward& p)
+      : Phases<T>{.part = partition_of(p),
+                  .element_bytes = sizeof(T),
+                  .applying = false,
+                  .max_threads = p.threads,
+                  .measured = {},
+                  .measured_sums = {},
+                  .applied_sums = {}},
+        p_(p),
+        record_(p.record != nullptr),
+        as_one_(record_ && !p.moments),
+        width_(this->part.width),
+        space_(4 * Workspace::bytes<A>(width_) + 3 * Workspace::bytes<double>(kMostRows * width_)),
+        means_(static_cast<A*>(p.mean)),
+        spreads_(static_cast<A*>(p.spread)) {
+    for (A** array : {&k_.mean, &k_.invstd, &k_.weight, &k_.bias}) *array = space_.template take<A>(width_);
+    this->applying = p.normalize && !as_one_;
+    const int rows = record_ ? kRecordedMomentsRows : p.moments ? kMomentsRows : 0;
+    this->measured = make_totals(space_, rows, width_);
+    this->measured_sums = make_totals(space_, as_one_ ? kRecordedNormalizeRows : 0, width_);
+    this->applied_sums = make_totals(space_, record_ && !as_one_ ? kRecordedNormalizeRows : 0, width_);
+    t_.x = p.x, t_.residual = p.residual, t_.y = p.y, t_.mask = p.mask, t_.relu = p.relu;
+    t_.stream = this->elements() * static_cast<std::int64_t>(sizeof(T)) > kStreamBytes;
+    if (p.counter && p.moments) ++*p.counter;
+    momentum_ = p.cumulative && p.counter ? 1.0 / static_cast<double>(*p.counter) : p.momentum;
+    if (!p.moments) use_given_statistics();
+  }
 
-  Tensors<T> t{};
-  t.x = p.x, t.residual = p.residual, t.y = p.y, t.mask = p.mask, t.relu = p.relu;
-  t.stream = elements * static_cast<std::int64_t>(sizeof(T)) > kStreamBytes;
+  void measure(std::int64_t group, std::int64_t tile, const Rows<double>& out, const Rows<A>& sums) {
+    record_ ? moments_tile<T, true>(this->part, p_.x, group, tile, out)
+            : moments_tile<T, false>(this->part, p_.x, group, tile, out);
+    if (as_one_) apply(group, tile, sums);
+  }
 
-  if (p.counter && p.moments) ++*p.counter;
-  const double momentum = p.cumulative && p.counter ? 1.0 / static_cast<double>(*p.counter) : p.momentum;
-  A* const means = static_cast<A*>(p.mean);
-  A* const spreads = static_cast<A*>(p.spread);
+  void join(std::int64_t channels, double before, const Rows<double>& total, double count, const Rows<double>& tile) {
+    if (record_) join_higher(channels, before, total, count, tile);
+    join_moments(channels, before, total, count, tile);
+  }
 
-  const auto coefficients = [&](std::int64_t c, const Columns& columns) {
-    set_all(k.mean, columns, means ? means[c] : A(0));
-    set_all(k.invstd, columns, spreads ? spreads[c] : A(1));
-    set_all(k.weight, columns, read(p.weight, c, A(1)));
-    set_all(k.bias, columns, read(p.bias, c, A(0)));
-  };
-  const auto record_active = [&](std::int64_t group, const Given& sums) {
-    for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
-      p.record[kActiveRow * p.shape.c + c] = add_up(sums.totals[kActive], columns);
-    });
-  };
-  const auto finish = [&](std::int64_t group) {
-    const Rows<double>& totals = measured.totals;
-    for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
+  void finish(std::int64_t group) {
+    const Rows<double>& totals = this->measured.values;
+    for_channels(this->part, group, [&](std::int64_t c, const Columns& columns) {
       Moments<double> all{0, 0, 0};
       HigherMoments<double> higher{0, 0};
       double low = kInfinity, high = -kInfinity;
       for (std::int64_t v = columns.first; v < columns.end; v += columns.step) {
-        const Moments<double> some{values_of(part, v), totals[kMean][v], totals[kM2][v]};
-        if (record && some.count > 0) {
-          higher = pebay_merge(all, higher, some, HigherMoments<double>{totals[kM3][v], totals[kM4][v]});
+        const Moments<double> column{values_of(this->part, v), totals[kMean][v], totals[kM2][v]};
+        if (record_ && column.count > 0) {
+          higher = pebay_merge(all, higher, column, HigherMoments<double>{totals[kM3][v], totals[kM4][v]});
           low = least(low, totals[kMin][v]), high = largest(high, totals[kMax][v]);
         }
-        all = chan_merge(all, some);
+        all = chan_merge(all, column);
       }
       const double m2 = all.m2 < 0 ? 0 : all.m2;  // rounding only; NaN stays
-      if (record) {
+      if (record_) {
         const double m4 = higher.m4 < 0 ? 0 : higher.m4;
-        write_record(p.record, p.shape.c, c, {all.count, all.mean, m2, higher.m3, m4, low, high});
+        write_record(p_.record, p_.shape.c, c, {all.count, all.mean, m2, higher.m3, m4, low, high});
       }
-      if (!p.moments) return;
-      means[c] = static_cast<A>(all.mean);
-      spreads[c] = static_cast<A>(p.normalize ? 1 / std::sqrt(m2 / all.count + p.eps) : m2);
-      if (p.running_mean) {
-        const double mean = read(p.running_mean, c, 0.0), var = read(p.running_var, c, 0.0);
-        write(p.running_mean, c, mean * (1 - momentum) + all.mean * momentum);
-        write(p.running_var, c, var * (1 - momentum) + m2 / (all.count - 1) * momentum);
+      if (!p_.moments) return;
+      means_[c] = static_cast<A>(all.mean);
+      spreads_[c] = static_cast<A>(p_.normalize ? 1 / std::sqrt(m2 / all.count + p_.eps) : m2);
+      if (p_.running_mean) {
+        update(p_.running_mean, c, all.mean);
+        update(p_.running_var, c, m2 / (all.count - 1));
       }
-      if (p.normalize) coefficients(c, columns);
+      if (p_.normalize) set_coefficients(c, columns);
     });
-    if (as_one) record_active(group, measured_sums);
-  };
-  if (!p.moments) {
-    for (std::int64_t group = 0; group < part.groups; ++group)
-      for_channels(part, group, [&](std::int64_t c, const Columns& columns) {
-        if (p.running_mean) {
-          means[c] = static_cast<A>(read(p.running_mean, c, 0.0));
-          spreads[c] = static_cast<A>(1 / std::sqrt(read(p.running_var, c, 0.0) + p.eps));
+    if (as_one_) record_active(group, this->measured_sums);
+  }
+
+  void apply(std::int64_t group, std::int64_t tile, const Rows<A>& sums) {
+    record_ ? normalize_tile<T, true>(this->part, t_, k_, group, tile, sums)
+            : normalize_tile<T, false>(this->part, t_, k_, group, tile, sums);
+  }
+
+  void close(std::int64_t group) {
+    if (this->applied_sums.rows) record_active(group, this->applied_sums);
+  }
+
+ private:
+  static Partition partition_of(const Forward& p) {
+    return make_partition(
+        p.shape, p.shape.rows && gapless(p.x, p.shape) && gapless(p.residual, p.shape) && gapless(p.y, p.shape));
+  }
+
+  void update(const ChannelVector& running, std::int64_t c, double batch) {
+    write(running, c, read(running, c, 0.0) * (1 - momentum_) + batch * momentum_);
+  }
+
+  // Without moments: the statistics that the call brings, the running ones, or none.
+  void use_given_statistics() {
+    for (std::int64_t group = 0; group < this->part.groups; ++group)
+      for_channels(this->part, group, [&](std::int64_t c, const Columns& columns) {
+        if (p_.running_mean) {
+          means_[c] = static_cast<A>(read(p_.running_mean, c, 0.0));
+          spreads_[c] = static_cast<A>(1 / std::sqrt(read(p_.running_var, c, 0.0) + p_.eps));
         }
-        coefficients(c, columns);
+        set_coefficients(c, columns);
       });
   }
-  const auto take_moments = record ? moments_tile<T, true> : moments_tile<T, false>;
-  const auto normalize = record ? normalize_tile<T, true> : normalize_tile<T, false>;
-  run<A>(
-      part, sizeof(T), p.normalize && !as_one, p.threads, measured, measured_sums, applied_sums,
-      [&](std::int64_t group, std::int64_t tile, const Rows<double>& out, const Rows<A>& sums) {
-        take_moments(part, p.x, group, tile, out);
-        if (as_one) normalize(part, t, k, group, tile, sums);
-      },
-      [&](std::int64_t channels, double before, const Rows<double>& total, double count, const Rows<double>& tile) {
-        if (record) join_higher(channels, before, total, count, tile);
-        join_moments(channels, before, total, count, tile);
-      },
-      finish,
-      [&](std::int64_t group, std::int64_t tile, const Rows<A>& sums) { normalize(part, t, k, group, tile, sums); },
-      [&](std::int64_t group) {
-        if (applied_sums.rows) record_active(group, applied_sums);
-      });
-}
+
+  void set_coefficients(std::int64_t c, const Columns& columns) {
+    set_all(k_.mean, columns, means_ ? means_[c] : A(0));
+    set_all(k_.invstd, columns, spreads_ ? spreads_[c] : A(1));
+    set_all(k_.weight, columns, read(p_.weight, c, A(1)));
+    set_all(k_.bias, columns, read(p_.bias, c, A(0)));
+  }
+
+  void record_active(std::int64_t group, const Totals& sums) {
+    for_channels(this->part, group, [&](std::int64_t c, const Columns& columns) {
+      p_.record[kActiveRow * p_.shape.c + c] = add_up(sums.values[kActive], columns);
+    });
+  }
+
+  const Forward& p_;
+  // A record's moments ride in the phase moments. Where that does not run they are taken of a tile right before it is
+  // normalised, as one phase, which then counts as measuring.
+  const bool record_, as_one_;
+  const std::int64_t width_;
+  Workspace space_;
+  Coefficients<A> k_{};
+  Tensors<T> t_{};
+  double momentum_;
+  A *const means_, *const spreads_;
+};
 
 }  // namespace
 
 void forward(const Forward& p) {
-  with_dtype(p.dtype, [&](auto* t) { forward_as<std::remove_pointer_t<decltype(t)>>(p); });
+  with_dtype(p.dtype, [&](auto* t) {
+    ForwardPhases<std::remove_pointer_t<decltype(t)>> phases(p);
+    run(phases);
+  });
 }
 
 }  // namespace bnkern::BNKERN_ISA
