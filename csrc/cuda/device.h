@@ -153,19 +153,19 @@ template <class Call>  // Forward or Backward
 BNKERN_DEVICE Affine affine(const Call& p, std::int64_t c, float mean, float invstd) {
   return {mean, invstd, read(p.weight, c, 1.0f), read(p.bias, c, 0.0f)};
 }
-BNKERN_DEVICE float normalized(float x, const Affine& by) {
-  return scale_shift(standardize(x, by.mean, by.invstd), by.weight, by.bias);
+BNKERN_DEVICE float normalized(float x, const Affine& coefficients) {
+  return scale_shift(standardize(x, coefficients.mean, coefficients.invstd), coefficients.weight, coefficients.bias);
 }
 
 // The ReLU's bits of eight values or one, as the forward saw them.
 template <class T, class Values, int W>
-BNKERN_DEVICE unsigned recomputed_mask(const Values& x, const Affine (&by)[W]) {
+BNKERN_DEVICE unsigned recomputed_mask(const Values& x, const Affine (&coefficients)[W]) {
   if constexpr (W == 1) {
-    return passes(widen(narrow<T>(normalized(x[0], by[0]))));
+    return passes(widen(narrow<T>(normalized(x[0], coefficients[0]))));
   } else {
     float z[W];
 #pragma unroll
-    for (int j = 0; j < W; ++j) z[j] = normalized(x[j], by[j]);
+    for (int j = 0; j < W; ++j) z[j] = normalized(x[j], coefficients[j]);
     const auto stored = Octet<T>::of(z);
     unsigned bits = 0;
 #pragma unroll
@@ -175,10 +175,10 @@ BNKERN_DEVICE unsigned recomputed_mask(const Values& x, const Affine (&by)[W]) {
 }
 
 // dx of an element; `mean` are the means of g and of g * xhat, looked at in training.
-BNKERN_DEVICE float gradient_of_input(const Backward& p, float g, float x, const Affine& by, Pair mean) {
-  const float scale = by.weight * by.invstd;
+BNKERN_DEVICE float gradient_of_input(const Backward& p, float g, float x, const Affine& coefficients, Pair mean) {
+  const float scale = coefficients.weight * coefficients.invstd;
   if (!p.training) return g * scale;
-  return input_gradient(g, standardize(x, by.mean, by.invstd), mean.first, mean.second, scale);
+  return input_gradient(g, standardize(x, coefficients.mean, coefficients.invstd), mean.first, mean.second, scale);
 }
 
 // ------------------------------------------------------------------------------------------ sums over a block

@@ -40,8 +40,8 @@ cudaError_t allow_shared_memory(const void* kernel);
 
 namespace detail {
 // What must be set before a kernel is queued with so much shared memory.
-inline cudaError_t prepare(const Launch& how, const void* kernel) {
-  return how.shared_bytes > (48 << 10) ? allow_shared_memory(kernel) : cudaSuccess;
+inline cudaError_t prepare(const Launch& settings, const void* kernel) {
+  return settings.shared_bytes > (48 << 10) ? allow_shared_memory(kernel) : cudaSuccess;
 }
 }  // namespace detail
 
@@ -49,24 +49,24 @@ inline cudaError_t prepare(const Launch& how, const void* kernel) {
 
 namespace detail {
 template <class... Params, class... Args>
-cudaError_t queue(const Launch& how, bool cooperative, void (*kernel)(Params...), Args&&... args) {
+cudaError_t queue(const Launch& settings, bool cooperative, void (*kernel)(Params...), Args&&... args) {
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  config.gridDim = how.blocks;
-  config.blockDim = how.threads;
-  config.dynamicSmemBytes = how.shared_bytes;
-  config.stream = reinterpret_cast<cudaStream_t>(how.stream);
+  config.gridDim = settings.blocks;
+  config.blockDim = settings.threads;
+  config.dynamicSmemBytes = settings.shared_bytes;
+  config.stream = reinterpret_cast<cudaStream_t>(settings.stream);
   config.attrs = attributes;
   if (cooperative) {
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attributes[config.numAttrs++].val.cooperative = 1;
   }
-  if (how.cluster > 1) {
+  if (settings.cluster > 1) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {how.cluster, 1, 1};
+    attributes[config.numAttrs++].val.clusterDim = {settings.cluster, 1, 1};
   }
-  cudaError_t error = prepare(how, reinterpret_cast<const void*>(kernel));
-  if (error == cudaSuccess && how.cluster > 8) {
+  cudaError_t error = prepare(settings, reinterpret_cast<const void*>(kernel));
+  if (error == cudaSuccess && settings.cluster > 8) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
@@ -78,55 +78,58 @@ cudaError_t queue(const Launch& how, bool cooperative, void (*kernel)(Params...)
 // Queues kernel(args...) and returns at once: "" or why it could not be queued. What goes wrong while
 // the kernel runs is reported by the stream's next synchronisation, as for any kernel.
 template <class... Params, class... Args>
-std::string launch(const Launch& how, void (*kernel)(Params...), Args&&... args) {
-  return error_text(how.name, detail::queue(how, false, kernel, std::forward<Args>(args)...));
+std::string launch(const Launch& settings, void (*kernel)(Params...), Args&&... args) {
+  return error_text(settings.name, detail::queue(settings, false, kernel, std::forward<Args>(args)...));
 }
 
 // The same with all blocks resident at once, so that they may wait for one another. False, and nothing queued, where
 // the device cannot hold them now: under a process's share of it that may be fewer than it holds alone.
 template <class... Params, class... Args>
-bool launch_resident(const Launch& how, std::string* error, void (*kernel)(Params...), Args&&... args) {
-  const cudaError_t code = detail::queue(how, true, kernel, std::forward<Args>(args)...);
+bool launch_resident(const Launch& settings, std::string* error, void (*kernel)(Params...), Args&&... args) {
+  const cudaError_t code = detail::queue(settings, true, kernel, std::forward<Args>(args)...);
   if (code == cudaErrorCooperativeLaunchTooLarge || code == cudaErrorInvalidClusterSize) return false;
-  *error = error_text(how.name, code);
+  *error = error_text(settings.name, code);
   return true;
 }
 
 // The same in clusters. False, and nothing queued, where the device has no room for one.
 template <class... Params, class... Args>
-bool launch_clusters(const Launch& how, std::string* error, void (*kernel)(Params...), Args&&... args) {
-  const cudaError_t code = detail::queue(how, false, kernel, std::forward<Args>(args)...);
+bool launch_clusters(const Launch& settings, std::string* error, void (*kernel)(Params...), Args&&... args) {
+  const cudaError_t code = detail::queue(settings, false, kernel, std::forward<Args>(args)...);
   if (code == cudaErrorInvalidClusterSize || code == cudaErrorLaunchOutOfResources) return false;
-  *error = error_text(how.name, code);
+  *error = error_text(settings.name, code);
   return true;
 }
 
 #else
 
 template <class... Params, class... Args>
-std::string launch(const Launch& how, void (*kernel)(Params...), Args&&... args) {
-  if (const auto error = detail::prepare(how, reinterpret_cast<const void*>(kernel)); error != cudaSuccess)
-    return error_text(how.name, error);
-  return cuda_on_cpu::run({how.name, how.blocks, how.threads, how.shared_bytes, how.cluster, false},
-                          reinterpret_cast<const void*>(kernel), [&] { kernel(args...); });
+std::string launch(const Launch& settings, void (*kernel)(Params...), Args&&... args) {
+  if (const auto error = detail::prepare(settings, reinterpret_cast<const void*>(kernel)); error != cudaSuccess)
+    return error_text(settings.name, error);
+  return cuda_on_cpu::run(
+      {settings.name, settings.blocks, settings.threads, settings.shared_bytes, settings.cluster, false},
+      reinterpret_cast<const void*>(kernel), [&] { kernel(args...); });
 }
 
 template <class... Params, class... Args>
-bool launch_resident(const Launch& how, std::string* error, void (*kernel)(Params...), Args&&... args) {
-  const cuda_on_cpu::Grid grid{how.name, how.blocks, how.threads, how.shared_bytes, how.cluster, true};
+bool launch_resident(const Launch& settings, std::string* error, void (*kernel)(Params...), Args&&... args) {
+  const cuda_on_cpu::Grid grid{settings.name,         settings.blocks,  settings.threads,
+                               settings.shared_bytes, settings.cluster, true};
   if (!cuda_on_cpu::fits(grid)) return false;
-  const cudaError_t prepared = detail::prepare(how, reinterpret_cast<const void*>(kernel));
+  const cudaError_t prepared = detail::prepare(settings, reinterpret_cast<const void*>(kernel));
   *error = prepared == cudaSuccess
                ? cuda_on_cpu::run(grid, reinterpret_cast<const void*>(kernel), [&] { kernel(args...); })
-               : error_text(how.name, prepared);
+               : error_text(settings.name, prepared);
   return true;
 }
 
 template <class... Params, class... Args>
-bool launch_clusters(const Launch& how, std::string* error, void (*kernel)(Params...), Args&&... args) {
-  const cuda_on_cpu::Grid cluster{how.name, how.cluster, how.threads, how.shared_bytes, how.cluster, true};
+bool launch_clusters(const Launch& settings, std::string* error, void (*kernel)(Params...), Args&&... args) {
+  const cuda_on_cpu::Grid cluster{settings.name,         settings.cluster, settings.threads,
+                                  settings.shared_bytes, settings.cluster, true};
   if (!cuda_on_cpu::fits(cluster)) return false;
-  *error = launch(how, kernel, std::forward<Args>(args)...);
+  *error = launch(settings, kernel, std::forward<Args>(args)...);
   return true;
 }
 

@@ -31,12 +31,12 @@ std::string cuda_merge(const CudaMerge& p, std::uintptr_t stream) {
   // Small blocks: with few channels every block should find a multiprocessor of its own.
   constexpr unsigned kThreads = 64;
   const auto blocks = static_cast<unsigned>((p.channels + kThreads - 1) / kThreads);
-  const Launch how{"merge", blocks, kThreads, 0, stream};
+  const Launch settings{"merge", blocks, kThreads, 0, stream};
   switch (p.dtype) {
     case DType::kFloat32:
-      return launch(how, merge_kernel<float>, p);
+      return launch(settings, merge_kernel<float>, p);
     case DType::kFloat64:
-      return launch(how, merge_kernel<double>, p);
+      return launch(settings, merge_kernel<double>, p);
     default:
       return "merge: statistics are float32 or float64";
   }

@@ -51,7 +51,7 @@ struct Planes {
 };
 
 // Where an octet lies, and how many elements it has: none behind the channel's end.
-struct Place {
+struct OctetCoord {
   std::int64_t n, first;
   std::uint32_t octet;  // within the plane
   int elements;
@@ -59,10 +59,10 @@ struct Place {
 
 // A thread's octets of a tile.
 template <class T>
-struct Places {
-  Place of[kOctets<T>];
+struct OctetCoords {
+  OctetCoord of[kOctets<T>];
 
-  BNKERN_DEVICE Places(const Planes& planes, int part, int tile) {
+  BNKERN_DEVICE OctetCoords(const Planes& planes, int part, int tile) {
 #pragma unroll
     for (int u = 0; u < kOctets<T>; ++u) {
       const std::uint32_t octet =
@@ -78,8 +78,9 @@ struct Places {
 };
 
 // The mask's byte of an octet.
-BNKERN_DEVICE std::int64_t mask_byte(const Planes& planes, std::int64_t channels, int channel, const Place& place) {
-  return (place.n * channels + channel) * planes.per_plane.divisor + place.octet;
+BNKERN_DEVICE std::int64_t mask_byte(const Planes& planes, std::int64_t channels, int channel,
+                                     const OctetCoord& coord) {
+  return (coord.n * channels + channel) * planes.per_plane.divisor + coord.octet;
 }
 
 // Calls f(constant) with the elements per access, so that a tile branches about it once.
@@ -138,8 +139,8 @@ BNKERN_DEVICE void store_octet(T* to, const Octet<T>& octet, int elements) {
 }
 
 template <class T>
-BNKERN_DEVICE T* address(const View& view, int channel, const Place& place) {
-  return static_cast<T*>(view.data) + place.n * view.outer + channel * view.inner + place.first;
+BNKERN_DEVICE T* address(const View& view, int channel, const OctetCoord& coord) {
+  return static_cast<T*>(view.data) + coord.n * view.outer + channel * view.inner + coord.first;
 }
 
 // A thread's octets of a tile of one tensor.
@@ -147,18 +148,18 @@ template <class T>
 struct Tile {
   Octet<T> octets[kOctets<T>];
 
-  BNKERN_DEVICE void load(const View& view, int channel, int step, const Places<T>& places) {
+  BNKERN_DEVICE void load(const View& view, int channel, int step, const OctetCoords<T>& coords) {
     with_step<T>(step, [&](auto width) {
 #pragma unroll
       for (int u = 0; u < kOctets<T>; ++u)
-        octets[u] = load_octet<width.value>(address<const T>(view, channel, places.of[u]), places.of[u].elements);
+        octets[u] = load_octet<width.value>(address<const T>(view, channel, coords.of[u]), coords.of[u].elements);
     });
   }
-  BNKERN_DEVICE void store(const View& view, int channel, int step, const Places<T>& places) const {
+  BNKERN_DEVICE void store(const View& view, int channel, int step, const OctetCoords<T>& coords) const {
     with_step<T>(step, [&](auto width) {
 #pragma unroll
       for (int u = 0; u < kOctets<T>; ++u)
-        store_octet<width.value>(address<T>(view, channel, places.of[u]), octets[u], places.of[u].elements);
+        store_octet<width.value>(address<T>(view, channel, coords.of[u]), octets[u], coords.of[u].elements);
     });
   }
   // To and from shared memory: slot by slot, 16 bytes of each thread of the block beside each other.
@@ -235,9 +236,9 @@ struct ThreadRecord {
   static constexpr int kRows = sizeof(Sums) / sizeof(float);
   Sums sums;
 
-  BNKERN_DEVICE void add(const Sums& some) {
+  BNKERN_DEVICE void add(const Sums& addend) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) sums.row[r] = joined<Sums>(r, some.row[r], sums.row[r]);
+    for (int r = 0; r < kRows; ++r) sums.row[r] = joined<Sums>(r, addend.row[r], sums.row[r]);
   }
   // The block's part: a tree over lanes, then the warps in their order. Called by all its threads.
   BNKERN_DEVICE void publish(const RecordParts& parts, int part, int channel) const {
@@ -320,13 +321,13 @@ inline Cut cut_planes(const Shape& shape, std::size_t itemsize, int tensors, con
 // How a call's tensors are walked; null views are passed over.
 inline Planes planes_of(const Shape& shape, std::size_t itemsize, const Cut& cut, std::initializer_list<View> views) {
   const std::int64_t per_plane = (shape.s + 7) / 8;
-  std::uint64_t steps = shape.s, places = 0;
+  std::uint64_t steps = shape.s, addresses = 0;
   for (const View& view : views)
     if (view) {
       steps |= view.outer | view.inner;
-      places |= reinterpret_cast<std::uintptr_t>(view.data);
+      addresses |= reinterpret_cast<std::uintptr_t>(view.data);
     }
-  const auto allows = [&](std::uint64_t step) { return steps % step == 0 && places % (step * itemsize) == 0; };
+  const auto allows = [&](std::uint64_t step) { return steps % step == 0 && addresses % (step * itemsize) == 0; };
   const int vector = static_cast<int>(16 / itemsize);
   return {Divider::of(per_plane),
           shape.s,

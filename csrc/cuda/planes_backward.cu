@@ -20,16 +20,17 @@ struct Incoming {
   Tile<T> dy, x;
   unsigned bits[kOctets<T>] = {};  // of the saved mask
 
-  BNKERN_DEVICE void load(const Backward& p, const Planes& planes, bool with_x, int channel, const Places<T>& places) {
-    dy.load(p.dy, channel, planes.step, places);
-    if (with_x) x.load(p.x, channel, planes.step, places);
-    load_bits(p, planes, channel, places);
+  BNKERN_DEVICE void load(const Backward& p, const Planes& planes, bool with_x, int channel,
+                          const OctetCoords<T>& coords) {
+    dy.load(p.dy, channel, planes.step, coords);
+    if (with_x) x.load(p.x, channel, planes.step, coords);
+    load_bits(p, planes, channel, coords);
   }
-  BNKERN_DEVICE void load_bits(const Backward& p, const Planes& planes, int channel, const Places<T>& places) {
+  BNKERN_DEVICE void load_bits(const Backward& p, const Planes& planes, int channel, const OctetCoords<T>& coords) {
 #pragma unroll
     for (int u = 0; u < kOctets<T>; ++u)
-      if (p.relu && p.mask && places.of[u].elements)
-        bits[u] = p.mask[mask_byte(planes, p.shape.c, channel, places.of[u])];
+      if (p.relu && p.mask && coords.of[u].elements)
+        bits[u] = p.mask[mask_byte(planes, p.shape.c, channel, coords.of[u])];
   }
   BNKERN_DEVICE void keep(int tile) const {
     dy.keep(2 * tile);
@@ -41,16 +42,16 @@ struct Incoming {
   }
 
   // dy where the forward's ReLU let the value pass, else zero; xhat beside it.
-  BNKERN_DEVICE Octet<T> passed(const Backward& p, int u, const Affine& by, float (&xhat)[8]) const {
+  BNKERN_DEVICE Octet<T> passed(const Backward& p, int u, const Affine& coefficients, float (&xhat)[8]) const {
     Octet<T> g = dy.octets[u];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) xhat[j] = standardize(x.octets[u][j], by.mean, by.invstd);
+    for (int j = 0; j < 8; ++j) xhat[j] = standardize(x.octets[u][j], coefficients.mean, coefficients.invstd);
     if (!p.relu) return g;
     unsigned passing = bits[u];
     if (!p.mask) {
       float z[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) z[j] = scale_shift(xhat[j], by.weight, by.bias);
+      for (int j = 0; j < 8; ++j) z[j] = scale_shift(xhat[j], coefficients.weight, coefficients.bias);
       Octet<T> forward = Octet<T>::of(z);
       passing = relu(&forward);
     }
@@ -60,16 +61,16 @@ struct Incoming {
 };
 
 template <class T>
-BNKERN_DEVICE void add_tile(Pair& total, const Backward& p, const Incoming<T>& in, const Places<T>& places,
-                            const Affine& by) {
+BNKERN_DEVICE void add_tile(Pair& total, const Backward& p, const Incoming<T>& in, const OctetCoords<T>& coords,
+                            const Affine& coefficients) {
 #pragma unroll
   for (int u = 0; u < kOctets<T>; ++u) {
     float xhat[8];
-    const Octet<T> g = in.passed(p, u, by, xhat);
+    const Octet<T> g = in.passed(p, u, coefficients, xhat);
     float sum[2] = {0, 0}, product[2] = {0, 0};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      if (j >= places.of[u].elements) continue;  // there g is 0, and 0 * xhat is not where that is Inf or NaN
+      if (j >= coords.of[u].elements) continue;  // there g is 0, and 0 * xhat is not where that is Inf or NaN
       sum[j % 2] += g[j];
       product[j % 2] = fma(g[j], xhat[j], product[j % 2]);
     }
@@ -81,38 +82,38 @@ BNKERN_DEVICE void add_tile(Pair& total, const Backward& p, const Incoming<T>& i
 // The record of the parameters' gradients: the summands of a tile.
 template <class T>
 BNKERN_DEVICE void add_tile(ThreadRecord<AffineSums>& record, const Backward& p, const Incoming<T>& in,
-                            const Places<T>& places, const Affine& by) {
-  AffineSums some;
+                            const OctetCoords<T>& coords, const Affine& coefficients) {
+  AffineSums addend;
 #pragma unroll
   for (int u = 0; u < kOctets<T>; ++u) {
     float xhat[8];
-    const Octet<T> g = in.passed(p, u, by, xhat);
+    const Octet<T> g = in.passed(p, u, coefficients, xhat);
 #pragma unroll
     for (int j = 0; j < 8; ++j)
-      if (j < places.of[u].elements) some.add(g[j], xhat[j]);
+      if (j < coords.of[u].elements) addend.add(g[j], xhat[j]);
   }
-  record.add(some);
+  record.add(addend);
 }
 // The record of dx: a tile as stored.
 template <class T>
-BNKERN_DEVICE void add_tile(ThreadRecord<GradientSums>& record, const Places<T>& places, const Tile<T>& dx) {
-  GradientSums some;
+BNKERN_DEVICE void add_tile(ThreadRecord<GradientSums>& record, const OctetCoords<T>& coords, const Tile<T>& dx) {
+  GradientSums addend;
 #pragma unroll
   for (int u = 0; u < kOctets<T>; ++u)
 #pragma unroll
     for (int j = 0; j < 8; ++j)
-      if (j < places.of[u].elements) some.add(dx.octets[u][j]);
-  record.add(some);
+      if (j < coords.of[u].elements) addend.add(dx.octets[u][j]);
+  record.add(addend);
 }
 
 template <class T>
-BNKERN_DEVICE void write_tile(const Backward& p, const Planes& planes, int channel, const Places<T>& places,
-                              const Incoming<T>& in, const Affine& by, const Centre& centre, Tile<T>& dx) {
+BNKERN_DEVICE void write_tile(const Backward& p, const Planes& planes, int channel, const OctetCoords<T>& coords,
+                              const Incoming<T>& in, const Affine& coefficients, const Centre& centre, Tile<T>& dx) {
   Tile<T> dresidual;
 #pragma unroll
   for (int u = 0; u < kOctets<T>; ++u) {
     float xhat[8], d[8];
-    dresidual.octets[u] = in.passed(p, u, by, xhat);
+    dresidual.octets[u] = in.passed(p, u, coefficients, xhat);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float g = dresidual.octets[u][j];
@@ -121,8 +122,8 @@ BNKERN_DEVICE void write_tile(const Backward& p, const Planes& planes, int chann
     }
     dx.octets[u] = Octet<T>::of(d);
   }
-  if (p.dx) dx.store(p.dx, channel, planes.step, places);
-  if (p.dresidual) dresidual.store(p.dresidual, channel, planes.step, places);
+  if (p.dx) dx.store(p.dx, channel, planes.step, coords);
+  if (p.dresidual) dresidual.store(p.dresidual, channel, planes.step, coords);
 }
 
 template <class T, bool kSums, bool kInput, bool kRecord>
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kMostThreads)
   const int channel = static_cast<int>(block / planes.parts), part = static_cast<int>(block % planes.parts);
   using Shared = Exchange<Pair>;
   Shared* const shared = shared_memory<Shared>();
-  const Affine by = affine(p, channel, read(p.mean, channel, 0.0f), read(p.invstd, channel, 1.0f));
+  const Affine coefficients = affine(p, channel, read(p.mean, channel, 0.0f), read(p.invstd, channel, 1.0f));
   const bool with_x = kSums || p.training || (p.relu && !p.mask);
 
   Incoming<T> in;
@@ -142,22 +143,22 @@ __global__ void __launch_bounds__(kMostThreads)
   if constexpr (kSums) {
     const auto add_tiles = [&](auto see) {
       for (int tile = 0; tile < planes.tiles; ++tile) {
-        const Places<T> places(planes, part, tile);
-        in.load(p, planes, true, channel, places);
-        add_tile(sums, p, in, places, by);
-        see(places);
+        const OctetCoords<T> coords(planes, part, tile);
+        in.load(p, planes, true, channel, coords);
+        add_tile(sums, p, in, coords, coefficients);
+        see(coords);
         if (kSingle && planes.shared(tile)) in.keep(tile);
       }
     };
     if constexpr (kRecord) {
       ThreadRecord<AffineSums> record;
       const bool wanted = records.affine.data != nullptr;
-      add_tiles([&](const Places<T>& places) {
-        if (wanted) add_tile(record, p, in, places, by);
+      add_tiles([&](const OctetCoords<T>& coords) {
+        if (wanted) add_tile(record, p, in, coords, coefficients);
       });
       if (wanted) record.publish(records.affine, part, channel);
     } else {
-      add_tiles([](const Places<T>&) {});
+      add_tiles([](const OctetCoords<T>&) {});
     }
     sums = merge_block(sums);
     if (threadIdx.x == 0) shared->part = sums;
@@ -192,30 +193,30 @@ __global__ void __launch_bounds__(kMostThreads)
   }
   if constexpr (kInput) {
     const float count = static_cast<float>(p.shape.n * p.shape.s);
-    const Centre centre{sums.first / count, sums.second / count, by.weight * by.invstd};
+    const Centre centre{sums.first / count, sums.second / count, coefficients.weight * coefficients.invstd};
     const auto write_tiles = [&](auto see) {
       for (int tile = planes.tiles - 1; tile >= 0; --tile) {
-        const Places<T> places(planes, part, tile);
+        const OctetCoords<T> coords(planes, part, tile);
         if (kSingle && planes.shared(tile)) {
           in.find(tile);
-          in.load_bits(p, planes, channel, places);
+          in.load_bits(p, planes, channel, coords);
         } else if (!kSingle || tile != planes.tiles - 1) {
-          in.load(p, planes, with_x, channel, places);
+          in.load(p, planes, with_x, channel, coords);
         }
         Tile<T> dx;
-        write_tile(p, planes, channel, places, in, by, centre, dx);
-        see(places, dx);
+        write_tile(p, planes, channel, coords, in, coefficients, centre, dx);
+        see(coords, dx);
       }
     };
     if constexpr (kRecord) {
       ThreadRecord<GradientSums> record;
       const bool wanted = records.gradient.data != nullptr;
-      write_tiles([&](const Places<T>& places, const Tile<T>& dx) {
-        if (wanted) add_tile(record, places, dx);
+      write_tiles([&](const OctetCoords<T>& coords, const Tile<T>& dx) {
+        if (wanted) add_tile(record, coords, dx);
       });
       if (wanted) record.publish(records.gradient, part, channel);
     } else {
-      write_tiles([](const Places<T>&, const Tile<T>&) {});
+      write_tiles([](const OctetCoords<T>&, const Tile<T>&) {});
     }
   }
   if (kSingle && planes.parts > 1) cluster_barrier();  // nobody leaves while another may read what it published
@@ -228,12 +229,12 @@ std::string backward(const CudaBackward& p, std::uintptr_t stream) {
   const Planes planes = planes_of(call.shape, sizeof(T), cut, {call.dy, call.x, call.dx, call.dresidual});
   if (std::string reason = refused("planes", call.shape, call.dtype, cut); !reason.empty()) return reason;
   const Workspace space = lay_out(p.workspace, cut.parts, call.shape.c);
-  Launch how{"grad_sums and grad_input",
-             static_cast<unsigned>(cut.parts * call.shape.c),
-             static_cast<unsigned>(cut.threads),
-             shared_of(cut, cut.held, sizeof(T), 2),
-             stream,
-             static_cast<unsigned>(cut.parts)};
+  Launch settings{"grad_sums and grad_input",
+                  static_cast<unsigned>(cut.parts * call.shape.c),
+                  static_cast<unsigned>(cut.threads),
+                  shared_of(cut, cut.held, sizeof(T), 2),
+                  stream,
+                  static_cast<unsigned>(cut.parts)};
   const RecordSpace records = record_space(call, p.workspace, cut.parts);
   const bool of_sums = records_affine(call), of_input = records_gradient(call), record = of_sums || of_input;
   const auto with_record = [&](std::string error) {
@@ -243,26 +244,26 @@ std::string backward(const CudaBackward& p, std::uintptr_t stream) {
     std::string error;
     const auto kernel =
         record ? planes_backward_kernel<T, true, true, true> : planes_backward_kernel<T, true, true, false>;
-    if (launch_clusters(how, &error, kernel, call, planes, space, records)) return with_record(error);
+    if (launch_clusters(settings, &error, kernel, call, planes, space, records)) return with_record(error);
   }
-  how.shared_bytes = kReserved;
-  how.cluster = 1;
+  settings.shared_bytes = kReserved;
+  settings.cluster = 1;
   Backward second = call;
   if (call.sums) {
     if (!second.sum_dy) {  // room for the totals behind the parts
       second.sum_dy = space.totals;
       second.sum_dy_xhat = reinterpret_cast<float*>(space.totals) + call.shape.c;
     }
-    how.name = "grad_sums";
+    settings.name = "grad_sums";
     const auto kernel =
         of_sums ? planes_backward_kernel<T, true, false, true> : planes_backward_kernel<T, true, false, false>;
-    std::string error = launch(how, kernel, second, planes, space, records);
+    std::string error = launch(settings, kernel, second, planes, space, records);
     if (!error.empty() || !call.input) return with_record(error);
   }
-  how.name = "grad_input";
+  settings.name = "grad_input";
   const auto kernel =
       of_input ? planes_backward_kernel<T, false, true, true> : planes_backward_kernel<T, false, true, false>;
-  return with_record(launch(how, kernel, second, planes, space, records));
+  return with_record(launch(settings, kernel, second, planes, space, records));
 }
 
 }  // namespace

@@ -21,16 +21,16 @@ BNKERN_DEVICE float pivot_of(const View& x, const Shape& shape, int channel) {
 
 // The tile's values about `pivot`: their moments, joined to `total`.
 template <class T>
-BNKERN_DEVICE void add_tile(Moments<float>& total, const Tile<T>& tile, const Places<T>& places, float pivot) {
+BNKERN_DEVICE void add_tile(Moments<float>& total, const Tile<T>& tile, const OctetCoords<T>& coords, float pivot) {
   float sum = 0;
   int count = 0;
 #pragma unroll
   for (int u = 0; u < kOctets<T>; ++u) {
     float d[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) d[j] = j < places.of[u].elements ? tile.octets[u][j] - pivot : 0.0f;
+    for (int j = 0; j < 8; ++j) d[j] = j < coords.of[u].elements ? tile.octets[u][j] - pivot : 0.0f;
     sum += ((d[0] + d[1]) + (d[2] + d[3])) + ((d[4] + d[5]) + (d[6] + d[7]));
-    count += places.of[u].elements;
+    count += coords.of[u].elements;
   }
   if (count == 0) return;
   const float mean = sum / static_cast<float>(count);
@@ -39,7 +39,7 @@ BNKERN_DEVICE void add_tile(Moments<float>& total, const Tile<T>& tile, const Pl
   for (int u = 0; u < kOctets<T>; ++u)
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float d = j < places.of[u].elements ? (tile.octets[u][j] - pivot) - mean : 0.0f;
+      const float d = j < coords.of[u].elements ? (tile.octets[u][j] - pivot) - mean : 0.0f;
       squares[j % 2] = fma(d, d, squares[j % 2]);
     }
   total = chan_merge(total, Moments<float>{static_cast<float>(count), mean, squares[0] + squares[1]});
@@ -72,42 +72,42 @@ BNKERN_DEVICE Moments<double> merge_parts(const Forward& p, const Planes& planes
 
 // Writes y and the mask; y is as stored.
 template <class T>
-BNKERN_DEVICE void normalize_tile(const Forward& p, const Planes& planes, int channel, const Places<T>& places,
-                                  const Tile<T>& x, const Affine& by, Tile<T>& y) {
+BNKERN_DEVICE void normalize_tile(const Forward& p, const Planes& planes, int channel, const OctetCoords<T>& coords,
+                                  const Tile<T>& x, const Affine& coefficients, Tile<T>& y) {
   Tile<T> residual;
-  if (p.residual) residual.load(p.residual, channel, planes.step, places);
+  if (p.residual) residual.load(p.residual, channel, planes.step, coords);
 #pragma unroll
   for (int u = 0; u < kOctets<T>; ++u) {
     float z[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      z[j] = normalized(x.octets[u][j], by);
+      z[j] = normalized(x.octets[u][j], coefficients);
       if (p.residual) z[j] += residual.octets[u][j];
     }
     y.octets[u] = Octet<T>::of(z);
     if (!p.relu) continue;
-    const Place& place = places.of[u];
-    const unsigned bits = relu(&y.octets[u]) & ((1u << place.elements) - 1);
-    if (p.mask && place.elements)
-      p.mask[mask_byte(planes, p.shape.c, channel, place)] = static_cast<std::uint8_t>(bits);
+    const OctetCoord& coord = coords.of[u];
+    const unsigned bits = relu(&y.octets[u]) & ((1u << coord.elements) - 1);
+    if (p.mask && coord.elements)
+      p.mask[mask_byte(planes, p.shape.c, channel, coord)] = static_cast<std::uint8_t>(bits);
   }
-  y.store(p.y, channel, planes.step, places);
+  y.store(p.y, channel, planes.step, coords);
 }
 
 // The record of a tile of x and y.
 template <class T>
-BNKERN_DEVICE void add_tile(ThreadRecord<ActivationSums>& record, const Places<T>& places, const Tile<T>& x,
+BNKERN_DEVICE void add_tile(ThreadRecord<ActivationSums>& record, const OctetCoords<T>& coords, const Tile<T>& x,
                             const Tile<T>& y, float centre) {
-  ActivationSums some;
+  ActivationSums addend;
 #pragma unroll
   for (int u = 0; u < kOctets<T>; ++u)
 #pragma unroll
     for (int j = 0; j < 8; ++j)
-      if (j < places.of[u].elements) {
-        some.add_powers(x.octets[u][j] - centre);
+      if (j < coords.of[u].elements) {
+        addend.add_powers(x.octets[u][j] - centre);
         record.sums.add_rest(x.octets[u][j], y.octets[u][j] > 0);  // exact, so that a tile needs none of its own
       }
-  record.add(some);
+  record.add(addend);
 }
 
 template <class T, bool kMoments, bool kNormalize, bool kRecord>
@@ -126,9 +126,9 @@ __global__ void __launch_bounds__(kMostThreads)
     const float pivot = pivot_of<T>(p.x, p.shape, channel);
     Moments<float> total{0, 0, 0};
     for (int tile = 0; tile < planes.tiles; ++tile) {
-      const Places<T> places(planes, part, tile);
-      x.load(p.x, channel, planes.step, places);
-      add_tile(total, x, places, pivot);
+      const OctetCoords<T> coords(planes, part, tile);
+      x.load(p.x, channel, planes.step, coords);
+      add_tile(total, x, coords, pivot);
       if (kSingle && planes.shared(tile)) x.keep(tile);
     }
     total = merge_block(total);
@@ -168,29 +168,29 @@ __global__ void __launch_bounds__(kMostThreads)
     mean = shared->result.first, invstd = shared->result.second;
   }
   if constexpr (kNormalize) {
-    const Affine by = affine(p, channel, mean, invstd);
+    const Affine coefficients = affine(p, channel, mean, invstd);
     const auto write_tiles = [&](auto see) {
       for (int tile = planes.tiles - 1; tile >= 0; --tile) {
-        const Places<T> places(planes, part, tile);
+        const OctetCoords<T> coords(planes, part, tile);
         if (kSingle && planes.shared(tile)) {
           x.find(tile);
         } else if (!kSingle || tile != planes.tiles - 1) {
-          x.load(p.x, channel, planes.step, places);
+          x.load(p.x, channel, planes.step, coords);
         }
         Tile<T> y;
-        normalize_tile(p, planes, channel, places, x, by, y);
-        see(places, y);
+        normalize_tile(p, planes, channel, coords, x, coefficients, y);
+        see(coords, y);
       }
     };
     if constexpr (kRecord) {
       // The batch's mean where this call found it.
       const float centre = p.moments ? mean : pivot_of<T>(p.x, p.shape, channel);
       ThreadRecord<ActivationSums> record;
-      write_tiles([&](const Places<T>& places, const Tile<T>& y) { add_tile(record, places, x, y, centre); });
+      write_tiles([&](const OctetCoords<T>& coords, const Tile<T>& y) { add_tile(record, coords, x, y, centre); });
       record.publish(parts, part, channel);
       if (part == 0 && threadIdx.x == 0) parts.at(0, kCentre, channel) = centre;
     } else {
-      write_tiles([](const Places<T>&, const Tile<T>&) {});
+      write_tiles([](const OctetCoords<T>&, const Tile<T>&) {});
     }
   }
   if (kSingle && planes.parts > 1) cluster_barrier();  // nobody leaves while another may read what it published
@@ -203,12 +203,12 @@ std::string forward(const CudaForward& p, std::uintptr_t stream) {
   const Planes planes = planes_of(call.shape, sizeof(T), cut, {call.x, call.residual, call.y});
   if (std::string reason = refused("planes", call.shape, call.dtype, cut); !reason.empty()) return reason;
   const Workspace space = lay_out(p.workspace, cut.parts, call.shape.c);
-  Launch how{"moments and normalize",
-             static_cast<unsigned>(cut.parts * call.shape.c),
-             static_cast<unsigned>(cut.threads),
-             shared_of(cut, cut.held, sizeof(T), 1),
-             stream,
-             static_cast<unsigned>(cut.parts)};
+  Launch settings{"moments and normalize",
+                  static_cast<unsigned>(cut.parts * call.shape.c),
+                  static_cast<unsigned>(cut.threads),
+                  shared_of(cut, cut.held, sizeof(T), 1),
+                  stream,
+                  static_cast<unsigned>(cut.parts)};
   const bool record = call.record && call.normalize;
   const RecordSpace records = record_space(call, p.workspace, cut.parts);
   const auto with_record = [&](std::string error) {
@@ -218,21 +218,22 @@ std::string forward(const CudaForward& p, std::uintptr_t stream) {
     std::string error;
     const auto kernel =
         record ? planes_forward_kernel<T, true, true, true> : planes_forward_kernel<T, true, true, false>;
-    if (launch_clusters(how, &error, kernel, call, planes, space, records.activation)) return with_record(error);
+    if (launch_clusters(settings, &error, kernel, call, planes, space, records.activation)) return with_record(error);
   }
-  how.shared_bytes = kReserved;
-  how.cluster = 1;
+  settings.shared_bytes = kReserved;
+  settings.cluster = 1;
   if (call.moments) {
-    how.name = "moments";
-    std::string error = launch(how, planes_forward_kernel<T, true, false, false>, call, planes, space, RecordParts{});
+    settings.name = "moments";
+    std::string error =
+        launch(settings, planes_forward_kernel<T, true, false, false>, call, planes, space, RecordParts{});
     if (!error.empty() || !call.normalize) return error;
   }
   Forward second = call;
   if (call.moments) second.running_mean = {};  // the batch's statistics were saved
-  how.name = "normalize";
+  settings.name = "normalize";
   const auto kernel =
       record ? planes_forward_kernel<T, false, true, true> : planes_forward_kernel<T, false, true, false>;
-  return with_record(launch(how, kernel, second, planes, space, records.activation));
+  return with_record(launch(settings, kernel, second, planes, space, records.activation));
 }
 
 }  // namespace

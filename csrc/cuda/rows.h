@@ -124,13 +124,13 @@ inline std::string make_room(RowsPlan* plan, std::size_t tally, const CudaDevice
 }
 
 // Where a thread of a block works.
-struct RowsPlace {
+struct RowsCoord {
   int split, group, column, lane;
   std::int64_t channel;     // the first of its W
   std::int64_t begin, end;  // rows of the split; none where there is no such channel
   int lanes;
 
-  BNKERN_DEVICE RowsPlace(const RowsPlan& plan, int split, int group, int per_thread)
+  BNKERN_DEVICE RowsCoord(const RowsPlan& plan, int split, int group, int per_thread)
       : split(split),
         group(group),
         column(static_cast<int>(threadIdx.x) % plan.columns),
@@ -144,7 +144,7 @@ struct RowsPlace {
   BNKERN_DEVICE std::int64_t row(int tile, int unroll) const {
     return begin + std::int64_t(tile) * unroll * lanes + lane;
   }
-  BNKERN_DEVICE int known(const RowsPlan& plan, std::int64_t row, int unroll) const {
+  BNKERN_DEVICE int valid_rows(const RowsPlan& plan, std::int64_t row, int unroll) const {
     if (!active(plan) || row >= end) return 0;
     if (row + std::int64_t(unroll - 1) * lanes < end) return unroll;
     return static_cast<int>((end - row + lanes - 1) / lanes);
@@ -181,16 +181,16 @@ inline dim3 flat_blocks(const Shape& shape, const CudaDevice& device) {
 
 // A thread's W neighbours, as stored.
 template <class T, int W>
-struct Some;
+struct Vector;
 template <class T>
-struct Some<T, 8> : Octet<T> {
-  static BNKERN_DEVICE Some load(const T* p) { return {Octet<T>::load(p)}; }
+struct Vector<T, 8> : Octet<T> {
+  static BNKERN_DEVICE Vector load(const T* p) { return {Octet<T>::load(p)}; }
 };
 template <class T>
-struct Some<T, 1> {
+struct Vector<T, 1> {
   T value;
   BNKERN_DEVICE float operator[](int) const { return widen(value); }
-  static BNKERN_DEVICE Some load(const T* p) { return {*p}; }
+  static BNKERN_DEVICE Vector load(const T* p) { return {*p}; }
 };
 
 // The sums of a thread's W channels that a record is made of. They live in shared memory, where no other thread looks
@@ -207,14 +207,14 @@ struct Tally {
 #pragma unroll
       for (int row = 0; row < kRows; ++row) at(row, j) = none.row[row];
   }
-  BNKERN_DEVICE void add(int j, const Sums& some) const {
+  BNKERN_DEVICE void add(int j, const Sums& addend) const {
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) at(row, j) = joined<Sums>(row, some.row[row], at(row, j));
+    for (int row = 0; row < kRows; ++row) at(row, j) = joined<Sums>(row, addend.row[row], at(row, j));
   }
   // The block's part: its lanes joined in their order. Called by all its threads.
-  BNKERN_DEVICE void publish(const RowsPlan& plan, const RowsPlace& place, const RecordParts& parts) const {
+  BNKERN_DEVICE void publish(const RowsPlan& plan, const RowsCoord& coord, const RecordParts& parts) const {
     __syncthreads();
-    const std::int64_t first = std::int64_t(place.group) * plan.width;
+    const std::int64_t first = std::int64_t(coord.group) * plan.width;
     for (int i = static_cast<int>(threadIdx.x); i < kRows * plan.width; i += static_cast<int>(blockDim.x)) {
       const int row = i / plan.width, c = i % plan.width;
       if (first + c >= plan.channels) continue;
@@ -223,7 +223,7 @@ struct Tally {
 #pragma unroll 8
       for (int lane = 1; lane < plan.lanes; ++lane)
         all = joined<Sums, double>(row, from[lane * plan.columns * kTallied<Sums, W>], all);
-      parts.at(place.split, row, first + c) = all;
+      parts.at(coord.split, row, first + c) = all;
     }
     __syncthreads();
   }

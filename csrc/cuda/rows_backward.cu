@@ -12,29 +12,30 @@ struct ThreadSums {
 // dy where the ReLU let the forward's value through, and x: a tile of each. `bits` is what a saved mask says.
 template <class T, int W, int UNROLL>
 struct GradientTile {
-  Some<T, W> g[UNROLL], x[UNROLL];
+  Vector<T, W> g[UNROLL], x[UNROLL];
 
-  BNKERN_DEVICE void load(const Backward& p, const RowsPlace& at, std::int64_t row, int known) {
-    const T* const dy_row = static_cast<const T*>(p.dy.data) + row * p.dy.outer + at.channel;
-    const T* const x_row = static_cast<const T*>(p.x.data) + row * p.x.outer + at.channel;
+  BNKERN_DEVICE void load(const Backward& p, const RowsCoord& coord, std::int64_t row, int valid_rows) {
+    const T* const dy_row = static_cast<const T*>(p.dy.data) + row * p.dy.outer + coord.channel;
+    const T* const x_row = static_cast<const T*>(p.x.data) + row * p.x.outer + coord.channel;
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      if (u >= known) continue;
-      g[u] = Some<T, W>::load(dy_row + u * at.lanes * p.dy.outer);
-      x[u] = Some<T, W>::load(x_row + u * at.lanes * p.x.outer);
+      if (u >= valid_rows) continue;
+      g[u] = Vector<T, W>::load(dy_row + u * coord.lanes * p.dy.outer);
+      x[u] = Vector<T, W>::load(x_row + u * coord.lanes * p.x.outer);
     }
   }
-  BNKERN_DEVICE void mask(const Backward& p, const RowsPlace& at, const Affine (&by)[W], std::int64_t row, int known) {
+  BNKERN_DEVICE void mask(const Backward& p, const RowsCoord& coord, const Affine (&coefficients)[W], std::int64_t row,
+                          int valid_rows) {
     if (!p.relu) return;
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      if (u >= known) continue;
+      if (u >= valid_rows) continue;
       unsigned bits = 0;
       if (p.mask) {
-        const std::int64_t bit = (row + std::int64_t(u) * at.lanes) * p.shape.c + at.channel;
+        const std::int64_t bit = (row + std::int64_t(u) * coord.lanes) * p.shape.c + coord.channel;
         bits = p.mask[bit / 8] >> (W == 8 ? 0 : bit % 8);
       } else {
-        bits = recomputed_mask<T>(x[u], by);
+        bits = recomputed_mask<T>(x[u], coefficients);
       }
       if constexpr (W == 8)
         keep(&g[u], bits);
@@ -45,16 +46,17 @@ struct GradientTile {
 };
 
 template <class T, int W, int UNROLL>
-BNKERN_DEVICE void add_tile(ThreadSums<W>* sums, const GradientTile<T, W, UNROLL>& tile, const Affine (&by)[W],
-                            int known) {
+BNKERN_DEVICE void add_tile(ThreadSums<W>* sums, const GradientTile<T, W, UNROLL>& tile,
+                            const Affine (&coefficients)[W], int valid_rows) {
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
-    if (u >= known) continue;
+    if (u >= valid_rows) continue;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
       const float g = tile.g[u][j];
       sums->dy[j] += g;
-      sums->dy_xhat[j] = fma(g, standardize(tile.x[u][j], by[j].mean, by[j].invstd), sums->dy_xhat[j]);
+      sums->dy_xhat[j] =
+          fma(g, standardize(tile.x[u][j], coefficients[j].mean, coefficients[j].invstd), sums->dy_xhat[j]);
     }
   }
 }
@@ -63,54 +65,55 @@ BNKERN_DEVICE void add_tile(ThreadSums<W>* sums, const GradientTile<T, W, UNROLL
 // sums have the bits they have without.
 template <class T, int W, int UNROLL>
 BNKERN_DEVICE void add_tile(ThreadSums<W>* sums, const Tally<AffineSums, W>& tally,
-                            const GradientTile<T, W, UNROLL>& tile, const Affine (&by)[W], int known) {
-  if (known == 0) return;
+                            const GradientTile<T, W, UNROLL>& tile, const Affine (&coefficients)[W], int valid_rows) {
+  if (valid_rows == 0) return;
 #pragma unroll
   for (int j = 0; j < W; ++j) {
-    AffineSums some;
+    AffineSums addend;
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      if (u >= known) continue;
-      const float g = tile.g[u][j], xhat = standardize(tile.x[u][j], by[j].mean, by[j].invstd);
+      if (u >= valid_rows) continue;
+      const float g = tile.g[u][j], xhat = standardize(tile.x[u][j], coefficients[j].mean, coefficients[j].invstd);
       sums->dy[j] += g;
       sums->dy_xhat[j] = fma(g, xhat, sums->dy_xhat[j]);
-      some.add(g, xhat);
+      addend.add(g, xhat);
     }
-    tally.add(j, some);
+    tally.add(j, addend);
   }
 }
 // The record of dx: a tile as stored.
 template <class Values, int W, int UNROLL>
-BNKERN_DEVICE void add_tile(const Tally<GradientSums, W>& tally, const Values (&dx)[UNROLL], int known) {
-  if (known == 0) return;
+BNKERN_DEVICE void add_tile(const Tally<GradientSums, W>& tally, const Values (&dx)[UNROLL], int valid_rows) {
+  if (valid_rows == 0) return;
 #pragma unroll
   for (int j = 0; j < W; ++j) {
-    GradientSums some;
+    GradientSums addend;
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u)
-      if (u < known) some.add(dx[u][j]);
-    tally.add(j, some);
+      if (u < valid_rows) addend.add(dx[u][j]);
+    tally.add(j, addend);
   }
 }
 
 template <int W>
-BNKERN_DEVICE void read_affine(const Backward& p, const RowsPlan& plan, const RowsPlace& at, Affine (&by)[W]) {
-  if (!at.active(plan)) return;
+BNKERN_DEVICE void read_affine(const Backward& p, const RowsPlan& plan, const RowsCoord& coord,
+                               Affine (&coefficients)[W]) {
+  if (!coord.active(plan)) return;
 #pragma unroll
   for (int j = 0; j < W; ++j) {
-    const std::int64_t c = at.channel + j;
-    by[j] = affine(p, c, read(p.mean, c, 0.0f), read(p.invstd, c, 1.0f));
+    const std::int64_t c = coord.channel + j;
+    coefficients[j] = affine(p, c, read(p.mean, c, 0.0f), read(p.invstd, c, 1.0f));
   }
 }
 
 // Adds up the block's threads and publishes its part.
 template <int W>
-BNKERN_DEVICE void publish_sums(const RowsPlan& plan, const RowsPlace& at, const RowsShared& shared,
+BNKERN_DEVICE void publish_sums(const RowsPlan& plan, const RowsCoord& coord, const RowsShared& shared,
                                 const Partials& parts, const ThreadSums<W>& sums) {
 #pragma unroll
   for (int j = 0; j < W; ++j) shared.pair(j, threadIdx.x) = {sums.dy[j], sums.dy_xhat[j]};
   __syncthreads();
-  const std::int64_t first = std::int64_t(at.group) * plan.width;
+  const std::int64_t first = std::int64_t(coord.group) * plan.width;
   sum_over_block(
       plan.width, plan.lanes, shared.scratch,
       [&](int lane, int c) {
@@ -119,7 +122,7 @@ BNKERN_DEVICE void publish_sums(const RowsPlan& plan, const RowsPlace& at, const
       },
       [&](int c, PivotSums all) {
         if (first + c < plan.channels)
-          parts.at(at.split, first + c) = {static_cast<float>(all.first), static_cast<float>(all.second)};
+          parts.at(coord.split, first + c) = {static_cast<float>(all.first), static_cast<float>(all.second)};
       });
 }
 
@@ -145,32 +148,32 @@ __global__ void __launch_bounds__(512, 1)
     rows_grad_sums_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, Workspace space,
                           RecordParts parts) {
   constexpr int kTile = kUnroll<T, 2>;
-  const RowsPlace at(plan, blockIdx.x, blockIdx.y, W);
+  const RowsCoord coord(plan, blockIdx.x, blockIdx.y, W);
   const RowsShared shared(plan.width);
-  Affine by[W];
-  read_affine(p, plan, at, by);
+  Affine coefficients[W];
+  read_affine(p, plan, coord, coefficients);
   ThreadSums<W> sums{};
   const auto add_tiles = [&](auto add) {
     for (int t = 0; t < plan.tiles; ++t) {
-      const std::int64_t row = at.row(t, kTile);
-      const int known = at.known(plan, row, kTile);
+      const std::int64_t row = coord.row(t, kTile);
+      const int valid_rows = coord.valid_rows(plan, row, kTile);
       GradientTile<T, W, kTile> tile;
-      tile.load(p, at, row, known);
-      tile.mask(p, at, by, row, known);
-      add(tile, known);
+      tile.load(p, coord, row, valid_rows);
+      tile.mask(p, coord, coefficients, row, valid_rows);
+      add(tile, valid_rows);
     }
   };
   if constexpr (kRecord) {
     const Tally<AffineSums, W> tally(RowsShared::fixed_bytes(blockDim.x, plan.width));
-    add_tiles([&](const auto& tile, int known) { add_tile(&sums, tally, tile, by, known); });
-    tally.publish(plan, at, parts);
+    add_tiles([&](const auto& tile, int valid_rows) { add_tile(&sums, tally, tile, coefficients, valid_rows); });
+    tally.publish(plan, coord, parts);
   } else {
-    add_tiles([&](const auto& tile, int known) { add_tile(&sums, tile, by, known); });
+    add_tiles([&](const auto& tile, int valid_rows) { add_tile(&sums, tile, coefficients, valid_rows); });
   }
-  publish_sums(plan, at, shared, space.parts, sums);
-  if (!last_of_blocks(space.arrivals + at.group, plan.splits)) return;
-  join_sums(plan, at.group, shared, space.parts, [&](int c, PivotSums all) {
-    const std::int64_t channel = std::int64_t(at.group) * plan.width + c;
+  publish_sums(plan, coord, shared, space.parts, sums);
+  if (!last_of_blocks(space.arrivals + coord.group, plan.splits)) return;
+  join_sums(plan, coord.group, shared, space.parts, [&](int c, PivotSums all) {
+    const std::int64_t channel = std::int64_t(coord.group) * plan.width + c;
     save_sums(p, channel, all);
     space.totals[channel] = means_of(p, all);
   });
@@ -178,22 +181,22 @@ __global__ void __launch_bounds__(512, 1)
 
 // dx and the residual's gradient of octets of rows from `row` on. `dx` keeps the octets for a record, if there is one.
 template <class T, bool kRecord, int UNROLL>
-BNKERN_DEVICE void write_tile(const Backward& p, const RowsPlace& at, const Affine (&by)[8], const Pair (&centre)[8],
-                              const GradientTile<T, 8, UNROLL>& tile, std::int64_t row, int known,
-                              Octet<T> (&dx)[UNROLL]) {
+BNKERN_DEVICE void write_tile(const Backward& p, const RowsCoord& coord, const Affine (&coefficients)[8],
+                              const Pair (&centre)[8], const GradientTile<T, 8, UNROLL>& tile, std::int64_t row,
+                              int valid_rows, Octet<T> (&dx)[UNROLL]) {
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
-    if (u >= known) continue;
-    const std::int64_t own = row + std::int64_t(u) * at.lanes;
+    if (u >= valid_rows) continue;
+    const std::int64_t own = row + std::int64_t(u) * coord.lanes;
     if (p.dx) {
       float d[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) d[j] = gradient_of_input(p, tile.g[u][j], tile.x[u][j], by[j], centre[j]);
+      for (int j = 0; j < 8; ++j) d[j] = gradient_of_input(p, tile.g[u][j], tile.x[u][j], coefficients[j], centre[j]);
       const auto octet = Octet<T>::of(d);
-      octet.store(static_cast<T*>(p.dx.data) + own * p.dx.outer + at.channel);
+      octet.store(static_cast<T*>(p.dx.data) + own * p.dx.outer + coord.channel);
       if constexpr (kRecord) dx[u] = octet;
     }
-    if (p.dresidual) tile.g[u].store(static_cast<T*>(p.dresidual.data) + own * p.dresidual.outer + at.channel);
+    if (p.dresidual) tile.g[u].store(static_cast<T*>(p.dresidual.data) + own * p.dresidual.outer + coord.channel);
   }
 }
 
@@ -202,31 +205,31 @@ __global__ void __launch_bounds__(512, 1)
     rows_grad_input_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, Workspace space,
                            RecordParts parts) {
   constexpr int kTile = kUnroll<T, 2>;
-  const RowsPlace at(plan, plan.splits - 1 - static_cast<int>(blockIdx.x), blockIdx.y, 8);
-  if (!kRecord && !at.active(plan)) return;
-  Affine by[8];
+  const RowsCoord coord(plan, plan.splits - 1 - static_cast<int>(blockIdx.x), blockIdx.y, 8);
+  if (!kRecord && !coord.active(plan)) return;
+  Affine coefficients[8];
   Pair centre[8];
-  read_affine(p, plan, at, by);
-  if (at.active(plan)) {
+  read_affine(p, plan, coord, coefficients);
+  if (coord.active(plan)) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) centre[j] = given_means(p, space.totals, at.channel + j);
+    for (int j = 0; j < 8; ++j) centre[j] = given_means(p, space.totals, coord.channel + j);
   }
   const auto write_tiles = [&](auto see) {
     for (int t = plan.tiles - 1; t >= 0; --t) {
-      const std::int64_t row = at.row(t, kTile);
-      const int known = at.known(plan, row, kTile);
+      const std::int64_t row = coord.row(t, kTile);
+      const int valid_rows = coord.valid_rows(plan, row, kTile);
       GradientTile<T, 8, kTile> tile;
       Octet<T> dx[kTile];
-      tile.load(p, at, row, known);
-      tile.mask(p, at, by, row, known);
-      write_tile<T, kRecord>(p, at, by, centre, tile, row, known, dx);
-      see(dx, known);
+      tile.load(p, coord, row, valid_rows);
+      tile.mask(p, coord, coefficients, row, valid_rows);
+      write_tile<T, kRecord>(p, coord, coefficients, centre, tile, row, valid_rows, dx);
+      see(dx, valid_rows);
     }
   };
   if constexpr (kRecord) {
     const Tally<GradientSums, 8> tally(0);
-    write_tiles([&](const auto& dx, int known) { add_tile(tally, dx, known); });
-    tally.publish(plan, at, parts);
+    write_tiles([&](const auto& dx, int valid_rows) { add_tile(tally, dx, valid_rows); });
+    tally.publish(plan, coord, parts);
   } else {
     write_tiles([](const auto&, int) {});
   }
@@ -237,19 +240,19 @@ template <class T>
 __global__ void __launch_bounds__(512, 1)
     rows_gradient_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, RecordParts parts) {
   constexpr int kTile = kUnroll<T, 2>;
-  const RowsPlace at(plan, blockIdx.x, blockIdx.y, 1);
+  const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 1);
   const Tally<GradientSums, 1> tally(0);
   for (int t = 0; t < plan.tiles; ++t) {
-    const std::int64_t row = at.row(t, kTile);
-    const int known = at.known(plan, row, kTile);
-    Some<T, 1> dx[kTile];
-    const T* const first = static_cast<const T*>(p.dx.data) + row * p.dx.outer + at.channel;
+    const std::int64_t row = coord.row(t, kTile);
+    const int valid_rows = coord.valid_rows(plan, row, kTile);
+    Vector<T, 1> dx[kTile];
+    const T* const first = static_cast<const T*>(p.dx.data) + row * p.dx.outer + coord.channel;
 #pragma unroll
     for (int u = 0; u < kTile; ++u)
-      if (u < known) dx[u] = Some<T, 1>::load(first + std::int64_t(u) * at.lanes * p.dx.outer);
-    add_tile(tally, dx, known);
+      if (u < valid_rows) dx[u] = Vector<T, 1>::load(first + std::int64_t(u) * coord.lanes * p.dx.outer);
+    add_tile(tally, dx, valid_rows);
   }
-  tally.publish(plan, at, parts);
+  tally.publish(plan, coord, parts);
 }
 
 // Rows that octets do not fit: eight neighbours in the order of memory without gaps, whatever their channels.
@@ -263,15 +266,15 @@ __global__ void __launch_bounds__(512, 1)
        octet += std::int64_t(gridDim.x) * blockDim.x) {
     std::int64_t row = octet * 8 / c, channel = octet * 8 % c;
     for (int j = 0; j < 8 && octet * 8 + j < all; ++j) {
-      const Affine by = affine(p, channel, read(p.mean, channel, 0.0f), read(p.invstd, channel, 1.0f));
+      const Affine coefficients = affine(p, channel, read(p.mean, channel, 0.0f), read(p.invstd, channel, 1.0f));
       const float value = widen(x[row * p.x.outer + channel]);
       T g = dy[row * p.dy.outer + channel];
       if (p.relu) {
-        const bool passed = p.mask ? p.mask[octet] >> j & 1 : passes(widen(narrow<T>(normalized(value, by))));
+        const bool passed = p.mask ? p.mask[octet] >> j & 1 : passes(widen(narrow<T>(normalized(value, coefficients))));
         if (!passed) g = T{};
       }
       if (p.dx) {
-        const float dx = gradient_of_input(p, widen(g), value, by, given_means(p, space.totals, channel));
+        const float dx = gradient_of_input(p, widen(g), value, coefficients, given_means(p, space.totals, channel));
         static_cast<T*>(p.dx.data)[row * p.dx.outer + channel] = narrow<T>(dx);
       }
       if (p.dresidual) static_cast<T*>(p.dresidual.data)[row * p.dresidual.outer + channel] = g;
@@ -287,7 +290,7 @@ __global__ void __launch_bounds__(512, 1)
     rows_backward_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, Workspace space,
                          RecordSpace records) {
   constexpr int kTile = kUnroll<T, 2>;
-  const RowsPlace at(plan, blockIdx.x, blockIdx.y, 8);
+  const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 8);
   const RowsShared shared(plan.width);
   // The first tile is held in registers, unless a record takes these; then it is in shared memory too.
   constexpr int kFirst = kRecord ? 0 : 1;
@@ -295,86 +298,86 @@ __global__ void __launch_bounds__(512, 1)
   const auto held = [&](int t, int u, bool x) {
     return reinterpret_cast<Octet<T>*>(shared.tiles) + (((t - kFirst) * kTile + u) * 2 + x) * blockDim.x + threadIdx.x;
   };
-  Affine by[8];
-  read_affine(p, plan, at, by);
+  Affine coefficients[8];
+  read_affine(p, plan, coord, coefficients);
   ThreadSums<8> sums{};
   GradientTile<T, 8, kTile> first;
   const auto add_tiles = [&](auto add) {
     if constexpr (!kRecord) {
-      const std::int64_t row = at.row(0, kTile);
-      const int known = at.known(plan, row, kTile);
-      first.load(p, at, row, known);
-      first.mask(p, at, by, row, known);
-      add(first, known);
+      const std::int64_t row = coord.row(0, kTile);
+      const int valid_rows = coord.valid_rows(plan, row, kTile);
+      first.load(p, coord, row, valid_rows);
+      first.mask(p, coord, coefficients, row, valid_rows);
+      add(first, valid_rows);
     }
     for (int t = kFirst; t < plan.tiles; ++t) {
-      const std::int64_t row = at.row(t, kTile);
-      const int known = at.known(plan, row, kTile);
+      const std::int64_t row = coord.row(t, kTile);
+      const int valid_rows = coord.valid_rows(plan, row, kTile);
       GradientTile<T, 8, kTile> tile;
-      tile.load(p, at, row, known);
-      tile.mask(p, at, by, row, known);
-      add(tile, known);
+      tile.load(p, coord, row, valid_rows);
+      tile.mask(p, coord, coefficients, row, valid_rows);
+      add(tile, valid_rows);
       if (t > plan.tiles_in_shared) continue;
 #pragma unroll
       for (int u = 0; u < kTile; ++u)
-        if (u < known) *held(t, u, false) = tile.g[u], *held(t, u, true) = tile.x[u];
+        if (u < valid_rows) *held(t, u, false) = tile.g[u], *held(t, u, true) = tile.x[u];
     }
   };
   if constexpr (kRecord) {
     const Tally<AffineSums, 8> tally(shared_bytes(plan) + std::size_t{blockDim.x} * plan.tile_bytes);
-    add_tiles([&](const auto& tile, int known) { add_tile(&sums, tally, tile, by, known); });
-    if (records.affine.data) tally.publish(plan, at, records.affine);
+    add_tiles([&](const auto& tile, int valid_rows) { add_tile(&sums, tally, tile, coefficients, valid_rows); });
+    if (records.affine.data) tally.publish(plan, coord, records.affine);
   } else {
-    add_tiles([&](const auto& tile, int known) { add_tile(&sums, tile, by, known); });
+    add_tiles([&](const auto& tile, int valid_rows) { add_tile(&sums, tile, coefficients, valid_rows); });
   }
-  publish_sums(plan, at, shared, space.parts, sums);
+  publish_sums(plan, coord, shared, space.parts, sums);
   PivotSums sums_of_own{};
   bool joins = false;
-  barrier_of_blocks(space.barriers + at.group, plan.splits, at.split == 0);
-  join_sums(plan, at.group, shared, space.parts, [&](int c, PivotSums all) {
+  barrier_of_blocks(space.barriers + coord.group, plan.splits, coord.split == 0);
+  join_sums(plan, coord.group, shared, space.parts, [&](int c, PivotSums all) {
     const Pair means = means_of(p, all);
     shared.of_channel[c] = {means.first, means.second, 0, 0};
     sums_of_own = all, joins = true;
   });
   __syncthreads();
-  if (joins && at.split == 0) save_sums(p, std::int64_t(at.group) * plan.width + threadIdx.x, sums_of_own);
-  if (!kRecord && !at.active(plan)) return;
+  if (joins && coord.split == 0) save_sums(p, std::int64_t(coord.group) * plan.width + threadIdx.x, sums_of_own);
+  if (!kRecord && !coord.active(plan)) return;
   Pair centre[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const Affine means = shared.of_channel[at.column * 8 + j];
+    const Affine means = shared.of_channel[coord.column * 8 + j];
     centre[j] = {means.mean, means.invstd};
   }
   const auto write_tiles = [&](auto see) {
     for (int t = plan.tiles - 1; t >= kFirst; --t) {
-      const std::int64_t row = at.row(t, kTile);
-      const int known = at.known(plan, row, kTile);
+      const std::int64_t row = coord.row(t, kTile);
+      const int valid_rows = coord.valid_rows(plan, row, kTile);
       GradientTile<T, 8, kTile> tile;
       if (t > plan.tiles_in_shared) {
-        tile.load(p, at, row, known);
-        tile.mask(p, at, by, row, known);
+        tile.load(p, coord, row, valid_rows);
+        tile.mask(p, coord, coefficients, row, valid_rows);
       } else {
 #pragma unroll
         for (int u = 0; u < kTile; ++u)
-          if (u < known) tile.g[u] = {*held(t, u, false)}, tile.x[u] = {*held(t, u, true)};
+          if (u < valid_rows) tile.g[u] = {*held(t, u, false)}, tile.x[u] = {*held(t, u, true)};
       }
       Octet<T> dx[kTile];
-      write_tile<T, kRecord>(p, at, by, centre, tile, row, known, dx);
-      see(dx, known);
+      write_tile<T, kRecord>(p, coord, coefficients, centre, tile, row, valid_rows, dx);
+      see(dx, valid_rows);
     }
     if constexpr (!kRecord) {
-      const std::int64_t row = at.row(0, kTile);
+      const std::int64_t row = coord.row(0, kTile);
       Octet<T> dx[kTile];
-      write_tile<T, false>(p, at, by, centre, first, row, at.known(plan, row, kTile), dx);
+      write_tile<T, false>(p, coord, coefficients, centre, first, row, coord.valid_rows(plan, row, kTile), dx);
     }
   };
   if constexpr (kRecord) {
     const Tally<GradientSums, 8> tally(shared_bytes(plan) + std::size_t{blockDim.x} * plan.tile_bytes);
     const bool wanted = records.gradient.data != nullptr;
-    write_tiles([&](const auto& dx, int known) {
-      if (wanted) add_tile(tally, dx, known);
+    write_tiles([&](const auto& dx, int valid_rows) {
+      if (wanted) add_tile(tally, dx, valid_rows);
     });
-    if (wanted) tally.publish(plan, at, records.gradient);
+    if (wanted) tally.publish(plan, coord, records.gradient);
   } else {
     write_tiles([](const auto&, int) {});
   }
@@ -421,26 +424,27 @@ std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
   };
   std::string error;
   if (single) {
-    const Launch how{"grad_input", blocks, threads, shared_bytes(plan) + (record ? tally + first_tile : 0), stream};
+    const Launch settings{"grad_input", blocks, threads, shared_bytes(plan) + (record ? tally + first_tile : 0),
+                          stream};
     const auto kernel = record ? rows_backward_kernel<T, true> : rows_backward_kernel<T, false>;
-    if (plan.splits == 1) return with_record(launch(how, kernel, call, plan, space, records));
-    if (launch_resident(how, &error, kernel, call, plan, space, records)) return with_record(error);
+    if (plan.splits == 1) return with_record(launch(settings, kernel, call, plan, space, records));
+    if (launch_resident(settings, &error, kernel, call, plan, space, records)) return with_record(error);
   }
   if (call.sums) {
     const std::size_t fixed = RowsShared::fixed_bytes(plan.threads(), plan.width);
-    const Launch how{"grad_sums", blocks, threads, fixed + (of_sums ? tally : 0), stream};
+    const Launch settings{"grad_sums", blocks, threads, fixed + (of_sums ? tally : 0), stream};
     const auto kernel = octets ? (of_sums ? rows_grad_sums_kernel<T, 8, true> : rows_grad_sums_kernel<T, 8, false>)
                                : (of_sums ? rows_grad_sums_kernel<T, 1, true> : rows_grad_sums_kernel<T, 1, false>);
-    error = launch(how, kernel, call, plan, space, records.affine);
+    error = launch(settings, kernel, call, plan, space, records.affine);
   }
   if (call.input && error.empty()) {
     if (octets) {
-      const Launch how{"grad_input", blocks, threads, of_input ? tally : 0, stream};
+      const Launch settings{"grad_input", blocks, threads, of_input ? tally : 0, stream};
       const auto kernel = of_input ? rows_grad_input_kernel<T, true> : rows_grad_input_kernel<T, false>;
-      error = launch(how, kernel, call, plan, space, records.gradient);
+      error = launch(settings, kernel, call, plan, space, records.gradient);
     } else {
-      const Launch how{"grad_input", flat_blocks(call.shape, p.device), unsigned(p.device.threads), 0, stream};
-      error = launch(how, rows_grad_input_flat_kernel<T>, call, space);
+      const Launch settings{"grad_input", flat_blocks(call.shape, p.device), unsigned(p.device.threads), 0, stream};
+      error = launch(settings, rows_grad_input_flat_kernel<T>, call, space);
       if (error.empty() && of_input) {
         const Launch again{"record", blocks, threads, tally, stream};
         error = launch(again, rows_gradient_kernel<T>, call, plan, records.gradient);

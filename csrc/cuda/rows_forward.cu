@@ -15,69 +15,69 @@ struct ThreadMoments {
 };
 
 template <class T, int W>
-BNKERN_DEVICE ThreadMoments<W> no_moments(const Forward& p, const RowsPlan& plan, const RowsPlace& at) {
+BNKERN_DEVICE ThreadMoments<W> no_moments(const Forward& p, const RowsPlan& plan, const RowsCoord& coord) {
   ThreadMoments<W> none{};
-  if (!at.active(plan)) return none;
-  const auto first = Some<T, W>::load(static_cast<const T*>(p.x.data) + at.begin * p.x.outer + at.channel);
+  if (!coord.active(plan)) return none;
+  const auto first = Vector<T, W>::load(static_cast<const T*>(p.x.data) + coord.begin * p.x.outer + coord.channel);
 #pragma unroll
   for (int j = 0; j < W; ++j) none.pivot[j] = first[j];
   return none;
 }
 
-// The values of a tile that are there, the first `known`; the others are not read.
+// The values of a tile that are there, the first `valid_rows`; the others are not read.
 template <class T, int W, int UNROLL>
-BNKERN_DEVICE void load_tile(Some<T, W> (&tile)[UNROLL], const View& view, const RowsPlace& at, std::int64_t row,
-                             int known) {
-  const T* p = static_cast<const T*>(view.data) + row * view.outer + at.channel;
-  const std::int64_t step = at.lanes * view.outer;
+BNKERN_DEVICE void load_tile(Vector<T, W> (&tile)[UNROLL], const View& view, const RowsCoord& coord, std::int64_t row,
+                             int valid_rows) {
+  const T* p = static_cast<const T*>(view.data) + row * view.outer + coord.channel;
+  const std::int64_t step = coord.lanes * view.outer;
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u)
-    if (u < known) tile[u] = Some<T, W>::load(p + u * step);
+    if (u < valid_rows) tile[u] = Vector<T, W>::load(p + u * step);
 }
 
 template <class T, int W, int UNROLL>
-BNKERN_DEVICE void add_tile(ThreadMoments<W>* seen, const Some<T, W> (&tile)[UNROLL], int known) {
-  if (known == 0) return;
-  const float n = static_cast<float>(known), count = seen->count + n;
-  const float share = n / count, weight = seen->count * share, each = 1 / n;
+BNKERN_DEVICE void add_tile(ThreadMoments<W>* partial, const Vector<T, W> (&tile)[UNROLL], int valid_rows) {
+  if (valid_rows == 0) return;
+  const float n = static_cast<float>(valid_rows), count = partial->count + n;
+  const float share = n / count, weight = partial->count * share, each = 1 / n;
 #pragma unroll
   for (int j = 0; j < W; ++j) {
     float distance[UNROLL], sum = 0, m2 = 0;
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      distance[u] = u < known ? tile[u][j] - seen->pivot[j] : 0.0f;
+      distance[u] = u < valid_rows ? tile[u][j] - partial->pivot[j] : 0.0f;
       sum += distance[u];
     }
     const float mean = sum * each;
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      const float d = u < known ? distance[u] - mean : 0.0f;
+      const float d = u < valid_rows ? distance[u] - mean : 0.0f;
       m2 = fma(d, d, m2);
     }
-    chan_join(&seen->mean[j], &seen->m2[j], mean, m2, share, weight);
+    chan_join(&partial->mean[j], &partial->m2[j], mean, m2, share, weight);
   }
-  seen->count = count;
+  partial->count = count;
 }
 
 // Joins the block's threads and publishes its part.
 template <class T, int W>
-BNKERN_DEVICE void publish_moments(const Forward& p, const RowsPlan& plan, const RowsPlace& at,
-                                   const RowsShared& shared, const Partials& parts, const ThreadMoments<W>& seen) {
+BNKERN_DEVICE void publish_moments(const Forward& p, const RowsPlan& plan, const RowsCoord& coord,
+                                   const RowsShared& shared, const Partials& parts, const ThreadMoments<W>& partial) {
 #pragma unroll
-  for (int j = 0; j < W; ++j) shared.pair(j, threadIdx.x) = {seen.mean[j], seen.m2[j]};
+  for (int j = 0; j < W; ++j) shared.pair(j, threadIdx.x) = {partial.mean[j], partial.m2[j]};
   __syncthreads();
-  const std::int64_t first = std::int64_t(at.group) * plan.width;
+  const std::int64_t first = std::int64_t(coord.group) * plan.width;
   sum_over_block(
       plan.width, plan.lanes, shared.scratch,
       [&](int lane, int c) {
         const Pair pair = shared.pair(c % W, lane * plan.columns + c / W);
-        return pivot_sums({static_cast<double>(at.taken(lane)), pair.first, pair.second});
+        return pivot_sums({static_cast<double>(coord.taken(lane)), pair.first, pair.second});
       },
       [&](int c, PivotSums sums) {
         if (first + c >= plan.channels) return;
-        const Moments<double> all = moments_of(rows_of(plan, at.split), sums);
-        const T* const pivot = static_cast<const T*>(p.x.data) + at.begin * p.x.outer + first + c;
-        parts.at(at.split, first + c) = {static_cast<float>(widen(*pivot) + all.mean), static_cast<float>(all.m2)};
+        const Moments<double> all = moments_of(rows_of(plan, coord.split), sums);
+        const T* const pivot = static_cast<const T*>(p.x.data) + coord.begin * p.x.outer + first + c;
+        parts.at(coord.split, first + c) = {static_cast<float>(widen(*pivot) + all.mean), static_cast<float>(all.m2)};
       });
 }
 
@@ -116,18 +116,18 @@ template <class T, int W>
 __global__ void __launch_bounds__(512, 1)
     rows_moments_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan, Workspace space) {
   constexpr int kTile = kUnroll<T, 1>;
-  const RowsPlace at(plan, blockIdx.x, blockIdx.y, W);
+  const RowsCoord coord(plan, blockIdx.x, blockIdx.y, W);
   const RowsShared shared(plan.width);
-  ThreadMoments<W> seen = no_moments<T, W>(p, plan, at);
+  ThreadMoments<W> partial = no_moments<T, W>(p, plan, coord);
   for (int t = 0; t < plan.tiles; ++t) {
-    const std::int64_t row = at.row(t, kTile);
-    const int known = at.known(plan, row, kTile);
-    Some<T, W> tile[kTile];
-    load_tile(tile, p.x, at, row, known);
-    add_tile(&seen, tile, known);
+    const std::int64_t row = coord.row(t, kTile);
+    const int valid_rows = coord.valid_rows(plan, row, kTile);
+    Vector<T, W> tile[kTile];
+    load_tile(tile, p.x, coord, row, valid_rows);
+    add_tile(&partial, tile, valid_rows);
   }
-  publish_moments<T>(p, plan, at, shared, space.parts, seen);
-  if (last_of_blocks(space.arrivals + at.group, plan.splits)) finish_moments(p, plan, at.group, shared, space);
+  publish_moments<T>(p, plan, coord, shared, space.parts, partial);
+  if (last_of_blocks(space.arrivals + coord.group, plan.splits)) finish_moments(p, plan, coord.group, shared, space);
 }
 
 // What distances of a channel's values are taken from for a record: the batch's mean where this call found it.
@@ -144,57 +144,58 @@ struct ActivationTally {
   Tally<ActivationSums, W> sums;
   float centre[W];
 
-  BNKERN_DEVICE ActivationTally(std::size_t offset, const Forward& p, const RowsPlan& plan, const RowsPlace& at,
-                                const Affine (&by)[W])
+  BNKERN_DEVICE ActivationTally(std::size_t offset, const Forward& p, const RowsPlan& plan, const RowsCoord& coord,
+                                const Affine (&coefficients)[W])
       : sums(offset), centre{} {
-    if (!at.active(plan)) return;
+    if (!coord.active(plan)) return;
 #pragma unroll
-    for (int j = 0; j < W; ++j) centre[j] = centre_of<T>(p, plan, at.channel + j, by[j].mean);
+    for (int j = 0; j < W; ++j) centre[j] = centre_of<T>(p, plan, coord.channel + j, coefficients[j].mean);
   }
   // Of a tile, whose rows have the bits `active[u]` of what is above zero.
   template <int UNROLL>
-  BNKERN_DEVICE void add(const Some<T, W> (&x)[UNROLL], const unsigned (&active)[UNROLL], int known) const {
-    if (known == 0) return;
+  BNKERN_DEVICE void add(const Vector<T, W> (&x)[UNROLL], const unsigned (&active)[UNROLL], int valid_rows) const {
+    if (valid_rows == 0) return;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
-      ActivationSums some;
+      ActivationSums addend;
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u)
-        if (u < known) some.add(x[u][j], centre[j], active[u] >> j & 1);
-      sums.add(j, some);
+        if (u < valid_rows) addend.add(x[u][j], centre[j], active[u] >> j & 1);
+      sums.add(j, addend);
     }
   }
-  BNKERN_DEVICE void publish(const RowsPlan& plan, const RowsPlace& at, const RecordParts& parts) const {
-    sums.publish(plan, at, parts);
-    if (at.split != 0 || at.lane != 0 || !at.active(plan)) return;
+  BNKERN_DEVICE void publish(const RowsPlan& plan, const RowsCoord& coord, const RecordParts& parts) const {
+    sums.publish(plan, coord, parts);
+    if (coord.split != 0 || coord.lane != 0 || !coord.active(plan)) return;
 #pragma unroll
-    for (int j = 0; j < W; ++j) parts.at(0, kCentre, at.channel + j) = centre[j];
+    for (int j = 0; j < W; ++j) parts.at(0, kCentre, coord.channel + j) = centre[j];
   }
 };
 
 // y, and the mask's byte, of octets of rows from `row` on. active: what is above zero of each, where there is a record.
 template <class T, bool kRecord, int UNROLL>
-BNKERN_DEVICE void write_tile(const Forward& p, const RowsPlace& at, const Affine (&by)[8],
-                              const Some<T, 8> (&tile)[UNROLL], std::int64_t row, int known,
+BNKERN_DEVICE void write_tile(const Forward& p, const RowsCoord& coord, const Affine (&coefficients)[8],
+                              const Vector<T, 8> (&tile)[UNROLL], std::int64_t row, int valid_rows,
                               unsigned (&active)[UNROLL]) {
-  Some<T, 8> residual[UNROLL];
-  if (p.residual) load_tile(residual, p.residual, at, row, known);
-  T* const y = static_cast<T*>(p.y.data) + row * p.y.outer + at.channel;
-  const std::int64_t step = at.lanes * p.y.outer;
+  Vector<T, 8> residual[UNROLL];
+  if (p.residual) load_tile(residual, p.residual, coord, row, valid_rows);
+  T* const y = static_cast<T*>(p.y.data) + row * p.y.outer + coord.channel;
+  const std::int64_t step = coord.lanes * p.y.outer;
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
-    if (u >= known) continue;
+    if (u >= valid_rows) continue;
     float z[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      z[j] = normalized(tile[u][j], by[j]);
+      z[j] = normalized(tile[u][j], coefficients[j]);
       if (p.residual) z[j] += residual[u][j];
     }
     auto octet = Octet<T>::of(z);
     if (p.relu) {
       const unsigned bits = relu(&octet);
       if (p.mask)
-        p.mask[((row + std::int64_t(u) * at.lanes) * p.shape.c + at.channel) / 8] = static_cast<std::uint8_t>(bits);
+        p.mask[((row + std::int64_t(u) * coord.lanes) * p.shape.c + coord.channel) / 8] =
+            static_cast<std::uint8_t>(bits);
     }
     octet.store(y + u * step);
     if constexpr (kRecord) {
@@ -210,34 +211,34 @@ template <class T, bool kRecord>
 __global__ void __launch_bounds__(512, 1)
     rows_normalize_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan, RecordParts parts) {
   constexpr int kTile = kUnroll<T, 1>;
-  const RowsPlace at(plan, plan.splits - 1 - static_cast<int>(blockIdx.x), blockIdx.y, 8);
-  if (!kRecord && !at.active(plan)) return;
-  Affine by[8];
+  const RowsCoord coord(plan, plan.splits - 1 - static_cast<int>(blockIdx.x), blockIdx.y, 8);
+  if (!kRecord && !coord.active(plan)) return;
+  Affine coefficients[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    if (kRecord && !at.active(plan)) break;
-    const Statistics s = given_statistics(p, at.channel + j);
-    by[j] = affine(p, at.channel + j, s.mean, s.spread);
-    if (!p.moments && p.running_mean && at.split == 0 && at.lane == 0) {
-      static_cast<float*>(p.mean)[at.channel + j] = s.mean;
-      static_cast<float*>(p.spread)[at.channel + j] = s.spread;
+    if (kRecord && !coord.active(plan)) break;
+    const Statistics s = given_statistics(p, coord.channel + j);
+    coefficients[j] = affine(p, coord.channel + j, s.mean, s.spread);
+    if (!p.moments && p.running_mean && coord.split == 0 && coord.lane == 0) {
+      static_cast<float*>(p.mean)[coord.channel + j] = s.mean;
+      static_cast<float*>(p.spread)[coord.channel + j] = s.spread;
     }
   }
   const auto write_tiles = [&](auto see) {
     for (int t = plan.tiles - 1; t >= 0; --t) {
-      const std::int64_t row = at.row(t, kTile);
-      const int known = at.known(plan, row, kTile);
-      Some<T, 8> tile[kTile];
+      const std::int64_t row = coord.row(t, kTile);
+      const int valid_rows = coord.valid_rows(plan, row, kTile);
+      Vector<T, 8> tile[kTile];
       unsigned active[kTile];
-      load_tile(tile, p.x, at, row, known);
-      write_tile<T, kRecord>(p, at, by, tile, row, known, active);
-      see(tile, active, known);
+      load_tile(tile, p.x, coord, row, valid_rows);
+      write_tile<T, kRecord>(p, coord, coefficients, tile, row, valid_rows, active);
+      see(tile, active, valid_rows);
     }
   };
   if constexpr (kRecord) {
-    const ActivationTally<T, 8> tally(0, p, plan, at, by);
-    write_tiles([&](const auto& tile, const auto& active, int known) { tally.add(tile, active, known); });
-    tally.publish(plan, at, parts);
+    const ActivationTally<T, 8> tally(0, p, plan, coord, coefficients);
+    write_tiles([&](const auto& tile, const auto& active, int valid_rows) { tally.add(tile, active, valid_rows); });
+    tally.publish(plan, coord, parts);
   } else {
     write_tiles([](const auto&, const auto&, int) {});
   }
@@ -249,21 +250,21 @@ __global__ void __launch_bounds__(512, 1)
     rows_activation_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan,
                            RecordParts parts) {
   constexpr int kTile = kUnroll<T, 1>;
-  const RowsPlace at(plan, blockIdx.x, blockIdx.y, 1);
-  const Affine by[1] = {{at.active(plan) ? given_statistics(p, at.channel).mean : 0.0f, 0, 0, 0}};
-  const ActivationTally<T, 1> tally(0, p, plan, at, by);
+  const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 1);
+  const Affine coefficients[1] = {{coord.active(plan) ? given_statistics(p, coord.channel).mean : 0.0f, 0, 0, 0}};
+  const ActivationTally<T, 1> tally(0, p, plan, coord, coefficients);
   for (int t = 0; t < plan.tiles; ++t) {
-    const std::int64_t row = at.row(t, kTile);
-    const int known = at.known(plan, row, kTile);
-    Some<T, 1> x[kTile], y[kTile];
+    const std::int64_t row = coord.row(t, kTile);
+    const int valid_rows = coord.valid_rows(plan, row, kTile);
+    Vector<T, 1> x[kTile], y[kTile];
     unsigned active[kTile];
-    load_tile(x, p.x, at, row, known);
-    load_tile(y, p.y, at, row, known);
+    load_tile(x, p.x, coord, row, valid_rows);
+    load_tile(y, p.y, coord, row, valid_rows);
 #pragma unroll
-    for (int u = 0; u < kTile; ++u) active[u] = u < known && y[u][0] > 0;
-    tally.add(x, active, known);
+    for (int u = 0; u < kTile; ++u) active[u] = u < valid_rows && y[u][0] > 0;
+    tally.add(x, active, valid_rows);
   }
-  tally.publish(plan, at, parts);
+  tally.publish(plan, coord, parts);
 }
 
 // Rows that octets do not fit: eight neighbours in the order of memory without gaps, whatever their channels.
@@ -307,41 +308,41 @@ __global__ void __launch_bounds__(512, 1)
     rows_forward_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan, Workspace space,
                         RecordParts parts) {
   constexpr int kTile = kUnroll<T, 1>;
-  const RowsPlace at(plan, blockIdx.x, blockIdx.y, 8);
+  const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 8);
   const RowsShared shared(plan.width);
   // Octet u of a thread's held tile t: neighbouring threads have neighbouring octets.
   const auto held = [&](int t, int u) {
     return reinterpret_cast<Octet<T>*>(shared.tiles) + ((t - 1) * kTile + u) * blockDim.x + threadIdx.x;
   };
-  ThreadMoments<8> seen = no_moments<T, 8>(p, plan, at);
-  Some<T, 8> first[kTile];
+  ThreadMoments<8> partial = no_moments<T, 8>(p, plan, coord);
+  Vector<T, 8> first[kTile];
   {
-    const std::int64_t row = at.row(0, kTile);
-    const int known = at.known(plan, row, kTile);
-    load_tile(first, p.x, at, row, known);
-    add_tile(&seen, first, known);
+    const std::int64_t row = coord.row(0, kTile);
+    const int valid_rows = coord.valid_rows(plan, row, kTile);
+    load_tile(first, p.x, coord, row, valid_rows);
+    add_tile(&partial, first, valid_rows);
   }
   for (int t = 1; t < plan.tiles; ++t) {
-    const std::int64_t row = at.row(t, kTile);
-    const int known = at.known(plan, row, kTile);
-    Some<T, 8> tile[kTile];
-    load_tile(tile, p.x, at, row, known);
-    add_tile(&seen, tile, known);
+    const std::int64_t row = coord.row(t, kTile);
+    const int valid_rows = coord.valid_rows(plan, row, kTile);
+    Vector<T, 8> tile[kTile];
+    load_tile(tile, p.x, coord, row, valid_rows);
+    add_tile(&partial, tile, valid_rows);
     if (t > plan.tiles_in_shared) continue;
 #pragma unroll
     for (int u = 0; u < kTile; ++u)
-      if (u < known) *held(t, u) = tile[u];
+      if (u < valid_rows) *held(t, u) = tile[u];
   }
-  publish_moments<T>(p, plan, at, shared, space.parts, seen);
+  publish_moments<T>(p, plan, coord, shared, space.parts, partial);
   // Whatever can be read before the barrier is: the thread that joins channel t of the group knows the rest of it.
-  const std::int64_t own = std::int64_t(at.group) * plan.width + threadIdx.x;
-  const bool joins = static_cast<int>(threadIdx.x) < plan.width && own < plan.channels, keeps = at.split == 0;
+  const std::int64_t own = std::int64_t(coord.group) * plan.width + threadIdx.x;
+  const bool joins = static_cast<int>(threadIdx.x) < plan.width && own < plan.channels, keeps = coord.split == 0;
   Affine of_own{};
   if (joins) of_own = affine(p, own, 0, 0);
   const double momentum = momentum_of(p);
   Moments<double> moments_of_own{};
-  barrier_of_blocks(space.barriers + at.group, plan.splits, keeps);
-  join_moments(plan, at.group, shared, space.parts, [&](int c, const Moments<double>& all) {
+  barrier_of_blocks(space.barriers + coord.group, plan.splits, keeps);
+  join_moments(plan, coord.group, shared, space.parts, [&](int c, const Moments<double>& all) {
     const Statistics s = statistics_of(p, all);
     of_own.mean = s.mean, of_own.invstd = s.spread;
     shared.of_channel[c] = of_own;
@@ -350,38 +351,38 @@ __global__ void __launch_bounds__(512, 1)
   __syncthreads();
   if (keeps) {
     if (joins) save_statistics(p, own, moments_of_own, {of_own.mean, of_own.invstd}, momentum);
-    update_counter(p, space, at.group, plan.groups);
+    update_counter(p, space, coord.group, plan.groups);
   }
-  if (!kRecord && !at.active(plan)) return;
-  Affine by[8];
+  if (!kRecord && !coord.active(plan)) return;
+  Affine coefficients[8];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) by[j] = shared.of_channel[at.column * 8 + j];
+  for (int j = 0; j < 8; ++j) coefficients[j] = shared.of_channel[coord.column * 8 + j];
   const auto write_tiles = [&](auto see) {
     for (int t = plan.tiles - 1; t > 0; --t) {
-      const std::int64_t row = at.row(t, kTile);
-      const int known = at.known(plan, row, kTile);
-      Some<T, 8> tile[kTile];
+      const std::int64_t row = coord.row(t, kTile);
+      const int valid_rows = coord.valid_rows(plan, row, kTile);
+      Vector<T, 8> tile[kTile];
       unsigned active[kTile];
       if (t > plan.tiles_in_shared) {
-        load_tile(tile, p.x, at, row, known);
+        load_tile(tile, p.x, coord, row, valid_rows);
       } else {
 #pragma unroll
         for (int u = 0; u < kTile; ++u)
-          if (u < known) tile[u] = {*held(t, u)};
+          if (u < valid_rows) tile[u] = {*held(t, u)};
       }
-      write_tile<T, kRecord>(p, at, by, tile, row, known, active);
-      see(tile, active, known);
+      write_tile<T, kRecord>(p, coord, coefficients, tile, row, valid_rows, active);
+      see(tile, active, valid_rows);
     }
-    const std::int64_t row = at.row(0, kTile);
-    const int known = at.known(plan, row, kTile);
+    const std::int64_t row = coord.row(0, kTile);
+    const int valid_rows = coord.valid_rows(plan, row, kTile);
     unsigned active[kTile];
-    write_tile<T, kRecord>(p, at, by, first, row, known, active);
-    see(first, active, known);
+    write_tile<T, kRecord>(p, coord, coefficients, first, row, valid_rows, active);
+    see(first, active, valid_rows);
   };
   if constexpr (kRecord) {
-    const ActivationTally<T, 8> tally(shared_bytes(plan), p, plan, at, by);
-    write_tiles([&](const auto& tile, const auto& active, int known) { tally.add(tile, active, known); });
-    tally.publish(plan, at, parts);
+    const ActivationTally<T, 8> tally(shared_bytes(plan), p, plan, coord, coefficients);
+    write_tiles([&](const auto& tile, const auto& active, int valid_rows) { tally.add(tile, active, valid_rows); });
+    tally.publish(plan, coord, parts);
   } else {
     write_tiles([](const auto&, const auto&, int) {});
   }
@@ -423,26 +424,26 @@ std::string forward_as(const CudaForward& p, std::uintptr_t stream) {
   };
   std::string error;
   if (single) {
-    const Launch how{"normalize", blocks, threads, shared_bytes(plan) + (record ? tally : 0), stream};
+    const Launch settings{"normalize", blocks, threads, shared_bytes(plan) + (record ? tally : 0), stream};
     const auto kernel = record ? rows_forward_kernel<T, true> : rows_forward_kernel<T, false>;
-    if (plan.splits == 1) return with_record(launch(how, kernel, call, plan, space, records.activation));
-    if (launch_resident(how, &error, kernel, call, plan, space, records.activation)) return with_record(error);
+    if (plan.splits == 1) return with_record(launch(settings, kernel, call, plan, space, records.activation));
+    if (launch_resident(settings, &error, kernel, call, plan, space, records.activation)) return with_record(error);
   }
   if (call.moments) {
-    const Launch how{"moments", blocks, threads, RowsShared::fixed_bytes(plan.threads(), plan.width), stream};
-    error = launch(how, octets ? rows_moments_kernel<T, 8> : rows_moments_kernel<T, 1>, call, plan, space);
+    const Launch settings{"moments", blocks, threads, RowsShared::fixed_bytes(plan.threads(), plan.width), stream};
+    error = launch(settings, octets ? rows_moments_kernel<T, 8> : rows_moments_kernel<T, 1>, call, plan, space);
   }
   if (!call.normalize || !error.empty()) return error;
   if (octets) {
-    const Launch how{"normalize", blocks, threads, record ? tally : 0, stream};
+    const Launch settings{"normalize", blocks, threads, record ? tally : 0, stream};
     const auto kernel = record ? rows_normalize_kernel<T, true> : rows_normalize_kernel<T, false>;
-    return with_record(launch(how, kernel, call, plan, records.activation));
+    return with_record(launch(settings, kernel, call, plan, records.activation));
   }
-  const Launch how{"normalize", flat_blocks(call.shape, p.device), unsigned(p.device.threads), 0, stream};
-  error = launch(how, rows_normalize_flat_kernel<T>, call);
+  const Launch settings{"normalize", flat_blocks(call.shape, p.device), unsigned(p.device.threads), 0, stream};
+  error = launch(settings, rows_normalize_flat_kernel<T>, call);
   if (error.empty() && record) {
-    const Launch how{"record", blocks, threads, tally, stream};
-    error = launch(how, rows_activation_kernel<T>, call, plan, records.activation);
+    const Launch settings{"record", blocks, threads, tally, stream};
+    error = launch(settings, rows_activation_kernel<T>, call, plan, records.activation);
   }
   return with_record(error);
 }
