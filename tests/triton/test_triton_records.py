@@ -146,7 +146,7 @@ def check(
     if normalised:
         # The mask of the forward that was, not one of other roundings.
         mask = reference.pack_mask(~(y <= 0), layout(p.x))
-        truth = reference.affine(p.dy, p.x, *saved[:2], p.weight, p.bias, mask, act)
+        truth = reference.affine(BackwardCall(p.dy, p.x, p.weight, p.bias, *saved[:2], mask, act))
         check_sums(affine, truth, AFFINE, p.x.dtype)
     else:
         assert torch.equal(affine, blank(AFFINE, p.x))
@@ -241,7 +241,9 @@ def odd_values(case: Case) -> None:
     dx = backward(p, "eval", "relu", saved, (True, True, True, True), gradient, affine)[0]
     check_sums(gradient, reference.gradient(dx), GRADIENT, x.dtype)
     mask = reference.pack_mask(~(y <= 0), layout(x))
-    check_sums(affine, reference.affine(dy, x, *saved[:2], p.weight, p.bias, mask, "relu"), AFFINE, x.dtype)
+    check_sums(
+        affine, reference.affine(BackwardCall(dy, x, p.weight, p.bias, *saved[:2], mask, "relu")), AFFINE, x.dtype
+    )
     assert gradient[GRADIENT.index("zero"), 2] == layout(x).count
     assert activation[ACTIVATION.index("min"), 0] == torch.inf
 

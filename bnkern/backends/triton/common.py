@@ -63,15 +63,15 @@ def channel_vectors(
 
     One that is not given is never read; another stands in for it, so that no kernel is compiled for its absence.
     """
-    given = (int(mean is not None), int(weight is not None), int(bias is not None))
+    present = (int(mean is not None), int(weight is not None), int(bias is not None))
     if mean is None:
         mean = invstd = torch.empty(0, dtype=accumulator(x.dtype), device=x.device)
-    if given[1] and given[2] and weight.dtype != bias.dtype:
+    if present[1] and present[2] and weight.dtype != bias.dtype:
         weight, bias = weight.float(), bias.float()
     if weight is None:
         weight = mean if bias is None else bias
     vectors = (mean, invstd, weight, weight if bias is None else bias)
-    return [vector.contiguous() for vector in vectors], given
+    return [vector.contiguous() for vector in vectors], present
 
 
 class Plan(NamedTuple):
@@ -198,8 +198,8 @@ def inside(line, octet, lines, length, channels, ROWS: tl.constexpr, FLAT: tl.co
 def channel_of(octet, length, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr):
     """The channel of each element, [GROUP, 8], and whether there is one; in planes one channel for them all."""
     if ROWS or FLAT:
-        at = position(octet)
-        return at % channels if FLAT else at, at < length * ALIGN
+        coord = position(octet)
+        return coord % channels if FLAT else coord, coord < length * ALIGN
     else:
         return tl.program_id(0), True
 
@@ -209,15 +209,15 @@ def addresses(
     ptr, outer, inner, line, octet, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip
     """Where the elements [GROUP, 8] lie. Strides are in units of ALIGN."""
-    at = position(octet)
+    coord = position(octet)
     if ROWS and FLAT:
-        offsets = (line * 8 + at // channels) * outer + at % channels
+        offsets = (line * 8 + coord // channels) * outer + coord % channels
     elif FLAT:
-        offsets = at // channels * outer + at % channels
+        offsets = coord // channels * outer + coord % channels
     elif ROWS:
-        offsets = line * outer * ALIGN + at
+        offsets = line * outer * ALIGN + coord
     else:
-        offsets = line * outer * ALIGN + tl.program_id(0).to(line.dtype) * inner * ALIGN + at
+        offsets = line * outer * ALIGN + tl.program_id(0).to(line.dtype) * inner * ALIGN + coord
     BYTES: tl.constexpr = ALIGN * ptr.dtype.element_ty.primitive_bitwidth // 8
     return tl.multiple_of(ptr + offsets, (1, 16 if BYTES > 16 else BYTES))
 
@@ -229,8 +229,8 @@ def mask_addresses(
     """Where the mask bytes [GROUP, 1] of the octets lie, and which their line has. Single rows: ALIGN must be 8."""
     octets = (length * ALIGN + 7) // 8
     if ROWS and FLAT:
-        there = (octet < octets) & (line * 8 + octet * 8 // channels < lines)
-        return mask_ptr + (line * octets + octet), there
+        in_bounds = (octet < octets) & (line * 8 + octet * 8 // channels < lines)
+        return mask_ptr + (line * octets + octet), in_bounds
     else:
         if not (ROWS or FLAT):
             line = line * channels + tl.program_id(0)
@@ -238,27 +238,27 @@ def mask_addresses(
 
 
 @triton.jit
-def per_channel(ptr, given, default, channel, known, ROWS: tl.constexpr, ALIGN: tl.constexpr):
-    """A per-channel vector's values at ``channel``, or ``default`` where the vector is not ``given``."""
-    at = ptr + channel
+def per_channel(ptr, present, default, channel, valid, ROWS: tl.constexpr, ALIGN: tl.constexpr):
+    """A per-channel vector's values at ``channel``, or ``default`` where the vector is not ``present``."""
+    pointers = ptr + channel
     if ROWS and ALIGN == 8:
-        at = tl.multiple_of(at, (1, 16))
-    return tl.load(at, mask=known & (given != 0), other=default)
+        pointers = tl.multiple_of(pointers, (1, 16))
+    return tl.load(pointers, mask=valid & (present != 0), other=default)
 
 
 @triton.jit
-def affine(vectors, given, channel, known, ROWS: tl.constexpr, ALIGN: tl.constexpr):
+def affine(vectors, present, channel, valid, ROWS: tl.constexpr, ALIGN: tl.constexpr):
     """mean, invstd, weight and bias at ``channel``; 0, 1, 1 and 0 where they are not given."""
-    mean = per_channel(vectors[0], given[0], 0.0, channel, known, ROWS, ALIGN)
-    invstd = per_channel(vectors[1], given[0], 1.0, channel, known, ROWS, ALIGN)
-    weight = per_channel(vectors[2], given[1], 1.0, channel, known, ROWS, ALIGN).to(mean.dtype)
-    bias = per_channel(vectors[3], given[2], 0.0, channel, known, ROWS, ALIGN).to(mean.dtype)
+    mean = per_channel(vectors[0], present[0], 0.0, channel, valid, ROWS, ALIGN)
+    invstd = per_channel(vectors[1], present[0], 1.0, channel, valid, ROWS, ALIGN)
+    weight = per_channel(vectors[2], present[1], 1.0, channel, valid, ROWS, ALIGN).to(mean.dtype)
+    bias = per_channel(vectors[3], present[2], 0.0, channel, valid, ROWS, ALIGN).to(mean.dtype)
     return mean, invstd, weight, bias
 
 
 @triton.jit
 def gated(
-    dy, xhat, weight, bias, mask_ptr, relu, line, octet, lines, length, channels, known, STORED: tl.constexpr,
+    dy, xhat, weight, bias, mask_ptr, relu, line, octet, lines, length, channels, valid, STORED: tl.constexpr,
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """g: dy where ReLU let the value through, by the saved bit, or else by the forward's own expression."""
@@ -266,10 +266,10 @@ def gated(
         stopped = (relu != 0) & (tl.fma(xhat, weight, bias).to(STORED).to(xhat.dtype) <= 0)
     elif ROWS and not FLAT and ALIGN < 8:  # octets of the mask begin anywhere in a row
         bit = line * channels + position(octet)
-        byte = tl.load(mask_ptr + bit // 8, mask=known, other=0)
+        byte = tl.load(mask_ptr + bit // 8, mask=valid, other=0)
         stopped = ((byte >> (bit % 8).to(tl.uint8)) & 1) == 0
     else:
-        at, there = mask_addresses(mask_ptr, line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
-        byte = tl.load(at, mask=(line < lines) & there, other=0)
+        pointers, in_bounds = mask_addresses(mask_ptr, line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
+        byte = tl.load(pointers, mask=(line < lines) & in_bounds, other=0)
         stopped = ((byte >> tl.arange(0, 8)[None, :].to(tl.uint8)) & 1) == 0
     return tl.where(stopped, 0.0, dy)

@@ -59,10 +59,10 @@ def conv_grad_signs_kernel(
     first *= share * BLOCK_K
     last = tl.minimum(first + share * BLOCK_K, positions)
     # A position (n, h, w) is a number with three digits, to which each step adds BLOCK_K: no division in the loop.
-    at = first + tl.arange(0, BLOCK_K)
-    n = at // (out_height * out_width)
-    h = (at // out_width % out_height).to(tl.int32)
-    w = (at % out_width).to(tl.int32)
+    coord = first + tl.arange(0, BLOCK_K)
+    n = coord // (out_height * out_width)
+    h = (coord // out_width % out_height).to(tl.int32)
+    w = (coord % out_width).to(tl.int32)
     total = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     abs_total = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     sign_total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
@@ -70,15 +70,15 @@ def conv_grad_signs_kernel(
     for _ in range(first, last, BLOCK_K):
         top, left = h * stride_height - padding_height, w * stride_width - padding_width
         corner = (n * height + top) * width + left if ROWS else n * x_outer + top * width + left
-        top = tl.where(at < last, top, height)
+        top = tl.where(coord < last, top, height)
         if ROWS:
-            dy_at = (at * dy_outer)[:, None] + output[None, :]
-            in_run, in_outputs = (at < last)[:, None], (output < outputs)[None, :]
+            dy_at = (coord * dy_outer)[:, None] + output[None, :]
+            in_run, in_outputs = (coord < last)[:, None], (output < outputs)[None, :]
             x_at = (corner * x_outer)[:, None] + ((p * width + q) * x_outer + i)[None, :]
             row, col = top[:, None] + below[None, :], left[:, None] + q[None, :]
         else:
             dy_at = (n * dy_outer + h * out_width + w)[None, :] + (output * dy_inner)[:, None]
-            in_run, in_outputs = (at < last)[None, :], (output < outputs)[:, None]
+            in_run, in_outputs = (coord < last)[None, :], (output < outputs)[:, None]
             x_at = corner[None, :] + (i * x_inner + p * width + q)[:, None]
             row, col = top[None, :] + below[:, None], left[None, :] + q[:, None]
         # As unsigned numbers, negative ones are beyond any size.
@@ -98,33 +98,33 @@ def conv_grad_signs_kernel(
             total = tl.dot(x, dy, total, input_precision="ieee", out_dtype=ACC)
         if abs_sum_ptr is not None:
             abs_total = tl.dot(magnitude(x), magnitude(dy), abs_total, input_precision="ieee", out_dtype=ACC)
-        at += BLOCK_K
+        coord += BLOCK_K
         w += step_w
         h += step_h + (w >= out_width).to(tl.int32)
         w = tl.where(w >= out_width, w - out_width, w)
         n += step_n + (h >= out_height).to(tl.int32)
         h = tl.where(h >= out_height, h - out_height, h)
     to = (tl.program_id(2) * outputs + output)[None, :].to(tl.int64) * columns + column[:, None]
-    known = (output < outputs)[None, :] & (column < columns)[:, None]
+    valid = (output < outputs)[None, :] & (column < columns)[:, None]
     if sum_ptr is not None:
-        tl.store(sum_ptr + to, total, mask=known)
+        tl.store(sum_ptr + to, total, mask=valid)
     if abs_sum_ptr is not None:
-        tl.store(abs_sum_ptr + to, abs_total, mask=known)
+        tl.store(abs_sum_ptr + to, abs_total, mask=valid)
     if sign_sum_ptr is not None:
-        tl.store(sign_sum_ptr + to, sign_total, mask=known)
+        tl.store(sign_sum_ptr + to, sign_total, mask=valid)
     if nonzero_ptr is not None:
-        tl.store(nonzero_ptr + to, nonzero_total, mask=known)
+        tl.store(nonzero_ptr + to, nonzero_total, mask=valid)
 
 
 @triton.jit
-def load(ptr, offsets, known, also, VECTOR: tl.constexpr):
-    """Values at these offsets, zero where not ``known & also``. VECTOR neighbours of the last axis lie together,
-    aligned to 16 bytes, and are known or not as one. (These hints are lost on what is not computed here.)"""
-    at, known = ptr + offsets, known & also
+def load(ptr, offsets, valid, also, VECTOR: tl.constexpr):
+    """Values at these offsets, zero where not ``valid & also``. VECTOR neighbours of the last axis lie together,
+    aligned to 16 bytes, and are valid or not as one. (These hints are lost on what is not computed here.)"""
+    pointers, valid = ptr + offsets, valid & also
     if VECTOR > 1:
-        at = tl.multiple_of(tl.max_contiguous(at, (1, VECTOR)), (1, 16))
-        known = tl.max_constancy(known, (1, VECTOR))
-    return tl.load(at, mask=known, other=0.0)
+        pointers = tl.multiple_of(tl.max_contiguous(pointers, (1, VECTOR)), (1, 16))
+        valid = tl.max_constancy(valid, (1, VECTOR))
+    return tl.load(pointers, mask=valid, other=0.0)
 
 
 @triton.jit
@@ -175,8 +175,8 @@ def fold(which, parts_ptr, total_ptr, parts, size, PARTS: tl.constexpr, ELEMENTS
         total = tl.zeros((ELEMENTS,), total_ptr.dtype.element_ty)
         for first in range(0, parts, PARTS):
             part = (first + tl.arange(0, PARTS))[:, None]
-            known = (part < parts) & (element < size)[None, :]
-            total += tl.sum(tl.load(parts_ptr + part.to(tl.int64) * size + element[None, :], mask=known, other=0), 0)
+            valid = (part < parts) & (element < size)[None, :]
+            total += tl.sum(tl.load(parts_ptr + part.to(tl.int64) * size + element[None, :], mask=valid, other=0), 0)
         tl.store(total_ptr + element, total, mask=element < size)
 
 

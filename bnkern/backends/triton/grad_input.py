@@ -25,10 +25,10 @@ from .records import columns_sum, fold_gradient, owned, write_part
 
 
 @triton.jit
-def mean_gradients(sums, count, training, channel, known, ROWS: tl.constexpr, ALIGN: tl.constexpr):
+def mean_gradients(sums, count, training, channel, valid, ROWS: tl.constexpr, ALIGN: tl.constexpr):
     """sum g / M and sum g * xhat / M at ``channel``; 0 in eval mode."""
-    total = per_channel(sums[0], training, 0.0, channel, known, ROWS, ALIGN)
-    dot = per_channel(sums[1], training, 0.0, channel, known, ROWS, ALIGN)
+    total = per_channel(sums[0], training, 0.0, channel, valid, ROWS, ALIGN)
+    dot = per_channel(sums[1], training, 0.0, channel, valid, ROWS, ALIGN)
     count = count.to(total.dtype)
     return divide(total, count), divide(dot, count)
 
@@ -46,13 +46,13 @@ def grad_input_kernel(
     STORED: tl.constexpr = x_ptr.dtype.element_ty
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     vectors = (mean_ptr, invstd_ptr, weight_ptr, bias_ptr)
-    given = (has_statistics, has_weight, has_bias)
+    present = (has_statistics, has_weight, has_bias)
     sums = (sum_ptr, dot_ptr)
     first = tl.program_id(1) * share
     if ROWS or not FLAT:
         _, octet = locate(first, 0, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
         channel, exists = channel_of(octet, length, channels, ROWS, FLAT, ALIGN)
-        mean, invstd, weight, bias = affine(vectors, given, channel, exists, ROWS, ALIGN)
+        mean, invstd, weight, bias = affine(vectors, present, channel, exists, ROWS, ALIGN)
         mean_g, mean_dot = mean_gradients(sums, count, training, channel, exists, ROWS, ALIGN)
     if parts_ptr is not None:
         total = tl.zeros((GROUP, 8), ACC)
@@ -65,37 +65,39 @@ def grad_input_kernel(
         places, dys, xs = (), (), ()
         for u in tl.static_range(UNROLL):
             line, octet = locate(t, u, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
-            known = inside(line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
-            places += ((line, octet, known),)
-            at = addresses(dy_ptr, dy_outer, dy_inner, line, octet, channels, ROWS, FLAT, ALIGN)
-            dys += (tl.load(at, mask=known, other=0.0),)
-            at = addresses(x_ptr, x_outer, x_inner, line, octet, channels, ROWS, FLAT, ALIGN)
-            xs += (tl.load(at, mask=known, other=0.0),)
+            valid = inside(line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
+            places += ((line, octet, valid),)
+            pointers = addresses(dy_ptr, dy_outer, dy_inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            dys += (tl.load(pointers, mask=valid, other=0.0),)
+            pointers = addresses(x_ptr, x_outer, x_inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            xs += (tl.load(pointers, mask=valid, other=0.0),)
         for u in tl.static_range(UNROLL):
-            line, octet, known = places[u]
+            line, octet, valid = places[u]
             if FLAT and not ROWS:
                 channel, _ = channel_of(octet, length, channels, ROWS, FLAT, ALIGN)
-                mean, invstd, weight, bias = affine(vectors, given, channel, known, ROWS, ALIGN)
-                mean_g, mean_dot = mean_gradients(sums, count, training, channel, known, ROWS, ALIGN)
+                mean, invstd, weight, bias = affine(vectors, present, channel, valid, ROWS, ALIGN)
+                mean_g, mean_dot = mean_gradients(sums, count, training, channel, valid, ROWS, ALIGN)
             xhat = (xs[u].to(ACC) - mean) * invstd
             g = gated(
-                dys[u].to(ACC), xhat, weight, bias, mask_ptr, relu, line, octet, lines, length, channels, known,
+                dys[u].to(ACC), xhat, weight, bias, mask_ptr, relu, line, octet, lines, length, channels, valid,
                 STORED, ROWS, FLAT, ALIGN,
             )  # fmt: skip
             # In eval mode an infinite x must not meet the zero sums.
             dx = tl.where(training != 0, g - tl.fma(xhat, mean_dot, mean_g), g) * (weight * invstd)
-            at = addresses(dx_ptr, dx_outer, dx_inner, line, octet, channels, ROWS, FLAT, ALIGN)
-            tl.store(at, dx, mask=known & (need_dx != 0))
-            at = addresses(dresidual_ptr, dresidual_outer, dresidual_inner, line, octet, channels, ROWS, FLAT, ALIGN)
-            tl.store(at, g, mask=known & (need_dresidual != 0))
+            pointers = addresses(dx_ptr, dx_outer, dx_inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            tl.store(pointers, dx, mask=valid & (need_dx != 0))
+            pointers = addresses(
+                dresidual_ptr, dresidual_outer, dresidual_inner, line, octet, channels, ROWS, FLAT, ALIGN
+            )
+            tl.store(pointers, g, mask=valid & (need_dresidual != 0))
             if parts_ptr is not None:
-                value = tl.where(known, dx.to(STORED).to(ACC), 0.0)
+                value = tl.where(valid, dx.to(STORED).to(ACC), 0.0)
                 total += value
                 absolute += tl.abs(value)
                 squares = tl.fma(value, value, squares)
                 positive += (value > 0).to(tl.int32)
                 negative += (value < 0).to(tl.int32)
-                zero += (known & (value == 0)).to(tl.int32)
+                zero += (valid & (value == 0)).to(tl.int32)
     if parts_ptr is not None:
         WIDTH: tl.constexpr = OCTETS * 8 if ROWS else 1
         total = columns_sum(total, WIDTH)
@@ -104,9 +106,9 @@ def grad_input_kernel(
         positive = columns_sum(positive, WIDTH)
         negative = columns_sum(negative, WIDTH)
         zero = columns_sum(zero, WIDTH)
-        part, channel, there = owned(channels, WIDTH, FLAT)
+        part, channel, in_bounds = owned(channels, WIDTH, FLAT)
         rows = (total, absolute, squares, positive, negative, zero)
-        write_part(parts_ptr, rows, 0, 6, part, channel, channels, there)
+        write_part(parts_ptr, rows, 0, 6, part, channel, channels, in_bounds)
 
 
 def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
@@ -126,15 +128,15 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
         return dx, dresidual
     dy, x = addressed(dy, like.rows), addressed(x, like.rows)
     written = [dresidual if dx is None else dx, dx if dresidual is None else dresidual]
-    vectors, given = channel_vectors(x, call.mean, call.invstd, call.weight, call.bias)
+    vectors, present = channel_vectors(x, call.mean, call.invstd, call.weight, call.bias)
     total, dot, count = (vectors[0], vectors[0], 1) if sums is None else sums
     total, dot = total.contiguous(), dot.contiguous()
-    how = plan(like, [dy, x, *written], [*vectors, total, dot], pointwise=True, recording=record is not None)
-    parts = None if record is None else torch.empty((how.parts, 6, like.c), dtype=torch.float64, device=x.device)
+    walk = plan(like, [dy, x, *written], [*vectors, total, dot], pointwise=True, recording=record is not None)
+    parts = None if record is None else torch.empty((walk.parts, 6, like.c), dtype=torch.float64, device=x.device)
     flags = (int(relu), int(sums is not None), int(need_dx), int(need_dresidual))
     launch(
-        grad_input_kernel, how.grid, x.device, dy, x, *written, mask if relu else None, *vectors, total, dot,
-        parts, *how.strides, *how.sizes, *given, count, *flags, **how.constants,
+        grad_input_kernel, walk.grid, x.device, dy, x, *written, mask if relu else None, *vectors, total, dot,
+        parts, *walk.strides, *walk.sizes, *present, count, *flags, **walk.constants,
     )  # fmt: skip
     if record is not None:
         fold_gradient(parts, record, like.count)

@@ -35,8 +35,8 @@ def grad_sums_kernel(
     _, octet = locate(first, 0, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
     channel, exists = channel_of(octet, length, channels, ROWS, FLAT, ALIGN)
     vectors = (mean_ptr, invstd_ptr, weight_ptr, bias_ptr)
-    given = (has_statistics, has_weight, has_bias)
-    mean, invstd, weight, bias = affine(vectors, given, channel, exists, ROWS, ALIGN)
+    present = (has_statistics, has_weight, has_bias)
+    mean, invstd, weight, bias = affine(vectors, present, channel, exists, ROWS, ALIGN)
     total = tl.zeros((GROUP, 8), ACC)
     dot = tl.zeros((GROUP, 8), ACC)
     if parts_ptr is not None:
@@ -50,27 +50,27 @@ def grad_sums_kernel(
         places, dys, xs = (), (), ()
         for u in tl.static_range(UNROLL):
             line, octet = locate(t, u, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
-            known = (line < lines) & (position(octet) < length * ALIGN)
-            places += ((line, octet, known),)
-            at = addresses(dy_ptr, dy_outer, dy_inner, line, octet, channels, ROWS, FLAT, ALIGN)
-            dys += (tl.load(at, mask=known, other=0.0),)
-            at = addresses(x_ptr, x_outer, x_inner, line, octet, channels, ROWS, FLAT, ALIGN)
-            xs += (tl.load(at, mask=known, other=0.0),)
+            valid = (line < lines) & (position(octet) < length * ALIGN)
+            places += ((line, octet, valid),)
+            pointers = addresses(dy_ptr, dy_outer, dy_inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            dys += (tl.load(pointers, mask=valid, other=0.0),)
+            pointers = addresses(x_ptr, x_outer, x_inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            xs += (tl.load(pointers, mask=valid, other=0.0),)
         for u in tl.static_range(UNROLL):
-            line, octet, known = places[u]
+            line, octet, valid = places[u]
             xhat = (xs[u].to(ACC) - mean) * invstd
             g = gated(
-                dys[u].to(ACC), xhat, weight, bias, mask_ptr, relu, line, octet, lines, length, channels, known,
+                dys[u].to(ACC), xhat, weight, bias, mask_ptr, relu, line, octet, lines, length, channels, valid,
                 STORED, ROWS, FLAT, ALIGN,
             )  # fmt: skip
             total += g
             # An idle lane has g = 0, but its xhat may overflow.
-            dot = tl.fma(g, tl.where(known, xhat, 0.0), dot)
+            dot = tl.fma(g, tl.where(valid, xhat, 0.0), dot)
             if parts_ptr is not None:
                 absolute += tl.abs(g)
                 signs += sign(g)
                 nonzero += (g != 0).to(tl.int32)
-                summand = g * tl.where(known, xhat, 0.0)
+                summand = g * tl.where(valid, xhat, 0.0)
                 absolute_dot += tl.abs(summand)
                 dot_signs += sign(summand)
                 dot_nonzero += (summand != 0).to(tl.int32)
@@ -79,9 +79,9 @@ def grad_sums_kernel(
     total = tl.sum(tl.reshape(total, (GROUP * 8 // WIDTH, WIDTH)), 0)
     dot = tl.sum(tl.reshape(dot, (GROUP * 8 // WIDTH, WIDTH)), 0)
     channel = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    at = tl.program_id(1) * channels
-    tl.store(sums_ptr + at + channel, total, mask=channel < channels)
-    tl.store(dots_ptr + at + channel, dot, mask=channel < channels)
+    offsets = tl.program_id(1) * channels
+    tl.store(sums_ptr + offsets + channel, total, mask=channel < channels)
+    tl.store(dots_ptr + offsets + channel, dot, mask=channel < channels)
     if parts_ptr is not None:
         absolute = columns_sum(absolute, WIDTH)
         signs = columns_sum(signs, WIDTH)
@@ -90,8 +90,8 @@ def grad_sums_kernel(
         dot_signs = columns_sum(dot_signs, WIDTH)
         dot_nonzero = columns_sum(dot_nonzero, WIDTH)
         rows = (total, absolute, signs, nonzero, dot, absolute_dot, dot_signs, dot_nonzero)
-        part, channel, there = owned(channels, WIDTH, FLAT)
-        write_part(parts_ptr, rows, 0, 8, part, channel, channels, there)
+        part, channel, in_bounds = owned(channels, WIDTH, FLAT)
+        write_part(parts_ptr, rows, 0, 8, part, channel, channels, in_bounds)
 
 
 @kernel
@@ -110,10 +110,10 @@ def fold_kernel(
     dot = tl.zeros((CHANNELS,), sum_ptr.dtype.element_ty)
     for first in range(0, parts, PARTS):
         part = (first + tl.arange(0, PARTS))[:, None]
-        known = (part < parts) & (channel < channels)[None, :]
-        at = part.to(tl.int64) * channels + channel[None, :]
-        total += tl.sum(tl.load(sums_ptr + at, mask=known, other=0.0), 0)
-        dot += tl.sum(tl.load(dots_ptr + at, mask=known, other=0.0), 0)
+        valid = (part < parts) & (channel < channels)[None, :]
+        offsets = part.to(tl.int64) * channels + channel[None, :]
+        total += tl.sum(tl.load(sums_ptr + offsets, mask=valid, other=0.0), 0)
+        dot += tl.sum(tl.load(dots_ptr + offsets, mask=valid, other=0.0), 0)
     tl.store(sum_ptr + channel, total, mask=channel < channels)
     tl.store(dot_ptr + channel, dot, mask=channel < channels)
 
@@ -129,18 +129,18 @@ def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
         zeros = torch.zeros(like.c, dtype=acc, device=x.device)
         return zeros, zeros.clone()
     dy, x = addressed(dy, like.rows), addressed(x, like.rows)
-    vectors, given = channel_vectors(x, call.mean, call.invstd, call.weight, call.bias)
-    how = plan(like, [dy, x], vectors)
-    sums, dots = torch.empty((2, how.grid[1], like.c), dtype=acc, device=x.device)
+    vectors, present = channel_vectors(x, call.mean, call.invstd, call.weight, call.bias)
+    walk = plan(like, [dy, x], vectors)
+    sums, dots = torch.empty((2, walk.grid[1], like.c), dtype=acc, device=x.device)
     total, dot = (torch.empty(like.c, dtype=acc, device=x.device) for _ in range(2))
-    parts = None if record is None else torch.empty((how.parts, 8, like.c), dtype=torch.float64, device=x.device)
+    parts = None if record is None else torch.empty((walk.parts, 8, like.c), dtype=torch.float64, device=x.device)
     launch(
-        grad_sums_kernel, how.grid, x.device, dy, x, mask if relu else None, *vectors, sums, dots, parts,
-        *how.strides, *how.sizes, *given, int(relu), **how.constants,
+        grad_sums_kernel, walk.grid, x.device, dy, x, mask if relu else None, *vectors, sums, dots, parts,
+        *walk.strides, *walk.sizes, *present, int(relu), **walk.constants,
     )  # fmt: skip
     launch(
         fold_kernel, (triton.cdiv(like.c, CHANNELS), 1 if record is None else 9), x.device,
-        sums, dots, total, dot, parts, record, how.grid[1], like.c,
+        sums, dots, total, dot, parts, record, walk.grid[1], like.c,
         PARTS=PARTS, CHANNELS=CHANNELS,
     )  # fmt: skip
     return total, dot

@@ -35,13 +35,13 @@ def merged(counts_ptr, means_ptr, m2s_ptr, parts, channel, channels, PARTS: tl.c
     m2 = tl.zeros((CHANNELS,), ACC)
     for first in range(0, parts, PARTS):
         part = (first + tl.arange(0, PARTS))[:, None]
-        known = (part < parts) & (channel < channels)[None, :]
-        at = part.to(tl.int64) * channels + channel[None, :]
+        valid = (part < parts) & (channel < channels)[None, :]
+        offsets = part.to(tl.int64) * channels + channel[None, :]
         counts = tl.load(counts_ptr + part, mask=part < parts, other=0)
         exact += tl.sum(counts)
         counts = counts.to(ACC)
-        means = tl.where(counts > 0, tl.load(means_ptr + at, mask=known, other=0.0), 0.0)
-        m2s = tl.where(counts > 0, tl.load(m2s_ptr + at, mask=known, other=0.0), 0.0)
+        means = tl.where(counts > 0, tl.load(means_ptr + offsets, mask=valid, other=0.0), 0.0)
+        m2s = tl.where(counts > 0, tl.load(m2s_ptr + offsets, mask=valid, other=0.0), 0.0)
         counts = tl.broadcast_to(counts, (PARTS, CHANNELS))
         counts, means, m2s = tl.reduce((counts, means, m2s), 0, chan)
         count, mean, m2 = chan(count, mean, m2, counts, means, m2s)
@@ -122,9 +122,9 @@ def statistics_kernel(
     share = tl.full((CHANNELS,), share, ACC)
     for first in range(tl.program_id(0) * CHANNELS, channels, tl.num_programs(0) * CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
-        known = channel < channels
-        running_mean = tl.load(running_mean_ptr + channel, mask=known & (has_running != 0), other=0.0).to(ACC)
-        running_var = tl.load(running_var_ptr + channel, mask=known & (has_running != 0), other=0.0).to(ACC)
+        valid = channel < channels
+        running_mean = tl.load(running_mean_ptr + channel, mask=valid & (has_running != 0), other=0.0).to(ACC)
+        running_var = tl.load(running_var_ptr + channel, mask=valid & (has_running != 0), other=0.0).to(ACC)
         mean, var = running_mean, running_var
         if training != 0:
             _, mean, m2 = merged(counts_ptr, means_ptr, m2s_ptr, parts, channel, channels, PARTS, CHANNELS)
@@ -132,10 +132,10 @@ def statistics_kernel(
             unbiased = divide(m2, tl.full((CHANNELS,), total - 1, ACC))
             running_mean = running_mean * keep + mean * share
             running_var = running_var * keep + unbiased * share
-            tl.store(running_mean_ptr + channel, running_mean, mask=known & (has_running != 0))
-            tl.store(running_var_ptr + channel, running_var, mask=known & (has_running != 0))
-        tl.store(mean_ptr + channel, mean, mask=known)
-        tl.store(invstd_ptr + channel, inverse_root(var + tl.full((CHANNELS,), eps, ACC)), mask=known)
+            tl.store(running_mean_ptr + channel, running_mean, mask=valid & (has_running != 0))
+            tl.store(running_var_ptr + channel, running_var, mask=valid & (has_running != 0))
+        tl.store(mean_ptr + channel, mean, mask=valid)
+        tl.store(invstd_ptr + channel, inverse_root(var + tl.full((CHANNELS,), eps, ACC)), mask=valid)
     if tracked_ptr is not None:
         tl.debug_barrier()  # no thread raises the counter before all have read it
         if (training != 0) & (tl.program_id(0) == 0):

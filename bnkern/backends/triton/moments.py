@@ -25,19 +25,19 @@ def no_moments(ACC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FLAT:
 
 
 @triton.jit
-def counted(line, octet, known, lines, length, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr):
-    """Which lanes have a value, [GROUP, 1] where that is the same for those of an octet, else ``known``."""
+def counted(line, octet, valid, lines, length, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr):
+    """Which lanes have a value, [GROUP, 1] where that is the same for those of an octet, else ``valid``."""
     if ROWS and not FLAT:  # lanes beyond the last channel may count: their results are dropped
         return line < lines
     elif ALIGN == 8:
         return (line < lines) & (octet * 8 < length * ALIGN)
     else:
-        return known
+        return valid
 
 
 @triton.jit
-def add_tile(lanes, xs, known, tile_count, UNROLL: tl.constexpr, RECORD: tl.constexpr):
-    """The moments of lanes that have seen the values ``xs`` of a tile as well, UNROLL each, where ``known``.
+def add_tile(lanes, xs, valid, tile_count, UNROLL: tl.constexpr, RECORD: tl.constexpr):
+    """The moments of lanes that have seen the values ``xs`` of a tile as well, UNROLL each, where ``valid``.
 
     They are about the first value that a lane sees, its pivot, so that they are small numbers however large the mean,
     and zero in a constant channel.
@@ -47,20 +47,20 @@ def add_tile(lanes, xs, known, tile_count, UNROLL: tl.constexpr, RECORD: tl.cons
     tile_m2 = tl.zeros_like(mean)
     pivot = tl.where(count == 0, xs[0].to(mean.dtype), pivot)
     for u in tl.static_range(UNROLL):
-        tile_mean += tl.where(known[u], xs[u].to(mean.dtype) - pivot, 0.0)
+        tile_mean += tl.where(valid[u], xs[u].to(mean.dtype) - pivot, 0.0)
     tile_mean *= 1.0 / tl.maximum(tile_count, 1.0)
     tile_m3 = tl.zeros_like(mean)
     tile_m4 = tl.zeros_like(mean)
     for u in tl.static_range(UNROLL):
-        deviation = tl.where(known[u], (xs[u].to(mean.dtype) - pivot) - tile_mean, 0.0)
+        deviation = tl.where(valid[u], (xs[u].to(mean.dtype) - pivot) - tile_mean, 0.0)
         tile_m2 = tl.fma(deviation, deviation, tile_m2)
         if RECORD:
             square = deviation * deviation
             tile_m3 = tl.fma(square, deviation, tile_m3)
             tile_m4 = tl.fma(square, square, tile_m4)
             value = xs[u].to(mean.dtype)
-            least = tl.where(known[u] & (value < least), value, least)  # NaN is neither
-            largest = tl.where(known[u] & (value > largest), value, largest)
+            least = tl.where(valid[u] & (value < least), value, least)  # NaN is neither
+            largest = tl.where(valid[u] & (value > largest), value, largest)
     total, middle, m2_of_both = chan(count, mean, m2, tile_count, tile_mean, tile_m2)
     if RECORD:
         m3, m4 = about(count, m2, m3, m4, mean - middle)
@@ -94,11 +94,11 @@ def join_lanes(lanes, WIDTH: tl.constexpr, RECORD: tl.constexpr):
 
 
 @triton.jit
-def write_moments(parts_ptr, joined, part, channel, channels, known):
+def write_moments(parts_ptr, joined, part, channel, channels, valid):
     """The first seven rows of a part of ``records.ACTIVATION``. The mean is not rounded: M3 would feel it."""
     count, centre, mean, m2, m3, m4, least, largest = joined
     mean = centre.to(tl.float64) + mean.to(tl.float64)
-    write_part(parts_ptr, (count, mean, m2, m3, m4, least, largest), 0, 8, part, channel, channels, known)
+    write_part(parts_ptr, (count, mean, m2, m3, m4, least, largest), 0, 8, part, channel, channels, valid)
 
 
 @kernel
@@ -114,28 +114,28 @@ def moments_kernel(
     first = tl.program_id(1) * share
     lanes = no_moments(ACC, GROUP, ROWS, FLAT, ALIGN)
     for t in range(first, tl.minimum(first + share, tiles)):
-        xs, known = (), ()
+        xs, valid = (), ()
         tile_count = tl.zeros_like(lanes[0])
         for u in tl.static_range(UNROLL):
             line, octet = locate(t, u, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
-            there = inside(line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
-            at = addresses(x_ptr, outer, inner, line, octet, channels, ROWS, FLAT, ALIGN)
-            xs += (tl.load(at, mask=there, other=0.0),)
-            known += (there,)
-            tile_count += counted(line, octet, there, lines, length, ROWS, FLAT, ALIGN).to(ACC)
-        lanes = add_tile(lanes, xs, known, tile_count, UNROLL, RECORD)
+            in_bounds = inside(line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
+            pointers = addresses(x_ptr, outer, inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            xs += (tl.load(pointers, mask=in_bounds, other=0.0),)
+            valid += (in_bounds,)
+            tile_count += counted(line, octet, in_bounds, lines, length, ROWS, FLAT, ALIGN).to(ACC)
+        lanes = add_tile(lanes, xs, valid, tile_count, UNROLL, RECORD)
     WIDTH: tl.constexpr = OCTETS * 8 if ROWS else 1  # channels of a program
     joined = join_lanes(lanes, WIDTH, RECORD)
     count, centre, mean, m2 = joined[0], joined[1], joined[2], joined[3]
     channel = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    at = tl.program_id(1) * channels + channel
-    tl.store(means_ptr + at, centre + mean, mask=channel < channels)
-    tl.store(m2s_ptr + at, m2, mask=channel < channels)
+    offsets = tl.program_id(1) * channels + channel
+    tl.store(means_ptr + offsets, centre + mean, mask=channel < channels)
+    tl.store(m2s_ptr + offsets, m2, mask=channel < channels)
     if tl.program_id(0) == 0:
         tl.store(counts_ptr + tl.program_id(1), tl.max(count, 0))
     if RECORD:
-        part, channel, there = owned(channels, WIDTH, FLAT)
-        write_moments(parts_ptr, joined, part, channel, channels, there)
+        part, channel, in_bounds = owned(channels, WIDTH, FLAT)
+        write_moments(parts_ptr, joined, part, channel, channels, in_bounds)
 
 
 def partial_moments(x: Tensor, recording: bool = False) -> tuple[Tensor, ...]:
@@ -145,11 +145,13 @@ def partial_moments(x: Tensor, recording: bool = False) -> tuple[Tensor, ...]:
     """
     like = layout(x)
     x = addressed(x, like.rows)
-    how = plan(like, [x], [])
-    means, m2s = torch.empty((2, how.grid[1], like.c), dtype=accumulator(x.dtype), device=x.device)
-    counts = means.new_empty(how.grid[1])
-    parts = means.new_empty((how.grid[1], 8, like.c), dtype=torch.float64) if recording else None
-    launch(moments_kernel, how.grid, x.device, x, counts, means, m2s, parts, *how.strides, *how.sizes, **how.constants)
+    walk = plan(like, [x], [])
+    means, m2s = torch.empty((2, walk.grid[1], like.c), dtype=accumulator(x.dtype), device=x.device)
+    counts = means.new_empty(walk.grid[1])
+    parts = means.new_empty((walk.grid[1], 8, like.c), dtype=torch.float64) if recording else None
+    launch(
+        moments_kernel, walk.grid, x.device, x, counts, means, m2s, parts, *walk.strides, *walk.sizes, **walk.constants
+    )
     return (counts, means, m2s, parts) if recording else (counts, means, m2s)
 
 

@@ -36,12 +36,12 @@ def normalize_kernel(
     STORED: tl.constexpr = y_ptr.dtype.element_ty
     RECORD: tl.constexpr = parts_ptr is not None or tally_ptr is not None
     vectors = (mean_ptr, invstd_ptr, weight_ptr, bias_ptr)
-    given = (has_statistics, has_weight, has_bias)
+    present = (has_statistics, has_weight, has_bias)
     first = tl.program_id(1) * share
     if ROWS or not FLAT:
         _, octet = locate(first, 0, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
         channel, exists = channel_of(octet, length, channels, ROWS, FLAT, ALIGN)
-        mean, invstd, weight, bias = affine(vectors, given, channel, exists, ROWS, ALIGN)
+        mean, invstd, weight, bias = affine(vectors, present, channel, exists, ROWS, ALIGN)
     if RECORD:
         active = tl.zeros((GROUP, 8), tl.int32)
     if parts_ptr is not None:
@@ -50,45 +50,45 @@ def normalize_kernel(
         places, xs, residuals = (), (), ()
         for u in tl.static_range(UNROLL):
             line, octet = locate(t, u, spans, beside, ROWS, WIDE, GROUP, OCTETS, UNROLL)
-            known = inside(line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
-            places += ((line, octet, known),)
-            at = addresses(x_ptr, x_outer, x_inner, line, octet, channels, ROWS, FLAT, ALIGN)
-            xs += (tl.load(at, mask=known, other=0.0),)
-            at = addresses(residual_ptr, residual_outer, residual_inner, line, octet, channels, ROWS, FLAT, ALIGN)
-            residuals += (tl.load(at, mask=known & (has_residual != 0), other=0.0),)
+            valid = inside(line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
+            places += ((line, octet, valid),)
+            pointers = addresses(x_ptr, x_outer, x_inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            xs += (tl.load(pointers, mask=valid, other=0.0),)
+            pointers = addresses(residual_ptr, residual_outer, residual_inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            residuals += (tl.load(pointers, mask=valid & (has_residual != 0), other=0.0),)
         for u in tl.static_range(UNROLL):
-            line, octet, known = places[u]
+            line, octet, valid = places[u]
             if FLAT and not ROWS:
                 channel, _ = channel_of(octet, length, channels, ROWS, FLAT, ALIGN)
-                mean, invstd, weight, bias = affine(vectors, given, channel, known, ROWS, ALIGN)
+                mean, invstd, weight, bias = affine(vectors, present, channel, valid, ROWS, ALIGN)
             xhat = (xs[u].to(mean.dtype) - mean) * invstd
             z = (tl.fma(xhat, weight, bias) + residuals[u].to(mean.dtype)).to(STORED).to(mean.dtype)
             stopped = z <= 0  # NaN is not, and passes
-            at = addresses(y_ptr, y_outer, y_inner, line, octet, channels, ROWS, FLAT, ALIGN)
-            tl.store(at, tl.where((relu != 0) & stopped, 0.0, z), mask=known)
+            pointers = addresses(y_ptr, y_outer, y_inner, line, octet, channels, ROWS, FLAT, ALIGN)
+            tl.store(pointers, tl.where((relu != 0) & stopped, 0.0, z), mask=valid)
             if RECORD:
-                active += (known & (z > 0)).to(tl.int32)
+                active += (valid & (z > 0)).to(tl.int32)
             if mask_ptr is not None:
-                bits = tl.where(known & (stopped == 0), 1 << tl.arange(0, 8)[None, :], 0)
+                bits = tl.where(valid & (stopped == 0), 1 << tl.arange(0, 8)[None, :], 0)
                 byte = tl.sum(bits, 1, keep_dims=True).to(tl.uint8)
-                at, there = mask_addresses(mask_ptr, line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
-                tl.store(at, byte, mask=(line < lines) & there)
+                pointers, in_bounds = mask_addresses(mask_ptr, line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
+                tl.store(pointers, byte, mask=(line < lines) & in_bounds)
         if parts_ptr is not None:
             everywhere, tile_count = (), tl.zeros_like(lanes[0])
             for u in tl.static_range(UNROLL):
-                line, octet, known = places[u]
-                everywhere += (known,)
-                tile_count += counted(line, octet, known, lines, length, ROWS, FLAT, ALIGN).to(mean.dtype)
+                line, octet, valid = places[u]
+                everywhere += (valid,)
+                tile_count += counted(line, octet, valid, lines, length, ROWS, FLAT, ALIGN).to(mean.dtype)
             lanes = add_tile(lanes, xs, everywhere, tile_count, UNROLL, 1)
     if RECORD:
         WIDTH: tl.constexpr = OCTETS * 8 if ROWS else 1
-        part, channel, there = owned(channels, WIDTH, FLAT)
+        part, channel, in_bounds = owned(channels, WIDTH, FLAT)
         active = columns_sum(active, WIDTH)
         if parts_ptr is not None:
-            write_moments(parts_ptr, join_lanes(lanes, WIDTH, 1), part, channel, channels, there)
-            write_part(parts_ptr, (active,), 7, 8, part, channel, channels, there)
+            write_moments(parts_ptr, join_lanes(lanes, WIDTH, 1), part, channel, channels, in_bounds)
+            write_part(parts_ptr, (active,), 7, 8, part, channel, channels, in_bounds)
         else:
-            tell(tally_ptr, row_ptr, active, told, channel, there)
+            tell(tally_ptr, row_ptr, active, told, channel, in_bounds)
 
 
 def normalize(
@@ -108,9 +108,9 @@ def normalize(
         return y, mask
     x = addressed(x, like.rows)
     z = x if residual is None else addressed(residual, like.rows)
-    vectors, given = channel_vectors(x, mean, invstd, call.weight, call.bias)
-    how = plan(like, [x, z, y], vectors, pointwise=True, recording=record is not None)
-    told = how.parts
+    vectors, present = channel_vectors(x, mean, invstd, call.weight, call.bias)
+    walk = plan(like, [x, z, y], vectors, pointwise=True, recording=record is not None)
+    told = walk.parts
     parts = tally = row = None
     if record is not None and tallied:
         row = record[-1]
@@ -118,8 +118,9 @@ def normalize(
     elif record is not None:
         parts = torch.empty((told, 8, like.c), dtype=torch.float64, device=x.device)
     launch(
-        normalize_kernel, how.grid, x.device, x, z, y, mask, *vectors, parts, tally, row,
-        *how.strides, *how.sizes, *given, int(residual is not None), int(call.act == "relu"), told, **how.constants,
+        normalize_kernel, walk.grid, x.device, x, z, y, mask, *vectors, parts, tally, row,
+        *walk.strides, *walk.sizes, *present, int(residual is not None), int(call.act == "relu"), told,
+        **walk.constants,
     )  # fmt: skip
     if parts is not None:
         fold_activation(parts, record, like.count)

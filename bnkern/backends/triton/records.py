@@ -38,11 +38,11 @@ def owned(channels, WIDTH: tl.constexpr, FLAT: tl.constexpr):
 
 
 @triton.jit
-def write_part(parts_ptr, values, first, rows, part, channel, channels, known):
+def write_part(parts_ptr, values, first, rows, part, channel, channels, valid):
     """Writes ``values``, a tuple of [WIDTH], as the rows of a part from ``first`` on."""
-    at = parts_ptr + ((part * rows + first) * channels + channel)
+    pointers = parts_ptr + ((part * rows + first) * channels + channel)
     for i in tl.static_range(len(values)):
-        tl.store(at + i * channels, values[i].to(tl.float64), mask=known)
+        tl.store(pointers + i * channels, values[i].to(tl.float64), mask=valid)
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def columns_sum(values, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def tell(tally_ptr, record_ptr, counted, parts, channel, known):
+def tell(tally_ptr, record_ptr, counted, parts, channel, valid):
     """Adds a part to its channels' tallies, which begin at 0; whoever completes one writes the count in its place.
 
     Integers make the same sum in any order, and the sum itself says when it is complete, so nothing is waited for.
@@ -60,9 +60,9 @@ def tell(tally_ptr, record_ptr, counted, parts, channel, known):
     """
     one = tl.full(counted.shape, 1, tl.int64) << TOLD
     told = one + counted.to(tl.int64)
-    total = tl.atomic_add(tally_ptr + channel, told, mask=known, sem="relaxed") + told
+    total = tl.atomic_add(tally_ptr + channel, told, mask=valid, sem="relaxed") + told
     count = total & (one - 1)
-    tl.store(record_ptr + channel, count.to(tl.float64), mask=known & ((total >> TOLD) == parts))
+    tl.store(record_ptr + channel, count.to(tl.float64), mask=valid & ((total >> TOLD) == parts))
 
 
 # ------------------------------------------------------------------------------------------- all parts of a record
@@ -85,9 +85,9 @@ def about(count, m2, m3, m4, delta):
 def block(parts_ptr, row, rows, first, parts, channel, channels, PARTS: tl.constexpr):
     """A row [PARTS, CHANNELS] of the parts from ``first`` on; 0 where there is none."""
     part = (first + tl.arange(0, PARTS))[:, None]
-    known = (part < parts) & (channel < channels)[None, :]
-    at = (part.to(tl.int64) * rows + row) * channels + channel[None, :]
-    return tl.load(parts_ptr + at, mask=known, other=0.0)
+    valid = (part < parts) & (channel < channels)[None, :]
+    offsets = (part.to(tl.int64) * rows + row) * channels + channel[None, :]
+    return tl.load(parts_ptr + offsets, mask=valid, other=0.0)
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def fold_moments(
     parts_ptr, record_ptr, count, parts, channel, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
     """The first seven rows of ``records.ACTIVATION``: parts brought to the mean of all ``count`` values."""
-    known = channel < channels
+    valid = channel < channels
     count = tl.full((CHANNELS,), count, tl.float64)
     mean = tl.zeros((CHANNELS,), tl.float64)
     for first in range(0, parts, PARTS):
@@ -133,7 +133,7 @@ def fold_moments(
         largests = block(parts_ptr, 6, 8, first, parts, channel, channels, PARTS)
         least = tl.minimum(least, tl.min(tl.where(counts > 0, leasts, float("inf")), 0))
         largest = tl.maximum(largest, tl.max(tl.where(counts > 0, largests, float("-inf")), 0))
-    write_part(record_ptr, (count, mean, m2, m3, m4, least, largest), 0, 8, 0, channel, channels, known)
+    write_part(record_ptr, (count, mean, m2, m3, m4, least, largest), 0, 8, 0, channel, channels, valid)
 
 
 @kernel
