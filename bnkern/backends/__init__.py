@@ -1,9 +1,9 @@
 """Which kernels serve a call: one table, :func:`choose`, with :func:`use_backend` to force and :func:`explain` to see.
 
-A backend is a module with the functions of ``reference``, all with its signatures: ``forward`` and ``backward`` of
-whole calls, the phases ``moments merge normalize grad_sums grad_input`` where it has kernels for them one by one, and
-``refuses(device, dtype) -> str | None``: why it cannot serve such an input. One with ``try_forward`` checks the
-arguments of a call itself, and returns None where they need the slow checks.
+A backend is a module with the functions of ``reference``, all with its signatures, which ``protocol`` has as types:
+``forward`` and ``backward`` of whole calls, the phases ``moments merge normalize grad_sums grad_input`` where it has
+kernels for them one by one, and ``refuses(device, dtype) -> str | None``: why it cannot serve such an input. One with
+``try_forward`` checks the arguments of a call itself, and returns None where they need the slow checks.
 
 A ``device`` is a ``torch.device`` or its name. The GPUs of a machine may differ, so every choice is made and remembered
 for one device with its index; "cuda" without an index is the current device.
