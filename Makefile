@@ -31,8 +31,9 @@ bench: setup ## the benchmarks; pick some with ARGS='-k moments'
 instructions: setup ## count the CPU kernels' instructions anew; the tests hold the kernels to the counts
 	.venv/bin/python -m benchmarks.instructions --write
 
-lint: setup ## check style: ruff, clang-format
+lint: setup ## check style and types: ruff, mypy, clang-format
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror $(CSRC)
 
 format: setup ## put the style right

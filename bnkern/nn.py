@@ -1,6 +1,8 @@
 """Modules: torch.nn's batch norms with ``act`` and ``residual``, and the same state_dict both ways."""
 
 import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +14,7 @@ from .norm import add_act, batch_norm, ranks_of, sync_batch_norm
 from .norm.context import is_plain_eager
 
 
-def _tensor(module: torch.nn.Module, stored: dict[str, Tensor | None], name: str) -> Tensor | None:
+def _tensor(module: torch.nn.Module, stored: Mapping[str, Tensor | None], name: str) -> Tensor | None:
     """``module.name``, without the half microsecond of Module.__getattr__ where it is stored as usual."""
     if name in stored:
         return stored[name]
@@ -30,7 +32,13 @@ def fx_leaf(module: torch.nn.Module, input: object, *others: object) -> fx.Proxy
     return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, {})
 
 
-class _Fused:
+if TYPE_CHECKING:
+    _Parent = torch.nn.modules.batchnorm._BatchNorm  # each subclass of _Fused names one of its classes as second base
+else:
+    _Parent = object
+
+
+class _Fused(_Parent):
     """What the three batch norms add to their torch.nn parents: the fused call and the ``act`` argument.
 
     Parameters and buffers, their names, defaults and reset are the parent's, so a state_dict goes both ways and
@@ -39,7 +47,8 @@ class _Fused:
     """
 
     taps: tuple = ()  # of the recordings that watch this module (bnkern.probes)
-    num_features, eps = Hyperparameter(), Hyperparameter()
+    # They read as torch's int and float. Annotations would be seen by torch.jit.script.
+    num_features, eps = Hyperparameter(), Hyperparameter()  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -52,7 +61,7 @@ class _Fused:
         dtype: torch.dtype | None = None,
         *,
         act: str | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         # Keywords that newer versions of torch add (bias=, in 2.13) pass through to the parent that knows them.
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
@@ -130,7 +139,7 @@ class Activation(torch.nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         node = fx_leaf(self, input, residual)
         if node is not None:
-            return node
+            return node  # type: ignore[return-value]  # a Proxy stands for the result
         records = self.taps[0].records(self, input) if self.taps else None
         return add_act(input, residual, self.act, records=records)
 
@@ -154,7 +163,7 @@ class Conv2d(torch.nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         node = fx_leaf(self, input)
         if node is not None:
-            return node
+            return node  # type: ignore[return-value]
         if (
             type(input) is Tensor
             and torch.is_grad_enabled()
@@ -164,9 +173,16 @@ class Conv2d(torch.nn.Conv2d):
             and is_plain_eager()
             and not torch.is_autocast_enabled(input.device.type)
             and input.dim() == 4
-            and takes_gradient(input, self.weight, self.stride, self.padding, self.dilation, self.groups)
+            and takes_gradient(
+                input,
+                self.weight,
+                self.stride,  # type: ignore[arg-type]  # a pair, as the next two
+                self.padding,  # type: ignore[arg-type]
+                self.dilation,  # type: ignore[arg-type]
+                self.groups,
+            )
         ):
-            return conv2d(input, self.weight, self.bias, self.stride, self.padding)
+            return conv2d(input, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
         return super().forward(input)
 
 
@@ -191,7 +207,7 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         act: str | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, act=act, **kwargs)
         self.process_group = process_group
@@ -203,8 +219,9 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
         group = ranks_of(self.process_group) if self.training else None
         if group is None or isinstance(input, fx.Proxy):
             return super().forward(input, residual)
-        self._check_input_dim(input)
-        self._check_non_zero_input_channels(input)
+        # Of another class, and they ask no more of self than this one has.
+        self._check_input_dim(input)  # type: ignore[misc]
+        self._check_non_zero_input_channels(input)  # type: ignore[misc]
         tracked = self.track_running_stats
         counter = self.num_batches_tracked if tracked else None
         momentum = 0.0 if self.momentum is None and counter is None else self.momentum

@@ -432,9 +432,9 @@ def _html_section(s: Section, figure: str | None) -> str:
         shown = f"<figure>{_inline(figure, s.name)}{caption}</figure>"
         parts.append(f'<div class="beside"><div>{"".join(text)}</div>{shown}</div>')
         parts.append(_html_findings([f for f in s.findings if f.claim.check], s.spec))
-        if shown := [f for f in s.findings if not f.claim.check]:
-            summary = f"<summary>{len(shown)} more numbers, without a check</summary>"
-            parts.append(f"<details>{summary}{_html_findings(shown, s.spec)}</details>")
+        if more := [f for f in s.findings if not f.claim.check]:
+            summary = f"<summary>{len(more)} more numbers, without a check</summary>"
+            parts.append(f"<details>{summary}{_html_findings(more, s.spec)}</details>")
         parts += [_html_table(name, rows) for name, rows in s.tables.items()]
     else:
         parts += text

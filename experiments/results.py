@@ -56,7 +56,7 @@ class Finished:
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything measured, by name; of a layer ``<quantity>/<layer>``."""
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for file in sorted((self.folder / "probes").glob("*.npz")):
             with np.load(file) as stored:
                 arrays |= dict(stored)
@@ -209,7 +209,7 @@ def find(claim: Claim, results: Results) -> Finding:
 
 
 def _holds(claim: Claim, number: float) -> bool:
-    return math.isfinite(number) and bool(claim.check.holds(number))
+    return claim.check is not None and math.isfinite(number) and bool(claim.check.holds(number))
 
 
 def verdict(findings: list[Finding], results: Results) -> str:

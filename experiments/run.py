@@ -148,7 +148,7 @@ def _run_one(planned: Planned, images: cifar10.Cifar10 | None, device: torch.dev
     write_json(folder / "config.json", config)
     started, clock = datetime.now(UTC), time.perf_counter()
     for name, arrays in PROCEDURES[config["procedure"]](config, images, device, folder, tick).items():
-        np.savez(folder / "probes" / f"{name}.npz", **arrays)
+        np.savez(folder / "probes" / f"{name}.npz", **arrays)  # type: ignore[arg-type]  # no name is allow_pickle
     seconds = round(time.perf_counter() - clock, 4)  # the shortest runs take a few milliseconds
     when = {"started": started.isoformat(timespec="seconds"), "seconds": seconds}
     write_json(folder / "env.json", when | environment(device, config["kernels"]))

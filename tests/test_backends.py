@@ -1,5 +1,6 @@
 """The choice of kernels: the table, forcing, falling back, and ``explain``."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 
 import bnkern
 from bnkern import backends
-from bnkern.backends import reference
+from bnkern.backends import protocol, reference
 from tests.cases import CASE, FP32, TARGETS, Target
 
 FP = torch.float32
@@ -25,6 +26,26 @@ def test_the_cpu_kernels_are_here() -> None:
         assert backends.unavailable("cpu", "cpu", dtype) is None
     assert Target("cpu", "cpu") in TARGETS and Target("reference", "cpu") in TARGETS
     assert backends.choose("", "cpu", FP).__name__ == "bnkern.backends.cpu"
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_a_backend_is_as_the_protocol_says(name: str) -> None:
+    """Every function has the arguments of the protocol; those that only some backends have, where they are there."""
+    module = backends._load(name)
+    if isinstance(module, str):
+        pytest.skip(module)
+    others = (protocol.ConvolutionBackend, protocol.ImageBackend, protocol.WinogradBackend)
+    for kind in (protocol.Backend, *(other for other in others if all(hasattr(module, f) for f in functions(other)))):
+        for function, asked in functions(kind).items():
+            given = inspect.signature(getattr(module, function)).parameters
+            assert list(given)[: len(asked)] == asked, function
+            assert all(given[extra].default is not inspect.Parameter.empty for extra in list(given)[len(asked) :])
+
+
+def functions(kind: type) -> dict[str, list[str]]:
+    """The functions of a protocol, each with the names of its arguments."""
+    found = {name: value for name, value in vars(kind).items() if inspect.isfunction(value) and name[0] != "_"}
+    return {name: list(inspect.signature(value).parameters)[1:] for name, value in found.items()}
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ RULES = {
     "bnkern.backends.calls": Rule(()),
     "bnkern.backends.layout": Rule(()),
     "bnkern.backends.records": Rule(()),
+    "bnkern.backends.protocol": Rule(("bnkern.backends.calls",)),
     "bnkern.backends.reference*": Rule(
         ("bnkern.backends.calls", "bnkern.backends.layout", "bnkern.backends.reference.*")
     ),
@@ -50,18 +51,20 @@ RULES = {
     "bnkern.backends.architectures": Rule((), ()),
     "bnkern.backends.cuda": Rule(("bnkern.backends.native", "bnkern.backends.architectures")),
     "bnkern.backends.triton*": Rule((*LEAVES, "bnkern.backends.triton*"), ("torch", "triton")),
-    "bnkern.backends": Rule(()),  # loads its backends by name, from the table
+    "bnkern.backends": Rule(("bnkern.backends.protocol",)),  # loads its backends by name, from the table
     # Batch norm, from the bottom to the top.
     "bnkern.norm.context": Rule(()),
     "bnkern.norm.validation": Rule(("bnkern.backends", "bnkern.backends.calls")),
-    "bnkern.norm.ranks": Rule((*LEAVES, "bnkern.backends.reference.update_running")),
+    "bnkern.norm.ranks": Rule((*LEAVES, "bnkern.backends.protocol", "bnkern.backends.reference.update_running")),
     # The decomposition into torch's operators returns the mask as the reference formula packs it.
     "bnkern.norm.op": Rule(
         ("bnkern.norm.context", "bnkern.norm.ranks", "bnkern.backends", "bnkern.backends.reference.pack_mask", *LEAVES)
     ),
     # The second derivative is the reference formula's.
     "bnkern.norm.vmap": Rule(("bnkern.norm.context", "bnkern.norm.op", "bnkern.backends.reference", *LEAVES)),
-    "bnkern.norm.autograd": Rule(("bnkern.norm.context", "bnkern.backends", "bnkern.backends.reference", *LEAVES)),
+    "bnkern.norm.autograd": Rule(
+        ("bnkern.norm.context", "bnkern.backends", "bnkern.backends.protocol", "bnkern.backends.reference", *LEAVES)
+    ),
     "bnkern.norm.sync": Rule(
         ("bnkern.norm.context", "bnkern.norm.op", "bnkern.norm.autograd", "bnkern.norm.validation", *LEAVES)
     ),
@@ -74,7 +77,7 @@ RULES = {
         )
     ),
     "bnkern.norm": Rule(("bnkern.norm.*",)),
-    "bnkern.conv.*": Rule(("bnkern.backends", "bnkern.conv.*")),
+    "bnkern.conv.*": Rule(("bnkern.backends", "bnkern.backends.protocol", "bnkern.conv.*")),
     "bnkern.conv": Rule(("bnkern.conv.*",)),
     "bnkern.guard": Rule(()),
     "bnkern.nn": Rule(("bnkern.norm", "bnkern.norm.context", "bnkern.conv", "bnkern.guard")),
@@ -172,7 +175,7 @@ def test_the_rules_can_be_broken(tmp_path: Path) -> None:
 def test_the_table_of_backends_names_modules() -> None:
     """The choice imports by name: each of its names that exists is a module of backends, and nothing else is."""
     here = {name.split(".")[2] for name in MODULES if name.startswith("bnkern.backends.")}
-    here -= {"calls", "layout", "records", "native", "architectures"}
+    here -= {"calls", "layout", "records", "protocol", "native", "architectures"}
     assert here <= set(backends.NAMES)
     assert {"cpu", "reference"} <= here
 

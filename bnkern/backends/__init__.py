@@ -1,9 +1,9 @@
 """Which kernels serve a call: one table, :func:`choose`, with :func:`use_backend` to force and :func:`explain` to see.
 
-A backend is a module with the functions of ``reference``, all with its signatures: ``forward`` and ``backward`` of
-whole calls, the phases ``moments merge normalize grad_sums grad_input`` where it has kernels for them one by one, and
-``refuses(device, dtype) -> str | None``: why it cannot serve such an input. One with ``try_forward`` checks the
-arguments of a call itself, and returns None where they need the slow checks.
+A backend is a module with the functions of ``reference``, all with its signatures, which ``protocol`` has as types:
+``forward`` and ``backward`` of whole calls, the phases ``moments merge normalize grad_sums grad_input`` where it has
+kernels for them one by one, and ``refuses(device, dtype) -> str | None``: why it cannot serve such an input. One with
+``try_forward`` checks the arguments of a call itself, and returns None where they need the slow checks.
 
 A ``device`` is a ``torch.device`` or its name. The GPUs of a machine may differ, so every choice is made and remembered
 for one device with its index; "cuda" without an index is the current device.
@@ -15,9 +15,11 @@ import os
 import warnings
 from collections.abc import Iterator
 from functools import cache
-from types import ModuleType
+from typing import Literal, cast, overload
 
 import torch
+
+from .protocol import Backend, ConvolutionBackend, ImageBackend, WinogradBackend
 
 # The table: for each device, the backends in order of preference. The first that does not refuse serves. On CUDA
 # devices that is CUDA C++: on an H200 a training step takes 0.87 of its time with Triton's kernels, and a call a third
@@ -34,7 +36,8 @@ def _order(device: torch.device) -> tuple[str, ...]:
     order = PREFERENCE.get(device.type, ("reference",))
     if device.type != "cuda" or not torch.cuda.is_available():
         return order
-    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= ROOM:
+    found = torch.cuda.get_device_properties(device)
+    if found.shared_memory_per_block_optin >= ROOM:  # type: ignore[attr-defined]  # torch's stub lacks it
         return order
     return ("triton", *(name for name in order if name != "triton"))
 
@@ -84,12 +87,19 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @cache
-def _load(name: str) -> ModuleType | str:
+def _load(name: str) -> Backend | str:
     """The backend's module, or the reason why it cannot be imported here."""
     try:
-        return importlib.import_module(f"{__name__}.{name}")
+        return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
     except ImportError as error:
         return f"cannot be imported: {error}"
+
+
+def _loaded(name: str) -> Backend:
+    """The module of a backend that is not unavailable."""
+    module = _load(name)
+    assert not isinstance(module, str), module
+    return module
 
 
 def unavailable(name: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
@@ -103,7 +113,17 @@ def _unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | N
     return module if isinstance(module, str) else module.refuses(device, dtype)
 
 
-def choose(name: str, device: torch.device | str, dtype: torch.dtype, function: str | None = None) -> ModuleType:
+@overload
+def choose(name: Literal["cpu"], device: torch.device | str, dtype: torch.dtype) -> WinogradBackend: ...
+@overload
+def choose(name: str, device: torch.device | str, dtype: torch.dtype) -> Backend: ...
+@overload
+def choose(
+    name: str, device: torch.device | str, dtype: torch.dtype, function: Literal["conv_grad_signs"]
+) -> ConvolutionBackend: ...
+@overload
+def choose(name: str, device: torch.device | str, dtype: torch.dtype, function: Literal["augment"]) -> ImageBackend: ...
+def choose(name: str, device: torch.device | str, dtype: torch.dtype, function: str | None = None) -> Backend:
     """The backend module for tensors of this device and dtype: the named one, or for "" the table's first that can.
 
     ``function``: what is to be called, where not every backend has it (``augment``, ``conv_grad_signs``: "cuda" has
@@ -115,14 +135,14 @@ def choose(name: str, device: torch.device | str, dtype: torch.dtype, function: 
 
 
 @cache
-def _choose(name: str, device: torch.device, dtype: torch.dtype, function: str | None) -> ModuleType:
+def _choose(name: str, device: torch.device, dtype: torch.dtype, function: str | None) -> Backend:
     if name:
         reason = _unavailable(name, device, dtype)
         if reason:
             raise RuntimeError(f"backend {name!r} was asked for but cannot serve {device} {dtype}: {reason}")
-        module = _load(name)
+        module = _loaded(name)
         return module if function is None or hasattr(module, function) else _choose("", device, dtype, function)
-    reasons = []
+    reasons: list[str] = []
     for candidate in _order(device):
         reason = _unavailable(candidate, device, dtype)
         if reason is None and function is not None and not hasattr(_load(candidate), function):
@@ -131,7 +151,7 @@ def _choose(name: str, device: torch.device, dtype: torch.dtype, function: str |
             if candidate == "reference":
                 why = "; ".join(reasons) or f"no backend has kernels for device {device.type!r}"
                 warnings.warn(f"bnkern uses its slow reference for {device} {dtype}: {why}", stacklevel=4)
-            return _load(candidate)
+            return _loaded(candidate)
         reasons.append(f"{candidate}: {reason}")
     raise AssertionError("the reference serves everything")
 

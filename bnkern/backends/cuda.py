@@ -72,14 +72,14 @@ def introduce(index: int, single_read_from: int | None = None) -> None:
     ``single_read_from``: a :class:`Rule`'s, instead of the device's own.
     """
     found = torch.cuda.get_device_properties(index)
-    rule = RULES.get(found.name, RULES[""])
+    rule, served = RULES.get(found.name, RULES[""]), _serving(found)
     _native.cuda_device(
         index,
         multiprocessors=found.multi_processor_count,
-        shared_bytes=found.shared_memory_per_block_optin,
+        shared_bytes=found.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
         threads=512,
         # PTX for an earlier capability has no cluster instructions, also where the device that runs it has them.
-        clusters=_serving(found) >= (9, 0),
+        clusters=served is not None and served >= (9, 0),
         single_read_from=rule.single_read_from if single_read_from is None else single_read_from,
     )
 
@@ -140,8 +140,14 @@ def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, T
     with torch.cuda.device(means.device):
         _native.cuda_merge(
             native.DTYPES.index(means.dtype),
-            *(t.data_ptr() for t in (count, means, m2s, merged_count, merged_mean, merged_m2)),
-            *means.shape,
+            count.data_ptr(),
+            means.data_ptr(),
+            m2s.data_ptr(),
+            merged_count.data_ptr(),
+            merged_mean.data_ptr(),
+            merged_m2.data_ptr(),
+            means.shape[0],
+            means.shape[1],
             native.current_stream(means),
         )
     return merged_count[0].to(counts.dtype), merged_mean, merged_m2

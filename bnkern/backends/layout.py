@@ -11,6 +11,7 @@ Views whose outer strides are arbitrary (slices of the batch or of the channels,
 in place. Any other stride pattern is copied once, by :func:`addressed`, to the dense form of its layout.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Layout(NamedTuple):
     s: int
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]  # hides tuple.count, which nobody needs of a layout
         """M = N * S, the number of values per channel."""
         return self.n * self.s
 
@@ -65,7 +66,9 @@ def _folded(shape: tuple[int, ...], stride: tuple[int, ...], rows: bool) -> tupl
     if rows and shape[1] > 1 and stride[1] != 1:
         return None
     # Fold the axes that must form one evenly strided run: the positions of a plane, or all rows.
-    axes = (0, *range(2, len(shape))) if rows else range(2, len(shape))
+    axes: Sequence[int] = (0, *range(2, len(shape))) if rows else range(2, len(shape))
+    step: int | None
+    expected: int | None
     step = expected = None if rows else 1
     for axis in reversed(axes):
         size = shape[axis]
@@ -83,7 +86,7 @@ def _folded(shape: tuple[int, ...], stride: tuple[int, ...], rows: bool) -> tupl
 
 def dense_strides(x: Tensor, rows: bool) -> tuple[int, ...]:
     """The strides of a tensor of x's shape that is dense in the given layout."""
-    order = (1, *range(x.dim() - 1, 1, -1), 0) if rows else range(x.dim() - 1, -1, -1)
+    order: Sequence[int] = (1, *range(x.dim() - 1, 1, -1), 0) if rows else range(x.dim() - 1, -1, -1)
     result, step = [0] * x.dim(), 1
     for axis in order:
         result[axis] = step

@@ -9,6 +9,7 @@ The native module must be imported after torch, which brings the OpenMP runtime 
 
 import functools
 import sys
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -70,9 +71,12 @@ def _connect() -> bool:
 READS_TABLE = _connect()  # whether tensors are read through the exchange table
 
 # ------------------------------------------------------------------------------------------------- readable operands
+# C++ declines none of these: what it returns for them is not None.
+
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
 
-def _readable(t: Tensor | None, rows: bool) -> Tensor | None:
+def _readable(t: OptionalTensor, rows: bool) -> OptionalTensor:
     """``t`` itself where the kernels can read it in this layout, else a dense copy."""
     if t is None:
         return None
@@ -82,11 +86,11 @@ def _readable(t: Tensor | None, rows: bool) -> Tensor | None:
     return dense(t, rows).copy_(t) if found is None or narrow else t
 
 
-def _vector(v: Tensor | None) -> Tensor | None:
+def _vector(v: OptionalTensor) -> OptionalTensor:
     return None if v is None else plain(v).contiguous()
 
 
-def plain(t: Tensor | None) -> Tensor | None:
+def plain(t: OptionalTensor) -> OptionalTensor:
     """The same memory as an instance of torch.Tensor."""
     if t is None or type(t) in PLAIN_TYPES:
         return t
@@ -97,13 +101,16 @@ def plain(t: Tensor | None) -> Tensor | None:
 def _readable_forward(call: ForwardCall) -> ForwardCall:
     rows = layout(call.x).rows
     x, residual = _readable(call.x, rows), _readable(call.residual, rows)
-    return ForwardCall(x, _vector(call.weight), _vector(call.bias), residual, *map(plain, call[4:7]), *call[7:])
+    weight, bias = _vector(call.weight), _vector(call.bias)
+    mean, var, counter = plain(call.running_mean), plain(call.running_var), plain(call.num_batches_tracked)
+    return ForwardCall(x, weight, bias, residual, mean, var, counter, *call[7:])
 
 
 def _readable_backward(call: BackwardCall) -> BackwardCall:
     rows = layout(call.x).rows
     dy, x = _readable(call.dy, rows), _readable(call.x, rows)
-    return BackwardCall(dy, x, *map(_vector, call[2:6]), plain(call.mask), *call[7:])
+    weight, bias, mean, invstd = _vector(call.weight), _vector(call.bias), _vector(call.mean), _vector(call.invstd)
+    return BackwardCall(dy, x, weight, bias, mean, invstd, plain(call.mask), *call[7:])
 
 
 # ----------------------------------------------------------------------------------------- the functions of a backend
@@ -118,21 +125,22 @@ def forward(call: ForwardCall) -> Forward:
     """moments and normalize as one: y, mean, invstd, mask. Running statistics and counter change in place."""
     if not call.x.numel():
         return reference.forward(call)
-    return _native.forward(call, True) or _native.forward(_readable_forward(call), True)
+    return _native.forward(call, True) or cast(Forward, _native.forward(_readable_forward(call), True))
 
 
 def backward(call: BackwardCall) -> Gradients:
     """grad_sums and grad_input as one: (dx, dweight, dbias, dresidual), each where ``call.needs`` says so."""
     if not call.x.numel():
         return reference.backward(call)
-    return _native.backward(call) or _native.backward(_readable_backward(call))
+    return _native.backward(call) or cast(Gradients, _native.backward(_readable_backward(call)))
 
 
 def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     """Count, mean [C] and M2 [C] of x."""
     if not x.numel():
         return reference.moments(x)
-    return layout(x).count, *(_native.moments(x) or _native.moments(_readable(x, layout(x).rows)))
+    found = _native.moments(x) or _native.moments(_readable(x, layout(x).rows))
+    return layout(x).count, *cast("tuple[Tensor, Tensor]", found)
 
 
 def normalize(call: ForwardCall, mean: Tensor | None, invstd: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -140,14 +148,15 @@ def normalize(call: ForwardCall, mean: Tensor | None, invstd: Tensor | None) -> 
     if not call.x.numel():
         return reference.normalize(call, mean, invstd)
     found = _native.normalize(call, mean, invstd)
-    return found or _native.normalize(_readable_forward(call), _vector(mean), _vector(invstd))
+    found = found or _native.normalize(_readable_forward(call), _vector(mean), _vector(invstd))
+    return cast("tuple[Tensor, Tensor | None]", found)
 
 
 def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
     """sum g [C] and sum g * xhat [C]."""
     if not call.x.numel():
         return reference.grad_sums(call)
-    return _native.grad_sums(call) or _native.grad_sums(_readable_backward(call))
+    return cast("tuple[Tensor, Tensor]", _native.grad_sums(call) or _native.grad_sums(_readable_backward(call)))
 
 
 def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
@@ -157,6 +166,7 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
     sum_dy, sum_dy_xhat, count = (None, None, 0) if sums is None else sums
     own = layout(call.x).count
     if sums is not None and count != own:  # other ranks' values are in the sums; the kernel divides by its own count
-        sum_dy, sum_dy_xhat = sum_dy * (own / count), sum_dy_xhat * (own / count)
+        sum_dy, sum_dy_xhat = sums[0] * (own / count), sums[1] * (own / count)
     found = _native.grad_input(call, sum_dy, sum_dy_xhat)
-    return found or _native.grad_input(_readable_backward(call), _vector(sum_dy), _vector(sum_dy_xhat))
+    found = found or _native.grad_input(_readable_backward(call), _vector(sum_dy), _vector(sum_dy_xhat))
+    return cast("tuple[Tensor | None, Tensor | None]", found)

@@ -49,13 +49,13 @@ class Records(NamedTuple):
     def forward_written(self) -> None:
         """Called when a forward has filled ``activation``."""
         for mirror in self.mirrors:
-            if mirror.activation is not None:
+            if mirror.activation is not None and self.activation is not None:
                 mirror.activation.copy_(self.activation)
 
     def backward_written(self) -> None:
         """Called when a backward has filled ``gradient`` and ``affine``."""
         for mirror in self.mirrors:
-            if mirror.gradient is not None:
+            if mirror.gradient is not None and self.gradient is not None:
                 mirror.gradient.copy_(self.gradient)
-            if mirror.affine is not None:
+            if mirror.affine is not None and self.affine is not None:
                 mirror.affine.copy_(self.affine)

@@ -66,9 +66,9 @@ def conv2d_grad_signs(
     _check(x, dy, kernel_size, stride, padding)
     if torch.jit.is_tracing():
         raise RuntimeError("conv2d_grad_signs: torch.jit.trace cannot record this call, only its results as constants")
-    wanted = flags(wanted)
+    chosen = flags(wanted)
     backend = backends.choose(backends.forced(), x.device, x.dtype, "conv_grad_signs")
-    return GradSigns(*backend.conv_grad_signs(x.detach(), dy.detach(), kernel_size, stride, padding, wanted))
+    return GradSigns(*backend.conv_grad_signs(x.detach(), dy.detach(), kernel_size, stride, padding, chosen))
 
 
 def _pair(name: str, value: object, least: int) -> tuple[int, int]:
@@ -80,7 +80,7 @@ def _pair(name: str, value: object, least: int) -> tuple[int, int]:
     return tuple(pair)
 
 
-def flags(wanted: object) -> tuple[bool, ...]:
+def flags(wanted: object) -> tuple[bool, bool, bool, bool]:
     """One boolean for each of GradSigns' fields: whether its name is among ``wanted``."""
     fields = GradSigns._fields
     if isinstance(wanted, str) or not isinstance(wanted, Collection):
@@ -88,7 +88,8 @@ def flags(wanted: object) -> tuple[bool, ...]:
     for name in wanted:
         if name not in fields:
             raise ValueError(f"conv2d_grad_signs: wanted must be names out of {', '.join(fields)}; got {name!r}")
-    return tuple(name in wanted for name in fields)
+    sum, abs_sum, sign_sum, nonzero = (name in wanted for name in fields)
+    return sum, abs_sum, sign_sum, nonzero
 
 
 def _check(

@@ -1,12 +1,13 @@
 """A convolution whose weight gradient a probe may have formed already, and whose kernels may be a backend's own."""
 
 from collections.abc import Collection
-from types import ModuleType
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.protocol import Backend, WinogradBackend
 from .api import GradSigns, conv2d_grad_signs, flags
 
 
@@ -109,7 +110,7 @@ class _Conv2d(torch.autograd.Function):
 _SUM = ("sum",)
 
 
-def _uses_winograd(kernels: ModuleType, x: Tensor, *sizes: object) -> bool:
+def _uses_winograd(kernels: Backend, x: Tensor, *sizes: object) -> TypeGuard[WinogradBackend]:
     """Whether the backend has a 3 x 3 convolution of its own and prefers it for such sizes."""
     prefers = getattr(kernels, "prefers_winograd", None)
     return prefers is not None and prefers(x, *sizes)

@@ -68,7 +68,7 @@ def convert(model: nn.Module, fuse: bool = True) -> nn.Module:
         note = Note(type(module), "" if fuse else "fuse=False")
         if type(module) in _OURS:
             _become_ours(module)
-            module._conversion = note
+            module._conversion = note  # type: ignore[assignment]
         elif type(module) in _OURS.values() and module.act is None:
             module._conversion = note
     if fuse:
@@ -107,7 +107,7 @@ def revert(model: nn.Module) -> nn.Module:
             module.act = None
     for module in model.modules():
         if type(module) is AbsorbedReLU:
-            module.__class__ = nn.ReLU
+            module.__class__ = nn.ReLU  # type: ignore[assignment]
     return model
 
 
@@ -129,7 +129,7 @@ def summary(model: nn.Module) -> Summary:
     return Summary(layers)
 
 
-convert.summary = summary
+convert.summary = summary  # type: ignore[attr-defined]
 
 
 def _why_left(module: nn.Module) -> str:

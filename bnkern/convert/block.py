@@ -27,12 +27,17 @@ class Note:
         self.separate_adds = 0  # calls whose addition torch did
 
 
+def note_of(module: nn.Module) -> Note:
+    """The note of a batch norm that :func:`bnkern.convert` works on."""
+    return module._conversion  # type: ignore[return-value]
+
+
 class AbsorbedReLU(nn.ReLU):
     """An nn.ReLU whose work the batch norm before it does; returns its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         node = fx_leaf(self, input)
-        return input if node is None else node
+        return input if node is None else node  # type: ignore[return-value]  # a Proxy stands for the result
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), "done by the batch norm before it"]))
@@ -54,7 +59,7 @@ def norm_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None, in_place
     if fused and not recorded and _alike(x, residual):
         return bn(x, residual)
     if fused and not recorded and not torch.compiler.is_compiling():
-        bn._conversion.separate_adds += 1
+        note_of(bn).separate_adds += 1
     y = (without_act(bn) if fused else bn)(x)
     return torch.relu(y.add_(residual) if in_place else y + residual)
 
@@ -155,23 +160,26 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _find(block: nn.Module, path: str) -> nn.Module | None:
+    module = block
     for name in path.split(".") if path else ():
-        block = block._modules.get(name)
-        if block is None:
+        child = module._modules.get(name)
+        if child is None:
             return None
-    return block
+        module = child
+    return module
 
 
 class Block:
     """Mixed into the class of a block whose forward is a recipe. A recipe that no longer holds is given up for good."""
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        _, (cls, *args), *rest = super().__reduce_ex__(max(protocol, 2))
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:  # type: ignore[override]
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        _, (cls, *args), *rest = reduced
         return (_new, (cls._base, *args), *rest)
 
 
 def _run(block: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    recipe = block._recipe
+    recipe: Recipe | None = block._recipe  # type: ignore[assignment]
     if recipe is not None:
         objection = recipe.objection(block, args, kwargs)
         if objection is None:
@@ -187,12 +195,13 @@ def give_up(block: nn.Module, why: str) -> None:
         "Call bnkern.convert again when the model is as you want it.",
         stacklevel=4,
     )
-    recipe, block._recipe = block._recipe, None
+    recipe: Recipe = block._recipe  # type: ignore[assignment]
+    block._recipe = None  # type: ignore[assignment]
     for path, _, is_norm in recipe.guards:
         module = _find(block, path)
-        if is_norm and hasattr(module, "_conversion"):
-            module.act = None
-            module._conversion.outcome, module._conversion.why = "batch norm", why
+        if is_norm and module is not None and hasattr(module, "_conversion"):
+            module.act = None  # type: ignore[assignment]
+            note_of(module).outcome, note_of(module).why = "batch norm", why
 
 
 @functools.cache
@@ -203,11 +212,11 @@ def block_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _run(self, cls.forward, args, kwargs)
 
-    forward.__signature__ = inspect.signature(cls.forward)
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
     named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (Block, cls), {"forward": forward, "_base": cls, **named})
 
 
 def _new(cls: type[nn.Module], *args: Any) -> nn.Module:
-    cls = block_class(cls)
+    cls = block_class(cls)  # type: ignore[arg-type]  # a class is hashable
     return cls.__new__(cls, *args)

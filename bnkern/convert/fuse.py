@@ -5,8 +5,8 @@ from collections import Counter
 import torch
 from torch import fx, nn
 
-from .block import AbsorbedReLU, Guard, Recipe, block_class, has_hooks, norm_relu
-from .match import Match, Patterns
+from .block import AbsorbedReLU, Guard, Recipe, block_class, has_hooks, norm_relu, note_of
+from .match import Match, Patterns, path_of
 from .reach import has_forward, reached_in_source, reached_in_trace
 from .trace import Untraceable, parameters, trace
 
@@ -26,8 +26,8 @@ def fuse_all(model: nn.Module) -> None:
             reached |= fusion.reaches
             views[name] = fusion.view
     for name, module in model.named_modules():
-        if is_norm(module) and module.act is None and not module._conversion.why:
-            module._conversion.why = _shared(module, holders, reached) or _follower(name, views)
+        if is_norm(module) and module.act is None and not note_of(module).why:
+            note_of(module).why = _shared(module, holders, reached) or _follower(name, views)
 
 
 def _shared(module: nn.Module, holders: Counter[int], reached: set[nn.Module]) -> str:
@@ -107,12 +107,12 @@ class _Fusion:
             return set()
         for match in replaced:
             self._fused(self._at(match.bn), "batch norm + ReLU" if match.add is None else "batch norm + add + ReLU")
-        self.block._recipe = recipe
-        self.block.__class__ = block_class(type(self.block))
+        self.block._recipe = recipe  # type: ignore[assignment]
+        self.block.__class__ = block_class(type(self.block))  # type: ignore[arg-type]  # a class is hashable
         return {self.block.get_submodule(path) for path in inline}
 
     def _at(self, node: fx.Node) -> nn.Module:
-        return self.block.get_submodule(node.target)
+        return self.block.get_submodule(path_of(node))
 
     # ---------------------------------------------------------------------------------------------- analysis
 
@@ -129,7 +129,7 @@ class _Fusion:
             except Untraceable:
                 self.barred.add(path)
                 graph, constants, patterns = self._patterns(inline)
-        needed = frozenset(p for p in inline if any(m.bn.target.startswith(f"{p}.") for m in patterns.matches))
+        needed = frozenset(p for p in inline if any(path_of(m.bn).startswith(f"{p}.") for m in patterns.matches))
         if needed != inline:
             self.barred |= inline
             graph, constants, patterns = self._patterns(needed)
@@ -173,7 +173,7 @@ class _Fusion:
         if not parameters(type(self.block))[1]:
             return True
         # The pattern must be there, too, when the forward is given its optional arguments.
-        path = match.bn.target.split(".")
+        path = path_of(match.bn).split(".")
         try:
             inline = frozenset(".".join(path[:k]) for k in range(1, len(path)))
             graph, _ = trace(self.block, inline, options=True)
@@ -188,8 +188,8 @@ class _Fusion:
     # ------------------------------------------------------------------------------------------------- edits
 
     def _fused(self, bn: nn.Module, outcome: str) -> None:
-        bn.act = "relu"
-        bn._conversion.outcome, bn._conversion.why = outcome, ""
+        bn.act = "relu"  # type: ignore[assignment]
+        note_of(bn).outcome, note_of(bn).why = outcome, ""
 
     def _recipe(
         self, graph: fx.Graph, constants: dict, patterns: Patterns, matches: list[Match], inline: frozenset[str]
@@ -200,7 +200,7 @@ class _Fusion:
             last = match.bn if match.add is None else match.add
             addition = () if match.add is None else (match.residual, patterns.in_place(match.add))
             with graph.inserting_before(last):
-                bn = graph.get_attr(match.bn.target)
+                bn = graph.get_attr(path_of(match.bn))
                 joined = graph.call_function(norm_relu, (bn, match.bn.args[0], *addition))
             match.relu.replace_all_uses_with(joined)
             # What is not called any more: down from the ReLU, each node once it has no user left.
@@ -221,7 +221,7 @@ class _Fusion:
 
     def _tell(self, module: nn.Module, why: str) -> None:
         if is_norm(module) and module.act is None:
-            module._conversion.why = why
+            note_of(module).why = why
 
     def _followers(self, node: fx.Node) -> str:
         for user in node.users:

@@ -28,7 +28,15 @@ class Match(NamedTuple):
 
     @property
     def residual(self) -> fx.Node:
-        return self.add.args[1 - self.side]
+        assert self.add is not None, "asked of a sum alone"
+        residual = self.add.args[1 - self.side]
+        assert isinstance(residual, fx.Node)
+        return residual
+
+
+def path_of(node: fx.Node) -> str:
+    """The path of the module that the node calls."""
+    return node.target  # type: ignore[return-value]  # a function's only where the node calls one
 
 
 class Patterns:
@@ -61,17 +69,19 @@ class Patterns:
     # ------------------------------------------------------------------------------------------ kinds of nodes
 
     def called(self, node: object) -> nn.Module | None:
-        return self.module(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else None
+        return self.module(path_of(node)) if isinstance(node, fx.Node) and node.op == "call_module" else None
 
     def is_identity(self, node: object) -> bool:
         """nn.Identity, of which nobody would notice that it is not called."""
         module = self.called(node)
-        return type(module) is nn.Identity and len(node.args) == 1 and not has_hooks(module)
+        return (
+            isinstance(node, fx.Node) and type(module) is nn.Identity and len(node.args) == 1 and not has_hooks(module)
+        )
 
     def holder_is_called(self, node: fx.Node) -> bool:
         """Whether a module that holds the called one is itself called, and may call it a second time."""
         called = {n.target for n in self.graph.nodes if n.op == "call_module"}
-        path = node.target.split(".")
+        path = path_of(node).split(".")
         return any(".".join(path[:k]) in called for k in range(1, len(path)))
 
     def _is_relu(self, node: fx.Node) -> bool:
@@ -95,20 +105,21 @@ class Patterns:
         if node.op == "call_method":
             return node.target in ("add_", "relu_", "__iadd__")
         if node.op == "call_module":
-            return type(self.called(node)) is nn.ReLU and self.called(node).inplace
+            module = self.called(node)
+            return type(module) is nn.ReLU and module.inplace
         if node.target is F.relu:
             return bool(node.kwargs.get("inplace", node.args[1] if len(node.args) > 1 else False))
         return node.target in (operator.iadd, torch.relu_, F.relu_)
 
     def _chain_in_place(self) -> None:
         """Whoever uses x after ``x.add_(y)`` uses what that returned."""
-        tensors = set()
+        tensors: set[fx.Node] = set()
         order = {node: k for k, node in enumerate(self.graph.nodes)}
         for node in self.graph.nodes:
             source = node.args[0] if node.args else None
             if node.op == "call_module" or self._is_relu(node) or (self._is_add(node) and source in tensors):
                 tensors.add(node)
-            if node in tensors and source in tensors and self.in_place(node):
+            if node in tensors and isinstance(source, fx.Node) and source in tensors and self.in_place(node):
                 later = [user for user in source.users if order[user] > order[node]]
                 for user in later:
                     user.replace_input_with(source, node)
@@ -125,16 +136,17 @@ class Patterns:
 
     def _is_norm(self, node: fx.Node | None) -> bool:
         module = self.called(node)
-        if module is None or not self.is_norm(module):
+        if node is None or module is None or not self.is_norm(module):
             return False
         return len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
 
     def _refuse(self, node: object, why: str) -> None:
         """Leaves word with the batch norm behind ``node``, if one is."""
-        while self.is_identity(node):
+        while isinstance(node, fx.Node) and self.is_identity(node):
             node = node.args[0]
-        if self.called(node) is not None and self.is_norm(self.called(node)):
-            self.why[node.target] = why
+        module = self.called(node)
+        if isinstance(node, fx.Node) and module is not None and self.is_norm(module):
+            self.why[path_of(node)] = why
 
     def _match(self, relu: fx.Node) -> None:
         if not relu.args:
@@ -146,8 +158,8 @@ class Patterns:
             self._take(Match(source, relu))
         elif self._is_add(source):
             self._match_sum(source, relu)
-        elif source.op == "call_module" and self.can_enter(source.target):
-            self.enter.append(source.target)
+        elif source.op == "call_module" and self.can_enter(path_of(source)):
+            self.enter.append(path_of(source))
 
     def _match_sum(self, add: fx.Node, relu: fx.Node) -> None:
         left, right = add.args
@@ -164,8 +176,8 @@ class Patterns:
                 if self._undisturbed(source, add):
                     return self._take(Match(source, relu, add, side))
                 self._refuse(source, "something in between may change its input in place")
-            elif source.op == "call_module" and self.can_enter(source.target):
-                self.enter.append(source.target)
+            elif source.op == "call_module" and self.can_enter(path_of(source)):
+                self.enter.append(path_of(source))
                 return None  # looked into first; the other side's turn comes if that leads nowhere
         return None
 
@@ -185,7 +197,7 @@ class Patterns:
         """
         producer = bn.args[0]
         private = (nn.modules.conv._ConvNd, nn.Linear)
-        if len(producer.users) == 1 and isinstance(self.called(producer), private):
+        if isinstance(producer, fx.Node) and len(producer.users) == 1 and isinstance(self.called(producer), private):
             return True
         between = [node for node in self.graph.nodes if self.order[bn] < self.order[node] < self.order[until]]
         return all(isinstance(self.called(node), (*private, nn.Identity)) or self._is_norm(node) for node in between)

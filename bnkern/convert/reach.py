@@ -24,7 +24,8 @@ def reached_in_trace(block: nn.Module, graph: fx.Graph, inlined: frozenset[str] 
     reached through them.
     """
     paths = [node.target.split(".") for node in graph.nodes if node.op == "call_module"]
-    return {_find(block, path) for path in paths if _through_forward(block, path, inlined)}
+    found = {_find(block, path) for path in paths if _through_forward(block, path, inlined)}
+    return {module for module in found if module is not None}
 
 
 def reached_in_source(block: nn.Module) -> set[nn.Module]:
@@ -43,7 +44,7 @@ def reached_in_source(block: nn.Module) -> set[nn.Module]:
         for node in parents:
             path = _path(node, arguments[0].arg)
             module = _find(block, path) if path else None
-            if module is None:
+            if path is None or module is None:
                 continue
             if _through_forward(block, path):
                 found.add(module)
@@ -88,13 +89,16 @@ def _path(node: ast.AST, owner: str) -> list[str] | None:
 
 
 def _find(block: nn.Module, path: list[str]) -> nn.Module | None:
+    module = block
     for name in path:
-        block = block._modules.get(name)
-        if block is None:
+        child = module._modules.get(name)
+        if child is None:
             return None
-    return block
+        module = child
+    return module
 
 
 def _through_forward(block: nn.Module, path: list[str], inlined: frozenset[str] = frozenset()) -> bool:
     prefixes = [path[:k] for k in range(1, len(path))]
-    return any(has_forward(_find(block, prefix)) for prefix in prefixes if ".".join(prefix) not in inlined)
+    found = (_find(block, prefix) for prefix in prefixes if ".".join(prefix) not in inlined)
+    return any(module is not None and has_forward(module) for module in found)

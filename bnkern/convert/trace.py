@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 # Attributes whose value a trace may rest on: they are compared again when the result of the trace is run.
-_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
+_PLAIN: tuple[type, ...] = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
 _PLAIN += (types.FunctionType, types.BuiltinFunctionType)
 # What torch itself reads of a module.
 _INTERNAL = (set(dir(nn.Module)) | set(vars(nn.Module()))) - {"training"}
@@ -126,7 +126,7 @@ def _shadow(module: nn.Module, path: str, inline: frozenset[str], constants: dic
     copy = object.__new__(base)
     vars(copy).update(vars(module))
     vars(copy)["_modules"] = {
-        name: _shadow(child, at, inline, constants) if at in inline else child
+        name: _shadow(child, at, inline, constants) if child is not None and at in inline else child
         for name, child in module._modules.items()
         for at in [f"{path}.{name}".lstrip(".")]
     }
@@ -162,10 +162,10 @@ class _Tracer(fx.Tracer):
 class _Stand(fx.Proxy):
     """A stand-in for a tensor, also to those who ask ``isinstance(x, torch.Tensor)``: fx's own would say no."""
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         if self.node.op == "call_module":
-            module = self.tracer.root.get_submodule(self.node.target)
+            module = self.tracer.root.get_submodule(self.node.target)  # type: ignore[attr-defined]  # a _Tracer's
             if not type(module).__module__.startswith(("torch.nn.", "bnkern.")):
                 raise Untraceable(f"asks for the type of what {self.node.target} returns")
         return torch.Tensor

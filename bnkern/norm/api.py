@@ -95,7 +95,7 @@ def batch_norm(
         {"residual": residual, "act": act, "num_batches_tracked": num_batches_tracked},
     )
     if node is not None:
-        return node
+        return node  # type: ignore[return-value]  # a Proxy stands for the result
     if torch.jit.is_tracing() and not training:  # a trace in training records bnkern's operator
         return op.eval_in_torch(call)
     check_call("batch_norm", call)
@@ -113,7 +113,7 @@ def add_act(
     """
     node = context.fx_node(add_act, x, (residual, act), {})
     if node is not None:
-        return node
+        return node  # type: ignore[return-value]
     call = ForwardCall(x, residual=residual, training=False, momentum=0.0, eps=0.0, act=act)
     if torch.jit.is_tracing():
         return op.eval_in_torch(call)
@@ -124,7 +124,7 @@ def add_act(
 class Moments(NamedTuple):
     """Per-channel moments: ``count`` values each, ``mean`` [C] and biased ``var`` [C]."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     mean: Tensor
     var: Tensor
 
@@ -150,7 +150,7 @@ def explain(input: Tensor, *args: object, **kwargs: object) -> str:
     The device type and dtype of input decide. ``residual`` and ``act`` are checked where they are given by name; other
     arguments are ignored. Raises TypeError or ValueError as :func:`batch_norm` does.
     """
-    check_tensors("explain", input, kwargs.get("residual"), kwargs.get("act"))
+    check_tensors("explain", input, kwargs.get("residual"), kwargs.get("act"))  # type: ignore[arg-type]  # tells types
     return backends.explain(input.device, input.dtype)
 
 
@@ -168,8 +168,8 @@ def _transformed(call: ForwardCall) -> Tensor:
     """A call within torch.func's transforms or forward-mode differentiation."""
     if vmap.serves(call):
         return vmap.batch_norm(call, backends.forced())
-    updates = call.training and call.running_mean is not None
-    if updates and context.is_mapped(call.x) and not context.is_mapped(call.running_mean):
+    mean = call.running_mean
+    if call.training and mean is not None and context.is_mapped(call.x) and not context.is_mapped(mean):
         raise RuntimeError(
             "batch_norm: vmap maps over input but not over running_mean and running_var, which cannot take every "
             "member's update; make the module with track_running_stats=False, or call it in eval mode"

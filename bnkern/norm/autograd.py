@@ -1,7 +1,6 @@
 """Batch norm in plain eager mode: one autograd.Function over a backend's forward and backward."""
 
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from .. import backends
 from ..backends import reference
 from ..backends.calls import BackwardCall, Forward, ForwardCall
 from ..backends.layout import formats_conflict, layout, relaid
+from ..backends.protocol import Backend
 from ..backends.records import Records
 from . import context
 
@@ -39,14 +39,19 @@ def try_batch_norm(call: ForwardCall, records: Records | None) -> Tensor | None:
 def batch_norm(call: ForwardCall, records: Records | None) -> Tensor:
     """y of a valid call of plain tensors, differentiable."""
     backend = backends.choose(backends.forced(), call.x.device, call.x.dtype)
-    return _run(ForwardCall(*map(context.unwrapped, call[:7]), *call[7:]), records, backend, backend.forward)
+    x = context.unwrapped(call.x)
+    weight, bias, residual, running_mean, running_var, counter = map(context.unwrapped, call[1:7])
+    call = ForwardCall(x, weight, bias, residual, running_mean, running_var, counter, *call[7:])
+    return _run(call, records, backend, backend.forward)
 
 
 class _Declined(Exception):
     """The backend did not take the call."""
 
 
-def _run(call: ForwardCall, records: Records | None, backend: ModuleType, forward: Callable) -> Tensor:
+def _run(
+    call: ForwardCall, records: Records | None, backend: Backend, forward: Callable[[ForwardCall], Forward | None]
+) -> Tensor:
     x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, _, _ = call
     needs_grad = context.grad_needed(x, weight, bias, residual)
     if needs_grad or records is not None:
@@ -89,15 +94,19 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         act, training, eps, backend, records = ctx.call
+        x, weight, bias, mean, invstd, mask = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() or context.is_batched(dy):
-            call = BackwardCall(dy, *ctx.saved_tensors, act, training, needs)
+            call = BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, training, needs)
             grads = reference.differentiable_backward(call, eps)
         elif records is None:
-            grads = backend.backward(BackwardCall(dy.resolve_neg(), *ctx.saved_tensors, act, training, needs))
+            dy = dy.resolve_neg()
+            grads = backend.backward(BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, training, needs))
         else:
+            dy = dy.resolve_neg()
             wanted = (records.gradient, records.affine)
-            grads = backend.backward(BackwardCall(dy.resolve_neg(), *ctx.saved_tensors, act, training, needs, *wanted))
+            call = BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, training, needs, *wanted)
+            grads = backend.backward(call)
             records.backward_written()
         return (*grads, None, None, None, None)
 
@@ -118,7 +127,7 @@ def with_residual_in_format(call: ForwardCall) -> ForwardCall:
     rows = layout(x).rows
     # torch.compile traces no Function that has a forward mode.
     residual = relaid(residual, rows) if torch.compiler.is_compiling() else _Relaid.apply(residual, rows)
-    return ForwardCall(*call[:3], residual, *call[4:])
+    return ForwardCall(x, call.weight, call.bias, residual, *call[4:])
 
 
 class _Relaid(torch.autograd.Function):

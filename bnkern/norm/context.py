@@ -4,9 +4,12 @@ torch offers no public way to ask most of these questions; all of torch's privat
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
+
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -80,7 +83,7 @@ def is_batched(t: Tensor) -> bool:
     return functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
 
 
-def unwrapped(t: Tensor | None) -> Tensor | None:
+def unwrapped(t: OptionalTensor) -> OptionalTensor:
     """The tensor within ``t`` where that has outlived the transform which wrapped it, else ``t`` itself."""
     return None if t is None else torch._C._functorch.unwrap_if_dead(t)
 

@@ -44,7 +44,8 @@ class BackwardExtra(NamedTuple):
 
     backend: str
     group: str = ""
-    count: Tensor | None = None  # the number of values per channel on all ranks, int64; with a group
+    # The number of values per channel on all ranks, int64; with a group.
+    count: Tensor | None = None  # type: ignore[assignment]  # hides tuple.count
     record_gradient: bool = False
     record_affine: bool = False
 
@@ -69,7 +70,9 @@ _SCHEMA_TYPES = {
 _SCHEMA_VALUES = {"": '""', None: "None", False: "False", 1: "1"}
 
 
-def _arguments(call: type, fields: tuple[str, ...], extra: type) -> str:
+def _arguments(
+    call: type[ForwardCall] | type[BackwardCall], fields: tuple[str, ...], extra: type[Extra] | type[BackwardExtra]
+) -> str:
     """The schema of an operator's arguments. Only those of ``extra`` have defaults."""
     words = [f"{_SCHEMA_TYPES[call.__annotations__[name]]} {name}" for name in fields]
     for name, kind in extra.__annotations__.items():
@@ -142,11 +145,17 @@ def _forward(*arguments):
     call, extra = _split(arguments)
     x, running = call.x, call[4:7]
     if call.training:
-        running = tuple(None if t is None else t.clone() for t in running)
+        running_mean, running_var, counter = (None if t is None else t.clone() for t in running)
+        running = (running_mean, running_var, counter)
     activation = _record(x, ACTIVATION, extra.record)
-    call = ForwardCall(*call[:4], *running, *call[7:-1], activation if extra.record else None)
+    record = activation if extra.record else None
+    call = ForwardCall(
+        x, call.weight, call.bias, call.residual, running[0], running[1], running[2], *call[7:-1], record
+    )
     kernels = backends.choose(extra.backend, x.device, x.dtype)
-    count = None
+    mean: Tensor | None
+    invstd: Tensor | None
+    count: Tensor | None = None
     if extra.group:
         y, mean, invstd, mask, count = ranks.forward(kernels, call, extra.group, extra.ranks)
     else:
@@ -191,9 +200,14 @@ def _backward(*arguments):
     x = call.x
     gradient, affine = _record(x, GRADIENT, extra.record_gradient), _record(x, AFFINE, extra.record_affine)
     records = (gradient if extra.record_gradient else None, affine if extra.record_affine else None)
-    call = BackwardCall(*call[:9], tuple(call.needs), *records)
+    need_x, need_weight, need_bias, need_residual = call.needs  # a list, as an operator gets it
+    call = BackwardCall(*call[:9], (need_x, need_weight, need_bias, need_residual), records[0], records[1])
     kernels = backends.choose(extra.backend, x.device, x.dtype)
-    grads = ranks.backward(kernels, call, extra.group, extra.count) if extra.group else kernels.backward(call)
+    if extra.group:
+        assert extra.count is not None, "a forward with a group returns the count"
+        grads = ranks.backward(kernels, call, extra.group, extra.count)
+    else:
+        grads = kernels.backward(call)
     return (*(_or_empty(grad, x) for grad in grads), gradient, affine)
 
 
@@ -203,8 +217,8 @@ def _backward_fake(*arguments):
     need_x, need_weight, need_bias, need_residual = call.needs
     return (
         empty_like(x, rows) if need_x else x.new_empty(0),
-        torch.empty_like(call.weight) if need_weight else x.new_empty(0),
-        torch.empty_like(call.bias) if need_bias else x.new_empty(0),
+        torch.empty_like(call.weight) if need_weight and call.weight is not None else x.new_empty(0),
+        torch.empty_like(call.bias) if need_bias and call.bias is not None else x.new_empty(0),
         empty_like(x, rows) if need_residual else x.new_empty(0),
         _record(x, GRADIENT, extra.record_gradient),
         _record(x, AFFINE, extra.record_affine),
@@ -260,8 +274,10 @@ def eval_in_torch(call: ForwardCall) -> Tensor:
     x, weight, bias, residual, running_mean, running_var, *_ = call
     y = x if residual is None and running_mean is None else x.to(accumulator(x.dtype))
     if running_mean is not None:
-        vectors = (None if v is None else v.to(y.dtype) for v in (running_mean, running_var, weight, bias))
-        y = F.batch_norm(y, *vectors, False, 0.0, call.eps)
+        mean, var, scale, shift = (
+            None if v is None else v.to(y.dtype) for v in (running_mean, running_var, weight, bias)
+        )
+        y = F.batch_norm(y, mean, var, scale, shift, False, 0.0, call.eps)
     if residual is not None:
         y = y + residual.to(y.dtype)
     y = y.to(x.dtype)
@@ -276,7 +292,7 @@ def _decomposition(*arguments):
     x, acc = call.x, accumulator(call.x.dtype)
     y = eval_in_torch(call)
     mean, invstd, empty = x.new_empty(0, dtype=acc), x.new_empty(0, dtype=acc), x.new_empty(0)
-    if call.running_mean is not None:
+    if call.running_mean is not None and call.running_var is not None:
         mean, invstd = call.running_mean.to(acc, copy=True), torch.rsqrt(call.running_var.to(acc) + call.eps)
     mask = pack_mask(~(y <= 0), layout(x)) if call.has_mask else x.new_empty(0, dtype=torch.uint8)
     running = (empty, empty.clone(), empty.clone())

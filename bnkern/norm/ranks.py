@@ -8,14 +8,13 @@ ones: of those, one that Ctrl-C interrupts before it is waited for stays in a re
 until the process ends.
 """
 
-from types import ModuleType
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.calls import BackwardCall, ForwardCall, Gradients
 from ..backends.layout import layout
+from ..backends.protocol import Backend
 from ..backends.reference import update_running
 
 
@@ -25,10 +24,12 @@ def ranks_of(process_group: "dist.ProcessGroup | None" = None) -> tuple[str, int
         return None
     group = process_group or dist.group.WORLD
     ranks = dist.get_world_size(group)
-    return (group.group_name, ranks) if ranks > 1 else None
+    return (group.group_name, ranks) if ranks > 1 else None  # type: ignore[union-attr]  # initialised, so no None
 
 
-def forward(kernels: ModuleType, call: ForwardCall, group: str, ranks: int) -> tuple[Tensor | None, ...]:
+def forward(
+    kernels: Backend, call: ForwardCall, group: str, ranks: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """As a backend's forward in training, and the count of all ranks' values per channel as fifth result.
 
     Where the ranks have no value at all the running statistics stay; one value in all counts as variance 0.
@@ -40,26 +41,28 @@ def forward(kernels: ModuleType, call: ForwardCall, group: str, ranks: int) -> t
     return y, mean, invstd, mask, count
 
 
-def backward(kernels: ModuleType, call: BackwardCall, group: str, count: Tensor) -> Gradients:
+def backward(kernels: Backend, call: BackwardCall, group: str, count: Tensor) -> Gradients:
     """As a backend's backward; dweight and dbias are this rank's share, which DistributedDataParallel averages."""
     need_x, need_weight, need_bias, need_residual = call.needs
     dx = dweight = dbias = dresidual = joint = None
     if call.needs_sums:
         sum_dy, sum_dy_xhat = kernels.grad_sums(call)
-        dbias = sum_dy.to(call.bias.dtype) if need_bias else None
-        dweight = sum_dy_xhat.to(call.weight.dtype, copy=True) if need_weight else None  # no two results share memory
+        dbias = sum_dy.to(call.bias.dtype) if need_bias and call.bias is not None else None
+        # A copy, since no two results share memory.
+        dweight = sum_dy_xhat.to(call.weight.dtype, copy=True) if need_weight and call.weight is not None else None
     if need_x:
         # The kernels divide by a count that the host knows, this rank's own; the scaled sums correct for that.
         own = max(layout(call.x).count, 1)
         scale = own / count.clamp(min=1).to(sum_dy.dtype)
-        joint = (*(total * scale for total in reduce_sums(sum_dy, sum_dy_xhat, group)), own)
+        joint_dy, joint_dy_xhat = reduce_sums(sum_dy, sum_dy_xhat, group)
+        joint = (joint_dy * scale, joint_dy_xhat * scale, own)
     if need_x or need_residual:
         dx, dresidual = kernels.grad_input(call, joint)
     return dx, dweight, dbias, dresidual
 
 
 def gather_moments(
-    kernels: ModuleType, count: int, mean: Tensor, m2: Tensor, group: str, ranks: int
+    kernels: Backend, count: int, mean: Tensor, m2: Tensor, group: str, ranks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One (count, mean [C], M2 [C]) of all ranks' own, the same bits on each. The count is a tensor from here on."""
     channels, dtype = mean.shape[0], mean.dtype
@@ -76,9 +79,11 @@ def reduce_sums(sum_dy: Tensor, sum_dy_xhat: Tensor, group: str) -> tuple[Tensor
     """sum g [C] and sum g * xhat [C] over all ranks."""
     reduced = torch.cat((sum_dy, sum_dy_xhat))
     dist.all_reduce(reduced, group=_resolve(group))
-    return reduced.chunk(2)
+    joint_dy, joint_dy_xhat = reduced.chunk(2)
+    return joint_dy, joint_dy_xhat
 
 
 def _resolve(group: str) -> "dist.ProcessGroup":
     """The group of that name. The operator takes the name, since a schema has no process groups."""
-    return dist.distributed_c10d._resolve_process_group(group)  # in C++, by the name that ranks_of gives
+    # In C++, by the name that ranks_of gives. Not every torch has the type of names.
+    return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]

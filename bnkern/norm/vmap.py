@@ -44,7 +44,9 @@ def _unfold(t: Tensor, members: int) -> tuple[Tensor, int]:
     return t.unflatten(axis, (members, -1)), axis
 
 
-def _mapped(function: type, info, in_dims: tuple, arguments: tuple, tensors: int, x: int) -> tuple[tuple, tuple]:
+def _mapped(
+    function: type[torch.autograd.Function], info, in_dims: tuple, arguments: tuple, tensors: int, x: int
+) -> tuple[tuple, tuple]:
     """A vmap rule: the function of the folded tensors, which come first among the arguments; x gives the layout."""
     axis = in_dims[x]
     rows = layout(arguments[x] if axis is None else arguments[x].select(axis, 0)).rows
@@ -52,7 +54,8 @@ def _mapped(function: type, info, in_dims: tuple, arguments: tuple, tensors: int
         _fold(t, dim, info.batch_size, rows) for t, dim in zip(arguments[:tensors], in_dims[:tensors], strict=True)
     ]
     results = function.apply(*folded, *arguments[tensors:])
-    return tuple(zip(*(_unfold(t, info.batch_size) for t in results), strict=True))
+    tensors_of_members, axes = zip(*(_unfold(t, info.batch_size) for t in results), strict=True)
+    return tensors_of_members, axes
 
 
 class _Forward(torch.autograd.Function):
@@ -111,7 +114,7 @@ class _Backward(torch.autograd.Function):
     def backward(ctx, *ddgrads):
         g, x, weight, bias, mean, invstd = ctx.saved_tensors
 
-        def formula(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        def formula(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
             vectors = (weight, mean if bias is None else bias)
             call = BackwardCall(g, x, *vectors, mean, invstd, None, None, ctx.training, (True, True, True, False))
             return reference.differentiable_backward(call, ctx.eps)[:3]

@@ -32,7 +32,7 @@ class Filled(NamedTuple):
     places: dict[Key, Place]
     rows: Tensor
     ids: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     ready: torch.cuda.Event | None
     home: deque | None  # where ``rows`` go back to once they are written, to be a ring again
 
@@ -138,8 +138,9 @@ class Buffer:
         """The ring's rows, on the host or on their way there, and an empty ring. None where there is no ring yet."""
         if not self.capacity:
             return None
-        ready = home = None
-        if self.device.type == "cuda":
+        ready: torch.cuda.Event | None = None
+        home: deque | None = None
+        if self.device is not None and self.device.type == "cuda":
             self._not_in_graph("a flush")
             host = [
                 torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
@@ -156,7 +157,7 @@ class Buffer:
                 self.rows = home.popleft() if home else torch.empty_like(rows)
             host = [rows, self.ids[:count].clone(), self.cursor.clone()]
         self.cursor.zero_()
-        return Filled(dict(self.places), *host, ready, home)
+        return Filled(dict(self.places), host[0], host[1], host[2], ready, home)
 
     def rewind(self, step: int) -> None:
         """Empty the ring without handing it out, and count on from ``step``."""

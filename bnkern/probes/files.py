@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,7 +136,7 @@ class Writer:
 
     def _write_index(self) -> None:
         known = [quantity for quantity in self.quantities.values() if QUANTITIES.get(quantity.name) is type(quantity)]
-        index = {
+        index: dict[str, Any] = {
             "format": 1,
             "quantities": {q.name: {"rows": list(q.rows), "options": None} for q in self.quantities.values()},
             "unserved": [[name, layer, why] for (name, layer), why in self._unserved.items()],
@@ -154,7 +155,7 @@ def parts(folder: Path) -> list[Path]:
 
 def write_part(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """One part, whole or not at all."""
-    replace(path, lambda file: np.savez(file, **arrays))
+    replace(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]  # no name is allow_pickle
 
 
 def replace(path: Path, write) -> None:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from .buffer import Buffer
 from .files import Writer
 from .quantities import Quantity, make
 from .schedules import every
+
+if TYPE_CHECKING:
+    from .quantities.channels import _ChannelQuantity
 
 Schedule = Callable[..., bool]
 EVERY_STEP = every(1)
@@ -105,18 +109,20 @@ class Tap:
         """Where this call of a module with ``taps`` records, or None."""
         first: dict[str, Tensor] = {}
         mirrors = []
-        for tap in module.taps:
-            if tap.recorder is None or not tap.recorder.listens(module):
+        taps: tuple[Tap, ...] = module.taps  # type: ignore[assignment]
+        for tap in taps:
+            recorder = tap.recorder
+            if recorder is None or not recorder.listens(module):
                 continue
-            places = tap._places(x)
-            mirrors.append(Records(**{field: place for field, place in places.items() if field in first}))
+            places = tap._places(recorder, x)
+            mirrors.append(Records(**{field: place for field, place in places.items() if field in first}))  # type: ignore[arg-type]
             first |= {field: place for field, place in places.items() if field not in first}
         return Records(**first, mirrors=tuple(mirrors[1:])) if first else None
 
-    def _places(self, x: Tensor) -> dict[str, Tensor]:
-        call = self.recorder.call_of(self.layer, self)
+    def _places(self, recorder: "Recorder", x: Tensor) -> dict[str, Tensor]:
+        call = recorder.call_of(self.layer, self)
         return {
-            field: self.recorder.slot(quantity, self.layer, call, tuple(x.shape[1:2]), x.device)
+            field: recorder.slot(quantity, self.layer, call, tuple(x.shape[1:2]), x.device)
             for field, quantity in self.quantities.items()
         }
 
@@ -131,7 +137,7 @@ class Ear:
         return Ear, (None, None)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: object) -> object:
-        return self.seen(args, kwargs, y) if module is self.module else None
+        return self.seen(args, kwargs, y) if module is self.module and self.seen is not None else None
 
 
 class _Heard(torch.autograd.Function):
@@ -192,7 +198,6 @@ class Recorder:
         self._closing: list[Callable[[], None]] = []
         self._taps: dict[nn.Module, Tap] = {}
         self._handles: list = []
-        self._writer: Writer | None = None
         self.active = on_device or bool(schedule(first_step, None))
         try:
             self._attach(model, quantities, patterns)
@@ -277,16 +282,18 @@ class Recorder:
         """Where to write this step's record [rows, *shape] of a layer's call: float64, to be filled wholly."""
         return self._buffer.slot((quantity.name, layer), call, (len(quantity.rows), *shape), device)
 
-    def tap(self, layer: str, module: nn.Module, quantity: Quantity) -> _Handle:
+    def tap(self, layer: str, module: nn.Module, quantity: "_ChannelQuantity") -> _Handle:
         """Have the kernels of a norm layer record."""
         tap = self._taps.get(module)
         if tap is None:
             tap = self._taps[module] = Tap(self, layer)
-            module.taps = (*module.taps, tap)
+            before: tuple[Tap, ...] = module.taps  # type: ignore[assignment]
+            module.taps = (*before, tap)  # type: ignore[assignment]
         tap.quantities[quantity.record] = quantity
 
         def remove() -> None:
-            module.taps = tuple(other for other in module.taps if other is not tap)
+            taps: tuple[Tap, ...] = module.taps  # type: ignore[assignment]
+            module.taps = tuple(other for other in taps if other is not tap)  # type: ignore[assignment]
             if not module.taps:
                 del module.taps  # the class's own, so that compiled code finds what it knew
 
@@ -330,7 +337,7 @@ class Recorder:
 
         return self.on_forward(module, seen)
 
-    def on_forward(self, module: nn.Module, seen: Callable[[tuple, dict, object], object]):
+    def on_forward(self, module: nn.Module, seen: Callable[[tuple, dict, Any], object]):
         """Call ``seen(args, kwargs, y)`` after each forward of the module; what it returns, if anything, replaces y."""
         return module.register_forward_hook(Ear(module, seen), with_kwargs=True)
 
@@ -414,7 +421,7 @@ class Recorder:
         if self._rows + calls > buffer.capacity and not buffer.capturing() and not self._writer.busy():
             self._hand_out()
         if self.on_device:
-            buffer.close_step(calls, self.schedule.on_device(buffer.step, self._loss))
+            buffer.close_step(calls, self.schedule.on_device(buffer.step, self._loss))  # type: ignore[attr-defined]  # it has
         else:
             buffer.step.fill_(self._step)
             buffer.close_step(calls)

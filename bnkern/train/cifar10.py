@@ -226,7 +226,8 @@ class Batches:
         self._table = ((values - mean[:, None]) / std[:, None]).to(dtype).to(self.device)
         self._epoch = self._fresh()  # that of start() and fill()
         self._started = False
-        self._recent, self._recent_epoch = None, self._fresh()  # that of at()
+        self._recent: int | None = None
+        self._recent_epoch = self._fresh()  # that of at()
 
     def __len__(self) -> int:
         """Whole batches in an epoch."""
@@ -474,6 +475,6 @@ def _archive(file: BinaryIO, source: str) -> Iterator[tarfile.TarFile]:
 
 def _member(archive: tarfile.TarFile, name: str, source: str) -> bytes:
     try:
-        return archive.extractfile(name).read()
+        return archive.extractfile(name).read()  # type: ignore[union-attr]  # None is caught below
     except (KeyError, AttributeError) as error:  # not there, or not a file
         raise DataError(f"{source} has no {name}") from error

@@ -65,7 +65,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.type))
+            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.type))  # type: ignore[arg-type]
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"name must be fit for a folder: not empty, no slash, no leading dot; got {self.name!r}")
         check_options(self.depth, self.norm, self.shortcut, self.kernels, self.init)

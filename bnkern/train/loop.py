@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,8 @@ IMPROVEMENT = 1e-4  # the plateau rule's: relative
 # Forward broadcasts no buffers, because batch norm over all ranks keeps them equal. Up to torch 2.12 the argument is
 # called broadcast_buffers; since 2.13 that name is deprecated.
 _NAMES = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-NO_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False}
+_SYNCS = "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers"
+NO_BUFFERS: dict[str, Any] = {_SYNCS: False}
 
 # Makes a recorder for (network, folder, step to start from); the loop calls its step(loss) and flush(wait=True).
 Probes = Callable[[nn.Module, Path, int], AbstractContextManager]
@@ -87,7 +89,7 @@ def train(
     if world > 1:
         box = [done, state]
         dist.broadcast_object_list(box)  # the other processes may have no file system in common
-        done, state = box
+        done, state = box  # type: ignore[assignment]  # a list's elements have one type
     if not done:
         device = torch.device(device)
         with numerics(config, device), ExitStack() as stack:
@@ -145,7 +147,7 @@ class _Run:
         self.data = data.to(device)
         self.network = build(config, device)
         if self.world > 1 and config.norm in ("batch", "final"):
-            self.network = bnkern.nn.convert_sync_batchnorm(self.network)
+            self.network = bnkern.nn.convert_sync_batchnorm(self.network)  # type: ignore[assignment]  # in place
         train, self.validation = self.data.train, None
         if config.validation:
             train, self.validation = split_validation(train, config.validation, 0)
@@ -161,13 +163,15 @@ class _Run:
             if state and self.rank == 0:
                 truncate(folder / "probes", self.host.done)
             self.recorder = stack.enter_context(probes(self.network, folder / "probes", self.host.done))
-        model = torch.compile(self.network) if config.compile else self.network
+        model: nn.Module = self.network
+        if config.compile:
+            model = torch.compile(self.network)  # type: ignore[assignment]  # a module of a module
         if self.world > 1:
             model = nn.parallel.DistributedDataParallel(model, **NO_BUFFERS)
         self.step = Step(model, self.network, self.batches, config, self.recorder and self.recorder.step)
         if state:
             self.restore(state)
-        self.metrics = None
+        self.metrics: Metrics | None = None
         if self.rank == 0:
             self.metrics = Metrics(folder, self.host.done, tensorboard)
             stack.callback(self.metrics.close)
@@ -224,7 +228,7 @@ class _Run:
                     self.save()
                 self.clock = time.perf_counter()
         self.bar.close()
-        if self.rank == 0:
+        if self.metrics is not None:  # on rank 0
             write_json(
                 self.folder / "env.json", {"started": started, "seconds": round(before + time.perf_counter(), 2)} | env
             )
@@ -238,7 +242,7 @@ class _Run:
 
     def look(self, epoch: int) -> bool:
         """Reads what the device has gathered and writes it down; whether the run has diverged."""
-        ring, diverged = self.step.ring.tolist(), self.step.diverged.item()
+        ring, diverged = self.step.ring.tolist(), int(self.step.diverged.item())
         seconds = time.perf_counter() - self.clock
         end = self.host.done if diverged < 0 else diverged
         seen = [ring[taken % len(ring)] for taken in range(self.looked, end)]
@@ -320,7 +324,7 @@ class _Run:
     def save(self) -> None:
         if self.recorder:
             self.recorder.flush(wait=True)  # all processes: the first one writes for them
-        if self.rank:
+        if self.metrics is None:  # not on rank 0
             return
         self.metrics.sync()
         state = {
@@ -403,7 +407,7 @@ def batches_of(config: Config, split: Split, data: Cifar10, rank: int = 0, world
 def build(config: Config, device: torch.device | str = "cpu") -> ResNet:
     """The run's network, its parameters drawn on the CPU from torch's generator as it stands."""
     network = ResNet(config.depth, config.norm, config.shortcut, config.kernels, init=config.init)
-    return network.to(device, _dtype(config)).to(memory_format=_format(config))
+    return network.to(device, _dtype(config)).to(memory_format=_format(config))  # type: ignore[call-overload]
 
 
 @contextmanager

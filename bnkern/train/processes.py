@@ -4,12 +4,13 @@ import gc
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 
 
 @contextmanager
-def process_group(backend: str, **options: object) -> Iterator[None]:
+def process_group(backend: str, **options: Any) -> Iterator[None]:
     """The default process group while the block runs; its threads have ended when the block is left.
 
     ``dist.destroy_process_group`` only drops torch's own references. The group ends, and joins gloo's threads, with

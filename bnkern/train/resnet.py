@@ -5,6 +5,7 @@ layers 2 + 2k and 3 + 2k, and the last number, the depth, is the classifier. Pro
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -94,10 +95,14 @@ class ResNet(nn.Module):
 
 def layers(model: ResNet) -> dict[int, nn.Module]:
     """The convolutions and the classifier under the paper's numbers 1 .. depth."""
-    numbered = [model.conv]
-    for block in model.blocks:
+    numbered: list[nn.Module] = [model.conv]
+    for block in _blocks(model):
         numbered += [block.conv1, block.conv2]
     return dict(enumerate([*numbered, model.fc], start=1))
+
+
+def _blocks(model: ResNet) -> "list[_Block]":
+    return cast("list[_Block]", list(model.blocks))
 
 
 def check_options(depth: int, norm: str, shortcut: str, kernels: str, init: str) -> None:
@@ -124,13 +129,15 @@ class _Block(nn.Module):
     ) -> None:
         super().__init__()
         stride = 1 if channels == width else 2
+        self.bias1: nn.Parameter | None
+        self.bias2: nn.Parameter | None
         self.bias1, self.bias2 = (_scalar(0.0), _scalar(0.0)) if fixup else (None, None)
         self.conv1 = _conv(conv, channels, width, stride)
         self.norm1 = norm_act(width)
         self.conv2 = _conv(conv, width, width)
         self.norm2 = norm_act(width, scaled=True)
         if stride == 1:
-            self.shortcut = nn.Identity()
+            self.shortcut: nn.Module = nn.Identity()
         elif shortcut == "padding":
             self.shortcut = _Padding((width - channels) // 2)
         else:
@@ -138,7 +145,7 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(conv(channels, width, 1, stride, bias=False), normed)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias1 is None:
+        if self.bias1 is None or self.bias2 is None:
             y = self.norm1(self.conv1(x))
             return self.norm2(self.conv2(y), self.shortcut(x))
         y = self.norm1(self.conv1(x + self.bias1))
@@ -285,7 +292,7 @@ def _scalar(value: float) -> nn.Parameter:
 @torch.no_grad()
 def _fixup_(model: ResNet) -> None:
     """Fixup's rescaling of Kaiming weights: L^(-1/2) before, and zero at, the end of each of L branches."""
-    for block in model.blocks:
+    for block in _blocks(model):
         block.conv1.weight *= len(model.blocks) ** -0.5
         block.conv2.weight.zero_()
     for parameter in model.fc.parameters():

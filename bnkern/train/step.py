@@ -5,6 +5,7 @@ replayed. What changes from step to step lies in tensors that stay where they ar
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,9 +52,9 @@ class Step:
         probe: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._model, self._network, self._batches, self._config, self._probe = model, network, batches, config, probe
-        self._parameters = list(network.parameters())
+        self._parameters: list[Tensor] = list(network.parameters())
         device = batches.device
-        options = {"dtype": batches.dtype, "device": device, "memory_format": batches.memory_format}
+        options: dict[str, Any] = {"dtype": batches.dtype, "device": device, "memory_format": batches.memory_format}
         self._images = torch.empty(batches.shape, **options)
         self._labels = torch.empty(batches.shape[:1], dtype=torch.int64, device=device)
         self._velocity = [torch.zeros_like(parameter) for parameter in self._parameters if config.momentum]
@@ -63,7 +64,7 @@ class Step:
         self.diverged = torch.full((), -1, device=device)
         self.ring = torch.zeros(config.log_every, 2, dtype=torch.float64, device=device)
         self.before = self._flat()
-        self._graph = None
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
         if self._graph:
@@ -132,9 +133,11 @@ class Step:
 
     def _update(self) -> None:
         torch.where(self._stop > 0, self.before, self._flat(), out=self.before)
-        grads = [parameter.grad for parameter in self._parameters]
-        for parameter, grad in zip(self._parameters, grads, strict=True):
-            assert _laid_out_alike(parameter, grad), "the update's kernel goes by memory order"
+        grads: list[Tensor] = []
+        for parameter in self._parameters:
+            assert parameter.grad is not None, "every parameter takes part in the loss"
+            assert _laid_out_alike(parameter, parameter.grad), "the update's kernel goes by memory order"
+            grads.append(parameter.grad)
         torch._fused_sgd_(
             self._parameters,
             grads,

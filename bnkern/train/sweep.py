@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ def sweep(
         f"{len(configs)} run{'s' * (len(configs) > 1)}: {len(configs) - len(todo)} finished before, {len(todo)} to do",
         flush=True,
     )
-    options = {"out": out, "data": data, "device": device, "resume": resume, "tensorboard": tensorboard}
+    options: dict[str, Any] = {"out": out, "data": data, "device": device, "resume": resume, "tensorboard": tensorboard}
     if ray is not None:
         ended = _on_ray(todo, ray, gpus, options)
     elif processes > 1 and todo:
@@ -114,7 +115,7 @@ def _result(folder: Path) -> str:
     ended = outcome(folder)
     if ended.diverged is not None:
         return f"diverged at step {ended.diverged}"
-    if ended.test_accuracy is None:
+    if ended.test_accuracy is None or ended.best_test_accuracy is None:
         return f"{ended.steps} steps, not evaluated"
     return f"test {100 * ended.test_accuracy:.2f} % in the last epoch, best {100 * ended.best_test_accuracy:.2f} %"
 

@@ -6,6 +6,7 @@ the first holds every number of the figure, ``draw(rows)`` draws it from those a
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
-Rows = list[dict[str, object]]
+Rows = list[dict[str, Any]]  # what stands in a column is known by its name
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; the shape of a marker says the same again.
 INK, GRID = "#1a1c20", "#c9ccd3"
@@ -58,7 +59,7 @@ STYLE = {
 
 def save(draw: Callable[[Rows], Figure], rows: Rows, stem: Path) -> None:
     """Draws ``rows`` in the common style as ``stem``.svg and .png, the same bytes for the same rows."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # it asks for the literal names
         figure = draw(rows)
         for axes in figure.axes:
             for axis in (axes.xaxis, axes.yaxis):

@@ -29,7 +29,7 @@ def of_runs(results, labels: list[str], paper: dict[str, float]) -> tuple[Rows, 
     return curves, ends
 
 
-def _spread(name: str, values: list[float]) -> dict[str, float]:
+def _spread(name: str, values: list[float]) -> dict[str, float | np.floating]:
     mean = np.mean(values) if values else np.nan
     return {name: mean, f"{name} spread": np.std(values, ddof=1) if len(values) > 1 else 0.0}
 

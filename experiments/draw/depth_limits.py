@@ -1,5 +1,7 @@
 """Appendix H: the largest learning rate that a network bears, by depth."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -43,13 +45,15 @@ def draw(rows: Rows) -> Figure:
         for name, shift in zip(LIMITS, (0.985, 1.015), strict=True):
             mine = [row for row in rows if row["norm"] == norm]
             found = [row for row in mine if not row[f"{name} above all"] and not row[f"{name} below all"]]
-            hollow = {} if name == "limit" else {"markerfacecolor": "none"}
+            hollow: dict[str, Any] = {} if name == "limit" else {"markerfacecolor": "none"}
             if found:
                 depth = np.array([row["depth"] for row in found], float) * shift
                 mean, low, high = (
                     10 ** np.array([row[key] for row in found]) for key in (name, f"{name} low", f"{name} high")
                 )
-                style = dict(fmt=marker + ("-" if name == "limit" else ":"), color=colour, capsize=2, linewidth=1.2)
+                style: dict[str, Any] = dict(
+                    fmt=marker + ("-" if name == "limit" else ":"), color=colour, capsize=2, linewidth=1.2
+                )
                 axes.errorbar(depth, mean, [mean - low, high - mean], **style, **hollow)
             for bound, which in ((1, "above all"), (-1, "below all")):
                 ends = [row for row in mine if row[f"{name} {which}"]]

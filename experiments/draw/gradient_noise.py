@@ -23,7 +23,7 @@ def tables(spec, results) -> dict[str, Rows]:
     rows = []
     for label in NETS:
         runs = results.where(label=label)
-        sizes = runs[0].config["options"]["sizes"] if runs else ()
+        sizes: tuple[int, ...] = runs[0].config["options"]["sizes"] if runs else ()
         for size in sizes:
             noise = np.array([run.at("noise", size).item() for run in runs])
             units = [run.arrays.get("C", run.at("noise", sizes[-1]) * sizes[-1]).item() for run in runs]

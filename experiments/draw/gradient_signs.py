@@ -1,5 +1,7 @@
 """Table 1 as a figure: a/b by layer with and without batch norm, over the spread of single weights (Appendix J)."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -90,7 +92,7 @@ def draw(rows: Rows) -> Figure:
         Line2D([], [], color=colour, marker=marker, linestyle="none", label=f"{text}, {count(seeds)}")
         for text, colour, marker in NETS.values()
     ]
-    key = dict(color=INK, linestyle="none")
+    key: dict[str, Any] = dict(color=INK, linestyle="none")
     nets.append(Line2D([], [], marker="D", markerfacecolor="none", markersize=8, label="the paper", **key))
     nets.append(Line2D([], [], color=GRID, linewidth=6, label="single weights: 25-75%, 5-95%"))
     nets.append(Line2D([], [], marker="_", markersize=8, markeredgewidth=1.5, label="their median", **key))

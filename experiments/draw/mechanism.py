@@ -1,5 +1,7 @@
 """Table 1 with the input or the gradient centred: a/b by layer."""
 
+from typing import Any, Literal
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -10,7 +12,7 @@ CAPTION = (
     "a/b by layer, geometric mean and standard deviation over seeds: as it is (full), with the input's channel means "
     "taken out (half full), and the gradient's (hollow). Dotted: what N independent signs would give."
 )
-FILLS = {"": "full", "input": "left", "gradient": "none"}
+FILLS: dict[str, Literal["full", "left", "none"]] = {"": "full", "input": "left", "gradient": "none"}
 
 
 def tables(spec, results) -> dict[str, Rows]:
@@ -51,7 +53,7 @@ def draw(rows: Rows) -> Figure:
     axes.set_ylabel("a/b")
     axes.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])
     axes.grid(axis="x", visible=False)
-    plain = dict(color=INK, linestyle="none", marker="o", markersize=7)
+    plain: dict[str, Any] = dict(color=INK, linestyle="none", marker="o", markersize=7)
     key = [
         Line2D([], [], color=colour, marker=marker, linestyle="none", label=f"{text}, {count(rows[0]['seeds'])}")
         for text, colour, marker in NETS.values()

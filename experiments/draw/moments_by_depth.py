@@ -61,6 +61,6 @@ def draw(rows: Rows) -> Figure:
         axes.set_ylabel(label)
     panels[-1].set_xticks(sorted({row["layer"] for row in rows}))
     panels[-1].set_xlabel("layer")
-    seeds = min(row["seeds"] for row in rows)
-    figure.legend(handles=[*key_of_nets(seeds), key_of_paper()], loc="outside lower center", ncols=3)
+    fewest = min(row["seeds"] for row in rows)
+    figure.legend(handles=[*key_of_nets(fewest), key_of_paper()], loc="outside lower center", ncols=3)
     return figure

@@ -1,5 +1,7 @@
 """Appendix K, Table 4: final accuracy by learning rate for other normalisations."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -27,7 +29,7 @@ def draw(rows) -> Figure:
         names = ("lr", "test accuracy", "test accuracy spread")
         rate, mean, spread = (np.array(column(rows, name, norm=norm), float) for name in names)
         order = rate.argsort()
-        style = dict(marker=marker, color=colour, capsize=2, linewidth=1.2, label=text)
+        style: dict[str, Any] = dict(marker=marker, color=colour, capsize=2, linewidth=1.2, label=text)
         axes.errorbar(rate[order], mean[order], spread[order], **style)
     axes.set(xscale="log", xlabel="learning rate", ylabel="test accuracy, %", ylim=(0, 101))
     figure.legend(loc="outside lower center", ncols=3)

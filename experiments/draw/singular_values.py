@@ -57,20 +57,21 @@ def draw(rows: Rows) -> Figure:
     for m, colour in zip(DENSITIES, SERIES, strict=False):
         x, y = (np.array(column(rows, name, panel="density", factors=m), float) for name in "xy")
         density.plot(x, y, color=colour, label=f"M = {m}")
-        x, y, expected = (column(rows, name, panel="histogram", factors=m) for name in ("x", "y", "other"))
-        if x:
-            histogram.stairs(y, [*(np.array(x) - x[0]), x[-1] + x[0]], color=colour, linewidth=1.6)
-            histogram.plot(x, expected, color=INK, linewidth=0.8)
+        middles, counts, expected = (column(rows, name, panel="histogram", factors=m) for name in ("x", "y", "other"))
+        if middles:
+            edges = [*(np.array(middles) - middles[0]), middles[-1] + middles[0]]
+            histogram.stairs(counts, edges, color=colour, linewidth=1.6)
+            histogram.plot(middles, expected, color=INK, linewidth=0.8)
     density.set(xlim=(0, 15.5), ylim=(0, 0.6), xlabel="x, squared singular value", ylabel="density")
     density.legend(ncols=2)
     histogram.set(yscale="log", ylim=(1, 6000), xlabel="singular value", ylabel="values in a bin")
-    m, kappa, plain, spread, limit = (
+    factors, kappa, plain, spread, limit = (
         np.array(column(rows, name, panel="condition"), float) for name in ("x", "y", "other", "spread", "limit")
     )
-    if len(m):
-        condition.errorbar(m, kappa, spread, fmt="o-", color=SERIES[0], capsize=2, linewidth=1)
-        condition.plot(m, plain, "x", color=INK)
-        condition.plot(m, kappa[0] + limit * (m - m[0]), ":", color=INK, linewidth=1.2)
+    if len(factors):
+        condition.errorbar(factors, kappa, spread, fmt="o-", color=SERIES[0], capsize=2, linewidth=1)
+        condition.plot(factors, plain, "x", color=INK)
+        condition.plot(factors, kappa[0] + limit * (factors - factors[0]), ":", color=INK, linewidth=1.2)
     condition.set(xlabel="factors M", ylabel="log10 condition number")
     key = [
         Line2D([], [], color=SERIES[0], marker="o", label="norm of X times norm of its inverse"),

@@ -73,7 +73,7 @@ def _moments_probes(names: Names, options: dict) -> list[Quantity]:
 
 def _log_moments(recorded: Recording, names: Names) -> Arrays:
     """ln |mean| and ln std of each channel of a layer's output [C]; -inf for one that is exactly zero."""
-    arrays = {}
+    arrays: Arrays = {}
     for number, name in names.items():
         probe, layer = ("output_moments", "fc") if name == "fc" else ("activation_moments", _norm_of(name))
         moments = recorded[probe][layer]
@@ -93,7 +93,7 @@ def _signs_probes(names: Names, options: dict) -> list[Quantity]:
 
 def _gradient_signs(recorded: Recording, names: Names) -> Arrays:
     """a = mean over weights of sum |d| / N, b = mean of |sum d| / N, their ratios, and the sums weight by weight."""
-    arrays = {}
+    arrays: Arrays = {}
     for number, name in names.items():
         count = recorded["activation_moments"][_norm_of(name)]["count"][0, 0]
         sums = {row: values[0] for row, values in recorded["weight_gradient_signs"][name].items()}
@@ -121,7 +121,7 @@ def _channel_probes(names: Names, options: dict) -> list[Quantity]:
 
 def _channel_gradients(recorded: Recording, names: Names) -> Arrays:
     """M[o, i] = sum over x', y' of |sum d|, how uneven it is, and how it goes with the |mean| of input channel i."""
-    arrays = {}
+    arrays: Arrays = {}
     for number, name in names.items():
         matrix = recorded["weight_gradient_signs"][name]["abs_of_sum"][0]
         means = np.abs(recorded["output_moments"][_before(name)]["mean"][0])
@@ -169,7 +169,7 @@ def _histogram_probes(names: Names, options: dict) -> list[Quantity]:
 
 def _gradient_histogram(recorded: Recording, names: Names) -> Arrays:
     """The entries of a weight's gradient, those of all batches together: histogram, standard deviation, kurtosis."""
-    arrays = {}
+    arrays: Arrays = {}
     for number, name in names.items():
         steps = recorded["parameter_gradient_histogram"][f"{name}.weight"]
         mean, var, third, fourth = (steps[row] for row in ("mean", "var", "third", "fourth"))
@@ -189,7 +189,7 @@ def _gradient_histogram(recorded: Recording, names: Names) -> Arrays:
 
 def _propagation(recorded: Recording, names: Names) -> Arrays:
     """How activations grow along the blocks: rows of the probe ``signal_propagation``, at a block's last layer."""
-    arrays = {}
+    arrays: Arrays = {}
     for k, block in enumerate(recorded["signal_propagation"].values()):
         branch, skip = block["branch_variance"][0], block["skip_variance"][0]
         found = {"mean square": block["mean_square"][0], "variance": block["variance"][0]}

@@ -69,7 +69,11 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
             losses.append(loss_of(network(images.double()), labels).item())
             recording.step()
     moments = load(folder / "recording")["activation_moments"]
-    arrays = {"part": parts, "loss": np.array(losses), "step": np.asarray(outcome.diverged)}
+    arrays: dict[str, np.ndarray | float] = {
+        "part": parts,
+        "loss": np.array(losses),
+        "step": np.asarray(outcome.diverged),
+    }
     for number, name in norms.items():
         largest = np.abs(moments[name]["mean"]).max(1)
         arrays |= {

@@ -114,7 +114,7 @@ def summary(relative: np.ndarray, dead: np.ndarray, rates: np.ndarray) -> dict[s
     relative = np.nan_to_num(relative, nan=np.inf)
     living = np.where(dead, np.inf, relative)
     best = living.argmin()
-    edge = {0: -1, len(rates) - 1: 1}.get(best, 0)
+    edge = {0: -1, len(rates) - 1: 1}.get(int(best), 0)
     found = {
         "relative": relative,
         "lowest": living[best] if not dead.all() else np.nan,
@@ -149,4 +149,5 @@ def the_first(where: np.ndarray, rates: np.ndarray) -> tuple[float, int]:
 
 
 def _norm(tensors: list[Tensor]) -> float:
-    return sum(t.double().square().sum() for t in tensors).sqrt().item()
+    total: Tensor = sum(t.double().square().sum() for t in tensors)  # type: ignore[assignment]  # of some, so no 0
+    return total.sqrt().item()

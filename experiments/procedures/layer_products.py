@@ -1,6 +1,7 @@
 """Products of a network's own convolutions beside Theorem 1."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +29,12 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
     settings = settings_of(config, data, device)
     torch.manual_seed(config["seed"])  # as bnkern.train does
     network = loop.build(settings)
-    found = {}
+    found: Arrays = {}
     for when in ("init", "trained"):
         if when == "trained":
             loop.train(settings, folder / "train", data, device, probes=listener(settings, data, tick))
             state = checkpoint.load(folder / "train" / "checkpoint.pt", settings.to_dict())
+            assert state is not None, "a run that has ended has a checkpoint"
             network.load_state_dict(state["network"])
         found |= {f"{when} {name}": value for name, value in _products(network, config["layers"]).items()}
     forget(folder)
@@ -40,9 +42,10 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
 
 
 def _products(network: ResNet, numbers: list[int]) -> Arrays:
-    product, found = None, {}
+    product: np.ndarray | None = None
+    found: dict[str, Any] = {}
     for m, number in enumerate(numbers, start=1):
-        factor = transfer(layers(network)[number].weight, PLACES)
+        factor = transfer(layers(network)[number].weight, PLACES)  # type: ignore[arg-type]  # a convolution's
         product = factor if product is None else factor @ product
         s, (x, _, share) = np.linalg.svd(product, compute_uv=False), theorem(m)
         found |= {

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
                 tick((step + 1) / len(plans), f"batches of {sizes[min(step, len(sizes) - 1)]}")
         found = load(out)["gradient_noise_scale"][""]
     noise, square = (list(found[row]) for row in ("noise", "square"))
-    arrays = {}
+    arrays: dict[str, Any] = {}
     if options["mode"] == "frozen":  # of all images, not of a sample: by their number, not one less
         arrays |= {"C": noise.pop(0) * (count - 1) / count, "|g|^2": square.pop(0)}
         arrays |= {f"ratio/{size}": size * variance / arrays["C"] for size, variance in zip(sizes, noise, strict=True)}

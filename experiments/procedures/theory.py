@@ -7,6 +7,7 @@ eigenvalue of X^T X. For N to infinity its distribution is Fuss and Catalan's (t
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ def exponent(values: np.ndarray) -> float:
 
 
 def _density(config: dict, tick: Tick) -> Arrays:
-    found = {}
+    found: dict[str, Any] = {}
     for m in config["options"]["factors"]:
         x, density, share = theorem(m)
         kept = np.unique(np.linspace(1, len(x) - 1, SHOWN).astype(int))
@@ -106,7 +107,7 @@ def _factors(config: dict) -> np.ndarray:
 
 def _products(config: dict, tick: Tick) -> Arrays:
     wanted = config["options"]["factors"]
-    found = {}
+    found: dict[str, Any] = {}
     for m, product, inverse in products(_factors(config)):
         if m in wanted:
             tick((m - 1) / max(wanted), f"{m} factors")
@@ -163,7 +164,8 @@ def lyapunov_slope(size: int) -> float:
 
 def _conditions(config: dict, tick: Tick) -> Arrays:
     wanted = config["options"]["factors"]
-    found, kappas = {}, []
+    found: dict[str, Any] = {}
+    kappas: list[float] = []
     for m, product, inverse in products(_factors(config)):
         if m in wanted:
             tick((m - 1) / max(wanted), f"{m} factors")

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
     heard = listener(settings, data, tick, options.get("noise", 0))
     loop.train(settings, folder / "train", data, device, probes=heard)
     found = {"training": curves(folder / "train", settings.epochs)}
-    if options.get("noise"):
+    if isinstance(heard, _Noise):
         found["noise"] = heard.arrays(folder / "train")
     forget(folder)
     return found
@@ -157,7 +158,7 @@ def _limits(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
         learned.append(survived[-1] and teaches(losses))
     forget(folder)
 
-    found = {"lrs": rates, "survived": survived, "learned": learned}
+    found: dict[str, Any] = {"lrs": rates, "survived": survived, "learned": learned}
     for name, usable in (("limit", survived), ("learning limit", learned)):
         found[name], found[f"{name} bound"] = largest(rates, usable)
     return {name: np.asarray(value, float) for name, value in found.items()}
@@ -228,7 +229,7 @@ class _Noise(_Listener):
                     (F.cross_entropy(network(images), labels) / self.PARTS).backward()
                 recording.step()
             found = load(out)["gradient_noise_scale"][""]
-        np.savez(self.out / f"noise-{step:07d}.npz", step=step, **found)
+        np.savez(self.out / f"noise-{step:07d}.npz", step=step, **found)  # type: ignore[arg-type]
         for parameter, gradient in zip(network.parameters(), gradients, strict=True):
             parameter.grad = gradient
         for name, t in network.named_buffers():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 # By what they can show. Only "reduced" and "full" are held against claims: the others show that everything runs.
 SCALES = ("smoke", "quick", "reduced", "full")
@@ -27,7 +28,7 @@ class Run:
 
     def but(self, **changes: object) -> "Run":
         """The same run but for ``changes``: of fields, and by any other name of ``options``."""
-        own = {name: value for name, value in changes.items() if name in self.__dataclass_fields__}
+        own: dict[str, Any] = {name: value for name, value in changes.items() if name in self.__dataclass_fields__}
         options = {name: value for name, value in changes.items() if name not in own}
         return replace(self, **own | {"options": self.options | own.get("options", {}) | options})
 
@@ -83,6 +84,25 @@ def below(high: float) -> Check:
     return Check(f"below {high:g}", lambda ours: ours < high)
 
 
+class Measured(Protocol):
+    """What a claim asks of an experiment's results; experiments/results.py has them, and says what each gives."""
+
+    def each(self, quantity: str, layer: int | None = None, **config: object) -> list: ...
+
+    def ratio(self, of: dict, to: dict) -> list: ...
+
+    def difference(self, quantity: str, layer: int, after: int, **config: object) -> list: ...
+
+    def slope(self, quantity: str, layers: tuple[int, ...], **config: object) -> list: ...
+
+    def gap(self, quantity: str, first: str, second: str) -> list: ...
+
+
+def each(quantity: str, layer: int | None = None, **config: object) -> Callable[[Measured], list]:
+    """``Claim.ours`` of one quantity: its value in each run."""
+    return lambda results: results.each(quantity, layer, **config)
+
+
 @dataclass(frozen=True)
 class Claim:
     """One number of the paper and ours.
@@ -92,7 +112,7 @@ class Claim:
     """
 
     text: str
-    ours: Callable[[object], list]  # floats, or results.Value where a number may be a bound
+    ours: Callable[[Measured], list]  # floats, or results.Value where a number may be a bound
     paper: float | None = None  # as the paper prints it, or as read off its figure; None where it gives no number
     check: Check | None = None
     mean: str = "arithmetic"

@@ -1,6 +1,8 @@
 """Appendix H: without batch norm, deeper networks bear smaller learning rates."""
 
-from . import Claim, Run, Spec, above, between
+from typing import Any
+
+from . import Claim, Run, Spec, above, between, each
 
 DEPTHS = (8, 14, 20, 32, 56, 110)
 DEEP = 56  # that of the claims: small enough for every scale
@@ -17,7 +19,7 @@ def net(norm: str, depth: int) -> Run:
     return Run(f"{norm}-{depth}", "training", norm, depth=depth, seeds=5, options={"lrs": RATES, "epochs": 1})
 
 
-def scaled(steps: int, **changes: object):
+def scaled(steps: int, **changes: Any):
     return lambda run: {"images": steps * changes.get("batch", run.batch)} | changes
 
 
@@ -40,7 +42,7 @@ SPEC = Spec(
         *(
             Claim(
                 f"log10 of the largest rate that teaches, {n}-{d}",
-                lambda r, k=f"{n}-{d}": r.each("learning limit", label=k),
+                each("learning limit", label=f"{n}-{d}"),
             )
             for n in NORMS
             for d in DEPTHS

@@ -1,6 +1,6 @@
 """Figure 4: when training diverges, activations explode with depth."""
 
-from . import Claim, Run, Spec, above
+from . import Claim, Run, Spec, above, each
 
 LAYERS = (8, 44, 80)
 LARGEST = (1.4, 3.7e3, 3e8)  # max |channel mean| after the update, read off the figure
@@ -42,7 +42,7 @@ SPEC = Spec(
         *(
             Claim(
                 f"largest |mean| after the update, layer {layer}",
-                lambda results, layer=layer: results.each("largest mean", layer),
+                each("largest mean", layer),
                 paper,
                 mean="geometric",
             )

@@ -1,6 +1,8 @@
 """Section 4 and Appendix E: one batch norm after the last block gives most of what batch norms everywhere give."""
 
-from . import Claim, Run, Spec, above, between, reduced, shortened
+from typing import Any
+
+from . import Claim, Measured, Run, Spec, above, between, each, reduced, shortened
 
 NETS = {"batch-0.1": ("batch", 0.1, 165), "final-0.03": ("final", 0.03, 330), "none-0.0001": ("none", 0.0001, 2400)}
 PAPER = {"batch-0.1": 93.3, "final-0.03": 90.1, "none-0.0001": 82.0}
@@ -13,13 +15,13 @@ def gap(first: str, second: str, quantity: str = "test accuracy", paper: float |
     return Claim(text, lambda results: results.gap(quantity, first, second), paper, above(0))
 
 
-def share(results) -> list:
+def share(results: Measured) -> list:
     """Of the gain from no batch norm to batch norms everywhere, that of the last one alone."""
     part, whole = (results.gap("test accuracy", first, "none-0.0001") for first in ("final-0.03", "batch-0.1"))
     return [a.over(b) for a, b in zip(part, whole, strict=False)]
 
 
-def scaled(depth: int, factor: float, steps: int, rates=RATES, **changes: object):
+def scaled(depth: int, factor: float, steps: int, rates=RATES, **changes: Any):
     """Trained runs with the epochs times ``factor``, and the search for limits over one epoch of ``steps`` steps."""
 
     trained = shortened(depth, factor, **changes)
@@ -54,7 +56,7 @@ SPEC = Spec(
         gap("final-0.03", "none-0.0001", "test accuracy", 8.1),
         gap("batch-0.1", "final-0.03", "test accuracy", 3.2),
         Claim("share of batch norm's gain", share, 0.72, between(0.4, 0.95)),
-        *(Claim(f"test accuracy, {k}", lambda r, k=k: r.each("test accuracy", label=k), v) for k, v in PAPER.items()),
+        *(Claim(f"test accuracy, {k}", each("test accuracy", label=k), v) for k, v in PAPER.items()),
     ),
     runs=(
         *(Run(label, "training", n, seeds=5, options={"lr": r, "epochs": e}) for label, (n, r, e) in NETS.items()),

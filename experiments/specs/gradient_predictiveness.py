@@ -1,6 +1,6 @@
 """Beyond the paper: how far along a step its gradient stays what it was."""
 
-from . import Claim, Run, Spec, above
+from . import Claim, Run, Spec, above, each
 
 RATES = tuple(10 ** (k / 4) for k in range(-32, -3))  # 1e-8 to 0.1
 AT = (1, 7)
@@ -36,7 +36,7 @@ SPEC = Spec(
         *(
             Claim(
                 f"reach, mini-batch {at}, {text}",
-                lambda results, at=at, norm=norm: results.each("reach", at, norm=norm),
+                each("reach", at, norm=norm),
                 mean="geometric",
             )
             for norm, text in NETS.items()

@@ -18,8 +18,10 @@ PAPER = {  # quantity, norm: one value a layer
 }
 
 
-def check(quantity: str, norm: str, paper: float):
+def check(quantity: str, norm: str, paper: float | None):
     """Of a and b the order of magnitude; of their ratio, which the paper argues from, more."""
+    if paper is None:
+        return None
     if quantity == "a/b":
         return within_factor(paper, 1.6) if norm == "batch" else between(1, 4)
     return within_factor(paper, 3) if quantity in ("a", "b") else None

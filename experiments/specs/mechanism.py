@@ -1,6 +1,6 @@
 """Beyond the paper: how much of Table 1 is the mean of a channel."""
 
-from . import Claim, Run, Spec, above, below, between
+from . import Claim, Run, Spec, above, below, between, each
 
 LAYERS = (18, 54, 90)
 ROOTS = (0.70, 0.62, 0.45)  # the paper's a/b over sqrt N, with batch norm
@@ -39,7 +39,7 @@ SPEC = Spec(
         *(
             Claim(
                 f"a/(b sqrt N), layer {layer}, with batch norm",
-                lambda results, layer=layer: results.each("a/(b sqrt N)", layer, norm="batch", centred=""),
+                each("a/(b sqrt N)", layer, norm="batch", centred=""),
                 paper,
                 between(0.3, 1),
                 "geometric",

@@ -1,6 +1,6 @@
 """Beyond the paper: the noise lr C / |B| that the runs of Figure 1 feel, measured along their way."""
 
-from . import REDUCED, Claim, Run, Spec, above, between
+from . import REDUCED, Claim, Run, Spec, above, between, each
 
 NETS = {
     "batch-0.1": ("batch", 0.1),
@@ -35,11 +35,11 @@ SPEC = Spec(
         gap("batch-0.1", "batch-0.003", above(0.5)),
         gap("batch-0.003", "batch-0.0001", above(0.5)),
         gap("batch-0.0001", "none-0.0001", between(-1.5, 1.5)),
-        *(Claim(f"{FELT}, {k}", lambda r, k=k: r.each(FELT, label=k), mean="geometric") for k in NETS),
+        *(Claim(f"{FELT}, {k}", each(FELT, label=k), mean="geometric") for k in NETS),
         *(
             Claim(
                 f"C before the first drop, {k}",
-                lambda r, k=k: r.each("C before the first drop", label=k),
+                each("C before the first drop", label=k),
                 mean="geometric",
             )
             for k in NETS

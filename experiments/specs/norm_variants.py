@@ -1,6 +1,6 @@
 """Appendix K, Table 4: higher learning rates help with other normalisations too."""
 
-from . import Claim, Run, Spec, above, reduced, shortened
+from . import Claim, Run, Spec, above, each, reduced, shortened
 
 NORMS = {"layer": "layer norm", "group": "group norm", "instance": "instance norm"}
 EPOCHS = {0.1: 165, 0.003: 1320, 0.0001: 2400}
@@ -26,7 +26,7 @@ SPEC = Spec(
         *(gap(norm, 0.1, 0.0001) for norm in NORMS),
         *(gap(norm, 0.1, 0.003) for norm in NORMS),
         *(
-            Claim(f"test accuracy, {norm}-{lr:g}", lambda r, k=f"{norm}-{lr:g}": r.each("test accuracy", label=k))
+            Claim(f"test accuracy, {norm}-{lr:g}", each("test accuracy", label=f"{norm}-{lr:g}"))
             for norm in NORMS
             for lr in EPOCHS
         ),

@@ -1,10 +1,15 @@
 """The CPU's kernels for convolutions: sums over the summands of a weight's gradient, and Conv2d's own 3 x 3."""
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from ..native import _native, plain
 from ..reference import accumulator
+
+Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # sum, abs_sum, sign_sum, nonzero
 
 
 def conv_grad_signs(
@@ -16,7 +21,7 @@ def conv_grad_signs(
     wanted: tuple[bool, bool, bool, bool],
     *,
     winograd: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> Results:
     """Sum, absolute sum, sign sum and number of nonzero summands of a convolution's weight gradient, where wanted.
 
     ``winograd``: the two sums come by Winograd's F(2 x 2, 3 x 3), of such a convolution as ``conv3x3``.
@@ -24,11 +29,14 @@ def conv_grad_signs(
     if not (x.numel() and dy.numel()):
         shape = (dy.shape[1], x.shape[1], *kernel_size)
         dtypes = (accumulator(x.dtype),) * 2 + (torch.int32,) * 2
-        return tuple(torch.zeros(shape, dtype=t) if want else None for t, want in zip(dtypes, wanted, strict=True))
+        zeros = (torch.zeros(shape, dtype=t) if want else None for t, want in zip(dtypes, wanted, strict=True))
+        sum, abs_sum, sign_sum, nonzero = zeros
+        return sum, abs_sum, sign_sum, nonzero
     how = (kernel_size, stride, padding, wanted, winograd)
     # Images are read where channels or columns have unit stride; others are copied.
     x, dy = plain(x), plain(dy)
-    return _native.conv_grad_signs(x, dy, *how) or _native.conv_grad_signs(x.contiguous(), dy.contiguous(), *how)
+    found = _native.conv_grad_signs(x, dy, *how) or _native.conv_grad_signs(x.contiguous(), dy.contiguous(), *how)
+    return cast(Results, found)  # contiguous images are not declined
 
 
 def conv3x3(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor:
@@ -64,7 +72,7 @@ def prefers_own_gradient(
 
 
 def prefers_winograd(
-    x: Tensor, outputs: int, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+    x: Tensor, outputs: int, kernel_size: Sequence[int], stride: tuple[int, int], padding: tuple[int, int]
 ) -> bool:
     """Whether such a convolution, of what :func:`prefers_own_gradient` accepts, goes by F(2 x 2, 3 x 3).
 

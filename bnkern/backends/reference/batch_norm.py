@@ -102,16 +102,16 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
     x, mean, invstd = call.x, call.mean, call.invstd
     need_x, _, _, need_residual = call.needs
     g = _masked(call)
-    dx = g
+    wide = g
     if sums is not None:
         sum_dy, sum_dy_xhat, count = sums
-        dx = dx - (_per_channel(sum_dy / count, x) + _xhat(x, mean, invstd) * _per_channel(sum_dy_xhat / count, x))
+        wide = wide - (_per_channel(sum_dy / count, x) + _xhat(x, mean, invstd) * _per_channel(sum_dy_xhat / count, x))
     if call.weight is not None:
-        dx = dx * _per_channel(call.weight, x)
+        wide = wide * _per_channel(call.weight, x)
     if invstd is not None:
-        dx = dx * _per_channel(invstd, x)
-    dx = dx.to(x.dtype) if need_x else None
-    if call.record_gradient is not None and need_x:
+        wide = wide * _per_channel(invstd, x)
+    dx = wide.to(x.dtype) if need_x else None
+    if call.record_gradient is not None and dx is not None:
         call.record_gradient.copy_(gradient(dx))
     return dx, g.to(x.dtype) if need_residual else None
 
@@ -131,7 +131,7 @@ def forward(call: ForwardCall) -> Forward:
         count, mean, m2 = moments(call.x)
         invstd = torch.rsqrt(m2 / count + call.eps) if count else torch.zeros_like(mean)
         update_running(call, count, mean, m2)
-    elif call.running_mean is not None:
+    elif call.running_mean is not None and call.running_var is not None:
         mean, invstd = call.running_mean.to(acc, copy=True), torch.rsqrt(call.running_var.to(acc) + call.eps)
     y, mask = normalize(call, mean, invstd)
     return y, mean, invstd, mask
@@ -146,9 +146,14 @@ def update_running(call: ForwardCall, count: int | Tensor, mean: Tensor, m2: Ten
     counter = call.num_batches_tracked
     if counter is not None:
         counter += 1
-    if call.running_mean is None:
+    if call.running_mean is None or call.running_var is None:
         return
-    share = call.momentum if call.momentum is not None else 1.0 / counter.to(mean.dtype)
+    share: float | Tensor
+    if call.momentum is not None:
+        share = call.momentum
+    else:
+        assert counter is not None, "momentum None asks for num_batches_tracked"
+        share = 1.0 / counter.to(mean.dtype)
     if isinstance(count, Tensor):
         share = (count > 0).to(mean.dtype) * share
         variance = m2 / (count - 1).clamp(min=1)
@@ -166,14 +171,14 @@ def backward(call: BackwardCall) -> Gradients:
     dx = dweight = dbias = dresidual = sums = None
     if call.needs_sums:
         sum_dy, sum_dy_xhat = grad_sums(call)
-        dweight = sum_dy_xhat.to(call.weight.dtype) if need_weight else None
-        dbias = sum_dy.to(call.bias.dtype) if need_bias else None
+        dweight = sum_dy_xhat.to(call.weight.dtype) if need_weight and call.weight is not None else None
+        dbias = sum_dy.to(call.bias.dtype) if need_bias and call.bias is not None else None
         sums = (sum_dy, sum_dy_xhat, max(layout(call.x).count, 1)) if call.training else None
     if need_x or need_residual:
         dx, dresidual = grad_input(call, sums)
         rows = layout(call.x).rows
-        dx = empty_like(call.x, rows).copy_(dx) if need_x else None
-        dresidual = empty_like(call.x, rows).copy_(dresidual) if need_residual else None
+        dx = empty_like(call.x, rows).copy_(dx) if dx is not None else None
+        dresidual = empty_like(call.x, rows).copy_(dresidual) if dresidual is not None else None
     return dx, dweight, dbias, dresidual
 
 
@@ -197,8 +202,8 @@ def differentiable_backward(call: BackwardCall, eps: float) -> Gradients:
     dx, dresidual = grad_input(call, (sum_dy, sum_dy_xhat, layout(x).count) if training else None)
     return (
         dx if need_x else None,
-        sum_dy_xhat.to(weight.dtype) if need_weight else None,
-        sum_dy.to(bias.dtype) if need_bias else None,
+        sum_dy_xhat.to(weight.dtype) if need_weight and weight is not None else None,
+        sum_dy.to(bias.dtype) if need_bias and bias is not None else None,
         dresidual if need_residual else None,
     )
 
@@ -250,7 +255,7 @@ def affine(call: BackwardCall) -> Tensor:
 
 def _xhat(x: Tensor, mean: Tensor | None, invstd: Tensor | None) -> Tensor:
     acc = x.to(accumulator(x.dtype))
-    return acc if mean is None else (acc - _per_channel(mean, x)) * _per_channel(invstd, x)
+    return acc if mean is None or invstd is None else (acc - _per_channel(mean, x)) * _per_channel(invstd, x)
 
 
 def _pre_activation(

@@ -1,7 +1,7 @@
 """The sums over the summands of a convolution's weight gradient, in plain torch: the specification of the kernels."""
 
-import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from .dtypes import accumulator
 
@@ -32,7 +32,7 @@ def conv_grad_signs(
     def total(x: Tensor, dy: Tensor) -> Tensor:
         if dy.numel() == 0 or x.numel() == 0:
             return x.new_zeros(shape)
-        return torch.nn.grad.conv2d_weight(x, shape, dy, stride, padding)
+        return conv2d_weight(x, shape, dy, stride, padding)
 
     def signs(t: Tensor) -> Tensor:
         return (t > 0).double() - (t < 0).double()
@@ -44,4 +44,5 @@ def conv_grad_signs(
         lambda: total(signs(x), signs(dy)).round().int(),
         lambda: total((x != 0).double(), (dy != 0).double()).round().int(),
     )
-    return tuple(pair() if want else None for pair, want in zip(pairs, wanted, strict=True))
+    sum, abs_sum, sign_sum, nonzero = (pair() if want else None for pair, want in zip(pairs, wanted, strict=True))
+    return sum, abs_sum, sign_sum, nonzero

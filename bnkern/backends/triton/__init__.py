@@ -67,8 +67,8 @@ def backward(call: BackwardCall) -> Gradients:
     dweight = dbias = sums = None
     if call.needs_sums:
         sum_dy, sum_dy_xhat = grad_sums(call)
-        dweight = sum_dy_xhat.to(call.weight.dtype) if need_weight else None
-        dbias = sum_dy.to(call.bias.dtype) if need_bias else None
+        dweight = sum_dy_xhat.to(call.weight.dtype) if need_weight and call.weight is not None else None
+        dbias = sum_dy.to(call.bias.dtype) if need_bias and call.bias is not None else None
         sums = (sum_dy, sum_dy_xhat, max(layout(call.x).count, 1)) if call.training else None
     dx, dresidual = grad_input(call, sums)
     return dx, dweight, dbias, dresidual

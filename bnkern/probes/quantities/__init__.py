@@ -11,6 +11,7 @@ the loss that backward was called on: with a mean over the batch, a summand carr
 
 import importlib
 import pkgutil
+from typing import Any
 
 from .base import QUANTITIES, Quantity
 
@@ -18,7 +19,7 @@ for _module in pkgutil.iter_modules(__path__):  # a file put here is in the tabl
     importlib.import_module(f"{__name__}.{_module.name}")
 
 
-def make(what: str | Quantity, **options: object) -> Quantity:
+def make(what: str | Quantity, **options: Any) -> Quantity:
     """A quantity from the table by name, with its options; or the one given."""
     if isinstance(what, Quantity):
         return what

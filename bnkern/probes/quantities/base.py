@@ -19,7 +19,7 @@ class Quantity:
     """Something to record about layers. ``layers`` are patterns of module names (``fnmatch``: "blocks.*.conv1")."""
 
     name: ClassVar[str]
-    rows: ClassVar[tuple[str, ...]]
+    rows: tuple[str, ...]  # of the class, unless options choose among them
     by_default: ClassVar[str] = "*"  # the layers taken where none are named
 
     def __init_subclass__(cls) -> None:

@@ -146,7 +146,7 @@ class AffineGradientSigns(_ChannelQuantity):
     @staticmethod
     def oracle(g: Tensor, xhat: Tensor) -> dict[str, Tensor]:
         """The derived arrays [C] from the masked gradient and the normalised input [N, C, ...]."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, d in (("bias", g), ("weight", g * xhat)):
             d = d.detach().double().movedim(1, 0).flatten(1)
             found |= {

@@ -15,6 +15,8 @@ from .base import Arrays, Quantity, ratio
 if TYPE_CHECKING:
     from ..recorder import Recorder
 
+Sizes = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # of kernel, stride and padding
+
 
 class WeightGradientSigns(Quantity):
     """``weight_gradient_signs``: do the summands d of a convolution's weight gradient agree in sign?
@@ -39,7 +41,7 @@ class WeightGradientSigns(Quantity):
     """
 
     name = "weight_gradient_signs"
-    rows = ("sum", "abs_sum", "sign_sum", "nonzero")
+    rows: tuple[str, ...] = ("sum", "abs_sum", "sign_sum", "nonzero")
     FORMS: ClassVar = {
         "full": rows,
         "summary": ("places", "abs_sum", "abs_of_sum", "abs_of_sign_sum", "nonzero"),
@@ -61,7 +63,7 @@ class WeightGradientSigns(Quantity):
         if unknown or (sums is not None and form != "full"):
             raise ValueError(
                 f"weight_gradient_signs: sums must be among {', '.join(WeightGradientSigns.rows)}, and go with the "
-                f"full form; got {list(sums)} with form {form!r}"
+                f"full form; got {list(sums or ())} with form {form!r}"
             )
         if centred not in (None, "input", "gradient"):
             raise ValueError(f"weight_gradient_signs: centred must be input, gradient or None; got {centred!r}")
@@ -87,17 +89,18 @@ class WeightGradientSigns(Quantity):
             return "its weight needs no gradient"
         return None
 
-    def attach(self, recorder: "Recorder", layer: str, module: nn.Conv2d) -> list:
+    def attach(self, recorder: "Recorder", layer: str, module: nn.Conv2d) -> list:  # type: ignore[override]  # what concerns() takes
         def measure(x: Tensor, dy: Tensor, out: Tensor, handoff: Handoff | None = None) -> None:
             if self.centred == "input":
                 x = x - x.mean((0, 2, 3), keepdim=True)
             elif self.centred == "gradient":
                 dy = dy - dy.mean((0, 2, 3), keepdim=True)
             handoff = None if self.centred else handoff
-            sizes = module.kernel_size, module.stride, module.padding
+            # Pairs of numbers, where torch's annotations allow more: refuses() saw to that.
+            sizes: Sizes = (module.kernel_size, module.stride, module.padding)  # type: ignore[assignment]
             if handoff:  # of a bnkern.nn.Conv2d: its gradient need not be formed again
                 found = gradient_sums(x, dy, *sizes, {*self.sums, "sum"})
-                handoff.put(dy, found.sum)
+                handoff.put(dy, found.sum)  # type: ignore[arg-type]  # not None, since it was asked for
             else:
                 found = bnkern.conv2d_grad_signs(x, dy, *sizes, wanted=self.sums)
             self._fill(out, found, places=dy.numel() // dy.shape[1])
@@ -112,10 +115,13 @@ class WeightGradientSigns(Quantity):
         if self.form == "full":
             for k, row in enumerate(self.sums):
                 out[k].copy_(getattr(found, row))
-        elif self.form == "channels":
+            return
+        assert found.sum is not None and found.abs_sum is not None, "NEEDS asks for them"
+        if self.form == "channels":
             out[0].copy_(found.sum.double().abs().sum((2, 3)))
             out[1].copy_(found.abs_sum.double().sum((2, 3)))
         else:
+            assert found.sign_sum is not None and found.nonzero is not None, "NEEDS asks for them"
             means = (found.abs_sum, found.sum.abs(), found.sign_sum.abs(), found.nonzero)
             out[0].fill_(places)
             torch.stack([t.double().mean() for t in means], out=out[1:])
@@ -123,6 +129,7 @@ class WeightGradientSigns(Quantity):
     @staticmethod
     def oracle(x: Tensor, dy: Tensor, module: nn.Conv2d) -> dict[str, Tensor]:
         """The derived arrays of the full form, from every single summand: memory of N times the weight."""
+        assert not isinstance(module.padding, str)
         columns = nn.functional.unfold(
             x.detach().double(), module.kernel_size, 1, module.padding, module.stride
         )  # [B, I kh kw, H' W']

@@ -71,9 +71,12 @@ class GradientNoiseScale(Quantity):
         def closed() -> None:
             parts = max(passes)
             if parts > 1:
-                total = sum(p.grad.detach().double().square().sum() for p in parameters if p.grad is not None)
+                # Neither sum is of nothing, and so 0: a gradient was heard.
+                squared = [p.grad.detach().double().square().sum() for p in parameters if p.grad is not None]
+                total: Tensor = sum(squared)  # type: ignore[assignment]
+                mean: Tensor = sum(squares) / parts  # type: ignore[assignment]
                 out = recorder.slot(self, layer, 0, (), parameters[0].device)
-                torch.stack([total.new_tensor(float(parts)), sum(squares) / parts, total], out=out)
+                torch.stack([total.new_tensor(float(parts)), mean, total], out=out)
             squares.clear()
             passes[:] = [0] * len(passes)
 
@@ -85,7 +88,8 @@ class GradientNoiseScale(Quantity):
         """From the flat gradients g_j of the parts' own mean losses."""
         k = len(parts)
         small = sum(float(g.double().square().sum()) for g in parts) / k
-        big = float((sum(g.double() for g in parts) / k).square().sum())
+        mean: Tensor = sum(g.double() for g in parts) / k  # type: ignore[assignment]
+        big = float(mean.square().sum())
         square, noise = (k * big - small) / (k - 1), (small - big) * part * k / (k - 1)
         return {"parts": k, "square": square, "noise": noise, "scale": noise / square}
 

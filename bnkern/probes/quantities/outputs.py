@@ -35,7 +35,7 @@ class OutputMoments(Quantity):
             count, mean, var = bnkern.channel_moments(y)
             call = recorder.call_of(layer, self)
             out = recorder.slot(self, layer, call, (y.shape[1],), y.device)
-            out[0].copy_(count)
+            out[0].fill_(count)
             out[1].copy_(mean)
             out[2].copy_(var.double() * count)
 

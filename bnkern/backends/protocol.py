@@ -1,0 +1,93 @@
+"""What a backend is to its callers: the functions of its module, as types.
+
+Every backend has those of :class:`Backend`; what only some have is in the others, and :func:`bnkern.backends.choose`
+finds one by the function's name.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .calls import BackwardCall, Forward, ForwardCall, Gradients, Sums
+
+Flags = tuple[bool, bool, bool, bool]
+Pair = tuple[int, int]
+
+
+class Backend(Protocol):
+    """Batch norm: whole calls, and their phases one by one. ``reference`` documents the functions."""
+
+    __name__: str
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None: ...
+
+    def forward(self, call: ForwardCall) -> Forward: ...
+
+    def backward(self, call: BackwardCall) -> Gradients: ...
+
+    def moments(self, x: Tensor) -> tuple[int, Tensor, Tensor]: ...
+
+    def merge(self, counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def normalize(
+        self, call: ForwardCall, mean: Tensor | None, invstd: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def grad_sums(self, call: BackwardCall) -> tuple[Tensor, Tensor]: ...
+
+    def grad_input(self, call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]: ...
+
+
+class ConvolutionBackend(Backend, Protocol):
+    """One that also forms the sums over the summands of a convolution's weight gradient."""
+
+    def conv_grad_signs(
+        self, x: Tensor, dy: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, wanted: Flags
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+
+
+class ImageBackend(Backend, Protocol):
+    """One that also makes batches of CIFAR images."""
+
+    def augment(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        order: Tensor,
+        state: Tensor,
+        position: Tensor,
+        table: Tensor,
+        out: Tensor,
+        labels_out: Tensor,
+        size: int,
+        first: int,
+        random: bool,
+    ) -> None: ...
+
+
+class WinogradBackend(Backend, Protocol):
+    """One with a convolution of its own: the CPU's."""
+
+    def conv_grad_signs(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        kernel_size: Pair,
+        stride: Pair,
+        padding: Pair,
+        wanted: Flags,
+        *,
+        winograd: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def conv3x3(self, x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor: ...
+
+    def prefers_own_gradient(
+        self, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int
+    ) -> bool: ...
+
+    def prefers_winograd(
+        self, x: Tensor, outputs: int, kernel_size: Sequence[int], stride: Pair, padding: Pair
+    ) -> bool: ...
