@@ -9,14 +9,15 @@ namespace bnkern {
 
 // The fields of ForwardCall and BackwardCall in bnkern/backends/calls.py, in their order: a call reaches C++ as that
 // tuple, and is read by position. The tests hold these lists to Python's.
-#define BNKERN_FORWARD_FIELDS(FIELD)                                                                          \
-  FIELD(x)                                                                                                    \
-  FIELD(weight) FIELD(bias) FIELD(residual) FIELD(running_mean) FIELD(running_var) FIELD(num_batches_tracked) \
-      FIELD(training) FIELD(momentum) FIELD(eps) FIELD(act) FIELD(save_mask) FIELD(record)
-#define BNKERN_BACKWARD_FIELDS(FIELD)                                                                              \
-  FIELD(dy)                                                                                                        \
-  FIELD(x) FIELD(weight) FIELD(bias) FIELD(mean) FIELD(invstd) FIELD(mask) FIELD(act) FIELD(training) FIELD(needs) \
-      FIELD(record_gradient) FIELD(record_affine)
+// clang-format off: it does not settle on a form
+#define BNKERN_FORWARD_FIELDS(FIELD)                                            \
+  FIELD(x) FIELD(weight) FIELD(bias) FIELD(residual)                            \
+  FIELD(running_mean) FIELD(running_var) FIELD(num_batches_tracked)             \
+  FIELD(training) FIELD(momentum) FIELD(eps) FIELD(act) FIELD(save_mask) FIELD(record)
+#define BNKERN_BACKWARD_FIELDS(FIELD)                                           \
+  FIELD(dy) FIELD(x) FIELD(weight) FIELD(bias) FIELD(mean) FIELD(invstd)        \
+  FIELD(mask) FIELD(act) FIELD(training) FIELD(needs) FIELD(record_gradient) FIELD(record_affine)
+// clang-format on
 
 // The two layouts of bnkern/backends/layout.py.
 //   planes: element (n, c, s) lies at n * outer + c * inner + s
