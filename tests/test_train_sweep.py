@@ -86,10 +86,10 @@ def test_several_processes(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
 
 
 def test_a_killed_process_is_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import bnkern.train.__main__ as command_line
+    import bnkern.train.sweep as of_sweep
 
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    monkeypatch.setattr(command_line, "command", lambda *asked: [sys.executable, "-c", code])
+    monkeypatch.setattr(of_sweep, "command", lambda *asked: [sys.executable, "-c", code])
     assert sweep(configs()[::2], tmp_path, processes=2) == 2
     assert (tmp_path / "tiny-seed0/error.txt").read_text() == "killed by signal 9\n"
 

@@ -112,7 +112,7 @@ class Tap:
         taps: tuple[Tap, ...] = module.taps  # type: ignore[assignment]
         for tap in taps:
             recorder = tap.recorder
-            if recorder is None or not recorder.listens(module):
+            if recorder is None or not recorder.is_recording(module):
                 continue
             places = tap._places(recorder, x)
             mirrors.append(Records(**{field: place for field, place in places.items() if field in first}))  # type: ignore[arg-type]
@@ -127,33 +127,33 @@ class Tap:
         }
 
 
-class Ear:
-    """A forward hook of one module; a copy of that module, deep or pickled, has a deaf one."""
+class ForwardHook:
+    """A forward hook of one module. A copy of that module, deep or pickled, has a hook that does nothing."""
 
-    def __init__(self, module: nn.Module | None, seen: Callable | None) -> None:
-        self.module, self.seen = module, seen
+    def __init__(self, module: nn.Module | None, callback: Callable | None) -> None:
+        self.module, self.callback = module, callback
 
     def __reduce__(self):
-        return Ear, (None, None)
+        return ForwardHook, (None, None)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: object) -> object:
-        return self.seen(args, kwargs, y) if module is self.module and self.seen is not None else None
+        return self.callback(args, kwargs, y) if module is self.module and self.callback is not None else None
 
 
-class _Heard(torch.autograd.Function):
-    """The identity, whose backward shows the gradient to a listener: a tensor's hook, as torch.compile can trace it."""
+class _ObservedOutput(torch.autograd.Function):
+    """The identity. Its backward calls ``observer`` with the gradient, as a tensor's hook which torch.compile can trace."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor | None, listener: Callable[[Tensor | None, Tensor], None]) -> Tensor:
+    def forward(ctx, y: Tensor, x: Tensor | None, observer: Callable[[Tensor | None, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.listener = listener
+        ctx.observer = observer
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         (x,) = ctx.saved_tensors
         with torch.no_grad():
-            ctx.listener(x, dy)
+            ctx.observer(x, dy)
         return dy, None, None
 
 
@@ -274,7 +274,7 @@ class Recorder:
 
     # ---- what quantities and taps call
 
-    def listens(self, module: nn.Module) -> bool:
+    def is_recording(self, module: nn.Module) -> bool:
         """Whether a call of this module is to be recorded now."""
         return self.active and (module.training or self.in_eval)
 
@@ -299,7 +299,7 @@ class Recorder:
 
         return _Handle(remove)
 
-    def listen_to_gradient(
+    def on_gradient(
         self,
         layer: str,
         module: nn.Module,
@@ -317,8 +317,8 @@ class Recorder:
             places.append(shape)
             self.reserve(quantity, layer, shape, next(module.parameters()).device)
 
-        def seen(args: tuple, kwargs: dict, y: object) -> Tensor | None:
-            if not self.listens(module) or not isinstance(y, Tensor) or not y.requires_grad:
+        def callback(args: tuple, kwargs: dict, y: object) -> Tensor | None:
+            if not self.is_recording(module) or not isinstance(y, Tensor) or not y.requires_grad:
                 return None
             x = args[0].detach() if args and isinstance(args[0], Tensor) else None
             call = self.call_of(layer, quantity)
@@ -327,19 +327,19 @@ class Recorder:
 
             handoff = [y.handoff] if hasattr(y, "handoff") else []  # not y itself, which will hold what is heard
 
-            def heard(x: Tensor | None, dy: Tensor) -> None:
+            def observe(x: Tensor | None, dy: Tensor) -> None:
                 measure(x, dy, self.slot(quantity, layer, call, places[0], dy.device), *handoff)
 
             if torch.compiler.is_compiling():
-                return _Heard.apply(y, x, heard)
-            y.register_hook(lambda dy: _unseen(heard, x, dy))
+                return _ObservedOutput.apply(y, x, observe)
+            y.register_hook(lambda dy: _without_grad(observe, x, dy))
             return None
 
-        return self.on_forward(module, seen)
+        return self.on_forward(module, callback)
 
-    def on_forward(self, module: nn.Module, seen: Callable[[tuple, dict, Any], object]):
+    def on_forward(self, module: nn.Module, callback: Callable[[tuple, dict, Any], object]):
         """Call ``seen(args, kwargs, y)`` after each forward of the module; what it returns, if anything, replaces y."""
-        return module.register_forward_hook(Ear(module, seen), with_kwargs=True)
+        return module.register_forward_hook(ForwardHook(module, callback), with_kwargs=True)
 
     def reserve(self, quantity: Quantity, layer: str, shape: tuple[int, ...], device: torch.device) -> None:
         """Make a record known before its first step, which torch.compile and graph capture then need not repeat."""
@@ -350,7 +350,7 @@ class Recorder:
         self._closing.append(measure)
         return _Handle(lambda: self._closing.remove(measure))
 
-    def call_of(self, layer: str, listener: object) -> int:
+    def call_of(self, layer: str, observer: object) -> int:
         """Which call of the layer within the step this is: 0, 1, ...
 
         A forward that runs within a backward is a checkpoint's recomputation, not another call: it is the latest that
@@ -358,7 +358,7 @@ class Recorder:
         """
         if torch.compiler.is_compiling():
             return 0  # the code of one step, traced once
-        key = layer, id(listener)
+        key = layer, id(observer)
         if torch._C._current_graph_task_id() != -1 and self._open[key]:
             return self._open[key].pop()
         call = self._calls[key]
@@ -434,6 +434,6 @@ class Recorder:
             self._writer.put(filled)
 
 
-def _unseen(heard: Callable[[Tensor | None, Tensor], None], x: Tensor | None, dy: Tensor) -> None:
+def _without_grad(observe: Callable[[Tensor | None, Tensor], None], x: Tensor | None, dy: Tensor) -> None:
     with torch.no_grad():
-        heard(x, dy)
+        observe(x, dy)

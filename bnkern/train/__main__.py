@@ -81,16 +81,6 @@ def main(words: list[str] | None = None) -> int:
         return 130
 
 
-def command(
-    config: Config, out: Path, data: str | None, device: str | None, resume: bool, tensorboard: bool
-) -> list[str]:
-    """The command that does one run in a process of its own."""
-    words = [sys.executable, "-m", "bnkern.train", json.dumps(config.to_dict()), "--out", str(out)]
-    words += ["--data", data] if data else []
-    words += ["--device", device] if device else []
-    return words + ["--tensorboard"] * tensorboard + ["--resume" if resume else "--no-resume"]
-
-
 def _configs(asked: argparse.Namespace) -> list[Config]:
     changes = {}
     for word in asked.set:

@@ -4,9 +4,11 @@ A finished run is skipped, an unfinished one goes on from its checkpoint, and on
 why) stops no other.
 """
 
+import json
 import os
 import queue
 import subprocess
+import sys
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -159,8 +161,6 @@ def _in_process(
     resume: bool,
     tensorboard: bool,
 ) -> str | None:
-    from .__main__ import command
-
     out.mkdir(parents=True, exist_ok=True)
     log = out / f"{config.title}.log"
     with log.open("w") as file:
@@ -176,6 +176,16 @@ def _in_process(
     wrong = f"killed by signal {-done.returncode}"
     _write_error(out / config.title, wrong + "\n")
     return wrong
+
+
+def command(
+    config: Config, out: Path, data: str | None, device: str | None, resume: bool, tensorboard: bool
+) -> list[str]:
+    """The command that does one run in a process of its own."""
+    words = [sys.executable, "-m", "bnkern.train", json.dumps(config.to_dict()), "--out", str(out)]
+    words += ["--data", data] if data else []
+    words += ["--device", device] if device else []
+    return words + ["--tensorboard"] * tensorboard + ["--resume" if resume else "--no-resume"]
 
 
 def _visible_gpus() -> list[str]:

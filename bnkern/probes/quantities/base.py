@@ -1,16 +1,52 @@
 """What a quantity is: which layers it serves, how it listens, how ranks merge, what a reader gets."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from torch import nn
-
-if TYPE_CHECKING:
-    from ..recorder import Recorder
+import torch
+from torch import Tensor, nn
 
 Arrays = dict[str, np.ndarray]
+
+
+class Handle(Protocol):
+    """What ends an observation."""
+
+    remove: Callable[[], None]
+
+
+class RecorderProtocol(Protocol):
+    """What a quantity may ask of the recording it takes part in: :class:`bnkern.probes.recorder.Recorder` explains."""
+
+    active: bool
+
+    def is_recording(self, module: nn.Module) -> bool: ...
+
+    def slot(
+        self, quantity: "Quantity", layer: str, call: int, shape: tuple[int, ...], device: torch.device
+    ) -> Tensor: ...
+
+    def tap(self, layer: str, module: nn.Module, quantity: Any) -> Handle: ...
+
+    def on_gradient(
+        self,
+        layer: str,
+        module: nn.Module,
+        quantity: "Quantity",
+        shape: tuple[int, ...] | None,
+        measure: Callable[..., None],
+    ) -> Any: ...
+
+    def on_forward(self, module: nn.Module, callback: Callable[[tuple, dict, Any], object]) -> Any: ...
+
+    def reserve(self, quantity: "Quantity", layer: str, shape: tuple[int, ...], device: torch.device) -> None: ...
+
+    def at_step(self, measure: Callable[[], None]) -> Handle: ...
+
+    def call_of(self, layer: str, observer: object) -> int: ...
+
 
 QUANTITIES: dict[str, type["Quantity"]] = {}  # by name; a class enters when it is defined
 
@@ -46,7 +82,7 @@ class Quantity:
         """Why a module that it concerns cannot be served, or None."""
         return None
 
-    def attach(self, recorder: "Recorder", layer: str, module: nn.Module) -> list:
+    def attach(self, recorder: RecorderProtocol, layer: str, module: nn.Module) -> list:
         """Listen to the module; returns handles with ``remove()``."""
         raise NotImplementedError
 

@@ -1,6 +1,6 @@
 """Per channel, riding in the kernels of a norm layer: nothing is read for them that was not read anyway."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -9,10 +9,7 @@ from torch import Tensor, nn
 import bnkern.nn
 from bnkern.backends import records
 
-from .base import Arrays, Quantity, ratio
-
-if TYPE_CHECKING:
-    from ..recorder import Recorder
+from .base import Arrays, Quantity, RecorderProtocol, ratio
 
 
 class _ChannelQuantity(Quantity):
@@ -28,7 +25,7 @@ class _ChannelQuantity(Quantity):
             return f"{type(module).__name__} is not one of bnkern.nn's norm layers"
         return None
 
-    def attach(self, recorder: "Recorder", layer: str, module: nn.Module) -> list:
+    def attach(self, recorder: RecorderProtocol, layer: str, module: nn.Module) -> list:
         if isinstance(module, nn.modules.batchnorm._NormBase):  # an Activation's channels show at its first call
             device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
             recorder.reserve(self, layer, (module.num_features,), device)

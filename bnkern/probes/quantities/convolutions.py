@@ -1,7 +1,7 @@
 """The summands of a convolution's weight gradient: equation 4, Table 1 and Figure 7 of the paper."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -10,10 +10,7 @@ from torch import Tensor, nn
 import bnkern
 from bnkern.conv import Handoff, gradient_sums
 
-from .base import Arrays, Quantity, ratio
-
-if TYPE_CHECKING:
-    from ..recorder import Recorder
+from .base import Arrays, Quantity, RecorderProtocol, ratio
 
 Sizes = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # of kernel, stride and padding
 
@@ -89,7 +86,7 @@ class WeightGradientSigns(Quantity):
             return "its weight needs no gradient"
         return None
 
-    def attach(self, recorder: "Recorder", layer: str, module: nn.Conv2d) -> list:  # type: ignore[override]  # what concerns() takes
+    def attach(self, recorder: RecorderProtocol, layer: str, module: nn.Conv2d) -> list:  # type: ignore[override]  # what concerns() takes
         def measure(x: Tensor, dy: Tensor, out: Tensor, handoff: Handoff | None = None) -> None:
             if self.centred == "input":
                 x = x - x.mean((0, 2, 3), keepdim=True)
@@ -106,7 +103,7 @@ class WeightGradientSigns(Quantity):
             self._fill(out, found, places=dy.numel() // dy.shape[1])
 
         shape = self._shape(module.weight)
-        return [recorder.listen_to_gradient(layer, module, self, shape, measure)]
+        return [recorder.on_gradient(layer, module, self, shape, measure)]
 
     def _shape(self, weight: Tensor) -> tuple[int, ...]:
         return {"full": tuple(weight.shape), "summary": (), "channels": tuple(weight.shape[:2])}[self.form]

@@ -2,16 +2,12 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .base import Arrays, Quantity
-
-if TYPE_CHECKING:
-    from ..recorder import Recorder
+from .base import Arrays, Quantity, RecorderProtocol
 
 
 class OutputGradient(Quantity):
@@ -29,13 +25,13 @@ class OutputGradient(Quantity):
     def concerns(self, module: nn.Module) -> bool:
         return True
 
-    def attach(self, recorder: "Recorder", layer: str, module: nn.Module) -> list:
+    def attach(self, recorder: RecorderProtocol, layer: str, module: nn.Module) -> list:
         def measure(x: Tensor, dy: Tensor, out: Tensor, *_) -> None:
             if len(dy) > out.shape[1]:
                 raise ValueError(f"output_gradient: {layer!r} had {out.shape[1]} examples at first, now {len(dy)}")
             out[0, : len(dy)].copy_(dy)
 
-        return [recorder.listen_to_gradient(layer, module, self, None, measure)]
+        return [recorder.on_gradient(layer, module, self, None, measure)]
 
     @staticmethod
     def oracle(dy: Tensor) -> dict[str, Tensor]:
@@ -68,14 +64,14 @@ class ParameterGradientHistogram(Quantity):
     def wants(self, layer: str) -> bool:
         return True  # patterns are of parameters
 
-    def attach(self, recorder: "Recorder", layer: str, module: nn.Module) -> list:
+    def attach(self, recorder: RecorderProtocol, layer: str, module: nn.Module) -> list:
         handles = []
         for name, parameter in module.named_parameters(layer, recurse=False):
             if parameter.requires_grad and super().wants(name):
                 handles.append(recorder.at_step(self._measure(recorder, name, parameter)))
         return handles
 
-    def _measure(self, recorder: "Recorder", name: str, parameter: Tensor) -> Callable[[], None]:
+    def _measure(self, recorder: RecorderProtocol, name: str, parameter: Tensor) -> Callable[[], None]:
         def measure() -> None:
             if parameter.grad is not None:
                 out = recorder.slot(self, name, 0, (), parameter.device)

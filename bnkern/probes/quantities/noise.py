@@ -1,16 +1,12 @@
 """The noise of a batch's gradient."""
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .base import Arrays, Quantity
-
-if TYPE_CHECKING:
-    from ..recorder import Recorder
+from .base import Arrays, Quantity, RecorderProtocol
 
 
 class GradientNoiseScale(Quantity):
@@ -53,14 +49,14 @@ class GradientNoiseScale(Quantity):
     def concerns(self, module: nn.Module) -> bool:
         return True
 
-    def attach(self, recorder: "Recorder", layer: str, module: nn.Module) -> list:
+    def attach(self, recorder: RecorderProtocol, layer: str, module: nn.Module) -> list:
         parameters = [p for name, p in module.named_parameters() if p.requires_grad and Quantity.wants(self, name)]
         if not parameters:
             raise ValueError(f"gradient_noise_scale: no parameter that needs a gradient matches {list(self.layers)}")
         squares: list[Tensor] = []
         passes = [0] * len(parameters)
 
-        def heard(k: int) -> Callable[[Tensor], None]:
+        def observe(k: int) -> Callable[[Tensor], None]:
             def hook(gradient: Tensor) -> None:
                 if recorder.active:
                     squares.append(gradient.detach().double().square().sum())
@@ -80,7 +76,7 @@ class GradientNoiseScale(Quantity):
             squares.clear()
             passes[:] = [0] * len(passes)
 
-        hooks = [parameter.register_hook(heard(k)) for k, parameter in enumerate(parameters)]
+        hooks = [parameter.register_hook(observe(k)) for k, parameter in enumerate(parameters)]
         return [*hooks, recorder.at_step(closed)]
 
     @staticmethod

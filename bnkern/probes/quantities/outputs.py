@@ -1,17 +1,12 @@
 """Moments of what any module gives out."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import bnkern
 
-from .base import Arrays, Quantity
-
-if TYPE_CHECKING:
-    from ..recorder import Recorder
+from .base import Arrays, Quantity, RecorderProtocol
 
 
 class OutputMoments(Quantity):
@@ -28,9 +23,9 @@ class OutputMoments(Quantity):
     def concerns(self, module: nn.Module) -> bool:
         return True
 
-    def attach(self, recorder: "Recorder", layer: str, module: nn.Module) -> list:
-        def seen(args: tuple, kwargs: dict, y: object) -> None:
-            if not recorder.listens(module) or not isinstance(y, Tensor) or y.dim() < 2:
+    def attach(self, recorder: RecorderProtocol, layer: str, module: nn.Module) -> list:
+        def callback(args: tuple, kwargs: dict, y: object) -> None:
+            if not recorder.is_recording(module) or not isinstance(y, Tensor) or y.dim() < 2:
                 return
             count, mean, var = bnkern.channel_moments(y)
             call = recorder.call_of(layer, self)
@@ -39,7 +34,7 @@ class OutputMoments(Quantity):
             out[1].copy_(mean)
             out[2].copy_(var.double() * count)
 
-        return [recorder.on_forward(module, seen)]
+        return [recorder.on_forward(module, callback)]
 
     @staticmethod
     def oracle(y: Tensor) -> dict[str, Tensor]:

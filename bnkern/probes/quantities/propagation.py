@@ -1,7 +1,5 @@
 """Signal propagation through residual blocks."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -9,10 +7,7 @@ from torch import Tensor, nn
 import bnkern
 import bnkern.nn
 
-from .base import Quantity
-
-if TYPE_CHECKING:
-    from ..recorder import Recorder
+from .base import Quantity, RecorderProtocol
 
 
 class SignalPropagation(Quantity):
@@ -36,11 +31,11 @@ class SignalPropagation(Quantity):
     def refuses(self, module: nn.Module) -> str | None:
         return None if hasattr(module, "taps") else f"{type(module).__name__} is not one of bnkern.nn's norm layers"
 
-    def attach(self, recorder: "Recorder", layer: str, module: nn.Module) -> list:
-        def seen(args: tuple, kwargs: dict, y: Tensor) -> None:
+    def attach(self, recorder: RecorderProtocol, layer: str, module: nn.Module) -> list:
+        def callback(args: tuple, kwargs: dict, y: Tensor) -> None:
             x = args[0] if args else kwargs["input"]
             residual = args[1] if len(args) > 1 else kwargs.get("residual")
-            if residual is None or not recorder.listens(module):
+            if residual is None or not recorder.is_recording(module):
                 return
             output, branch, skip = (bnkern.channel_moments(t) for t in (y, x, residual))
             variance = branch.var
@@ -53,7 +48,7 @@ class SignalPropagation(Quantity):
             means = (output.mean.square(), output.var, variance, skip.var)
             torch.stack([t.double().mean() for t in means], out=recorder.slot(self, layer, call, (), y.device))
 
-        return [recorder.on_forward(module, seen)]
+        return [recorder.on_forward(module, callback)]
 
     @staticmethod
     def oracle(y: Tensor, branch: Tensor, residual: Tensor) -> dict[str, Tensor]:
