@@ -141,7 +141,7 @@ class ForwardHook:
 
 
 class _ObservedOutput(torch.autograd.Function):
-    """The identity. Its backward calls ``observer`` with the gradient, as a tensor's hook which torch.compile can trace."""
+    """The identity. Its backward calls ``observer`` with the gradient, a hook that torch.compile can trace."""
 
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor | None, observer: Callable[[Tensor | None, Tensor], None]) -> Tensor:
