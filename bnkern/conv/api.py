@@ -52,7 +52,7 @@ def conv2d_grad_signs(
         A NaN makes the sums that it enters NaN, and so does infinity times zero, on the padding too. Signs and counts
         look at the factors: a NaN has sign 0 and counts as nonzero, zero times anything does not.
 
-        On a GPU Triton's kernel serves; the README's known limits say where it was wrong with larger blocks.
+        On a GPU Triton's kernel serves; docs/known_issues.md says where it was wrong with larger blocks.
 
     Raises:
         TypeError, ValueError: an argument is not as above; names it.
