@@ -45,7 +45,7 @@ def batch_norm(call: ForwardCall, records: Records | None) -> Tensor:
     return _run(call, records, backend, backend.forward)
 
 
-class _Declined(Exception):
+class _Declined(RuntimeError):
     """The backend did not take the call."""
 
 
@@ -75,7 +75,7 @@ def _run(
 
 def _taken(results: Forward | None) -> Forward:
     if results is None:
-        raise _Declined
+        raise _Declined("batch_norm: a defect of bnkern: its kernels cannot read a call that its checks accept")
     return results
 
 
