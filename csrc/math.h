@@ -26,7 +26,8 @@ BNKERN_HD double fma(double a, double b, double c) {
 #endif
 }
 
-// A NaN in a is passed over: of a value and the least so far, in this order.
+// The lesser and the greater of a new value and the extreme so far, in this order: a new value that is NaN is ignored,
+// because every comparison with NaN is false.
 template <class T>
 BNKERN_HD T least(T a, T b) {
   return a < b ? a : b;

@@ -1,5 +1,5 @@
-// Sums that ride in normalize, grad_sums and grad_input, where a record is wanted, and the loop of the two phases that
-// write.
+// Sums that normalize, grad_sums and grad_input take beside their results if the call has a record, and the loop of the
+// two phases that write.
 #pragma once
 
 #include <utility>
@@ -8,8 +8,9 @@
 
 namespace bnkern::BNKERN_ISA {
 
-// Where vectors are arrays a record is made by a second look at a tile, which is in cache, and 16 lanes are added by a
-// call of f. The order of additions is the same.
+// Without vector instructions (vectors are arrays) a record is made by a second pass over a tile, which is still in
+// cache, and f is a function that is called rather than inlined: inlining 16 scalar lanes would multiply the code's
+// size. The order of additions is the same.
 template <class F>
 __attribute__((noinline)) void called(F f) {
   f();

@@ -1,9 +1,12 @@
-// How data crosses from block to block, all of it: a block publishes its partial result, then passes one of the two
-// signals here, and reads what the others published. A signal is a word of the workspace that is as it was when the
-// kernel ends, so that no launch has to clear anything. Order comes from one acquire-release addition by a block's
-// first thread, with a block barrier before and after, which hands the order on to the block's other threads.
+// Every exchange of data between blocks. A block writes its partial result to global memory, passes one of the two
+// signals below, and then reads the results of the other blocks.
 //
-// What is read after a signal must be read by plain loads: never through `const __restrict__`, nor by load_words().
+// A signal is a word of the workspace. Each kernel leaves it at the value it had before, so no launch has to clear it.
+// Memory order comes from one acquire-release addition by a block's first thread. A block barrier before and after it
+// extends the order to the block's other threads.
+//
+// Data that is read after a signal must be read by plain loads, never through `const __restrict__` or load_words():
+// those may return values from before the signal.
 #pragma once
 
 #include "../math.h"
