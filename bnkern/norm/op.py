@@ -12,6 +12,7 @@ and torch.export keep the operator. torch.jit.trace records torch's operators in
 and torch.fx.symbolic_trace records the call.
 """
 
+import os
 import sys
 from typing import NamedTuple
 
@@ -185,7 +186,7 @@ def _allow_in_inductor() -> None:
     for an operator of which torch knows a decomposition. Its module takes a second to import, so this waits until a
     graph is traced, when Inductor has imported it.
     """
-    lowering = sys.modules.get("torch._inductor.lowering")
+    lowering = sys.modules.get("torch._inductor.lowering") if os.environ.get("CI") else None
     op = torch.ops.bnkern.batch_norm_forward.default
     if lowering is not None and op not in lowering.lowerings:
         tag = torch._library.utils.get_layout_constraint_tag(op, with_default=True)
