@@ -52,22 +52,19 @@ class _Declined(RuntimeError):
 def _run(
     call: ForwardCall, records: Records | None, backend: Backend, forward: Callable[[ForwardCall], Forward | None]
 ) -> Tensor:
-    x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, _, _ = call
+    x, weight, bias, residual, running_mean, running_var, counter, *_ = call
     needs_grad = context.grad_needed(x, weight, bias, residual)
     if needs_grad or records is not None:
-        save_mask = needs_grad and act is not None and residual is not None
+        save_mask = needs_grad and call.act is not None and residual is not None
         record = None if records is None else records.activation
-        call = ForwardCall(
-            x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, save_mask,
-            record,
-        )  # fmt: skip
+        call = ForwardCall(*call[:-2], save_mask, record)
     if needs_grad:
         y = _apply(x, weight, bias, residual, call, backend, forward, records)
     else:
         y = _taken(forward(call))[0]
         if records is not None:
             records.forward_written()
-    if training:
+    if call.training:
         # The kernels write through addresses, of which autograd's version counters know nothing.
         torch.autograd.graph.increment_version([t for t in (running_mean, running_var, counter) if t is not None])
     return y

@@ -102,7 +102,7 @@ def batch_norm(call: ForwardCall, records: Records | None, group: tuple[str, int
     save_mask = call.act is not None and call.residual is not None and saved
     wanted = (None, None, None) if records is None else (records.activation, records.gradient, records.affine)
     y, _, _, _, new_mean, new_var, new_counter, _, activation = torch.ops.bnkern.batch_norm_forward(
-        *call[:11], save_mask, backends.forced(), *group, wanted[0] is not None, *wanted[1:]
+        *call[:-2], save_mask, backends.forced(), *group, wanted[0] is not None, *wanted[1:]
     )
     if call.training:
         running = (call.running_mean, call.running_var, call.num_batches_tracked)
