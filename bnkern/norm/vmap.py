@@ -64,9 +64,10 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, residual, running_mean, running_var, eps, act, backend):
         training = running_mean is None
-        return torch.ops.bnkern.batch_norm_forward(
-            x, weight, bias, residual, running_mean, running_var, None, training, 0.0, eps, act, False, backend
-        )[:3]
+        call = ForwardCall(
+            x, weight, bias, residual, running_mean, running_var, training=training, momentum=0.0, eps=eps, act=act
+        )
+        return torch.ops.bnkern.batch_norm_forward(*call[:-1], backend)[:3]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -100,10 +101,10 @@ class _Backward(torch.autograd.Function):
         vectors = [mean if v is None else v for v in (weight, bias)]
         if weight is None:
             vectors[0] = torch.ones_like(mean)
-        needs = (True, True, True, False)
-        return torch.ops.bnkern.batch_norm_backward(g, x, *vectors, mean, invstd, None, None, training, needs, backend)[
-            :3
-        ]
+        call = BackwardCall(
+            g, x, vectors[0], vectors[1], mean, invstd, training=training, needs=(True, True, True, False)
+        )
+        return torch.ops.bnkern.batch_norm_backward(*call[:-2], backend)[:3]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
