@@ -29,7 +29,7 @@ def conv2d_grad_signs(
 ) -> GradSigns:
     """The weight gradient of a convolution, and of its summands the absolute sum, the sign sum and how many count.
 
-    The gradient of weight K[o, i, p, q] is the sum over images n and output places (h, w) of ::
+    The gradient of weight K[o, i, p, q] is the sum over images n and output places (h, w) of
 
         d = dy[n, o, h, w] * x[n, i, h * stride + p - padding, w * stride + q - padding]
 
@@ -41,7 +41,9 @@ def conv2d_grad_signs(
             of them are read in place on the CPU; other strides are copied once.
         dy: the gradient at the convolution's own output [N, O, H', W'], of the dtype and device of x, with
             H' = (H + 2 * padding - kernel_size) // stride + 1; x and dy may differ in memory format.
-        kernel_size, stride, padding: the convolution's, ints or pairs (rows, columns). No dilation, no groups.
+        kernel_size: of the convolution, an int or a pair (rows, columns). Dilation and groups are not supported.
+        stride: of the convolution, an int or a pair.
+        padding: of the convolution, an int or a pair.
         wanted: names of GradSigns' fields.
 
     Returns:

@@ -40,7 +40,7 @@ def convert(model: nn.Module, fuse: bool = True) -> nn.Module:
 
     Every ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` becomes bnkern's: the very same module
     object of another class, so that parameters, buffers, names, hooks, mode, device, dtype and state_dict stay.
-    With ``fuse`` a ReLU that follows one is computed in the same pass, and so is an addition between the two::
+    With ``fuse`` a ReLU that follows one is computed in the same pass, and so is an addition between the two:
 
         relu(bn(x))             nn.ReLU or F.relu, torch.relu, x.relu_() ..., in one forward or in nested Sequentials
         relu(bn(x) + residual)  also out += residual, out.add_(residual), residual + bn(x), and with either side's bn

@@ -35,7 +35,7 @@ def batch_norm(
 ) -> Tensor:
     """``act(batch_norm(input) + residual)`` in one fused operation; ``F.batch_norm`` where neither is given.
 
-    Per channel c over the M = N * S values of the batch::
+    Per channel c over the M = N * S values of the batch:
 
         mean = sum x / M,  var = sum (x - mean)^2 / M          (training; else the running statistics)
         y    = act(weight * (x - mean) / sqrt(var + eps) + bias + residual)
@@ -48,8 +48,10 @@ def batch_norm(
         input: [N, C, ...] of 2 to 5 or more dimensions; float32, bfloat16, float16 or float64. NCHW, channels_last,
             and views of them whose samples, channels or rows are strided are read in place; other strides are
             copied once to the dense form of their layout.
-        running_mean, running_var: [C], updated in place in training; both or neither.
-        weight, bias: [C] or None, each on its own.
+        running_mean: [C], updated in place in training; given together with running_var, or None.
+        running_var: [C], as running_mean.
+        weight: [C] or None.
+        bias: [C] or None, independent of weight.
         training: normalise by the batch's statistics (True) or the running ones (False).
         momentum: weight of the batch in the running statistics; None for the cumulative mean, 1 / counter.
         eps: added to the variance; positive in training, as torch asks since 2.10, and not negative otherwise (torch

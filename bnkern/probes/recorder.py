@@ -7,7 +7,7 @@ run the kernels without records.
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -41,18 +41,18 @@ def record(
     in_eval: bool = False,
     on_device: bool = False,
     capacity: int | None = None,
-):
+) -> Iterator["Recorder"]:
     """Record quantities of a model's layers while it trains, into files under ``out``.
 
-    ::
-
-        with bnkern.probes.record(model, ["activation_moments"], every(10), "run/probes") as rec:
-            for images, labels in data:
-                loss = criterion(model(images), labels)
-                loss.backward()
-                optimizer.step()
-                rec.step(loss)
-                optimizer.zero_grad()
+    ```python
+    with bnkern.probes.record(model, ["activation_moments"], every(10), "run/probes") as rec:
+        for images, labels in data:
+            loss = criterion(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            rec.step(loss)
+            optimizer.zero_grad()
+    ```
 
     Never changes a bit of what the model computes, and never waits for the device.
 

@@ -26,7 +26,7 @@ def process_group(backend: str, **options: Any) -> Iterator[None]:
         options: further arguments of ``torch.distributed.init_process_group``.
 
     Raises:
-        Whatever the block raises; the frames of its traceback have lost their local variables.
+        BaseException: any exception of the block. The frames of its traceback have lost their local variables.
     """
     # This module's functions take the default group as the default value of an argument, `group=group.WORLD`, which is
     # evaluated upon import. DistributedDataParallel imports it; after init_process_group that keeps the group forever.

@@ -53,10 +53,10 @@ def prefers_own_gradient(
 ) -> bool:
     """Whether these kernels are the faster ones for the backward of such a convolution.
 
-    A table of what was measured (docs/LOG.md): float32 in channels_last, 16 input channels or more. By Winograd's form
-    where :func:`prefers_winograd` says so; with AVX-512 any other kernel beyond 1 x 1 too, whose weight gradient takes
-    ``conv_grad_signs`` 0.77 to 1.00 times as long as oneDNN. Elsewhere it is slower (the 3-channel stem 1.4 times,
-    bfloat16) or was not measured.
+    A table of what was measured (docs/log/2026-11.md): float32 in channels_last, 16 input channels or more. By
+    Winograd's form where :func:`prefers_winograd` says so; with AVX-512 any other kernel beyond 1 x 1 too, whose weight
+    gradient takes ``conv_grad_signs`` 0.77 to 1.00 times as long as oneDNN. Elsewhere it is slower (the 3-channel stem
+    1.4 times, bfloat16) or was not measured.
     """
     return (
         x.dtype is torch.float32

@@ -13,7 +13,7 @@ class GradientNoiseScale(Quantity):
     """``gradient_noise_scale``: how noisy the gradient of a batch is, from the parts of an accumulated gradient.
 
     For a step of k >= 2 backward passes over parts of equal size b, with the gradients g_1 .. g_k of the parts and
-    their mean G (batch k b)::
+    their mean G (batch k b):
 
         |G|^2 unbiased   square = (k |G|^2 - mean |g_j|^2) / (k - 1)
         tr Sigma         noise  = (mean |g_j|^2 - |G|^2) * b k / (k - 1)

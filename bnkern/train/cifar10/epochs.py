@@ -48,12 +48,13 @@ class Batches:
             are not contiguous are copied once.
         size: images in a batch of all ranks together. The last, short batch of an epoch is left out.
         seed: 0 to 2^64 - 1.
-        mean, std: of each channel, pixels taken as 0 to 1: three numbers each.
+        mean: of each channel, three numbers, for pixels from 0 to 1.
+        std: of each channel, as mean.
         augment: whether images are cropped and flipped.
         dtype: of the images made, floating point; bfloat16 and float16 round once more, by way of float32.
         memory_format: of the images made: torch.contiguous_format or torch.channels_last.
-        rank, world: of ``world`` processes each makes size / world images, the one of rank r those from
-            r * size / world on.
+        rank: of this process, 0 to world - 1. It makes the images from rank * size / world on.
+        world: the number of processes. Each makes size / world images of every batch.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the text names it.
