@@ -1,7 +1,7 @@
 # Every target is a command or two that also work by hand, in an environment of your own.
 # `make` alone says what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo reproduce test test-all test-floor bench instructions lint format gpu-check clean
+.PHONY: help setup demo reproduce test test-all test-floor bench instructions lint format docs gpu-check clean
 SHELL := bash
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
@@ -42,6 +42,9 @@ lint: setup ## check style and types: ruff, mypy, clang-format
 format: setup ## put the style right
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 	.venv/bin/clang-format -i $(CSRC)
+
+docs: setup ## build the documents as a site, every warning an error: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet $(ARGS)
 
 gpu-check: ## on a machine with a GPU and its own torch: build, test, measure; WHEELS= OUT= PARTS=build,tests
 	$(or $(PYTHON),python3) benchmarks/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)") \

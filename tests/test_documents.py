@@ -2,6 +2,10 @@
 
 import os
 import re
+import subprocess
+import sys
+import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,18 +13,27 @@ import pytest
 import bnkern
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *PAGES])
+
+
+def formed_anchors(document: Path) -> list[str]:
+    """The anchors that GitHub and the site form from the headings of a document."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def anchors(document: Path) -> set[str]:
-    """The names under which headings can be linked, as GitHub forms them, and those that are set by hand."""
-    text = document.read_text()
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    formed = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    return formed | set(re.findall(r'<a id="([^"]+)"', text))
+    """The names under which places of a document can be linked: formed from headings, and set by hand."""
+    return {*formed_anchors(document), *re.findall(r'<a id="([^"]+)"', document.read_text())}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_links_lead_somewhere(document: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
         if link.startswith(("http:", "https:")):
@@ -30,6 +43,49 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert target.exists(), f"{document.name} links {link}"
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target), f"{document.name} links {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_headings_differ_within_a_page(page: Path) -> None:
+    """Equal headings get numbered anchors, and GitHub and the site number them differently."""
+    twice = [anchor for anchor, count in Counter(formed_anchors(page)).items() if count > 1]
+    assert not twice
+
+
+def test_navigation_has_every_page() -> None:
+    navigation = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(navigation) == len(set(navigation))
+    assert {path.relative_to(ROOT / "docs").as_posix() for path in PAGES} <= set(navigation)
+
+
+def test_log_has_a_conclusion_for_every_entry() -> None:
+    index = (ROOT / "docs/log/index.md").read_text()
+    months = [page for page in PAGES if re.fullmatch(r"\d{4}-\d{2}\.md", page.name)]
+    assert months
+    for month in months:
+        entries = [anchor for anchor in formed_anchors(month) if anchor.startswith(month.stem)]
+        assert entries and f"]({month.name}) | {len(entries)} |" in index
+        missing = [entry for entry in entries if f"({month.name}#{entry})" not in index]
+        assert not missing
+
+
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings", reason="the docs extra is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    reference = (tmp_path / "api/bnkern/index.html").read_text()
+    public = [word for word in bnkern.__all__ if word not in ("nn", "probes", "convert", "revert")]
+    assert all(f'id="bnkern.{word}"' in reference for word in public)
+    assert 'href="../benchmarks/results/' in (tmp_path / "performance/index.html").read_text()
+
+
+def test_docs_workflow_installs_the_pinned_extra() -> None:
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
+    names = [requirement.partition(">=")[0] for requirement in extra]
+    workflow = (ROOT / ".github/workflows/docs.yml").read_text()
+    pins = (ROOT / "constraints.txt").read_text()
+    assert all(word in workflow and f"\n{word.partition('[')[0]}==" in pins for word in names)
 
 
 def test_readme_is_short_and_names_the_commands() -> None:
