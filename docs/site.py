@@ -17,7 +17,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)")
-ROLE = re.compile(r":(?:func|class|meth|mod):`\.?([\w.]+)`")
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`\.?([\w.]+)`")
 NAVIGATED = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "experiments/published/report.md"]
 
 
