@@ -17,7 +17,7 @@ _OURS = {
 
 
 class Layer(NamedTuple):
-    """One batch norm: its name in the model, what became of it, and why not more."""
+    """One batch norm: its name in the model, the outcome, and the reason if it is not fused."""
 
     name: str
     outcome: str
@@ -25,7 +25,7 @@ class Layer(NamedTuple):
 
 
 class Summary(tuple[Layer, ...]):
-    """What :func:`convert` made of each batch norm; prints as a table."""
+    """The outcome of :func:`convert` for each batch norm. It prints as a table."""
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self), default=0)
@@ -38,25 +38,25 @@ class Summary(tuple[Layer, ...]):
 def convert(model: nn.Module, fuse: bool = True) -> nn.Module:
     """Puts the batch norms of ``model`` on bnkern's kernels, in place, and returns the model.
 
-    Every ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` becomes bnkern's: the very same module
-    object of another class, so that parameters, buffers, names, hooks, mode, device, dtype and state_dict stay.
-    With ``fuse`` a ReLU that follows one is computed in the same pass, and so is an addition between the two:
+    Every ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` becomes bnkern's. It is the same module object
+    with another class, so parameters, buffers, names, hooks, mode, device, dtype and state_dict stay. With ``fuse``
+    the same pass also computes a ReLU that follows a batch norm, and an addition between the two:
 
         relu(bn(x))             nn.ReLU or F.relu, torch.relu, x.relu_() ..., in one forward or in nested Sequentials
         relu(bn(x) + residual)  also out += residual, out.add_(residual), residual + bn(x), and with either side's bn
 
-    An nn.ReLU that always follows its batch norm stays under its name and returns its input. Where a forward calls
-    the ReLU as a function, or adds, the forward of that one block is replaced by its torch.fx trace with the calls
-    joined; only where nothing but its tensor arguments decides what it does. What the trace rests on is compared at
-    every call: a block that was changed since goes back to its own forward, with a warning.
+    An nn.ReLU that always follows its batch norm stays under its name and returns its input. If a forward calls the
+    ReLU as a function, or adds, the forward of that one block is replaced by its torch.fx trace with the calls joined.
+    This requires that only its tensor arguments decide what it does. The assumptions of the trace are checked at every
+    call. A block that was changed since then runs its own forward again, with a warning.
 
-    Everything that is not certain stays as it was: batch norms with hooks, shared ones, subclasses written by others,
-    results that others use too, forwards that cannot be traced. ``bnkern.convert.summary(model)`` names each batch
-    norm with what became of it and why. A residual that torch would broadcast or promote is added by torch.
+    Cases that are not certain stay as they were: batch norms with hooks, shared ones, subclasses of other libraries,
+    results that are used elsewhere too, forwards that cannot be traced. ``bnkern.convert.summary(model)`` lists the
+    outcome for each batch norm, with the reason. A residual that torch would broadcast or promote is added by torch.
 
     Args:
-        model: any module; its tensors may lie anywhere. Changed in place. A converted model is converted anew, so
-            that twice is the same as once.
+        model: any module, on any device. It is changed in place. A converted model is reverted first, so two calls
+            have the same effect as one.
         fuse: False exchanges the batch norms and nothing else.
 
     Raises:
@@ -112,7 +112,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Every batch norm of a model in the order of its modules, with what :func:`convert` made of it and why."""
+    """Every batch norm of a model in the order of its modules, with the outcome of :func:`convert` and the reason."""
     layers = []
     for name, module in model.named_modules():
         note = vars(module).get("_conversion")

@@ -54,7 +54,7 @@ def record(
             optimizer.zero_grad()
     ```
 
-    Never changes a bit of what the model computes, and never waits for the device.
+    Recording never changes a bit of what the model computes, and never waits for the device.
 
     Args:
         model: any module made of torch's convolutions and bnkern's norm layers; layers go by their names in it.
@@ -64,16 +64,16 @@ def record(
         out: folder for the files; :func:`bnkern.probes.load` reads it, and so does numpy alone.
         layers: patterns of layer names, on top of the quantities' own.
         first_step: number of the first step, in a run that continues.
-        append: go on in a folder that holds records; else that is an error.
+        append: continue in a folder that has records. Otherwise such a folder is an error.
         in_eval: record layers in eval mode too.
-        on_device: let the device decide by ``schedule`` and count the steps, so that a step can be captured in a CUDA
-            graph together with ``rec.step``: records are then taken in every step and kept where it says so. Run one
-            step before capturing, and call ``rec.flush()`` at least every ``capacity`` recorded steps.
-        capacity: rows the buffer on the device holds; by default 64 MB worth. When it is full and cannot be written
-            in time, the newest rows are dropped and counted (``rec.dropped``).
+        on_device: the device counts the steps and evaluates ``schedule``, so a step can be captured in a CUDA graph
+            together with ``rec.step``. Every step then records, and the rows of the scheduled steps are kept. Run one
+            step before the capture, and call ``rec.flush()`` at least every ``capacity`` recorded steps.
+        capacity: the number of rows in the buffer on the device, by default 64 MB of them. If it is full and cannot be
+            written in time, the newest rows are dropped and counted (``rec.dropped``).
 
     Yields:
-        Recorder.
+        The recording in progress.
 
     Raises:
         ValueError: nothing matches, a name is unknown, or ``out`` holds records and ``append`` is not set.
@@ -165,10 +165,10 @@ class _Handle:
 
 
 class Recorder:
-    """A recording under way: what ``record`` yields.
+    """A recording in progress, as ``record`` yields it.
 
     Attributes:
-        active: whether the step under way is recorded.
+        active: whether the current step is recorded.
         unserved: {(quantity, layer): why that layer cannot be recorded}.
     """
 
@@ -209,10 +209,10 @@ class Recorder:
     # ---- what the training loop calls
 
     def step(self, loss: Tensor | float | None = None) -> None:
-        """Close the step under way: call once per optimiser step, after backward and before ``zero_grad``.
+        """Close the current step. Call it once per optimiser step, after backward and before ``zero_grad``.
 
-        ``loss`` is for schedules that look at it; a tensor stays on its device with ``on_device``, and is otherwise
-        read only by schedules that use it, on the CPU without cost.
+        ``loss`` is for schedules that use it. With ``on_device`` a tensor stays on its device. Otherwise only schedules
+        that use it read it, on the CPU without cost.
         """
         self._writer.raise_if_failed()
         if self.active:

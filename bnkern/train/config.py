@@ -20,9 +20,10 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
 class Config:
     """One run. A wrong value raises TypeError or ValueError that names it.
 
-    The learning rate is ``lr`` times ``drop_factor`` for every drop so far: at the shares ``drops`` of all steps, or
-    with ``plateau`` > 0, instead, whenever the loss of an epoch (validation's where there is one, else training's)
-    has not fallen by 0.01 % for more than ``plateau`` epochs. The first ``warmup`` steps take ``warmup_lr``.
+    The learning rate is ``lr``, multiplied by ``drop_factor`` at every drop. Drops are at the shares ``drops`` of all
+    steps. With ``plateau`` > 0 there is a drop instead whenever the loss of an epoch (of the validation images if there
+    are any, otherwise of training) has not fallen by 0.01 % for more than ``plateau`` epochs. The first ``warmup``
+    steps use ``warmup_lr``.
     """
 
     name: str  # of the run, and of its folder

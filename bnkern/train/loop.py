@@ -50,30 +50,33 @@ def train(
     resume: bool = True,
     tensorboard: bool = False,
 ) -> Outcome:
-    """Does the run, or the rest of it, and leaves in ``folder`` what :mod:`.runlog` says.
+    """Does the run, or the rest of it, and writes the files that :mod:`.runlog` describes into ``folder``.
 
-    A loss that is not finite, or above 1e3 after step 0, ends the run as a result: ``diverged.pt`` (for
-    :func:`.checkpoint.read`) then has ``step``, the parameters ``before`` and ``after`` the last update, that of
-    step - 1, by name, its ``lr`` and (with momentum) ``velocity``, so that after = before - lr velocity, ``batches``
-    (epoch, index, images and labels of step - 1, "update", and of ``step``, "shown"), and ``rng``.
+    A loss that is not finite, or above 1e3 after step 0, ends the run. This is a result, not an error: ``diverged.pt``
+    (for :func:`.checkpoint.read`) then has
 
-    In several processes (torch.distributed initialised) each makes its share of every batch, batch norm runs over
-    all of them, gradients are averaged, and the process of rank 0 alone writes.
+    - ``step``, and ``rng``, the state of torch's generator,
+    - the parameters by name ``before`` and ``after`` the last update, which is that of step - 1,
+    - its ``lr`` and (with momentum) ``velocity``, so that after = before - lr * velocity,
+    - ``batches``: epoch, index, images and labels of step - 1 ("update") and of ``step`` ("shown").
+
+    In several processes (torch.distributed initialised) each process makes its share of every batch. Batch norm runs
+    over all of them, gradients are averaged, and only the process of rank 0 writes files.
 
     Args:
         config: the run.
-        folder: the run's own. Where it has this run, unfinished, the run goes on from its last checkpoint; finished,
-            nothing is done.
-        data: whose ``source`` is the config's ``data``.
+        folder: of this run alone. If it has this run, unfinished, the run continues from its last checkpoint. A
+            finished run is left as it is.
+        data: the images. Their ``source`` must be the config's ``data``.
         device: where to train.
         probes: called in every process with the network, ``folder / "probes"`` and the step to start from; a context
             manager, as ``bnkern.probes.record`` makes it with ``first_step`` and ``append``. Where it decides on the
             device (``on_device``), the step is recorded as a graph together with it.
-        resume: else a run that is there is put aside and done anew.
+        resume: if False, an existing run is put aside and the run starts again.
         tensorboard: mirror the metrics in ``folder / "tensorboard"``.
 
     Returns:
-        how the run ended; where the rank is not 0, nothing of it.
+        How the run ended. On ranks other than 0: 0 steps, and None in the other fields.
 
     Raises:
         ValueError: the folder has another run; the data are not the config's; the config does not fit the processes.

@@ -36,27 +36,27 @@ def sweep(
     resume: bool = True,
     tensorboard: bool = False,
 ) -> int:
-    """Does the runs that are not done yet, each in ``out / config.title``, and says what came of each.
+    """Does the runs that are not done yet, each in ``out / config.title``, and prints the outcome of each.
 
     Args:
         configs: the runs, no two with the same title.
-        out: a folder; on Ray one that all machines share, or the results stay where the runs were.
+        out: a folder. With Ray it must be shared by all machines; otherwise results stay on the machine of their run.
         data: where CIFAR-10 is, as for :func:`.cifar10.load`.
         device: torch's name; default "cuda" where there is one, else "cpu".
         processes: how many runs at once on this machine. They share its cores evenly (unless OMP_NUM_THREADS says
-            otherwise), take its GPUs in turn, and write what they say to ``out / <title>.log``.
+            otherwise), take its GPUs in turn, and write their output to ``out / <title>.log``.
         ray: address of a Ray cluster ("auto", "local", "ray://host:10001"), instead.
-        gpus: of a run on Ray: 0.25 puts four runs on one GPU, 0 asks for none.
-        resume: else runs that are there are put aside and done anew.
+        gpus: per run on Ray: 0.25 puts four runs on one GPU, 0 requests none.
+        resume: if False, existing runs are put aside and start again.
         tensorboard: mirror metrics.
 
     Returns:
-        how many runs failed.
+        The number of runs that failed.
 
     Raises:
         ValueError: two runs share a title, or the folder of one has another run.
-        DataError: CIFAR-10 cannot be had.
-        RuntimeError: Ray is asked for and not installed.
+        DataError: CIFAR-10 is not available.
+        RuntimeError: ``ray`` is given and Ray is not installed.
     """
     titles = [config.title for config in configs]
     if twice := {title for title in titles if titles.count(title) > 1}:
