@@ -157,7 +157,7 @@ class Torch:
     exchange_table = None
 
     def __init__(self, native: ModuleType) -> None:
-        names = native.fields()
+        names = native.fields()[:2]
         self.ForwardCall, self.BackwardCall = (namedtuple("Call", fields) for fields in names)
 
     describe = staticmethod(lambda t: t.described)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
+from .backends import activations
 from .conv import conv2d, takes_gradient
 from .guard import Hyperparameter
 from .norm import add_act, batch_norm, ranks_of, sync_batch_norm
@@ -65,8 +66,7 @@ class _Fused(_Parent):
     ) -> None:
         # Keywords that newer versions of torch add (bias=, in 2.13) pass through to the parent that knows them.
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
-        if act not in (None, "relu"):
-            raise ValueError(f'act must be None or "relu", got {act!r}')
+        activations.check(type(self).__name__, act)
         self.act = act
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -132,8 +132,7 @@ class Activation(torch.nn.Module):
 
     def __init__(self, act: str | None = "relu") -> None:
         super().__init__()
-        if act not in (None, "relu"):
-            raise ValueError(f'act must be None or "relu", got {act!r}')
+        activations.check(type(self).__name__, act)
         self.act = act
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:

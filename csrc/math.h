@@ -1,6 +1,6 @@
 // The arithmetic of batch norm, the only copy: for scalars and 16-lane vectors, on the host and in
 // CUDA. Multiply-adds are written out as fma, since contraction is off everywhere: the backward then
-// recomputes the forward's ReLU mask bit for bit. Formulas: bnkern/backends/reference/batch_norm.py.
+// recomputes the forward's mask bit for bit. Formulas: bnkern/backends/reference/batch_norm.py.
 #pragma once
 
 #ifndef __CUDACC__

@@ -19,6 +19,13 @@ namespace bnkern {
   FIELD(mask) FIELD(act) FIELD(training) FIELD(needs) FIELD(record_gradient) FIELD(record_affine)
 // clang-format on
 
+// The activations, as bnkern/backends/activations.py lists them: the identity where z > 0 or z is NaN, linear
+// elsewhere. csrc/cpu/activation.h and csrc/cuda/device.h compute them.
+#define BNKERN_ACTIVATIONS(ACTIVATION) ACTIVATION(relu)
+#define BNKERN_ENUMERATOR(name) , name
+enum class Activation : std::uint8_t { none BNKERN_ACTIVATIONS(BNKERN_ENUMERATOR) };
+#undef BNKERN_ENUMERATOR
+
 // The two layouts of bnkern/backends/layout.py.
 //   planes: element (n, c, s) lies at n * outer + c * inner + s
 //   rows:   element (m, c)    lies at m * outer + c, with m = n * s running over all rows
@@ -44,7 +51,8 @@ struct ChannelVector {
 struct Forward {
   Shape shape;
   DType dtype;
-  bool moments, normalize, relu;
+  bool moments, normalize;
+  Activation act;
   View x, residual, y;
   std::uint8_t* mask;  // written where not null
   ChannelVector weight, bias;
@@ -63,10 +71,11 @@ struct Forward {
 struct Backward {
   Shape shape;
   DType dtype;
-  bool sums, input, relu;
+  bool sums, input;
+  Activation act;
   bool training;              // grad_input subtracts the means of the sums
   View dy, x, dx, dresidual;  // dx, dresidual: written where not null
-  const std::uint8_t* mask;   // null with relu: recomputed from x
+  const std::uint8_t* mask;   // null with an activation: recomputed from x
   ChannelVector weight, bias;
   const void *mean, *invstd;     // accumulator type, [C]; null: identity
   void *sum_dy, *sum_dy_xhat;    // accumulator type, [C]: written by sums, else read

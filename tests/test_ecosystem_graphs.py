@@ -104,7 +104,7 @@ def test_gradients_of_a_graph_without_a_mask_are_refused() -> None:
     x, residual = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(4)).unbind(0)
     graph = make_fx(norm)(x, residual)
     assert torch.equal(graph(x, residual), norm(x, residual))
-    with pytest.raises(RuntimeError, match="recorded where no gradient was needed and keeps no ReLU mask"):
+    with pytest.raises(RuntimeError, match="recorded where no gradient was needed and keeps no activation mask"):
         gradient(graph, x, residual)
 
 

@@ -24,8 +24,9 @@ class Rule(NamedTuple):
     others: tuple[str, ...] = ("torch",)
 
 
-# What every backend may know: the arguments of a call, how tensors lie in memory, and which dtype sums have.
+# What every backend may import: a call's arguments, activations, layouts in memory, and the dtype of sums.
 LEAVES = (
+    "bnkern.backends.activations",
     "bnkern.backends.calls",
     "bnkern.backends.layout",
     "bnkern.backends.records",
@@ -34,12 +35,18 @@ LEAVES = (
 
 # The first pattern that matches a module is its rule.
 RULES = {
+    "bnkern.backends.activations": Rule(()),
     "bnkern.backends.calls": Rule(()),
     "bnkern.backends.layout": Rule(()),
     "bnkern.backends.records": Rule(()),
     "bnkern.backends.protocol": Rule(("bnkern.backends.calls",)),
     "bnkern.backends.reference*": Rule(
-        ("bnkern.backends.calls", "bnkern.backends.layout", "bnkern.backends.reference.*")
+        (
+            "bnkern.backends.activations",
+            "bnkern.backends.calls",
+            "bnkern.backends.layout",
+            "bnkern.backends.reference.*",
+        )
     ),
     # The native module takes what it can read; the reference serves empty batches.
     "bnkern.backends.native": Rule((*LEAVES, "bnkern._native", "bnkern.backends.reference")),
@@ -54,7 +61,7 @@ RULES = {
     "bnkern.backends": Rule(("bnkern.backends.protocol",)),  # loads its backends by name, from the table
     # Batch norm, from the bottom to the top.
     "bnkern.norm.context": Rule(()),
-    "bnkern.norm.validation": Rule(("bnkern.backends", "bnkern.backends.calls")),
+    "bnkern.norm.validation": Rule(("bnkern.backends", "bnkern.backends.activations", "bnkern.backends.calls")),
     "bnkern.norm.ranks": Rule((*LEAVES, "bnkern.backends.protocol", "bnkern.backends.reference.update_running")),
     # The decomposition into torch's operators returns the mask as the reference formula packs it.
     "bnkern.norm.op": Rule(
@@ -80,7 +87,9 @@ RULES = {
     "bnkern.conv.*": Rule(("bnkern.backends", "bnkern.backends.protocol", "bnkern.conv.*")),
     "bnkern.conv": Rule(("bnkern.conv.*",)),
     "bnkern.guard": Rule(()),
-    "bnkern.nn": Rule(("bnkern.norm", "bnkern.norm.context", "bnkern.conv", "bnkern.guard")),
+    "bnkern.nn": Rule(
+        ("bnkern.backends.activations", "bnkern.norm", "bnkern.norm.context", "bnkern.conv", "bnkern.guard")
+    ),
     "bnkern.convert*": Rule(("bnkern.nn", "bnkern.convert*")),
     "bnkern.probes*": Rule(
         (*LEAVES, "bnkern", "bnkern.nn", "bnkern.conv", "bnkern.norm", "bnkern.probes*"),
@@ -175,7 +184,7 @@ def test_the_rules_can_be_broken(tmp_path: Path) -> None:
 def test_the_table_of_backends_names_modules() -> None:
     """The choice imports by name: each of its names that exists is a module of backends, and nothing else is."""
     here = {name.split(".")[2] for name in MODULES if name.startswith("bnkern.backends.")}
-    here -= {"calls", "layout", "records", "protocol", "native", "architectures"}
+    here -= {"activations", "calls", "layout", "records", "protocol", "native", "architectures"}
     assert here <= set(backends.NAMES)
     assert {"cpu", "reference"} <= here
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import bnkern
 from bnkern.backends import layout as layouts
+from bnkern.backends.activations import ACTIVATIONS
 from bnkern.backends.calls import BackwardCall, ForwardCall
 from tests.cases import BF16, CASE, CASES, FP32, FP64, LAYOUTS, Case, Precision
 from tests.test_errors import bad_arguments, good_arguments
@@ -196,7 +197,7 @@ torch.testing.assert_close(bn.running_var, bt.running_var)
 
 
 def test_fields_are_mirrored() -> None:
-    assert _native.fields() == (ForwardCall._fields, BackwardCall._fields)
+    assert _native.fields() == (ForwardCall._fields, BackwardCall._fields, tuple(ACTIVATIONS))
 
 
 def test_wrong_types_are_errors() -> None:

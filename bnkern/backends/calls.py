@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-ACTIVATIONS = ("relu",)
-
 
 class ForwardCall(NamedTuple):
     """One forward: ``y = act(weight * (x - mean) * invstd + bias + residual)`` per channel.
@@ -28,8 +26,8 @@ class ForwardCall(NamedTuple):
     training: bool = True
     momentum: float | None = 0.1  # None: the cumulative mean, 1 / num_batches_tracked
     eps: float = 1e-5
-    act: str | None = None  # "relu"
-    save_mask: bool = False  # return the ReLU's mask, which is made with a residual only
+    act: str | None = None  # a name of activations.ACTIVATIONS
+    save_mask: bool = False  # return the activation's mask, which exists with a residual only
     record: Tensor | None = None  # float64 [8, C], filled with the rows records.ACTIVATION in the same pass
 
     @property
@@ -39,7 +37,7 @@ class ForwardCall(NamedTuple):
 
     @property
     def has_mask(self) -> bool:
-        """Whether the forward returns a mask. Without a residual the backward recomputes the ReLU's sign from x."""
+        """Whether the forward returns a mask. Without a residual the backward recomputes the sign of z from x."""
         return self.save_mask and self.act is not None and self.residual is not None
 
 

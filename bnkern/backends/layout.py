@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
     @property
     def mask_shape(self) -> tuple[int, ...]:
-        """Shape of the ReLU mask, one bit per element, least significant bit first.
+        """Shape of the activation's mask, one bit per element, least significant bit first.
 
         rows: flat over M * C, so that any number of channels packs tightly. planes: [N, C, ceil(S / 8)], so that
         each plane begins a byte of its own and whoever writes a plane owns all of its bytes.

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import _native
 from . import layout as layouts
 from . import reference
+from .activations import ACTIVATIONS
 from .calls import BackwardCall, Forward, ForwardCall, Gradients, Sums
 from .layout import dense, layout, strides
 
@@ -63,7 +64,7 @@ def output_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int
 
 
 def _connect() -> bool:
-    if _native.fields() != (ForwardCall._fields, BackwardCall._fields):
+    if _native.fields() != (ForwardCall._fields, BackwardCall._fields, tuple(ACTIVATIONS)):
         raise ImportError("bnkern._native was built from other sources than this package: build it again")
     return _native.connect(sys.modules[__name__])
 

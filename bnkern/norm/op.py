@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 
 from .. import backends
+from ..backends.activations import ACTIVATIONS
 from ..backends.calls import BackwardCall, ForwardCall
 from ..backends.layout import empty_like, layout
 from ..backends.records import ACTIVATION, AFFINE, GRADIENT, Records
@@ -242,8 +243,8 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy, *_):
     if ctx.lacks_mask:
         raise RuntimeError(
-            "batch_norm: this graph was recorded where no gradient was needed and keeps no ReLU mask for the backward; "
-            "record it with an input or parameter that requires a gradient"
+            "batch_norm: this graph was recorded where no gradient was needed and keeps no activation mask for the "
+            "backward; record it with an input or parameter that requires a gradient"
         )
     x, weight, bias, *saved = ctx.saved_tensors
     mean, invstd, mask, count = map(_or_none, saved)
@@ -282,7 +283,7 @@ def eval_in_torch(call: ForwardCall) -> Tensor:
     if residual is not None:
         y = y + residual.to(y.dtype)
     y = y.to(x.dtype)
-    return y.relu() if call.act == "relu" else y
+    return y if call.act is None else ACTIVATIONS[call.act].value(y)
 
 
 @register_decomposition(torch.ops.bnkern.batch_norm_forward.default)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.calls import ACTIVATIONS, ForwardCall
+from ..backends import activations
+from ..backends.calls import ForwardCall
 
 
 def check_tensors(name: str, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> None:
@@ -17,9 +18,7 @@ def check_tensors(name: str, x: Tensor, residual: Tensor | None = None, act: str
         raise TypeError(f"{name}: input must be a strided (dense) tensor, got {x.layout}")
     if x.dim() < 2:
         raise ValueError(f"{name}: input must be [N, C, ...] with at least 2 dimensions, got shape {list(x.shape)}")
-    if act is not None and act not in ACTIVATIONS:
-        known = " or ".join(f'"{known}"' for known in ACTIVATIONS)
-        raise ValueError(f"{name}: act must be None or {known}, got {act!r}")
+    activations.check(name, act)
     if residual is None:
         return
     if not isinstance(residual, Tensor):

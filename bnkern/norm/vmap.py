@@ -4,13 +4,14 @@ vmap maps one batch norm over B members. Channels are independent in batch norm,
 batch norm of B * C channels: x [B, N, C, ...] becomes [N, B * C, ...] in the memory format of its members, a copy
 unless they lie so already; tensors that members share are repeated. Results are views of the folded ones.
 
-The backward takes its ReLU mask from y, y != 0 (NaN passes), and is itself differentiable, by the reference formula.
+The backward takes the sign of z from y, whose sign is the same, and is itself differentiable by the reference formula.
 """
 
 import torch
 from torch import Tensor
 
 from ..backends import reference
+from ..backends.activations import ACTIVATIONS
 from ..backends.calls import BackwardCall, ForwardCall
 from ..backends.layout import layout
 from . import context, op  # noqa: F401 (op registers the operators)
@@ -81,7 +82,7 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, dy, *_):
         *saved, y = ctx.saved_tensors
         eps, act, backend = ctx.settings
-        g = dy if act is None else dy.where(y != 0, 0)
+        g = dy if act is None else ACTIVATIONS[act].gradient(dy, ~(y <= 0))
         dx, dweight, dbias = _Backward.apply(g, *saved, ctx.training, eps, backend)
         _, weight, bias, *_ = saved
         grads = (dx, None if weight is None else dweight, None if bias is None else dbias, g)
@@ -94,7 +95,7 @@ class _Forward(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """dx, dweight and dbias from g, the gradient behind the ReLU; of an absent weight or bias as of ones or zeros."""
+    """dx, dweight and dbias from g, the gradient before the activation. Absent weights are ones, biases zeros."""
 
     @staticmethod
     def forward(g, x, weight, bias, mean, invstd, training, eps, backend):

@@ -201,13 +201,23 @@ double number(PyObject* object) {
   return value;
 }
 
-bool is_relu(PyObject* act) { return PyUnicode_CheckExact(act) && PyUnicode_CompareWithASCIIString(act, "relu") == 0; }
+// The activation named by a field, none for None. False where there is no such activation.
+bool read_activation(PyObject* act, Activation& result) {
+  result = Activation::none;
+  if (act == Py_None) return true;
+  if (!PyUnicode_Check(act)) return false;
+#define BNKERN_NAMED(name) \
+  if (PyUnicode_CompareWithASCIIString(act, #name) == 0) result = Activation::name;
+  BNKERN_ACTIVATIONS(BNKERN_NAMED)
+#undef BNKERN_NAMED
+  return result != Activation::none;
+}
 
 // ---------------------------------------------------------------------------------------------- the forward
 
 // Whether a call that nobody has validated is plainly a valid batch norm, as check_call of validation.py has it.
 bool plainly_valid(PyObject* call, const Fields<F>& field, const Input& x) {
-  PyObject *const momentum = field[F::momentum], *const eps = field[F::eps], *const act = field[F::act];
+  PyObject *const momentum = field[F::momentum], *const eps = field[F::eps];
   const bool training = field(F::training), tracked = field[F::running_mean] != Py_None;
   if (!PyBool_Check(field[F::training]) || !PyFloat_CheckExact(eps)) return false;
   const double least = PyFloat_AS_DOUBLE(eps);
@@ -215,7 +225,6 @@ bool plainly_valid(PyObject* call, const Fields<F>& field, const Input& x) {
   if (!PyFloat_CheckExact(momentum) &&
       !(momentum == Py_None && (!training || !tracked || field[F::num_batches_tracked] != Py_None)))
     return false;
-  if (act != Py_None && !is_relu(act)) return false;
   if (tracked != (field[F::running_var] != Py_None) || !(tracked || training)) return false;
   if (training && x.count() == 1) return false;
   return std::none_of(&PyTuple_GET_ITEM(call, 0), &PyTuple_GET_ITEM(call, 0) + 7, negated);
@@ -225,14 +234,15 @@ bool plainly_valid(PyObject* call, const Fields<F>& field, const Input& x) {
 bool read_forward(const Fields<F>& field, Input& x, Forward& p) {
   if (!x.read_from(field[F::x]) || !x.read_channels(field[F::weight], p.weight) ||
       !x.read_channels(field[F::bias], p.bias) || !x.read_alike(field[F::residual], p.residual) ||
-      !x.read_record(field[F::record], 8, p.record))
+      !x.read_record(field[F::record], 8, p.record) || !read_activation(field[F::act], p.act))
     return false;
   p.shape = x.shape(), p.dtype = x.dtype(), p.x = x.view();
-  p.relu = field[F::act] != Py_None;
   return true;
 }
 
-bool has_mask(const Fields<F>& field, const Forward& p) { return field(F::save_mask) && p.relu && p.residual; }
+bool has_mask(const Fields<F>& field, const Forward& p) {
+  return field(F::save_mask) && p.act != Activation::none && p.residual;
+}
 
 // forward(call, validated) -> (y, mean, invstd, mask), or None. A call that is not validated must be plainly valid.
 PyObject* forward(PyObject* const* args) {
@@ -309,10 +319,9 @@ bool read_backward(const Fields<B>& field, Input& x, Backward& p) {
       !x.read_statistic(field[B::mean], p.mean) || !x.read_statistic(field[B::invstd], p.invstd) ||
       !x.read_run(field[B::mask], dlpack::kUInt8, mask_bytes(x.shape()), p.mask) ||
       !x.read_record(field[B::record_gradient], 7, p.record_gradient) ||
-      !x.read_record(field[B::record_affine], 8, p.record_affine))
+      !x.read_record(field[B::record_affine], 8, p.record_affine) || !read_activation(field[B::act], p.act))
     return false;
   p.shape = x.shape(), p.dtype = x.dtype(), p.x = x.view();
-  p.relu = field[B::act] != Py_None;
   if (!p.mean) p.record_affine = nullptr;  // the identity has no affine parameters
   return true;
 }
@@ -384,10 +393,11 @@ Object words(std::initializer_list<const char*> names) {
   return tuple;
 }
 
-// fields() -> the names of ForwardCall's and of BackwardCall's fields, as C++ has them
+// fields() -> the names of ForwardCall's fields, of BackwardCall's and of the activations, as C++ has them
 PyObject* fields(PyObject* const*) {
 #define BNKERN_NAME(name) #name,
-  Object lists[] = {words({BNKERN_FORWARD_FIELDS(BNKERN_NAME)}), words({BNKERN_BACKWARD_FIELDS(BNKERN_NAME)})};
+  Object lists[] = {words({BNKERN_FORWARD_FIELDS(BNKERN_NAME)}), words({BNKERN_BACKWARD_FIELDS(BNKERN_NAME)}),
+                    words({BNKERN_ACTIVATIONS(BNKERN_NAME)})};
 #undef BNKERN_NAME
   return tuple_of(lists);
 }
@@ -397,7 +407,7 @@ PyObject* fields(PyObject* const*) {
 bool add_calls(PyObject* module) {
   static PyMethodDef methods[] = {
       method<connect, 1>("connect", "connect(module): what C++ needs of torch; whether the exchange table is used."),
-      method<fields, 0>("fields", "The names of ForwardCall's and BackwardCall's fields, as C++ reads them."),
+      method<fields, 0>("fields", "The names of ForwardCall's fields, BackwardCall's and the activations in C++."),
       method<forward, 2>("forward", "forward(call, validated) -> (y, mean, invstd, mask), or None."),
       method<moments, 1>("moments", "moments(x) -> (mean, M2), or None."),
       method<normalize, 3>("normalize", "normalize(call, mean, invstd) -> (y, mask), or None."),

@@ -32,7 +32,7 @@ class BackwardPhases : public Phases<T> {
     this->measured_sums = make_totals(space_, record_affine_ ? kRecordedGradSumsRows : 0, width_);
     this->applied_sums = make_totals(space_, record_gradient_ ? kRecordedGradInputRows : 0, width_);
     t_.x = p.x, t_.dy = p.dy, t_.dx = p.dx, t_.dresidual = p.dresidual;
-    t_.mask = const_cast<std::uint8_t*>(p.mask), t_.relu = p.relu, t_.training = p.training;
+    t_.mask = const_cast<std::uint8_t*>(p.mask), t_.act = p.act, t_.training = p.training;
     t_.stream = this->elements() * static_cast<std::int64_t>(sizeof(T)) > kStreamBytes;
     for (std::int64_t group = 0; group < this->part.groups; ++group)
       for_channels(this->part, group, [&](std::int64_t c, const Columns& columns) { set_coefficients(c, columns); });

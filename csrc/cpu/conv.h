@@ -91,8 +91,7 @@ BNKERN_INLINE float magnitude(float a) { return __builtin_fabsf(a); }
 BNKERN_INLINE double magnitude(double a) { return __builtin_fabs(a); }
 template <class A>
 BNKERN_INLINE ArrayVec<A> magnitude(ArrayVec<A> a) {
-  for (int i = 0; i < kLanes; ++i) a.lane[i] = magnitude(a.lane[i]);
-  return a;
+  return a.magnitude();
 }
 #if defined(__AVX512F__)
 BNKERN_INLINE FloatVec magnitude(FloatVec a) { return {_mm512_abs_ps(a.v)}; }

@@ -80,7 +80,7 @@ class ForwardPhases : public Phases<T> {
     this->measured = make_totals(space_, rows, width_);
     this->measured_sums = make_totals(space_, as_one_ ? kRecordedNormalizeRows : 0, width_);
     this->applied_sums = make_totals(space_, record_ && !as_one_ ? kRecordedNormalizeRows : 0, width_);
-    t_.x = p.x, t_.residual = p.residual, t_.y = p.y, t_.mask = p.mask, t_.relu = p.relu;
+    t_.x = p.x, t_.residual = p.residual, t_.y = p.y, t_.mask = p.mask, t_.act = p.act;
     t_.stream = this->elements() * static_cast<std::int64_t>(sizeof(T)) > kStreamBytes;
     if (p.counter && p.moments) ++*p.counter;
     momentum_ = p.cumulative && p.counter ? 1.0 / static_cast<double>(*p.counter) : p.momentum;

@@ -22,11 +22,11 @@ struct InputSums : Sums<A, kRecordedGradInputRows> {
 };
 
 // A span of the tensors read and written.
-template <ReluMask kind, class Channel, class T>
+template <MaskSource source, class Channel, class T>
 struct InputSpan {
   using A = Accumulator<T>;
   using V = Vec<A>;
-  const Gradient<kind, Channel, T> gradient;
+  const Gradient<source, Channel, T> gradient;
   const bool training;
   T *const dx, *const dresidual;
   const bool past_cache;
@@ -74,9 +74,9 @@ void grad_input_tile(const Partition& part, const Tensors<T>& t, const Coefficie
     grad_input_tile<T, false>(part, t, k, group, tile, sums);
     second_look_at<T, InputSums<A>>(part, t.dx, group, tile, sums);
   } else {
-    with_gradient_kind<A>(part, t, [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
+    with_mask_source<A>(part, t, [&]<MaskSource source, class Channel>() __attribute__((always_inline)) {
       constexpr bool rows = std::is_same_v<Channel, RowChannels<A>>;
-      write_tile<InputSpan<kind, Channel, T>, InputSums<A>, rows, record>(part, t, k, t.dx, group, tile, sums);
+      write_tile<InputSpan<source, Channel, T>, InputSums<A>, rows, record>(part, t, k, t.dx, group, tile, sums);
     });
   }
 }

@@ -26,21 +26,21 @@ struct SummandSizes : Sums<A, kRecordedGradSumsRows> {
   }
 };
 
-template <ReluMask kind, class Channel, class T>
+template <MaskSource source, class Channel, class T>
 void second_look_at_summands(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                              std::int64_t group, std::int64_t tile, Rows<Accumulator<T>> sizes_out) {
   using A = Accumulator<T>;
   second_look<SummandSizes<A>, std::is_same_v<Channel, RowChannels<A>>>(
       part, group, tile, sizes_out, [&](const Span& span) {
         return
-            [gradient = Gradient<kind, Channel, T>(part, t, k, span)](SummandSizes<A>& sizes, std::int64_t i, int n) {
+            [gradient = Gradient<source, Channel, T>(part, t, k, span)](SummandSizes<A>& sizes, std::int64_t i, int n) {
               const Vec<A> xhat = gradient.xhat(i, n);
               sizes.add_some(gradient.g(i, xhat, n), xhat, n);
             };
       });
 }
 
-template <ReluMask kind, class Channel, bool record, class T>
+template <MaskSource source, class Channel, bool record, class T>
 BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                                std::int64_t group, std::int64_t tile, Rows<double> out,
                                Rows<Accumulator<T>> sizes_out) {
@@ -50,7 +50,7 @@ BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const
   V sums[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
   V products[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
   for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
-    const Gradient<kind, Channel, T> gradient(part, t, k, span);
+    const Gradient<source, Channel, T> gradient(part, t, k, span);
     const auto add = [&](int which, std::int64_t i, int n) __attribute__((always_inline)) {
       const V xhat = gradient.xhat(i, n), g = gradient.g(i, xhat, n);
       sums[which] = sums[which] + g;
@@ -69,12 +69,12 @@ BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const
 }
 
 // Sums are arrays over the group's channels.
-template <ReluMask kind, class Channel, bool record, class T>
+template <MaskSource source, class Channel, bool record, class T>
 BNKERN_INLINE void rows_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                              std::int64_t group, std::int64_t tile, Rows<double> out, Rows<Accumulator<T>> sizes_out) {
   using A = Accumulator<T>;
   using V = Vec<A>;
-  using Row = Gradient<kind, Channel, T>;
+  using Row = Gradient<source, Channel, T>;
   using Sizes = SummandSizes<A>;
   const std::int64_t channels = tile_channels(part, group, tile);
   const std::int64_t vectors = (channels + kLanes - 1) / kLanes * kLanes;
@@ -125,13 +125,13 @@ void grad_sums_tile(const Partition& part, const Tensors<T>& t, const Coefficien
   using A = Accumulator<T>;
   constexpr bool twice = record && kArrayVec<A>;
   if constexpr (twice) grad_sums_tile<T, false>(part, t, k, group, tile, out, sizes_out);
-  with_gradient_kind<A>(part, t, [&]<ReluMask kind, class Channel>() __attribute__((always_inline)) {
+  with_mask_source<A>(part, t, [&]<MaskSource source, class Channel>() __attribute__((always_inline)) {
     if constexpr (twice)
-      second_look_at_summands<kind, Channel>(part, t, k, group, tile, sizes_out);
+      second_look_at_summands<source, Channel>(part, t, k, group, tile, sizes_out);
     else if constexpr (std::is_same_v<Channel, RowChannels<A>>)
-      rows_tile<kind, Channel, record>(part, t, k, group, tile, out, sizes_out);
+      rows_tile<source, Channel, record>(part, t, k, group, tile, out, sizes_out);
     else
-      planes_tile<kind, Channel, record>(part, t, k, group, tile, out, sizes_out);
+      planes_tile<source, Channel, record>(part, t, k, group, tile, out, sizes_out);
   });
 }
 

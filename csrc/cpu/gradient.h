@@ -1,20 +1,22 @@
-// What grad_sums and grad_input share: g, the incoming gradient where the forward's ReLU let the value pass.
+// What grad_sums and grad_input share: g, the gradient before the activation.
 #pragma once
 
+#include "activation.h"
 #include "tiles.h"
 
 namespace bnkern::BNKERN_ISA {
 
-enum class ReluMask { kNone, kSaved, kRecomputed, kAny };  // kAny: told at run time
+// Where the mask of positive z comes from. kAny: decided at run time.
+enum class MaskSource { kNone, kSaved, kRecomputed, kAny };
 
 // g and xhat at element i of a span; n lanes of them where n < 16, zeros in the others.
-template <ReluMask kind, class Channel, class T>
+template <MaskSource source, class Channel, class T>
 struct Gradient {
   using A = Accumulator<T>;
   using V = Vec<A>;
   const T *dy, *x;
   const std::uint8_t* mask;
-  bool relu;
+  Activation act;
   std::int64_t dy_ahead, x_ahead;
   Channel mean, invstd, weight, bias;
 
@@ -22,7 +24,7 @@ struct Gradient {
       : dy(at<const T>(part, t.dy, span)),
         x(at<const T>(part, t.x, span)),
         mask(t.mask ? t.mask + span.mask_byte : nullptr),
-        relu(t.relu),
+        act(t.act),
         dy_ahead(read_ahead<T>(part, t.dy)),
         x_ahead(read_ahead<T>(part, t.x)),
         mean(k.mean, span.c),
@@ -37,38 +39,37 @@ struct Gradient {
   }
   BNKERN_INLINE V g(std::int64_t i, V xhat, int n = kLanes) const {
     __builtin_prefetch(dy + i + dy_ahead);
-    return passed(i, xhat, n, n == kLanes ? load(dy + i) : load_some(dy + i, n));
+    return before_activation(i, xhat, n, n == kLanes ? load(dy + i) : load_some(dy + i, n));
   }
-  // The same as stored: values of dy and zeros, which need no rounding.
+  // The same as stored. ReLU's are values of dy and zeros, which need no rounding.
   BNKERN_INLINE Packed<T> stored_g(std::int64_t i, V xhat) const {
     __builtin_prefetch(dy + i + dy_ahead);
-    return passed(i, xhat, kLanes, Packed<T>::read(dy + i));
+    return before_activation(i, xhat, kLanes, Packed<T>::read(dy + i));
   }
 
  private:
   template <class Lanes>
-  BNKERN_INLINE Lanes passed(std::int64_t i, V xhat, int n, Lanes g) const {
-    const bool saved = kind == ReluMask::kSaved || (kind == ReluMask::kAny && relu && mask);
-    const bool recomputed = kind == ReluMask::kRecomputed || (kind == ReluMask::kAny && relu && !mask);
-    if (saved) g = g.keep(V::Mask::from_bits(load_bits(mask, i, n)));
-    if (recomputed) {
-      const V z = scale_shift(xhat, weight[i], bias[i]);
-      g = g.keep(Packed<T>::of(z).above_zero());
-    }
+  BNKERN_INLINE Lanes before_activation(std::int64_t i, V xhat, int n, Lanes g) const {
+    const bool any = source == MaskSource::kAny && act != Activation::none;
+    if (source == MaskSource::kSaved || (any && mask))
+      return activate(act, g, V::Mask::from_bits(load_bits(mask, i, n)));
+    if (source == MaskSource::kRecomputed || any)
+      return activate(act, g, Packed<T>::of(scale_shift(xhat, weight[i], bias[i])).above_zero());
     return g;
   }
 };
 
-// Calls f.template operator()<ReluMask, Channel>() for this call's kind of mask and of layout.
+// Calls f.template operator()<MaskSource, Channel>() for this call's mask and layout. For vectors of several parts one
+// instance serves all masks, at the cost of a branch per vector.
 template <class A, class T, class F>
-BNKERN_INLINE void with_gradient_kind(const Partition& part, const Tensors<T>& t, F f) {
+BNKERN_INLINE void with_mask_source(const Partition& part, const Tensors<T>& t, F f) {
   const auto with_channel = [&]<class Channel>() __attribute__((always_inline)) {
     if constexpr (kArrayVec<A>) {
-      f.template operator()<ReluMask::kAny, Channel>();
+      f.template operator()<MaskSource::kAny, Channel>();
     } else {
-      if (!t.relu) return f.template operator()<ReluMask::kNone, Channel>();
-      t.mask ? f.template operator()<ReluMask::kSaved, Channel>()
-             : f.template operator()<ReluMask::kRecomputed, Channel>();
+      if (t.act == Activation::none) return f.template operator()<MaskSource::kNone, Channel>();
+      t.mask ? f.template operator()<MaskSource::kSaved, Channel>()
+             : f.template operator()<MaskSource::kRecomputed, Channel>();
     }
   };
   part.shape.rows ? with_channel.template operator()<RowChannels<A>>()

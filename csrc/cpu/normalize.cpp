@@ -1,5 +1,6 @@
-// normalize: y = act(round(weight * ((x - mean) * invstd) + bias + residual)) and the ReLU mask's bits, one
+// normalize: y = act(round(weight * ((x - mean) * invstd) + bias + residual)) and the mask's bits, one
 // read of x and the residual, one write of y. For a record, how many y are above zero.
+#include "activation.h"
 #include "sums.h"
 
 namespace bnkern::BNKERN_ISA {
@@ -16,7 +17,8 @@ template <class Channel, class T>
 struct OutputSpan {
   using A = Accumulator<T>;
   using V = Vec<A>;
-  const bool relu, add, save;
+  const Activation act;
+  const bool add, save;
   const T *const x, *const residual;
   T* const y;
   std::uint8_t* const mask;
@@ -25,7 +27,7 @@ struct OutputSpan {
   const Channel mean, invstd, weight, bias;
 
   BNKERN_INLINE OutputSpan(const Partition& part, const Tensors<T>& t, const Coefficients<A>& k, const Span& span)
-      : relu(t.relu),
+      : act(t.act),
         add(bool(t.residual)),
         save(t.mask != nullptr),
         x(at<const T>(part, t.x, span)),
@@ -58,10 +60,10 @@ struct OutputSpan {
     V z = scale_shift(standardize(x, mean[i], invstd[i]), weight[i], bias[i]);
     if (add) z = z + residual;
     const auto packed = Packed<T>::of(z);
-    if (!relu) return packed;
-    const auto passed = packed.above_zero();
-    if (save) store_bits(mask, i, passed.bits(), n);
-    return packed.keep(passed);
+    if (act == Activation::none) return packed;
+    const auto positive = packed.above_zero();
+    if (save) store_bits(mask, i, positive.bits(), n);
+    return activate(act, packed, positive);
   }
 };
 

@@ -1,5 +1,5 @@
-// One logical vector of 16 lanes, whatever the machine: one AVX-512 register, two AVX2 registers or
-// a plain array. All kernels are written on it once, so that every instruction set gives the same bits.
+// One logical vector of 16 lanes, whatever the machine: one AVX-512 register, two AVX2 registers, or an array of the
+// compiler's vector types. All kernels are written on it once, so that every instruction set gives the same bits.
 //
 //   Vec<float>, Vec<double>   16 accumulator lanes
 //   Mask                      16 booleans, to and from 16 bits
@@ -26,80 +26,106 @@ constexpr int kLanes = 16;
 inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
 
-// ------------------------------------------------------------------ plain arrays: any machine, and double
+// ------------------------------------------- parts by the compiler's vector types: any machine, and double
+
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+// 16 lanes in registers of the machine. Loops over single lanes would be unrolled and joined again by the compiler,
+// which takes it twice to three times as long and gives slower code.
+template <class A>
+struct Registers {
+  typedef A Register __attribute__((vector_size(kRegisterBytes)));
+  using Bits = decltype(Register{} < Register{});  // -1 where true
+  static constexpr int kWidth = kRegisterBytes / static_cast<int>(sizeof(A)), kCount = kLanes / kWidth;
+};
 
 template <class A>
-struct ArrayMask {
-  bool lane[kLanes];
+struct ArrayMask : Registers<A> {
+  using typename Registers<A>::Bits;
+  using Registers<A>::kWidth, Registers<A>::kCount;
+  Bits part[kCount];
   static BNKERN_INLINE ArrayMask from_bits(std::uint16_t bits) {
     ArrayMask m;
-    for (int i = 0; i < kLanes; ++i) m.lane[i] = bits >> i & 1;
+    for (int k = 0; k < kCount; ++k) {
+      Bits bit;
+      for (int i = 0; i < kWidth; ++i) bit[i] = 1 << (k * kWidth + i);
+      m.part[k] = ((Bits{} + bits) & bit) != 0;
+    }
     return m;
   }
+  BNKERN_INLINE bool operator[](int lane) const { return part[lane / kWidth][lane % kWidth] != 0; }
   BNKERN_INLINE std::uint16_t bits() const {
     std::uint16_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits |= static_cast<std::uint16_t>(lane[i]) << i;
+    for (int i = 0; i < kLanes; ++i) bits |= static_cast<std::uint16_t>((*this)[i]) << i;
     return bits;
   }
 };
 
 template <class A>
-struct ArrayVec {
+struct ArrayVec : Registers<A> {
+  using typename Registers<A>::Register, typename Registers<A>::Bits;
+  using Registers<A>::kCount, Registers<A>::kWidth;
   using Mask = ArrayMask<A>;
-  A lane[kLanes];
+  Register part[kCount];
   static BNKERN_INLINE ArrayVec all(A value) {
     ArrayVec v;
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = value;
+    for (Register& part : v.part) part = Register{} + value;
     return v;
   }
   static BNKERN_INLINE ArrayVec load(const A* p) {
     ArrayVec v;
-    std::memcpy(v.lane, p, sizeof v.lane);
+    std::memcpy(v.part, p, sizeof v.part);
     return v;
   }
-  BNKERN_INLINE void store(A* p) const { std::memcpy(p, lane, sizeof lane); }
+  BNKERN_INLINE void store(A* p) const { std::memcpy(p, part, sizeof part); }
   BNKERN_INLINE void stream(A* p) const { store(p); }
-#define BNKERN_LANEWISE(op)                                              \
-  friend BNKERN_INLINE ArrayVec operator op(ArrayVec a, ArrayVec b) {    \
-    for (int i = 0; i < kLanes; ++i) a.lane[i] = a.lane[i] op b.lane[i]; \
-    return a;                                                            \
+#define BNKERN_LANEWISE(name, expression)                             \
+  friend BNKERN_INLINE ArrayVec name(ArrayVec left, ArrayVec right) { \
+    for (int k = 0; k < kCount; ++k) {                                \
+      const Register a = left.part[k], b = right.part[k];             \
+      left.part[k] = expression;                                      \
+    }                                                                 \
+    return left;                                                      \
   }
-  BNKERN_LANEWISE(+)
-  BNKERN_LANEWISE(-)
-  BNKERN_LANEWISE(*)
+  BNKERN_LANEWISE(operator+, a + b)
+  BNKERN_LANEWISE(operator-, a - b)
+  BNKERN_LANEWISE(operator*, a* b)
+  BNKERN_LANEWISE(least, a < b ? a : b)
+  BNKERN_LANEWISE(largest, a > b ? a : b)
 #undef BNKERN_LANEWISE
   friend BNKERN_INLINE ArrayVec fma(ArrayVec a, ArrayVec b, ArrayVec c) {
-    for (int i = 0; i < kLanes; ++i) a.lane[i] = bnkern::fma(a.lane[i], b.lane[i], c.lane[i]);
-    return a;
+    for (int k = 0; k < kCount; ++k) c.part[k] = multiply_add(a.part[k], b.part[k], c.part[k]);
+    return c;
   }
   // Where not (v <= 0): NaN passes, as in torch's threshold_backward.
   BNKERN_INLINE Mask above_zero() const {
-    Mask m;
-    for (int i = 0; i < kLanes; ++i) m.lane[i] = !(lane[i] <= A(0));
-    return m;
+    return mask_of([](Register v) __attribute__((always_inline)) { return ~(v <= 0); });
   }
   // Where not (v >= 0): NaN passes.
   BNKERN_INLINE Mask below_zero() const {
-    Mask m;
-    for (int i = 0; i < kLanes; ++i) m.lane[i] = !(lane[i] >= A(0));
-    return m;
+    return mask_of([](Register v) __attribute__((always_inline)) { return ~(v >= 0); });
   }
   BNKERN_INLINE ArrayVec keep(Mask m) const {
     ArrayVec v;
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = m.lane[i] ? lane[i] : A(0);
+    for (int k = 0; k < kCount; ++k) v.part[k] = (Register)((Bits)part[k] & m.part[k]);
     return v;
   }
   BNKERN_INLINE ArrayVec magnitude() const {
     ArrayVec v;
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = std::fabs(lane[i]);
+    const Bits sign = (Bits)(Register{} + A(-0.0));  // -0 is the sign bit alone
+    for (int k = 0; k < kCount; ++k) v.part[k] = (Register)((Bits)part[k] & ~sign);
     return v;
   }
   // Counts, which are never -0: plus b where d is above zero, below zero, or zero, and plus the sign of d. NaN is none.
-#define BNKERN_COUNT(name, condition)                                                                     \
-  BNKERN_INLINE ArrayVec name(ArrayVec d, ArrayVec b) const {                                             \
-    ArrayVec v;                                                                                           \
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = lane[i] + (d.lane[i] condition A(0) ? b.lane[i] : A(0)); \
-    return v;                                                                                             \
+#define BNKERN_COUNT(name, condition)                                                                          \
+  BNKERN_INLINE ArrayVec name(ArrayVec d, ArrayVec b) const {                                                  \
+    return *this + b.keep(d.mask_of([](Register v) __attribute__((always_inline)) { return v condition 0; })); \
   }
   BNKERN_COUNT(plus_where_positive, >)
   BNKERN_COUNT(plus_where_negative, <)
@@ -108,13 +134,22 @@ struct ArrayVec {
   BNKERN_INLINE ArrayVec plus_sign(ArrayVec d) const {
     return plus_where_positive(d, all(1)).plus_where_negative(d, all(-1));
   }
-  friend BNKERN_INLINE ArrayVec least(ArrayVec a, ArrayVec b) {
-    for (int i = 0; i < kLanes; ++i) a.lane[i] = bnkern::least(a.lane[i], b.lane[i]);
-    return a;
+
+ private:
+  template <class F>
+  BNKERN_INLINE Mask mask_of(F f) const {
+    Mask m;
+    for (int k = 0; k < kCount; ++k) m.part[k] = f(part[k]);
+    return m;
   }
-  friend BNKERN_INLINE ArrayVec largest(ArrayVec a, ArrayVec b) {
-    for (int i = 0; i < kLanes; ++i) a.lane[i] = bnkern::largest(a.lane[i], b.lane[i]);
-    return a;
+  static BNKERN_INLINE Register multiply_add(Register a, Register b, Register c) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<A, double>) return (Register)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<A, double>) return (Register)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#endif
+    for (int i = 0; i < kWidth; ++i) c[i] = bnkern::fma(a[i], b[i], c[i]);
+    return c;
   }
 };
 
@@ -254,7 +289,7 @@ struct VecOf<float> {
 template <class A>
 using Vec = typename VecOf<A>::type;
 
-// Where a vector is an array, unrolled code is long and the compiler slow over it: less of it is made there.
+// A vector of several parts takes more code, and the compiler more time: fewer instances are compiled for it.
 template <class A>
 constexpr bool kArrayVec = std::is_same_v<Vec<A>, ArrayVec<A>>;
 

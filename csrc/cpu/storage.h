@@ -110,8 +110,7 @@ BNKERN_INLINE void narrow(double value, double* out) { *out = value; }
 BNKERN_INLINE Vec<float> load(const float* p) { return Vec<float>::load(p); }
 BNKERN_INLINE Vec<double> load(const double* p) { return Vec<double>::load(p); }
 
-// Where a ReLU lets the value pass is asked of the packed value, the one that is stored, so that forward and
-// backward cannot disagree.
+// A vector as memory holds it. above_zero() is where not (value <= 0), so that NaN is included.
 template <class T>
 struct Packed {  // float and double: stored as they are
   using V = Vec<T>;
@@ -170,9 +169,9 @@ struct PackedHalf {
 
 template <class T>
 BNKERN_INLINE Vec<float> load(const T* p) {
-  Vec<float> v;
-  for (int i = 0; i < kLanes; ++i) v.lane[i] = widen(p[i]);
-  return v;
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = widen(p[i]);
+  return Vec<float>::load(lanes);
 }
 
 template <class T>
@@ -180,7 +179,9 @@ struct PackedHalf {
   T lane[kLanes];
   static BNKERN_INLINE PackedHalf of(Vec<float> v) {
     PackedHalf packed;
-    for (int i = 0; i < kLanes; ++i) narrow(v.lane[i], packed.lane + i);
+    float lanes[kLanes];
+    v.store(lanes);
+    for (int i = 0; i < kLanes; ++i) narrow(lanes[i], packed.lane + i);
     return packed;
   }
   static BNKERN_INLINE PackedHalf read(const T* p) {
@@ -194,7 +195,7 @@ struct PackedHalf {
   BNKERN_INLINE Vec<float>::Mask above_zero() const { return wide().above_zero(); }
   BNKERN_INLINE PackedHalf keep(Vec<float>::Mask m) const {
     PackedHalf kept = *this;
-    for (int i = 0; i < kLanes; ++i) kept.lane[i].bits = m.lane[i] ? lane[i].bits : 0;
+    for (int i = 0; i < kLanes; ++i) kept.lane[i].bits = m[i] ? lane[i].bits : 0;
     return kept;
   }
 };
@@ -258,7 +259,9 @@ BNKERN_INLINE void load_two(const T* p, Vec<Accumulator<T>>* to) {
     to[0] = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
     to[1] = {_mm256_castsi256_ps(_mm256_and_si256(lo, odd)), _mm256_castsi256_ps(_mm256_and_si256(hi, odd))};
 #else
-    for (int i = 0; i < kLanes; ++i) to[0].lane[i] = widen(p[2 * i]), to[1].lane[i] = widen(p[2 * i + 1]);
+    float even[kLanes], odd[kLanes];
+    for (int i = 0; i < kLanes; ++i) even[i] = widen(p[2 * i]), odd[i] = widen(p[2 * i + 1]);
+    to[0] = Vec<float>::load(even), to[1] = Vec<float>::load(odd);
 #endif
   }
 }

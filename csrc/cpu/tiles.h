@@ -116,7 +116,8 @@ template <class T>
 struct Tensors {
   View x, residual, y, dy, dx, dresidual;
   std::uint8_t* mask;
-  bool relu, training, stream;  // stream: results are too large for the caches, store past them
+  Activation act;
+  bool training, stream;  // stream: results are too large for the caches, store past them
 };
 
 // Numbers per channel: row r of channel c at data[r * pitch + c].

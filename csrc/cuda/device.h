@@ -10,7 +10,7 @@ namespace bnkern {
 
 // --------------------------------------------------------------------------------------------------- octets
 //
-// Eight neighbours in memory, as stored: one byte of the ReLU mask, and one or two loads of 16 bytes.
+// Eight neighbours in memory, as stored: one byte of the mask, and one or two loads of 16 bytes.
 
 template <class T>
 struct Octet {
@@ -77,29 +77,52 @@ BNKERN_DEVICE void Octet<T>::clear(int j) {
   }
 }
 
-// The ReLU lets a value pass where not (value <= 0), the value being the one as stored: NaN passes, as in torch.
-BNKERN_DEVICE bool passes(float stored) { return !(stored <= 0); }
+// The mask's bit of a value z as stored. NaN counts as positive, as in torch's ReLU.
+BNKERN_DEVICE bool positive(float stored) { return !(stored <= 0); }
 
-// Of eight values, one bit for each that the ReLU lets pass; the others become zero.
+// Applies an activation to value j of an octet, a z that is not positive or the gradient there.
 template <class T>
-BNKERN_DEVICE unsigned relu(Octet<T>* octet) {
+BNKERN_DEVICE void activate(Activation act, Octet<T>* octet, int j) {
+  switch (act) {
+    case Activation::relu:
+      return octet->clear(j);
+    case Activation::none:
+      break;
+  }
+  __builtin_unreachable();  // the caller has tested for none
+}
+// The same for one value.
+template <class T>
+BNKERN_DEVICE T activate(Activation act, T) {
+  switch (act) {
+    case Activation::relu:
+      return T{};
+    case Activation::none:
+      break;
+  }
+  __builtin_unreachable();
+}
+
+// Eight values z after the activation, and their mask.
+template <class T>
+BNKERN_DEVICE unsigned activate(Activation act, Octet<T>* octet) {
   unsigned bits = 0;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    if (passes((*octet)[j]))
+    if (positive((*octet)[j]))
       bits |= 1u << j;
     else
-      octet->clear(j);
+      activate(act, octet, j);
   }
   return bits;
 }
 
-// The same where the bits are known.
+// Eight gradients before the activation, given the mask.
 template <class T>
-BNKERN_DEVICE void keep(Octet<T>* octet, unsigned bits) {
+BNKERN_DEVICE void activate_gradient(Activation act, Octet<T>* octet, unsigned bits) {
 #pragma unroll
   for (int j = 0; j < 8; ++j)
-    if (!(bits >> j & 1)) octet->clear(j);
+    if (!(bits >> j & 1)) activate(act, octet, j);
 }
 
 // One value at a time, where octets do not fit.
@@ -157,11 +180,11 @@ BNKERN_DEVICE float normalized(float x, const Affine& coefficients) {
   return scale_shift(standardize(x, coefficients.mean, coefficients.invstd), coefficients.weight, coefficients.bias);
 }
 
-// The ReLU's bits of eight values or one, as the forward saw them.
+// The mask of eight values or one, recomputed as in the forward.
 template <class T, class Values, int W>
 BNKERN_DEVICE unsigned recomputed_mask(const Values& x, const Affine (&coefficients)[W]) {
   if constexpr (W == 1) {
-    return passes(widen(narrow<T>(normalized(x[0], coefficients[0]))));
+    return positive(widen(narrow<T>(normalized(x[0], coefficients[0]))));
   } else {
     float z[W];
 #pragma unroll
@@ -169,7 +192,7 @@ BNKERN_DEVICE unsigned recomputed_mask(const Values& x, const Affine (&coefficie
     const auto stored = Octet<T>::of(z);
     unsigned bits = 0;
 #pragma unroll
-    for (int j = 0; j < W; ++j) bits |= unsigned(passes(stored[j])) << j;
+    for (int j = 0; j < W; ++j) bits |= unsigned(positive(stored[j])) << j;
     return bits;
   }
 }

@@ -29,7 +29,7 @@ struct Incoming {
   BNKERN_DEVICE void load_bits(const Backward& p, const Planes& planes, int channel, const OctetCoords<T>& coords) {
 #pragma unroll
     for (int u = 0; u < kOctets<T>; ++u)
-      if (p.relu && p.mask && coords.of[u].elements)
+      if (p.act != Activation::none && p.mask && coords.of[u].elements)
         bits[u] = p.mask[mask_byte(planes, p.shape.c, channel, coords.of[u])];
   }
   BNKERN_DEVICE void keep(int tile) const {
@@ -41,21 +41,24 @@ struct Incoming {
     x.find(2 * tile + 1);
   }
 
-  // dy where the forward's ReLU let the value pass, else zero; xhat beside it.
-  BNKERN_DEVICE Octet<T> passed(const Backward& p, int u, const Affine& coefficients, float (&xhat)[8]) const {
+  // g, the gradient before the activation, and xhat.
+  BNKERN_DEVICE Octet<T> before_activation(const Backward& p, int u, const Affine& coefficients,
+                                           float (&xhat)[8]) const {
     Octet<T> g = dy.octets[u];
 #pragma unroll
     for (int j = 0; j < 8; ++j) xhat[j] = standardize(x.octets[u][j], coefficients.mean, coefficients.invstd);
-    if (!p.relu) return g;
-    unsigned passing = bits[u];
+    if (p.act == Activation::none) return g;
+    unsigned mask = bits[u];
     if (!p.mask) {
       float z[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) z[j] = scale_shift(xhat[j], coefficients.weight, coefficients.bias);
-      Octet<T> forward = Octet<T>::of(z);
-      passing = relu(&forward);
+      const auto stored = Octet<T>::of(z);
+      mask = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) mask |= unsigned(positive(stored[j])) << j;
     }
-    bnkern::keep(&g, passing);
+    activate_gradient(p.act, &g, mask);
     return g;
   }
 };
@@ -66,7 +69,7 @@ BNKERN_DEVICE void add_tile(Pair& total, const Backward& p, const Incoming<T>& i
 #pragma unroll
   for (int u = 0; u < kOctets<T>; ++u) {
     float xhat[8];
-    const Octet<T> g = in.passed(p, u, coefficients, xhat);
+    const Octet<T> g = in.before_activation(p, u, coefficients, xhat);
     float sum[2] = {0, 0}, product[2] = {0, 0};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -87,7 +90,7 @@ BNKERN_DEVICE void add_tile(ThreadRecord<AffineSums>& record, const Backward& p,
 #pragma unroll
   for (int u = 0; u < kOctets<T>; ++u) {
     float xhat[8];
-    const Octet<T> g = in.passed(p, u, coefficients, xhat);
+    const Octet<T> g = in.before_activation(p, u, coefficients, xhat);
 #pragma unroll
     for (int j = 0; j < 8; ++j)
       if (j < coords.of[u].elements) addend.add(g[j], xhat[j]);
@@ -113,7 +116,7 @@ BNKERN_DEVICE void write_tile(const Backward& p, const Planes& planes, int chann
 #pragma unroll
   for (int u = 0; u < kOctets<T>; ++u) {
     float xhat[8], d[8];
-    dresidual.octets[u] = in.passed(p, u, coefficients, xhat);
+    dresidual.octets[u] = in.before_activation(p, u, coefficients, xhat);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float g = dresidual.octets[u][j];
@@ -136,17 +139,17 @@ __global__ void __launch_bounds__(kMostThreads)
   using Shared = Exchange<Pair>;
   Shared* const shared = shared_memory<Shared>();
   const Affine coefficients = affine(p, channel, read(p.mean, channel, 0.0f), read(p.invstd, channel, 1.0f));
-  const bool with_x = kSums || p.training || (p.relu && !p.mask);
+  const bool with_x = kSums || p.training || (p.act != Activation::none && !p.mask);
 
   Incoming<T> in;
   Pair sums{0, 0};
   if constexpr (kSums) {
-    const auto add_tiles = [&](auto see) {
+    const auto add_tiles = [&](auto then) {
       for (int tile = 0; tile < planes.tiles; ++tile) {
         const OctetCoords<T> coords(planes, part, tile);
         in.load(p, planes, true, channel, coords);
         add_tile(sums, p, in, coords, coefficients);
-        see(coords);
+        then(coords);
         if (kSingle && planes.shared(tile)) in.keep(tile);
       }
     };
@@ -194,7 +197,7 @@ __global__ void __launch_bounds__(kMostThreads)
   if constexpr (kInput) {
     const float count = static_cast<float>(p.shape.n * p.shape.s);
     const Centre centre{sums.first / count, sums.second / count, coefficients.weight * coefficients.invstd};
-    const auto write_tiles = [&](auto see) {
+    const auto write_tiles = [&](auto then) {
       for (int tile = planes.tiles - 1; tile >= 0; --tile) {
         const OctetCoords<T> coords(planes, part, tile);
         if (kSingle && planes.shared(tile)) {
@@ -205,7 +208,7 @@ __global__ void __launch_bounds__(kMostThreads)
         }
         Tile<T> dx;
         write_tile(p, planes, channel, coords, in, coefficients, centre, dx);
-        see(coords, dx);
+        then(coords, dx);
       }
     };
     if constexpr (kRecord) {

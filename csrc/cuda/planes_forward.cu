@@ -85,9 +85,9 @@ BNKERN_DEVICE void normalize_tile(const Forward& p, const Planes& planes, int ch
       if (p.residual) z[j] += residual.octets[u][j];
     }
     y.octets[u] = Octet<T>::of(z);
-    if (!p.relu) continue;
+    if (p.act == Activation::none) continue;
     const OctetCoord& coord = coords.of[u];
-    const unsigned bits = relu(&y.octets[u]) & ((1u << coord.elements) - 1);
+    const unsigned bits = activate(p.act, &y.octets[u]) & ((1u << coord.elements) - 1);
     if (p.mask && coord.elements)
       p.mask[mask_byte(planes, p.shape.c, channel, coord)] = static_cast<std::uint8_t>(bits);
   }
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kMostThreads)
   }
   if constexpr (kNormalize) {
     const Affine coefficients = affine(p, channel, mean, invstd);
-    const auto write_tiles = [&](auto see) {
+    const auto write_tiles = [&](auto then) {
       for (int tile = planes.tiles - 1; tile >= 0; --tile) {
         const OctetCoords<T> coords(planes, part, tile);
         if (kSingle && planes.shared(tile)) {
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kMostThreads)
         }
         Tile<T> y;
         normalize_tile(p, planes, channel, coords, x, coefficients, y);
-        see(coords, y);
+        then(coords, y);
       }
     };
     if constexpr (kRecord) {

@@ -156,8 +156,52 @@ struct RowsCoord {
   }
 };
 
-// Whether a single read is worth it: where far more has to be read again than is held, two kernels are simpler.
-inline bool holds_enough(const RowsPlan& plan) { return (plan.tiles_in_shared + 1) * 8 >= plan.tiles; }
+// Calls f(tile, its first row, its valid rows) for a thread's tiles from `first` on, or from the last one down to it.
+template <bool backwards, class F>
+BNKERN_DEVICE void for_tiles(const RowsPlan& plan, const RowsCoord& coord, int first, int unroll, F f) {
+  for (int i = first; i < plan.tiles; ++i) {
+    const int tile = backwards ? plan.tiles - 1 - i + first : i;
+    const std::int64_t row = coord.row(tile, unroll);
+    f(tile, row, coord.valid_rows(plan, row, unroll));
+  }
+}
+
+// The tiles that a single-read kernel holds in shared memory, `first` to plan.tiles_in_shared, each of kRows rows of
+// kTensors tensors. Neighbouring threads have neighbouring octets.
+template <class T, int kRows, int kTensors>
+struct HeldTiles {
+  Words* tiles;
+  int first;
+  BNKERN_DEVICE Octet<T>& operator()(int tile, int row, int tensor) const {
+    const int octet = ((tile - first) * kRows + row) * kTensors + tensor;
+    return reinterpret_cast<Octet<T>*>(tiles)[octet * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)];
+  }
+};
+
+// Joins a block's threads: part(lane, pair) of each thread's pair of a channel, done(channel, sums).
+template <int W, class Part, class Done>
+BNKERN_DEVICE void join_threads(const RowsPlan& plan, int group, const RowsShared& shared, Part part, Done done) {
+  const std::int64_t first = std::int64_t(group) * plan.width;
+  __syncthreads();
+  sum_over_block(
+      plan.width, plan.lanes, shared.scratch,
+      [&](int lane, int c) { return part(lane, shared.pair(c % W, lane * plan.columns + c / W)); },
+      [&](int c, PivotSums sums) {
+        if (first + c < plan.channels) done(first + c, sums);
+      });
+}
+
+// Joins the blocks of a group, once their parts are there: part(split, channel), done(channel of the group, sums).
+template <class Part, class Done>
+BNKERN_DEVICE void join_blocks(const RowsPlan& plan, int group, const RowsShared& shared, Part part, Done done) {
+  const std::int64_t first = std::int64_t(group) * plan.width;
+  sum_over_block(
+      plan.width, plan.splits, shared.scratch,
+      [&](int split, int c) { return first + c < plan.channels ? part(split, first + c) : PivotSums{0, 0}; },
+      [&](int c, PivotSums sums) {
+        if (first + c < plan.channels) done(c, sums);
+      });
+}
 
 // How many rows split k has.
 BNKERN_DEVICE double rows_of(const RowsPlan& plan, int k) {
@@ -171,6 +215,24 @@ inline bool by_octets(const Shape& shape, DType dtype, std::initializer_list<Vie
   return shape.c % 8 == 0 && std::all_of(views.begin(), views.end(), [&](const View& view) {
            return !view || (view.outer % step == 0 && reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0);
          });
+}
+
+// The partition of a call's rows, whether its kernels read octets, and whether one kernel does both phases.
+struct RowsCut {
+  RowsPlan plan;
+  bool octets, single;
+};
+// `single`: both phases are requested, and one kernel may do them. Two kernels are simpler where far more must be read
+// again than a block holds.
+template <class T, int kTensors>
+RowsCut cut_rows(const Shape& shape, const CudaDevice& device, bool octets, bool single) {
+  constexpr int kTile = kUnroll<T, kTensors>;
+  constexpr int kTileBytes = kTile * kTensors * 8 * static_cast<int>(sizeof(T));
+  if (single && octets) {
+    const RowsPlan plan = rows_plan(shape, device, true, octets, kTile, kTileBytes);
+    if ((plan.tiles_in_shared + 1) * 8 >= plan.tiles) return {plan, octets, true};
+  }
+  return {rows_plan(shape, device, false, octets, kTile, kTileBytes), octets, false};
 }
 
 // The blocks of a kernel over flat octets.

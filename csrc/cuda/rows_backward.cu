@@ -9,7 +9,7 @@ struct ThreadSums {
   float dy[W], dy_xhat[W];
 };
 
-// dy where the ReLU let the forward's value through, and x: a tile of each. `bits` is what a saved mask says.
+// g, the gradient before the activation, and x: a tile of each.
 template <class T, int W, int UNROLL>
 struct GradientTile {
   Vector<T, W> g[UNROLL], x[UNROLL];
@@ -26,7 +26,7 @@ struct GradientTile {
   }
   BNKERN_DEVICE void mask(const Backward& p, const RowsCoord& coord, const Affine (&coefficients)[W], std::int64_t row,
                           int valid_rows) {
-    if (!p.relu) return;
+    if (p.act == Activation::none) return;
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       if (u >= valid_rows) continue;
@@ -38,9 +38,9 @@ struct GradientTile {
         bits = recomputed_mask<T>(x[u], coefficients);
       }
       if constexpr (W == 8)
-        keep(&g[u], bits);
+        activate_gradient(p.act, &g[u], bits);
       else if (!(bits & 1))
-        g[u].value = T{};
+        g[u].value = activate(p.act, g[u].value);
     }
   }
 };
@@ -112,17 +112,10 @@ BNKERN_DEVICE void publish_sums(const RowsPlan& plan, const RowsCoord& coord, co
                                 const Partials& parts, const ThreadSums<W>& sums) {
 #pragma unroll
   for (int j = 0; j < W; ++j) shared.pair(j, threadIdx.x) = {sums.dy[j], sums.dy_xhat[j]};
-  __syncthreads();
-  const std::int64_t first = std::int64_t(coord.group) * plan.width;
-  sum_over_block(
-      plan.width, plan.lanes, shared.scratch,
-      [&](int lane, int c) {
-        const Pair pair = shared.pair(c % W, lane * plan.columns + c / W);
-        return PivotSums{pair.first, pair.second};
-      },
-      [&](int c, PivotSums all) {
-        if (first + c < plan.channels)
-          parts.at(coord.split, first + c) = {static_cast<float>(all.first), static_cast<float>(all.second)};
+  join_threads<W>(
+      plan, coord.group, shared, [](int, const Pair& pair) { return PivotSums{pair.first, pair.second}; },
+      [&](std::int64_t channel, PivotSums all) {
+        parts.at(coord.split, channel) = {static_cast<float>(all.first), static_cast<float>(all.second)};
       });
 }
 
@@ -130,17 +123,13 @@ BNKERN_DEVICE void publish_sums(const RowsPlan& plan, const RowsCoord& coord, co
 template <class Done>
 BNKERN_DEVICE void join_sums(const RowsPlan& plan, int group, const RowsShared& shared, const Partials& parts,
                              Done done) {
-  const std::int64_t first = std::int64_t(group) * plan.width;
-  sum_over_block(
-      plan.width, plan.splits, shared.scratch,
-      [&](int k, int c) {
-        if (first + c >= plan.channels) return PivotSums{0, 0};
-        const Pair part = parts.at(k, first + c);
+  join_blocks(
+      plan, group, shared,
+      [&](int split, std::int64_t channel) {
+        const Pair part = parts.at(split, channel);
         return PivotSums{part.first, part.second};
       },
-      [&](int c, PivotSums sums) {
-        if (first + c < plan.channels) done(c, sums);
-      });
+      done);
 }
 
 template <class T, int W, bool kRecord>
@@ -154,14 +143,12 @@ __global__ void __launch_bounds__(512, 1)
   read_affine(p, plan, coord, coefficients);
   ThreadSums<W> sums{};
   const auto add_tiles = [&](auto add) {
-    for (int t = 0; t < plan.tiles; ++t) {
-      const std::int64_t row = coord.row(t, kTile);
-      const int valid_rows = coord.valid_rows(plan, row, kTile);
+    for_tiles<false>(plan, coord, 0, kTile, [&](int, std::int64_t row, int valid_rows) {
       GradientTile<T, W, kTile> tile;
       tile.load(p, coord, row, valid_rows);
       tile.mask(p, coord, coefficients, row, valid_rows);
       add(tile, valid_rows);
-    }
+    });
   };
   if constexpr (kRecord) {
     const Tally<AffineSums, W> tally(RowsShared::fixed_bytes(blockDim.x, plan.width));
@@ -214,17 +201,15 @@ __global__ void __launch_bounds__(512, 1)
 #pragma unroll
     for (int j = 0; j < 8; ++j) centre[j] = given_means(p, space.totals, coord.channel + j);
   }
-  const auto write_tiles = [&](auto see) {
-    for (int t = plan.tiles - 1; t >= 0; --t) {
-      const std::int64_t row = coord.row(t, kTile);
-      const int valid_rows = coord.valid_rows(plan, row, kTile);
+  const auto write_tiles = [&](auto then) {
+    for_tiles<true>(plan, coord, 0, kTile, [&](int, std::int64_t row, int valid_rows) {
       GradientTile<T, 8, kTile> tile;
       Octet<T> dx[kTile];
       tile.load(p, coord, row, valid_rows);
       tile.mask(p, coord, coefficients, row, valid_rows);
       write_tile<T, kRecord>(p, coord, coefficients, centre, tile, row, valid_rows, dx);
-      see(dx, valid_rows);
-    }
+      then(dx, valid_rows);
+    });
   };
   if constexpr (kRecord) {
     const Tally<GradientSums, 8> tally(0);
@@ -242,16 +227,14 @@ __global__ void __launch_bounds__(512, 1)
   constexpr int kTile = kUnroll<T, 2>;
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 1);
   const Tally<GradientSums, 1> tally(0);
-  for (int t = 0; t < plan.tiles; ++t) {
-    const std::int64_t row = coord.row(t, kTile);
-    const int valid_rows = coord.valid_rows(plan, row, kTile);
+  for_tiles<false>(plan, coord, 0, kTile, [&](int, std::int64_t row, int valid_rows) {
     Vector<T, 1> dx[kTile];
     const T* const first = static_cast<const T*>(p.dx.data) + row * p.dx.outer + coord.channel;
 #pragma unroll
     for (int u = 0; u < kTile; ++u)
       if (u < valid_rows) dx[u] = Vector<T, 1>::load(first + std::int64_t(u) * coord.lanes * p.dx.outer);
     add_tile(tally, dx, valid_rows);
-  }
+  });
   tally.publish(plan, coord, parts);
 }
 
@@ -269,9 +252,9 @@ __global__ void __launch_bounds__(512, 1)
       const Affine coefficients = affine(p, channel, read(p.mean, channel, 0.0f), read(p.invstd, channel, 1.0f));
       const float value = widen(x[row * p.x.outer + channel]);
       T g = dy[row * p.dy.outer + channel];
-      if (p.relu) {
-        const bool passed = p.mask ? p.mask[octet] >> j & 1 : passes(widen(narrow<T>(normalized(value, coefficients))));
-        if (!passed) g = T{};
+      if (p.act != Activation::none) {
+        const bool bit = p.mask ? p.mask[octet] >> j & 1 : positive(widen(narrow<T>(normalized(value, coefficients))));
+        if (!bit) g = activate(p.act, g);
       }
       if (p.dx) {
         const float dx = gradient_of_input(p, widen(g), value, coefficients, given_means(p, space.totals, channel));
@@ -294,10 +277,7 @@ __global__ void __launch_bounds__(512, 1)
   const RowsShared shared(plan.width);
   // The first tile is held in registers, unless a record takes these; then it is in shared memory too.
   constexpr int kFirst = kRecord ? 0 : 1;
-  // Octet u of a thread's held tile t, of g or of x: neighbouring threads have neighbouring octets.
-  const auto held = [&](int t, int u, bool x) {
-    return reinterpret_cast<Octet<T>*>(shared.tiles) + (((t - kFirst) * kTile + u) * 2 + x) * blockDim.x + threadIdx.x;
-  };
+  const HeldTiles<T, kTile, 2> held{shared.tiles, kFirst};  // g and x
   Affine coefficients[8];
   read_affine(p, plan, coord, coefficients);
   ThreadSums<8> sums{};
@@ -310,18 +290,16 @@ __global__ void __launch_bounds__(512, 1)
       first.mask(p, coord, coefficients, row, valid_rows);
       add(first, valid_rows);
     }
-    for (int t = kFirst; t < plan.tiles; ++t) {
-      const std::int64_t row = coord.row(t, kTile);
-      const int valid_rows = coord.valid_rows(plan, row, kTile);
+    for_tiles<false>(plan, coord, kFirst, kTile, [&](int t, std::int64_t row, int valid_rows) {
       GradientTile<T, 8, kTile> tile;
       tile.load(p, coord, row, valid_rows);
       tile.mask(p, coord, coefficients, row, valid_rows);
       add(tile, valid_rows);
-      if (t > plan.tiles_in_shared) continue;
+      if (t > plan.tiles_in_shared) return;
 #pragma unroll
       for (int u = 0; u < kTile; ++u)
-        if (u < valid_rows) *held(t, u, false) = tile.g[u], *held(t, u, true) = tile.x[u];
-    }
+        if (u < valid_rows) held(t, u, 0) = tile.g[u], held(t, u, 1) = tile.x[u];
+    });
   };
   if constexpr (kRecord) {
     const Tally<AffineSums, 8> tally(shared_bytes(plan) + std::size_t{blockDim.x} * plan.tile_bytes);
@@ -348,10 +326,8 @@ __global__ void __launch_bounds__(512, 1)
     const Affine means = shared.of_channel[coord.column * 8 + j];
     centre[j] = {means.mean, means.invstd};
   }
-  const auto write_tiles = [&](auto see) {
-    for (int t = plan.tiles - 1; t >= kFirst; --t) {
-      const std::int64_t row = coord.row(t, kTile);
-      const int valid_rows = coord.valid_rows(plan, row, kTile);
+  const auto write_tiles = [&](auto then) {
+    for_tiles<true>(plan, coord, kFirst, kTile, [&](int t, std::int64_t row, int valid_rows) {
       GradientTile<T, 8, kTile> tile;
       if (t > plan.tiles_in_shared) {
         tile.load(p, coord, row, valid_rows);
@@ -359,12 +335,12 @@ __global__ void __launch_bounds__(512, 1)
       } else {
 #pragma unroll
         for (int u = 0; u < kTile; ++u)
-          if (u < valid_rows) tile.g[u] = {*held(t, u, false)}, tile.x[u] = {*held(t, u, true)};
+          if (u < valid_rows) tile.g[u] = {held(t, u, 0)}, tile.x[u] = {held(t, u, 1)};
       }
       Octet<T> dx[kTile];
       write_tile<T, kRecord>(p, coord, coefficients, centre, tile, row, valid_rows, dx);
-      see(dx, valid_rows);
-    }
+      then(dx, valid_rows);
+    });
     if constexpr (!kRecord) {
       const std::int64_t row = coord.row(0, kTile);
       Octet<T> dx[kTile];
@@ -384,22 +360,11 @@ __global__ void __launch_bounds__(512, 1)
 }
 
 template <class T>
-constexpr int kTileBytes = kUnroll<T, 2> * 2 * 8 * static_cast<int>(sizeof(T));
-
-struct Cut {
-  RowsPlan plan;
-  bool octets, single;
-};
-template <class T>
-Cut cut(const CudaBackward& p) {
+RowsCut cut(const CudaBackward& p) {
   const Backward& call = p.call;
   const bool octets = by_octets(call.shape, call.dtype, {call.dy, call.x, call.dx, call.dresidual});
-  const auto plan = [&](bool single) {
-    return rows_plan(call.shape, p.device, single, octets, kUnroll<T, 2>, kTileBytes<T>);
-  };
-  if (p.strategy == Strategy::kSingleRead && octets && call.sums && call.input)
-    if (const RowsPlan single = plan(true); holds_enough(single)) return {single, octets, true};
-  return {plan(false), octets, false};
+  const bool single = p.strategy == Strategy::kSingleRead && call.sums && call.input;
+  return cut_rows<T, 2>(call.shape, p.device, octets, single);
 }
 
 template <class T>

@@ -65,19 +65,15 @@ BNKERN_DEVICE void publish_moments(const Forward& p, const RowsPlan& plan, const
                                    const RowsShared& shared, const Partials& parts, const ThreadMoments<W>& partial) {
 #pragma unroll
   for (int j = 0; j < W; ++j) shared.pair(j, threadIdx.x) = {partial.mean[j], partial.m2[j]};
-  __syncthreads();
-  const std::int64_t first = std::int64_t(coord.group) * plan.width;
-  sum_over_block(
-      plan.width, plan.lanes, shared.scratch,
-      [&](int lane, int c) {
-        const Pair pair = shared.pair(c % W, lane * plan.columns + c / W);
+  join_threads<W>(
+      plan, coord.group, shared,
+      [&](int lane, const Pair& pair) {
         return pivot_sums({static_cast<double>(coord.taken(lane)), pair.first, pair.second});
       },
-      [&](int c, PivotSums sums) {
-        if (first + c >= plan.channels) return;
+      [&](std::int64_t channel, PivotSums sums) {
         const Moments<double> all = moments_of(rows_of(plan, coord.split), sums);
-        const T* const pivot = static_cast<const T*>(p.x.data) + coord.begin * p.x.outer + first + c;
-        parts.at(coord.split, first + c) = {static_cast<float>(widen(*pivot) + all.mean), static_cast<float>(all.m2)};
+        const T* const pivot = static_cast<const T*>(p.x.data) + coord.begin * p.x.outer + channel;
+        parts.at(coord.split, channel) = {static_cast<float>(widen(*pivot) + all.mean), static_cast<float>(all.m2)};
       });
 }
 
@@ -85,18 +81,15 @@ BNKERN_DEVICE void publish_moments(const Forward& p, const RowsPlan& plan, const
 template <class Done>
 BNKERN_DEVICE void join_moments(const RowsPlan& plan, int group, const RowsShared& shared, const Partials& parts,
                                 Done done) {
-  const std::int64_t first = std::int64_t(group) * plan.width;
-  sum_over_block(
-      plan.width, plan.splits, shared.scratch,
-      [&](int k, int c) {
-        if (first + c >= plan.channels) return PivotSums{0, 0};
-        const Pair part = parts.at(k, first + c), pivot = parts.at(0, first + c);
-        return pivot_sums({rows_of(plan, k), double(part.first) - pivot.first, part.second});
+  join_blocks(
+      plan, group, shared,
+      [&](int split, std::int64_t channel) {
+        const Pair part = parts.at(split, channel), pivot = parts.at(0, channel);
+        return pivot_sums({rows_of(plan, split), double(part.first) - pivot.first, part.second});
       },
       [&](int c, PivotSums sums) {
-        if (first + c >= plan.channels) return;
         Moments<double> all = moments_of(static_cast<double>(plan.rows), sums);
-        all.mean += parts.at(0, first + c).first;
+        all.mean += parts.at(0, std::int64_t(group) * plan.width + c).first;
         done(c, all);
       });
 }
@@ -119,13 +112,11 @@ __global__ void __launch_bounds__(512, 1)
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, W);
   const RowsShared shared(plan.width);
   ThreadMoments<W> partial = no_moments<T, W>(p, plan, coord);
-  for (int t = 0; t < plan.tiles; ++t) {
-    const std::int64_t row = coord.row(t, kTile);
-    const int valid_rows = coord.valid_rows(plan, row, kTile);
+  for_tiles<false>(plan, coord, 0, kTile, [&](int, std::int64_t row, int valid_rows) {
     Vector<T, W> tile[kTile];
     load_tile(tile, p.x, coord, row, valid_rows);
     add_tile(&partial, tile, valid_rows);
-  }
+  });
   publish_moments<T>(p, plan, coord, shared, space.parts, partial);
   if (last_of_blocks(space.arrivals + coord.group, plan.splits)) finish_moments(p, plan, coord.group, shared, space);
 }
@@ -191,8 +182,8 @@ BNKERN_DEVICE void write_tile(const Forward& p, const RowsCoord& coord, const Af
       if (p.residual) z[j] += residual[u][j];
     }
     auto octet = Octet<T>::of(z);
-    if (p.relu) {
-      const unsigned bits = relu(&octet);
+    if (p.act != Activation::none) {
+      const unsigned bits = activate(p.act, &octet);
       if (p.mask)
         p.mask[((row + std::int64_t(u) * coord.lanes) * p.shape.c + coord.channel) / 8] =
             static_cast<std::uint8_t>(bits);
@@ -224,16 +215,14 @@ __global__ void __launch_bounds__(512, 1)
       static_cast<float*>(p.spread)[coord.channel + j] = s.spread;
     }
   }
-  const auto write_tiles = [&](auto see) {
-    for (int t = plan.tiles - 1; t >= 0; --t) {
-      const std::int64_t row = coord.row(t, kTile);
-      const int valid_rows = coord.valid_rows(plan, row, kTile);
+  const auto write_tiles = [&](auto then) {
+    for_tiles<true>(plan, coord, 0, kTile, [&](int, std::int64_t row, int valid_rows) {
       Vector<T, 8> tile[kTile];
       unsigned active[kTile];
       load_tile(tile, p.x, coord, row, valid_rows);
       write_tile<T, kRecord>(p, coord, coefficients, tile, row, valid_rows, active);
-      see(tile, active, valid_rows);
-    }
+      then(tile, active, valid_rows);
+    });
   };
   if constexpr (kRecord) {
     const ActivationTally<T, 8> tally(0, p, plan, coord, coefficients);
@@ -253,9 +242,7 @@ __global__ void __launch_bounds__(512, 1)
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 1);
   const Affine coefficients[1] = {{coord.active(plan) ? given_statistics(p, coord.channel).mean : 0.0f, 0, 0, 0}};
   const ActivationTally<T, 1> tally(0, p, plan, coord, coefficients);
-  for (int t = 0; t < plan.tiles; ++t) {
-    const std::int64_t row = coord.row(t, kTile);
-    const int valid_rows = coord.valid_rows(plan, row, kTile);
+  for_tiles<false>(plan, coord, 0, kTile, [&](int, std::int64_t row, int valid_rows) {
     Vector<T, 1> x[kTile], y[kTile];
     unsigned active[kTile];
     load_tile(x, p.x, coord, row, valid_rows);
@@ -263,7 +250,7 @@ __global__ void __launch_bounds__(512, 1)
 #pragma unroll
     for (int u = 0; u < kTile; ++u) active[u] = u < valid_rows && y[u][0] > 0;
     tally.add(x, active, valid_rows);
-  }
+  });
   tally.publish(plan, coord, parts);
 }
 
@@ -289,10 +276,10 @@ __global__ void __launch_bounds__(512, 1) rows_normalize_flat_kernel(const __gri
       float z = normalized(widen(x[row * p.x.outer + channel]), affine(p, channel, s.mean, s.spread));
       if (residual) z += widen(residual[row * p.residual.outer + channel]);
       T stored = narrow<T>(z);
-      if (p.relu) {
-        const bool passed = passes(widen(stored));
-        bits |= unsigned(passed) << j;
-        if (!passed) stored = T{};
+      if (p.act != Activation::none) {
+        const bool bit = positive(widen(stored));
+        bits |= unsigned(bit) << j;
+        if (!bit) stored = activate(p.act, stored);
       }
       y[row * p.y.outer + channel] = stored;
       if (++channel == c) channel = 0, ++row;
@@ -310,10 +297,7 @@ __global__ void __launch_bounds__(512, 1)
   constexpr int kTile = kUnroll<T, 1>;
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 8);
   const RowsShared shared(plan.width);
-  // Octet u of a thread's held tile t: neighbouring threads have neighbouring octets.
-  const auto held = [&](int t, int u) {
-    return reinterpret_cast<Octet<T>*>(shared.tiles) + ((t - 1) * kTile + u) * blockDim.x + threadIdx.x;
-  };
+  const HeldTiles<T, kTile, 1> held{shared.tiles, 1};
   ThreadMoments<8> partial = no_moments<T, 8>(p, plan, coord);
   Vector<T, 8> first[kTile];
   {
@@ -322,17 +306,15 @@ __global__ void __launch_bounds__(512, 1)
     load_tile(first, p.x, coord, row, valid_rows);
     add_tile(&partial, first, valid_rows);
   }
-  for (int t = 1; t < plan.tiles; ++t) {
-    const std::int64_t row = coord.row(t, kTile);
-    const int valid_rows = coord.valid_rows(plan, row, kTile);
+  for_tiles<false>(plan, coord, 1, kTile, [&](int t, std::int64_t row, int valid_rows) {
     Vector<T, 8> tile[kTile];
     load_tile(tile, p.x, coord, row, valid_rows);
     add_tile(&partial, tile, valid_rows);
-    if (t > plan.tiles_in_shared) continue;
+    if (t > plan.tiles_in_shared) return;
 #pragma unroll
     for (int u = 0; u < kTile; ++u)
-      if (u < valid_rows) *held(t, u) = tile[u];
-  }
+      if (u < valid_rows) held(t, u, 0) = tile[u];
+  });
   publish_moments<T>(p, plan, coord, shared, space.parts, partial);
   // Whatever can be read before the barrier is: the thread that joins channel t of the group knows the rest of it.
   const std::int64_t own = std::int64_t(coord.group) * plan.width + threadIdx.x;
@@ -357,10 +339,8 @@ __global__ void __launch_bounds__(512, 1)
   Affine coefficients[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) coefficients[j] = shared.of_channel[coord.column * 8 + j];
-  const auto write_tiles = [&](auto see) {
-    for (int t = plan.tiles - 1; t > 0; --t) {
-      const std::int64_t row = coord.row(t, kTile);
-      const int valid_rows = coord.valid_rows(plan, row, kTile);
+  const auto write_tiles = [&](auto then) {
+    for_tiles<true>(plan, coord, 1, kTile, [&](int t, std::int64_t row, int valid_rows) {
       Vector<T, 8> tile[kTile];
       unsigned active[kTile];
       if (t > plan.tiles_in_shared) {
@@ -368,16 +348,16 @@ __global__ void __launch_bounds__(512, 1)
       } else {
 #pragma unroll
         for (int u = 0; u < kTile; ++u)
-          if (u < valid_rows) tile[u] = {*held(t, u)};
+          if (u < valid_rows) tile[u] = {held(t, u, 0)};
       }
       write_tile<T, kRecord>(p, coord, coefficients, tile, row, valid_rows, active);
-      see(tile, active, valid_rows);
-    }
+      then(tile, active, valid_rows);
+    });
     const std::int64_t row = coord.row(0, kTile);
     const int valid_rows = coord.valid_rows(plan, row, kTile);
     unsigned active[kTile];
     write_tile<T, kRecord>(p, coord, coefficients, first, row, valid_rows, active);
-    see(first, active, valid_rows);
+    then(first, active, valid_rows);
   };
   if constexpr (kRecord) {
     const ActivationTally<T, 8> tally(shared_bytes(plan), p, plan, coord, coefficients);
@@ -389,22 +369,11 @@ __global__ void __launch_bounds__(512, 1)
 }
 
 template <class T>
-constexpr int kTileBytes = kUnroll<T, 1> * 8 * static_cast<int>(sizeof(T));
-
-struct Cut {
-  RowsPlan plan;
-  bool octets, single;
-};
-template <class T>
-Cut cut(const CudaForward& p) {
+RowsCut cut(const CudaForward& p) {
   const Forward& call = p.call;
   const bool octets = by_octets(call.shape, call.dtype, {call.x, call.residual, call.y});
-  const auto plan = [&](bool single) {
-    return rows_plan(call.shape, p.device, single, octets, kUnroll<T, 1>, kTileBytes<T>);
-  };
-  if (p.strategy == Strategy::kSingleRead && octets && call.moments && call.normalize)
-    if (const RowsPlan single = plan(true); holds_enough(single)) return {single, octets, true};
-  return {plan(false), octets, false};
+  const bool single = p.strategy == Strategy::kSingleRead && call.moments && call.normalize;
+  return cut_rows<T, 1>(call.shape, p.device, octets, single);
 }
 
 template <class T>

@@ -13,7 +13,7 @@ import subprocess
 import sysconfig
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, Structure, c_bool, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_bool, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint8, c_uint64, c_void_p
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -123,7 +123,8 @@ class Forward(Structure):
     _fields_ = [
         ("shape", Shape),
         ("dtype", c_int),
-        *_fields("moments normalize relu", c_bool),
+        *_fields("moments normalize", c_bool),
+        ("act", c_uint8),
         *_fields("x residual y", View),
         ("mask", c_void_p),
         *_fields("weight bias", ChannelVector),
@@ -141,7 +142,9 @@ class Backward(Structure):
     _fields_ = [
         ("shape", Shape),
         ("dtype", c_int),
-        *_fields("sums input relu training", c_bool),
+        *_fields("sums input", c_bool),
+        ("act", c_uint8),
+        ("training", c_bool),
         *_fields("dy x dx dresidual", View),
         ("mask", c_void_p),
         *_fields("weight bias", ChannelVector),

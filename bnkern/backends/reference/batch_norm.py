@@ -6,7 +6,7 @@ input it is the truth of the tests. Symbols: x [N, C, ...] input, M = N * S valu
     mean   = sum x / M                        M2      = sum (x - mean)^2
     invstd = 1 / sqrt(M2 / M + eps)           xhat    = (x - mean) * invstd
     z      = weight * xhat + bias + residual  y       = act(round(z))
-    g      = dy where the ReLU mask is set    dbias   = sum g,  dweight = sum g * xhat
+    g      = dy * act'(z), by the mask z > 0  dbias   = sum g,  dweight = sum g * xhat
     dx     = weight * invstd * (g - dbias / M - xhat * dweight / M)
 
 round() is the rounding to the dtype of x. The mask is set where not (round(z) <= 0), so that NaN passes, as in
@@ -18,6 +18,7 @@ Source: Ioffe and Szegedy 2015, algorithm 1 and section 3; merging by Chan, Golu
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..calls import BackwardCall, Forward, ForwardCall, Gradients, Sums
 from ..layout import Layout, empty_like, layout
 from .dtypes import accumulator
@@ -69,13 +70,13 @@ def normalize(call: ForwardCall, mean: Tensor | None, invstd: Tensor | None) -> 
 
     ``call.record`` is filled with :func:`activation` of x and y.
     """
-    x, residual, act = call.x, call.residual, call.act
+    x, residual = call.x, call.residual
     z = _pre_activation(x, mean, invstd, call.weight, call.bias)
     if residual is not None:
         z = z + residual.to(z.dtype)
     z = z.to(x.dtype)
     mask = pack_mask(~(z <= 0), layout(x)) if call.has_mask else None
-    y = z.relu() if act == "relu" else z
+    y = z if call.act is None else ACTIVATIONS[call.act].value(z)
     like = empty_like(x, layout(x).rows)
     y = like.copy_(y) if y is x or y.stride() != like.stride() else y
     if call.record is not None:
@@ -185,14 +186,14 @@ def backward(call: BackwardCall) -> Gradients:
 def differentiable_backward(call: BackwardCall, eps: float) -> Gradients:
     """``backward`` as a differentiable function of dy, x and weight: what double backward differentiates.
 
-    In training the statistics are recomputed from x, since the second derivative runs through them. The ReLU mask
-    is constant almost everywhere and is taken as such.
+    In training the statistics are recomputed from x, since the second derivative runs through them. The sign of z
+    is constant almost everywhere and is treated as a constant.
     """
     dy, x, weight, bias, mean, invstd, mask, act, training, needs, *_ = call
-    if mask is None and act == "relu":
+    if mask is None and act is not None:
         with torch.no_grad():
-            passed = ~(_pre_activation(x, mean, invstd, weight, bias).to(x.dtype) <= 0)
-            mask = pack_mask(passed, layout(x))
+            positive = ~(_pre_activation(x, mean, invstd, weight, bias).to(x.dtype) <= 0)
+            mask = pack_mask(positive, layout(x))
     if training:
         count, mean, m2 = moments(x)
         invstd = torch.rsqrt(m2 / count + eps)
@@ -270,24 +271,24 @@ def _pre_activation(
 
 
 def _masked(call: BackwardCall) -> Tensor:
-    """g: dy where the ReLU let the value through. Without a saved mask it is recomputed as the forward rounded."""
+    """g, the gradient before the activation. Without a saved mask z is recomputed and rounded as in the forward."""
     x = call.x
     g = call.dy.to(accumulator(x.dtype))
     if call.act is None:
         return g
     if call.mask is not None:
-        passed = unpack_mask(call.mask, x)
+        positive = unpack_mask(call.mask, x)
     else:
-        passed = ~(_pre_activation(x, call.mean, call.invstd, call.weight, call.bias).to(x.dtype) <= 0)
-    return torch.where(passed, g, torch.zeros_like(g))
+        positive = ~(_pre_activation(x, call.mean, call.invstd, call.weight, call.bias).to(x.dtype) <= 0)
+    return ACTIVATIONS[call.act].gradient(g, positive)
 
 
-def pack_mask(passed: Tensor, like: Layout) -> Tensor:
+def pack_mask(positive: Tensor, like: Layout) -> Tensor:
     """Boolean [N, C, ...] to the mask's bytes (``Layout.mask_shape``), least significant bit first."""
-    bits = passed.movedim(1, -1).reshape(1, -1) if like.rows else passed.reshape(like.n * like.c, like.s)
+    bits = positive.movedim(1, -1).reshape(1, -1) if like.rows else positive.reshape(like.n * like.c, like.s)
     bits = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.shape[1] % 8))
     bits = bits.view(bits.shape[0], bits.shape[1] // 8, 8)
-    shifts = torch.arange(8, dtype=torch.uint8, device=passed.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=positive.device)
     return (bits << shifts).sum(-1, dtype=torch.uint8).view(like.mask_shape)
 
 

@@ -2,7 +2,7 @@
 
 Both layouts are lines of contiguous elements: in ``rows`` a line is one row and holds the C channels, in planes it
 is one sample's plane of one channel and holds the S positions. Eight neighbours of a line form an octet: one byte
-of the ReLU mask, and whole 16-byte vectors. A group is one such vector per thread: GROUP octets, arranged as lines
+of the mask, and whole 16-byte vectors. A group is one such vector per thread: GROUP octets, arranged as lines
 of OCTETS octets each. A tile is UNROLL groups, one below the other or, where lines are few and long, ``beside``
 each other; their loads are all in flight before the first value is used. Tiles are two-dimensional, [GROUP, 8],
 because the compiler then has one choice of layout only: whole vectors to neighbouring threads.
@@ -257,19 +257,26 @@ def affine(vectors, present, channel, valid, ROWS: tl.constexpr, ALIGN: tl.const
 
 
 @triton.jit
+def activate(value, positive, act):
+    """A value z, or a gradient at z, after activation number ``act`` (activations.code); ``positive``: not (z <= 0)."""
+    below = 0.0  # relu, the only activation
+    return tl.where(positive | (act == 0), value, below)
+
+
+@triton.jit
 def gated(
-    dy, xhat, weight, bias, mask_ptr, relu, line, octet, lines, length, channels, valid, STORED: tl.constexpr,
+    dy, xhat, weight, bias, mask_ptr, act, line, octet, lines, length, channels, valid, STORED: tl.constexpr,
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """g: dy where ReLU let the value through, by the saved bit, or else by the forward's own expression."""
+    """g, the gradient before the activation: by the saved mask, or by z as the forward computed it."""
     if mask_ptr is None:
-        stopped = (relu != 0) & (tl.fma(xhat, weight, bias).to(STORED).to(xhat.dtype) <= 0)
+        positive = (tl.fma(xhat, weight, bias).to(STORED).to(xhat.dtype) <= 0) == 0
     elif ROWS and not FLAT and ALIGN < 8:  # octets of the mask begin anywhere in a row
         bit = line * channels + position(octet)
         byte = tl.load(mask_ptr + bit // 8, mask=valid, other=0)
-        stopped = ((byte >> (bit % 8).to(tl.uint8)) & 1) == 0
+        positive = ((byte >> (bit % 8).to(tl.uint8)) & 1) != 0
     else:
         pointers, in_bounds = mask_addresses(mask_ptr, line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
         byte = tl.load(pointers, mask=(line < lines) & in_bounds, other=0)
-        stopped = ((byte >> tl.arange(0, 8)[None, :].to(tl.uint8)) & 1) == 0
-    return tl.where(stopped, 0.0, dy)
+        positive = ((byte >> tl.arange(0, 8)[None, :].to(tl.uint8)) & 1) != 0
+    return activate(dy, positive, act)

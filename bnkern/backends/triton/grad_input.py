@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activations import code
 from ..calls import BackwardCall, Sums
 from ..layout import addressed, empty_like, layout
 from .common import (
@@ -38,7 +39,7 @@ def grad_input_kernel(
     dy_ptr, x_ptr, dx_ptr, dresidual_ptr, mask_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, sum_ptr, dot_ptr,
     parts_ptr, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner, dresidual_outer, dresidual_inner,
     lines, length, channels, tiles, share, spans, beside,
-    has_statistics, has_weight, has_bias, count, relu, training, need_dx, need_dresidual,
+    has_statistics, has_weight, has_bias, count, act, training, need_dx, need_dresidual,
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +80,7 @@ def grad_input_kernel(
                 mean_g, mean_dot = mean_gradients(sums, count, training, channel, valid, ROWS, ALIGN)
             xhat = (xs[u].to(ACC) - mean) * invstd
             g = gated(
-                dys[u].to(ACC), xhat, weight, bias, mask_ptr, relu, line, octet, lines, length, channels, valid,
+                dys[u].to(ACC), xhat, weight, bias, mask_ptr, act, line, octet, lines, length, channels, valid,
                 STORED, ROWS, FLAT, ALIGN,
             )  # fmt: skip
             # In eval mode an infinite x must not meet the zero sums.
@@ -116,7 +117,7 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
 
     ``call.record_gradient`` is filled, by a second launch, where dx is needed.
     """
-    dy, x, mask, relu = call.dy, call.x, call.mask, call.act == "relu"
+    dy, x, mask = call.dy, call.x, call.mask
     need_dx, _, _, need_dresidual = call.needs
     like = layout(x)
     dx = empty_like(x, like.rows) if need_dx else None
@@ -133,9 +134,9 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
     total, dot = total.contiguous(), dot.contiguous()
     walk = plan(like, [dy, x, *written], [*vectors, total, dot], pointwise=True, recording=record is not None)
     parts = None if record is None else torch.empty((walk.parts, 6, like.c), dtype=torch.float64, device=x.device)
-    flags = (int(relu), int(sums is not None), int(need_dx), int(need_dresidual))
+    flags = (code(call.act), int(sums is not None), int(need_dx), int(need_dresidual))
     launch(
-        grad_input_kernel, walk.grid, x.device, dy, x, *written, mask if relu else None, *vectors, total, dot,
+        grad_input_kernel, walk.grid, x.device, dy, x, *written, mask, *vectors, total, dot,
         parts, *walk.strides, *walk.sizes, *present, count, *flags, **walk.constants,
     )  # fmt: skip
     if record is not None:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activations import code
 from ..calls import BackwardCall
 from ..layout import addressed, layout
 from ..reference import accumulator
@@ -24,7 +25,7 @@ def sign(v):
 def grad_sums_kernel(
     dy_ptr, x_ptr, mask_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, sums_ptr, dots_ptr, parts_ptr,
     dy_outer, dy_inner, x_outer, x_inner, lines, length, channels, tiles, share, spans, beside,
-    has_statistics, has_weight, has_bias, relu,
+    has_statistics, has_weight, has_bias, act,
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +61,7 @@ def grad_sums_kernel(
             line, octet, valid = places[u]
             xhat = (xs[u].to(ACC) - mean) * invstd
             g = gated(
-                dys[u].to(ACC), xhat, weight, bias, mask_ptr, relu, line, octet, lines, length, channels, valid,
+                dys[u].to(ACC), xhat, weight, bias, mask_ptr, act, line, octet, lines, length, channels, valid,
                 STORED, ROWS, FLAT, ALIGN,
             )  # fmt: skip
             total += g
@@ -120,7 +121,7 @@ def fold_kernel(
 
 def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
     """sum g [C] and sum g * xhat [C]. These launches also fill ``call.record_affine``, unless this is the identity."""
-    dy, x, mask, relu = call.dy, call.x, call.mask, call.act == "relu"
+    dy, x, mask = call.dy, call.x, call.mask
     record = None if call.mean is None else call.record_affine
     like, acc = layout(x), accumulator(x.dtype)
     if x.numel() == 0:
@@ -135,8 +136,8 @@ def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
     total, dot = (torch.empty(like.c, dtype=acc, device=x.device) for _ in range(2))
     parts = None if record is None else torch.empty((walk.parts, 8, like.c), dtype=torch.float64, device=x.device)
     launch(
-        grad_sums_kernel, walk.grid, x.device, dy, x, mask if relu else None, *vectors, sums, dots, parts,
-        *walk.strides, *walk.sizes, *present, int(relu), **walk.constants,
+        grad_sums_kernel, walk.grid, x.device, dy, x, mask, *vectors, sums, dots, parts,
+        *walk.strides, *walk.sizes, *present, code(call.act), **walk.constants,
     )  # fmt: skip
     launch(
         fold_kernel, (triton.cdiv(like.c, CHANNELS), 1 if record is None else 9), x.device,

@@ -1,13 +1,15 @@
-"""Phase ``normalize``: y = relu(weight * (x - mean) * invstd + bias + residual), and the ReLU mask."""
+"""Phase ``normalize``: y = act(weight * (x - mean) * invstd + bias + residual), and the mask of z > 0."""
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..activations import code
 from ..calls import ForwardCall
 from ..layout import addressed, empty_like, layout
 from ..records import fill_empty_activation
 from .common import (
+    activate,
     addresses,
     affine,
     channel_of,
@@ -28,7 +30,7 @@ def normalize_kernel(
     x_ptr, residual_ptr, y_ptr, mask_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, parts_ptr, tally_ptr, row_ptr,
     x_outer, x_inner, residual_outer, residual_inner, y_outer, y_inner,
     lines, length, channels, tiles, share, spans, beside,
-    has_statistics, has_weight, has_bias, has_residual, relu, told,
+    has_statistics, has_weight, has_bias, has_residual, act, told,
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -63,13 +65,14 @@ def normalize_kernel(
                 mean, invstd, weight, bias = affine(vectors, present, channel, valid, ROWS, ALIGN)
             xhat = (xs[u].to(mean.dtype) - mean) * invstd
             z = (tl.fma(xhat, weight, bias) + residuals[u].to(mean.dtype)).to(STORED).to(mean.dtype)
-            stopped = z <= 0  # NaN is not, and passes
+            positive = (z <= 0) == 0  # true for NaN
             pointers = addresses(y_ptr, y_outer, y_inner, line, octet, channels, ROWS, FLAT, ALIGN)
-            tl.store(pointers, tl.where((relu != 0) & stopped, 0.0, z), mask=valid)
+            y = activate(z, positive, act)
+            tl.store(pointers, y, mask=valid)
             if RECORD:
                 active += (valid & (z > 0)).to(tl.int32)
             if mask_ptr is not None:
-                bits = tl.where(valid & (stopped == 0), 1 << tl.arange(0, 8)[None, :], 0)
+                bits = tl.where(valid & positive, 1 << tl.arange(0, 8)[None, :], 0)
                 byte = tl.sum(bits, 1, keep_dims=True).to(tl.uint8)
                 pointers, in_bounds = mask_addresses(mask_ptr, line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
                 tl.store(pointers, byte, mask=(line < lines) & in_bounds)
@@ -119,7 +122,7 @@ def normalize(
         parts = torch.empty((told, 8, like.c), dtype=torch.float64, device=x.device)
     launch(
         normalize_kernel, walk.grid, x.device, x, z, y, mask, *vectors, parts, tally, row,
-        *walk.strides, *walk.sizes, *present, int(residual is not None), int(call.act == "relu"), told,
+        *walk.strides, *walk.sizes, *present, int(residual is not None), code(call.act), told,
         **walk.constants,
     )  # fmt: skip
     if parts is not None:

@@ -1,0 +1,37 @@
+"""The activations that batch norm computes in the same pass: value and gradient of each, in torch.
+
+An activation is the identity where z > 0 or z is NaN, and linear where z <= 0. So one bit per element, z > 0 or NaN,
+is all that the backward needs of z. The kernels have the same list, in the same order: ``csrc/params.h`` names them,
+``csrc/cpu/activation.h``, ``csrc/cuda/device.h`` and ``backends/triton/common.py`` compute them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Activation(NamedTuple):
+    """y = value(z); dL/dz = gradient(dL/dy, positive), with positive = not (z <= 0)."""
+
+    value: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+
+ACTIVATIONS = {
+    "relu": Activation(torch.relu, lambda dy, positive: dy.where(positive, 0)),
+}
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS, start=1)}
+
+
+def code(act: str | None) -> int:
+    """The number by which kernels know an activation; 0 for none."""
+    return 0 if act is None else _CODES[act]
+
+
+def check(name: str, act: str | None) -> None:
+    """Raises a ValueError in the name of the function or class ``name`` for an activation that does not exist."""
+    if act is not None and act not in ACTIVATIONS:
+        names = " or ".join(f'"{known}"' for known in ACTIVATIONS)
+        raise ValueError(f"{name}: act must be None or {names}, got {act!r}")
