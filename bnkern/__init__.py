@@ -9,7 +9,7 @@ from .conv import GradSigns, conv2d_grad_signs
 from .convert import convert, revert
 from .norm import Moments, add_act, batch_norm, channel_moments, explain
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "GradSigns",
     "Moments",
