@@ -1,4 +1,4 @@
-"""``python -m bnkern [--json]``: versions, devices, and which backends work here and, where one does not, why."""
+"""``python -m bnkern [--json]`` prints versions, devices, and for each backend whether it works here or why not."""
 
 import argparse
 import importlib
@@ -36,18 +36,18 @@ def devices() -> dict[str, str]:
         gpu = torch.cuda.get_device_properties(i)
         found[f"cuda:{i}"] = f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
     if "cuda:0" not in found:
-        found["cuda"] = "none: " + ("torch sees no GPU" if torch.version.cuda else "this torch is built without CUDA")
+        found["cuda"] = "none: " + ("torch finds no GPU" if torch.version.cuda else "this torch is built without CUDA")
     return found
 
 
 def native() -> dict[str, str]:
-    """The compiled module: what was built, and the instruction set that it picked on this CPU."""
+    """What the compiled module contains, and the instruction set that it has chosen on this CPU."""
     try:
         module = importlib.import_module("bnkern._native")
     except ImportError as error:
-        return {"module": f"not there ({error}); {BUILD}"}
+        return {"module": f"not found ({error}); {BUILD}"}
     info = module.build_info()
-    isa = module.isa() if hasattr(module, "isa") else "not said by this build"
+    isa = module.isa() if hasattr(module, "isa") else "not reported by this build"
     cuda = f"CUDA {info['cuda']} for {' '.join(info['cuda_archs'])}" if info["cuda"] else "not compiled in: CPU only"
     return {
         "compiler": info["compiler"],
@@ -57,7 +57,7 @@ def native() -> dict[str, str]:
 
 
 def working_backends() -> dict[str, str]:
-    """Per backend the devices whose tensors it serves here, or why it serves none."""
+    """For each backend the devices whose tensors it can compute here, or the reason why there are none."""
     here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     found = {}
     for name in backends.NAMES:
@@ -69,7 +69,7 @@ def working_backends() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bnkern", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="the same, for programs")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     as_json = parser.parse_args().json
     report = {
         "versions": versions(),

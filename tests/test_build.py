@@ -158,7 +158,7 @@ def test_report_of_versions_devices_and_backends():
 
 def test_report_without_the_native_module_says_how_to_build_it():
     text = python(WITHOUT_NATIVE + "import runpy; sys.argv[1:] = []; runpy.run_module('bnkern', None, '__main__')")
-    assert re.search(r"native module\n  module +not there .*pip install -e \.", text)
+    assert re.search(r"native module\n  module +not found .*pip install -e \.", text)
 
 
 # ---- the set-up files
