@@ -23,21 +23,21 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
-    found = {"bnkern": bnkern.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    return found | {package: installed(package) for package in ("triton", "numpy")}
+    result = {"bnkern": bnkern.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return result | {package: installed(package) for package in ("triton", "numpy")}
 
 
 def devices() -> dict[str, str]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
-    found = {"cpu": f"{model}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"}
+    result = {"cpu": f"{model}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
-        found[f"cuda:{i}"] = f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-    if "cuda:0" not in found:
-        found["cuda"] = "none: " + ("torch finds no GPU" if torch.version.cuda else "this torch is built without CUDA")
-    return found
+        result[f"cuda:{i}"] = f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    if "cuda:0" not in result:
+        result["cuda"] = "none: " + ("torch finds no GPU" if torch.version.cuda else "this torch is built without CUDA")
+    return result
 
 
 def native() -> dict[str, str]:
@@ -59,12 +59,12 @@ def native() -> dict[str, str]:
 def working_backends() -> dict[str, str]:
     """For each backend the devices whose tensors it can compute here, or the reason why there are none."""
     here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    found = {}
+    result = {}
     for name in backends.NAMES:
         served = [device for device in here if backends.unavailable(name, device) is None]
         reason = backends.unavailable(name, "cuda") or backends.unavailable(name, "cpu")
-        found[name] = f"works on {' and '.join(served)} tensors" if served else f"no: {reason}"
-    return found
+        result[name] = f"works on {' and '.join(served)} tensors" if served else f"no: {reason}"
+    return result
 
 
 def main() -> None:

@@ -24,9 +24,9 @@ class Handoff:
 
     def take(self, dy: Tensor) -> Tensor | None:
         """Returns the stored sum once, if ``dy`` is the same tensor and unchanged, else None."""
-        found = self._sum if self._dy == (dy.data_ptr(), dy._version) else None
+        stored = self._sum if self._dy == (dy.data_ptr(), dy._version) else None
         self._dy = self._sum = None
-        return found
+        return stored
 
 
 def takes_gradient(
@@ -89,21 +89,20 @@ class _Conv2d(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         once = not torch.is_grad_enabled()
-        ours = need_weight and once
-        left = ctx.handoff.take(dy)
+        own_weight_gradient = need_weight and once
+        stored = ctx.handoff.take(dy)
         dx = _winograd(dy, weight, flipped=True) if need_x and once and ctx.winograd else None
-        theirs = (need_x and dx is None, need_weight and not ours, need_bias)
+        by_torch = (need_x and dx is None, need_weight and not own_weight_gradient, need_bias)
         dweight = dbias = None
-        if any(theirs):
-            found, dweight, dbias = torch.ops.aten.convolution_backward(
-                dy, x, weight, ctx.bias_sizes, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, theirs
+        if any(by_torch):
+            torch_dx, dweight, dbias = torch.ops.aten.convolution_backward(
+                dy, x, weight, ctx.bias_sizes, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, by_torch
             )
-            dx = found if dx is None else dx
-        if ours:
-            found = left
-            if found is None:
-                found = gradient_sums(x, dy, tuple(weight.shape[2:]), ctx.stride, ctx.padding, _SUM).sum
-            dweight = torch.empty_like(weight).copy_(found)
+            dx = torch_dx if dx is None else dx
+        if own_weight_gradient:
+            if stored is None:
+                stored = gradient_sums(x, dy, tuple(weight.shape[2:]), ctx.stride, ctx.padding, _SUM).sum
+            dweight = torch.empty_like(weight).copy_(stored)
         return dx, dweight, dbias, None, None, None
 
 

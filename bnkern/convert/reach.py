@@ -23,8 +23,8 @@ def reached_in_trace(block: nn.Module, graph: fx.Graph, inlined: frozenset[str] 
     The forwards of the modules at the paths ``inlined`` are part of the graph, so their children are not counted.
     """
     paths = [node.target.split(".") for node in graph.nodes if node.op == "call_module"]
-    found = {_find(block, path) for path in paths if _through_forward(block, path, inlined)}
-    return {module for module in found if module is not None}
+    modules = {_find(block, path) for path in paths if _through_forward(block, path, inlined)}
+    return {module for module in modules if module is not None}
 
 
 def reached_in_source(block: nn.Module) -> set[nn.Module]:
@@ -34,7 +34,7 @@ def reached_in_source(block: nn.Module) -> set[nn.Module]:
     (iterated over, indexed by a variable, assigned), all its children may be called one by one. Code without source and
     names that are computed at run time are not found.
     """
-    found = set()
+    modules = set()
     for tree in _methods(type(block)):
         arguments = tree.args.posonlyargs + tree.args.args
         if not arguments:
@@ -46,13 +46,13 @@ def reached_in_source(block: nn.Module) -> set[nn.Module]:
             if path is None or module is None:
                 continue
             if _through_forward(block, path):
-                found.add(module)
+                modules.add(module)
             parent = parents[node]
             called = isinstance(parent, ast.Call) and parent.func is node
             indexed = isinstance(parent, ast.Subscript) and _path(parent, arguments[0].arg) is None
             if has_forward(module) and not called and (indexed or not isinstance(parent, _HARMLESS)):
-                found.update(module.children())
-    return found
+                modules.update(module.children())
+    return modules
 
 
 # self.body.training, self.body[0] (which is a path of its own), self.body is not None
@@ -99,5 +99,5 @@ def _find(block: nn.Module, path: list[str]) -> nn.Module | None:
 
 def _through_forward(block: nn.Module, path: list[str], inlined: frozenset[str] = frozenset()) -> bool:
     prefixes = [path[:k] for k in range(1, len(path))]
-    found = (_find(block, prefix) for prefix in prefixes if ".".join(prefix) not in inlined)
-    return any(module is not None and has_forward(module) for module in found)
+    modules = (_find(block, prefix) for prefix in prefixes if ".".join(prefix) not in inlined)
+    return any(module is not None and has_forward(module) for module in modules)

@@ -99,8 +99,8 @@ def _with_arguments(cls: type[nn.Module], names: list[str]) -> Any:
     if not all(name.isidentifier() for name in names):
         raise Untraceable("has arguments with names that are not identifiers")
     scope: dict[str, Any] = {"forward_of": cls.forward}
-    given = ", ".join(f"{name}={name}" for name in names)
-    exec(f"def forward({', '.join(['self', *names])}): return forward_of(self, {given})", scope)
+    passed = ", ".join(f"{name}={name}" for name in names)
+    exec(f"def forward({', '.join(['self', *names])}): return forward_of(self, {passed})", scope)
     return scope["forward"]
 
 
@@ -126,9 +126,9 @@ def _shadow(module: nn.Module, path: str, inline: frozenset[str], constants: dic
     copy = object.__new__(base)
     vars(copy).update(vars(module))
     vars(copy)["_modules"] = {
-        name: _shadow(child, at, inline, constants) if child is not None and at in inline else child
+        name: _shadow(child, child_path, inline, constants) if child is not None and child_path in inline else child
         for name, child in module._modules.items()
-        for at in [f"{path}.{name}".lstrip(".")]
+        for child_path in [f"{path}.{name}".lstrip(".")]
     }
     copy.__class__ = type(base.__name__, (base,), {"__getattribute__": __getattribute__, "__setattr__": __setattr__})
     return copy

@@ -135,7 +135,9 @@ class Writer:
         self._next += 1
 
     def _write_index(self) -> None:
-        known = [quantity for quantity in self.quantities.values() if QUANTITIES.get(quantity.name) is type(quantity)]
+        tabulated = [
+            quantity for quantity in self.quantities.values() if QUANTITIES.get(quantity.name) is type(quantity)
+        ]
         index: dict[str, Any] = {
             "format": 1,
             "quantities": {q.name: {"rows": list(q.rows), "options": None} for q in self.quantities.values()},
@@ -143,7 +145,7 @@ class Writer:
             "ranks": self.ranks,
             "dropped": self._dropped,
         }
-        for quantity in known:
+        for quantity in tabulated:
             index["quantities"][quantity.name]["options"] = quantity.options()
         replace(self.folder / INDEX, lambda file: file.write(json.dumps(index, indent=1).encode()))
 
@@ -160,13 +162,13 @@ def write_part(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def replace(path: Path, write) -> None:
     """Writes under another name and then renames the file, so that no reader finds an incomplete one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
-        beside.replace(path)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def truncate(path: str | PathLike, step: int) -> None:
@@ -195,15 +197,15 @@ class Recording:
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(f"no recording in {folder}: there is no {INDEX}")
         self.index = json.loads((folder / INDEX).read_text())
-        found = [dict(np.load(part)) for part in parts(folder)]
-        counts = [len(part["step"]) for part in found]
-        self.steps = np.concatenate([part.pop("step") for part in found] or [np.zeros(0, np.int64)])
-        self.calls = np.concatenate([part.pop("call") for part in found] or [np.zeros(0, np.int64)])
+        contents = [dict(np.load(part)) for part in parts(folder)]
+        counts = [len(part["step"]) for part in contents]
+        self.steps = np.concatenate([part.pop("step") for part in contents] or [np.zeros(0, np.int64)])
+        self.calls = np.concatenate([part.pop("call") for part in contents] or [np.zeros(0, np.int64)])
         self._raw: dict[str, dict[str, np.ndarray]] = {name: {} for name in self.index["quantities"]}
-        for name in dict.fromkeys(name for part in found for name in part):
-            shape = next(part[name].shape[1:] for part in found if name in part)
+        for name in dict.fromkeys(name for part in contents for name in part):
+            shape = next(part[name].shape[1:] for part in contents if name in part)
             pieces = [
-                part.get(name, np.full((count, *shape), np.nan)) for part, count in zip(found, counts, strict=True)
+                part.get(name, np.full((count, *shape), np.nan)) for part, count in zip(contents, counts, strict=True)
             ]
             quantity, layer = name.split("/", 1)
             self._raw[quantity][layer] = np.concatenate(pieces)
@@ -225,15 +227,15 @@ class Recording:
                 layer: {row: values[:, k] for k, row in enumerate(entry["rows"])}
                 for layer, values in self._of(quantity).items()
             }
-        known = make(quantity, **entry["options"])
-        return {layer: known.derive(values) for layer, values in self._of(quantity).items()}
+        definition = make(quantity, **entry["options"])
+        return {layer: definition.derive(values) for layer, values in self._of(quantity).items()}
 
     def array(self, quantity: str, name: str) -> np.ndarray:
         """Returns one named array of all layers as [layer, n, channel, ...], with NaN for missing channels."""
-        found = [layer[name] for layer in self[quantity].values()]
-        shape = np.max([values.shape for values in found], 0)
-        stacked = np.full((len(found), *shape), np.nan)
-        for target, values in zip(stacked, found, strict=True):
+        arrays = [layer[name] for layer in self[quantity].values()]
+        shape = np.max([values.shape for values in arrays], 0)
+        stacked = np.full((len(arrays), *shape), np.nan)
+        for target, values in zip(stacked, arrays, strict=True):
             target[tuple(slice(size) for size in values.shape)] = values
         return stacked
 

@@ -59,23 +59,25 @@ def load(path: Path, config: dict | None = None) -> dict | None:
     Raises:
         CheckpointError: There are files and none is valid.
     """
-    wrong = []
+    problems = []
     for file in (path, _previous(path)):
         try:
             state = read(file)
-            if config is not None and (there := state.get("config", {})) != config:
-                differs = [name for name in config if there.get(name) != config[name]]
+            if config is not None and (saved := state.get("config", {})) != config:
+                differs = [name for name in config if saved.get(name) != config[name]]
                 raise CheckpointError(f"{file} belongs to another run: its {', '.join(differs)} differ")
         except FileNotFoundError:
             continue
         except CheckpointError as error:
-            wrong.append(str(error))
+            problems.append(str(error))
             continue
-        if wrong:
-            warnings.warn(f"{wrong[0]}; continuing from the previous one, {file.name}", RuntimeWarning, stacklevel=2)
+        if problems:
+            warnings.warn(f"{problems[0]}; continuing from the previous one, {file.name}", RuntimeWarning, stacklevel=2)
         return state
-    if wrong:
-        raise CheckpointError("; ".join(wrong) + "; no valid checkpoint is left: remove the files to restart the run")
+    if problems:
+        raise CheckpointError(
+            "; ".join(problems) + "; no valid checkpoint is left: remove the files to restart the run"
+        )
     return None
 
 

@@ -99,11 +99,11 @@ class Config:
 
 def from_dict(values: dict) -> Config:
     """Returns the Config for a result of :meth:`Config.to_dict`. Values that equal the default may be missing."""
-    known = [field.name for field in fields(Config)]
+    names = [field.name for field in fields(Config)]
     for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            raise ValueError(f"a run has no setting {name!r}; did you mean {near!r}? There are: {', '.join(known)}")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+            raise ValueError(f"a run has no setting {name!r}; did you mean {near!r}? There are: {', '.join(names)}")
     if "name" not in values:
         raise ValueError("a run needs a name")
     return Config(**values)

@@ -250,30 +250,30 @@ class _Run:
         ring, diverged = self.step.ring.tolist(), int(self.step.diverged.item())
         seconds = time.perf_counter() - self.clock
         end = self.host.done if diverged < 0 else diverged
-        seen = [ring[taken % len(ring)] for taken in range(self.looked, end)]
-        if seen:
-            loss, right = (sum(column) for column in zip(*seen, strict=True))
+        new_rows = [ring[taken % len(ring)] for taken in range(self.looked, end)]
+        if new_rows:
+            loss, right = (sum(column) for column in zip(*new_rows, strict=True))
             self.host.loss += loss
             self.host.right += right
             self.write(
                 "train",
                 end,
                 epoch=epoch,
-                loss=loss / len(seen),
-                accuracy=right / len(seen) / self.config.batch,
-                lr=self.rates[len(seen) - 1],
+                loss=loss / len(new_rows),
+                accuracy=right / len(new_rows) / self.config.batch,
+                lr=self.rates[len(new_rows) - 1],
                 images_per_second=round((self.host.done - self.looked) * self.config.batch / seconds, 1),
                 diverged=False,
             )
         rates = [self.host.lr, *self.rates]  # the first one belongs to the step before those in self.rates
         if diverged >= 0:
             loss = ring[diverged % len(ring)][0]
-            self.write("diverged", diverged, epoch=epoch, loss=loss, lr=rates[len(seen)], diverged=True)
-            self.keep_divergence(diverged, rates[len(seen)])
+            self.write("diverged", diverged, epoch=epoch, loss=loss, lr=rates[len(new_rows)], diverged=True)
+            self.keep_divergence(diverged, rates[len(new_rows)])
             if self.rank == 0:
                 self.say(f"{self.config.title}: diverged at step {diverged} with a loss of {loss:.4g}")
             return True
-        self.bar.set_postfix(loss=f"{loss / len(seen):.3f}", refresh=False)
+        self.bar.set_postfix(loss=f"{loss / len(new_rows):.3f}", refresh=False)
         self.host.lr = rates[-1]
         self.looked, self.rates = self.host.done, []
         return False
@@ -361,12 +361,12 @@ class _Run:
         if self.rank:
             return
         batches = batches_of(self.config, self.split, self.data)
-        shown = {}
+        divergence_batches = {}
         for name, taken in (("update", step - 1), ("shown", step)):
             if taken >= 0:
                 epoch, index = divmod(taken, len(batches))
                 images, labels = batches.at(epoch, index)
-                shown[name] = {"epoch": epoch, "index": index, "images": images, "labels": labels}
+                divergence_batches[name] = {"epoch": epoch, "index": index, "images": images, "labels": labels}
         velocity = [v for name, v in self.step.state_dict().items() if name.startswith("velocity")]
         names = [name for name, _ in self.network.named_parameters()]
         state = {
@@ -376,7 +376,7 @@ class _Run:
             "after": {name: t.detach() for name, t in self.network.named_parameters()},
             "velocity": dict(zip(names, velocity, strict=bool(velocity))),
             "lr": lr,
-            "batches": shown,
+            "batches": divergence_batches,
             "rng": _rng(self.device),
         }
         checkpoint.write(self.folder / "diverged.pt", state)

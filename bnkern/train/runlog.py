@@ -138,8 +138,8 @@ def differing(folder: Path, config: dict) -> list[str]:
     """Returns the names of the settings that differ from those of the run in ``folder``, if there is a run."""
     if not (folder / "config.json").exists():
         return []
-    there = read_json(folder / "config.json")
-    return [name for name in config | there if config.get(name) != there.get(name)]
+    existing = read_json(folder / "config.json")
+    return [name for name in config | existing if config.get(name) != existing.get(name)]
 
 
 def put_aside(folder: Path) -> None:

@@ -76,7 +76,7 @@ class Step:
     def record(self) -> None:
         """Records the step as a CUDA graph, which later calls replay. The state is not changed."""
         state = [*self.state_dict().values(), *self._network.state_dict().values()]
-        kept = [t.clone() for t in state]
+        saved = [t.clone() for t in state]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -88,8 +88,8 @@ class Step:
         with torch.cuda.graph(graph):
             self._run()
         self._graph = graph
-        for t, was in zip(state, kept, strict=True):
-            t.copy_(was)
+        for t, value in zip(state, saved, strict=True):
+            t.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns all that the next step depends on, except the network: the tensors themselves, by name."""
@@ -123,12 +123,12 @@ class Step:
             self._update()
 
     def _measure(self, loss: Tensor, logits: Tensor) -> None:
-        seen = torch.stack([loss.double(), (logits.argmax(1) == self._labels).sum().double()])
+        metrics = torch.stack([loss.double(), (logits.argmax(1) == self._labels).sum().double()])
         if dist.is_initialized():
-            dist.all_reduce(seen)  # all processes must stop at the same step
-            seen[0] /= dist.get_world_size()
-        self.ring.index_copy_(0, (self.taken % len(self.ring)).view(1), seen.view(1, 2))
-        bad = ~seen[0].isfinite() | ((seen[0] > LIMIT) & (self.taken > 0))
+            dist.all_reduce(metrics)  # all processes must stop at the same step
+            metrics[0] /= dist.get_world_size()
+        self.ring.index_copy_(0, (self.taken % len(self.ring)).view(1), metrics.view(1, 2))
+        bad = ~metrics[0].isfinite() | ((metrics[0] > LIMIT) & (self.taken > 0))
         self.diverged.copy_(torch.where(bad & (self.diverged < 0), self.taken, self.diverged))
         self._stop.copy_(self.diverged >= 0)
 

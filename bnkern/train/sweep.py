@@ -78,10 +78,10 @@ def sweep(
     else:
         ended = ((config, run(config, **options)) for config in todo)
     failed = 0
-    for done, (config, wrong) in enumerate(ended, start=1):
-        failed += wrong is not None
-        said = f"FAILED: {wrong}" if wrong is not None else _result(out / config.title)
-        print(f"[{done}/{len(todo)}] {config.title}: {said}", flush=True)
+    for done, (config, error) in enumerate(ended, start=1):
+        failed += error is not None
+        result = f"FAILED: {error}" if error is not None else _result(out / config.title)
+        print(f"[{done}/{len(todo)}] {config.title}: {result}", flush=True)
     return failed
 
 
@@ -174,9 +174,9 @@ def _in_process(
     if done.returncode > 0:
         last = log.read_text().strip().splitlines()[-1:] or ["no output"]
         return f"{last[0]} (exit status {done.returncode}; the whole output is in {log})"
-    wrong = f"killed by signal {-done.returncode}"
-    _write_error(out / config.title, wrong + "\n")
-    return wrong
+    error = f"killed by signal {-done.returncode}"
+    _write_error(out / config.title, error + "\n")
+    return error
 
 
 def command(
@@ -208,10 +208,10 @@ def _on_ray(todo: list[Config], address: str, gpus: float, options: dict) -> Ite
             (ready, *_), _ = ray.wait(list(started))
             config = started.pop(ready)
             try:
-                wrong = ray.get(ready)
+                message = ray.get(ready)
             except ray.exceptions.RayError as error:  # the machine of the run is gone, or the run was killed
-                wrong = f"{type(error).__name__}: {error}"
-                _write_error(options["out"] / config.title, wrong + "\n")
-            yield config, wrong
+                message = f"{type(error).__name__}: {error}"
+                _write_error(options["out"] / config.title, message + "\n")
+            yield config, message
     finally:
         ray.shutdown()

@@ -144,21 +144,24 @@ class AffineGradientSigns(_ChannelQuantity):
     @staticmethod
     def oracle(g: Tensor, xhat: Tensor) -> dict[str, Tensor]:
         """Returns the derived arrays [C] for the masked gradient and the normalised input [N, C, ...]."""
-        found: dict[str, Tensor] = {}
+        arrays: dict[str, Tensor] = {}
         for name, d in (("bias", g), ("weight", g * xhat)):
             d = d.detach().double().movedim(1, 0).flatten(1)
-            found |= {
+            arrays |= {
                 f"{name}_sum": d.sum(1),
                 f"{name}_abs_sum": d.abs().sum(1),
                 f"{name}_sign_sum": d.sign().sum(1),
                 f"{name}_nonzero": (d != 0).sum(1).double(),
                 f"{name}_ratio": d.sum(1).abs() / d.abs().sum(1),
             }
-        return found
+        return arrays
 
     def derive(self, values: np.ndarray) -> Arrays:
         raw = super().derive(values)
-        ratios = {f"{of}_ratio": ratio(np.abs(raw[f"{of}_sum"]), raw[f"{of}_abs_sum"]) for of in ("bias", "weight")}
+        ratios = {
+            f"{parameter}_ratio": ratio(np.abs(raw[f"{parameter}_sum"]), raw[f"{parameter}_abs_sum"])
+            for parameter in ("bias", "weight")
+        }
         return raw | ratios
 
 

@@ -97,11 +97,11 @@ class WeightGradientSigns(Quantity):
             # Pairs of numbers. torch's annotations allow more, but refuses() excludes that.
             sizes: Sizes = (module.kernel_size, module.stride, module.padding)  # type: ignore[assignment]
             if handoff:  # of a bnkern.nn.Conv2d, whose backward takes over the gradient
-                found = gradient_sums(x, dy, *sizes, {*self.sums, "sum"})
-                handoff.put(dy, found.sum)  # type: ignore[arg-type]  # not None, because it is wanted
+                signs = gradient_sums(x, dy, *sizes, {*self.sums, "sum"})
+                handoff.put(dy, signs.sum)  # type: ignore[arg-type]  # not None, because it is wanted
             else:
-                found = bnkern.conv2d_grad_signs(x, dy, *sizes, wanted=self.sums)
-            self._fill(out, found, places=dy.numel() // dy.shape[1])
+                signs = bnkern.conv2d_grad_signs(x, dy, *sizes, wanted=self.sums)
+            self._fill(out, signs, places=dy.numel() // dy.shape[1])
 
         shape = self._shape(module.weight)
         return [recorder.on_gradient(layer, module, self, shape, measure)]
@@ -109,18 +109,18 @@ class WeightGradientSigns(Quantity):
     def _shape(self, weight: Tensor) -> tuple[int, ...]:
         return {"full": tuple(weight.shape), "summary": (), "channels": tuple(weight.shape[:2])}[self.form]
 
-    def _fill(self, out: Tensor, found: "bnkern.GradSigns", places: int) -> None:
+    def _fill(self, out: Tensor, signs: "bnkern.GradSigns", places: int) -> None:
         if self.form == "full":
             for k, row in enumerate(self.sums):
-                out[k].copy_(getattr(found, row))
+                out[k].copy_(getattr(signs, row))
             return
-        assert found.sum is not None and found.abs_sum is not None, "NEEDS asks for them"
+        assert signs.sum is not None and signs.abs_sum is not None, "NEEDS asks for them"
         if self.form == "channels":
-            out[0].copy_(found.sum.double().abs().sum((2, 3)))
-            out[1].copy_(found.abs_sum.double().sum((2, 3)))
+            out[0].copy_(signs.sum.double().abs().sum((2, 3)))
+            out[1].copy_(signs.abs_sum.double().sum((2, 3)))
         else:
-            assert found.sign_sum is not None and found.nonzero is not None, "NEEDS asks for them"
-            means = (found.abs_sum, found.sum.abs(), found.sign_sum.abs(), found.nonzero)
+            assert signs.sign_sum is not None and signs.nonzero is not None, "NEEDS asks for them"
+            means = (signs.abs_sum, signs.sum.abs(), signs.sign_sum.abs(), signs.nonzero)
             out[0].fill_(places)
             torch.stack([t.double().mean() for t in means], out=out[1:])
 

@@ -107,9 +107,9 @@ class ParameterGradientHistogram(Quantity):
     def derive(self, values: np.ndarray) -> Arrays:
         count, mean, m2, m3, m4, least, largest = np.moveaxis(values[:, :7], 1, 0)
         moments = {name: m / count for name, m in (("var", m2), ("third", m3), ("fourth", m4))}
-        found = {"count": count, "mean": mean, **moments, "min": least, "max": largest}
+        arrays = {"count": count, "mean": mean, **moments, "min": least, "max": largest}
         edges = np.broadcast_to(self.edges(), (len(values), 2 * self.SIDE + 2))
-        return found | {"histogram": values[:, 7:], "edges": edges}
+        return arrays | {"histogram": values[:, 7:], "edges": edges}
 
 
 @lru_cache(maxsize=8)

