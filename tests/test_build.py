@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def test_report_of_versions_devices_and_backends():
 
 def test_report_without_the_native_module_says_how_to_build_it():
     text = python(WITHOUT_NATIVE + "import runpy; sys.argv[1:] = []; runpy.run_module('bnkern', None, '__main__')")
-    assert re.search(r"native module\n  module +not there .*pip install -e \.", text)
+    assert re.search(r"native module\n  module +not found .*pip install -e \.", text)
 
 
 # ---- the set-up files
@@ -198,14 +199,62 @@ def test_architectures_are_named_one_by_one(tmp_path):
     assert "all-major is no architecture" in " ".join(done.stderr.split()), done.stderr
 
 
-@pytest.mark.slow
-def test_source_archive_builds_for_every_architecture(tmp_path):
-    """sdist -> wheel -> import, away from this tree, and for all CUDA architectures where there is a compiler."""
-    tree = tmp_path / "tree"
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "results", "*.so", "*.egg-info"))
+def source_archive(folder: Path) -> Path:
+    """The archive that a build front end makes of this tree. It is made of a copy, since setuptools writes into it."""
+    tree = folder / "tree"
+    left_out = (".*", "build", "results", "published", "run", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*left_out))
     make_sdist = [sys.executable, "-c", "import setuptools.build_meta as m; m.build_sdist('dist')"]
     subprocess.run(make_sdist, cwd=tree, check=True)
     (sdist,) = tree.glob("dist/*.tar.gz")
+    return sdist
+
+
+def test_source_archive_holds_what_a_build_reads_and_no_part_of_the_tests(tmp_path):
+    with tarfile.open(source_archive(tmp_path)) as archive:
+        packed = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    needed = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
+    needed |= {
+        str(path.relative_to(ROOT)) for pattern in ("*.py", "*.pyi") for path in ROOT.glob(f"bnkern/**/{pattern}")
+    }
+    needed |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "constraints.txt", "README.md", "LICENSE"}
+    needed |= {"bnkern/py.typed", "CHANGELOG.md", "CITATION.cff", "docs/design.md", "examples/fused_block.py"}
+    assert not needed - packed
+    assert {name for name in packed if name.startswith("tests/")} == {"tests/installed.py"}
+    assert not [name for name in packed if name.startswith(("benchmarks/", "experiments/", "build/")) or ".so" in name]
+
+
+def test_wheels_of_a_release():
+    """cibuildwheel itself needs containers; that it accepts the configuration shows here."""
+    for package in ("cibuildwheel", "validate_pyproject"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    listed = [sys.executable, "-m", "cibuildwheel", "--platform", "linux", "--print-build-identifiers", str(ROOT)]
+    identifiers = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()
+    assert identifiers == [f"cp3{minor}-manylinux_x86_64" for minor in (11, 12, 13)]
+    configuration = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    assert configuration["linux"]["environment"] == {"BNKERN_CUDA": "0"}
+    assert "--exclude libgomp.so.1" in configuration["linux"]["repair-wheel-command"]
+    scripts = re.findall(r"\{project\}/(\S+)", configuration["test-command"])
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
+    matrix = re.search(r"python: \[(.*)\]", (ROOT / ".github/workflows/release.yml").read_text())[1].split(", ")
+    assert [f"{python}-*" for python in matrix] == configuration["build"].split()
+    checked = subprocess.run(
+        [sys.executable, "-m", "validate_pyproject", str(ROOT / "pyproject.toml")], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_the_check_of_an_installed_package_passes_here():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", str(ROOT / "tests" / "installed.py")]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.count("largest difference") == 2 * 7
+
+
+@pytest.mark.slow
+def test_source_archive_builds_for_every_architecture(tmp_path):
+    """sdist -> wheel -> use, away from this tree, and for all CUDA architectures where there is a compiler."""
+    sdist = source_archive(tmp_path)
     pip, archs = [sys.executable, "-m", "pip"], "80-real;90-real;100-real;120"
     env = os.environ | {"BNKERN_CUDA_ARCHS": archs}
     subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, sdist], env=env, check=True)
@@ -217,4 +266,5 @@ def test_source_archive_builds_for_every_architecture(tmp_path):
     path, *built = subprocess.check_output([sys.executable, "-c", show], cwd=tmp_path, env=env, text=True).split()
     assert Path(path).is_relative_to(site)
     assert (site / "bnkern" / "py.typed").exists()
+    subprocess.run([sys.executable, "-P", ROOT / "tests" / "installed.py"], cwd=tmp_path, env=env, check=True)
     assert built == (archs.split(";") if native.build_info()["cuda"] else [])

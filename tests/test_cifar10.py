@@ -460,5 +460,5 @@ def test_validation_images_are_drawn_from_the_rest(split) -> None:
     again, other = (cifar10.split_validation(split, 15, seed)[1].labels for seed in (3, 4))
     assert torch.equal(again, validation.labels) and not torch.equal(other, validation.labels)
     for count in (0, 50):
-        with pytest.raises(ValueError, match=f"count must leave images on both sides of 50, got {count}"):
+        with pytest.raises(ValueError, match=f"count must leave images in both parts of 50, got {count}"):
             cifar10.split_validation(split, count, seed=0)

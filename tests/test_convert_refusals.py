@@ -104,17 +104,17 @@ REFUSED = {
     "silu": (net(lambda self, y, x: F.silu(y)), "silu follows"),
     "scaled": (net(lambda self, y, x: F.relu(torch.add(y, x, alpha=2))), "add follows"),
     "number": (net(lambda self, y, x: F.relu(y + 1)), "add follows"),
-    "in place": (net(writes_into_x), "added in place to a tensor that others may see"),
+    "in place": (net(writes_into_x), "added in place to a tensor that may be used elsewhere"),
     "used again": (net(uses_it_again), "its output is used by others than the ReLU"),
     "sum used again": (net(uses_the_sum_again), "add follows"),
     "itself": (net(lambda self, y, x: F.relu(y + y)), "used by others than the addition"),
     "its mode": (net(asks_for_the_mode), "Net.forward reads self.training"),
-    "another's mode": (net(asks_another_for_the_mode), "does another thing in eval mode"),
+    "another's mode": (net(asks_another_for_the_mode), "does something else in eval mode"),
     "remembers": (net(remembers), "Net.forward sets self.count"),
-    "no_grad": (net(without_gradient), "works inside a context"),
-    "is_grad_enabled": (net(asks_for_gradients), "does another thing in eval mode, without gradients"),
+    "no_grad": (net(without_gradient), "enters a context"),
+    "is_grad_enabled": (net(asks_for_gradients), "does something else in eval mode, without gradients"),
     "draws": (net(draws), "draws random numbers"),
-    "draws a tensor": (net(draws_a_tensor), "makes a tensor of its own"),
+    "draws a tensor": (net(draws_a_tensor), "makes a new tensor"),
     "data": (net(depends_on_data), "cannot be traced"),
     "checkpoint": (net(checkpoints), "Net.forward"),
     "nothing": (net(lambda self, y, x: y), "no ReLU follows"),
@@ -259,7 +259,7 @@ def test_hooks_are_kept(place: str) -> None:
     after = bnkern.convert(copy.deepcopy(before))
     assert outcomes(after) == {"bn": RELU if place == "body" else PLAIN, "body.0.1": PLAIN if place == "body" else ADD}
     if place != "body":
-        assert f"a hook sits on {place}" in why(after)
+        assert f"{place} has a hook" in why(after)
     x = image()
     after.eval()(x)
     before.eval()(x)

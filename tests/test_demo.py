@@ -22,13 +22,13 @@ def test_demo_without_data_says_so_and_runs_twice(tmp_path: Path, monkeypatch, c
     def unavailable(where: str | None) -> cifar10.Cifar10:
         if where == "synthetic":
             return cifar10.synthetic()
-        raise cifar10.DataError("CIFAR-10 cannot be had.")
+        raise cifar10.DataError("CIFAR-10 is not available.")
 
     monkeypatch.setattr(cifar10, "load", unavailable)
     command = ["demo", "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
     assert main(command) == 0
     said = capsys.readouterr()
-    assert "CIFAR-10 cannot be had" in said.err and "The images are synthetic" in said.out
+    assert "CIFAR-10 is not available" in said.err and "The images are synthetic" in said.out
     figure = tmp_path / "synthetic/demo.png"
     assert f"figure: {figure}\n" in said.out and figure.stat().st_size > 1000
     assert all(f"\n{layer} " in said.out for layer in (18, 54, 90)) and "251.8" in said.out

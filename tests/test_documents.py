@@ -101,14 +101,18 @@ def test_readme_is_short_and_names_the_commands() -> None:
 
 
 def test_pre_commit_has_the_versions_of_make_lint() -> None:
-    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-    hooks = re.findall(r"\[([\w-]+)==([^\]]+)\]", (ROOT / ".pre-commit-config.yaml").read_text())
-    assert {name for name, _ in hooks} == {"ruff", "clang-format"}
-    assert all(pins[name] == version for name, version in hooks)
+    pins = set(re.findall(r"^[\w-]+==\S+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    installed = re.findall(r"^ +additional_dependencies: \[(.*)\]$", text, re.MULTILINE)  # one list for each hook
+    assert len(installed) == text.count("- id: ") == 3
+    assert {requirement.partition("==")[0] for requirement in installed} == {"ruff", "clang-format"}
+    assert set(installed) <= pins
 
 
-def test_citation_has_the_version() -> None:
+def test_the_version_is_the_same_everywhere() -> None:
     assert f"\nversion: {bnkern.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    released = re.findall(r"^## \[(\d.*)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released[0] == bnkern.__version__
 
 
 def test_the_workflow_runs_the_script() -> None:

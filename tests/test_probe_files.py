@@ -57,7 +57,7 @@ def test_append_and_truncate_let_a_run_resume(tmp_path: Path) -> None:
     with probes.record(net, CHANNEL, out=resumed) as rec:
         train(net, 5, rec)
     with (
-        pytest.raises(ValueError, match="holds records already; choose another folder, or append=True"),
+        pytest.raises(ValueError, match="has records already; choose another folder, or append=True"),
         probes.record(net, CHANNEL, out=resumed),
     ):
         pass

@@ -179,7 +179,7 @@ def test_layers_that_cannot_be_served_are_named(tmp_path: Path) -> None:
     ):
         assert rec.unserved == {
             ("activation_moments", "1"): "BatchNorm2d is not one of bnkern.nn's norm layers",
-            ("weight_gradient_signs", "2"): "the convolution has 2 groups; 1 is served",
+            ("weight_gradient_signs", "2"): "the convolution has 2 groups; only 1 is supported",
         }
         net(torch.randn(2, 4, 5, 5)).sum().backward()
         rec.step()

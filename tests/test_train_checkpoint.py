@@ -51,10 +51,10 @@ def test_a_bad_one_is_refused_and_the_one_before_used(tmp_path: Path, damage: st
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     with pytest.raises(CheckpointError, match=r"is not a checkpoint of bnkern|is truncated or damaged"):
         read(path)
-    with pytest.warns(RuntimeWarning, match=r"c\.pt is .*; going on from the one before it, c\.pt\.previous"):
+    with pytest.warns(RuntimeWarning, match=r"c\.pt is .*; continuing from the previous one, c\.pt\.previous"):
         assert load(path)["number"] == 1
     (tmp_path / "c.pt.previous").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no good checkpoint is left: remove it"):
+    with pytest.raises(CheckpointError, match="no valid checkpoint is left: remove the files"):
         load(path)
 
 
@@ -62,7 +62,7 @@ def test_one_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     save(path, state(1))
     save(path, state(2) | {"config": {"lr": 0.2, "seed": 0}})
-    with pytest.warns(RuntimeWarning, match=r"c\.pt is of another run: its lr differ"):
+    with pytest.warns(RuntimeWarning, match=r"c\.pt belongs to another run: its lr differ"):
         assert load(path, {"lr": 0.1, "seed": 0})["number"] == 1
 
 

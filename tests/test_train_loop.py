@@ -294,7 +294,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="data='cifar10', and what was loaded is 'synthetic'"):
+    with pytest.raises(ValueError, match="data='cifar10', but 'synthetic' was loaded"):
         train(tiny(data="cifar10"), tmp_path / "a", images())
     with pytest.raises(ValueError, match="a batch of 64 is more than the 48 training images"):
         train(tiny(batch=64), tmp_path / "b", images())
@@ -364,7 +364,7 @@ def test_records_of_a_run_that_crashed_and_went_on_are_those_of_one_that_did_not
 
 def test_a_mirror_without_tensorboard_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(RuntimeError, match="needs tensorboard: pip install tensorboard"):
+    with pytest.raises(RuntimeError, match="need tensorboard: pip install tensorboard"):
         train(tiny(), tmp_path / "a", images(), tensorboard=True)
 
 

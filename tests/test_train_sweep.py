@@ -60,7 +60,7 @@ def test_a_diverged_run_is_a_result(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_what_cannot_be_is_said_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tiny-seed0 is there twice"):
+    with pytest.raises(ValueError, match="tiny-seed0 occurs twice"):
         sweep([tiny(), tiny(lr=0.2)], tmp_path)
     sweep([tiny(epochs=1, norm="none")], tmp_path)
     with pytest.raises(ValueError, match=r"has another run \(other lr\)"):
@@ -139,7 +139,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "name a run; --list says which there are"),
+        ([], "name a run; --list lists the presets"),
         (["fig1"], "no preset 'fig1'; did you mean"),
         (["final-0.03", "--set", "lr"], "--set takes KEY=VALUE, got 'lr'"),
         (["final-0.03", "--set", "lr=high"], "lr must be float, got 'high'"),
@@ -159,4 +159,4 @@ def test_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     put_aside(tmp_path / "broken-seed0")
     again = json.dumps(configs()[0].to_dict())
     assert main([again, again, "--out", str(tmp_path)]) == 1
-    assert "is there twice" in capsys.readouterr().err
+    assert "occurs twice" in capsys.readouterr().err
