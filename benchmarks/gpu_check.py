@@ -25,7 +25,7 @@ BUILD = ROOT / "build" / "gpu"
 # Parts after the build: arguments of python -m, and the most seconds that they may take.
 QUICKLY = ["--no-compile", "--budget=0.05"]
 SAMPLED = ["--sample=8", "--junitxml={out}/tests.xml"]  # of 27,000, most of which compile Triton kernels
-OF_CUDA = "tests/cuda/test_cuda_gpu.py"
+OF_CUDA = "tests/backends/cuda/test_gpu.py"
 TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer; racecheck sees shared memory only
 SHORT = ["pytest", "-q", "-m", "gpu", OF_CUDA, "-k", "test_every_strategy and bf16", "-p", "no:cacheprovider"]
 PARTS = {

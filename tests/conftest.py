@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import bnkern
-from tests.cases import PRECISIONS, TARGETS, Precision, Target
-from tests.ranks import WORLD, Ranks
+from tests.support.cases import PRECISIONS, TARGETS, Precision, Target
+from tests.support.ranks import WORLD, Ranks
 
 hypothesis.settings.register_profile("same-every-run", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("same-every-run")

@@ -1,0 +1,136 @@
+"""The same bits on every run, for every number of threads, and whatever memory the results are given."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+import bnkern
+from bnkern import backends
+from bnkern.backends.calls import BackwardCall, ForwardCall
+from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
+from tests.support.cases import CASE, CASES, EPS, FEW, MIXED, Case, Precision, Target
+from tests.support.record_cases import Call, empty_record
+
+# Large enough that several threads share the work, in every way there is to share it.
+LARGE = [
+    Case("channels_for_all", (8, 16, 32, 33), "planes: whole channels per thread"),
+    Case("odd_channels", (8, 5, 64, 65), "planes: channels that threads cannot share evenly"),
+    Case("one_channel", (16, 1, 64, 65), "planes: one channel, shared along N"),
+    Case("one_long_plane", (1, 1, 300, 301), "one plane, shared along S"),
+    Case("short_planes", (2000, 7, 7), "many planes to a tile"),
+    Case("nc_tall", (20000, 5), "N x C, narrow", "contiguous"),
+    Case("rows_16", (32, 16, 16, 16), "channels_last, whole vectors", "channels_last"),
+    Case("rows_17", (32, 17, 16, 17), "channels_last, odd C and a leftover", "channels_last"),
+    Case("rows_wide", (30, 700, 5, 5), "channels_last, several groups of channels", "channels_last"),
+    Case("rows_strided", (32, 32, 10, 17), "rows with gaps", "sliced_channels_last"),
+]
+MEGABYTES = Case("megabytes", (8, 16, 128, 130), "8.5 MB of fp32: results that have huge pages to themselves")
+# Past the cache: more than 24 MB of fp32, where rows go batch by batch and results are stored past the caches.
+HUGE = [
+    Case("huge_rows", (50, 600, 15, 15), "rows beyond the caches", "channels_last"),
+    Case("huge_planes", (16, 6, 256, 260), "planes beyond the caches"),
+]
+
+
+def everything(target: Target, case: Case, precision: Precision) -> list[Tensor]:
+    """All that a forward and a backward write, with and without the saved mask, and what they record."""
+    p = case.problem(precision, target.device)
+    kernels = backends.choose(target.backend, target.device, p.x.dtype)
+    results = [*kernels.moments(p.x)[1:]]
+    for residual in (None, p.residual):
+        running = [torch.zeros_like(p.weight), torch.ones_like(p.weight)]
+        y, *saved = kernels.forward(
+            ForwardCall(p.x, p.weight, p.bias, residual, *running, None, True, 0.1, EPS, "relu", True)
+        )
+        needs = (True, True, True, residual is not None)
+        grads = kernels.backward(BackwardCall(p.dy, p.x, p.weight, p.bias, *saved, "relu", True, needs))
+        results += [t for t in (y, *saved, *running, *grads) if t is not None]
+    call = Call("training", "relu")
+    activation, gradient, affine = (empty_record(rows, p.x) for rows in (ACTIVATION, GRADIENT, AFFINE))
+    _, *saved = call.forward(kernels, p, activation)[:4]
+    call.backward(kernels, p, saved, call.needs(p), record_gradient=gradient, record_affine=affine)
+    unnormalised = empty_record(ACTIVATION, p.x)
+    Call("identity", None).forward(kernels, p, unnormalised)
+    return [*results, activation, gradient, affine, unnormalised]
+
+
+def assert_same(runs: list[list[Tensor]]) -> None:
+    for run in runs[1:]:
+        for k, (first, other) in enumerate(zip(runs[0], run, strict=True)):
+            same = torch.equal(first.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+            assert same, f"result {k} differs"
+
+
+@pytest.fixture
+def with_threads(threads: None) -> Callable:
+    def run(count: int, *args: object) -> list[Tensor]:
+        torch.set_num_threads(count)
+        return everything(*args)
+
+    return run
+
+
+@pytest.mark.parametrize("case", [*LARGE, *FEW], ids=str)
+@pytest.mark.parametrize("precision", MIXED, ids=lambda p: p.name)
+def test_number_of_threads(with_threads: Callable, precision: Precision, case: Case) -> None:
+    target = Target("cpu", "cpu")
+    assert_same([with_threads(count, target, case, precision) for count in (1, 2, 3, 8)])
+
+
+@pytest.mark.parametrize("case", HUGE, ids=str)
+def test_number_of_threads_beyond_the_caches(with_threads: Callable, case: Case) -> None:
+    target = Target("cpu", "cpu")
+    assert_same([with_threads(count, target, case, MIXED[0]) for count in (1, 2)])
+
+
+@pytest.mark.parametrize("case", [*LARGE, CASE["inf_rows"], CASE["ratio_1e4"]], ids=str)
+def test_repeated_runs(target: Target, case: Case) -> None:
+    for precision in MIXED:
+        if backends.unavailable(target.backend, target.device, precision.dtype) is None:
+            assert_same([everything(target, case, precision) for _ in range(3)])
+
+
+@pytest.mark.parametrize("case", [*LARGE, MEGABYTES], ids=str)
+def test_recycled_memory(target: Target, case: Case) -> None:
+    """Results written where others lay: all memory that a call's results had is given back full of NaN."""
+    runs = []
+    for _ in range(3):
+        results = everything(target, case, MIXED[0])
+        runs.append([t.clone() for t in results])
+        for t in results:
+            t.fill_(torch.nan if t.is_floating_point() else 255)
+        del t, results
+    assert_same(runs)
+
+
+def test_results_outlive_later_calls(target: Target) -> None:
+    """A view keeps its memory, though the tensor it was taken of is gone, from the calls that follow."""
+    p = MEGABYTES.problem(MIXED[0], target.device)
+    with bnkern.use_backend(target.backend):
+        kept = [bnkern.add_act(p.x + k)[1:, 2:] for k in range(3)]
+        for _ in range(3):
+            bnkern.add_act(p.x * 0)
+    for k, view in enumerate(kept):
+        assert torch.equal(view, (p.x + k).relu()[1:, 2:])
+
+
+def test_calls_from_several_threads(target: Target) -> None:
+    """Python threads that call at the same time, the kernels without the GIL, do not disturb one another."""
+    cases = [MEGABYTES, *LARGE[:6], MEGABYTES]
+    alone = [everything(target, case, MIXED[0]) for case in cases]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for _ in range(3):
+            together = pool.map(lambda case: everything(target, case, MIXED[0]), cases)
+            for one, other in zip(alone, together, strict=True):
+                assert_same([one, other])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("precision", MIXED, ids=lambda p: p.name)
+def test_number_of_threads_over_all_cases(with_threads: Callable, precision: Precision, case: Case) -> None:
+    target = Target("cpu", "cpu")
+    assert_same([with_threads(count, target, case, precision) for count in (1, 2, 5)])

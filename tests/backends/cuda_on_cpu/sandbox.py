@@ -1,0 +1,130 @@
+"""Checks that run under AddressSanitizer and UndefinedBehaviorSanitizer, whose runtime must be there from the start.
+
+``@sandboxed`` makes a test function, or any other, run by its name in a second Python process that was started with
+that runtime. What it raises there is raised here; where the process dies, what it said is.
+"""
+
+import atexit
+import functools
+import importlib
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import pytest
+
+from tests import ROOT
+
+INSIDE = "BNKERN_SANDBOX"
+COMPILER = os.environ.get("CXX") or "g++"
+
+
+def _send(stream: BinaryIO, message: Any) -> None:
+    body = pickle.dumps(message)
+    stream.write(struct.pack("q", len(body)) + body)
+    stream.flush()
+
+
+def _receive(stream: BinaryIO) -> Any:
+    head = stream.read(8)
+    if len(head) < 8:
+        raise EOFError
+    return pickle.loads(stream.read(*struct.unpack("q", head)))
+
+
+def runtime(name: str) -> str | None:
+    """Where the compiler keeps a sanitizer's runtime, or None."""
+    found = subprocess.run([COMPILER, f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
+    return found if os.path.isabs(found) else None
+
+
+class Sandbox:
+    """The second process, started when first asked, and anew where it died."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this does)
+
+    def start(self) -> None:
+        libraries = [runtime(name) for name in ("asan", "ubsan")]
+        if not shutil.which(COMPILER) or None in libraries:
+            pytest.skip(f"{COMPILER} or its sanitizers are not installed")
+        environment = os.environ | {
+            INSIDE: "1",
+            "LD_PRELOAD": " ".join(libraries),
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        }
+        command = [sys.executable, "-m", "tests.backends.cuda_on_cpu.sandbox"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+            self.process = None
+
+    def call(self, module: str, name: str, args: tuple, kwargs: dict) -> Any:
+        if self.process is None:
+            self.start()
+        try:
+            _send(self.process.stdin, (module, name, args, kwargs))
+            problem, result = _receive(self.process.stdout)
+        except (EOFError, BrokenPipeError):
+            self.process.wait()
+            self.process = None
+            self.errors.seek(0)
+            said = self.errors.read().decode(errors="replace")
+            self.errors.truncate(0)
+            raise Died(said[-12000:]) from None
+        if problem is not None:
+            raise AssertionError(problem)
+        return result
+
+
+class Died(Exception):
+    """The sandbox ended in the middle of a call; the text is what it had to say."""
+
+
+_sandbox = Sandbox()
+atexit.register(_sandbox.stop)
+
+
+def sandboxed(function: Callable) -> Callable:
+    """The function, run in the sandbox. Its arguments and result must be such as can be pickled."""
+    if INSIDE in os.environ:
+        return function
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return _sandbox.call(function.__module__, function.__qualname__, args, kwargs)
+
+    return wrapped
+
+
+def _serve() -> None:
+    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what is printed must not get between replies
+    while True:
+        try:
+            module, name, args, kwargs = _receive(requests)
+        except EOFError:
+            return
+        try:
+            result = functools.reduce(getattr, name.split("."), importlib.import_module(module))(*args, **kwargs)
+            _send(replies, (None, result))
+        except BaseException:
+            _send(replies, (traceback.format_exc(), None))
+
+
+if __name__ == "__main__":
+    _serve()

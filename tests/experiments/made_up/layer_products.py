@@ -1,0 +1,27 @@
+"""Layers as in Theorem 1 that training takes away from it; and layers far from it that training brings there."""
+
+import numpy as np
+
+from tests.experiments.made_up import Arrays
+
+
+def products(config: dict, init: float, trained: float) -> Arrays:
+    found = {}
+    for when, distance in (("init", init), ("trained", trained)):
+        for m in range(1, len(config["layers"]) + 1):
+            found |= {
+                f"{when} s/{m}": np.linspace(0.1, 2, 10),
+                f"{when} theorem/{m}": np.linspace(0.1, 2, 10),
+                f"{when} distance/{m}": distance,
+                f"{when} largest over edge/{m}": 1 + 2 * distance,
+                f"{when} log10 kappa/{m}": m + 10 * distance,
+            }
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def holds(config: dict) -> Arrays:
+    return products(config, 0.01, 0.2)
+
+
+def breaks(config: dict) -> Arrays:
+    return products(config, 0.3, 0.1)

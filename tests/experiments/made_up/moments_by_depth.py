@@ -1,0 +1,14 @@
+"""Figure 5's own numbers; and layers all alike, and far off."""
+
+import numpy as np
+
+from experiments.specs.moments_by_depth import PAPER
+from tests.experiments.made_up import Arrays, from_paper
+
+
+def holds(config: dict) -> Arrays:
+    return from_paper(PAPER, config)
+
+
+def breaks(config: dict) -> Arrays:
+    return {name: np.full(1, 1e6) for name in holds(config)}

@@ -1,0 +1,180 @@
+"""What every backend's records are held to: checks that take a backend module and the tensors of one call.
+
+A check makes each call twice, without records and with them, and asks for the same bits of every result; then it
+compares the records with the reference's, computed in float64 from what the call read and wrote.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnkern.backends import records, reference
+from bnkern.backends.calls import BackwardCall, ForwardCall
+from tests.support.cases import EPS, Problem, assert_close, by_channel, exact, mean_bound, passed, sums_bound, var_bound
+
+MODES = ("training", "eval", "identity")
+ACTS = (None, "relu", "saved mask")
+
+
+class Call(NamedTuple):
+    """A forward call: how it normalises, and its activation ("saved mask" is a residual before the ReLU)."""
+
+    mode: str
+    act: str | None
+
+    @property
+    def training(self) -> bool:
+        return self.mode == "training"
+
+    def residual(self, p: Problem) -> Tensor | None:
+        return p.residual if self.act == "saved mask" else None
+
+    def relu(self) -> str | None:
+        return self.act and "relu"
+
+    def forward(self, kernels: ModuleType, p: Problem, record: Tensor | None = None) -> list[Tensor | None]:
+        """y, mean, invstd, mask and the running statistics afterwards."""
+        running = [None, None]
+        if self.training:
+            running = [torch.zeros_like(p.weight), torch.ones_like(p.weight)]
+        elif self.mode == "eval":
+            running = [p.mean.clone(), p.invstd.square().reciprocal()]
+        weight, bias = (None, None) if self.mode == "identity" else (p.weight, p.bias)
+        tail = (None, self.training, 0.1, EPS, self.relu(), True)
+        return [
+            *kernels.forward(ForwardCall(p.x, weight, bias, self.residual(p), *running, *tail, record)),
+            *running,
+        ]
+
+    def needs(self, p: Problem) -> tuple[bool, bool, bool, bool]:
+        parameters = self.mode != "identity"
+        return (True, parameters, parameters, self.residual(p) is not None)
+
+    def backward(
+        self,
+        kernels: ModuleType,
+        p: Problem,
+        saved: list[Tensor | None],
+        needs: tuple[bool, bool, bool, bool],
+        **wanted: Tensor,
+    ) -> list[Tensor | None]:
+        mean, invstd, mask = saved
+        weight, bias = (None, None) if self.mode == "identity" else (p.weight, p.bias)
+        arguments = (p.dy, p.x, weight, bias, mean, invstd, mask, self.relu(), self.training, needs)
+        return list(kernels.backward(BackwardCall(*arguments, **wanted)))
+
+
+def empty_record(rows: tuple[str, ...], x: Tensor) -> Tensor:
+    """A record full of a number that no row has: what is not written shows."""
+    return torch.full((len(rows), x.shape[1]), -12345.678, dtype=torch.float64, device=x.device)
+
+
+def assert_same_bits(first: list[Tensor | None], second: list[Tensor | None], what: str) -> None:
+    for k, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert (a is None) == (b is None), f"{what}: result {k}"
+        if a is not None:
+            assert a.stride() == b.stride(), f"{what}: strides of result {k}"
+            # A NaN's sign and payload are not part of the promise.
+            a, b = (t.where(~t.isnan(), torch.nan).contiguous().view(torch.uint8) for t in (a, b))
+            assert torch.equal(a, b), f"{what}: result {k} has other bits"
+
+
+def check_forward(kernels: ModuleType, p: Problem, call: Call, shift: float = 0.0) -> None:
+    """The activation record, and that it changes nothing. ``shift``: see ``power_bound``."""
+    record = empty_record(records.ACTIVATION, p.x)
+    recorded = call.forward(kernels, p, record)
+    assert_same_bits(call.forward(kernels, p), recorded, "forward")
+    x, y = exact(p.x, recorded[0])
+    assert_activation(record, x, y, p.x.dtype, shift)
+
+
+def check_backward(kernels: ModuleType, p: Problem, call: Call) -> None:
+    """The gradient and affine records, each alone and both, and that they change nothing."""
+    y, *saved = call.forward(kernels, p)[:4]
+    needs = call.needs(p)
+    plain = call.backward(kernels, p, saved, needs)
+    for names in (["record_gradient"], ["record_affine"], ["record_gradient", "record_affine"]):
+        rows = {"record_gradient": records.GRADIENT, "record_affine": records.AFFINE}
+        wanted = {name: empty_record(rows[name], p.x) for name in names}
+        recorded = call.backward(kernels, p, saved, needs, **wanted)
+        assert_same_bits(plain, recorded, " and ".join(names))
+        if "record_gradient" in wanted:
+            assert_gradient(wanted["record_gradient"], recorded[0])
+        if "record_affine" in wanted and saved[0] is None:
+            untouched = empty_record(records.AFFINE, p.x)
+            assert torch.equal(wanted["record_affine"], untouched), "identity: no affine parameters to record"
+        elif "record_affine" in wanted:
+            assert_affine(wanted["record_affine"], p, saved[0], saved[1], y, call.relu())
+
+
+# ------------------------------------------------------------------------------------------------ the records
+
+
+def _rows(names: tuple[str, ...], record: Tensor) -> dict[str, Tensor]:
+    return dict(zip(names, record.cpu(), strict=True))
+
+
+def _assert_exact(got: dict[str, Tensor], truth: dict[str, Tensor], names: tuple[str, ...]) -> None:
+    for name in names:
+        assert torch.equal(got[name], truth[name]), f"{name}: got {got[name].tolist()}, truth {truth[name].tolist()}"
+
+
+def power_bound(k: int, deltas: Tensor, mean: Tensor, var: Tensor, dtype: torch.dtype, shift: float = 0.0) -> Tensor:
+    """For sum delta^k, with deltas [C, M] = |x - mean|: k/2 times the relative error of a variance of centred values,
+    since each factor carries it; the k-th power of the mean's own error, all there is for a constant channel; and what
+    the rounding of float64 means moves, k |delta|^(k-1) of it, ours and the truth's."""
+    centred = torch.zeros_like(mean)
+    relative = (var_bound(centred, var, dtype) / var).nan_to_num()
+    constant = deltas.shape[1] * mean_bound(mean, centred, dtype) ** k
+    rounding = k * 2 * torch.finfo(torch.float64).eps * mean.abs() * (deltas ** (k - 1)).sum(1)
+    bound = k / 2 * relative * (deltas**k).sum(1) + constant + rounding
+    if shift:
+        farther = deltas + shift * var.sqrt()[:, None]
+        bound += k * shift * var.sqrt() * (k - 1) / 2 * relative * (farther ** (k - 1)).sum(1)
+    return bound
+
+
+def assert_activation(record: Tensor, x: Tensor, y: Tensor, dtype: torch.dtype, shift: float = 0.0) -> None:
+    """``record`` against x and y in float64, both rounded to ``dtype`` before. ``shift``: see ``power_bound``."""
+    got = _rows(records.ACTIVATION, record)
+    truth = _rows(records.ACTIVATION, reference.activation(x, y))
+    _assert_exact(got, truth, ("count", "min", "max", "active"))
+    count = max(truth["count"].max().item(), 1.0)
+    lost = ~truth["m2"].isfinite()
+    for name in ("mean", "m2", "m3", "m4"):
+        assert not got[name][lost].isfinite().any(), f"{name}: finite in a channel with Inf or NaN"
+    mean, var = truth["mean"][~lost], truth["m2"][~lost] / count
+    assert_close(got["mean"][~lost], mean, mean_bound(mean, var, dtype), "mean")
+    assert_close(got["m2"][~lost] / count, var, var_bound(mean, var, dtype), "m2 / count")
+    deltas = (x - by_channel(truth["mean"], x)).abs().transpose(0, 1).flatten(1)[~lost]
+    for k in (3, 4):
+        bound = power_bound(k, deltas, mean, var, dtype, shift)
+        assert_close(got[f"m{k}"][~lost], truth[f"m{k}"][~lost], bound, f"m{k}")
+
+
+def assert_gradient(record: Tensor, dx: Tensor) -> None:
+    """``record`` against the dx that was stored."""
+    (wide,) = exact(dx)
+    got, truth = _rows(records.GRADIENT, record), _rows(records.GRADIENT, reference.gradient(wide))
+    _assert_exact(got, truth, ("count", "positive", "negative", "zero"))
+    of_sum, of_square = sums_bound(wide, wide, dx.dtype)  # as for the phase grad_sums
+    for name, bound in (("sum", of_sum), ("abs_sum", of_sum), ("square_sum", of_square)):
+        assert_close(got[name], truth[name], bound, name)
+
+
+def assert_affine(record: Tensor, p: Problem, mean: Tensor, invstd: Tensor, y: Tensor, relu: str | None) -> None:
+    """``record`` against the summands in the accumulator's dtype, by the mean and invstd that the call used.
+
+    The ReLU is read off its output, since float64 could decide otherwise next to zero.
+    """
+    dy, x, mean, invstd = (t.detach().cpu() for t in (p.dy, p.x, mean, invstd))
+    g = dy.where(passed(y).cpu(), 0.0) if relu else dy
+    got = _rows(records.AFFINE, record)
+    truth = _rows(records.AFFINE, reference.affine(BackwardCall(g, x, mean=mean, invstd=invstd)))
+    _assert_exact(got, truth, tuple(f"{d}_{what}" for d in ("bias", "weight") for what in ("sign_sum", "nonzero")))
+    xhat = (x.to(mean.dtype) - by_channel(mean, x)) * by_channel(invstd, x)
+    for d, bound in zip(("bias", "weight"), sums_bound(*exact(g, xhat), x.dtype), strict=True):
+        for what in ("sum", "abs_sum"):
+            assert_close(got[f"{d}_{what}"], truth[f"{d}_{what}"], bound, f"{d}_{what}")
