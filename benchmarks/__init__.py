@@ -2,3 +2,7 @@
 
 Nothing here asserts a time. A run says what it measured, in which environment, and whether the stated targets hold.
 """
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent

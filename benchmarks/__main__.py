@@ -4,13 +4,14 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import rows, tables
+from benchmarks.report import tables
+from benchmarks.tools import measurements
 
 
 def _read(path: Path) -> dict:
     results = json.loads(path.read_text())
-    if results.get("format") != rows.FORMAT:
-        raise SystemExit(f"{path} is of format {results.get('format')}, this reads format {rows.FORMAT}")
+    if results.get("format") != measurements.FORMAT:
+        raise SystemExit(f"{path} is of format {results.get('format')}, this reads format {measurements.FORMAT}")
     return results
 
 
@@ -19,13 +20,13 @@ def _table(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from benchmarks import page  # needs matplotlib
+    from benchmarks.report import page  # needs matplotlib
 
     print(page.report(_read(args.file), args.out, _read(args.other) if args.other else None))
 
 
 def _merge(args: argparse.Namespace) -> None:
-    args.out.write_text(rows.dump(rows.merged([_read(path) for path in args.files])))
+    args.out.write_text(measurements.dump(measurements.merged([_read(path) for path in args.files])))
 
 
 def main() -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import shapes, tables, timing
-from benchmarks.environment import environment
-from benchmarks.rows import FORMAT, dump, measured, with_targets
-from benchmarks.shapes import Case, Inputs
+from benchmarks.cases import shapes
+from benchmarks.cases.shapes import Case, Inputs
+from benchmarks.report import tables
+from benchmarks.tools import timing
+from benchmarks.tools.environment import environment
+from benchmarks.tools.measurements import FORMAT, dump, measured, with_targets
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULTS = pytest.StashKey[dict]()
@@ -32,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--shapes",
         metavar="NAMES",
-        help="shapes or sets of benchmarks/shapes.py, with commas between, or 'all', for the benchmarks of any shape",
+        help="comma-separated shapes or sets of benchmarks/cases/shapes.py, or 'all'; for benchmarks of any shape",
     )
 
 

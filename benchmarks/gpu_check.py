@@ -30,30 +30,32 @@ TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer; racecheck sees shared
 SHORT = ["pytest", "-q", "-m", "gpu", OF_CUDA, "-k", "test_every_strategy and bf16", "-p", "no:cacheprovider"]
 PARTS = {
     "machine": (["bnkern", "--json"], 30),
-    "first-look": (["benchmarks.first_look"], 60),
     "cuda-tests": (["pytest", "-q", "-m", "gpu and not slow", OF_CUDA, "--junitxml={out}/cuda-tests.xml"], 120),
     "tests": (
         ["pytest", "-q", "-m", "gpu and not slow", "tests", f"--deselect={OF_CUDA}", *SAMPLED],
         150,
     ),
-    "strategies": (["bench_strategies.py", "-k", "graph", "--budget=0.1"], 60),
-    "batch-norms": (["bench_batch_norm.py", "--shapes=cifar", "-k", "bf16", *QUICKLY], 90),
-    "probes-graph": (["bench_probes.py", "-k", "graph", "--budget=0.05"], 90),
-    "graphs": (["bench_step.py", "-k", "graph", "--no-compile", "--budget=0.1"], 90),
-    "replicas": (["bench_step.py", "-k", "replicas", "--budget=0.1"], 60),
-    "steps": (["bench_step.py", "-k", "not graph and not replicas and not 110", "--no-compile", "--budget=0.1"], 60),
-    "phases": (["bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
-    "phases-triton": (["bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
-    "compiled": (["bench_batch_norm.py", "--shapes=stage1", "-k", "bf16 and bn_add_relu", "--budget=0.3"], 60),
-    "probes": (["bench_probes.py", "-k", "not graph", "--budget=0.1"], 60),
-    "conv-grad-signs": (["bench_conv_grad_signs.py", "--budget=0.2"], 40),
-    "records": (["bench_phases.py", "--shapes=stage1", "-k", "records", "--budget=0.2"], 30),
-    "records-triton": (["bench_phases.py", "--shapes=stage1", "-k", "records", "--budget=0.2"], 30),
-    "resnet50": (["bench_batch_norm.py", "--shapes=resnet50-64", *QUICKLY], 60),
-    "small-and-odd": (["bench_batch_norm.py", "--shapes=small,odd", *QUICKLY], 60),
-    "growth": (["bench_growth.py", "--budget=0.2"], 60),
-    "memory": (["bench_memory.py"], 60),
-    "rest": (["bench_overhead.py", "bench_augment.py", "bench_optimizer.py", "--budget=0.2"], 60),
+    "strategies": (["norm/bench_strategies.py", "-k", "graph", "--budget=0.1"], 60),
+    "batch-norms": (["norm/bench_batch_norm.py", "--shapes=cifar", "-k", "bf16", *QUICKLY], 90),
+    "probes-graph": (["probes/bench_probes.py", "-k", "graph", "--budget=0.05"], 90),
+    "graphs": (["train/bench_step.py", "-k", "graph", "--no-compile", "--budget=0.1"], 90),
+    "replicas": (["train/bench_step.py", "-k", "replicas", "--budget=0.1"], 60),
+    "steps": (
+        ["train/bench_step.py", "-k", "not graph and not replicas and not 110", "--no-compile", "--budget=0.1"],
+        60,
+    ),
+    "phases": (["norm/bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
+    "phases-triton": (["norm/bench_phases.py", "--shapes=stage1,large64", "-k", "not records", "--budget=0.2"], 60),
+    "compiled": (["norm/bench_batch_norm.py", "--shapes=stage1", "-k", "bf16 and bn_add_relu", "--budget=0.3"], 60),
+    "probes": (["probes/bench_probes.py", "-k", "not graph", "--budget=0.1"], 60),
+    "conv-grad-signs": (["conv/bench_conv_grad_signs.py", "--budget=0.2"], 40),
+    "records": (["norm/bench_phases.py", "--shapes=stage1", "-k", "records", "--budget=0.2"], 30),
+    "records-triton": (["norm/bench_phases.py", "--shapes=stage1", "-k", "records", "--budget=0.2"], 30),
+    "resnet50": (["norm/bench_batch_norm.py", "--shapes=resnet50-64", *QUICKLY], 60),
+    "small-and-odd": (["norm/bench_batch_norm.py", "--shapes=small,odd", *QUICKLY], 60),
+    "growth": (["norm/bench_growth.py", "--budget=0.2"], 60),
+    "memory": (["norm/bench_memory.py"], 60),
+    "rest": (["norm/bench_overhead.py", "train/bench_augment.py", "train/bench_optimizer.py", "--budget=0.2"], 60),
     "memcheck": (SHORT, 120),
     "racecheck": (SHORT, 120),
     "stress": (["pytest", "-q", "-m", "gpu and slow", OF_CUDA, "--junitxml={out}/stress.xml"], 300),
@@ -87,8 +89,8 @@ def build() -> list[str]:
 def command(name: str, out: Path) -> list[str]:
     """A part's command: a module with its arguments, or benchmarks with their results file."""
     words = [word.format(out=out) for word in PARTS[name][0]]
-    if words[0].startswith("bench_"):
-        paths = [f"benchmarks/{word}" if word.startswith("bench_") else word for word in words]
+    if words[0].endswith(".py"):
+        paths = [f"benchmarks/{word}" if word.endswith(".py") else word for word in words]
         words = ["pytest", *paths, f"--bnkern-json={out}/bench-{name}.json"]
     if words[0] == "pytest" and name.endswith("tests") and importlib.util.find_spec("xdist"):
         words += ["-n", str(min(os.cpu_count(), 12))]  # compiling takes most of the time

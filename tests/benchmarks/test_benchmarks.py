@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, tables, traffic
+from benchmarks import gpu_check
 from benchmarks.__main__ import main
-from benchmarks.bench_batch_norm import differentiate, relative_errors
-from benchmarks.peers import Eager, EagerInPlace
-from benchmarks.rows import measured, targets
-from benchmarks.shapes import GROWTH, QUICK, SETS, SHAPES, Case, Inputs, named
-from benchmarks.timing import Comparison, rounds_within, wall
+from benchmarks.cases import traffic
+from benchmarks.cases.norms import differentiate, relative_errors
+from benchmarks.cases.peers import Eager, EagerInPlace
+from benchmarks.cases.shapes import GROWTH, QUICK, SETS, SHAPES, Case, Inputs, named
+from benchmarks.report import tables
+from benchmarks.tools.measurements import measured, targets
+from benchmarks.tools.timing import Comparison, rounds_within, wall
 from tests import ROOT
 
 
@@ -170,7 +172,7 @@ def test_quick_run_writes_its_file_and_the_table_reads_it(tmp_path: Path, monkey
     path = tmp_path / "results.json"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     options = ["--quick", f"--bnkern-json={path}", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_batch_norm.py", *options]
+    command = [sys.executable, "-m", "pytest", "benchmarks/norm/bench_batch_norm.py", *options]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     results = json.loads(path.read_text())

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import memory, peers
-from benchmarks.bench_batch_norm import differentiate, relative_errors
-from benchmarks.shapes import Case, Inputs
+from benchmarks.cases import peers
+from benchmarks.cases.norms import differentiate, relative_errors
+from benchmarks.cases.shapes import Case, Inputs
+from benchmarks.tools import memory
 
 CPU = torch.device("cpu")
 FUSED = {"bn": None, "bn_add_relu": "relu"}

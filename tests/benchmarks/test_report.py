@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import page, rows, tables
 from benchmarks.__main__ import main
-from benchmarks.compare import compare
+from benchmarks.report import page, tables
+from benchmarks.report.compare import compare
+from benchmarks.tools import measurements
 from tests import ROOT
 
 ENVIRONMENT = {
@@ -38,7 +39,7 @@ def row(provider: str, ms: float, spread: float = 0.1, bench: str = "batch_norm"
 
 def results(*given: dict, **environment: object) -> dict:
     made = {"format": 1, "quick": False, "environment": ENVIRONMENT | environment, "rows": list(given)}
-    return rows.with_targets(copy.deepcopy(made))
+    return measurements.with_targets(copy.deepcopy(made))
 
 
 def only(old: list[dict], new: list[dict]) -> dict[str, tuple[float, bool]]:
@@ -110,8 +111,8 @@ def many() -> list[dict]:
 
 def test_report_holds_tables_figures_and_the_comparison(tmp_path: Path, monkeypatch, capsys) -> None:
     old, new = tmp_path / "old.json", tmp_path / "new.json"
-    old.write_text(rows.dump(results(row("bnkern", 2.0), row("eager", 2.0))))
-    new.write_text(rows.dump(results(*many())))
+    old.write_text(measurements.dump(results(row("bnkern", 2.0), row("eager", 2.0))))
+    new.write_text(measurements.dump(results(*many())))
     monkeypatch.setattr(sys, "argv", ["benchmarks", "report", str(new), str(old), "--out", str(tmp_path / "out")])
     main()
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.html")
@@ -156,16 +157,16 @@ def test_table_calls_a_wrong_answer_wrong_and_names_who_is_missing_once() -> Non
 def test_merge_takes_the_last_of_a_row_and_refuses_another_machine(tmp_path: Path) -> None:
     first = results(row("bnkern", 1.0), row("eager", 2.0))
     second = results(row("bnkern", 3.0), row("bnkern", 5.0, bench="forward"))
-    together = rows.merged([first, second])
+    together = measurements.merged([first, second])
     assert [(r["bench"], r["provider"], r["median_ms"]) for r in together["rows"]] == [
         ("batch_norm", "bnkern", 3.0),
         ("batch_norm", "eager", 2.0),
         ("forward", "bnkern", 5.0),
     ]
     with pytest.raises(ValueError, match="differ in commit"):
-        rows.merged([first, results(commit="another")])
+        measurements.merged([first, results(commit="another")])
     path = tmp_path / "r.json"
-    path.write_text(rows.dump(together))
+    path.write_text(measurements.dump(together))
     assert json.loads(path.read_text()) == together
 
 
@@ -174,7 +175,7 @@ def test_committed_results_say_where_they_come_from_and_make_a_page(tmp_path: Pa
     assert files
     for path in files:
         found = json.loads(path.read_text())
-        assert found["format"] == rows.FORMAT and not found["quick"]
+        assert found["format"] == measurements.FORMAT and not found["quick"]
         assert re.search(rf"-{found['environment']['date'][:10]}(-[a-z]+)?$", path.stem)  # MACHINE-DATE[-PART]
         assert re.fullmatch("[0-9a-f]{40}", found["environment"]["commit"])
         assert {"torch", "python"} <= found["environment"]["versions"].keys()

@@ -1,10 +1,10 @@
-"""The CPU kernels execute as many instructions as benchmarks/instructions.json says."""
+"""The CPU kernels execute as many instructions as benchmarks/tools/instructions.json says."""
 
 import json
 
 import pytest
 
-from benchmarks import instructions
+from benchmarks.tools import instructions
 
 
 def dump(part: int, total: int) -> str:
