@@ -2,4 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+
+pytest.register_assert_rewrite("tests")  # the helpers' assertions show their values too

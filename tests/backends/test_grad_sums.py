@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from bnkern import backends
-from bnkern.backends import records, reference
-from bnkern.backends.calls import BackwardCall, ForwardCall
-from bnkern.backends.reference import accumulator
+from bnkern.backends import records
+from bnkern.backends.calls import BackwardCall
 from tests.support.cases import (
     FEW,
     LAYOUTS,
@@ -15,50 +14,11 @@ from tests.support.cases import (
     Case,
     Precision,
     Target,
-    assert_close,
-    by_channel,
-    exact,
-    passed,
-    sums_bound,
 )
+from tests.support.phases import check_grad_sums, check_grad_sums_without
 from tests.support.record_cases import empty_record
 
 ACTS = pytest.mark.parametrize("act", [None, "relu", "saved mask"])
-
-
-def check(target: Target, dy, x, mean, invstd, weight, bias, residual, act) -> None:
-    kernels = backends.choose(target.backend, target.device, x.dtype)
-    y, mask = kernels.normalize(ForwardCall(x, weight, bias, residual, act=act, save_mask=True), mean, invstd)
-    sum_dy, sum_dy_xhat = kernels.grad_sums(BackwardCall(dy, x, weight, bias, mean, invstd, mask, act))
-    wide_dy, wide_x, wide_mean, wide_invstd = exact(dy, x, mean, invstd)
-    # The truth sums where the forward's own output says that the ReLU passed.
-    g = wide_dy.where(passed(y).cpu(), 0.0) if act else wide_dy
-    xhat = wide_x if mean is None else (wide_x - by_channel(wide_mean, x)) * by_channel(wide_invstd, x)
-    true_dy, true_dy_xhat = reference.grad_sums(BackwardCall(g, wide_x, mean=wide_mean, invstd=wide_invstd))
-    dy_bound, dy_xhat_bound = sums_bound(g, xhat, x.dtype)
-    assert sum_dy.dtype == sum_dy_xhat.dtype == accumulator(x.dtype)
-    assert_close(sum_dy, true_dy, dy_bound, "sum dy")
-    assert_close(sum_dy_xhat, true_dy_xhat, dy_xhat_bound, "sum dy * xhat")
-
-
-@ACTS
-@SWEEP
-def test_against_float64(target: Target, precision: Precision, case: Case, act: str | None) -> None:
-    p = case.problem(precision, target.device)
-    residual = p.residual if act == "saved mask" else None
-    check(target, p.dy, p.x, p.mean, p.invstd, p.weight, p.bias, residual, act and "relu")
-
-
-@ACTS
-@pytest.mark.parametrize("without", ["weight", "bias", "affine", "identity"])
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_parts_left_out(target: Target, precision: Precision, case: Case, without: str, act: str | None) -> None:
-    p = case.problem(precision, target.device)
-    weight = None if without in ("weight", "affine", "identity") else p.weight
-    bias = None if without in ("bias", "affine", "identity") else p.bias
-    mean, invstd = (None, None) if without == "identity" else (p.mean, p.invstd)
-    residual = p.residual if act == "saved mask" else None
-    check(target, p.dy, p.x, mean, invstd, weight, bias, residual, act and "relu")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -82,3 +42,16 @@ def test_lanes_without_a_value_add_nothing(target: Target, precision: Precision,
         )
         assert dweight.tolist() == [0.0] * 5 and dbias.tolist() == [75.0] * 5, "xhat is 0 wherever there is a value"
     assert record.tolist() == [[75.0] * 5] * 4 + [[0.0] * 5] * 4
+
+
+@ACTS
+@SWEEP
+def test_against_float64(target: Target, precision: Precision, case: Case, act: str | None) -> None:
+    check_grad_sums(target, precision, case, act)
+
+
+@ACTS
+@pytest.mark.parametrize("without", ["weight", "bias", "affine", "identity"])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_parts_left_out(target: Target, precision: Precision, case: Case, without: str, act: str | None) -> None:
+    check_grad_sums_without(target, precision, case, without, act)

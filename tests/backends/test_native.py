@@ -16,7 +16,7 @@ import bnkern
 from bnkern.backends import layout as layouts
 from bnkern.backends.calls import BackwardCall, ForwardCall
 from tests import ROOT
-from tests.norm.test_errors import bad_arguments, good_arguments
+from tests.support.arguments import bad_arguments, good_arguments
 from tests.support.cases import BF16, CASE, CASES, FP32, FP64, LAYOUTS, Case, Precision
 
 native = pytest.importorskip("bnkern.backends.native")

@@ -17,9 +17,12 @@ from tests.convert.converting import (
     LEFT,
     PLAIN,
     RELU,
+    BasicBlock,
     C,
+    FusedResidual,
     Net,
     assert_same_model,
+    basic_net,
     branch,
     image,
     net,
@@ -93,36 +96,6 @@ def test_modules_are_edited_in_place() -> None:
     torch.testing.assert_close(y, before.eval()(x))
 
 
-class BasicBlock(nn.Module):
-    """As torchvision and most others write it: one ReLU used twice, ``out += identity``."""
-
-    def __init__(self, downsample: bool = False, inplace: bool = True) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(C, C, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(C)
-        self.relu = nn.ReLU(inplace=inplace)
-        self.conv2 = nn.Conv2d(C, C, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(C)
-        self.downsample = branch() if downsample else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        identity = x
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        if self.downsample is not None:
-            identity = self.downsample(x)
-        out += identity
-        return self.relu(out)
-
-
-def basic_net() -> nn.Module:
-    return seeded(
-        lambda: nn.Sequential(
-            nn.Conv2d(3, C, 3), nn.BatchNorm2d(C), nn.ReLU(True), BasicBlock(), BasicBlock(True, False), nn.AvgPool2d(2)
-        )
-    )
-
-
 def test_basic_blocks() -> None:
     before = basic_net()
     after = bnkern.convert(copy.deepcopy(before))
@@ -163,19 +136,6 @@ def test_the_other_side_takes_the_sum() -> None:
     after = bnkern.convert(copy.deepcopy(before))
     assert outcomes(after) == {"bn": PLAIN, "shortcut.1": ADD}
     assert_same_model(before, after, image())
-
-
-class FusedResidual(nn.Module):
-    """The residual of the second fused pair is the result of the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.b1, self.conv, self.b2 = nn.BatchNorm2d(C), nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.b1(x))
-        z = self.b2(self.conv(y))
-        return F.relu(z + y)
 
 
 def test_residual_from_a_fused_pair() -> None:

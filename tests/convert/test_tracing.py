@@ -12,8 +12,7 @@ from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
 
 import bnkern
-from tests.convert.converting import C, assert_same_model, branch, image, net, seeded
-from tests.convert.test_convert import FusedResidual, basic_net
+from tests.convert.converting import C, FusedResidual, assert_same_model, basic_net, branch, image, net, seeded
 
 OP = torch.ops.bnkern.batch_norm_forward.default
 

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Mix
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import bnkern
-from tests.nn.test_sync_networks import Net, net, random_batches, train
+from tests.nn.sync_nets import Net, net, random_batches, train
 from tests.support.ranks import Ranks, dealt
 
 POLICIES = {

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import bnkern
-from tests.nn.test_nn import EACH_KIND, inputs, pair
+from tests.nn.modules import EACH_KIND, inputs, pair
 from tests.support.cases import Target
 
 # Ours and torch's differ by the order of float32 sums over at most some hundred values.

@@ -171,6 +171,20 @@ def test_the_rules_can_be_broken(tmp_path: Path) -> None:
     assert not allowed("tests.support.cases", RULES["bnkern.train*"].ours)
 
 
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_test_modules_are_not_imported(folder: str) -> None:
+    """What several test modules or benchmarks share is in a module that pytest does not collect."""
+    checked = 0
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for imported in imports_of(name, path):
+            if imported.partition(".")[0] in ("tests", "benchmarks"):
+                parts = [part for part in imported.split(".") if part.startswith(("test_", "bench_"))]
+                assert not parts, f"{name} must not import {imported}"
+                checked += 1
+    assert checked > 50
+
+
 def test_the_table_of_backends_names_modules() -> None:
     """The choice imports by name: each of its names that exists is a module of backends, and nothing else is."""
     here = {name.split(".")[2] for name in MODULES if name.startswith("bnkern.backends.")}

@@ -10,9 +10,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bnkern import backends
 from bnkern.backends import records, reference
 from bnkern.backends.calls import BackwardCall, ForwardCall
-from tests.support.cases import EPS, Problem, assert_close, by_channel, exact, mean_bound, passed, sums_bound, var_bound
+from tests.support.cases import (
+    CASE,
+    EPS,
+    FP32,
+    LAYOUTS,
+    Precision,
+    Problem,
+    Target,
+    assert_close,
+    by_channel,
+    exact,
+    mean_bound,
+    passed,
+    sums_bound,
+    var_bound,
+)
 
 MODES = ("training", "eval", "identity")
 ACTS = (None, "relu", "saved mask")
@@ -178,3 +194,79 @@ def assert_affine(record: Tensor, p: Problem, mean: Tensor, invstd: Tensor, y: T
     for d, bound in zip(("bias", "weight"), sums_bound(*exact(g, xhat), x.dtype), strict=True):
         for what in ("sum", "abs_sum"):
             assert_close(got[f"{d}_{what}"], truth[f"{d}_{what}"], bound, f"{d}_{what}")
+
+
+# ------------------------------------------------------------------------------------- checks of a backend
+
+
+def _kernels(target: Target, dtype: torch.dtype) -> ModuleType:
+    return backends.choose(target.backend, target.device, dtype)
+
+
+def check_special_values(target: Target, precision: Precision, layout: str) -> None:
+    """Each sign, both zeros, infinities and NaN, in whole vectors and in tails, where eval mode keeps them apart."""
+    c = 5
+    values = torch.tensor([0.0, -0.0, 1.5, -2.5, torch.inf, -torch.inf, torch.nan], dtype=precision.dtype)
+    generator = torch.Generator().manual_seed(7)
+    place = LAYOUTS[layout]
+
+    def mixture() -> torch.Tensor:
+        chosen = values[torch.randint(len(values), (3, c, 7, 9), generator=generator)]
+        chosen[:, 1] = torch.nan  # a channel without any value that is not NaN
+        chosen[:, 2] = 0.0
+        return place(chosen).to(target.device)
+
+    ones = torch.ones(c, dtype=precision.params, device=target.device)
+    statistics = ones.to(reference.accumulator(precision.dtype))
+    p = Problem(mixture(), ones, 0 * ones, mixture(), mixture(), 0 * statistics, statistics)
+    for mode in ("eval", "identity"):
+        for act in ACTS:
+            check_forward(_kernels(target, p.x.dtype), p, Call(mode, act))
+            check_backward(_kernels(target, p.x.dtype), p, Call(mode, act))
+
+
+def check_values_as_stored(target: Target, precision: Precision) -> None:
+    """A dx and a y that round to zero are zero in the record."""
+    tiny = torch.finfo(precision.dtype).smallest_normal * torch.finfo(precision.dtype).eps
+    x = torch.ones(4, 3, 5, 5, dtype=precision.dtype, device=target.device)
+    weight = torch.full((3,), 0.25, device=target.device)
+    record, record_gradient = empty_record(records.ACTIVATION, x), empty_record(records.GRADIENT, x)
+    module = _kernels(target, x.dtype)
+    settings = (None, None, None, None, None, False, 0.1, EPS, None, False)
+    y = module.forward(ForwardCall(x * tiny, weight, *settings, record=record))[0]
+    needs = (True, False, False, False)
+    dx, *_ = module.backward(
+        BackwardCall(x * tiny, x, weight, None, None, None, None, None, False, needs, record_gradient=record_gradient)
+    )
+    assert (y == 0).all() and (dx == 0).all(), "the values were to vanish when stored"
+    assert record[records.ACTIVATION.index("active")].tolist() == [0.0] * 3
+    assert record_gradient[records.GRADIENT.index("zero")].tolist() == [100.0] * 3
+
+
+def check_empty(target: Target, shape: tuple[int, ...], mode: str) -> None:
+    x = torch.empty(shape, device=target.device)
+    vector = torch.ones(3, device=target.device)
+    p, call = Problem(x, vector, vector, x, x, vector, vector), Call(mode, "relu")
+    record, gradient, affine = (empty_record(r, x) for r in (records.ACTIVATION, records.GRADIENT, records.AFFINE))
+    _, *saved = call.forward(_kernels(target, x.dtype), p, record)[:4]
+    expected = torch.zeros(8, 3, dtype=torch.float64)
+    expected[5], expected[6] = torch.inf, -torch.inf
+    assert torch.equal(record.cpu(), expected)
+    call.backward(_kernels(target, x.dtype), p, saved, call.needs(p), record_gradient=gradient, record_affine=affine)
+    assert not gradient.any()
+    assert not affine.any() or mode == "identity"
+
+
+def check_frozen_parameters(target: Target, mode: str) -> None:
+    """The affine record is there though no parameter needs a gradient, and though nothing at all does."""
+    p, call = CASE["nhwc_c5_s49"].problem(FP32, target.device), Call(mode, "relu")
+    module = _kernels(target, p.x.dtype)
+    _, *saved = call.forward(module, p)[:4]
+    seen = []
+    for needs in (call.needs(p), (True, False, False, False), (False,) * 4):
+        affine, gradient = empty_record(records.AFFINE, p.x), empty_record(records.GRADIENT, p.x)
+        dx, *_ = call.backward(module, p, saved, needs, record_affine=affine, record_gradient=gradient)
+        untouched = torch.equal(gradient, empty_record(records.GRADIENT, p.x))
+        assert untouched == (dx is None), "a record of dx wants a dx"
+        seen.append(affine)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])

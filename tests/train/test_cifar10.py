@@ -17,6 +17,7 @@ from bnkern.backends.reference.images import philox
 from bnkern.train import cifar10
 from bnkern.train.cifar10 import DataError, fetch
 from tests.support.cases import Target
+from tests.support.images import FORMATS, assert_same, check_fill, made
 
 COUNT = 7  # records in each tiny batch file
 
@@ -240,24 +241,12 @@ def test_batches_are_a_permutation_fixed_by_seed_and_epoch() -> None:
     assert len({tuple(order(seed=s, epoch=e)) for s in range(3) for e in range(3)}) == 9
 
 
-FORMATS = (torch.contiguous_format, torch.channels_last)
-
-
 @pytest.fixture(scope="module")
 def split() -> cifar10.Split:
     """50 images that tell by their first pixel, and by their label, which they are."""
     images = torch.randint(0, 256, (50, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.arange(50)
     return cifar10.Split(images, torch.arange(50))
-
-
-def made(split: cifar10.Split, size: int = 8, seed: int = 1, **options: object) -> cifar10.Batches:
-    return cifar10.Batches(split, size, seed, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), **options)
-
-
-def assert_same(one: tuple, other: tuple) -> None:
-    for a, b in zip(one, other, strict=True):
-        assert torch.equal(a, b)
 
 
 def test_an_epoch_shows_every_image_once_and_leaves_the_short_batch_out(split) -> None:
@@ -345,7 +334,7 @@ def test_ranks_make_slices_of_the_one_batch(split, world: int) -> None:
 def test_backends_and_formats_agree(target: Target, split, dtype: torch.dtype, augment: bool) -> None:
     split = cifar10.Split(*(t.to(target.device) for t in split))
     first, labels = made(split, augment=augment, dtype=dtype).at(0, 0)
-    for memory_format in FORMATS:
+    for memory_format in FORMATS.values():
         batches = made(split, augment=augment, dtype=dtype, memory_format=memory_format)
         images, numbers = batches.at(0, 0)
         assert images.dtype is dtype and images.is_contiguous(memory_format=memory_format)
@@ -354,23 +343,9 @@ def test_backends_and_formats_agree(target: Target, split, dtype: torch.dtype, a
             assert_same(batches.at(0, 0), (first, labels))
 
 
-@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=str)
 def test_fill_is_at_with_the_number_on_the_device(target: Target, split, memory_format: torch.memory_format) -> None:
-    split = cifar10.Split(*(t.to(target.device) for t in split))
-    batches = made(split, size=12, augment=True, memory_format=memory_format, rank=1, world=3)
-    position = torch.zeros((), dtype=torch.int64, device=target.device)
-    images = torch.empty(4, 3, 32, 32, device=target.device).contiguous(memory_format=memory_format)
-    labels = torch.empty(4, dtype=torch.int64, device=target.device)
-    for epoch in (0, 3, 1):
-        batches.start(epoch)
-        places = [t.data_ptr() for t in batches._epoch]
-        for index in (3, 0, 1):
-            position.fill_(index)
-            batches.at(7, 0)  # leaves the started epoch alone
-            batches.fill(position, images, labels)
-            assert_same((images, labels), batches.at(epoch, index))
-        batches.start(epoch)
-        assert [t.data_ptr() for t in batches._epoch] == places
+    check_fill(target, split, memory_format)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ import pytest
 
 from bnkern.probes import load
 from tests import ROOT
-from tests.train.test_distributed import torchrun
+from tests.train.launches import torchrun
 from tests.train.training import tiny
 
 LAUNCHES = int(os.environ.get("BNKERN_LAUNCHES", "200"))  # of the slow test

@@ -14,10 +14,10 @@ import torch
 from bnkern import _native
 from bnkern.backends import cpu
 from tests import ROOT
-from tests.backends.cpu.test_threads import LARGE, everything
-from tests.conv.test_winograd import SIZES, gradient_of, operands
+from tests.backends.cpu.results import LARGE, everything
 from tests.support.cases import CASE, FEW, MIXED, Target
-from tests.train.test_augment import FORMATS, MANY, augment
+from tests.support.images import FORMATS, MANY, augment
+from tests.support.winograd import SIZES, gradient_of, operands
 
 
 def child(isa: str) -> subprocess.CompletedProcess:

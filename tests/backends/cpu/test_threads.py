@@ -9,52 +9,15 @@ from torch import Tensor
 
 import bnkern
 from bnkern import backends
-from bnkern.backends.calls import BackwardCall, ForwardCall
-from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
-from tests.support.cases import CASE, CASES, EPS, FEW, MIXED, Case, Precision, Target
-from tests.support.record_cases import Call, empty_record
+from tests.backends.cpu.results import LARGE, everything
+from tests.support.cases import CASE, CASES, FEW, MIXED, Case, Precision, Target
 
-# Large enough that several threads share the work, in every way there is to share it.
-LARGE = [
-    Case("channels_for_all", (8, 16, 32, 33), "planes: whole channels per thread"),
-    Case("odd_channels", (8, 5, 64, 65), "planes: channels that threads cannot share evenly"),
-    Case("one_channel", (16, 1, 64, 65), "planes: one channel, shared along N"),
-    Case("one_long_plane", (1, 1, 300, 301), "one plane, shared along S"),
-    Case("short_planes", (2000, 7, 7), "many planes to a tile"),
-    Case("nc_tall", (20000, 5), "N x C, narrow", "contiguous"),
-    Case("rows_16", (32, 16, 16, 16), "channels_last, whole vectors", "channels_last"),
-    Case("rows_17", (32, 17, 16, 17), "channels_last, odd C and a leftover", "channels_last"),
-    Case("rows_wide", (30, 700, 5, 5), "channels_last, several groups of channels", "channels_last"),
-    Case("rows_strided", (32, 32, 10, 17), "rows with gaps", "sliced_channels_last"),
-]
 MEGABYTES = Case("megabytes", (8, 16, 128, 130), "8.5 MB of fp32: results that have huge pages to themselves")
 # Past the cache: more than 24 MB of fp32, where rows go batch by batch and results are stored past the caches.
 HUGE = [
     Case("huge_rows", (50, 600, 15, 15), "rows beyond the caches", "channels_last"),
     Case("huge_planes", (16, 6, 256, 260), "planes beyond the caches"),
 ]
-
-
-def everything(target: Target, case: Case, precision: Precision) -> list[Tensor]:
-    """All that a forward and a backward write, with and without the saved mask, and what they record."""
-    p = case.problem(precision, target.device)
-    kernels = backends.choose(target.backend, target.device, p.x.dtype)
-    results = [*kernels.moments(p.x)[1:]]
-    for residual in (None, p.residual):
-        running = [torch.zeros_like(p.weight), torch.ones_like(p.weight)]
-        y, *saved = kernels.forward(
-            ForwardCall(p.x, p.weight, p.bias, residual, *running, None, True, 0.1, EPS, "relu", True)
-        )
-        needs = (True, True, True, residual is not None)
-        grads = kernels.backward(BackwardCall(p.dy, p.x, p.weight, p.bias, *saved, "relu", True, needs))
-        results += [t for t in (y, *saved, *running, *grads) if t is not None]
-    call = Call("training", "relu")
-    activation, gradient, affine = (empty_record(rows, p.x) for rows in (ACTIVATION, GRADIENT, AFFINE))
-    _, *saved = call.forward(kernels, p, activation)[:4]
-    call.backward(kernels, p, saved, call.needs(p), record_gradient=gradient, record_affine=affine)
-    unnormalised = empty_record(ACTIVATION, p.x)
-    Call("identity", None).forward(kernels, p, unnormalised)
-    return [*results, activation, gradient, affine, unnormalised]
 
 
 def assert_same(runs: list[list[Tensor]]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 import bnkern
 from bnkern import _native, backends
 from bnkern.backends.calls import BackwardCall, ForwardCall
-from tests.norm.test_batch_norm import check
+from tests.support.batch_norm import check_batch_norm
 from tests.support.cases import BF16, FP16, FP32, Case, Precision, Target, assert_close, exact, mean_bound, var_bound
 from tests.support.record_cases import Call, check_backward, check_forward
 
@@ -53,7 +53,7 @@ def strategy(request: pytest.FixtureRequest):
 def test_every_strategy(strategy: str, case: Case, precision: Precision) -> None:
     """The short list for compute-sanitizer."""
     for mode, act, residual in (("training", "relu", True), ("training", None, False), ("eval", "relu", True)):
-        check(Target("cuda", "cuda"), case, precision, mode, act, residual)
+        check_batch_norm(Target("cuda", "cuda"), case, precision, mode, act, residual)
 
 
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=lambda p: p.name)

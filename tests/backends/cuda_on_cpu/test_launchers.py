@@ -1,27 +1,22 @@
 """Calls of the backend "cuda" over the kernels on the host: how csrc/call reads, allocates and hands over."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from unittest.mock import patch
-
 import pytest
 
-import bnkern
-from bnkern import backends
 from bnkern.backends import cuda
-from bnkern.backends import native as backend_functions
 from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.backends.layout import layout
 from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
-from tests.backends import test_grad_input as of_grad_input
-from tests.backends import test_grad_sums as of_grad_sums
-from tests.backends import test_moments as of_moments
-from tests.backends import test_normalize as of_normalize
-from tests.backends import test_records as of_records
-from tests.backends.cuda_on_cpu import native
+from tests.backends.cuda_on_cpu.host import NothingLaunched, on_the_host
 from tests.backends.cuda_on_cpu.sandbox import sandboxed
-from tests.norm import test_batch_norm as of_batch_norm
+from tests.support import record_cases
+from tests.support.batch_norm import check_add_act, check_batch_norm, check_counter, check_running_statistics
 from tests.support.cases import BF16, CASE, FP32, PURE, Case, Precision, Target, exact
+from tests.support.phases import (
+    check_grad_input_without,
+    check_grad_sums_without,
+    check_moments,
+    check_normalize_without,
+)
 from tests.support.record_cases import (
     ACTS,
     MODES,
@@ -38,42 +33,6 @@ TARGET = Target("cuda", "cpu")
 CASES = [CASE[name] for name in ("nchw_tail", "sliced_space", "nhwc", "nhwc_c5_s49", "nc", "expanded_channels")]
 
 
-class Counting:
-    """The native module on the host, and how many of its calls were taken."""
-
-    taken = 0
-
-    def __getattr__(self, name: str) -> Callable:
-        function = getattr(native.module(), name)
-
-        def counted(*args: object) -> object:
-            results = function(*args)
-            Counting.taken += results is not None
-            return results
-
-        return counted
-
-
-class NothingLaunched(AssertionError):
-    """A check that was to run kernels passed without one."""
-
-
-def on_the_host(check: Callable, *args: object, single_read_from: int = 0) -> None:
-    """A check of the backends, with ``bnkern.backends.cuda`` over the host's kernels serving it on the CPU."""
-    lib = native.kernels()
-    lib.configure(1, 1 << 20)
-    native.module().connect(backend_functions)
-    lib.know_device(native.CudaDevice(4, 64 << 10, 64, True), single_read_from)
-    with ExitStack() as patches:
-        patches.enter_context(patch.object(backend_functions, "_native", Counting()))
-        patches.enter_context(patch.object(backends, "choose", lambda name, device, dtype: cuda))
-        patches.enter_context(bnkern.use_backend("cuda"))
-        before = Counting.taken
-        check(*args)
-        if Counting.taken == before:
-            raise NothingLaunched
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 @sandboxed
 def test_every_mode(case: Case) -> None:
@@ -85,18 +44,18 @@ def test_every_mode(case: Case) -> None:
 
 def _fused(case: Case, precision: Precision, mode: str) -> None:
     for act, residual in (("relu", False), ("relu", True), (None, False)):
-        of_batch_norm.check(TARGET, case, precision, mode, act, residual)
+        check_batch_norm(TARGET, case, precision, mode, act, residual)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @sandboxed
 def test_phases_and_identity(case: Case) -> None:
-    on_the_host(of_moments.test_against_float64, TARGET, FP32, case)
+    on_the_host(check_moments, TARGET, FP32, case)
     for without in ("weight", "identity"):
-        on_the_host(of_normalize.test_parts_left_out, TARGET, FP32, case, without, True, "relu")
-        on_the_host(of_grad_sums.test_parts_left_out, TARGET, FP32, case, without, "relu")
-        on_the_host(of_grad_input.test_parts_left_out, TARGET, FP32, case, without, "saved mask")
-    on_the_host(of_batch_norm.test_add_act, TARGET, BF16, case, "relu", True)
+        on_the_host(check_normalize_without, TARGET, FP32, case, without, True, "relu")
+        on_the_host(check_grad_sums_without, TARGET, FP32, case, without, "relu")
+        on_the_host(check_grad_input_without, TARGET, FP32, case, without, "saved mask")
+    on_the_host(check_add_act, TARGET, BF16, case, "relu", True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -137,16 +96,16 @@ def test_records_of_the_shared_tests() -> None:
     """Every sign, infinities and NaN, parameters that need no gradient, values that vanish when stored, no values."""
     for layout_of in ("contiguous", "channels_last"):
         for precision in (FP32, BF16):
-            on_the_host(of_records.test_special_values, TARGET, precision, layout_of)
+            on_the_host(record_cases.check_special_values, TARGET, precision, layout_of)
     for mode in MODES:
-        on_the_host(of_records.test_frozen_parameters, TARGET, mode)
+        on_the_host(record_cases.check_frozen_parameters, TARGET, mode)
         with pytest.raises(NothingLaunched):
-            on_the_host(of_records.test_empty, TARGET, (0, 3, 4, 4), mode)
-    on_the_host(of_records.test_values_as_stored, TARGET, BF16)
+            on_the_host(record_cases.check_empty, TARGET, (0, 3, 4, 4), mode)
+    on_the_host(record_cases.check_values_as_stored, TARGET, BF16)
 
 
 @sandboxed
 def test_running_statistics() -> None:
     for momentum in (0.1, None):
-        on_the_host(of_batch_norm.test_running_statistics_over_batches, TARGET, PURE[0], momentum)
-    on_the_host(of_batch_norm.test_counter_alone, TARGET)
+        on_the_host(check_running_statistics, TARGET, PURE[0], momentum)
+    on_the_host(check_counter, TARGET)

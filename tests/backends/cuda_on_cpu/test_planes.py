@@ -4,14 +4,11 @@ import pytest
 import torch
 
 from bnkern.backends.calls import BackwardCall, ForwardCall
-from tests.backends import test_grad_input as of_grad_input
-from tests.backends import test_grad_sums as of_grad_sums
-from tests.backends import test_moments as of_moments
-from tests.backends import test_normalize as of_normalize
 from tests.backends.cuda_on_cpu.native import SINGLE_READ, TWO_KERNELS, Device, OnCpu
 from tests.backends.cuda_on_cpu.sandbox import sandboxed
-from tests.norm import test_batch_norm as of_batch_norm
+from tests.support.batch_norm import check_batch_norm
 from tests.support.cases import BF16, CASE, EPS, FP16, FP32, Case, Precision, Target
+from tests.support.phases import check_grad_input, check_grad_sums, check_moments, check_normalize
 from tests.support.record_cases import Call, check_backward, check_forward
 
 TARGET = Target("cuda", "cpu")
@@ -54,14 +51,14 @@ SWEEP = pytest.mark.parametrize(
 def test_every_way(way: str, precision: Precision, case: Case) -> None:
     """Forward and backward as one call each, however the device lets them go."""
     for act, residual in (("relu", False), ("relu", True)):
-        WAYS[way].in_five_orders().passes(of_batch_norm.check, TARGET, case, precision, "training", act, residual)
+        WAYS[way].in_five_orders().passes(check_batch_norm, TARGET, case, precision, "training", act, residual)
 
 
 @SWEEP
 @sandboxed
 def test_training(precision: Precision, case: Case) -> None:
     for act, residual in (("relu", False), ("relu", True)):
-        WAYS["hybrid"].passes(of_batch_norm.check, TARGET, case, precision, "training", act, residual)
+        WAYS["hybrid"].passes(check_batch_norm, TARGET, case, precision, "training", act, residual)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -90,12 +87,12 @@ def test_records(precision: Precision, case: Case) -> None:
 def test_phases(precision: Precision, case: Case) -> None:
     """Each phase by itself: moments, normalize, grad_sums, grad_input."""
     way = WAYS["two_kernels"]
-    way.passes(of_moments.test_against_float64, TARGET, precision, case)
+    way.passes(check_moments, TARGET, precision, case)
     for residual, act in ((False, "relu"), (True, "relu"), (True, None)):
-        way.passes(of_normalize.test_against_float64, TARGET, precision, case, residual, act)
+        way.passes(check_normalize, TARGET, precision, case, residual, act)
     for act in ("relu", "saved mask"):
-        way.passes(of_grad_sums.test_against_float64, TARGET, precision, case, act)
-        way.passes(of_grad_input.test_against_float64, TARGET, precision, case, act, True)
+        way.passes(check_grad_sums, TARGET, precision, case, act)
+        way.passes(check_grad_input, TARGET, precision, case, act, True)
 
 
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=lambda p: p.name)

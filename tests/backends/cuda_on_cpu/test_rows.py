@@ -10,14 +10,11 @@ import pytest
 import torch
 
 from bnkern.backends.calls import BackwardCall, ForwardCall
-from tests.backends import test_grad_input as of_grad_input
-from tests.backends import test_grad_sums as of_grad_sums
-from tests.backends import test_moments as of_moments
-from tests.backends import test_normalize as of_normalize
 from tests.backends.cuda_on_cpu.native import SINGLE_READ, TWO_KERNELS, Device, OnCpu
 from tests.backends.cuda_on_cpu.sandbox import sandboxed
-from tests.norm import test_batch_norm as of_batch_norm
+from tests.support.batch_norm import check_add_act, check_batch_norm
 from tests.support.cases import BF16, CASE, FP16, FP32, PURE, Case, Precision, Target
+from tests.support.phases import check_grad_input, check_grad_sums, check_mask, check_moments, check_normalize
 from tests.support.record_cases import Call, assert_same_bits, check_backward, check_forward
 
 TARGET = Target("cuda", "cpu")
@@ -60,17 +57,17 @@ def sweep(cases: list[Case], halves: list[Case]) -> pytest.MarkDecorator:
 @sandboxed
 def test_phases(precision: Precision, case: Case) -> None:
     """Each phase by itself: moments, normalize, grad_sums, grad_input."""
-    WAYS["two_kernels"].passes(of_moments.test_against_float64, TARGET, precision, case)
+    WAYS["two_kernels"].passes(check_moments, TARGET, precision, case)
     for residual, act in ((False, "relu"), (True, "relu"), (True, None)):
-        WAYS["two_kernels"].passes(of_normalize.test_against_float64, TARGET, precision, case, residual, act)
+        WAYS["two_kernels"].passes(check_normalize, TARGET, precision, case, residual, act)
     for act in ("relu", "saved mask"):
-        WAYS["two_kernels"].passes(of_grad_sums.test_against_float64, TARGET, precision, case, act)
-        WAYS["two_kernels"].passes(of_grad_input.test_against_float64, TARGET, precision, case, act, True)
+        WAYS["two_kernels"].passes(check_grad_sums, TARGET, precision, case, act)
+        WAYS["two_kernels"].passes(check_grad_input, TARGET, precision, case, act, True)
 
 
 def check_training(way: OnCpu, precision: Precision, case: Case) -> None:
     for act, residual in (("relu", False), ("relu", True)):
-        way.passes(of_batch_norm.check, TARGET, case, precision, "training", act, residual)
+        way.passes(check_batch_norm, TARGET, case, precision, "training", act, residual)
 
 
 @sweep(CASES, HALVES)
@@ -140,11 +137,11 @@ def test_every_way_with_every_case(way: str, precision: Precision, case: Case) -
 def test_other_calls(case: Case) -> None:
     """Without affine parameters, in eval mode, in modules of halves, and what is neither normalised nor masked."""
     for affine in ("wb", "w", "-"):
-        WAYS["two_kernels"].passes(of_batch_norm.check, TARGET, case, FP32, "eval", "relu", True, affine)
-        WAYS["single_read"].passes(of_batch_norm.check, TARGET, case, FP32, "untracked", None, False, affine)
-    WAYS["single_read"].passes(of_batch_norm.check, TARGET, case, PURE[0], "training", "relu", True)
-    WAYS["two_kernels"].passes(of_batch_norm.test_add_act, TARGET, FP32, case, "relu", True)
-    WAYS["two_kernels"].passes(of_normalize.test_nan_and_zero_in_the_mask, TARGET, case)
+        WAYS["two_kernels"].passes(check_batch_norm, TARGET, case, FP32, "eval", "relu", True, affine)
+        WAYS["single_read"].passes(check_batch_norm, TARGET, case, FP32, "untracked", None, False, affine)
+    WAYS["single_read"].passes(check_batch_norm, TARGET, case, PURE[0], "training", "relu", True)
+    WAYS["two_kernels"].passes(check_add_act, TARGET, FP32, case, "relu", True)
+    WAYS["two_kernels"].passes(check_mask, TARGET, case)
 
 
 @pytest.mark.parametrize("way", ["two_kernels", "single_read"])

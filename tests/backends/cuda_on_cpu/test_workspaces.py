@@ -18,8 +18,8 @@ from bnkern.backends import cuda
 from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
 from tests.backends.cuda_on_cpu import native
+from tests.backends.cuda_on_cpu.host import on_the_host
 from tests.backends.cuda_on_cpu.sandbox import sandboxed
-from tests.backends.cuda_on_cpu.test_launchers import on_the_host
 from tests.support.cases import CASE, FP32, Case, Problem
 from tests.support.record_cases import empty_record
 

@@ -7,41 +7,50 @@ import bnkern
 from bnkern.train import cifar10
 from tests.backends.triton.interpreter import interpreted
 from tests.support.cases import Target
-from tests.train import test_augment as of_augment
-from tests.train import test_cifar10 as of_cifar10
+from tests.support.images import (
+    BEYOND,
+    CASES,
+    FORMATS,
+    Case,
+    check_augment,
+    check_augment_in_other_dtypes,
+    check_fill,
+    check_parts_of_a_batch,
+    check_position_beyond_the_epoch,
+)
 
 pytest.importorskip("triton")
 
 TRITON = Target("triton", "cpu")
 
 
-@pytest.mark.parametrize("case", of_augment.CASES, ids=str)
-@pytest.mark.parametrize("layout", of_augment.FORMATS)
-def test_against_the_oracle(layout: str, case: of_augment.Case) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_against_the_oracle(layout: str, case: Case) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        interpreted(of_augment.test_against_the_oracle, TRITON, dtype, layout, case)
+        interpreted(check_augment, TRITON, dtype, layout, case)
 
 
 def test_other_dtypes() -> None:
     for dtype in (torch.float16, torch.float64):
-        interpreted(of_augment.test_other_dtypes, TRITON, dtype)
+        interpreted(check_augment_in_other_dtypes, TRITON, dtype)
 
 
-@pytest.mark.parametrize("case", of_augment.BEYOND, ids=str)
-def test_a_position_beyond_the_epoch(case: of_augment.Case) -> None:
-    interpreted(of_augment.test_a_position_beyond_the_epoch, TRITON, case)
+@pytest.mark.parametrize("case", BEYOND, ids=str)
+def test_a_position_beyond_the_epoch(case: Case) -> None:
+    interpreted(check_position_beyond_the_epoch, TRITON, case)
 
 
 def test_parts_make_the_whole() -> None:
-    interpreted(of_augment.test_parts_make_the_whole, TRITON)
+    interpreted(check_parts_of_a_batch, TRITON)
 
 
 def filled(memory_format: torch.memory_format) -> None:
     split = cifar10.synthetic(50, 10).train
     with bnkern.use_backend("triton"):
-        of_cifar10.test_fill_is_at_with_the_number_on_the_device(TRITON, split, memory_format)
+        check_fill(TRITON, split, memory_format)
 
 
-@pytest.mark.parametrize("memory_format", of_cifar10.FORMATS, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=str)
 def test_batches(memory_format: torch.memory_format) -> None:
     interpreted(filled, memory_format)

@@ -11,14 +11,24 @@ import bnkern
 from bnkern import backends
 from bnkern.backends import reference
 from bnkern.backends.calls import BackwardCall, ForwardCall
-from tests.backends import test_grad_input as of_grad_input
-from tests.backends import test_grad_sums as of_grad_sums
-from tests.backends import test_merge as of_merge
-from tests.backends import test_moments as of_moments
-from tests.backends import test_normalize as of_normalize
+from tests.backends.triton.gpu import LARGE, on_gpu
 from tests.backends.triton.interpreter import interpreted
-from tests.norm import test_batch_norm as of_batch_norm
+from tests.support.batch_norm import check_batch_norm
 from tests.support.cases import BF16, CASE, FP16, FP32, FP64, PURE, Case, Precision, Target
+from tests.support.phases import (
+    check_empty_moments,
+    check_grad_input,
+    check_grad_input_without,
+    check_grad_sums,
+    check_grad_sums_without,
+    check_mask,
+    check_merge,
+    check_merge_counts,
+    check_merge_of_nothing,
+    check_moments,
+    check_normalize,
+    check_normalize_without,
+)
 
 pytest.importorskip("triton")
 
@@ -59,54 +69,54 @@ def sweep(hard: list[Case]) -> pytest.MarkDecorator:
 
 @sweep(HARD)
 def test_moments(precision: Precision, case: Case) -> None:
-    interpreted(of_moments.test_against_float64, TRITON, precision, case)
+    interpreted(check_moments, TRITON, precision, case)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4)])
 def test_moments_of_nothing(shape: tuple[int, ...]) -> None:
-    interpreted(of_moments.test_empty, TRITON, shape)
+    interpreted(check_empty_moments, TRITON, shape)
 
 
 @pytest.mark.parametrize("case", ["ratio_1e4", "outlier", "constant"])
 @pytest.mark.parametrize("split", ["uneven", "with_empty"])
 def test_merge(case: str, split: str) -> None:
-    interpreted(of_merge.test_parts_make_the_whole, TRITON, FP32, case, split)
+    interpreted(check_merge, TRITON, FP32, case, split)
 
 
 def test_merge_counts() -> None:
-    interpreted(of_merge.test_nothing_merges_to_nothing, TRITON)
-    interpreted(of_merge.test_counts_beyond_float32, TRITON)
+    interpreted(check_merge_of_nothing, TRITON)
+    interpreted(check_merge_counts, TRITON)
 
 
 @sweep([])
 def test_normalize(precision: Precision, case: Case) -> None:
-    interpreted(of_normalize.test_against_float64, TRITON, precision, case, False, "relu")
-    interpreted(of_normalize.test_against_float64, TRITON, precision, case, True, "relu")
+    interpreted(check_normalize, TRITON, precision, case, False, "relu")
+    interpreted(check_normalize, TRITON, precision, case, True, "relu")
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_nan_and_zero_in_the_mask(case: Case) -> None:
-    interpreted(of_normalize.test_nan_and_zero_in_the_mask, TRITON, case)
+    interpreted(check_mask, TRITON, case)
 
 
 @sweep([])
 def test_grad_sums(precision: Precision, case: Case) -> None:
-    interpreted(of_grad_sums.test_against_float64, TRITON, precision, case, "relu")
-    interpreted(of_grad_sums.test_against_float64, TRITON, precision, case, "saved mask")
+    interpreted(check_grad_sums, TRITON, precision, case, "relu")
+    interpreted(check_grad_sums, TRITON, precision, case, "saved mask")
 
 
 @sweep([])
 def test_grad_input(precision: Precision, case: Case) -> None:
-    interpreted(of_grad_input.test_against_float64, TRITON, precision, case, "relu", True)
-    interpreted(of_grad_input.test_against_float64, TRITON, precision, case, "saved mask", True)
+    interpreted(check_grad_input, TRITON, precision, case, "relu", True)
+    interpreted(check_grad_input, TRITON, precision, case, "saved mask", True)
 
 
 @pytest.mark.parametrize("without", ["weight", "bias", "affine", "identity"])
 @pytest.mark.parametrize("case", FEW[:2], ids=str)
 def test_parts_left_out(case: Case, without: str) -> None:
-    interpreted(of_normalize.test_parts_left_out, TRITON, FP32, case, without, True, None)
-    interpreted(of_grad_sums.test_parts_left_out, TRITON, FP32, case, without, "relu")
-    interpreted(of_grad_input.test_parts_left_out, TRITON, FP32, case, without, "relu")
+    interpreted(check_normalize_without, TRITON, FP32, case, without, True, None)
+    interpreted(check_grad_sums_without, TRITON, FP32, case, without, "relu")
+    interpreted(check_grad_input_without, TRITON, FP32, case, without, "relu")
 
 
 # ------------------------------------------------------------------------------------------------ end to end
@@ -114,7 +124,7 @@ def test_parts_left_out(case: Case, without: str) -> None:
 
 def end_to_end(precision: Precision, case: Case, mode: str, act: str | None, with_residual: bool) -> None:
     with bnkern.use_backend("triton"):
-        of_batch_norm.check(TRITON, case, precision, mode, act, with_residual)
+        check_batch_norm(TRITON, case, precision, mode, act, with_residual)
 
 
 @pytest.mark.parametrize("mode", ["training", "untracked", "eval"])
@@ -228,10 +238,6 @@ def test_wide_offsets(case: Case) -> None:
 # ----------------------------------------------------------------------------------------------- on a real GPU
 
 
-def on_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
-
-
 def step(p, x: torch.Tensor) -> list[torch.Tensor]:
     triton = backends.choose("triton", "cuda", x.dtype)
     running = [torch.zeros_like(p.mean), torch.ones_like(p.mean), torch.tensor(3, device=x.device)]
@@ -240,13 +246,6 @@ def step(p, x: torch.Tensor) -> list[torch.Tensor]:
     )
     grads = triton.backward(BackwardCall(p.dy, x, p.weight, p.bias, mean, invstd, mask, "relu", True, (True,) * 4))
     return [y, mean, invstd, mask, *running, *grads]
-
-
-LARGE = [
-    Case("stage", (128, 16, 32, 32), "the first stage of a CIFAR network: 16 channels in 512 programs"),
-    Case("stage_rows", (128, 16, 32, 32), "the same in rows", "channels_last"),
-    Case("ragged", (37, 17, 13, 11), "nothing is a multiple of anything"),
-]
 
 
 @on_gpu

@@ -9,8 +9,8 @@ from bnkern.backends import reference
 from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.backends.layout import layout
 from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
+from tests.backends.triton.gpu import LARGE, on_gpu
 from tests.backends.triton.interpreter import interpreted
-from tests.backends.triton.test_phases import LARGE, on_gpu
 from tests.support.cases import BF16, CASE, FP16, FP32, FP64, Case, Precision, _unit
 
 pytest.importorskip("triton")
