@@ -1,4 +1,4 @@
-"""What the benchmarks left: ``table FILE``, ``report FILE [OTHER]``, ``merge OUT FILE...``."""
+"""Results files of the benchmarks: ``table FILE``, ``report FILE [OTHER]``, ``merge OUT FILE...``."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from benchmarks.tools import measurements
 def _read(path: Path) -> dict:
     results = json.loads(path.read_text())
     if results.get("format") != measurements.FORMAT:
-        raise SystemExit(f"{path} is of format {results.get('format')}, this reads format {measurements.FORMAT}")
+        raise SystemExit(f"{path} has format {results.get('format')}; only format {measurements.FORMAT} can be read")
     return results
 
 
@@ -35,12 +35,16 @@ def main() -> None:
     table = commands.add_parser("table", help="print a results file as Markdown")
     table.add_argument("file", type=Path)
     table.set_defaults(run=_table)
-    report = commands.add_parser("report", help="write a page and Markdown with figures, compared with another file")
+    report = commands.add_parser(
+        "report", help="write a page and Markdown with figures, and a comparison with another file"
+    )
     report.add_argument("file", type=Path)
-    report.add_argument("other", type=Path, nargs="?", help="older results: says what changed since, beyond the noise")
+    report.add_argument(
+        "other", type=Path, nargs="?", help="older results; the report then lists the changes beyond the noise"
+    )
     report.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder to write into")
     report.set_defaults(run=_report)
-    merge = commands.add_parser("merge", help="join files of one machine and commit, the later ones' rows first")
+    merge = commands.add_parser("merge", help="join files of one machine and commit; later files win")
     merge.add_argument("out", type=Path)
     merge.add_argument("files", type=Path, nargs="+")
     merge.set_defaults(run=_merge)

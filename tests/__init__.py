@@ -6,4 +6,5 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytest.register_assert_rewrite("tests")  # the helpers' assertions show their values too
+# The assertions of the helpers show their values too.
+pytest.register_assert_rewrite(*(f"tests.{path.parent.name}" for path in Path(__file__).parent.glob("*/__init__.py")))

@@ -8,7 +8,7 @@ from benchmarks.cases.shapes import Inputs
 
 
 def differentiate(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    """One forward and backward: y and the gradients."""
+    """y and the gradients of one forward and backward."""
     x, residual, dy = inputs
     y = module(x) if residual is None else module(x, residual)
     leaves = {"dx": x, "dresidual": residual, "dweight": module.weight, "dbias": module.bias}
@@ -17,18 +17,18 @@ def differentiate(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def relative_errors(results: dict[str, Tensor], module: nn.Module, inputs: Inputs) -> dict[str, float]:
-    """Root mean square of each result's error over that of the truth, which is torch's in float64.
+    """The error of each result over the result, as root mean squares. The truth is torch's in float64.
 
-    Channels do not meet in batch norm, so some 8 of them, evenly spread, stand for all.
+    The channels of batch norm are independent, so about 8 of them, evenly spread, are compared.
     """
-    every = slice(None, None, max(len(module.weight) // 8, 1))
-    x, residual, dy = (t if t is None else t.detach()[:, every].double() for t in inputs)
+    chosen = slice(None, None, max(len(module.weight) // 8, 1))
+    x, residual, dy = (t if t is None else t.detach()[:, chosen].double() for t in inputs)
     truth = peers.Eager(x.shape[1], module.act).to(x)
-    truth.weight.data.copy_(module.weight[every])
-    truth.bias.data.copy_(module.bias[every])
+    truth.weight.data.copy_(module.weight[chosen])
+    truth.bias.data.copy_(module.bias[chosen])
     errors = {}
     for name, exact in differentiate(truth, Inputs(x, residual, dy).requiring_grad()).items():
         result = results[name].detach()
-        result = result[every] if result.dim() == 1 else result[:, every]
+        result = result[chosen] if result.dim() == 1 else result[:, chosen]
         errors[name] = float((result - exact.detach()).norm() / exact.detach().norm())
     return errors

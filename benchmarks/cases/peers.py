@@ -1,8 +1,8 @@
-"""Who is measured: bnkern's module, torch's eager and compiled ones, and other people's, computing the same.
+"""The providers of a batch norm: bnkern's module, torch's eager and compiled forms, and other packages.
 
-Every class here takes (channels, act) and then x and, for the fused operation, a residual. What a package fuses it
-does fused; what it does not, torch does after it. A package that is not there, or cannot do a case, is named with
-the reason (``Missing``), and stands in every table with it.
+Every class takes (channels, act). Its forward takes x and, for the fused operation, a residual. Operations that a
+package does not fuse are torch's. A package that is not installed, or does not support a case, is listed in every table
+with the reason (``Missing``).
 """
 
 import importlib
@@ -17,7 +17,7 @@ from benchmarks.tools import timing
 
 
 class Eager(nn.BatchNorm2d):
-    """``act(bn(x) + residual)``, one operation after the other, each into a fresh tensor."""
+    """``act(bn(x) + residual)`` as separate operations, each of which writes a fresh tensor."""
 
     def __init__(self, channels: int, act: str | None = None) -> None:
         super().__init__(channels)
@@ -31,7 +31,7 @@ class Eager(nn.BatchNorm2d):
 
 
 class EagerInPlace(Eager):
-    """The same as torchvision's ResNet writes it: ``out = bn(x); out += residual; relu_(out)``."""
+    """The same, as written in torchvision's ResNet: ``out = bn(x); out += residual; relu_(out)``."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = nn.BatchNorm2d.forward(self, x)
@@ -41,7 +41,7 @@ class EagerInPlace(Eager):
 
 
 class WithoutCudnn(Eager):
-    """Eager with torch's own kernels where it would call cuDNN; the backward follows the forward's choice."""
+    """Eager with torch's own kernels in place of cuDNN. The backward uses the choice of the forward."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         with torch.backends.cudnn.flags(enabled=False):
@@ -49,7 +49,7 @@ class WithoutCudnn(Eager):
 
 
 class InTriton(bnkern.nn.BatchNorm2d):
-    """bnkern's module on the Triton kernels, where the choice by itself is another backend's."""
+    """bnkern's module on the Triton kernels, where another backend would be chosen."""
 
     def __init__(self, channels: int, act: str | None = None) -> None:
         super().__init__(channels, act=act)
@@ -59,24 +59,24 @@ class InTriton(bnkern.nn.BatchNorm2d):
             return super().forward(x, residual)
 
 
-# --------------------------------------------------------------------------------------------- other people's kernels
+# ------------------------------------------------------------------------------------------ kernels of other packages
 
 
 class Missing(Exception):
-    """Why a peer cannot be measured."""
+    """A peer cannot be measured; the message is the reason."""
 
 
 def package(name: str, how: str) -> object:
-    """The module of that name, or Missing, with how to get it."""
+    """Imports the module. Raises Missing, with how to install it, if that fails."""
     try:
         return importlib.import_module(name)
-    except Exception as error:  # whatever a foreign package raises when it is imported is its reason
-        said = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise Missing(f"{how} ({said})") from error
+    except Exception as error:  # another package may raise anything when it is imported
+        message = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise Missing(f"{how} ({message})") from error
 
 
 class _Alias(torch.autograd.Function):
-    """x itself in forward and backward: no leaf, so that a module may write into it, and no copy."""
+    """The identity in forward and backward, without a copy. Its result is no leaf, so a module may write into it."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -88,14 +88,17 @@ class _Alias(torch.autograd.Function):
 
 
 class InPlaceABN(nn.Module):
-    """inplace_abn (Rota Bulò et al., 2018): the output takes the input's memory, and the backward inverts it.
+    """inplace_abn (Rota Bulò et al., 2018): the output is written to the input's memory, and the backward inverts it.
 
-    It has no ReLU, which cannot be inverted: addition and ReLU are torch's, in place. Its weight is |weight| + eps.
+    It has no ReLU, because a ReLU cannot be inverted. Addition and ReLU are torch's. Its weight is |weight| + eps.
     """
 
     def __init__(self, channels: int, act: str | None = None) -> None:
         super().__init__()
-        abn = package("inplace_abn", "no wheel on PyPI, and pip refuses its source archive, named 1.1.0, inside 0.0.0")
+        abn = package(
+            "inplace_abn",
+            "no wheel on PyPI; pip refuses the source archive, because it is named 1.1.0 and contains 0.0.0",
+        )
         self.norm = abn.InPlaceABN(channels, activation="identity")
         self.weight, self.bias, self.num_features, self.act = self.norm.weight, self.norm.bias, channels, act
 
@@ -107,11 +110,11 @@ class InPlaceABN(nn.Module):
 
 
 class Attorch(nn.Module):
-    """attorch: Triton, one program per channel, addition and activation fused."""
+    """attorch: Triton kernels with one program per channel; addition and activation are fused."""
 
     def __init__(self, channels: int, act: str | None = None) -> None:
         super().__init__()
-        attorch = package("attorch", "not on PyPI; a checkout of it on the PYTHONPATH is found")
+        attorch = package("attorch", "not on PyPI; put a checkout on the PYTHONPATH")
         self.norm = attorch.BatchNorm2d(channels, act_func=act)
         self.weight, self.bias, self.num_features, self.act = self.norm.weight, self.norm.bias, channels, act
 
@@ -134,11 +137,11 @@ class _Gems(torch.autograd.Function):
 
 
 class FlagGems(Eager):
-    """FlagGems: Triton, batch norm alone; addition and ReLU are torch's. It keeps statistics in the input's dtype."""
+    """FlagGems: batch norm in Triton, with statistics in the input's dtype. Addition and ReLU are torch's."""
 
     def __init__(self, channels: int, act: str | None = None) -> None:
         super().__init__(channels, act)
-        self.gems = package("flag_gems", "pip install flag-gems; a wheel for gpu-check --wheels")
+        self.gems = package("flag_gems", "pip install flag-gems, or a wheel for gpu-check --wheels")
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = _Gems.apply(self.gems, x, self.weight, self.bias, self.running_mean, self.running_var)
@@ -148,11 +151,13 @@ class FlagGems(Eager):
 
 
 class ApexGroupBN(nn.Module):
-    """Apex's groupbn: one read of x while it fits on chip; fp16 in channels_last only, ReLU and addition fused."""
+    """Apex's groupbn: reads x once if it fits on chip. Only fp16 in channels_last. Addition and ReLU are fused."""
 
     def __init__(self, channels: int, act: str | None = None) -> None:
         super().__init__()
-        groupbn = package("apex.contrib.groupbn.batch_norm", "built from source with CUDA; PyPI's apex is another one")
+        groupbn = package(
+            "apex.contrib.groupbn.batch_norm", "build it from source with CUDA; the package apex on PyPI is another one"
+        )
         self.norm = groupbn.BatchNorm2d_NHWC(channels, fuse_relu=bool(act))
         self.weight, self.bias, self.num_features, self.act = self.norm.weight, self.norm.bias, channels, act
 
@@ -165,9 +170,9 @@ class ApexGroupBN(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------- all of them
 
-# torch.compile's further ways. Cooperative reductions are not chosen for few channels unless they are forced.
+# Further modes of torch.compile. It chooses cooperative reductions for few channels only if they are forced.
 COMPILED = {
-    "compile max-autotune": {"mode": "max-autotune-no-cudagraphs"},  # graphs are our own column
+    "compile max-autotune": {"mode": "max-autotune-no-cudagraphs"},  # graph replay is a separate mode of the benchmarks
     "compile cooperative": {
         "options": {"triton.cooperative_reductions": True, "triton.force_cooperative_reductions": True}
     },
@@ -176,8 +181,8 @@ OTHERS = {"inplace_abn": InPlaceABN, "attorch": Attorch, "FlagGems": FlagGems, "
 
 
 def batch_norms(channels: int, act: str | None, device: torch.device) -> dict[str, nn.Module]:
-    """Ours and torch's modules by provider, ours first, all with the same random weight and bias (fp32, also for
-    bf16 input)."""
+    """The modules of bnkern and torch by provider, bnkern first. All have the same random weight and bias in fp32, also
+    for bf16 input."""
     ours = bnkern.nn.BatchNorm2d(channels, act=act)
     nn.init.uniform_(ours.weight, 0.5, 1.5)
     nn.init.normal_(ours.bias)
@@ -191,16 +196,18 @@ def batch_norms(channels: int, act: str | None, device: torch.device) -> dict[st
 def others(
     ours: nn.Module, device: torch.device, without_compile: str | None = None
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The other peers, with the parameters of our module, and those that are missing, with the reason.
+    """The other peers, with the parameters of bnkern's module, and the missing ones with the reason.
 
-    ``without_compile``: the option that leaves out torch.compile, or None.
+    ``without_compile`` is the option that leaves out torch.compile, or None.
     """
     gpu = device.type == "cuda"
     makers: dict[str, Callable[[int, str | None], nn.Module]] = {}
     missing = {}
     for name, options in COMPILED.items():
         if without_compile or not gpu:
-            missing[name] = f"left out by {without_compile}" if without_compile else "it changes code for GPUs only"
+            missing[name] = (
+                f"left out by {without_compile}" if without_compile else "this option changes code for GPUs only"
+            )
         else:
             makers[name] = lambda channels, act, options=options: compiled(Eager(channels, act), **options)
     if gpu:
@@ -214,7 +221,7 @@ def others(
     for name, make in makers.items():
         try:
             modules[name] = _like(make(len(ours.weight), ours.act), ours).to(device)
-        except Exception as error:  # as for a peer that fails when it is called
+        except Exception as error:  # reported like a peer that fails when it is called
             missing[name] = str(error) if isinstance(error, Missing) else timing.reason(error)
     return modules, missing
 
@@ -227,6 +234,6 @@ def _like(module: nn.Module, ours: nn.Module) -> nn.Module:
 
 
 def compiled(module: nn.Module, **options: object) -> nn.Module:
-    """torch.compile for this one case: nothing remembered of the cases before, static shapes, no graph break."""
+    """torch.compile for one case: without the state of earlier cases, with static shapes, without graph breaks."""
     torch._dynamo.reset()
     return torch.compile(module, fullgraph=True, dynamic=False, **options)

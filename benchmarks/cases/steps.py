@@ -17,11 +17,11 @@ from bnkern.train.loop import batches_of, build
 from bnkern.train.resnet import ResNet
 from bnkern.train.step import Step
 
-ACTIVATION_BYTES = 100e6  # what a step works on is past any cache  # a step accesses more memory than any cache holds
+ACTIVATION_BYTES = 100e6  # a step works on more memory than any cache holds
 
 
 def in_place(model: nn.Module) -> nn.Module:
-    """The torch model with ``out += residual`` and ``relu_(out)``, as torchvision's ResNet has them."""
+    """Changes the torch model to ``out += residual`` and ``relu_(out)``, as torchvision's ResNet has them."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.__class__ = peers.EagerInPlace  # the same parameters and ``act``, another forward
@@ -30,13 +30,13 @@ def in_place(model: nn.Module) -> nn.Module:
 
 def networks(depth: int, without_compile: str | None) -> dict[str, Callable[[], nn.Module]]:
     torch_model = partial(ResNet, depth, kernels="torch")
-    found = {
+    builders = {
         "bnkern": partial(ResNet, depth),
         "eager": torch_model,
         "eager in place": lambda: in_place(torch_model()),
         "no norm": partial(ResNet, depth, norm="none"),
     }
-    return found if without_compile else found | {"compile": lambda: peers.compiled(torch_model())}
+    return builders if without_compile else builders | {"compile": lambda: peers.compiled(torch_model())}
 
 
 def training_step(model: nn.Module, layout: str) -> Callable[[tuple[Tensor, Tensor]], None]:
@@ -59,9 +59,9 @@ def loop_step(
     graph: bool,
     recording: Callable[[nn.Module], Recorder] | None = None,
 ) -> Callable[[object], None]:
-    """The loop's step on one batch of an epoch after the other, at learning rate 0.
+    """The step of the training loop, which takes the batches of an epoch in turn, at learning rate 0.
 
-    ``recording`` makes a recorder that decides on the device; it is flushed as the loop does it.
+    ``recording`` makes a recorder whose schedule runs on the device. It is flushed as in the training loop.
     """
     torch.manual_seed(config.seed)
     network = build(config, device)

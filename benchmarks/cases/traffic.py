@@ -1,4 +1,4 @@
-"""Bytes that must move between memory and the processor, by formula. Per-channel vectors are left out.
+"""Bytes that must move between memory and the processor, by formula. Per-channel vectors are not counted.
 
 ``op`` is "bn" (batch norm alone) or "bn_add_relu" (with residual, ReLU and its saved mask). Per element of the
 input, s bytes each, the mask is 1/8 byte:
@@ -11,8 +11,9 @@ input, s bytes each, the mask is 1/8 byte:
     forward      x, residual            y, mask                 2s    3s + 1/8
     backward     dy, x, mask            dx, dresidual           3s    4s + 1/8
 
-The last two are the least: every tensor is read once. Where it does not stay in the caches between two phases, each
-phase reads for itself, and forward moves what moments and normalize move, backward what grad_sums and grad_input do.
+The last two lines are the minimum: every tensor is read once. If a tensor does not stay in the caches between two
+phases, each phase reads it again. Forward then moves the bytes of moments and normalize, and backward those of
+grad_sums and grad_input.
 """
 
 OPS = ("bn", "bn_add_relu")
@@ -29,18 +30,18 @@ _PASSES = {
 
 
 def minimal_bytes(call: str, op: str, elements: int, itemsize: int) -> int:
-    """Bytes a phase, or one whole pass, moves at least."""
+    """The minimum of bytes that a phase or a whole pass moves."""
     tensors, masks = _PASSES[call][op]
     return tensors * elements * itemsize + masks * elements // 8
 
 
 def phased_bytes(call: str, op: str, elements: int, itemsize: int) -> int:
-    """Bytes a phase, or one whole pass whose phases each read from memory, moves."""
+    """Bytes that a phase moves, or a whole pass whose phases each read from memory."""
     return sum(minimal_bytes(phase, op, elements, itemsize) for phase in PHASED.get(call, (call,)))
 
 
 def moved(calls: tuple[str, ...], op: str, elements: int, itemsize: int) -> dict[str, int]:
-    """Both, for the calls one after the other: "bytes", the least, and "phased_bytes"."""
+    """The sums over several calls: "bytes", the minimum, and "phased_bytes"."""
     return {
         "bytes": sum(minimal_bytes(call, op, elements, itemsize) for call in calls),
         "phased_bytes": sum(phased_bytes(call, op, elements, itemsize) for call in calls),

@@ -1,7 +1,7 @@
-"""bnkern.nn.Conv2d, 3 x 3 with stride and padding 1, forward and backward through autograd, against torch's.
+"""bnkern.nn.Conv2d and torch's: 3 x 3 with stride and padding 1, forward and backward through autograd.
 
-Results and gradients are fresh each time, as in bench_batch_norm.py. Only float32 in channels_last has kernels of its
-own, on the CPU; elsewhere the two are the same convolution, and there is nothing to compare.
+Results and gradients are fresh in each call, as in bench_batch_norm.py. bnkern has kernels only for float32 in
+channels_last on the CPU. Elsewhere both layers run the same convolution.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import bnkern
 from benchmarks.cases.shapes import Case
 
-# The stages of a CIFAR ResNet, a batch of 64 at two of a ResNet-50's resolutions, and half as many channels out.
+# Output channels of each shape: the stages of a CIFAR ResNet, and two resolutions of a ResNet-50 at batch 64.
 OUTPUTS = {"stage1": (16, 32), "stage2": (32,), "stage3": (64, 32), "r50_64_64x56": (64,), "r50_64_128x28": (128,)}
 
 
@@ -33,7 +33,7 @@ def differentiate(module: nn.Conv2d, data: tuple[Tensor, Tensor]) -> dict[str, T
 
 
 def relative_errors(results: dict[str, Tensor], module: nn.Conv2d, data: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Root mean square of each result's error over that of the truth, in float64."""
+    """The error of each result over the result in float64, as root mean squares."""
     x, dy = (t.detach().double() for t in data)
     truth = nn.Conv2d(*module.weight.shape[1::-1], 3, padding=1, bias=False).to(x)
     truth.weight.data.copy_(module.weight)
@@ -41,7 +41,7 @@ def relative_errors(results: dict[str, Tensor], module: nn.Conv2d, data: tuple[T
     return {name: float((results[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is torch's convolution")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU both layers run torch's convolution")
 def test_conv2d(case: Case, device: torch.device, mode: str, compare: Callable) -> None:
     inputs = case.size[1]
     for outputs in OUTPUTS.get(case.shape, (inputs,)):

@@ -1,8 +1,7 @@
 """conv2d_grad_signs at the convolutions of a CIFAR ResNet, batch 128.
 
-Peers: torch's own weight gradient alone, the floor ("eager gradient": a training step pays for it anyway); and what is
-wanted by the identities, one of torch's weight gradients for each ("eager identities"), where signs are in the dtype
-of the operands.
+The peers are torch's weight gradient alone ("eager gradient"), which every training step computes, and one of torch's
+weight gradients for each requested sum ("eager identities"), with signs in the dtype of the operands.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from benchmarks.cases import shapes
 from benchmarks.cases.shapes import LAYOUTS, Case
 from bnkern import GradSigns, conv2d_grad_signs
 
-# By the shape of x: outputs, kernel size and stride.
+# Output channels, kernel size and stride, by the shape of x.
 CONVOLUTIONS = {
     "images": ((16, 3, 1),),
     "stage1": ((16, 3, 1), (32, 3, 2), (32, 1, 2)),

@@ -1,7 +1,7 @@
-"""What ``bnkern.convert`` is worth on networks that others wrote (pytorchcv), as docs/use_in_your_model.md reports it.
+"""``bnkern.convert`` on networks of pytorchcv. docs/use_in_your_model.md has the results.
 
-"Swapped" is ``convert(model, fuse=False)``. "training" is forward, sum of squares and backward, gradients dropped in
-between; "eval" a forward without gradients. Nothing is compiled.
+"Swapped" is ``convert(model, fuse=False)``. "training" is forward, sum of squares and backward; the gradients are
+dropped between steps. "eval" is a forward without gradients. Nothing is compiled.
 """
 
 import copy
@@ -13,9 +13,10 @@ from torch import nn
 
 import bnkern
 from benchmarks.cases.shapes import LAYOUTS, Case
+from benchmarks.cases.steps import ACTIVATION_BYTES
 
-ACTIVATION_BYTES = 100e6  # what a step works on is past any cache
-# The family's own file, since the package's index of models imports torchvision; model, batch, size of images.
+# The module of the model, the model, the batch and the size of images. pytorchcv's index of models would import
+# torchvision, so the module is imported directly.
 MODELS = (("densenet_cifar", "densenet40_k12_cifar10", 16, 32), ("resnet", "resnet18", 8, 112))
 
 
@@ -23,7 +24,7 @@ def network(family: str, name: str) -> nn.Module:
     models = pytest.importorskip(f"pytorchcv.models.{family}", reason="pytorchcv is not installed")
     torch.manual_seed(0)
     model = getattr(models, name)()
-    model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # 7x7 before, for images of 224
+    model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # replaces a pooling of 7x7, which is for images of 224
     return model
 
 
@@ -48,11 +49,11 @@ def evaluated(model: nn.Module) -> Callable[[torch.Tensor], None]:
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model[1])
 def test_models(model: tuple, layout: str, way: str, compare, device: torch.device, quick: bool) -> None:
     family, name, batch, size = model
-    theirs = network(family, name).to(device, memory_format=LAYOUTS[layout])
+    original = network(family, name).to(device, memory_format=LAYOUTS[layout])
     providers = {
-        "bnkern": bnkern.convert(copy.deepcopy(theirs)),
-        "eager": theirs,
-        "swapped": bnkern.convert(copy.deepcopy(theirs), fuse=False),
+        "bnkern": bnkern.convert(copy.deepcopy(original)),
+        "eager": original,
+        "swapped": bnkern.convert(copy.deepcopy(original), fuse=False),
     }
     step = trained if way == "training" else evaluated
     images = torch.randn(2 if quick else batch, 3, 32 if quick else size, 32 if quick else size, device=device)

@@ -1,7 +1,7 @@
-"""Batch norm from end to end: forward and backward through autograd, outputs and gradients fresh each time.
+"""Whole batch norms: forward and backward through autograd, with fresh outputs and gradients in each call.
 
-Gradients are asked for by torch.autograd.grad, as the layer before would receive them. y.backward() into leaf tensors
-would make eager copy the gradient that residual and batch norm share, which happens in no network.
+Gradients come from torch.autograd.grad, as in a network, where the previous layer receives them. With y.backward() into
+leaf tensors eager would copy the gradient that residual and batch norm share. No network does that.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ ANY_SHAPE = True
 
 
 def cases(device: torch.device) -> list[Case]:
-    on = {"cpu": ("cifar", "beyond", "narrow"), "cuda": ("cifar", "resnet50-64", "small", "odd", "large64")}
-    return shapes.cases(on[device.type], device)
+    names = {"cpu": ("cifar", "beyond", "narrow"), "cuda": ("cifar", "resnet50-64", "small", "odd", "large64")}
+    return shapes.cases(names[device.type], device)
 
 
 @pytest.mark.parametrize("op", traffic.OPS)

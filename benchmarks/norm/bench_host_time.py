@@ -1,9 +1,9 @@
-"""The host's part of a call on a GPU, measured without one: forward and backward through autograd, launches left out.
+"""The host's part of a call on a GPU, measured without a GPU: forward and backward through autograd, without launches.
 
-Everything else is done as on a GPU: the call is read and checked, results are made by torch's allocator (the CPU's),
-plans are made, the stream's workspace is found. What a launch itself costs is not in it, nor torch's caching allocator
-for CUDA. Beside it stands torch's own dispatch of batch norm, addition and ReLU
-on the CPU, with tensors so small that the kernels take no time.
+Everything else is done as on a GPU: the call is read and checked, torch's allocator (the CPU's) makes the results, the
+kernels are planned, and the workspace of the stream is looked up. The times do not include launches and torch's caching
+allocator for CUDA. The peer is torch's dispatch of batch norm, addition and ReLU on the CPU, with tensors so small that
+the kernels take almost no time.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def cases(device: torch.device) -> list[Case]:
 
 @pytest.fixture(scope="module")
 def without_launches() -> Iterator[None]:
-    """The backend "cuda" for CPU tensors, over csrc/call and csrc/cuda compiled for the host."""
+    """The backend "cuda" for CPU tensors: csrc/call and csrc/cuda, compiled for the host."""
     harness = pytest.importorskip("tests.backends.cuda_on_cpu.native")
     lib, module = harness.kernels(optimized=True), harness.module(optimized=True)
     lib.leave_out_launches(True)
@@ -40,7 +40,7 @@ def without_launches() -> Iterator[None]:
 
 def test_host_time(case: Case, inputs: Inputs, device: torch.device, without_launches: None, compare: Callable) -> None:
     if device.type != "cpu":
-        pytest.skip("it needs tensors on the CPU; bench_overhead measures the same with launches")
+        pytest.skip("this needs tensors on the CPU; bench_overhead.py measures the same with launches")
     modules = peers.batch_norms(case.size[1], "relu", device)
     compare(
         "bn_add_relu",

@@ -1,4 +1,4 @@
-"""Memory kept for the backward: by one batch norm, and by whole networks with the peak of a step (see memory.py)."""
+"""Memory that one batch norm keeps for the backward, and that of whole networks with the peak of a step."""
 
 import json
 import subprocess
@@ -25,32 +25,32 @@ def label(bench: str, op: str, case: Case) -> dict:
 
 
 @pytest.mark.parametrize("op", traffic.OPS)
-def test_memory(op: str, case: Case, inputs: Inputs, device: torch.device, add_rows: Callable) -> None:
-    """Of one layer, by itself. In a network the next convolution keeps y too: there eager's ReLU keeps it for free."""
+def test_memory(op: str, case: Case, inputs: Inputs, device: torch.device, add_measurements: Callable) -> None:
+    """One layer alone. In a network the next convolution also keeps y, so eager's ReLU needs no memory for it."""
     modules = peers.batch_norms(case.size[1], "relu" if op == "bn_add_relu" else None, device)
     del modules["compile"]
-    rows = []
+    measurements = []
     for name, module in modules.items():
         x, residual, _ = inputs.clone().requiring_grad()
         given = (x, residual) if op == "bn_add_relu" else (x,)
         without = [*module.parameters(), *module.buffers()]
         saved, _ = memory.saved_bytes(lambda m=module, given=given: m(*given), without)
-        rows.append(label("memory", op, case) | {"provider": name, "saved_bytes": saved})
-    add_rows(rows)
+        measurements.append(label("memory", op, case) | {"provider": name, "saved_bytes": saved})
+    add_measurements(measurements)
 
 
 @pytest.mark.parametrize("network", ["resnet110", "resnet50"])
-def test_memory_of_networks(network: str, quick: bool, add_rows: Callable) -> None:
-    """A network and a provider at a time, each in a process of its own: memory that one freed another would reuse."""
+def test_memory_of_networks(network: str, quick: bool, add_measurements: Callable) -> None:
+    """Each network and provider in a separate process, because one would reuse memory that another has freed."""
     network = "resnet20" if quick else network
-    rows = []
+    measurements = []
     for provider in memory.NETWORKS[network].providers:
         command = [sys.executable, "-m", "benchmarks.tools.memory", network, provider]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         case = Case("images", "channels_last", "fp32")
-        row = label("memory_of_networks", network, case) | {"size": memory.NETWORKS[network].images}
-        said = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
-        found = json.loads(done.stdout) if done.returncode == 0 else {"missing": said[0][:200]}
-        assert done.returncode == 0 or provider != "bnkern" or "No module named 'pytorchcv'" in said[0], done.stderr
-        rows.append(row | {"provider": provider} | found)
-    add_rows(rows)
+        measurement = label("memory_of_networks", network, case) | {"size": memory.NETWORKS[network].images}
+        message = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
+        entries = json.loads(done.stdout) if done.returncode == 0 else {"missing": message[0][:200]}
+        assert done.returncode == 0 or provider != "bnkern" or "No module named 'pytorchcv'" in message[0], done.stderr
+        measurements.append(measurement | {"provider": provider} | entries)
+    add_measurements(measurements)

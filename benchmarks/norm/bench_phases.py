@@ -1,9 +1,9 @@
-"""The phases, one by one and joined to forward and backward, against a copy in the same rounds.
+"""Each phase, forward and backward, with a copy in the same rounds.
 
-A copy is y.copy_(x) of 256 MiB into memory that is there, on as many threads as the phases. It counts as one read
-and one write; what else the hardware moves for it (a store may first read the line it writes) it also moves for a
-phase. A shape that stays in the caches may go faster than the copy. What records cost is measured against the same
-call without them.
+The copy is y.copy_(x) of 256 MiB into allocated memory, on as many threads as the phases. It counts as one read and one
+write. The hardware may move more, because a store may first read the line that it writes. The same holds for a phase.
+A shape that stays in the caches may be faster than the copy. The cost of records is measured against the same call
+without records.
 """
 
 from collections.abc import Callable
@@ -24,14 +24,14 @@ ANY_SHAPE = True
 
 
 def cases(device: torch.device) -> list[Case]:
-    """A shape that fits the caches, and one past them, of 103 MB in every dtype."""
+    """A shape that fits the caches, and one of 103 MB in every dtype, which does not."""
     large = {"fp32": "large", "bf16": "large64", "fp16": "large64"}
     cached = shapes.cases(("stage1",), device)
     return cached + [case._replace(shape=large[case.dtype]) for case in cached]
 
 
 def bound(call: str, op: str, inputs: Inputs, recorded: bool = False) -> partial:
-    """The backend's function bound to its arguments; ``recorded``: with all records of a whole call."""
+    """The backend's function bound to its arguments, if ``recorded`` with all records of a whole call."""
     x, residual, dy = inputs
     residual, act = (residual, "relu") if op == "bn_add_relu" else (None, None)
     backend = backends.choose(backends.forced(), x.device, x.dtype)
@@ -39,7 +39,7 @@ def bound(call: str, op: str, inputs: Inputs, recorded: bool = False) -> partial
     invstd = torch.rsqrt(m2 / count + 1e-5)
     weight, bias = torch.rand_like(mean) + 0.5, torch.randn_like(mean)
     running = torch.zeros_like(mean), torch.ones_like(mean), torch.zeros((), dtype=torch.int64, device=x.device)
-    record, *records = (_empty_record(rows, x) if recorded else None for rows in (ACTIVATION, GRADIENT, AFFINE))
+    record, *records = (_empty_record(fields, x) if recorded else None for fields in (ACTIVATION, GRADIENT, AFFINE))
     forward = ForwardCall(x, weight, bias, residual, *running, True, 0.1, 1e-5, act, act is not None, record)
     _, mask = backend.normalize(forward, mean, invstd)
     needs = True, True, True, residual is not None
@@ -55,8 +55,8 @@ def bound(call: str, op: str, inputs: Inputs, recorded: bool = False) -> partial
     return partial(getattr(backend, call), *arguments())
 
 
-def _empty_record(rows: tuple[str, ...], x: Tensor) -> Tensor:
-    return torch.empty(len(rows), x.shape[1], dtype=torch.float64, device=x.device)
+def _empty_record(fields: tuple[str, ...], x: Tensor) -> Tensor:
+    return torch.empty(len(fields), x.shape[1], dtype=torch.float64, device=x.device)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_backward(op: str, measure: Callable) -> None:
 @pytest.mark.parametrize("call", traffic.PHASED)
 @pytest.mark.parametrize("op", traffic.OPS)
 def test_records(op: str, call: str, case: Case, mode: str, inputs: Inputs, compare: Callable) -> None:
-    """With all records of a call, against the same call without."""
+    """A call with all its records, and the same call without."""
     compare(
         f"{op} {call}",
         case,

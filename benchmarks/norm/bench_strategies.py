@@ -1,8 +1,9 @@
-"""The CUDA kernels' two strategies, and Triton's kernels: one training forward or backward with ReLU and residual.
+"""The two strategies of the CUDA kernels, and the Triton kernels: a training forward or backward with ReLU and
+residual.
 
-What RULES in bnkern/backends/cuda.py should say for a device model. "cold" takes its tensors from memory; "warm" goes
-back and forth between two sets of them, which stay in the second-level cache where they are small, as after the
-convolution before. Outputs are fresh, without autograd around.
+The results are the basis of RULES in bnkern/backends/cuda.py. "cold" reads its tensors from memory. "warm" alternates
+between two sets of tensors, which stay in the second-level cache if they are small, as they do after a convolution.
+Outputs are fresh, and autograd is not used.
 """
 
 from collections.abc import Callable
@@ -19,10 +20,10 @@ from bnkern.backends.calls import BackwardCall, ForwardCall
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or backends.unavailable("cuda", "cuda") is not None,
-    reason="no CUDA device, or built without CUDA",
+    reason="there is no CUDA device, or the module was built without CUDA",
 )
 ANY_SHAPE = True
-ALWAYS, NEVER = 0, 1 << 62  # bytes from which on a call is one kernel
+ALWAYS, NEVER = 0, 1 << 62  # the size in bytes from which a call is one kernel
 WAYS = {"bnkern, one kernel": ("cuda", ALWAYS), "bnkern, two kernels": ("cuda", NEVER), "Triton": ("triton", ALWAYS)}
 NEEDS = (True, True, True, True)
 
@@ -32,7 +33,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 class Layer:
-    """A layer's tensors, with what its forward left for its backward."""
+    """The tensors of a layer, and what its forward saved for its backward."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.x, self.residual, self.dy = case.activations(device), case.activations(device), case.normal(device)
@@ -43,8 +44,8 @@ class Layer:
         self.saved = self.forward(backends.choose("triton", "cuda", self.x.dtype))[1:]
 
     def forward(self, kernels) -> tuple[Tensor | None, ...]:
-        given = self.x, self.weight, self.bias, self.residual, *self.running, self.counter
-        return kernels.forward(ForwardCall(*given, True, 0.1, 1e-5, "relu", True))
+        arguments = self.x, self.weight, self.bias, self.residual, *self.running, self.counter
+        return kernels.forward(ForwardCall(*arguments, True, 0.1, 1e-5, "relu", True))
 
     def backward(self, kernels) -> tuple[Tensor | None, ...]:
         mean, invstd, mask = self.saved
@@ -53,8 +54,8 @@ class Layer:
         )
 
 
-def by(way: str, call: str, layer: Layer) -> tuple[Tensor | None, ...]:
-    """The call of a layer, one way. The strategy is settled when a call is made, or captured."""
+def call_layer(way: str, call: str, layer: Layer) -> tuple[Tensor | None, ...]:
+    """A call of a layer with one strategy. The strategy is chosen when the call is made or captured."""
     from bnkern.backends import cuda
 
     name, single_read_from = WAYS[way]
@@ -73,7 +74,7 @@ def test_strategies(where: str, call: str, case: Case, mode: str, device: torch.
     compare(
         f"{call}, {where}",
         case,
-        {way: partial(by, way, call) for way in WAYS},
+        {way: partial(call_layer, way, call) for way in WAYS},
         make_data=lambda: Layer(case, device),
         mode=mode,
         moved=lambda _: moved,

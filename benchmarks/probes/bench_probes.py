@@ -1,10 +1,11 @@
-"""What recording costs: a training step of ResNet-20 at batch 128 with probes, without, and with hooks in plain torch.
+"""The cost of recording: a training step of ResNet-20 at batch 128 with probes, without, and with hooks in plain torch.
 
-Every provider trains a network of its own, all with the same parameters and images, channels_last, learning rate 0.
-Files are written as in use. The hooks compute the numbers of ``activation_moments`` and ``gradient_channel_signs`` on
-torch's own modules, one reduction after the other, as they are usually written; the identities compute those of
-``weight_gradient_signs`` beside bnkern's modules by torch's weight-gradient convolutions on other operands.
-``test_recorded_graph`` is the training loop's step as one CUDA graph, the recording within.
+Every provider trains its own network. All start with the same parameters and images, channels_last, learning rate 0.
+Recordings are written to files as usual. The hooks compute the numbers of ``activation_moments`` and
+``gradient_channel_signs`` on torch's modules with one reduction after the other, as such hooks are usually written. The
+identities compute the numbers of ``weight_gradient_signs`` on bnkern's modules with torch's weight-gradient
+convolutions of transformed operands. ``test_recorded_graph`` is the step of the training loop as one CUDA graph with
+its recording.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ SIGNS = {
 
 
 class Hooks:
-    """Per-channel statistics by forward and backward hooks, kept on the device until the run ends."""
+    """Per-channel statistics computed by forward and backward hooks. The last ones stay on the device."""
 
     def __init__(self, model: nn.Module) -> None:
         self.kept: list[Tensor] = []
@@ -60,7 +61,7 @@ class Hooks:
 
 
 class Identities:
-    """The four sums of every convolution by torch's own weight gradient, three more of it for each convolution."""
+    """The four sums of every convolution by torch's weight gradient, which runs three more times for each of them."""
 
     def __init__(self, model: nn.Module, sums: tuple[str, ...]) -> None:
         self.sums, self.kept = sums, []
@@ -101,7 +102,7 @@ def step_of(model: nn.Module) -> Callable:
 
 @pytest.fixture
 def recordings(tmp_path: Path) -> Iterator[Callable]:
-    """recordings(model, quantities): a step that records them, until the test ends."""
+    """recordings(model, quantities) returns a step that records the quantities until the end of the test."""
     with ExitStack() as stack:
 
         def recorded(model: nn.Module, *quantities: str | probes.Quantity) -> Callable:
@@ -171,7 +172,7 @@ def test_weight_gradient_signs(compare, network: Callable, images: tuple, record
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("depth", [20, 110])
 def test_recorded_graph(depth: int, precision: str, compare, device: torch.device, quick: bool, tmp_path: Path) -> None:
-    """Every row is a replay. The recorder decides on the device, and its files are written as in use."""
+    """Every measurement is of a replay. The schedule runs on the device, and files are written as usual."""
     config = Config(
         name="graph", depth=8 if quick else depth, precision=precision, data="synthetic", channels_last=True
     )

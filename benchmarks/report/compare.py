@@ -1,11 +1,11 @@
-"""Two results files against each other: what became slower or faster, beyond what noise explains.
+"""Compares two results files: which measurements became slower or faster by more than the noise.
 
-The same case in two runs is two medians, each with the range p20 to p80 of its rounds. Two runs also meet another
-machine each: other processes, clocks, caches. Peers tell: their code is the same in both runs, so what their median
-changed by in a case is the machine's doing (``drift``), and ours is divided by it. What is left of the peers' own
-changes, each divided by what the others of its case changed by, is how far two runs of the same code lie apart: the
-``noise``, as the factor that 95 % of them stay within. A row counts as changed where its ranges do not overlap, and its
-medians lie further apart than the noise, and than LEAST.
+A case has a median in each run, and a range p20 to p80 of its rounds. The state of the machine also differs between two
+runs: other processes, clocks and caches. The code of the peers is the same in both runs. So the median change of the
+peers of a case is attributed to the machine (``drift``), and the change of each measurement is divided by it. The
+change of each peer is divided by that of the other peers of its case. What remains is the difference between two runs
+of the same code. The ``noise`` is the factor that 95 % of these remainders stay within. A measurement counts as changed
+if its two ranges do not overlap and its medians differ by more than the noise and by more than LEAST.
 """
 
 from collections.abc import Iterator
@@ -19,46 +19,46 @@ from benchmarks.tools.measurements import key
 
 LEAST = 1.03
 WITHIN = 0.95
-# Rows whose code is none of ours.
+# Providers whose code is not part of bnkern, by the start of their names.
 PEERS = ("eager", "compile", "copy", "hooks on torch", "unprobed torch", "inplace_abn", "attorch", "FlagGems", "Apex")
 
 
 class Change(NamedTuple):
-    """One row in both runs."""
+    """One measurement in both runs."""
 
-    row: dict  # the new one
+    measurement: dict  # of the new run
     times: float  # the new median over the old one, without drift
-    drift: float  # the machine's, by the peers of the same case; 1 where there are none
-    apart: bool  # the ranges
+    drift: float  # the median change of the peers of the same case; 1 without peers
+    apart: bool  # whether the ranges do not overlap
 
     @property
     def is_peer(self) -> bool:
-        return self.row["provider"].startswith(PEERS)
+        return self.measurement["provider"].startswith(PEERS)
 
     @property
     def factor(self) -> float:
-        """How far the medians lie apart, in either direction."""
+        """The change as a factor of at least 1, in either direction."""
         return max(self.times, 1 / self.times)
 
     def beyond(self, noise: float) -> bool:
-        """Whether this is a change."""
+        """Whether the measurement counts as changed."""
         return self.apart and self.factor > max(noise, LEAST)
 
 
 def compare(old: dict, new: dict) -> tuple[list[Change], float]:
-    """Every row that both files have measured, and the noise (1 where there are no peers to tell)."""
-    before, after = ({key(row): row for row in results["rows"] if "median_ms" in row} for results in (old, new))
+    """Every measurement with a time in both files, and the noise (1 without peers)."""
+    before, after = ({key(m): m for m in results["rows"] if "median_ms" in m} for results in (old, new))
     same_peers = old["environment"]["versions"]["torch"] == new["environment"]["versions"]["torch"]
     ratios: dict[tuple, dict[str, float]] = {}
     for *case, provider in before.keys() & after.keys():
         if same_peers and provider.startswith(PEERS):
-            was, now = (rows[*case, provider]["median_ms"] for rows in (before, after))
+            was, now = (measurements[*case, provider]["median_ms"] for measurements in (before, after))
             ratios.setdefault(tuple(case), {})[provider] = now / was
     changes = []
-    for (*case, provider), row in after.items():
+    for (*case, provider), measurement in after.items():
         if (*case, provider) in before:
             others = [ratio for peer, ratio in ratios.get(tuple(case), {}).items() if peer != provider]
-            changes.append(_change(before[*case, provider], row, median(others) if others else 1.0))
+            changes.append(_change(before[*case, provider], measurement, median(others) if others else 1.0))
     control = [change.factor for change in changes if change.is_peer and same_peers]
     return changes, float(np.quantile(control, WITHIN)) if control else 1.0
 
@@ -69,32 +69,35 @@ def _change(old: dict, new: dict, drift: float) -> Change:
 
 
 def markdown(old: dict, new: dict) -> Iterator[str]:
-    """What the comparison says, in words and a table of what changed."""
+    """The comparison in sentences, and a table of the changes."""
     changes, noise = compare(old, new)
     ours = [change for change in changes if not change.is_peer]
     beyond = sorted((change for change in ours if change.beyond(noise)), key=lambda change: -change.times)
     slower = sum(change.times > 1 for change in beyond)
-    yield f"Against {_run(old)}; this is {_run(new)}."
+    yield f"Compared with {_run(old)}; this is {_run(new)}."
     if old["environment"]["devices"] != new["environment"]["devices"]:
-        yield "**The machines differ.** Changes may be theirs."
-    yield f"Of {len(ours)} rows of ours in both, {slower} became slower and {len(beyond) - slower} faster beyond"
-    yield f"the noise. That is a factor of {noise:.2f}: within it lie {WITHIN:.0%} of the {len(changes) - len(ours)}"
-    yield "rows of peers, whose code is the same, when what the others of their case changed by is taken out."
-    gone = len({key(row) for row in old["rows"]} - {key(row) for row in new["rows"]})
+        yield "**The machines differ.** This may explain the changes."
+    yield f"Of {len(ours)} measurements of bnkern in both files, {slower} became slower and"
+    yield f"{len(beyond) - slower} faster beyond the noise, a factor of {noise:.2f}. Of the {len(changes) - len(ours)}"
+    yield f"measurements of peers, whose code is the same, {WITHIN:.0%} changed by less, after division by the change"
+    yield "of the other peers of their case."
+    gone = len({key(m) for m in old["rows"]} - {key(m) for m in new["rows"]})
     if gone:
-        yield f"{gone} rows of the old file are not in the new one."
+        yield f"{gone} measurements of the old file are not in the new file."
     yield ""
     if beyond:
-        yield from header("row", "times the old", "ms, was", "ms", "drift", "")
-        before = {key(row): row for row in old["rows"]}
+        yield from header("measurement", "new over old", "ms, old", "ms, new", "drift", "")
+        before = {key(m): m for m in old["rows"]}
         for c in beyond:
-            was = before[key(c.row)]["median_ms"]
-            name = f"{c.row['bench']} {case_of(c.row)}, {c.row['provider']}"
+            was = before[key(c.measurement)]["median_ms"]
+            name = f"{c.measurement['bench']} {case_of(c.measurement)}, {c.measurement['provider']}"
             verdict = "slower" if c.times > 1 else "faster"
-            yield line(name, f"{c.times:.2f}", f"{was:.3g}", f"{c.row['median_ms']:.3g}", f"{c.drift:.2f}", verdict)
+            yield line(
+                name, f"{c.times:.2f}", f"{was:.3g}", f"{c.measurement['median_ms']:.3g}", f"{c.drift:.2f}", verdict
+            )
 
 
 def _run(results: dict) -> str:
-    found = results["environment"]
-    changed = " with uncommitted changes" if found["uncommitted changes"] else ""
-    return f"{found['date'][:10]}, commit {found['commit'][:10]}{changed}"
+    environment = results["environment"]
+    changed = " with uncommitted changes" if environment["uncommitted changes"] else ""
+    return f"{environment['date'][:10]}, commit {environment['commit'][:10]}{changed}"

@@ -1,4 +1,4 @@
-"""The figures of the report, as SVG, from the rows of a results file. A figure whose rows are not there is None."""
+"""The figures of the report, as SVG, from a results file. A figure without measurements is None."""
 
 import io
 from collections.abc import Callable
@@ -13,19 +13,20 @@ from benchmarks.report.tables import groups
 from benchmarks.tools.measurements import FUSED, PHASES
 from experiments.draw import INK, STYLE
 
-# Okabe and Ito's colours and, for who cannot tell them apart, a marker each; the page has its own for a dark ground.
+# Okabe and Ito's colours, each with a marker, so that a series can be identified without its colour. The page
+# replaces the colours on a dark background.
 SERIES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"))
 POINTS = {"linestyle": "none"}
 WIDTH = 5.4  # inches
-LINE = 0.2  # inches of height for a line of labels
+LINE = 0.2  # height of a line of labels in inches
 
 
 def draw_all(results: dict, old: dict | None = None) -> dict[str, tuple[str, str]]:
-    """Each figure that the rows give, by name: its SVG and what it shows."""
-    rows = [row for row in results["rows"] if row["mode"] == "call" and "missing" not in row]
-    found = {"speedups": (_speedups(rows), SPEEDUPS), "roof": (_roof(rows), ROOF)}
-    found |= {f"growth-{axis}": (_growth(rows, axis), GROWTH) for axis in ("N", "C", "S", "depth")}
-    found["memory"] = _memory(rows), MEMORY
+    """The figures for which there are measurements, by name: the SVG and its caption."""
+    measurements = [m for m in results["rows"] if m["mode"] == "call" and "missing" not in m]
+    found = {"speedups": (_speedups(measurements), SPEEDUPS), "roof": (_roof(measurements), ROOF)}
+    found |= {f"growth-{axis}": (_growth(measurements, axis), GROWTH) for axis in ("N", "C", "S", "depth")}
+    found["memory"] = _memory(measurements), MEMORY
     if old is not None:
         found["changes"] = _changes(old, results), CHANGES
     return {name: (svg, caption) for name, (svg, caption) in found.items() if svg is not None}
@@ -41,19 +42,19 @@ def _svg(height: float, draw: Callable[[Axes], None]) -> str:
 
 
 def _legend(axes: Axes) -> None:
-    """Above the axes, where it covers nothing."""
-    axes.figure.legend(loc="outside upper left", ncols=2)  # two fit the width
+    """Puts the legend above the axes, where it covers no point."""
+    axes.figure.legend(loc="outside upper left", ncols=2)  # two columns fit the width
 
 
 SPEEDUPS = (
     "Batch norm + addition + ReLU, forward and backward through autograd: how many times as fast as the better of "
-    "torch's two eager forms (medians of the rounds' ratios). Right of the line bnkern is faster."
+    "torch's two eager forms (medians of the rounds' ratios). Right of the line the provider is faster than eager."
 )
 
 
-def _speedups(rows: list[dict]) -> str | None:
-    chosen = [r for r in rows if r["bench"] == "batch_norm" and r["op"] == FUSED]
-    cases = {case: {row["provider"]: row for row in group} for (case,), group in groups(chosen, _short).items()}
+def _speedups(measurements: list[dict]) -> str | None:
+    chosen = [m for m in measurements if m["bench"] == "batch_norm" and m["op"] == FUSED]
+    cases = {case: {m["provider"]: m for m in group} for (case,), group in groups(chosen, _short).items()}
     cases = {case: cells for case, cells in cases.items() if "speedup" in cells.get("bnkern", {})}
     if not cases:
         return None
@@ -70,10 +71,10 @@ def _speedups(rows: list[dict]) -> str | None:
             if "speedup" in cases[name].get(peer, {})
         ]
         for k, peer in enumerate(dict.fromkeys(peer for _, peer in others), 1):
-            at = [name for name, other in others if other == peer]
+            places = [name for name, other in others if other == peer]
             colour, marker = SERIES[k]
-            values = [cases[name][peer]["speedup"]["best"] for name in at]
-            axes.plot(values, at, **POINTS, color=colour, marker=marker, label=peer)
+            values = [cases[name][peer]["speedup"]["best"] for name in places]
+            axes.plot(values, places, **POINTS, color=colour, marker=marker, label=peer)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}x")
         axes.set_xlabel(f"times the better eager form\n(bnkern's geometric mean: {geometric_mean(ours):.2f}x)")
@@ -82,35 +83,37 @@ def _speedups(rows: list[dict]) -> str | None:
     return _svg(1.1 + LINE * len(cases), draw)
 
 
-def _short(row: dict) -> str:
-    layout = {"channels_last": "NHWC", "nchw": "NCHW"}.get(row["layout"], row["layout"])
-    return f"{row['shape']} {layout} {row['dtype']}"
+def _short(measurement: dict) -> str:
+    layout = {"channels_last": "NHWC", "nchw": "NCHW"}.get(measurement["layout"], measurement["layout"])
+    return f"{measurement['shape']} {layout} {measurement['dtype']}"
 
 
 ROOF = (
-    "The bandwidth of each phase, by the least bytes that it must move, as a share of what a copy of 256 MiB reaches "
-    "in the same rounds: the roof. A tensor that stays in the caches may pass it."
+    "The bandwidth of each phase, computed from the minimum of bytes that it must move, as a share of the bandwidth of "
+    "a copy of 256 MiB in the same rounds. A tensor that stays in the caches may exceed 100 %."
 )
 
 
-def _roof(rows: list[dict]) -> str | None:
-    chosen = [r for r in rows if r["bench"] in PHASES and r["provider"] == "bnkern"]
+def _roof(measurements: list[dict]) -> str | None:
+    chosen = [m for m in measurements if m["bench"] in PHASES and m["provider"] == "bnkern"]
     if not chosen:
         return None
-    phases = groups(chosen, lambda r: r["bench"])
+    phases = groups(chosen, lambda m: m["bench"])
 
     def draw(axes: Axes) -> None:
         axes.axhline(100, color=INK, linewidth=1, label="copy")
         for k, phase in enumerate(PHASES):
             group = phases.get((phase,), [])
-            sizes = [r["tensor_bytes"] / 1e6 * 1.12 ** (k - 1.5) for r in group]  # side by side, to be told apart
-            shares = [100 * r["share_of_copy"] for r in group]
+            sizes = [
+                m["tensor_bytes"] / 1e6 * 1.12 ** (k - 1.5) for m in group
+            ]  # shifted, so that the markers do not overlap
+            shares = [100 * m["share_of_copy"] for m in group]
             colour, marker = SERIES[k]
             axes.plot(sizes, shares, **POINTS, color=colour, marker=marker, label=phase)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("one tensor, MB")
+        axes.set_xlabel("size of one tensor, MB")
         axes.set_ylabel("% of the copy's bandwidth")
         _legend(axes)
 
@@ -118,25 +121,25 @@ def _roof(rows: list[dict]) -> str | None:
 
 
 GROWTH = (
-    "Forward and backward against the size of one axis, the others fixed; both axes logarithmic. A straight line of "
-    "slope one is time in proportion to the work; where it flattens to the left the fixed cost of a call remains."
+    "Time of forward and backward over the size of one axis, the others fixed; both scales are logarithmic. A line of "
+    "slope one means that time is proportional to the work. At the left the fixed cost of a call dominates."
 )
 
 
-def _growth(rows: list[dict], axis: str) -> str | None:
+def _growth(measurements: list[dict], axis: str) -> str | None:
     drawn = ("bnkern", "eager in place", "no norm") if axis == "depth" else ("bnkern", "eager in place")
-    chosen = [r for r in rows if r.get("axis") == axis and r["provider"] in drawn]
-    series = groups(chosen, lambda r: f"{r['provider']} {r['layout']}")
+    chosen = [m for m in measurements if m.get("axis") == axis and m["provider"] in drawn]
+    series = groups(chosen, lambda m: f"{m['provider']} {m['layout']}")
     if not series:
         return None
 
     def draw(axes: Axes) -> None:
         for (colour, marker), ((provider,), group) in zip(SERIES, series.items(), strict=False):
-            group.sort(key=lambda r: r["value"])
-            at, low, high = ([r[key] for r in group] for key in ("value", "p20_ms", "p80_ms"))
-            axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
-            axes.plot(at, [r["median_ms"] for r in group], color=colour, marker=marker, label=provider)
-        values = sorted({r["value"] for group in series.values() for r in group})
+            group.sort(key=lambda m: m["value"])
+            sizes, low, high = ([m[key] for m in group] for key in ("value", "p20_ms", "p80_ms"))
+            axes.fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)
+            axes.plot(sizes, [m["median_ms"] for m in group], color=colour, marker=marker, label=provider)
+        values = sorted({m["value"] for group in series.values() for m in group})
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(values, [str(value) for value in values])
@@ -149,22 +152,22 @@ def _growth(rows: list[dict], axis: str) -> str | None:
 
 
 MEMORY = (
-    "What autograd keeps for the backward of a whole network, parameters not counted, and the peak of memory during "
-    "one training step."
+    "Memory that autograd keeps for the backward of a whole network, without the parameters, and the peak of memory "
+    "during one training step."
 )
 
 
-def _memory(rows: list[dict]) -> str | None:
-    chosen = [r for r in rows if r["bench"] == "memory_of_networks"]
+def _memory(measurements: list[dict]) -> str | None:
+    chosen = [m for m in measurements if m["bench"] == "memory_of_networks"]
     if not chosen:
         return None
 
     def draw(axes: Axes) -> None:
-        names = [f"{r['op']}, {r['provider']}" for r in chosen][::-1]
+        names = [f"{m['op']}, {m['provider']}" for m in chosen][::-1]
         for (colour, marker), (key, label) in zip(
             SERIES, {"saved_bytes": "kept for backward", "peak_bytes": "peak of a step"}.items(), strict=False
         ):
-            found = [(name, r[key] / 1e6) for name, r in zip(names, chosen[::-1], strict=True) if r.get(key)]
+            found = [(name, m[key] / 1e6) for name, m in zip(names, chosen[::-1], strict=True) if m.get(key)]
             axes.plot([v for _, v in found], [n for n, _ in found], **POINTS, color=colour, marker=marker, label=label)
         axes.set_xlim(left=0)
         axes.set_xlabel("MB")
@@ -174,8 +177,8 @@ def _memory(rows: list[dict]) -> str | None:
 
 
 CHANGES = (
-    "Medians against those of the other file, after the drift of each case's peers is taken out; rows beyond the noise "
-    "(the band), and no more than forty of them, the largest changes. Left of the line is faster."
+    "Medians over those of the other file, divided by the drift of each case's peers. Shown are the measurements that "
+    "changed by more than the noise (the band), at most the forty largest changes. Left of the line is faster."
 )
 
 
@@ -188,13 +191,13 @@ def _changes(old: dict, new: dict) -> str | None:
     def draw(axes: Axes) -> None:
         axes.axvline(1, color=INK, linewidth=1)
         axes.axvspan(1 / noise, noise, color=INK, alpha=0.12, linewidth=0)
-        names = [f"{c.row['bench']} {c.row['op']}\n{_short(c.row)}" for c in beyond]
+        names = [f"{c.measurement['bench']} {c.measurement['op']}\n{_short(c.measurement)}" for c in beyond]
         for (colour, marker), label, slower in zip(SERIES, ("faster", "slower"), (False, True), strict=False):
             found = [(c.times, name) for c, name in zip(beyond, names, strict=True) if (c.times > 1) == slower]
             axes.plot([t for t, _ in found], [n for _, n in found], **POINTS, color=colour, marker=marker, label=label)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.2f}x")
-        axes.set_xlabel("times the old median")
+        axes.set_xlabel("new median over old")
         _legend(axes)
 
     return _svg(1.1 + 2 * LINE * len(beyond), draw)

@@ -1,6 +1,6 @@
-"""The report on a results file: ``report.md`` with its figures beside it, and ``report.html``, one self-contained page.
+"""The report on a results file: ``report.md`` with a folder of figures, and ``report.html``, a self-contained page.
 
-The page is made of the Markdown, so the two say the same. The same results give the same bytes.
+The page is generated from the Markdown, so the two have the same content. The same results give the same bytes.
 """
 
 import re
@@ -13,12 +13,12 @@ from benchmarks import ROOT
 from benchmarks.report import compare, figures, tables
 from experiments.draw import GRID, INK
 
-TITLE = "bnkern, measured"
+TITLE = "Benchmarks of bnkern"
 LEAD = (
-    "Times are medians of interleaved rounds: all providers take turns, so that noise hits all alike. How each number "
-    "is made, and what is not claimed, is in docs/measuring.md."
+    "Times are medians of interleaved rounds. All providers take turns, so that noise affects all of them alike. "
+    "docs/measuring.md describes how each number is measured, and its limits."
 )
-# Under which table a figure stands.
+# The figures of each section, by its title.
 PLACES = {
     "Against other results": ("changes",),
     "Whole batch norms": ("speedups",),
@@ -39,7 +39,7 @@ p { overflow-wrap: anywhere; }
 
 
 def report(results: dict, out: Path, old: dict | None = None) -> Path:
-    """Writes the report, compared with other results where they are given; the page's path."""
+    """Writes the report, with a comparison if other results are given. Returns the path of the page."""
     drawn = figures.draw_all(results, old)
     text = "\n".join(_markdown(results, drawn, old))
     shutil.rmtree(out / "figures", ignore_errors=True)
@@ -55,7 +55,7 @@ def report(results: dict, out: Path, old: dict | None = None) -> Path:
 def _markdown(results: dict, drawn: dict[str, tuple[str, str]], old: dict | None) -> list[str]:
     lines = [f"# {TITLE}", "", LEAD, "", *tables.environment(results)]
     parts = list(tables.sections(results))
-    parts.sort(key=lambda part: part[0] != "Targets")  # what was asked for stands first
+    parts.sort(key=lambda part: part[0] != "Targets")  # the targets come first
     if old is not None:
         parts.insert(0, ("Against other results", list(compare.markdown(old, results))))
     for title, table in parts:
@@ -81,7 +81,7 @@ def _page(text: str, svgs: dict[str, str]) -> str:
 
 
 def _block(lines: list[str], svgs: dict[str, str]) -> str:
-    """A heading, a figure, a table or a paragraph: all that our Markdown has."""
+    """A heading, a figure, a table or a paragraph. The Markdown of the report has no other blocks."""
     first = lines[0]
     if heading := re.match(r"(#+) (.*)", first):
         level = len(heading[1])
@@ -113,11 +113,11 @@ def _inline(text: str) -> str:
 
 
 def _svg(svg: str, name: str) -> str:
-    """A figure for the page: without prologue and ground, in the page's colours, with ids of its own."""
+    """A figure for the page, without prologue and background, in the page's colours, with unique ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.DOTALL)
     colours = {INK: "currentColor", GRID: "var(--grid)"}
     colours |= {colour: f"var(--s{k})" for k, (colour, _) in enumerate(figures.SERIES)}
-    for colour, own in colours.items():
-        svg = svg.replace(colour, own)
+    for colour, replacement in colours.items():
+        svg = svg.replace(colour, replacement)
     return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)

@@ -1,4 +1,4 @@
-"""A results file as tables in Markdown: one renderer for each kind of benchmark."""
+"""A results file as tables in Markdown, with one renderer for each kind of benchmark."""
 
 import math
 from collections import defaultdict
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from benchmarks.tools.measurements import FUSED, PHASES
 
 CALLS = (*PHASES, "forward", "backward")
-WRONG = 10  # times eager's error
+WRONG = 10  # a result is called wrong if its error is more than this many times eager's
 
 
 def markdown(results: dict) -> str:
@@ -19,14 +19,14 @@ def markdown(results: dict) -> str:
 
 
 def sections(results: dict) -> Iterator[tuple[str, list[str]]]:
-    """Titles and the lines under them."""
-    for (table, mode), rows in groups(results["rows"], _table, lambda row: row["mode"]).items():
-        yield table + (f", {mode}" if mode != "call" else ""), list(_RENDER[table](rows))
+    """The title and the lines of each section."""
+    for (table, mode), measurements in groups(results["rows"], _table, lambda m: m["mode"]).items():
+        yield table + (f", {mode}" if mode != "call" else ""), list(_RENDER[table](measurements))
     if results["targets"]:
         yield "Targets", list(_targets(results["targets"]))
 
 
-def _table(row: dict) -> str:
+def _table(measurement: dict) -> str:
     named = {
         "batch_norm": "Whole batch norms",
         "overhead": "The fixed cost of a call",
@@ -45,64 +45,66 @@ def _table(row: dict) -> str:
         "records": "Records",
         "conv_grad_signs": "Signs of a convolution's weight gradient",
     }
-    if "axis" in row:
+    if "axis" in measurement:
         return "Growth"
-    return "Recording" if "times" in row else named.get(row["bench"], "Phases")
+    return "Recording" if "times" in measurement else named.get(measurement["bench"], "Phases")
 
 
-def groups(rows: list[dict], *keys: Callable[[dict], str]) -> dict[tuple, list[dict]]:
-    """The rows by what the keys give, in the order that these come first."""
-    found = defaultdict(list)
-    for row in rows:
-        found[tuple(key(row) for key in keys)].append(row)
-    return found
+def groups(measurements: list[dict], *keys: Callable[[dict], str]) -> dict[tuple, list[dict]]:
+    """The measurements by the values of the keys, in the order of their first occurrence."""
+    grouped = defaultdict(list)
+    for measurement in measurements:
+        grouped[tuple(key(measurement) for key in keys)].append(measurement)
+    return grouped
 
 
-def case_of(row: dict) -> str:
-    """Operation, shape, layout and dtype."""
-    return f"{row['op']} {row['shape']} {row['layout']} {row['dtype']}"
+def case_of(measurement: dict) -> str:
+    """The operation, shape, layout and dtype of a measurement."""
+    return f"{measurement['op']} {measurement['shape']} {measurement['layout']} {measurement['dtype']}"
 
 
 def environment(results: dict) -> Iterator[str]:
-    """Where and of what the rows were measured."""
-    found = results["environment"]
+    """The machine, the commit and the versions that were measured."""
+    env = results["environment"]
     if results["quick"]:
-        yield from ("Quick run: these times mean nothing.", "")
-    devices = [name for kind, name in found["devices"].items() if kind == "cpu" or ":" in kind]
-    changed = " with uncommitted changes" if found["uncommitted changes"] else ""
-    load = f"{found['load average at start']:.1f} at the start, {found['load average at end']:.1f} at the end"
-    kernels = found["native module"].get("cpu kernels", "not built")
-    yield f"Measured {found['date']} on {'; '.join(devices)}; load average {load};"
-    yield f"commit {found['commit']}{changed}, backend {found['backend']} (native CPU kernels: {kernels}),"
-    yield f"torch {found['versions']['torch']} ({found['torch isa']})."
+        yield from ("This is a quick run. Its times have no meaning.", "")
+    devices = [name for kind, name in env["devices"].items() if kind == "cpu" or ":" in kind]
+    changed = " with uncommitted changes" if env["uncommitted changes"] else ""
+    load = f"{env['load average at start']:.1f} at the start, {env['load average at end']:.1f} at the end"
+    kernels = env["native module"].get("cpu kernels", "not built")
+    yield f"Measured {env['date']} on {'; '.join(devices)}; load average {load};"
+    yield f"commit {env['commit']}{changed}, backend {env['backend']} (native CPU kernels: {kernels}),"
+    yield f"torch {env['versions']['torch']} ({env['torch isa']})."
     yield ""
 
 
-def _batch_norms(rows: list[dict]) -> Iterator[str]:
-    errors = "; the largest relative error of y and the gradients against float64" if "error" in rows[0] else ""
+def _batch_norms(measurements: list[dict]) -> Iterator[str]:
+    errors = "; the largest relative error of y and the gradients against float64" if "error" in measurements[0] else ""
     yield f"Forward and backward in ms, median (p20 to p80){errors}."
     yield ""
-    rows = sorted(rows, key=lambda row: row["op"] != FUSED)  # the fused operation first, and it has all providers
-    there = {row["provider"] for row in rows if "missing" not in row}
-    providers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name in there]
+    measurements = sorted(
+        measurements, key=lambda m: m["op"] != FUSED
+    )  # the fused operation first, because it has all providers
+    available = {m["provider"] for m in measurements if "missing" not in m}
+    providers = [name for name in dict.fromkeys(m["provider"] for m in measurements) if name in available]
     yield from header("case", *providers, "bnkern over the better eager form")
-    for (case,), group in groups(rows, case_of).items():
-        cells = {row["provider"]: row for row in group}
+    for (case,), group in groups(measurements, case_of).items():
+        cells = {m["provider"]: m for m in group}
         trusted = max(cells["eager"].get("error", {"": math.inf}).values()) if "eager" in cells else math.inf
         times = [_time(cells[name], trusted) if name in cells else "" for name in providers]
         speedup = cells["bnkern"].get("speedup", {}).get("best")
         yield line(case, *times, f"{speedup:.2f}x" if speedup else "")
-    absent = {row["provider"]: row["missing"] for row in rows if row["provider"] not in there}
+    absent = {m["provider"]: m["missing"] for m in measurements if m["provider"] not in available}
     if absent:
         yield ""
         yield "Missing: " + "; ".join(f"{name} ({why})" for name, why in absent.items()) + "."
 
 
-def _phases(rows: list[dict]) -> Iterator[str]:
-    yield "Least bytes by the formulas of benchmarks/cases/traffic.py; the copy is of the same rounds."
+def _phases(measurements: list[dict]) -> Iterator[str]:
+    yield "MB is the minimum by the formulas of benchmarks/cases/traffic.py; the copy ran in the same rounds."
     yield ""
     yield from header("call", "case", "MB", "ms (p20 to p80)", "GB/s", "copy GB/s", "share of copy")
-    pairs = groups(rows, lambda row: row["bench"], case_of)
+    pairs = groups(measurements, lambda m: m["bench"], case_of)
     for bench, case in sorted(pairs, key=lambda key: CALLS.index(key[0])):
         ours, copy = pairs[bench, case]
         fresh = ", fresh outputs" if ours.get("outputs") == "fresh" else ""
@@ -110,113 +112,116 @@ def _phases(rows: list[dict]) -> Iterator[str]:
         yield line(bench, case, f"{ours['bytes'] / 1e6:.1f}", _time(ours) + fresh, *rates)
 
 
-def _records(rows: list[dict]) -> Iterator[str]:
-    yield "A call with all its records, in ms, median (p20 to p80), and how many times the same call without them."
+def _records(measurements: list[dict]) -> Iterator[str]:
+    yield "A call with all its records in ms, median (p20 to p80); cost is its time over that of a call without."
     yield ""
     yield from header("case", "ms", "without", "cost")
-    for (case,), (ours, without) in groups(rows, case_of).items():
+    for (case,), (ours, without) in groups(measurements, case_of).items():
         yield line(case, _time(ours), _time(without), f"{ours['cost']:.2f}x")
 
 
-def _steps(rows: list[dict]) -> Iterator[str]:
+def _steps(measurements: list[dict]) -> Iterator[str]:
     yield "In milliseconds, median (p20 to p80)."
     yield ""
-    yield from header("network", "provider", "ms", "over the best eager one")
-    for row in rows:
-        speedup = f"{row['speedup']['best']:.2f}x" if "speedup" in row else ""
-        yield line(row["op"], row["provider"], _time(row), speedup)
+    yield from header("network", "provider", "ms", "over the best eager form")
+    for measurement in measurements:
+        speedup = f"{measurement['speedup']['best']:.2f}x" if "speedup" in measurement else ""
+        yield line(measurement["op"], measurement["provider"], _time(measurement), speedup)
 
 
-def _graphs(rows: list[dict]) -> Iterator[str]:
+def _graphs(measurements: list[dict]) -> Iterator[str]:
     yield "A replay in milliseconds, median (p20 to p80); thousands of training images a second."
     yield ""
-    yield from header("network", "dtype", "provider", "ms", "1000 images/s", "over the best eager one")
-    for row in rows:
-        rate = f"{row['images'] / row['median_ms']:.1f}" if "images" in row else ""
-        speedup = f"{row['speedup']['best']:.2f}x" if "speedup" in row else ""
-        yield line(row["op"], row["dtype"], row["provider"], _time(row), rate, speedup)
+    yield from header("network", "dtype", "provider", "ms", "1000 images/s", "over the best eager form")
+    for measurement in measurements:
+        rate = f"{measurement['images'] / measurement['median_ms']:.1f}" if "images" in measurement else ""
+        speedup = f"{measurement['speedup']['best']:.2f}x" if "speedup" in measurement else ""
+        yield line(measurement["op"], measurement["dtype"], measurement["provider"], _time(measurement), rate, speedup)
 
 
-def _strategies(rows: list[dict]) -> Iterator[str]:
+def _strategies(measurements: list[dict]) -> Iterator[str]:
     yield "In microseconds, medians."
     yield ""
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    providers = list(dict.fromkeys(m["provider"] for m in measurements))
     yield from header("case", *providers)
-    for (case,), group in groups(rows, case_of).items():
-        times = {row["provider"]: row for row in group}
+    for (case,), group in groups(measurements, case_of).items():
+        times = {m["provider"]: m for m in group}
         cells = [f"{1e3 * times[name]['median_ms']:.1f}" if "median_ms" in times[name] else "" for name in providers]
         yield line(case, *cells)
 
 
-def _recording(rows: list[dict]) -> Iterator[str]:
-    yield "A training step in milliseconds, median (p20 to p80), and how many times the unprobed step's it takes."
+def _recording(measurements: list[dict]) -> Iterator[str]:
+    yield "A training step in milliseconds, median (p20 to p80), and its time over that of the unprobed step."
     yield ""
     yield from header("what", "provider", "ms", "times unprobed")
-    for row in rows:
-        base = "unprobed torch" if "torch" in row["provider"] else "unprobed"
-        yield line(row["op"], row["provider"], _time(row), f"{row['times'][base]:.2f}x")
+    for measurement in measurements:
+        base = "unprobed torch" if "torch" in measurement["provider"] else "unprobed"
+        yield line(measurement["op"], measurement["provider"], _time(measurement), f"{measurement['times'][base]:.2f}x")
 
 
-def _batches(rows: list[dict]) -> Iterator[str]:
+def _batches(measurements: list[dict]) -> Iterator[str]:
     yield "A batch of images in milliseconds, median (p20 to p80); thousands of images a second."
     yield ""
     yield from header("case", "provider", "ms", "1000 images/s", "over the best eager form")
-    for row in rows:
+    for measurement in measurements:
         rate, speedup = "", ""
-        if "speedup" in row:
-            rate, speedup = f"{row['images'] / row['median_ms']:.0f}", f"{row['speedup']['best']:.2f}x"
-        yield line(case_of(row), row["provider"], _time(row), rate, speedup)
+        if "speedup" in measurement:
+            rate, speedup = (
+                f"{measurement['images'] / measurement['median_ms']:.0f}",
+                f"{measurement['speedup']['best']:.2f}x",
+            )
+        yield line(case_of(measurement), measurement["provider"], _time(measurement), rate, speedup)
 
 
-def _grad_signs(rows: list[dict]) -> Iterator[str]:
-    yield "What is wanted, in milliseconds, median (p20 to p80); beside torch's weight gradient alone."
+def _grad_signs(measurements: list[dict]) -> Iterator[str]:
+    yield "The requested sums in milliseconds, median (p20 to p80), and torch's weight gradient alone."
     yield ""
     yield from header(
         "case", "bnkern", "torch's gradient", "by identities", "over the gradient", "identities over bnkern"
     )
-    for (case,), group in groups(rows, case_of).items():
+    for (case,), group in groups(measurements, case_of).items():
         ours, *peers = group
         ratios = ours["speedup"]
         over = f"{1 / ratios['eager gradient']:.2f}x", f"{ratios['eager identities']:.2f}x"
         yield line(case, _time(ours), *map(_time, peers), *over)
 
 
-def _growth(rows: list[dict]) -> Iterator[str]:
-    yield "Forward and backward, or a training step, in ms, median (p20 to p80), as one axis grows; and how many times"
-    yield "the step before it: in proportion to the work, four times for N, C and S."
+def _growth(measurements: list[dict]) -> Iterator[str]:
+    yield "Forward and backward, or a training step, in ms, median (p20 to p80), as one axis grows, and the time over"
+    yield "that of the previous size. For N, C and S the work grows by a factor of four."
     yield ""
-    yield from header("axis", "value", "case", "provider", "ms", "times the one before")
-    curves = groups(rows, lambda r: r["axis"], lambda r: r["layout"], lambda r: r["provider"])
+    yield from header("axis", "value", "case", "provider", "ms", "over the previous size")
+    curves = groups(measurements, lambda m: m["axis"], lambda m: m["layout"], lambda m: m["provider"])
     for (axis, _, provider), curve in curves.items():
         before = None
-        for row in sorted(curve, key=lambda r: r["value"]):
-            times = f"{row['median_ms'] / before:.2f}x" if before else ""
-            yield line(axis, str(row["value"]), case_of(row), provider, _time(row), times)
-            before = row["median_ms"]
+        for measurement in sorted(curve, key=lambda m: m["value"]):
+            times = f"{measurement['median_ms'] / before:.2f}x" if before else ""
+            yield line(axis, str(measurement["value"]), case_of(measurement), provider, _time(measurement), times)
+            before = measurement["median_ms"]
 
 
-def _layers(rows: list[dict]) -> Iterator[str]:
-    yield "Bytes that autograd keeps for the backward of the layer alone, for each element of the input. In a network"
-    yield "the next convolution keeps y as well, and what eager's ReLU keeps of it costs nothing more."
+def _layers(measurements: list[dict]) -> Iterator[str]:
+    yield "Bytes that autograd keeps for the backward of the layer alone, per element of the input. In a network the"
+    yield "next convolution keeps y as well, so that eager's ReLU, which also keeps y, needs no further memory."
     yield ""
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    providers = list(dict.fromkeys(m["provider"] for m in measurements))
     yield from header("case", *providers)
-    for (case,), group in groups(rows, case_of).items():
-        kept = {row["provider"]: f"{row['saved_bytes'] / math.prod(row['size']):.2f}" for row in group}
+    for (case,), group in groups(measurements, case_of).items():
+        kept = {m["provider"]: f"{m['saved_bytes'] / math.prod(m['size']):.2f}" for m in group}
         yield line(case, *(kept.get(name, "") for name in providers))
 
 
-def _networks(rows: list[dict]) -> Iterator[str]:
-    yield "MB that autograd keeps for the backward of a whole network, and the peak of a training step beyond what is"
-    yield "held before it; fp32, channels_last, each in a process of its own."
+def _networks(measurements: list[dict]) -> Iterator[str]:
+    yield "MB that autograd keeps for the backward of a whole network, and the growth of memory to the peak of a"
+    yield "training step; fp32, channels_last, each in a separate process."
     yield ""
     yield from header("network", "provider", "images", "kept", "peak")
-    for row in rows:
-        images = " x ".join(map(str, row["size"]))
-        cells = [row["missing"], ""] if "missing" in row else [
-            f"{row[key] / 1e6:.0f}" for key in ("saved_bytes", "peak_bytes")
+    for measurement in measurements:
+        images = " x ".join(map(str, measurement["size"]))
+        cells = [measurement["missing"], ""] if "missing" in measurement else [
+            f"{measurement[key] / 1e6:.0f}" for key in ("saved_bytes", "peak_bytes")
         ]  # fmt: skip
-        yield line(row["op"], row["provider"], images, *cells)
+        yield line(measurement["op"], measurement["provider"], images, *cells)
 
 
 _RENDER = {
@@ -242,21 +247,21 @@ _RENDER = {
 }
 
 
-def _targets(found: list[dict]) -> Iterator[str]:
+def _targets(targets: list[dict]) -> Iterator[str]:
     yield from header("target", "", "asked", "measured", "cases")
-    for target in found:
+    for target in targets:
         verdict = "holds" if target["holds"] else "missed"
         yield line(target["name"], verdict, f"{target['bar']:g}", f"{target['value']:.2f}", str(target["cases"]))
 
 
-def _time(row: dict, trusted: float = math.inf) -> str:
-    """A row's time, and its largest error, called wrong where it is many times the trusted one."""
-    if "missing" in row:
-        return f"missing: {row['missing']}"
-    error = max(row.get("error", {"": 0.0}).values())
-    said = f"; {error:.0e}" if "error" in row else ""
+def _time(measurement: dict, trusted: float = math.inf) -> str:
+    """The time and the largest error of a measurement, marked as wrong if the error is many times the trusted one."""
+    if "missing" in measurement:
+        return f"missing: {measurement['missing']}"
+    error = max(measurement.get("error", {"": 0.0}).values())
+    shown = f"; {error:.0e}" if "error" in measurement else ""
     wrong = " **wrong**" if not error <= WRONG * trusted else ""
-    return f"{row['median_ms']:.3g} ({row['p20_ms']:.3g} to {row['p80_ms']:.3g}){said}{wrong}"
+    return f"{measurement['median_ms']:.3g} ({measurement['p20_ms']:.3g} to {measurement['p80_ms']:.3g}){shown}{wrong}"
 
 
 def header(*names: str) -> list[str]:

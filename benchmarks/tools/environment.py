@@ -1,4 +1,4 @@
-"""Where and of what a measurement was made."""
+"""The environment of a measurement."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from bnkern.__main__ import devices, native, versions
 
 
 def environment(device: torch.device) -> dict:
-    """Machine, versions, commit, the backend that serves, and what else is known to move timings."""
+    """Machine, versions, commit, backend, and other settings that influence times."""
     huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

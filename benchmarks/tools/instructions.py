@@ -31,19 +31,19 @@ from typing import ClassVar
 
 TABLE = Path(__file__).with_name("instructions.json")
 ISA = "avx2"
-TOLERANCE = 0.03  # counts repeat to the digit; this lets through what touches no inner loop
-# Every kernel is called from here, and returns here: the kernels' own entries end in jumps, which valgrind cannot tell
-# from calls that stay.
+TOLERANCE = 0.03  # counts repeat exactly; this allows changes outside of inner loops
+# Every kernel is called from these functions and returns to them. The kernels' own entries end in tail calls, which
+# valgrind cannot distinguish from calls that return.
 ENTRIES = [
     f"void bnkern::run_released<bnkern::{call}>(void (*)(bnkern::{call} const&), bnkern::{call} const&)"
     for call in ("Forward", "Backward", "ConvGradSigns", "Conv3x3", "Augment")
 ]
 CODES = {"fp32": 0, "bf16": 1}  # of csrc/dtype.h
-SHAPES = {"vectors": (4, 16, 1024), "odd": (4, 17, 49)}  # N, C, S; the odd one is no multiple of a vector anywhere
+SHAPES = {"vectors": (4, 16, 1024), "odd": (4, 17, 49)}  # N, C, S; no size of the odd one is a multiple of a vector
 PLANES_AND_ROWS = {"planes": False, "rows": True}
 
 
-# ------------------------------------------------------------------------- in the process that valgrind watches
+# --------------------------------------------------------------------------- in the process under valgrind
 
 
 DTYPES = ("fp32", "bf16", "fp16", "fp64", "uint8", "int64", "int32")  # by the codes of csrc/call/dlpack.h
@@ -51,13 +51,13 @@ WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "uint8": 1, "int64": 8, "in
 
 
 class Array:
-    """What stands for a tensor: zeroed pages, so that addresses are aligned alike in every run; kept for good."""
+    """A substitute for a tensor. Its pages are never freed, and its addresses have the same alignment in every run."""
 
     device = None
     _kept: ClassVar[list] = []
 
     def __init__(self, shape: tuple[int, ...], dtype: str = "fp32", pattern: bytes = b"", rows: bool = False) -> None:
-        """Full of a pattern, contiguous or, with ``rows``, with the second axis innermost."""
+        """Filled with a pattern, contiguous or, with ``rows``, with the second axis innermost."""
         order = (1, *range(len(shape) - 1, 1, -1), 0) if rows else range(len(shape) - 1, -1, -1)
         strides, size = [0] * len(shape), 1
         for axis in order:
@@ -77,7 +77,7 @@ _NORMAL_BF16 = b"".join(_NORMAL[k + 2 : k + 4] for k in range(0, len(_NORMAL), 4
 
 
 def normal(shape: tuple[int, ...], dtype: str, rows: bool = False) -> Array:
-    """Standard normal values, 4096 of them over and over."""
+    """4096 standard normal values, repeated."""
     return Array(shape, dtype, _NORMAL if dtype == "fp32" else _NORMAL_BF16, rows)
 
 
@@ -86,23 +86,23 @@ def ones(count: int) -> Array:
 
 
 def cases(native: ModuleType) -> dict[str, Callable[[], object]]:
-    """A call of the module for each case, by name."""
-    found = {}
+    """The call of each case, by name."""
+    calls = {}
     for shape, (layout, rows), dtype, op in product(SHAPES, PLANES_AND_ROWS.items(), CODES, ("bn", "bn_add_relu")):
         for recorded in (False, True) if (dtype, op) == ("fp32", "bn_add_relu") else (False,):
             name = f"{op} {layout} {dtype} {shape}{' recorded' if recorded else ''}"
-            what = (native, rows, dtype, SHAPES[shape], op == "bn_add_relu", recorded)
-            found[f"forward {name}"] = forward(*what)
-            found[f"backward {name}"] = backward(*what)
+            arguments = (native, rows, dtype, SHAPES[shape], op == "bn_add_relu", recorded)
+            calls[f"forward {name}"] = forward(*arguments)
+            calls[f"backward {name}"] = backward(*arguments)
     for (layout, rows), dtype in product(PLANES_AND_ROWS.items(), CODES):
-        found[f"augment {layout} {dtype}"] = augment(native, rows, dtype)
+        calls[f"augment {layout} {dtype}"] = augment(native, rows, dtype)
         for what, wanted in (("sums", (True, True, False, False)), ("signs", (False, False, True, True))):
-            found[f"conv_grad_signs {what} {layout} {dtype}"] = conv_grad_signs(native, rows, dtype, wanted)
+            calls[f"conv_grad_signs {what} {layout} {dtype}"] = conv_grad_signs(native, rows, dtype, wanted)
     for channels, side in ((16, 32), (64, 8)):
-        found[f"conv3x3 {channels}"] = conv3x3(native, channels, side)
+        calls[f"conv3x3 {channels}"] = conv3x3(native, channels, side)
         sizes, wanted = (4, channels, side), (True, False, False, False)
-        found[f"conv3x3 gradient {channels}"] = conv_grad_signs(native, True, "fp32", wanted, sizes, True)
-    return found
+        calls[f"conv3x3 gradient {channels}"] = conv_grad_signs(native, True, "fp32", wanted, sizes, True)
+    return calls
 
 
 def forward(native, rows, dtype, sizes, fused, recorded) -> Callable[[], object]:
@@ -150,7 +150,7 @@ def conv3x3(native, channels, side) -> Callable[[], object]:
 
 
 class Torch:
-    """What the native module needs of torch (bnkern/backends/native.py), for :class:`Array`."""
+    """A substitute for the functions of torch that the native module uses (see bnkern/backends/native.py)."""
 
     PLAIN_TYPES = (Array,)
     DTYPES = DTYPES
@@ -168,7 +168,7 @@ class Torch:
 
 
 def load(module: str) -> ModuleType:
-    """The compiled module by its file, without the package around it, which would bring torch."""
+    """Loads the compiled module from its file, because the package bnkern would import torch."""
     loader = machinery.ExtensionFileLoader("_native", module)
     native = util.module_from_spec(util.spec_from_loader("_native", loader))
     loader.exec_module(native)
@@ -179,17 +179,17 @@ def load(module: str) -> ModuleType:
 
 
 def call_all(module: str) -> None:
-    """Calls each case once, and prints its name before."""
+    """Prints the name of each case and calls it once."""
     for name, call in cases(load(module)).items():
         print(name, flush=True)
         call()
 
 
-# ------------------------------------------------------------------------------------ around it: count and compare
+# ------------------------------------------------------------------------------------------- count and compare
 
 
 def lacks() -> str | None:
-    """Why nothing can be counted here, or None."""
+    """The reason why nothing can be counted here, or None."""
     from bnkern import _native
 
     if not shutil.which("valgrind"):
@@ -206,7 +206,7 @@ def compiler() -> str:
 
 
 def totals(dumps: list[str]) -> list[int]:
-    """The instructions of each of callgrind's dumps, in the order of their part numbers."""
+    """The instructions of each dump of callgrind, in the order of the part numbers."""
     counts = {}
     for dump in dumps:
         part, total = (re.search(rf"^{key}: (\d+)", dump, re.MULTILINE) for key in ("part", "totals"))
@@ -217,14 +217,14 @@ def totals(dumps: list[str]) -> list[int]:
 
 
 def count() -> dict[str, int]:
-    """Instructions by case."""
+    """The instructions of each case."""
     from bnkern import _native
 
     with tempfile.TemporaryDirectory() as folder:
-        # valgrind takes a pattern for the one and not for the other.
+        # valgrind accepts a pattern for --toggle-collect, but not for --dump-after.
         collect = ["--toggle-collect=void bnkern::run_released<*", *(f"--dump-after={entry}" for entry in ENTRIES)]
         options = [f"--callgrind-out-file={folder}/dump", "--collect-atstart=no", *collect]
-        # Isolated and without site-packages: this file again, as a program.
+        # Runs this file as a program, isolated and without site-packages.
         command = [sys.executable, "-I", "-S", __file__, "--call", _native.__file__]
         done = subprocess.run(
             ["valgrind", "--tool=callgrind", *options, *command],
@@ -236,22 +236,22 @@ def count() -> dict[str, int]:
             raise RuntimeError(f"valgrind failed:\n{done.stderr[-2000:]}")
         names = done.stdout.splitlines()
         dumps = [path.read_text() for path in Path(folder).glob("dump.*")]
-        counts = [count for count in totals(dumps) if count]  # the last dump is of the rest: nothing
+        counts = [count for count in totals(dumps) if count]  # the last dump, after the last call, is empty
     if len(counts) != len(names):
         raise RuntimeError(f"{len(names)} calls and {len(counts)} counts: does the module keep its symbols?")
     return dict(zip(names, counts, strict=True))
 
 
 def changed(counts: dict[str, int], table: dict[str, int]) -> list[str]:
-    """What stands against the table: cases of one of the two alone, and counts further apart than TOLERANCE."""
-    found = [
+    """The differences from the table: missing and additional cases, and counts that differ by more than TOLERANCE."""
+    changes = [
         f"{name}: not in {'the table' if name in counts else 'the cases'}" for name in counts.keys() ^ table.keys()
     ]
     for name in counts.keys() & table.keys():
         change = counts[name] / table[name] - 1
         if abs(change) > TOLERANCE:
-            found.append(f"{name}: {table[name]} became {counts[name]}, {change:+.1%}")
-    return sorted(found)
+            changes.append(f"{name}: {table[name]} became {counts[name]}, {change:+.1%}")
+    return sorted(changes)
 
 
 def main() -> None:
@@ -261,13 +261,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.call:
         return call_all(args.call)
-    if why := lacks():
-        sys.exit(f"nothing counted: {why}")
+    if reason := lacks():
+        sys.exit(f"nothing can be counted: {reason}")
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     counts, before = count(), table.get(compiler(), {})
-    for name, found in counts.items():
-        change = f"{found / before[name] - 1:+.1%}" if name in before else "new"
-        print(f"{name:<50} {found:>10,} {change:>8}")
+    for name, instructions in counts.items():
+        change = f"{instructions / before[name] - 1:+.1%}" if name in before else "new"
+        print(f"{name:<50} {instructions:>10,} {change:>8}")
     if args.write:
         table[compiler()] = counts
         TABLE.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")

@@ -34,7 +34,7 @@ class Network(NamedTuple):
 
 
 def _resnet50() -> nn.Module:
-    from pytorchcv.models.resnet import resnet50  # model_provider would want torchvision
+    from pytorchcv.models.resnet import resnet50  # model_provider would import torchvision
 
     return resnet50(pretrained=False)
 
@@ -47,9 +47,9 @@ NETWORKS = {
 
 
 def saved_bytes(forward: Callable[[], object], without: list[Tensor]) -> tuple[int, object]:
-    """Bytes that autograd holds after ``forward``, which must return what keeps its graph alive; and that.
+    """The bytes that autograd holds after ``forward``, and its result, which must keep the graph alive.
 
-    Each block of memory counts once, those of the tensors ``without`` not at all.
+    Each block of memory counts once. The blocks of the tensors in ``without`` do not count.
     """
     counted = {t.untyped_storage().data_ptr() for t in without}
     total = 0
@@ -68,7 +68,7 @@ def saved_bytes(forward: Callable[[], object], without: list[Tensor]) -> tuple[i
 
 
 class Peak:
-    """How far memory goes beyond where it is now."""
+    """The growth of memory from now on: a call returns the peak minus the start."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -77,13 +77,14 @@ class Peak:
             self._start = torch.cuda.memory_allocated()
         else:
             release_memory()
-            ctypes.CDLL(None).malloc_trim(0)  # what the heap keeps of freed memory would hide what the step takes
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
+            # The step must not reuse memory that counts as resident already.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the resident size
             self._start = self._resident("VmRSS")
 
     def __call__(self) -> int:
-        now = torch.cuda.max_memory_allocated() if self._device.type == "cuda" else self._resident("VmHWM")
-        return now - self._start
+        peak = torch.cuda.max_memory_allocated() if self._device.type == "cuda" else self._resident("VmHWM")
+        return peak - self._start
 
     @staticmethod
     def _resident(name: str) -> int:
@@ -92,7 +93,7 @@ class Peak:
 
 
 def of_step(name: str, provider: str, device: torch.device) -> dict[str, int]:
-    """Both numbers for one training step in channels_last, fp32."""
+    """The saved and the peak bytes of one training step in channels_last, fp32."""
     build, ours, size, _ = NETWORKS[name]
     torch.manual_seed(0)
     model = build()
@@ -113,7 +114,7 @@ def of_step(name: str, provider: str, device: torch.device) -> dict[str, int]:
             parameter.grad = None
         return saved
 
-    step(images[:1].repeat(2, 1, 1, 1), labels[:2])  # libraries load, caches of code fill
+    step(images[:1].repeat(2, 1, 1, 1), labels[:2])  # loads libraries and fills code caches
     peak = Peak(device)
     return {"saved_bytes": step(images, labels), "peak_bytes": peak()}
 

@@ -1,9 +1,10 @@
-"""Timing several providers of one result against each other.
+"""Times several providers of one result.
 
-The providers take turns, one sample each per round, so that drift and noise hit all alike; ratios are formed within
-a round before the median is taken over rounds. On the CPU a sample is the wall-clock time of one call. On a GPU it
-is the time between two events around a pass over several sets of buffers, together larger than the L2 cache, so
-that each call meets cold memory; called one by one, or captured once and replayed as a graph.
+The providers take turns, with one sample each per round, so that drift and noise affect all of them alike. Ratios are
+computed within a round before the median over the rounds is taken. On the CPU a sample is the wall-clock time of one
+call. On a GPU it is the time between two events around calls on several sets of buffers. Together the sets are larger
+than the L2 cache, so that the tensors of each call are not in it. The calls are made one by one, or captured once and
+replayed as a graph.
 """
 
 import time
@@ -14,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-CACHED_BYTES = 64e6  # tensors below may live in a last-level cache; above they do not
+CACHED_BYTES = 64e6  # smaller tensors may stay in a last-level cache, larger ones do not
 MOST_SETS = 64
 
-Sampler = Callable[[], float]  # takes one sample: seconds per call
+Sampler = Callable[[], float]  # takes one sample and returns seconds per call
 
 
 class Summary(NamedTuple):
@@ -30,7 +31,7 @@ class Summary(NamedTuple):
 
 
 class Comparison:
-    """Providers taking turns. The first is the one under test; a peer that raises is named in ``missing``."""
+    """Providers that take turns. The first one is under test. A peer that raises is listed in ``missing``."""
 
     def __init__(self, samplers: Mapping[str, Sampler]) -> None:
         self.samplers = dict(samplers)
@@ -40,7 +41,7 @@ class Comparison:
         self._turn = 0
 
     def warm_up(self) -> float:
-        """Two rounds that do not count: the first compiles and fills pools, the second gives a round's seconds."""
+        """Runs two rounds that do not count. The first compiles and fills pools. Returns the seconds of the second."""
         for name in list(self.samplers):
             try:
                 self.samplers[name]()
@@ -55,7 +56,7 @@ class Comparison:
         return time.perf_counter() - start
 
     def sample_peers(self) -> None:
-        """The peers' samples of a round, beginning with another peer each round."""
+        """Takes the peers' samples of a round. Each round begins with another peer."""
         peers = [name for name in self.samplers if name != self.first]
         for k in range(len(peers)):
             name = peers[(k + self._turn) % len(peers)]
@@ -63,7 +64,7 @@ class Comparison:
         self._turn += 1
 
     def sample_first(self) -> None:
-        """The sample of the provider under test, which ends a round."""
+        """Takes the sample of the provider under test, which ends a round."""
         self.seconds[self.first].append(self.samplers[self.first]())
 
     def summary(self, name: str) -> Summary:
@@ -71,7 +72,7 @@ class Comparison:
         return Summary(float(median), float(p20), float(p80), len(self.seconds[name]))
 
     def ratio(self, base: str, name: str) -> float:
-        """How many times faster ``name`` is than ``base``: the median of the rounds' ratios."""
+        """The speed of ``name`` over that of ``base``: the median of the rounds' ratios."""
         return float(np.median(np.divide(self.seconds[base], self.seconds[name])))
 
 
@@ -81,12 +82,12 @@ def reason(error: Exception) -> str:
 
 
 def rounds_within(budget_s: float, round_s: float, least: int = 5, most: int = 300) -> int:
-    """How many rounds fit the time budget, held between ``least`` and ``most``."""
+    """The number of rounds that fit the time budget, limited to ``least`` to ``most``."""
     return int(min(max(budget_s / max(round_s, 1e-9), least), most))
 
 
 def modes(device: torch.device) -> tuple[str, ...]:
-    """How calls are made: one by one, and on a GPU also as a replayed graph."""
+    """The modes of calling: one call at a time, and on a GPU also a replayed graph."""
     return ("call", "graph") if device.type == "cuda" else ("call",)
 
 
@@ -97,7 +98,7 @@ def samplers(
     device: torch.device,
     mode: str = "call",
 ) -> dict[str, Sampler]:
-    """A sampler for each provider, a function of the data; ``nbytes`` is the size of one tensor of the data."""
+    """A sampler for each provider. A provider is a function of the data, whose tensors have ``nbytes`` bytes."""
     if device.type == "cpu":
         data = make_data()
         return {name: wall(lambda f=f: f(data), nbytes < CACHED_BYTES) for name, f in providers.items()}
@@ -108,8 +109,8 @@ def samplers(
 
 
 def wall(call: Callable, warm: bool, clock: Callable[[], float] = time.perf_counter) -> Sampler:
-    """Wall-clock seconds of one call. ``warm``: right after an untimed one, so that it meets the caches as it left
-    them, not as another provider did."""
+    """Wall-clock seconds of one call. With ``warm`` an untimed call precedes it, so that the caches hold the tensors of
+    this provider and not those of another."""
 
     def sample() -> float:
         if warm:
@@ -122,7 +123,7 @@ def wall(call: Callable, warm: bool, clock: Callable[[], float] = time.perf_coun
 
 
 def events(calls: list[Callable]) -> Sampler:
-    """Seconds per call between two events around all calls, made one by one."""
+    """Seconds per call between two events around all calls, which are made one by one."""
 
     def sample() -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -1,8 +1,9 @@
-"""A batch of training images, 128 of 50,000 that lie on the device: gathered, cropped, flipped and normalised.
+"""A batch of 128 training images of the 50,000 on the device: gathered, cropped, flipped and normalised.
 
-``augment`` does all of it, ``normalise`` gathers and normalises alone. Every call makes another batch, into memory
-that is there where the provider can use it. The eager forms draw from torch's generator: "eager" for all images at
-once, by indices; "eager one by one" as torchvision's transforms do it, image after image, but on tensors.
+``augment`` does all of this; ``normalise`` only gathers and normalises. Every call makes another batch, in memory that
+is already allocated if the provider can use it. The eager forms draw from torch's generator. "eager" works on all
+images at once, by indices. "eager one by one" works on one image after the other, as torchvision's transforms do, but
+on tensors.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 class Eager:
-    """The same in plain torch: all images at once, or one by one."""
+    """The same in plain torch, for all images at once or one by one."""
 
     def __init__(self, split: Split, case: Case, augment: bool) -> None:
         self.images, self.labels = split
@@ -34,14 +35,14 @@ class Eager:
         self.augment = augment
         self.order = torch.randperm(len(self.labels), device=device)
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
-        self.at = cycle(range(0, len(self.labels) - self.count + 1, self.count))
+        self.starts = cycle(range(0, len(self.labels) - self.count + 1, self.count))
 
     def _normalised(self, images: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         images = ((images.float() / 255 - self.mean) / self.std).to(self.dtype, memory_format=self.memory_format)
         return images, self.labels[chosen]
 
     def _chosen(self) -> Tensor:
-        start = next(self.at)
+        start = next(self.starts)
         return self.order[start : start + self.count]
 
     def at_once(self) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """The update of all parameters after a step: SGD with momentum and weight decay, on the parameters of a ResNet.
 
-bnkern.train updates by torch's fused kernel, which takes all parameters in one call; the eager forms are torch.optim's
-other two, an operation at a time on lists of tensors and on one tensor after the other. The learning rate is 0: the
-same work, and the parameters stay.
+bnkern.train uses torch's fused kernel, which updates all parameters in one call. The eager forms are the other two of
+torch.optim: operations on lists of tensors, and operations on one tensor at a time. The learning rate is 0, which takes
+the same time and keeps the parameters.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ FORMS = {"bnkern": {"fused": True}, "eager foreach": {"foreach": True}, "eager o
 @pytest.mark.parametrize("depth", [20, 110])
 def test_optimizer(depth: int, mode: str, device: torch.device, compare: Callable) -> None:
     def optimizers() -> dict[str, torch.optim.SGD]:
-        found = {}
+        built = {}
         for name, form in FORMS.items():
             parameters = list(ResNet(depth).to(device).parameters())
             for parameter in parameters:
                 parameter.grad = torch.randn_like(parameter)
-            found[name] = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=5e-4, **form)
-        return found
+            built[name] = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=5e-4, **form)
+        return built
 
     size = 4 * sum(parameter.numel() for parameter in ResNet(depth).parameters())
     compare(
@@ -34,7 +34,7 @@ def test_optimizer(depth: int, mode: str, device: torch.device, compare: Callabl
         {name: lambda data, name=name: data[name].step() for name in FORMS},
         make_data=optimizers,
         mode=mode,
-        # Reads parameter, gradient and velocity, writes parameter and velocity.
+        # It reads the parameter, the gradient and the velocity, and writes the parameter and the velocity.
         moved=lambda name: {"bytes": 5 * size},
         nbytes=size,
     )

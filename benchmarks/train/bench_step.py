@@ -1,12 +1,12 @@
 """A whole training step of a ResNet on CIFAR-sized images, batch 128, fp32: forward, loss, backward, SGD.
 
-``test_step`` takes ready batches. ``test_loop`` is the step that ``python -m bnkern.train`` takes, which also makes its
-batch, measures, and looks out for divergence; "ready batch" beside it is the step of ``test_step``. ``test_graph`` is
-the same as one CUDA graph, as the loop records it on a GPU, of ResNet-20 and ResNet-110 in fp32 and bf16 autocast;
-``test_replicas`` has several such graphs on one GPU at once.
+``test_step`` gets its batches ready-made. ``test_loop`` is the step of ``python -m bnkern.train``, which also makes its
+batch, computes metrics, and checks for divergence; its provider "ready batch" is the step of ``test_step``.
+``test_graph`` is the step of the loop as one CUDA graph, for ResNet-20 and ResNet-110 in fp32 and bf16 autocast.
+``test_replicas`` runs several such graphs on one GPU.
 
-The same step without its normalisation ("no norm": ReLU and the residual addition stay) is the limit to what faster
-batch norm can give. The learning rate is 0, which is the same work, so that every step is of the same network.
+The step without normalisation ("no norm", which keeps ReLU and the residual addition) bounds the gain from a faster
+batch norm. The learning rate is 0, which takes the same time, so that every step is of the same network.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from bnkern.train.resnet import ResNet
 
 @pytest.mark.parametrize("depth", [20, 110])
 def test_step(depth: int, compare, device: torch.device, quick: bool, without_compile: str | None) -> None:
-    """ResNet-110 in channels_last alone, every provider's better layout, and uncompiled: minutes otherwise."""
+    """ResNet-110 runs only in channels_last, the better layout of every provider, and uncompiled, to save minutes."""
     deep = depth > 20
     depth, case = (8, Case("few_images", "both", "fp32")) if quick else (depth, Case("images", "both", "fp32"))
     layouts, without_compile = (["channels_last"], "its depth") if deep else (LAYOUTS, without_compile)
@@ -77,7 +77,7 @@ def test_loop(compare, device: torch.device, quick: bool) -> None:
 def test_graph(
     depth: int, precision: str, compare, device: torch.device, quick: bool, without_compile: str | None
 ) -> None:
-    """Every row is a replay; what the network's kernels are was settled when it was recorded."""
+    """Every measurement is of a replay. The kernels were chosen at the capture."""
     data = cifar10.synthetic()
     common = {"depth": 8 if quick else depth, "precision": precision, "data": "synthetic", "channels_last": True}
     settings = {
@@ -111,37 +111,37 @@ def test_graph(
 
 
 def side_by_side(steps: list[Callable]) -> Callable[[object], int]:
-    """All steps at once, each on a stream of its own; returns how many."""
+    """All steps at the same time, each on its own stream; returns their number."""
     streams = [torch.cuda.Stream() for _ in steps]
 
-    def all_of_them(data: object) -> int:
-        now = torch.cuda.current_stream()
+    def run_all(data: object) -> int:
+        current = torch.cuda.current_stream()
         for stream, step in zip(streams, steps, strict=True):
-            stream.wait_stream(now)
+            stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 step(data)
         for stream in streams:
-            now.wait_stream(stream)
+            current.wait_stream(stream)
         return len(steps)
 
-    return all_of_them
+    return run_all
 
 
 def in_turn(steps: list[Callable]) -> Callable[[object], int]:
-    def all_of_them(data: object) -> int:
+    def run_all(data: object) -> int:
         for step in steps:
             step(data)
         return len(steps)
 
-    return all_of_them
+    return run_all
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 @pytest.mark.parametrize("depth", [20, 110])
 def test_replicas(depth: int, compare, device: torch.device, quick: bool) -> None:
-    """Runs of several seeds on one GPU: a captured step of each, on streams side by side, or one after the other.
+    """Captured steps of several seeds on one GPU, side by side on several streams, or one after the other.
 
-    Worth having in the loop from 1.5 times the images a second with four.
+    The training loop should support this if four replicas give at least 1.5 times the images a second.
     """
     data = cifar10.synthetic()
     common = {"depth": 8 if quick else depth, "precision": "bf16", "data": "synthetic", "channels_last": True}

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: statistics on a fake clock, bytes by hand, and one quick run to its file."""
+"""The benchmarks' statistics on a fake clock, bytes computed by hand, and one quick run with its results file."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests import ROOT
 
 
 class Clock:
-    """Time that passes only when told to."""
+    """A clock that only advances when a test calls for it."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -32,7 +32,7 @@ class Clock:
         return self.now
 
     def call(self, *seconds: float):
-        """A function whose calls take these times, one after the other and again."""
+        """A function whose calls take these times in turn."""
         turns = 0
 
         def advance() -> None:
@@ -51,7 +51,7 @@ def compared(samplers: dict, rounds: int) -> Comparison:
     return comparison
 
 
-def test_wall_times_one_call_and_warms_up_only_when_asked() -> None:
+def test_wall_times_one_call_and_warms_up_only_on_request() -> None:
     clock = Clock()
     assert wall(clock.call(3.0, 1.0), warm=False, clock=clock)() == 3.0
     assert wall(clock.call(3.0, 1.0), warm=True, clock=clock)() == 1.0
@@ -65,7 +65,7 @@ def test_summary_is_the_median_and_the_percentiles() -> None:
 
 
 def test_ratio_is_formed_within_rounds_so_that_drift_cancels() -> None:
-    """A machine that slows down tenfold on the way: each round still says twice as fast."""
+    """The machine becomes ten times slower, and each round still has a ratio of two."""
     clock = Clock()
     drift = (1.0, 2.0, 4.0, 7.0, 10.0)
     samplers = {
@@ -105,7 +105,7 @@ def test_rounds_fit_the_budget_between_two_bounds() -> None:
 
 @pytest.mark.parametrize(
     ("call", "op", "itemsize", "least", "phased"),
-    [  # by hand, for 800 elements: 3200 bytes a tensor in fp32, 1600 in bf16, 100 the mask
+    [  # computed by hand for 800 elements: a tensor has 3200 bytes in fp32 and 1600 in bf16, the mask has 100
         ("moments", "bn", 4, 3200, 3200),
         ("normalize", "bn", 4, 6400, 6400),
         ("normalize", "bn_add_relu", 2, 4900, 4900),
@@ -122,19 +122,19 @@ def test_bytes(call: str, op: str, itemsize: int, least: int, phased: int) -> No
     assert traffic.phased_bytes(call, op, 800, itemsize) == phased
 
 
-def test_row_says_rate_share_and_speedup() -> None:
+def test_measurement_has_rate_share_and_speedup() -> None:
     samplers = {"bnkern": lambda: 0.002, "eager": lambda: 0.006, "eager in place": lambda: 0.004, "copy": lambda: 0.01}
     moved = {"bnkern": {"bytes": 16_000_000}, "copy": {"bytes": 100_000_000}}
-    row = measured(compared(samplers, rounds=3), "bnkern", moved.__getitem__)
-    assert row["speedup"] == pytest.approx({"eager": 3.0, "eager in place": 2.0, "best": 2.0})
-    assert row["gb_per_s"] == pytest.approx(8.0)
-    assert row["share_of_copy"] == pytest.approx(0.8)  # the copy moves 10 GB/s
+    measurement = measured(compared(samplers, rounds=3), "bnkern", moved.__getitem__)
+    assert measurement["speedup"] == pytest.approx({"eager": 3.0, "eager in place": 2.0, "best": 2.0})
+    assert measurement["gb_per_s"] == pytest.approx(8.0)
+    assert measurement["share_of_copy"] == pytest.approx(0.8)  # the copy moves 10 GB/s
 
 
 def test_targets_are_geometric_means_and_worst_cases() -> None:
     label = {"bench": "batch_norm", "op": "bn_add_relu", "mode": "call", "provider": "bnkern"}
-    rows = [label | {"speedup": {"eager": ratio, "best": ratio / 2}} for ratio in (2.0, 8.0)]
-    found = {target["name"]: target for target in targets(rows)}
+    measurements = [label | {"speedup": {"eager": ratio, "best": ratio / 2}} for ratio in (2.0, 8.0)]
+    found = {target["name"]: target for target in targets(measurements)}
     mean = found["bn_add_relu forward + backward over the better eager form, geometric mean"]
     assert mean["value"] == pytest.approx(2.0)
     assert not mean["holds"]
@@ -151,7 +151,7 @@ def test_random_data_has_the_layout_and_the_dtype() -> None:
             assert (x != 0).float().mean() > 0.99
 
 
-def test_relative_errors_see_a_wrong_result() -> None:
+def test_relative_errors_include_a_wrong_result() -> None:
     module = Eager(16, "relu").double()
     inputs = Inputs.random(QUICK[0], torch.device("cpu"))
     inputs = Inputs(*(t.double() for t in inputs)).requiring_grad()
@@ -177,11 +177,15 @@ def test_quick_run_writes_its_file_and_the_table_reads_it(tmp_path: Path, monkey
     assert run.returncode == 0, run.stdout + run.stderr
     results = json.loads(path.read_text())
     assert results["quick"] and results["environment"]["versions"]["torch"] == torch.__version__
-    missing = {row["provider"]: row["missing"] for row in results["rows"] if "missing" in row}
+    missing = {m["provider"]: m["missing"] for m in results["rows"] if "missing" in m}
     assert {"compile", "attorch", "FlagGems", "Apex groupbn"} <= missing.keys()
-    measured = [row for row in results["rows"] if "missing" not in row]
-    assert {row["provider"] for row in measured} - {"inplace_abn"} == {"bnkern", "eager", "eager in place"}
-    assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in measured)
+    measured = [m for m in results["rows"] if "missing" not in m]
+    assert {m["provider"] for m in measured} - {"inplace_abn"} == {
+        "bnkern",
+        "eager",
+        "eager in place",
+    }
+    assert all(m["p20_ms"] <= m["median_ms"] <= m["p80_ms"] for m in measured)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "table", str(path)])
     main()
     table = capsys.readouterr().out
@@ -191,8 +195,8 @@ def test_quick_run_writes_its_file_and_the_table_reads_it(tmp_path: Path, monkey
 
 
 def test_every_shape_is_in_a_set_or_named_by_a_benchmark_and_every_set_has_shapes() -> None:
-    by_hand = {"large64", "images", "images32", "tiny"} | {name for axis in GROWTH.values() for name in axis}
-    assert {name for names in SETS.values() for name in names} | by_hand == SHAPES.keys()
+    by_name = {"large64", "images", "images32", "tiny"} | {name for axis in GROWTH.values() for name in axis}
+    assert {name for names in SETS.values() for name in names} | by_name == SHAPES.keys()
     assert named(["cifar", "stage1", "odd"]) == ["stage1", "stage2", "stage3", *SETS["odd"]]
     assert set(named(["all"])) == {name for names in SETS.values() for name in names}
     with pytest.raises(ValueError, match="no shape or set is called 'stage9'"):
@@ -205,7 +209,7 @@ def test_growth_reaches_the_same_sizes_along_each_axis() -> None:
         assert elements == [100352 * 4**k for k in range(5)]
 
 
-def test_table_of_batches_says_images_a_second() -> None:
+def test_table_of_batches_has_images_per_second() -> None:
     label = {"bench": "augment", "op": "augment", "shape": "images", "layout": "nchw", "dtype": "fp32"}
     times = {"median_ms": 0.25, "p20_ms": 0.2, "p80_ms": 0.3, "images": 128, "speedup": {"eager": 4.0, "best": 2.0}}
     lines = list(tables._batches([label | {"provider": "bnkern"} | times, label | {"provider": "a", "missing": "b"}]))
@@ -215,17 +219,17 @@ def test_table_of_batches_says_images_a_second() -> None:
 
 def test_a_part_of_gpu_check_is_stopped_when_its_time_is_over(tmp_path: Path) -> None:
     def part(code: str, seconds: float) -> tuple[str, str]:
-        found = gpu_check.run("part", [sys.executable, "-uc", code], tmp_path, dict(os.environ), seconds)
-        return found["result"], (tmp_path / "part.log").read_text().strip()
+        record = gpu_check.run("part", [sys.executable, "-uc", code], tmp_path, dict(os.environ), seconds)
+        return record["result"], (tmp_path / "part.log").read_text().strip()
 
     assert part("print(1)", 60) == ("ok", "1")
     assert part("print(1); raise SystemExit(3)", 60) == ("FAILED", "1")
     result, log = part("import time; print(1); time.sleep(60)", 3)
     assert result == "out of time"
-    assert log.startswith("1") and "KeyboardInterrupt" in log  # asked to end, with time to say what it has
+    assert log.startswith("1") and "KeyboardInterrupt" in log  # it was interrupted, and had time to end
 
 
-def test_parts_of_gpu_check_name_what_there_is() -> None:
+def test_parts_of_gpu_check_name_existing_files() -> None:
     for name, (words, _) in gpu_check.PARTS.items():
         command = gpu_check.command(name, Path("out"))
         files = [word for word in command if word.startswith("benchmarks/")]

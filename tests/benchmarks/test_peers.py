@@ -1,6 +1,7 @@
-"""The adapters to other people's kernels, held to eager: with fakes of their public interfaces where they cannot run.
+"""The adapters to the kernels of other packages, compared with eager.
 
-A fake computes with torch what the package promises, through the same calls; what is tested is the adapter.
+Fakes of the public interfaces replace the packages. A fake computes with torch what the package documents, through the
+same calls. The subject of the tests is the adapter.
 """
 
 import sys
@@ -21,7 +22,7 @@ FUSED = {"bn": None, "bn_add_relu": "relu"}
 
 
 class InPlace(torch.autograd.Function):
-    """Batch norm that overwrites its input and finds it again by inverting the output, as inplace_abn's does."""
+    """Batch norm that overwrites its input, and whose backward inverts the output, as inplace_abn's does."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class FakeAttorch(nn.BatchNorm2d):
 
 
 class FakeGroupBN(nn.BatchNorm2d):
-    """Sees [N, H, W, C]; a residual needs the ReLU."""
+    """Takes [N, H, W, C]. A residual requires the ReLU."""
 
     def __init__(self, channels: int, fuse_relu: bool = False) -> None:
         super().__init__(channels)
@@ -95,7 +96,7 @@ FAKES = {
 
 @pytest.fixture
 def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Puts a peer's fake package in the place of the real one."""
+    """Replaces the package of a peer by its fake."""
     for name, members in FAKES[request.param].items():
         parts = name.split(".")
         for k in range(1, len(parts) + 1):
@@ -117,19 +118,21 @@ def test_adapters_agree_with_eager(fake: str, op: str) -> None:
     nn.init.normal_(eager.bias)
     module = peers._like(peers.OTHERS[fake](16, FUSED[op]), eager)
     errors = relative_errors(differentiate(module, inputs.clone().requiring_grad()), eager, inputs)
-    # fp16 rounds to 1e-3 of a value, three times; inverting y in fp32 loses a few digits of 1e-7.
+    # fp16 rounds three times, to 1e-3 of a value. Inverting y in fp32 loses a few digits of 1e-7.
     assert max(errors.values()) < (4e-3 if fake == "Apex groupbn" else 1e-5)
 
 
 @pytest.mark.parametrize("fake", ["Apex groupbn"], indirect=True)
-def test_groupbn_says_what_it_cannot_do(fake: str) -> None:
+def test_groupbn_names_its_limits(fake: str) -> None:
     module = peers.OTHERS[fake](16, None)
     with pytest.raises(peers.Missing, match="fp16 in channels_last only"):
         module(torch.randn(2, 16, 4, 4))
 
 
 @pytest.mark.parametrize("name", peers.OTHERS)
-def test_a_package_that_is_not_there_is_missing_with_how_to_get_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_installed_is_missing_with_instructions(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for package in FAKES[name]:
         monkeypatch.setitem(sys.modules, package.partition(".")[0], None)
     with pytest.raises(peers.Missing, match="ModuleNotFoundError"):
@@ -140,15 +143,15 @@ def test_every_peer_is_measured_or_named(monkeypatch: pytest.MonkeyPatch) -> Non
     for package in ("inplace_abn", "attorch", "flag_gems", "apex"):
         monkeypatch.setitem(sys.modules, package, None)
     ours = peers.Eager(16, "relu")
-    everybody = {*peers.COMPILED, *peers.OTHERS}
+    all_peers = {*peers.COMPILED, *peers.OTHERS}
     modules, missing = peers.others(ours, CPU)
-    assert modules == {} and missing.keys() == everybody
-    # As a GPU would see it: all are tried.
+    assert modules == {} and missing.keys() == all_peers
+    # On a GPU all peers are tried.
     gpu = SimpleNamespace(type="cuda")
     monkeypatch.setattr(nn.Module, "to", lambda module, device: module)
     modules, missing = peers.others(ours, gpu, "--no-compile")
     assert list(modules) == ["bnkern in Triton", "eager without cuDNN"]
-    assert missing.keys() == everybody
+    assert missing.keys() == all_peers
     assert missing["compile cooperative"] == "left out by --no-compile"
     assert missing["attorch"].startswith("not on PyPI")
     modules, missing = peers.others(ours, gpu)
@@ -159,12 +162,12 @@ def test_saved_bytes_count_a_block_of_memory_once() -> None:
     x = torch.randn(1000, requires_grad=True)
     weight = torch.randn(1000, requires_grad=True)
     saved, _ = memory.saved_bytes(lambda: ((x * weight) * x).sum(), [weight])
-    assert saved == 2 * 4000  # x once, though two products keep it, and x * weight; not the weight
+    assert saved == 2 * 4000  # x once, although two products keep it, and x * weight, but not the weight
 
 
 def test_memory_of_a_step_is_measured() -> None:
-    """In a network eager's ReLU keeps what the next convolution keeps too, so bnkern's is a little less, not half."""
+    """In a network eager's ReLU and the next convolution keep the same y, so bnkern keeps only a little less."""
     found = {provider: memory.of_step("resnet20", provider, CPU) for provider in ("bnkern", "eager")}
-    x = 16 * 16 * 32 * 32 * 4  # bytes of an activation of the first stage, of which six layers keep one or two
+    x = 16 * 16 * 32 * 32 * 4  # bytes of an activation of the first stage; six layers keep one or two of them
     assert 6 * x < found["bnkern"]["saved_bytes"] <= found["eager"]["saved_bytes"]
     assert all(numbers["peak_bytes"] >= 0 for numbers in found.values())

@@ -1,4 +1,4 @@
-"""The report on made-up results: what is flagged as a change, what is drawn, what the page holds."""
+"""The report on invented results: the reported changes, the figures, and the content of the page."""
 
 import copy
 import json
@@ -30,48 +30,52 @@ ENVIRONMENT = {
 }
 
 
-def row(provider: str, ms: float, spread: float = 0.1, bench: str = "batch_norm", **more: object) -> dict:
-    """One provider's row of a case; ``spread`` is that of p20 to p80, around the median."""
+def measurement(provider: str, ms: float, spread: float = 0.1, bench: str = "batch_norm", **more: object) -> dict:
+    """A measurement of one provider; ``spread`` is the width of p20 to p80 relative to the median."""
     label = {"bench": bench, "op": "bn_add_relu", "shape": "stage1", "layout": "nchw", "dtype": "fp32"}
     label |= {"size": [128, 16, 32, 32], "tensor_bytes": 8 << 20, "mode": "call", "provider": provider}
     return label | {"median_ms": ms, "p20_ms": ms * (1 - spread / 2), "p80_ms": ms * (1 + spread / 2)} | more
 
 
 def results(*given: dict, **environment: object) -> dict:
-    made = {"format": 1, "quick": False, "environment": ENVIRONMENT | environment, "rows": list(given)}
-    return measurements.with_targets(copy.deepcopy(made))
+    whole = {"format": 1, "quick": False, "environment": ENVIRONMENT | environment, "rows": list(given)}
+    return measurements.with_targets(copy.deepcopy(whole))
 
 
 def only(old: list[dict], new: list[dict]) -> dict[str, tuple[float, bool]]:
     found, noise = compare(results(*old), results(*new))
-    return {change.row["provider"]: (pytest.approx(change.times), change.beyond(noise)) for change in found}
+    return {change.measurement["provider"]: (pytest.approx(change.times), change.beyond(noise)) for change in found}
 
 
 def test_a_change_is_beyond_the_noise_where_the_ranges_do_not_overlap() -> None:
-    assert only([row("bnkern", 1.0)], [row("bnkern", 1.2)]) == {"bnkern": (1.2, True)}
-    assert only([row("bnkern", 1.0)], [row("bnkern", 0.8)]) == {"bnkern": (0.8, True)}
-    assert only([row("bnkern", 1.0)], [row("bnkern", 1.2, spread=0.5)]) == {"bnkern": (1.2, False)}
+    assert only([measurement("bnkern", 1.0)], [measurement("bnkern", 1.2)]) == {"bnkern": (1.2, True)}
+    assert only([measurement("bnkern", 1.0)], [measurement("bnkern", 0.8)]) == {"bnkern": (0.8, True)}
+    assert only([measurement("bnkern", 1.0)], [measurement("bnkern", 1.2, spread=0.5)]) == {"bnkern": (1.2, False)}
 
 
-def test_a_change_too_small_to_matter_is_none() -> None:
-    assert only([row("bnkern", 1.0, spread=0)], [row("bnkern", 1.02, spread=0)]) == {"bnkern": (1.02, False)}
+def test_a_small_change_does_not_count() -> None:
+    assert only([measurement("bnkern", 1.0, spread=0)], [measurement("bnkern", 1.02, spread=0)]) == {
+        "bnkern": (1.02, False)
+    }
 
 
-def test_what_the_peers_became_slower_by_is_the_machine() -> None:
-    """Twice the time for all: nothing changed. Twice for the peers and the same for ours: ours is twice as fast."""
-    old = [row("bnkern", 1.0), row("eager", 3.0), row("eager in place", 2.0)]
-    all_slower = [row("bnkern", 2.0), row("eager", 6.0), row("eager in place", 4.0)]
+def test_the_change_of_the_peers_is_attributed_to_the_machine() -> None:
+    """If all take twice the time, nothing changed. If only the peers do, bnkern became twice as fast."""
+    old = [measurement("bnkern", 1.0), measurement("eager", 3.0), measurement("eager in place", 2.0)]
+    all_slower = [measurement("bnkern", 2.0), measurement("eager", 6.0), measurement("eager in place", 4.0)]
     assert only(old, all_slower) == {"bnkern": (1.0, False), "eager": (1.0, False), "eager in place": (1.0, False)}
-    peers_slower = [row("bnkern", 1.0), row("eager", 6.0), row("eager in place", 4.0)]
+    peers_slower = [measurement("bnkern", 1.0), measurement("eager", 6.0), measurement("eager in place", 4.0)]
     assert only(old, peers_slower)["bnkern"] == (0.5, True)
 
 
-def test_noise_is_what_the_peers_differ_by_among_themselves() -> None:
-    """Each peer of a case changed by another factor, so ours must change by more than they do."""
+def test_noise_is_the_difference_between_the_peers() -> None:
+    """Each peer of a case changed by another factor, so a change of bnkern must be larger to count."""
     cases = [f"stage{k}" for k in range(20)]
-    old = [row(provider, 1.0) | {"shape": case} for case in cases for provider in ("bnkern", "eager", "compile")]
+    old = [
+        measurement(provider, 1.0) | {"shape": case} for case in cases for provider in ("bnkern", "eager", "compile")
+    ]
     times = {"bnkern": 1.4, "eager": 1.0, "compile": 1.25}
-    new = [row(r["provider"], times[r["provider"]]) | {"shape": r["shape"]} for r in old]
+    new = [measurement(r["provider"], times[r["provider"]]) | {"shape": r["shape"]} for r in old]
     changes, noise = compare(results(*old), results(*new))
     assert noise == pytest.approx(1.25)
     ours = [change for change in changes if not change.is_peer]
@@ -79,40 +83,47 @@ def test_noise_is_what_the_peers_differ_by_among_themselves() -> None:
     assert not any(change.beyond(noise) for change in ours) and all(change.beyond(1.2) for change in ours)
 
 
-def test_peers_of_another_torch_say_nothing_of_the_machine() -> None:
-    old = results(row("bnkern", 1.0), row("eager", 3.0))
-    new = results(row("bnkern", 1.0), row("eager", 6.0), versions={"torch": "2.14.0"})
+def test_peers_of_another_torch_are_not_used_for_drift() -> None:
+    old = results(measurement("bnkern", 1.0), measurement("eager", 3.0))
+    new = results(measurement("bnkern", 1.0), measurement("eager", 6.0), versions={"torch": "2.14.0"})
     changes, noise = compare(old, new)
     assert [change.times for change in changes] == [1.0, 2.0] and noise == 1.0
 
 
-def test_rows_that_only_one_file_has_are_not_compared() -> None:
-    missing = row("attorch", 1.0)
+def test_measurements_in_only_one_file_are_not_compared() -> None:
+    missing = measurement("attorch", 1.0)
     del missing["median_ms"]
-    assert only([row("bnkern", 1.0), missing], [row("bnkern", 1.0, bench="forward"), missing]) == {}
+    assert only([measurement("bnkern", 1.0), missing], [measurement("bnkern", 1.0, bench="forward"), missing]) == {}
 
 
-def many() -> list[dict]:
-    """A row of every kind that is drawn."""
+def one_of_each_kind() -> list[dict]:
+    """Measurements of every kind that has a figure."""
     speedup = {"speedup": {"eager": 2.0, "best": 2.0}, "error": {"y": 1e-7}}
     moved = {"bytes": 1 << 24, "gb_per_s": 20.0, "share_of_copy": 0.8, "outputs": "reused"}
-    given = [row("bnkern", 1.0, **speedup), row("eager", 2.0, **speedup), row("compile", 4.0, **speedup)]
-    given += [row("bnkern", 1.0, bench="moments", **moved), row("copy", 5.0, bench="moments", gb_per_s=25.0)]
+    given = [
+        measurement("bnkern", 1.0, **speedup),
+        measurement("eager", 2.0, **speedup),
+        measurement("compile", 4.0, **speedup),
+    ]
+    given += [
+        measurement("bnkern", 1.0, bench="moments", **moved),
+        measurement("copy", 5.0, bench="moments", gb_per_s=25.0),
+    ]
     for axis, value, ms in (("N", 2, 0.1), ("N", 8, 0.3), ("depth", 8, 20.0), ("depth", 20, 50.0)):
         for provider in ("bnkern", "eager"):
             shape = {"shape": f"{axis}{value}", "axis": axis, "value": value}
-            given.append(row(provider, ms, bench="growth", **speedup) | shape)
+            given.append(measurement(provider, ms, bench="growth", **speedup) | shape)
     bytes_of = {"saved_bytes": 10_000_000, "peak_bytes": 30_000_000}
     for provider in ("bnkern", "eager"):
-        label = row(provider, 1.0, bench="memory_of_networks") | {"op": "resnet110"} | bytes_of
+        label = measurement(provider, 1.0, bench="memory_of_networks") | {"op": "resnet110"} | bytes_of
         given.append({name: value for name, value in label.items() if not name.endswith("_ms")})
     return given
 
 
 def test_report_holds_tables_figures_and_the_comparison(tmp_path: Path, monkeypatch, capsys) -> None:
     old, new = tmp_path / "old.json", tmp_path / "new.json"
-    old.write_text(measurements.dump(results(row("bnkern", 2.0), row("eager", 2.0))))
-    new.write_text(measurements.dump(results(*many())))
+    old.write_text(measurements.dump(results(measurement("bnkern", 2.0), measurement("eager", 2.0))))
+    new.write_text(measurements.dump(results(*one_of_each_kind())))
     monkeypatch.setattr(sys, "argv", ["benchmarks", "report", str(new), str(old), "--out", str(tmp_path / "out")])
     main()
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.html")
@@ -122,7 +133,7 @@ def test_report_holds_tables_figures_and_the_comparison(tmp_path: Path, monkeypa
     assert figures == {"speedups", "roof", "growth-N", "growth-depth", "memory", "changes"}
     for name in figures:
         assert f"](figures/{name}.svg)" in text
-        assert html.count(f'id="{name}-') > 3  # inlined, under ids of its own
+        assert html.count(f'id="{name}-') > 3  # inlined, with unique ids
     assert "1 faster beyond" in text and "| 0.50 | 2 | 1 | 1.00 | faster |" in text
     assert html.count("<svg") == len(figures)
     assert not re.search(r'(src|href)="http', html)  # self-contained
@@ -133,19 +144,19 @@ def test_report_holds_tables_figures_and_the_comparison(tmp_path: Path, monkeypa
     assert (tmp_path / "out" / "report.html").read_text() == before  # the same results, the same bytes
 
 
-def test_report_leaves_out_what_was_not_measured(tmp_path: Path) -> None:
-    page.report(results(row("bnkern", 1.0, bench="step"), row("eager", 2.0, bench="step")), tmp_path)
+def test_report_omits_missing_measurements(tmp_path: Path) -> None:
+    page.report(results(measurement("bnkern", 1.0, bench="step"), measurement("eager", 2.0, bench="step")), tmp_path)
     assert list((tmp_path / "figures").iterdir()) == []
     assert "Training steps" in (tmp_path / "report.html").read_text()
 
 
-def test_table_calls_a_wrong_answer_wrong_and_names_who_is_missing_once() -> None:
+def test_table_marks_wrong_results_and_lists_missing_providers_once() -> None:
     given = [
-        row("bnkern", 1.0, error={"y": 1e-7}, speedup={"best": 2.0}),
-        row("eager", 2.0, error={"y": 2e-7}),
-        row("inplace_abn", 1.5, error={"y": 1e-3}),
-        row("FlagGems", 1.5, error={"y": float("nan")}),
-        row("attorch", 0) | {"missing": "not there"},
+        measurement("bnkern", 1.0, error={"y": 1e-7}, speedup={"best": 2.0}),
+        measurement("eager", 2.0, error={"y": 2e-7}),
+        measurement("inplace_abn", 1.5, error={"y": 1e-3}),
+        measurement("FlagGems", 1.5, error={"y": float("nan")}),
+        measurement("attorch", 0) | {"missing": "not there"},
     ]
     text = tables.markdown(results(*given))
     cells = next(line for line in text.splitlines() if line.startswith("| bn_add_relu stage1")).split(" | ")
@@ -154,9 +165,9 @@ def test_table_calls_a_wrong_answer_wrong_and_names_who_is_missing_once() -> Non
     assert "Missing: attorch (not there)." in text
 
 
-def test_merge_takes_the_last_of_a_row_and_refuses_another_machine(tmp_path: Path) -> None:
-    first = results(row("bnkern", 1.0), row("eager", 2.0))
-    second = results(row("bnkern", 3.0), row("bnkern", 5.0, bench="forward"))
+def test_merge_keeps_the_last_measurement_and_refuses_another_machine(tmp_path: Path) -> None:
+    first = results(measurement("bnkern", 1.0), measurement("eager", 2.0))
+    second = results(measurement("bnkern", 3.0), measurement("bnkern", 5.0, bench="forward"))
     together = measurements.merged([first, second])
     assert [(r["bench"], r["provider"], r["median_ms"]) for r in together["rows"]] == [
         ("batch_norm", "bnkern", 3.0),
@@ -170,7 +181,7 @@ def test_merge_takes_the_last_of_a_row_and_refuses_another_machine(tmp_path: Pat
     assert json.loads(path.read_text()) == together
 
 
-def test_committed_results_say_where_they_come_from_and_make_a_page(tmp_path: Path) -> None:
+def test_committed_results_have_an_environment_and_make_a_page(tmp_path: Path) -> None:
     files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     assert files
     for path in files:
