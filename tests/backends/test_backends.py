@@ -1,4 +1,4 @@
-"""The choice of kernels: the table, forcing, falling back, and ``explain``."""
+"""The choice of a backend: the table, forcing a backend, the fallback, and ``explain``."""
 
 import inspect
 import os
@@ -21,7 +21,7 @@ FP = torch.float32
 
 
 def test_the_cpu_kernels_are_here() -> None:
-    """The native module is built on every machine that runs these tests; without it most of them would not run."""
+    """Every machine that runs these tests must have the native module, because most tests would not run without it."""
     for dtype in backends.DTYPES:
         assert backends.unavailable("cpu", "cpu", dtype) is None
     assert Target("cpu", "cpu") in TARGETS and Target("reference", "cpu") in TARGETS
@@ -30,7 +30,7 @@ def test_the_cpu_kernels_are_here() -> None:
 
 @pytest.mark.parametrize("name", backends.NAMES)
 def test_a_backend_is_as_the_protocol_says(name: str) -> None:
-    """Every function has the arguments of the protocol; those that only some backends have, where they are there."""
+    """Every function has the arguments of the protocol. Optional functions are checked where they exist."""
     module = backends._load(name)
     if isinstance(module, str):
         pytest.skip(module)
@@ -43,14 +43,14 @@ def test_a_backend_is_as_the_protocol_says(name: str) -> None:
 
 
 def functions(kind: type) -> dict[str, list[str]]:
-    """The functions of a protocol, each with the names of its arguments."""
+    """The functions of a protocol, with the names of their arguments."""
     found = {name: value for name, value in vars(kind).items() if inspect.isfunction(value) and name[0] != "_"}
     return {name: list(inspect.signature(value).parameters)[1:] for name, value in found.items()}
 
 
 @pytest.fixture
 def fresh_table() -> None:
-    """Choices are remembered; a test that changes what there is to choose forgets them before and after."""
+    """Clears the cache of choices before and after a test that changes the available backends."""
 
     def forget() -> None:
         for remembered in (backends._choose, backends._unavailable, backends._load):
@@ -63,7 +63,7 @@ def fresh_table() -> None:
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch, fresh_table: None) -> Callable[..., None]:
-    """Makes backends impossible to import."""
+    """Makes the import of backends fail."""
 
     def block(*names: str) -> None:
         for name in names:
@@ -74,7 +74,7 @@ def without(monkeypatch: pytest.MonkeyPatch, fresh_table: None) -> Callable[...,
 
 @pytest.fixture
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls that the backends got, as "backend.forward" and "backend.backward"."""
+    """The calls that the backends received, as "backend.forward" and "backend.backward"."""
     calls: list[str] = []
 
     def spy_on(name: str, function: str, called: str) -> None:
@@ -188,7 +188,7 @@ def test_falling_back_to_the_reference_warns_once(without: Callable[..., None]) 
 
 
 def test_first_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch, fresh_table: None) -> None:
-    """On a GPU: cuda before triton before the reference, by device and dtype; triton where it is forced."""
+    """On a GPU the order is cuda, triton, reference, by device and dtype. A forced triton is used."""
     refusing = {"cuda": "no such device", "triton": None, "reference": None}
     for name in refusing:
         module = types.SimpleNamespace(refuses=lambda device, dtype, name=name: refusing[name], __name__=name)
@@ -210,13 +210,13 @@ def test_first_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch, fresh_table
 
 
 def gpu(**properties: object) -> types.SimpleNamespace:
-    """Properties of a device as torch has them: those of an H100 but for the given ones."""
+    """Properties of a device in torch's form: those of an H100, with the given changes."""
     h100 = {"name": "H100", "major": 9, "minor": 0, "multi_processor_count": 132}
     return types.SimpleNamespace(**h100 | {"shared_memory_per_block_optin": 227 << 10} | properties)
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, *properties: types.SimpleNamespace, current: int = 0) -> None:
-    """Makes torch see these devices."""
+    """Makes torch report these devices."""
 
     def of(device: torch.device | int) -> types.SimpleNamespace:
         return properties[device if isinstance(device, int) else device.index]
@@ -230,7 +230,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, *properties: types.SimpleNamespace, cu
 def test_triton_comes_first_where_shared_memory_is_small(
     kilobytes: int, first: str, monkeypatch: pytest.MonkeyPatch, fresh_table: None
 ) -> None:
-    """H100, A100, RTX 4090, T4: the CUDA kernels' records of rows need 159 KB of it for a block."""
+    """H100, A100, RTX 4090, T4: with records of rows a block of the CUDA kernels needs 159 KB of shared memory."""
     for name in ("cuda", "triton"):
         module = types.SimpleNamespace(refuses=lambda device, dtype: None, __name__=name)
         monkeypatch.setitem(sys.modules, f"bnkern.backends.{name}", module)
@@ -240,7 +240,7 @@ def test_triton_comes_first_where_shared_memory_is_small(
 
 
 def test_every_device_has_its_own_choice(monkeypatch: pytest.MonkeyPatch, fresh_table: None) -> None:
-    """An H100 beside an RTX 4090: neither the first that was asked nor the current one decides for the other."""
+    """An H100 and an RTX 4090 in one machine: the choice does not depend on the first device or the current one."""
     for name in ("cuda", "triton"):
         module = types.SimpleNamespace(refuses=lambda device, dtype: None, __name__=name)
         monkeypatch.setitem(sys.modules, f"bnkern.backends.{name}", module)
@@ -258,9 +258,9 @@ def test_every_device_has_its_own_choice(monkeypatch: pytest.MonkeyPatch, fresh_
 @pytest.mark.parametrize(
     ("built", "major", "minor", "runs"),
     [
-        (["90"], 8, 0, False),  # an A100 with a module that was built for the H100
+        (["90"], 8, 0, False),  # an A100 and a module that was built for the H100
         (["90"], 9, 0, True),
-        (["90"], 12, 0, True),  # its PTX
+        (["90"], 12, 0, True),  # PTX for it
         (["90-real"], 12, 0, False),
         (["80-real", "100"], 8, 9, True),
         (["80-real", "100"], 9, 0, False),
@@ -269,7 +269,7 @@ def test_every_device_has_its_own_choice(monkeypatch: pytest.MonkeyPatch, fresh_
 def test_cuda_refuses_devices_that_it_was_not_built_for(
     built: list[str], major: int, minor: int, runs: bool, monkeypatch: pytest.MonkeyPatch, fresh_table: None
 ) -> None:
-    """Without the refusal each call raises "no kernel image is available", while explain says that cuda serves."""
+    """Otherwise each call would raise "no kernel image is available", while explain would say that cuda serves it."""
     cuda = backends._load("cuda")
     monkeypatch.setattr(cuda._native, "cuda_device", lambda index, **limits: None, raising=False)
     monkeypatch.setattr(cuda, "_ARCHITECTURES", built)
@@ -302,7 +302,7 @@ def test_explain() -> None:
 
 @pytest.mark.parametrize(("value", "expected"), [("reference", "reference"), ("", ""), ("nonsense", None)])
 def test_environment_variable(value: str, expected: str | None) -> None:
-    """BNKERN_BACKEND forces a whole process; a name that does not exist is told at import."""
+    """BNKERN_BACKEND forces the backend of a whole process. An unknown name is an error at import."""
     code = "import bnkern.backends; print(bnkern.backends.forced())"
     environment = {**os.environ, "BNKERN_BACKEND": value}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -314,7 +314,7 @@ def test_environment_variable(value: str, expected: str | None) -> None:
 
 
 def test_cuda_says_what_it_lacks() -> None:
-    """The CUDA backend names what it cannot serve: other devices, float64."""
+    """The message of the CUDA backend names what it does not support: other devices, and float64."""
     assert "run on CUDA devices, the input is on cpu" in backends.unavailable("cuda", "cpu")
     on_a_gpu = backends.unavailable("cuda", "cuda")
     assert on_a_gpu is None or "built without CUDA" in on_a_gpu
@@ -325,8 +325,10 @@ def test_cuda_says_what_it_lacks() -> None:
 def test_what_a_forced_backend_does_not_have_is_left_to_the_table(
     monkeypatch: pytest.MonkeyPatch, fresh_table: None
 ) -> None:
-    """cuda has batch norm alone: under it, images and convolutions' sums are Triton's; where triton cannot, the
-    reference's."""
+    """cuda has only batch norm.
+
+    If it is forced, triton serves images and sums of convolutions, or else the reference.
+    """
     assert not hasattr(backends._load("cuda"), "augment") and not hasattr(backends._load("cuda"), "conv_grad_signs")
     for name, has in (("triton", {"augment": None}), ("cuda", {}), ("reference", {"augment": None, "other": None})):
         module = types.SimpleNamespace(refuses=lambda device, dtype: None, __name__=name, **has)

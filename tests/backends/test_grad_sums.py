@@ -24,7 +24,10 @@ ACTS = pytest.mark.parametrize("act", [None, "relu", "saved mask"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("precision", MIXED[:2], ids=lambda p: p.name)
 def test_lanes_without_a_value_add_nothing(target: Target, precision: Precision, layout: str) -> None:
-    """In tails, lanes without a value stand at x = 0, where xhat = -mean * invstd may overflow: times g = 0 NaN."""
+    """In tails, lanes without a value hold x = 0.
+
+    There xhat = -mean * invstd may overflow, and g = 0 times it is NaN.
+    """
     largest = torch.finfo(precision.dtype).max ** 0.5
     x = LAYOUTS[layout](torch.full((3, 5, 5, 5), 16 * largest, dtype=precision.dtype)).to(target.device)
     dy = torch.ones_like(x)
@@ -40,7 +43,7 @@ def test_lanes_without_a_value_add_nothing(target: Target, precision: Precision,
                 dy, x, torch.ones_like(mean), torch.zeros_like(mean), mean, invstd, None, None, False, needs, **recorded
             )
         )
-        assert dweight.tolist() == [0.0] * 5 and dbias.tolist() == [75.0] * 5, "xhat is 0 wherever there is a value"
+        assert dweight.tolist() == [0.0] * 5 and dbias.tolist() == [75.0] * 5, "xhat is 0 for every value"
     assert record.tolist() == [[75.0] * 5] * 4 + [[0.0] * 5] * 4
 
 

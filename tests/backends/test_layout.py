@@ -1,4 +1,4 @@
-"""How tensors are seen: ``backends/layout.py`` by itself, and the memory formats that come out of a call."""
+"""Layouts of tensors: ``backends/layout.py``, and the memory formats of the results of a call."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SHAPES = [(3, 5), (3, 1), (1, 5), (3, 5, 4), (3, 5, 1), (2, 1, 4), (3, 5, 4, 6),
 
 
 def read_through(t: Tensor, rows: bool) -> Tensor:
-    """t [N, C, ...] as a kernel reads it: by address, from the two strides of its layout."""
+    """t [N, C, ...] as a kernel reads it: from its address, with the two strides of its layout."""
     n, c, s = layouts.layout(t)[1:]
     outer, inner = layouts.strides(t, rows)
     if rows:
@@ -25,7 +25,7 @@ def read_through(t: Tensor, rows: bool) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_strides_address_every_element(name: str, shape: tuple[int, ...]) -> None:
-    """Whatever the view: the tensor, or the copy that stands in for it, is read right by its two strides."""
+    """For every view the two strides address each element of the tensor, or of its copy."""
     x = LAYOUTS[name](torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     rows, n, c, s = like = layouts.layout(x)
     assert (n, c, n * s) == (shape[0], shape[1], like.count) and n * c * s == x.numel()
@@ -64,7 +64,7 @@ def test_common_views_are_not_copied(name: str) -> None:
     ],
 )
 def test_mask_shape(shape: tuple[int, ...], name: str, mask_shape: tuple[int, ...]) -> None:
-    """Planes: each begins a byte of its own. Rows: flat over all elements."""
+    """In planes each plane begins with a new byte. In rows the bits are flat over all elements."""
     assert layouts.layout(LAYOUTS[name](torch.zeros(shape))).mask_shape == mask_shape
 
 
@@ -79,7 +79,7 @@ def test_mask_packs_and_unpacks(case: Case) -> None:
 
 
 def test_mask_bits_by_hand() -> None:
-    """Least significant bit first; planes [N, C, S], then rows in memory order."""
+    """The least significant bit comes first. Planes are [N, C, S]; rows are in memory order."""
     on = torch.tensor([[[1, 0, 0, 0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0, 0, 1, 0]]], dtype=torch.bool)
     planes = layouts.Layout(False, 1, 2, 9)
     assert reference.pack_mask(on, planes).tolist() == [[[0x01, 0x01], [0x86, 0x00]]]
@@ -90,9 +90,9 @@ def test_mask_bits_by_hand() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "add_relu"])
 def test_outputs_keep_the_memory_format(target: Target, case: Case, fused: bool) -> None:
-    """Output and every gradient have the strides that torch gives to a new tensor in the input's format.
+    """The output and every gradient have the strides that torch gives to a new tensor in the input's format.
 
-    Also where dy arrives contiguous, which is where torch's own backward loses the format.
+    This also holds for a contiguous dy, with which torch's own backward loses the format.
     """
     p = case.problem(BF16, target.device)
     x, residual = p.x.detach().requires_grad_(), p.residual.detach().requires_grad_()
@@ -101,7 +101,7 @@ def test_outputs_keep_the_memory_format(target: Target, case: Case, fused: bool)
         x, None, None, training=True, residual=residual if fused else None, act="relu" if fused else None
     )
     for t in (y, *torch.autograd.grad(y, leaves, p.dy.contiguous())):
-        assert torch.ops.aten.is_non_overlapping_and_dense(t), "an output has gaps or overlaps"
+        assert torch.ops.aten.is_non_overlapping_and_dense(t), "an output has gaps or overlaps itself"
         assert layouts.addressed(t, layouts.layout(x).rows) is t
         if torch.ops.aten.is_non_overlapping_and_dense(x) and case.layout != "reversed_axes":
             assert t.stride() == x.stride()
@@ -119,7 +119,7 @@ def test_channels_last_stays_channels_last(target: Target, case: Case) -> None:
 @pytest.mark.parametrize("case", FEW, ids=str)
 @pytest.mark.parametrize("of_residual", LAYOUTS)
 def test_residual_as_a_view(target: Target, case: Case, of_residual: str) -> None:
-    """A residual of any strides gives the values of a residual that has the strides of the input."""
+    """A residual of any strides gives the results of a residual with the strides of the input."""
     p = case.problem(FP32, target.device)
     residual = LAYOUTS[of_residual](p.residual.contiguous())
     same = LAYOUTS[case.layout](residual.contiguous())

@@ -1,4 +1,4 @@
-"""The phase ``merge``: moments of parts to moments of the whole."""
+"""The phase ``merge``: moments of the whole from moments of its parts."""
 
 import pytest
 

@@ -42,7 +42,7 @@ def test_empty(target: Target, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("value", [0.0, 1.0, 3.3, -1e4, 1e-30])
 @pytest.mark.parametrize("layout", ["constant", "constant_rows"])
 def test_constant_input(target: Target, layout: str, value: float) -> None:
-    """The variance is nothing beside eps, so that invstd is 1/sqrt(eps)."""
+    """The variance is negligible compared with eps, so invstd is 1/sqrt(eps)."""
     x = torch.full_like(CASE[layout].problem(FP32, target.device).x, value)
     count, mean, m2 = kernels(target, x.dtype).moments(x)
     true_mean = torch.full_like(mean, value, dtype=torch.float64).cpu()
@@ -56,7 +56,7 @@ def test_constant_input(target: Target, layout: str, value: float) -> None:
 
 
 def test_channel_moments(target: Target) -> None:
-    """The public function: biased variance, no graph, also from an input that requires grad."""
+    """The public function returns the biased variance, without a graph even if the input requires grad."""
     x = CASE["nchw_tail"].problem(FP32, target.device).x.requires_grad_()
     count, mean, var = bnkern.channel_moments(x)
     (wide,) = exact(x)
@@ -67,8 +67,8 @@ def test_channel_moments(target: Target) -> None:
     assert_close(var, true_var, var_bound(true_mean, true_var, x.dtype), "variance")
 
 
-# channels, layout, and which positions lie apart: runs of so many, one run of so many. The CPU's samples of rows are
-# one row of 4, 8 or 16, where a row of 16 channels is 8 positions long; those of planes 32 values of 512.
+# Channels, layout, the length of a run of positions, and the number of runs of which one has other values. The CPU
+# samples one row of 4, 8 or 16. With 16 channels such a row is 8 positions long. In planes it samples 32 values of 512.
 PATTERNS = [
     (256, torch.channels_last, 1, 4),
     (64, torch.channels_last, 2, 8),
@@ -85,7 +85,7 @@ PATTERNS = [
 def test_values_with_a_pattern(
     target: Target, channels: int, layout: torch.memory_format, run: int, period: int, first: int, far: float
 ) -> None:
-    """Where a kernel's sample holds only the values that lie apart, or none of them, the moments are as exact."""
+    """The moments are as exact if the sample of a kernel holds only the other values, or none of them."""
     x = torch.randn(8, channels, 64, 64, generator=torch.Generator().manual_seed(3))
     position = torch.arange(64 * 64) // run % period
     x += far * (position == first).view(64, 64)

@@ -1,4 +1,4 @@
-"""The native module's functions (csrc/call): what they take and decline, and that every way in gives the same bits."""
+"""The functions of the native module (csrc/call): the operands that they accept, and equal bits on every path."""
 
 import ctypes
 import itertools
@@ -27,14 +27,14 @@ needs_table = pytest.mark.skipif(not native.READS_TABLE, reason="this torch has 
 
 
 def reconnected(monkeypatch: pytest.MonkeyPatch, table: object) -> bool:
-    """Whether the native module reads tensors through ``table``, which it has from here on."""
+    """Connects the native module to ``table``. Returns whether it reads tensors through it."""
     monkeypatch.setattr(native, "exchange_table", table)
     return _native.connect(native)
 
 
 @pytest.fixture
 def in_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As with a torch that has no exchange table: tensors are read by their attributes."""
+    """Reads tensors by their attributes, as with a torch that has no exchange table."""
     assert not reconnected(monkeypatch, None)
     yield
     monkeypatch.undo()
@@ -43,7 +43,7 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the functions that made operands readable, as they are called."""
+    """The names of the copying functions, in the order of their calls."""
     names: list[str] = []
 
     def spy(name: str, function: Callable) -> Callable:
@@ -58,7 +58,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def call_all(case: Case, precision: Precision, training: bool, act: str | None, with_residual: bool) -> list[Tensor]:
-    """Every result and gradient of one call, and the statistics it wrote."""
+    """Every result and gradient of one call, and the statistics that it wrote."""
     p = case.problem(precision)
     leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in (p.x, p.residual, p.weight, p.bias)]
     leaves[0], leaves[1] = p.x.detach(), p.residual.detach()
@@ -99,7 +99,7 @@ def assert_same(found: list[Tensor | None], expected: list[Tensor | None], what:
 
 @needs_table
 def test_tensors_read_in_python_give_the_same(request: pytest.FixtureRequest) -> None:
-    """All shared cases, with the exchange table and without: the same bits and strides."""
+    """All shared cases give the same bits and strides with the exchange table and without it."""
     few = WAYS[:: max(len(WAYS) // 160, 1)]
     with_table = [call_all(*way) for way in few]
     request.getfixturevalue("in_python")
@@ -109,7 +109,7 @@ def test_tensors_read_in_python_give_the_same(request: pytest.FixtureRequest) ->
 
 @needs_table
 def test_both_forms_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A capsule and an address are taken, anything else is not."""
+    """A capsule and an address are accepted. Everything else is refused."""
     get = ctypes.pythonapi.PyCapsule_GetPointer
     get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     offered = native.exchange_table
@@ -125,7 +125,7 @@ def test_both_forms_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_views_are_read_in_place(copies: list[str]) -> None:
-    """Whatever two strides describe is not copied, but for rows with gaps whose channels are no multiple of 16."""
+    """A tensor that two strides describe is not copied, except rows with gaps whose channels are no multiple of 16."""
     read = set()
     for case in (case for case in CASES if 0 not in case.shape):
         del copies[:]
@@ -143,7 +143,7 @@ def test_views_are_read_in_place(copies: list[str]) -> None:
 
 @pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=4)), ids=str)
 def test_gradients_where_needed(needs: tuple[bool, ...]) -> None:
-    """Frozen one by one, in training and eval: each gradient is that of the call in which all are needed."""
+    """Each gradient is the same if others are not needed, in training and in eval mode."""
     p = CASE["nchw_tail"].problem(FP32)
     x, residual, dy = (t.contiguous() for t in (p.x, p.residual, p.dy))
     for training, act in itertools.product((True, False), ("relu", None)):
@@ -156,7 +156,7 @@ def test_gradients_where_needed(needs: tuple[bool, ...]) -> None:
 
 
 def test_small_and_large_results() -> None:
-    """Memory is aligned, outlives the call, and goes back to the pool where it came from it."""
+    """Memory is aligned, outlives the call, and returns to the pool if it came from the pool."""
     cpu.release_memory()
     for size in (4, 256):
         x = torch.randn(2, 16, size, size)
@@ -172,7 +172,7 @@ def test_small_and_large_results() -> None:
 
 
 def test_without_the_exchange_table() -> None:
-    """A torch that offers no table."""
+    """A torch without an exchange table."""
     code = """
 import torch
 torch.Tensor.__dlpack_c_exchange_api__ = None
@@ -199,7 +199,7 @@ def test_fields_are_mirrored() -> None:
 
 
 def test_wrong_types_are_errors() -> None:
-    """Neither a tuple of the right length nor the other kind of call is taken, and swapped arguments are not."""
+    """A tuple of the right length, the other kind of call, and swapped arguments are refused."""
     x, v = torch.randn(4, 3), torch.ones(3)
     forward, backward = ForwardCall(x), BackwardCall(x, x, v, v, v, v)
     for function, arguments in (
@@ -223,7 +223,7 @@ def test_wrong_types_are_errors() -> None:
 
 
 def test_what_is_no_operand_is_declined() -> None:
-    """A valid call's operands with one of them wrong: None, since the kernels would read what is not there."""
+    """If one operand of a valid call is invalid, the result is None, because the kernels would read invalid memory."""
     x, v = torch.randn(4, 3, 5, 5), torch.ones(3)
     record, mask = torch.zeros(8, 3, dtype=torch.float64), torch.zeros(4, 3, 4, dtype=torch.uint8)
     forward = ForwardCall(x, v, v, x, v.clone(), v.clone(), torch.tensor(0), True, 0.1, 1e-5, "relu", True, record)
@@ -242,7 +242,7 @@ def test_what_is_no_operand_is_declined() -> None:
     for name in ("weight", "bias", "mean", "invstd"):
         for wrong in wrong_vectors:
             if name in ("mean", "invstd") and isinstance(wrong, Tensor) and wrong.shape == (1, 3):
-                continue  # as many numbers, side by side
+                continue  # the same number of elements, in another shape
             assert _native.backward(backward._replace(**{name: wrong})) is None, (name, wrong)
     for wrong in (None, *wrong_images):
         assert _native.backward(backward._replace(dy=wrong)) is None, wrong
@@ -255,7 +255,7 @@ def test_what_is_no_operand_is_declined() -> None:
 
 @st.composite
 def strided(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes, and strides that are some permutation's dense ones, now and then with one of them off."""
+    """Sizes, and strides that are dense in some permutation, or sometimes wrong in one axis."""
     shape = draw(st.lists(st.sampled_from([1, 1, 2, 3, 16]), min_size=2, max_size=5))
     order = draw(st.permutations(range(len(shape))))
     usual = [list(range(len(shape))), [0, *range(2, len(shape)), 1]]
@@ -272,7 +272,7 @@ def strided(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
 @settings(max_examples=300, deadline=None)
 @given(strided())
 def test_layout_has_one_meaning(tensor: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    """The native module sees a tensor as ``layout.py`` does, and knows which results have the input's own strides."""
+    """The native module computes the layout of ``layout.py``, and which results have the strides of the input."""
     shape, stride = tensor
     found = _native.view_layout(shape, stride)
     x = torch.empty_strided(shape, stride, device="meta")
@@ -282,7 +282,7 @@ def test_layout_has_one_meaning(tensor: tuple[tuple[int, ...], tuple[int, ...]])
     if found is not None:
         rows, n, c, s, outer, inner, keeps = found
         assert layouts.Layout(rows, n, c, s) == like
-        # Any stride will do for an axis of size 1.
+        # The stride of an axis of size 1 is arbitrary.
         assert outer == expected[0] or (n if not rows else n * s) == 1
         assert inner == expected[1] or c == 1
         dense = x.is_contiguous() or (like.rows and layouts.dense(x, True).stride() == x.stride())
@@ -330,7 +330,7 @@ def test_plainly_valid_calls_alone_are_taken(precision: Precision, layout: str, 
 
 
 def test_declined_calls_write_nothing() -> None:
-    """A malformed argument after good ones: the running statistics and the counter are as before."""
+    """If an argument after valid ones is invalid, the running statistics and the counter do not change."""
     for precision, layout in ((FP32, "contiguous"), (BF16, "channels_last")):
         good = good_arguments(precision, layout, True)
         state = [good[name] for name in ("running_mean", "running_var", "num_batches_tracked")]
@@ -346,7 +346,7 @@ def test_one_value_per_channel() -> None:
 
 
 def test_tensors_of_a_transform() -> None:
-    """Tensors of vmap and grad have no memory of their own: declined, while they live and after."""
+    """Tensors of vmap and grad have no memory. They are declined during the transform and after it."""
     seen = []
 
     def look(x: Tensor) -> Tensor:
@@ -366,7 +366,7 @@ def test_tensors_of_a_transform() -> None:
 
 
 def test_subclasses_without_a_dispatch_of_their_own() -> None:
-    """They reach the kernels through the operator, as the tensors that they are."""
+    """Such subclasses reach the kernels through the operator, as plain tensors."""
     x, running = torch.randn(8, 3), [torch.zeros(3), torch.ones(3)]
     y = bnkern.batch_norm(x.as_subclass(Subclass), *(t.as_subclass(Subclass) for t in running), training=True)
     expected = [torch.zeros(3), torch.ones(3)]
@@ -385,7 +385,7 @@ def test_moments_of_a_lazily_negated_tensor() -> None:
 @pytest.mark.parametrize("way", ["native", "python"])
 @pytest.mark.parametrize("which", range(6), ids=["x", "weight", "bias", "residual", "running_mean", "running_var"])
 def test_lazy_negation(which: int, way: str, request: pytest.FixtureRequest) -> None:
-    """A view that negates (the imaginary part of a conjugate) is read with its sign, wherever it is an argument."""
+    """A view with a lazy negation (the imaginary part of a conjugate) is read with its sign, for every argument."""
     if way == "python":
         request.getfixturevalue("in_python")
     generator = torch.Generator().manual_seed(which)
@@ -401,14 +401,14 @@ def test_lazy_negation(which: int, way: str, request: pytest.FixtureRequest) -> 
         leaves = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), residual.requires_grad_()]
         y = bnkern.batch_norm(x, running_mean, running_var, weight, bias, True, residual=residual, act="relu")
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves), running_mean, running_var])
-    # Not the same bits: through the op a view may be copied to another dense layout first.
+    # The bits may differ, because the operator may first copy a view to another dense layout.
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one.detach(), other.detach().resolve_neg(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["native", "python"])
 def test_lazily_negated_and_batched_gradients(way: str, request: pytest.FixtureRequest) -> None:
-    """A gradient that arrives negated, or as many at once (``is_grads_batched``, as jacobian(vectorize=True) makes)."""
+    """A gradient may be lazily negated, or batched (``is_grads_batched``, as in jacobian(vectorize=True))."""
     if way == "python":
         request.getfixturevalue("in_python")
     x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -417,11 +417,11 @@ def test_lazily_negated_and_batched_gradients(way: str, request: pytest.FixtureR
     one_by_one = [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in dys]
     assert torch.equal(torch.autograd.grad(y, x, torch._neg_view(-dys[0]), retain_graph=True)[0], one_by_one[0])
     batched = torch.autograd.grad(y, x, dys, is_grads_batched=True)[0]
-    # The reference formula against the kernels: float32 sums of 100 values in another order.
+    # The reference formula and the kernels add 100 float32 values in different orders.
     torch.testing.assert_close(batched, torch.stack(one_by_one), rtol=1e-5, atol=1e-6)
 
 
 def test_zeros_that_were_never_stored() -> None:
-    """A tensor without memory that stands for zeros, as forward mode makes, is a batch of zeros."""
+    """A tensor without memory that represents zeros, as forward mode makes, is a batch of zeros."""
     y = bnkern.batch_norm(torch._efficientzerotensor(4, 3), None, None, training=True)
     assert torch.equal(y + 0, torch.zeros(4, 3))

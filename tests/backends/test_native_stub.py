@@ -1,4 +1,4 @@
-"""bnkern/_native.pyi, by which a type checker knows the compiled module, names what is there."""
+"""bnkern/_native.pyi, which describes the compiled module for type checkers, matches the module."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ native = pytest.importorskip("bnkern._native")
 
 
 def test_the_stub_names_what_the_module_has() -> None:
-    """Each function of the module is in the stub, and the other way round; those of CUDA where it was built."""
+    """The stub and the module have the same functions. Those of CUDA are compared only in a build with CUDA."""
     stub = ast.parse((Path(bnkern.__file__).parent / "_native.pyi").read_text())
     stated = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
     if native.build_info()["cuda"] is None:
@@ -20,7 +20,7 @@ def test_the_stub_names_what_the_module_has() -> None:
 
 
 def test_the_stub_counts_arguments_as_the_module_does() -> None:
-    """A function of C's calling convention says how many arguments it wants; so do the stub's positional ones."""
+    """The error of a function with C's calling convention states its number of arguments, which the stub must match."""
     stub = ast.parse((Path(bnkern.__file__).parent / "_native.pyi").read_text())
     checked = 0
     for node in stub.body:

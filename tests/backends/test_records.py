@@ -1,4 +1,4 @@
-"""What the kernels record beside their results: exact counts, sums to rounding, and not a bit changed elsewhere."""
+"""The records of the kernels: exact counts, sums to rounding, and unchanged results."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tests.support.record_cases import (
 
 ACT = pytest.mark.parametrize("act", ACTS)
 MODE = pytest.mark.parametrize("mode", MODES)
-# Lost channels, cancelling sums, tails, leftovers and copies: the cases for calls that are less common.
+# Cases for less common calls: channels with Inf or NaN, sums that cancel, tails, and copies.
 SOME = [
     *FEW,
     *(CASE[name] for name in ("c1", "two_values", "tall_rows", "expanded_batch", "constant_rows", "inf", "nan_rows")),

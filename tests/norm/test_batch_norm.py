@@ -1,4 +1,4 @@
-"""``batch_norm`` and ``add_act`` from end to end: values, gradients and statistics against torch in float64."""
+"""``batch_norm`` and ``add_act``: values, gradients and statistics, compared with torch in float64."""
 
 import itertools
 
@@ -48,7 +48,7 @@ def test_every_mode(
 
 
 def test_mean_of_1e4_sigma_in_channels_last(target: Target) -> None:
-    """Where torch 2.13's own channels_last CPU kernel returns a variance several times too large."""
+    """Here the variance of torch 2.13's channels_last CPU kernel is several times too large."""
     case = Case("torch_is_wrong", (128, 4, 32, 32), "", "channels_last", ratio=1e4)
     for act in (None, "relu"):
         check_batch_norm(target, case, FP32, "training", act, False)
@@ -93,7 +93,7 @@ def test_counter_alone(target: Target) -> None:
 
 
 def test_statistics_are_tracked_by_autograd(target: Target) -> None:
-    """The running statistics' version counters move, so that a graph that saved them notices the update."""
+    """The update increments the version counters of the running statistics, so a graph that saved them raises an error."""
     p = CASE["nc"].problem(FP32, target.device)
     running, counter = running_of(p), torch.tensor(0, device=target.device)
     saved = leaf(p.weight) * running[0]
@@ -110,7 +110,7 @@ def test_statistics_are_tracked_by_autograd(target: Target) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("case", [CASE["nchw_tail"], CASE["nhwc_c5_s49"]], ids=str)
 def test_partial_gradients(target: Target, case: Case, training: bool, act: str | None, with_residual: bool) -> None:
-    """Any subset of input, weight, bias and residual may require grad; each gradient is what it is with all."""
+    """Any subset of input, weight, bias and residual may require grad. Each gradient is independent of the subset."""
     p = case.problem(FP32, target.device)
     tensors = [p.x, p.weight, p.bias, *([p.residual] if with_residual else [])]
 
@@ -135,7 +135,10 @@ def test_partial_gradients(target: Target, case: Case, training: bool, act: str 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", [CASE["nchw_tail"], CASE["nhwc"]], ids=str)
 def test_gradient_arrives_in_any_layout(target: Target, case: Case, layout: str) -> None:
-    """dy comes as autograd made it: expanded, sliced, of the other memory format. The sums' order may differ then."""
+    """dy has any layout that autograd may produce: expanded, sliced, or the other memory format.
+
+    The order of sums may differ.
+    """
     p = case.problem(FP32, target.device)
     x, weight, bias = leaves = [leaf(t) for t in (p.x, p.weight, p.bias)]
     dy = LAYOUTS[layout](p.dy.contiguous())
@@ -172,7 +175,7 @@ def test_gradcheck(target: Target, training: bool, affine: str, act: str | None,
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("case", [CASE["nchw_tail"], CASE["nhwc_c5_s49"]], ids=str)
 def test_double_backward_equals_torch(target: Target, case: Case, training: bool) -> None:
-    """The gradient of the gradient's norm, as a gradient penalty needs it."""
+    """The gradient of the gradient's norm, as in a gradient penalty."""
     p = case.problem(FP64, target.device)
     results = []
     for fused in (True, False):
@@ -189,7 +192,7 @@ def test_double_backward_equals_torch(target: Target, case: Case, training: bool
 
 
 def test_backward_twice(target: Target) -> None:
-    """The saved tensors survive a backward that retains them, and no other."""
+    """The saved tensors remain after a backward with retain_graph, and only then."""
     p = CASE["nchw_tail"].problem(FP32, target.device)
     x = leaf(p.x)
     y = bnkern.batch_norm(x, None, None, training=True, residual=p.residual, act="relu")
@@ -212,7 +215,7 @@ def test_inplace_change_before_backward_is_noticed(target: Target, changed: str)
 
 
 def test_eval_backward_after_the_statistics_moved(target: Target) -> None:
-    """The gradient belongs to the statistics that the forward used."""
+    """The gradient uses the statistics of the forward."""
     p = CASE["nchw_tail"].problem(FP32, target.device)
     x, running = leaf(p.x), running_of(p)
     y = bnkern.batch_norm(x, *running, p.weight, p.bias, act="relu")
@@ -227,7 +230,7 @@ def test_eval_backward_after_the_statistics_moved(target: Target) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (1, 3, 1, 1), (1, 3, 1, 1, 1)])
 def test_one_value_per_channel(target: Target, shape: tuple[int, ...]) -> None:
-    """Refused in training with torch's own words; served in eval."""
+    """In training it raises the error of torch, with the same message. In eval mode it is allowed."""
     x, mean, var = torch.ones(shape, device=target.device), *torch.ones(2, 3, device=target.device)
     messages = []
     for function in (bnkern.batch_norm, F.batch_norm):
@@ -245,7 +248,7 @@ def test_one_value_per_channel(target: Target, shape: tuple[int, ...]) -> None:
 def test_empty_batch_equals_torch(
     target: Target, shape: tuple[int, ...], training: bool, act: str | None, with_residual: bool
 ) -> None:
-    """An empty y, zeros for the parameters' gradients, untouched statistics, and still one batch counted."""
+    """y is empty, the gradients of parameters are zero, the statistics are unchanged, and the batch is counted."""
     module = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}
     theirs = module[len(shape)](3, device=target.device).train(training)
     ours = getattr(bnkern.nn, type(theirs).__name__)(3, device=target.device, act=act).train(training)

@@ -1,4 +1,4 @@
-"""What ``batch_norm`` and ``add_act`` keep, read and write: saved tensors, arguments, outputs to the last bit."""
+"""Memory of ``batch_norm`` and ``add_act``: saved tensors, unchanged arguments, and fully written outputs."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,7 @@ from tests.support.cases import (
 @MODES
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_saved_for_backward(target: Target, case: Case, mode: str, act: str | None, with_residual: bool) -> None:
-    """Of activation size nothing is kept but the input itself and, for residual with ReLU, one bit per element."""
+    """Of the size of activations only the input is saved and, for a residual with ReLU, one bit per element."""
     p = case.problem(FP32, target.device)
     x, weight, bias, residual = (leaf(t) for t in (p.x, p.weight, p.bias, p.residual))
     running = (None, None) if mode == "untracked" else running_of(p)
@@ -56,7 +56,7 @@ def test_nothing_is_saved_without_grad(target: Target, training: bool, act: str 
     p = CASE["nchw_tail"].problem(FP32, target.device)
 
     def pack(_: Tensor) -> None:
-        raise AssertionError("saved a tensor")
+        raise AssertionError("a tensor was saved")
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         residual = p.residual if with_residual else None
@@ -83,7 +83,7 @@ def test_arguments_are_only_read(target: Target, case: Case, training: bool, act
 
 @pytest.fixture
 def poisoned() -> Callable[[bool], None]:
-    """A switch: torch fills what torch.empty and its like return with NaN, or the largest integer."""
+    """torch fills the results of torch.empty and similar functions with NaN, or with the largest integer."""
     before = torch.are_deterministic_algorithms_enabled()
     yield torch.use_deterministic_algorithms
     torch.use_deterministic_algorithms(before)
@@ -95,7 +95,7 @@ def poisoned() -> Callable[[bool], None]:
 def test_outputs_are_fully_written(
     target: Target, case: Case, mode: str, act: str | None, with_residual: bool, poisoned: Callable[[bool], None]
 ) -> None:
-    """The same bits, padding of the mask included, whatever the memory of outputs and workspaces held before."""
+    """Results and the padding of the mask have the same bits, whatever the memory held before."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     p, training = case.problem(FP16, target.device), mode != "eval"
     residual = p.residual if with_residual else None

@@ -1,4 +1,4 @@
-"""torch.func's vmap and grad by the kernels: members folded into channels, against a loop over the members."""
+"""torch.func's vmap and grad on the kernels, which fold members into channels, compared with a loop over the members."""
 
 import itertools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import bnkern
 from bnkern.backends import reference
 
 MEMBERS = 3
-# float32 sums of some hundred values, by tiles that differ between one member and all of them folded.
+# Sums of some hundred float32 values. The tiles differ between one member and all members folded.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -22,7 +22,7 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 @pytest.fixture
 def no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference formula would make all of this right too, and slow."""
+    """Fails a test that calls the reference formula, which is correct but slow."""
     for name in ("forward", "differentiable_backward"):
         monkeypatch.setattr(reference, name, None)
 
@@ -31,7 +31,10 @@ def no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mapped", list(itertools.product((True, False), repeat=3)), ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_members_equal_a_loop(training: bool, mapped: tuple[bool, ...], channels_last: bool, no_reference) -> None:
-    """vmap(grad) over inputs, parameters and both; what is not mapped is shared. In eval over statistics as well."""
+    """vmap(grad) over inputs, parameters or both.
+
+    Unmapped tensors are shared. In eval mode it is also over statistics.
+    """
     if not any(mapped):
         return
     x, residual = random(MEMBERS, 4, 5, 6, 6, seed=0), random(MEMBERS, 4, 5, 6, 6, seed=1)
@@ -63,7 +66,7 @@ def test_members_equal_a_loop(training: bool, mapped: tuple[bool, ...], channels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(8, 3), (4, 3, 5)], ids=str)
 def test_without_parameters(dtype: torch.dtype, shape: tuple[int, ...], no_reference) -> None:
-    """No weight, no bias, no residual, no ReLU; nested vmap; float32 statistics of bfloat16 members."""
+    """Without weight, bias, residual and ReLU; nested vmap; float32 statistics of bfloat16 members."""
     xs = random(2, MEMBERS, *shape, seed=6, dtype=dtype)
 
     def one(x: Tensor) -> Tensor:
@@ -75,14 +78,14 @@ def test_without_parameters(dtype: torch.dtype, shape: tuple[int, ...], no_refer
         x = xs[i, k].clone().requires_grad_()
         expected = one(x)
         (of_x,) = torch.autograd.grad((expected * x.cos()).sum(), x)
-        # bfloat16: one rounding of y, and dx that comes from it: two units in the last of 8 bits.
+        # In bfloat16 y is rounded once, and dx depends on it: two units in the last of 8 bits.
         close = {"rtol": 2**-7, "atol": 2**-6} if dtype is torch.bfloat16 else {"rtol": 1e-10, "atol": 1e-10}
         torch.testing.assert_close(y[i, k], expected.detach(), **close)
         torch.testing.assert_close(dx[i, k], of_x, **close)
 
 
 def test_trained_from_outside(no_reference) -> None:
-    """vmap inside, ordinary autograd outside: parameters of all members get their gradients in one backward."""
+    """With vmap inside of ordinary autograd one backward computes the gradients of all members' parameters."""
     x, weight, bias = (random(MEMBERS, *s, seed=7) for s in ((4, 5, 3, 3), (5,), (5,)))
     weight.requires_grad_(), bias.requires_grad_()
 
@@ -110,7 +113,7 @@ SECOND: dict[str, Callable] = {
 @pytest.mark.parametrize("way", SECOND)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_second_derivatives(way: str, training: bool) -> None:
-    """Through the reference formula, as torch's batch norm has them; forward mode (hessian) too. In float64."""
+    """They use the reference formula, like those of a single batch norm, also in forward mode (hessian). In float64."""
     x, weight = random(4, 3, 5, seed=8, dtype=torch.float64).requires_grad_(), random(3, seed=9, dtype=torch.float64)
     mean, var = random(3, seed=10, dtype=torch.float64), random(3, seed=11, dtype=torch.float64).abs() + 0.5
     running = (None, None) if training else (mean, var)

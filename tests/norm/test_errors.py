@@ -1,4 +1,4 @@
-"""Calls that make no sense: each raises at the door, names the argument, and leaves every tensor as it was."""
+"""Invalid calls: each raises an error that names the argument, and changes no tensor."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,10 @@ from tests.support.cases import Precision
 
 
 def raises_naming(argument: str, error: type[Exception], function: Callable, **arguments: object) -> None:
-    """The error, with the argument's name in its message; all tensors keep their bytes and version counters."""
+    """Requires the error, with the argument's name in its message.
+
+    All tensors keep their bytes and version counters.
+    """
     tensors = [t for t in arguments.values() if isinstance(t, Tensor) and t.device.type == "cpu"]
     before = [(t.clone(), t._version) for t in tensors]
     given = f"{argument}={arguments[argument]!r}"
@@ -92,7 +95,7 @@ def test_messages_say_what_is_and_what_must_be() -> None:
 
 
 def test_what_looks_odd_but_is_fine() -> None:
-    """Strided or expanded weights, an integer eps, mixed dtypes of vectors, an odd but harmless residual."""
+    """Strided or expanded weights, an integer eps, vectors of mixed dtypes, and an unusual residual are valid."""
     x, p = (
         torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)),
         torch.tensor([1.0, 9.0, 2.0, 9.0, 3.0, 9.0]),

@@ -1,4 +1,4 @@
-"""What torch's tracers see: compile, export, fake and meta tensors, make_fx, opcheck and torch.func."""
+"""The operator under torch's tracers: compile, export, fake and meta tensors, make_fx, opcheck and torch.func."""
 
 import copy
 import inspect
@@ -33,7 +33,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def arguments(p: Problem, mode: str, act: str | None, with_residual: bool) -> tuple:
-    """Those of the forward op: mode is training, untracked, eval or identity."""
+    """The arguments of the forward operator. The mode is training, untracked, eval or identity."""
     tracked = mode in ("training", "eval")
     running = [p.mean.to(p.weight.dtype), (p.invstd**-2).to(p.weight.dtype)] if tracked else [None, None]
     counter = torch.tensor(3, device=p.x.device) if mode == "training" else None
@@ -61,7 +61,7 @@ FUSED = pytest.mark.parametrize(
 
 
 def or_none(t: Tensor) -> Tensor | None:
-    """What the operator returned, as its backward takes it."""
+    """The results of the operator in the form that its backward takes."""
     return t if t.numel() else None
 
 
@@ -103,7 +103,7 @@ def test_opcheck_of_ops_that_record(target: Target, act: str | None, with_residu
 @pytest.mark.parametrize(("act", "with_residual"), [(None, False), ("relu", True)], ids=["plain", "add_relu"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fakes_tell_the_truth(target: Target, case: Case, mode: str, act: str | None, with_residual: bool) -> None:
-    """Shapes, dtypes and strides of all results of both ops, as the kernels then give them."""
+    """Fake tensors have the shapes, dtypes and strides of all real results of both operators."""
     args = arguments(case.problem(BF16, target.device), mode, act, with_residual)
     needs = [True, args[1] is not None, args[2] is not None, with_residual]
     dy = torch.ones(args[0].shape, dtype=args[0].dtype, device=target.device)
@@ -126,7 +126,10 @@ def test_fakes_tell_the_truth(target: Target, case: Case, mode: str, act: str | 
 @FUSED
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_op_equals_direct_call(target: Target, case: Case, mode: str, act: str | None, with_residual: bool) -> None:
-    """The op returns the new statistics instead of writing them; otherwise bit for bit the launcher's results."""
+    """The operator returns the new statistics and does not write them.
+
+    The other results have the bits of the direct call.
+    """
     args = requiring_grad(arguments(case.problem(FP32, target.device), mode, act, with_residual))
     leaves = [t for t in args[:4] if t is not None]
     before = copy.deepcopy([None if t is None else t.detach() for t in args[4:7]])
@@ -158,7 +161,7 @@ def test_op_equals_direct_call(target: Target, case: Case, mode: str, act: str |
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch, target: Target) -> list[bool]:
-    """Of each call to the operator's implementation a True; of each call of a backend without it a False."""
+    """A True for each call of the operator's implementation, and a False for each call of a backend outside of it."""
     taken: list[bool] = []
     module = backends.choose(target.backend, target.device, torch.float32)
 
@@ -178,7 +181,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, target: Target) -> list[bool]:
 
 
 class Recording(TorchDispatchMode):
-    """Lists the ops that are dispatched within."""
+    """Lists the operators that are dispatched in the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +226,7 @@ def test_function_mode_sees_the_op(target: Target) -> None:
 
 
 class Labelled(torch.Tensor):
-    """A subclass whose torch_function default keeps the class."""
+    """A subclass whose default __torch_function__ keeps the class."""
 
 
 def test_subclass_goes_through_the_op(target: Target, launches: list[bool]) -> None:
@@ -241,7 +244,7 @@ def test_subclass_goes_through_the_op(target: Target, launches: list[bool]) -> N
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @FUSED
 def test_without_values(target: Target, how: str, training: bool, act: str | None, with_residual: bool) -> None:
-    """A module runs forward and backward on tensors that have no memory, with the strides of the real ones."""
+    """A module runs forward and backward on tensors without memory, with the strides of real ones."""
     x = CASE["nhwc_c5_s49"].problem(FP32, target.device).x
     bn = bnkern.nn.BatchNorm2d(5, act=act, momentum=None, device=target.device).train(training)
     if how == "meta":
@@ -262,7 +265,7 @@ def test_without_values(target: Target, how: str, training: bool, act: str | Non
 
 
 class Block(nn.Module):
-    """Both fused shapes of a residual block."""
+    """A residual block with both fused forms."""
 
     def __init__(self, momentum: float | None = 0.1) -> None:
         super().__init__()
@@ -281,7 +284,7 @@ def block(device: str, **arguments: object) -> tuple[Block, Tensor]:
 
 
 def steps(model: nn.Module, call: Callable, x: Tensor, count: int = 3) -> list[Tensor]:
-    """Training steps, then one in eval: outputs, gradients, state."""
+    """Training steps and one step in eval mode: outputs, gradients, state."""
     results = []
     for k in range(count):
         leaf = (x + k).detach().requires_grad_()
@@ -303,21 +306,21 @@ def assert_equal(ones: list[Tensor], others: list[Tensor], exactly: bool = True)
 
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
 def test_compile_equals_eager(target: Target, momentum: float | None) -> None:
-    """Without a graph break, outputs, gradients and running statistics bit for bit."""
+    """Without a graph break outputs, gradients and running statistics have the same bits."""
     (eager, x), (model, _) = block(target.device, momentum=momentum), block(target.device, momentum=momentum)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_equal(steps(model, compiled, x), steps(eager, eager, x))
 
 
 def test_compile_with_inductor(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CI", "true")  # Inductor is stricter there about ops that have a decomposition
+    monkeypatch.setenv("CI", "true")  # Inductor then checks operators that have a decomposition more strictly
     (eager, x), (model, _) = block(target.device), block(target.device)
     compiled = torch.compile(model, fullgraph=True)
     assert_equal(steps(model, compiled, x, count=2), steps(eager, eager, x, count=2), exactly=False)
 
 
 def test_compile_keeps_the_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name travels with the graph, forward and backward."""
+    """The name of the forced backend is stored in the graph, for forward and backward."""
     model, x = block("cpu")
     names = []
     original = backends.choose
@@ -330,7 +333,7 @@ def test_compile_keeps_the_forced_backend(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_compile_a_function_with_buffers(target: Target) -> None:
-    """batch_norm itself, statistics and counter given, momentum None."""
+    """batch_norm itself, with statistics, a counter, and momentum None."""
     p = CASE["nhwc"].problem(FP32, target.device)
 
     def call(x: Tensor, mean: Tensor, var: Tensor, counter: Tensor) -> Tensor:
@@ -344,7 +347,7 @@ def test_compile_a_function_with_buffers(target: Target) -> None:
 
 
 def test_one_graph_for_many_batches(target: Target) -> None:
-    """Later batch sizes share one dynamic graph, and later steps of the counter need none."""
+    """Later batch sizes share one dynamic graph. Later values of the counter need no new graph."""
     model, x = block(target.device, momentum=None)
     compiled_graphs = []
 
@@ -368,7 +371,7 @@ def test_bad_input_raises_under_compile(target: Target) -> None:
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_export(target: Target, strict: bool, training: bool) -> None:
-    """The exported program has our op in it, and runs to the same values and statistics."""
+    """The exported program contains the operator, and has the same values and statistics."""
     (eager, x), (model, _) = block(target.device), block(target.device)
     program = torch.export.export(model.train(training), (x,), strict=strict)
     found = [node.target for node in program.graph.nodes if node.op == "call_function"]
@@ -441,10 +444,10 @@ TRANSFORMS: dict[str, Callable] = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("case", [Case("nchw_tiny", (3, 2, 3, 3), ""), Case("nc_tiny", (6, 3), "")], ids=str)
 def test_functional_transforms(target: Target, transform: str, case: Case) -> None:
-    """torch.func and forward-mode differentiation give what they give for torch's batch norm."""
+    """torch.func and forward-mode differentiation give the results of torch's batch norm."""
     p = case.problem(FP64, target.device)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")  # of torch's own batch norm under vmap
+        warnings.filterwarnings("ignore", "There is a performance drop")  # about torch's own batch norm under vmap
         results = [TRANSFORMS[transform](f, p.x, p.weight, p.bias) for f in (ours, theirs)]
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
@@ -452,7 +455,7 @@ def test_functional_transforms(target: Target, transform: str, case: Case) -> No
 
 
 def test_per_sample_gradients_of_a_frozen_module(target: Target) -> None:
-    """vmap over functional_call in eval, the use that per-sample gradients make of batch norm."""
+    """vmap over functional_call in eval mode, as for per-sample gradients."""
     bn = bnkern.nn.BatchNorm2d(4, device=target.device, dtype=torch.float64).eval()
     xs = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(target.device)
     parameters = {k: v.detach() for k, v in bn.named_parameters()}
@@ -469,7 +472,7 @@ def test_per_sample_gradients_of_a_frozen_module(target: Target) -> None:
 
 
 def test_captured_statistics_refuse_to_change_under_grad(target: Target) -> None:
-    """As with torch's: statistics that the transform does not know of cannot be updated inside it."""
+    """As in torch, statistics that are captured by a transform cannot be updated inside of it."""
     x, mean, var = torch.ones(4, 3, device=target.device).cumsum(0), *torch.ones(2, 3, device=target.device)
     with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
         torch.func.grad(lambda x: bnkern.batch_norm(x, mean, var, training=True).sum())(x)

@@ -1,4 +1,4 @@
-"""What batch norm must satisfy whatever the numbers: hypothesis chooses shapes, layouts and values."""
+"""Properties of batch norm for arbitrary values. hypothesis chooses shapes, layouts and values."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from tests.support.cases import (
     EPS,
     FP32,
     FP64,
+    LAYOUTS,
     TARGETS,
     Case,
     Problem,
@@ -39,12 +40,14 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def on_every_target(function):
-    """Runs a property on each backend, with fixtures out of hypothesis's way."""
+    """Runs a property on each backend. hypothesis would run a fixture only once for all examples, so this uses a
+    parameter.
+    """
     marked = [
         pytest.param(target, id=str(target), marks=[pytest.mark.gpu] if target.device == "cuda" else [])
         for target in TARGETS
     ]
-    return pytest.mark.parametrize("at", marked)(settings(max_examples=60)(function))
+    return pytest.mark.parametrize("target", marked)(settings(max_examples=60)(function))
 
 
 def gradients(p: Problem, training: bool = True, act: str | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -56,20 +59,21 @@ def gradients(p: Problem, training: bool = True, act: str | None = None) -> tupl
 
 @on_every_target
 @given(case=cases(), act=st.sampled_from([None, "relu"]))
-def test_input_gradient_is_orthogonal(at: Target, case: Case, act: str | None) -> None:
-    """sum dx = 0 and sum dx * xhat = 0 per channel, the latter up to its eps term.
+def test_input_gradient_is_orthogonal(target: Target, case: Case, act: str | None) -> None:
+    """sum dx = 0 and sum dx * xhat = 0 per channel, except for the eps term of the latter.
 
-    With xhat formed with eps, sum xhat^2 = M var / (var + eps), and so
-    sum dx * xhat = weight * invstd * dweight * (1 - var / (var + eps)).
+    With eps in xhat, sum xhat^2 = M var / (var + eps), and so sum dx * xhat = weight * invstd * dweight * (1 - var /
+    (var + eps)).
     """
-    with bnkern.use_backend(at.backend):
-        p = case.problem(FP64, at.device)
+    with bnkern.use_backend(target.backend):
+        p = case.problem(FP64, target.device)
         _, dx, dweight, _ = gradients(p, act=act)
     x, dx, weight, dy = exact(p.x, dx, p.weight, p.dy)
     var, mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
     invstd = torch.rsqrt(var + EPS)
     xhat = (x - by_channel(mean, x)) * by_channel(invstd, x)
-    # Each of the terms that cancel is at most |weight| invstd |dy|; roundings of x and mean enter by their ratio.
+    # Each term that cancels is at most |weight| invstd |dy|. Roundings of x and mean count in proportion to their
+    # ratio.
     scale = (weight * invstd).abs() * per_channel(torch.sum, dy.abs()).flatten() * (1 + mean.abs() * invstd) * 1e-14
     eps_term = weight * invstd * exact(dweight)[0] * EPS / (var + EPS)
     assert_close(per_channel(torch.sum, dx).flatten(), torch.zeros_like(mean), scale, "sum dx")
@@ -79,10 +83,10 @@ def test_input_gradient_is_orthogonal(at: Target, case: Case, act: str | None) -
 
 @on_every_target
 @given(case=cases())
-def test_output_is_normalised(at: Target, case: Case) -> None:
-    """Per channel the mean of y is bias, and its variance weight^2 var / (var + eps)."""
-    with bnkern.use_backend(at.backend):
-        p = case.problem(FP64, at.device)
+def test_output_is_normalised(target: Target, case: Case) -> None:
+    """In each channel y has the mean bias and the variance weight^2 var / (var + eps)."""
+    with bnkern.use_backend(target.backend):
+        p = case.problem(FP64, target.device)
         y = gradients(p)[0]
     x, y, weight, bias = exact(p.x, y, p.weight, p.bias)
     axes = [0, *range(2, x.dim())]
@@ -95,10 +99,10 @@ def test_output_is_normalised(at: Target, case: Case) -> None:
 
 @on_every_target
 @given(case=cases(), shift=st.integers(-1000, 1000), act=st.sampled_from([None, "relu"]))
-def test_shift_invariance(at: Target, case: Case, shift: int, act: str | None) -> None:
-    """x + c gives the same y and gradients, to the roundings of x + c."""
-    with bnkern.use_backend(at.backend):
-        p = case.problem(FP64, at.device)
+def test_shift_invariance(target: Target, case: Case, shift: int, act: str | None) -> None:
+    """x + c gives the same y and gradients, except for the roundings of x + c."""
+    with bnkern.use_backend(target.backend):
+        p = case.problem(FP64, target.device)
         results = [gradients(p._replace(x=x)) for x in (p.x, p.x + shift)]
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
@@ -106,14 +110,14 @@ def test_shift_invariance(at: Target, case: Case, shift: int, act: str | None) -
 
 @on_every_target
 @given(case=cases(), power=st.integers(-6, 6), act=st.sampled_from([None, "relu"]))
-def test_scale_invariance(at: Target, case: Case, power: int, act: str | None) -> None:
-    """With eps scaled along, 2^k x gives bit for bit the same y and parameters' gradients, and 2^-k dx.
+def test_scale_invariance(target: Target, case: Case, power: int, act: str | None) -> None:
+    """With eps scaled too, 2^k x gives the same bits of y and the parameters' gradients, and 2^-k dx.
 
-    A power of two changes no rounding: anything else than equal bits is a constant hidden in the arithmetic.
+    A power of two changes no rounding, so different bits would indicate a hidden constant.
     """
     scale, results = 2.0**power, []
-    p = case.problem(FP32, at.device)
-    with bnkern.use_backend(at.backend):
+    p = case.problem(FP32, target.device)
+    with bnkern.use_backend(target.backend):
         for factor in (1.0, scale):
             x, weight, bias = leaves = [t.detach().requires_grad_() for t in (p.x * factor, p.weight, p.bias)]
             y = bnkern.batch_norm(x, None, None, weight, bias, True, eps=2.0**-16 * factor**2, act=act)
@@ -125,33 +129,35 @@ def test_scale_invariance(at: Target, case: Case, power: int, act: str | None) -
 
 @on_every_target
 @given(case=cases(), power=st.integers(-6, 6))
-def test_backward_is_linear_in_dy(at: Target, case: Case, power: int) -> None:
-    """2^k dy gives bit for bit 2^k times every gradient."""
-    p = case.problem(FP32, at.device)
-    with bnkern.use_backend(at.backend):
-        one, other = gradients(p, act="relu"), gradients(p._replace(dy=p.dy * 2.0**power), act="relu")
+def test_backward_is_linear_in_dy(target: Target, case: Case, power: int) -> None:
+    """2^k dy gives exactly 2^k times every gradient."""
+    p = case.problem(FP32, target.device)
+    with bnkern.use_backend(target.backend):
+        scaled = LAYOUTS[case.layout](p.dy * 2.0**power)  # another layout could change the order of sums
+        one, other = gradients(p, act="relu"), gradients(p._replace(dy=scaled), act="relu")
     for a, b in zip(one[1:], other[1:], strict=True):
         assert torch.equal(a * 2.0**power, b)
 
 
 @on_every_target
 @given(case=cases(), act=st.sampled_from([None, "relu"]))
-def test_sign_symmetry(at: Target, case: Case, act: str | None) -> None:
-    """(-x, -weight) gives bit for bit the y of (x, weight), and -dx."""
-    p = case.problem(FP32, at.device)
-    with bnkern.use_backend(at.backend):
-        one, other = gradients(p, act=act), gradients(p._replace(x=-p.x, weight=-p.weight), act=act)
+def test_sign_symmetry(target: Target, case: Case, act: str | None) -> None:
+    """(-x, -weight) gives exactly the y of (x, weight), and -dx."""
+    p = case.problem(FP32, target.device)
+    with bnkern.use_backend(target.backend):
+        negated = LAYOUTS[case.layout](-p.x)  # another layout could change the order of sums
+        one, other = gradients(p, act=act), gradients(p._replace(x=negated, weight=-p.weight), act=act)
     for sign, a, b in zip((1, -1, -1, 1), one, other, strict=True):
         assert torch.equal(a, sign * b)
 
 
 @on_every_target
 @given(case=cases(), seed=st.integers(0, 100), act=st.sampled_from([None, "relu"]))
-def test_batch_permutation(at: Target, case: Case, seed: int, act: str | None) -> None:
-    """The order of the samples changes nothing but the order of the results, to the order of summation."""
-    order = torch.randperm(case.shape[0], generator=torch.Generator().manual_seed(seed)).to(at.device)
-    with bnkern.use_backend(at.backend):
-        p = case.problem(FP64, at.device)
+def test_batch_permutation(target: Target, case: Case, seed: int, act: str | None) -> None:
+    """A permutation of the samples permutes the results, except for the order of summation."""
+    order = torch.randperm(case.shape[0], generator=torch.Generator().manual_seed(seed)).to(target.device)
+    with bnkern.use_backend(target.backend):
+        p = case.problem(FP64, target.device)
         y, dx, dweight, dbias = gradients(p, act=act)
         permuted = gradients(p._replace(x=p.x[order], dy=p.dy[order]), act=act)
     for one, other in zip((y[order], dx[order], dweight, dbias), permuted, strict=True):
@@ -160,10 +166,10 @@ def test_batch_permutation(at: Target, case: Case, seed: int, act: str | None) -
 
 @on_every_target
 @given(case=cases(), seed=st.integers(0, 100))
-def test_channels_are_independent(at: Target, case: Case, seed: int) -> None:
-    """In eval a channel's results are bit for bit the same wherever it stands."""
-    order = torch.randperm(case.shape[1], generator=torch.Generator().manual_seed(seed)).to(at.device)
-    p = case.problem(FP32, at.device)
+def test_channels_are_independent(target: Target, case: Case, seed: int) -> None:
+    """In eval mode the results of a channel have the same bits at every position."""
+    order = torch.randperm(case.shape[1], generator=torch.Generator().manual_seed(seed)).to(target.device)
+    p = case.problem(FP32, target.device)
 
     def call(x: Tensor, dy: Tensor, *vectors: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach().requires_grad_()
@@ -171,7 +177,7 @@ def test_channels_are_independent(at: Target, case: Case, seed: int) -> None:
         return y.detach(), torch.autograd.grad(y, x, dy)[0]
 
     vectors = (p.mean, p.invstd**-2, p.weight, p.bias)
-    with bnkern.use_backend(at.backend):
+    with bnkern.use_backend(target.backend):
         plain = call(p.x, p.dy, *vectors)
         permuted = call(p.x[:, order], p.dy[:, order], *(v[order] for v in vectors))
     for one, other in zip(plain, permuted, strict=True):
@@ -185,18 +191,20 @@ def test_channels_are_independent(at: Target, case: Case, seed: int) -> None:
     seed=st.integers(0, 1000),
     data=st.data(),
 )
-def test_merge_is_free_of_order(at: Target, counts: list[int], ratio: float, seed: int, data: st.DataObject) -> None:
-    """Any order and any grouping of the parts gives the same moments, to rounding; and they are the whole's."""
-    merge = backends.choose(at.backend, at.device, torch.float32).merge
-    moments = backends.choose(at.backend, at.device, torch.float32).moments
+def test_merge_is_free_of_order(
+    target: Target, counts: list[int], ratio: float, seed: int, data: st.DataObject
+) -> None:
+    """Every order and grouping of the parts gives the moments of the whole, to rounding."""
+    merge = backends.choose(target.backend, target.device, torch.float32).merge
+    moments = backends.choose(target.backend, target.device, torch.float32).moments
     generator = torch.Generator().manual_seed(seed)
-    x = (torch.randn(sum(counts), 3, generator=generator) + ratio).to(at.device)
+    x = (torch.randn(sum(counts), 3, generator=generator) + ratio).to(target.device)
     parts = [moments(part) for part in x.split(counts)]
 
     def merged(parts: list) -> tuple[int, Tensor, Tensor]:
         n, means, m2s = zip(*parts, strict=True)
         count, mean, m2 = merge(
-            torch.tensor([int(k) for k in n], device=at.device), torch.stack(means), torch.stack(m2s)
+            torch.tensor([int(k) for k in n], device=target.device), torch.stack(means), torch.stack(m2s)
         )
         return int(count), mean, m2
 
@@ -207,8 +215,8 @@ def test_merge_is_free_of_order(at: Target, counts: list[int], ratio: float, see
     (wide,) = exact(x)
     true_mean = wide.mean(0) if len(wide) else torch.zeros(3, dtype=torch.float64)
     true_var = wide.var(0, correction=0) if len(wide) else true_mean
-    # The parts' means come rounded, each by eps / 2 of itself, so a difference of two carries up to eps * |mean| and
-    # its square, a part of the variance, up to 2 * eps * |mean| * sigma.
+    # Each part's mean is rounded by eps / 2 of itself. So the difference of two means has an error up to eps * |mean|,
+    # and its square, a part of the variance, up to 2 * eps * |mean| * sigma.
     rounded_means = 2 * torch.finfo(x.dtype).eps * true_mean.abs() * true_var.sqrt()
     for count, mean, m2 in (merged(parts), merged(shuffled), merged(grouped)):
         assert count == len(x)
@@ -219,10 +227,10 @@ def test_merge_is_free_of_order(at: Target, counts: list[int], ratio: float, see
 
 @on_every_target
 @given(case=cases())
-def test_training_equals_eval_with_the_batch_statistics(at: Target, case: Case) -> None:
-    """Eval with the batch's own mean and biased variance gives the y of training."""
-    with bnkern.use_backend(at.backend):
-        p = case.problem(FP64, at.device)
+def test_training_equals_eval_with_the_batch_statistics(target: Target, case: Case) -> None:
+    """Eval mode with the batch's mean and biased variance gives the y of training."""
+    with bnkern.use_backend(target.backend):
+        p = case.problem(FP64, target.device)
         _, mean, var = bnkern.channel_moments(p.x)
         y = bnkern.batch_norm(p.x, None, None, p.weight, p.bias, True)
         z = bnkern.batch_norm(p.x, mean, var, p.weight, p.bias)
@@ -231,10 +239,10 @@ def test_training_equals_eval_with_the_batch_statistics(at: Target, case: Case) 
 
 @on_every_target
 @given(case=cases(), act=st.sampled_from([None, "relu"]))
-def test_fusing_changes_at_most_a_rounding(at: Target, case: Case, act: str | None) -> None:
-    """Fused addition and ReLU are those of torch after the plain call."""
-    p = case.problem(FP32, at.device)
-    with bnkern.use_backend(at.backend):
+def test_fusing_changes_at_most_a_rounding(target: Target, case: Case, act: str | None) -> None:
+    """Fused addition and ReLU equal those of torch after the plain call."""
+    p = case.problem(FP32, target.device)
+    with bnkern.use_backend(target.backend):
         fused = bnkern.batch_norm(p.x, None, None, p.weight, p.bias, True, residual=p.residual, act=act)
         apart = bnkern.batch_norm(p.x, None, None, p.weight, p.bias, True) + p.residual
     torch.testing.assert_close(fused, apart.relu() if act else apart, rtol=1e-6, atol=2e-6)

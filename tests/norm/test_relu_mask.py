@@ -1,4 +1,4 @@
-"""The backward's ReLU is the forward's, bit for bit, also where values are within a rounding of zero."""
+"""The ReLU of the backward equals that of the forward in every bit, also for values within a rounding of zero."""
 
 import pytest
 import torch
@@ -21,16 +21,16 @@ HALVES_AND_FP32 = pytest.mark.parametrize("precision", [FP32, BF16, FP16], ids=l
 
 
 def arranged(v: Tensor, planes: bool) -> Tensor:
-    """[64, C] as [8, C, 8] in planes, or as it is, in rows."""
+    """[64, C] as [8, C, 8] in planes, or unchanged in rows."""
     return v.view(8, 8, -1).movedim(1, 2).contiguous() if planes else v
 
 
 @HALVES_AND_FP32
 @PLANES
 def test_recomputed_mask_next_to_zero_in_eval(target: Target, precision: Precision, planes: bool) -> None:
-    """A million values whose pre-activation is within a few roundings of zero: the backward's ReLU is the forward's.
+    """A million values whose pre-activation is within a few roundings of zero: backward and forward have the same mask.
 
-    In half of the channels weight and bias are so small that z underflows, where only the rounded value decides.
+    In half of the channels weight and bias are so small that z underflows. There the rounded value decides.
     """
     generator, channels = torch.Generator().manual_seed(1), 16384
     mean, weight, bias = torch.randn(3, channels, generator=generator, dtype=torch.float64)
@@ -48,7 +48,7 @@ def test_recomputed_mask_next_to_zero_in_eval(target: Target, precision: Precisi
     dy = torch.ones_like(x) * by_channel((1 / small).clamp(max=1e30), x).to(x)
     (dx,) = torch.autograd.grad(y, x, dy)
     assert torch.equal(dx != 0, passed(y))
-    # The test bites: ReLU passes about half, and z has underflowed to zero in some places where it is positive.
+    # The values are suitable: about half pass the ReLU, and some positive z underflow to zero.
     assert 0.3 < passed(y).double().mean() < 0.7
     z = F.batch_norm(*exact(x), wide_mean, wide_var, wide_weight, wide_bias)
     assert ((z > 0) & (y.cpu() == 0)).sum() > 100
@@ -57,7 +57,9 @@ def test_recomputed_mask_next_to_zero_in_eval(target: Target, precision: Precisi
 @HALVES_AND_FP32
 @PLANES
 def test_recomputed_mask_next_to_zero_in_training(target: Target, precision: Precision, planes: bool) -> None:
-    """The same with the batch's statistics: four values in 64 give the variance, the others crowd about the mean."""
+    """The same with statistics of the batch: four values of 64 determine the variance, the others are close to the
+    mean.
+    """
     generator, channels = torch.Generator().manual_seed(2), 16384
     mean = torch.randn(channels, generator=generator, dtype=torch.float64).to(precision.dtype)
     values = steps_around(mean, precision.dtype, 64)
@@ -69,7 +71,7 @@ def test_recomputed_mask_next_to_zero_in_training(target: Target, precision: Pre
     dx, dbias = torch.autograd.grad(y, (x, bias), torch.ones_like(x))
     g = passed(y).cpu().double()
     assert torch.equal(dbias.cpu().double(), g.sum([0, *range(2, g.dim())]))
-    # One wrong bit would change dx by weight * invstd, which is more than 1.
+    # A wrong bit would change dx by weight * invstd, which is more than 1.
     wide = exact(x)[0].requires_grad_()
     z = F.batch_norm(wide, None, None, *exact(weight, bias), True)
     (true_dx,) = torch.autograd.grad(z, wide, g)
@@ -80,7 +82,7 @@ def test_recomputed_mask_next_to_zero_in_training(target: Target, precision: Pre
 
 @PLANES
 def test_recomputed_mask_of_the_identity(target: Target, planes: bool) -> None:
-    """Without normalisation z is x: every float16 there is."""
+    """Without normalisation z is x. All float16 values are tested."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     x = leaf(arranged(x.view(64, -1), planes).to(target.device))
     y = bnkern.add_act(x)

@@ -1,4 +1,4 @@
-"""A residual whose memory format is not that of the input: torch's addition takes it, and so does every function."""
+"""A residual whose memory format differs from that of the input is accepted by every function, as by torch's addition."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -46,7 +46,10 @@ def layer_of(p: Problem, act: str | None) -> torch.nn.Module:
 
 
 def outcome(function: Callable, x: Tensor, residual: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """y, dx and the residual's gradient, of tensors that are no leaves: nothing but the function lays them out."""
+    """y, dx and the residual's gradient.
+
+    The tensors are no leaves, so that only the function determines their layout.
+    """
     x, residual = (t.detach().requires_grad_() for t in (x, residual))
     y = function(x, residual)
     return y.detach(), *torch.autograd.grad(y, (x, residual), dy)
@@ -56,7 +59,7 @@ def outcome(function: Callable, x: Tensor, residual: Tensor, dy: Tensor) -> tupl
 @FUNCTIONS
 @EACH_ACT
 def test_residual_in_the_other_format(target: Target, case: Case, function: Callable, act: str | None) -> None:
-    """The bits of a residual in the input's format; the gradient of the residual is in the residual's own format."""
+    """The results have the bits of a residual in the input's format. Its gradient has the format of the residual."""
     p = case.problem(FP32, target.device)
     other = LAYOUTS[OTHER[case.layout]](p.residual)
     expected = outcome(lambda x, r: function(x, r, p, act), p.x, p.residual, p.dy)
@@ -66,7 +69,7 @@ def test_residual_in_the_other_format(target: Target, case: Case, function: Call
     y, dx, dresidual = found
     assert y.stride() == dx.stride() == p.x.stride()
     assert dresidual.stride() == other.stride() != p.x.stride()
-    assert torch.equal(other, p.residual), "the residual was written to"
+    assert torch.equal(other, p.residual), "the call wrote to the residual"
 
 
 @FORMATS
@@ -87,7 +90,7 @@ def test_modules_take_a_residual_in_the_other_format(target: Target, case: Case)
 
 @FORMATS
 def test_second_derivatives_with_a_residual_in_the_other_format(target: Target, case: Case) -> None:
-    """Double backward of the copy is the copy of the double backward."""
+    """The double backward of the copied residual is the copy of the double backward."""
     p = case.problem(FP64, target.device)
 
     def second(residual: Tensor) -> tuple[Tensor, ...]:
@@ -102,7 +105,7 @@ def test_second_derivatives_with_a_residual_in_the_other_format(target: Target, 
 
 @FORMATS
 def test_partial_residual_in_the_other_format(target: Target, case: Case) -> None:
-    """Channels of a wider tensor, in the other format: neither the residual nor its neighbours are changed."""
+    """For a slice of a wider tensor in the other format neither the residual nor its neighbours change."""
     p = case.problem(FP32, target.device)
     name = "sliced_channels" if case.layout == "channels_last" else "sliced_channels_last"
     view = LAYOUTS[name](p.residual)
@@ -114,7 +117,7 @@ def test_partial_residual_in_the_other_format(target: Target, case: Case) -> Non
 
 
 def test_residual_of_both_formats_at_once() -> None:
-    """One channel, or one position per channel: strides that differ by name alone are neither copied nor refused."""
+    """With one channel, or one position per channel, both formats are the same memory: nothing is copied or refused."""
     for shape in ((4, 1, 3, 5), (4, 6, 1, 1), (4, 6, 1), (4, 6)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         for a, b in ((x, LAYOUTS["channels_last"](x)), (LAYOUTS["channels_last"](x), x)):
@@ -128,7 +131,7 @@ def test_residual_of_both_formats_at_once() -> None:
 @FORMATS
 @EACH_ACT
 def test_the_op_takes_either_format(target: Target, case: Case, act: str | None) -> None:
-    """An exported program may meet other formats than the traced ones: the op takes them, to the same bits."""
+    """An exported program may get other formats than the traced ones. The operator accepts them, with the same bits."""
     p = case.problem(FP32, target.device)
     other = LAYOUTS[OTHER[case.layout]](p.residual)
     rest = (None, None, None, True, 0.1, EPS, act, True, backends.forced())
@@ -138,11 +141,12 @@ def test_the_op_takes_either_format(target: Target, case: Case, act: str | None)
 
 
 class Mixed(nn.Module):
-    """A residual block whose skip path has the other memory format than its trunk."""
+    """A residual block whose skip path and trunk have different memory formats."""
 
     def __init__(self) -> None:
         super().__init__()
-        # No bias: its gradient is zero in exact arithmetic, and what rounding leaves depends on the order of the sum.
+        # Without bias, because its gradient is zero in exact arithmetic, and its rounding depends on the order of the
+        # sum.
         self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
         self.bn = bnkern.nn.BatchNorm2d(4, act="relu")
 
@@ -151,7 +155,7 @@ class Mixed(nn.Module):
 
 
 def mixed(channels_last: bool) -> tuple[Mixed, Tensor, Tensor]:
-    """The block, its input and the residual, in the two formats."""
+    """The block, its input and the residual, in two different formats."""
     torch.manual_seed(0)
     formats = (torch.channels_last, torch.contiguous_format)
     of_trunk, of_skip = formats if channels_last else reversed(formats)
@@ -160,7 +164,7 @@ def mixed(channels_last: bool) -> tuple[Mixed, Tensor, Tensor]:
 
 
 def step(call: Callable, model: nn.Module, x: Tensor, skip: Tensor) -> list[Tensor]:
-    """y, the gradients of all leaves, and the state after one step in training."""
+    """y, the gradients of all leaves, and the state after one training step."""
     x, skip = (t.detach().clone().requires_grad_() for t in (x, skip))
     y = call(x, skip)
     y.square().sum().backward()
@@ -193,7 +197,7 @@ def test_compile(channels_last: bool, compiler: str, fresh_compiler: None) -> No
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("run_in", ["traced format", "other format"])
 def test_export(channels_last: bool, strict: bool, training: bool, run_in: str) -> None:
-    """The program gives the values of eager, also where its tensors have other formats than the traced ones."""
+    """The program gives the values of eager, also for tensors in other formats than the traced ones."""
     model, x, skip = mixed(channels_last)
     model.train(training)
     eager = copy.deepcopy(model)
@@ -229,7 +233,7 @@ TRANSFORMS: dict[str, Callable] = {
 
 @EACH_TRUNK
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's own batch norm under vmap
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # about torch's own batch norm under vmap
 def test_functional_transforms(channels_last: bool, transform: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, r = (torch.randn(2, 3, 4, 3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -254,7 +258,7 @@ def synchronized(x: Tensor, residual: Tensor, dy: Tensor, group) -> tuple[Tensor
 
 @pytest.mark.parametrize("case", [CASE["nchw"], CASE["nhwc_c5_s49"], CASE["nlc"]], ids=str)
 def test_sync_batch_norm(ranks: Ranks, case: Case) -> None:
-    """Each rank brings the residual to the format of its own input: the bits of a residual in that format."""
+    """Each rank converts the residual to the format of its own input, with the bits of a residual in that format."""
     p = case.problem(FP32)
     parts = [tuple(t[i] for t in (p.x, p.residual, p.dy)) for i in (slice(0, 1), slice(1, None))]
     parts = [tuple(LAYOUTS[case.layout](t.contiguous()) for t in part) for part in parts]
@@ -277,7 +281,7 @@ class Residual(nn.Module):
 
 @EACH_TRUNK
 def test_converted_block(channels_last: bool) -> None:
-    """The addition stays fused whatever the format of the skip path, and the model is torch's by value and strides."""
+    """The addition stays fused in every format of the skip path. The values and strides are those of torch's model."""
     _, x, skip = mixed(channels_last)
     theirs = Residual()
     ours = bnkern.convert(copy.deepcopy(theirs))

@@ -1,4 +1,4 @@
-"""SyncBatchNorm: several processes over gloo compute what one computes over their joint batch. Also DDP and FSDP2."""
+"""SyncBatchNorm in several processes over gloo gives the results of one process with the joint batch."""
 
 import copy
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from bnkern.norm import ranks as joint
 from tests.support.cases import BF16, FP32, FP64, Precision, ulp
 from tests.support.ranks import GROUPS, Ranks, dealt
 
-# How a batch of 8 is dealt out: 2 and 3 ranks; even, uneven, one of a single value, one or more of none.
+# The parts of a batch of 8 on 2 and 3 ranks: even, uneven, with a single value, and with empty ranks.
 SPLITS = [(4, 4), (1, 7), (8, 0), (0, 8), (3, 3, 2), (1, 6, 1), (0, 8, 0), (5, 0, 3)]
 EACH_SPLIT = pytest.mark.parametrize("split", SPLITS, ids=lambda s: "+".join(map(str, s)))
 
@@ -21,7 +21,7 @@ EACH_SPLIT = pytest.mark.parametrize("split", SPLITS, ids=lambda s: "+".join(map
 def random_tensors(
     shape: tuple[int, ...], precision: Precision, memory_format: torch.memory_format = torch.contiguous_format
 ) -> list[Tensor]:
-    """Input, residual and gradient."""
+    """An input, a residual and a gradient."""
     generator = torch.Generator().manual_seed(len(shape))
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
     tensors[0] = 2 * tensors[0] + torch.arange(shape[1]).view(1, -1, *[1] * (len(shape) - 2))
@@ -38,7 +38,7 @@ def parameters_of(channels: int, arguments: dict) -> dict[str, Tensor]:
 
 
 def step(bn: nn.Module, x: Tensor, residual: Tensor | None, dy: Tensor) -> dict[str, Tensor]:
-    """A training step: output, gradients, and what the state has become."""
+    """A training step: the output, the gradients, and the state after it."""
     x = x.clone().requires_grad_()
     residual = None if residual is None else residual.clone().requires_grad_()
     y = bn(x, residual)
@@ -49,21 +49,21 @@ def step(bn: nn.Module, x: Tensor, residual: Tensor | None, dy: Tensor) -> dict[
 
 
 def layer(arguments: dict, state: dict, x: Tensor, residual: Tensor | None, dy: Tensor, group) -> dict:
-    """On a rank: one step of a SyncBatchNorm of this group."""
+    """On a rank: one step of a SyncBatchNorm in this group."""
     bn = bnkern.nn.SyncBatchNorm(x.shape[1], process_group=group, **arguments)
     bn.load_state_dict(state)
     return step(bn, x, residual, dy)
 
 
 def joint_layer(arguments: dict, state: dict, x: Tensor, residual: Tensor | None, dy: Tensor) -> dict:
-    """In this process: the same step of a plain batch norm of all the ranks' batches."""
+    """In this process: the same step of a plain batch norm with the joint batch."""
     bn = bnkern.nn.SyncBatchNorm(x.shape[1], **arguments)
     bn.load_state_dict(state)
     return step(bn, x, residual, dy)
 
 
 def compare(results: list[dict], joint: dict, tolerance: float) -> None:
-    """Outputs and gradients put together again, parameters' gradients added up; the state on each rank."""
+    """Compares concatenated outputs and gradients, summed gradients of parameters, and the state of each rank."""
     for name, whole in joint["of rank"].items():
         if whole is not None:
             parts = [r["of rank"][name] for r in results]
@@ -78,7 +78,7 @@ def compare(results: list[dict], joint: dict, tolerance: float) -> None:
 
 
 def close(one: Tensor, other: Tensor, tolerance: float, what: str) -> None:
-    """Within ``tolerance`` of the largest value, and where that is finer one unit of the dtype both are stored in."""
+    """Requires errors within ``tolerance`` of the largest value, or one unit of the stored dtype if that is larger."""
     error = (one.double() - other.double()).abs()
     bound = torch.full_like(error, tolerance * max(1.0, other.abs().max().item()))
     if other.dtype in (torch.bfloat16, torch.float16):
@@ -86,7 +86,7 @@ def close(one: Tensor, other: Tensor, tolerance: float, what: str) -> None:
     assert (error <= bound).all(), f"{what}: off by {error.max().item():.3g}, allowed {bound.max().item():.3g}"
 
 
-# Sums of the parts differ from those of the whole by the order of addition: some roundings of float32 (float64).
+# Sums of parts differ from sums of the whole by the order of addition: some roundings of float32 (float64).
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float64: 1e-14}
 
 
@@ -150,7 +150,10 @@ def several_batches(batches: list[Tensor], momentum: float | None, group) -> dic
 
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
 def test_running_statistics_over_batches(ranks: Ranks, momentum: float | None) -> None:
-    """Three batches, the second empty on every rank: it counts and changes nothing. Then eval, without the others."""
+    """Three batches, of which the second is empty on every rank: it is counted and changes nothing.
+
+    Then eval without ranks.
+    """
     whole = [t[: (0 if k == 1 else 8)] * (k + 1) for k, t in enumerate(random_tensors((8, 5, 4), FP32))]
     parts = [dealt([t], (0, 0) if len(t) == 0 else (3, 5)) for t in whole]
     results = ranks.run(several_batches, [([p[rank][0] for p in parts], momentum) for rank in range(2)])
@@ -168,7 +171,7 @@ def test_running_statistics_over_batches(ranks: Ranks, momentum: float | None) -
 
 
 def test_one_value_in_all(ranks: Ranks) -> None:
-    """Nobody can refuse it without waiting for the others: variance 0, y = bias, finite statistics."""
+    """A rank cannot refuse this without communication, so the variance is 0, y = bias, and the statistics are finite."""
     x = torch.full((1, 3), 5.0)
     results = ranks.run(layer, [({}, parameters_of(3, {}), t, None, torch.ones_like(t)) for t in (x[:0], x)])
     bias, mean, var = (parameters_of(3, {})[k] for k in ("bias", "running_mean", "running_var"))
@@ -185,7 +188,7 @@ def moments_of(count: int, mean: Tensor, m2: Tensor, group) -> tuple[Tensor, ...
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_counts_travel_exactly(ranks: Ranks, dtype: torch.dtype) -> None:
-    """Beyond 2^24 no float32 would hold them; beyond 2^31 no int32."""
+    """Counts above 2^24 do not fit float32, and counts above 2^31 do not fit int32."""
     counts, ones = (2**24 + 1, 2**33 + 1, 0), torch.ones(3, dtype=dtype)
     for count, mean, m2 in ranks.run(moments_of, [(count, ones, 0 * ones) for count in counts]):
         assert count.item() == sum(counts)
@@ -193,7 +196,7 @@ def test_counts_travel_exactly(ranks: Ranks, dtype: torch.dtype) -> None:
 
 
 def test_small_variance(ranks: Ranks) -> None:
-    """sigma = 1e-4 at mean 1, eps = 1e-3: torch gathers invstd, from which no variance can be had back."""
+    """sigma = 1e-4 at mean 1, eps = 1e-3: torch gathers invstd, which does not determine so small a variance."""
     generator = torch.Generator().manual_seed(0)
     x = 1 + 1e-4 * torch.randn(64, 3, 8, 8, generator=generator)
     arguments, split = {"eps": 1e-3, "momentum": 1.0}, (40, 24)
@@ -202,7 +205,7 @@ def test_small_variance(ranks: Ranks) -> None:
     true_var = x.double().transpose(0, 1).flatten(1).var(1)
     error = (results[0]["state"]["running_var"] / true_var - 1).abs().max().item()
 
-    # torch's formula (batch_norm_gather_stats_with_counts; its class refuses CPU tensors), in its float32
+    # torch's formula in its float32 (batch_norm_gather_stats_with_counts, because its class refuses CPU tensors)
     count, mean, m2 = torch.zeros(()), torch.zeros(3), torch.zeros(3)
     for part in x.split(split):
         var, part_mean = torch.var_mean(part.transpose(0, 1).flatten(1), 1, correction=0)
@@ -221,7 +224,7 @@ def test_small_variance(ranks: Ranks) -> None:
 
 
 def compiled_layer(backend: str, batches: list[list[Tensor]], group) -> tuple[list[dict], list[dict], int]:
-    """Steps of a compiled and of an eager layer without a graph break, and the number of compiled graphs."""
+    """Steps of a compiled and of an eager layer, without a graph break, and the number of compiled graphs."""
     torch._dynamo.reset()
     graphs = 0
 
@@ -245,22 +248,24 @@ def compiled_layer(backend: str, batches: list[list[Tensor]], group) -> tuple[li
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile(ranks: Ranks, backend: str) -> None:
-    """fullgraph in training, momentum None; all batch sizes after the first share one dynamic graph; eager's bits."""
+    """With fullgraph in training and momentum None, all batch sizes after the first share one dynamic graph and eager's
+    bits.
+    """
     batches = [random_tensors((n, 5, 4, 3), FP32) for n in (8, 9, 11)]
     parts = [dealt(tensors, (3, len(tensors[0]) - 3)) for tensors in batches]
     for rank, (compiled, eager, graphs) in enumerate(
         ranks.run(compiled_layer, [(backend, [p[rank] for p in parts]) for rank in range(2)])
     ):
-        assert graphs == (1 if rank == 0 else 2)  # rank 0 has 3 samples each time
+        assert graphs == (1 if rank == 0 else 2)  # rank 0 always has 3 samples
         for one, other in zip(compiled, eager, strict=True):
             if backend == "aot_eager":
                 assert torch.equal(one, other)
-            else:  # inductor computes the running statistics, in another order
+            else:  # inductor computes the running statistics in another order
                 torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def checked_by_torch(group) -> None:
-    """opcheck of both ops, in a group of one: shapes, strides, fakes, autograd registration."""
+    """opcheck of both operators in a group of one rank: shapes, strides, fakes, autograd registration."""
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x, residual, dy = random_tensors((4, 5, 3, 3), FP32, memory_format)
         weight, bias = torch.rand(5), torch.rand(5)
@@ -304,14 +309,14 @@ def refusals(x: Tensor, group) -> list[str]:
     keep(lambda: bn(x[:, :2]), ValueError)
     keep(lambda: bn(x, x[:, :2]), ValueError)
     keep(lambda: bn(x.double()), TypeError)
-    assert bn.num_batches_tracked.item() == 1  # of the first; what was refused has counted nothing
+    assert bn.num_batches_tracked.item() == 1  # only the first batch is counted, refused ones are not
     with torch.no_grad():
         bn(x)
     return messages
 
 
 def test_errors(ranks: Ranks) -> None:
-    """Each raises on every rank before it waits for another, so that the group goes on."""
+    """Each error is raised on every rank before any communication, so the group remains usable."""
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     expected = [
         "double backward across ranks is not supported",
@@ -332,7 +337,7 @@ def test_errors(ranks: Ranks) -> None:
 
 
 def in_groups(x: Tensor, group) -> Tensor:
-    """The first two ranks share statistics, the third has its own; a group of one is a plain batch norm."""
+    """The first two ranks share statistics, and the third has its own. A group of one is a plain batch norm."""
     mine = GROUPS[2] if dist.get_rank() < 2 else dist.GroupMember.NON_GROUP_MEMBER
     bn = bnkern.nn.SyncBatchNorm(3, process_group=mine)
     single = bnkern.nn.SyncBatchNorm(3, process_group=GROUPS[1])
@@ -351,7 +356,7 @@ def test_process_groups(ranks: Ranks) -> None:
 
 
 def frozen_parts(x: Tensor, residual: Tensor, group) -> None:
-    """Each subset of input, weight, bias and residual that requires grad gets what it gets with all of them."""
+    """For each subset of input, weight, bias and residual that requires grad, the gradients equal those of all of them."""
 
     def gradients(wanted: tuple[bool, ...]) -> list[Tensor | None]:
         bn = bnkern.nn.SyncBatchNorm(3, act="relu", process_group=group)
@@ -377,7 +382,9 @@ def test_partial_gradients(ranks: Ranks) -> None:
 
 
 def test_alone_it_is_a_plain_batch_norm() -> None:
-    """Without a process group, as in a notebook: the same bits, and torch's error for one value per channel."""
+    """Without a process group, as in a notebook, it has the bits of the plain batch norm, and torch's error for one
+    value.
+    """
     x, residual, dy = random_tensors((8, 5, 4), FP32)
     state = parameters_of(5, {})
     sync, plain = bnkern.nn.SyncBatchNorm(5, act="relu"), bnkern.nn.BatchNorm1d(5, act="relu")

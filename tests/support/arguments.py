@@ -8,7 +8,7 @@ from tests.support.cases import CASE, LAYOUTS, Precision
 
 
 def good_arguments(precision: Precision, layout: str, training: bool) -> dict[str, object]:
-    """A call that works, with every argument given."""
+    """Valid arguments, with every argument given."""
     p = CASE["nchw_tail"].problem(precision)
     return {
         "input": LAYOUTS[layout](p.x),
@@ -26,7 +26,7 @@ def good_arguments(precision: Precision, layout: str, training: bool) -> dict[st
 
 
 def bad_arguments(good: dict[str, object]) -> Iterator[tuple[str, object, type[Exception]]]:
-    """(argument, bad value, error) one after the other."""
+    """Yields (argument, invalid value, error)."""
     x, vector = good["input"], good["weight"]
     for name in ("input", "residual", *(vectors := ("running_mean", "running_var", "weight", "bias"))):
         tensor = good[name]
@@ -56,7 +56,7 @@ def bad_arguments(good: dict[str, object]) -> Iterator[tuple[str, object, type[E
     for name in ("running_mean", "running_var"):
         yield name, vector.repeat_interleave(2)[::2], ValueError  # updated in place, so it must be contiguous
         yield name, vector[:1].expand(vector.shape), ValueError
-        yield name, None, ValueError  # both or neither
+        yield name, None, ValueError  # either both are given or neither
     for wrong in (-1e-5, -1.0, float("nan"), float("-inf"), *((0, 0.0, -0.0) if good["training"] else ())):
         yield "eps", wrong, ValueError
     for wrong in (None, "1e-5", [1e-5], 1j, True, torch.tensor(1e-5)):

@@ -34,9 +34,12 @@ from tests.support.cases import (
 def true_batch_norm(
     x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z, mean and variance in float64 by the formula, for autograd to differentiate; the batch's own where None.
+    """Computes z, mean and variance in float64 by the formula, so that autograd can differentiate it.
 
-    F.batch_norm in float64 would not do: its mean of a channel far from zero is hundreds of ulps off.
+    If mean is None, the statistics are the batch's.
+
+    F.batch_norm in float64 is not accurate enough: its mean of a channel far from zero has an error of hundreds of
+    ulps.
     """
     axes = [0, *range(2, x.dim())]
     if mean is None:
@@ -57,7 +60,7 @@ def check_batch_norm(
     with_residual: bool,
     affine: str = "wb",
 ) -> None:
-    """One call and its backward against the formula in float64 and its derivative by autograd."""
+    """Compares one call and its backward with the formula in float64 and its derivative by autograd."""
     p, training = case.problem(precision, target.device), mode != "eval"
     running = (None, None) if mode == "untracked" else running_of(p)
     before = exact(*running)
@@ -69,7 +72,7 @@ def check_batch_norm(
     grads = iter(torch.autograd.grad(y, [t for t in ours if t is not None], p.dy))
     dx, dweight, dbias, dresidual = (None if t is None else next(grads) for t in ours)
 
-    # The ReLU of the truth is the one that our y shows; whether that is right is asserted below.
+    # The truth uses the ReLU mask of our y. A later assertion checks this mask.
     wide = [leaf(t) for t in exact(*ours)]
     z, mean, var = true_batch_norm(wide[0], *((None, None) if training else before), *wide[1:3])
     z = z if residual is None else z + wide[3]
@@ -79,7 +82,7 @@ def check_batch_norm(
     z = z.detach()
 
     invstd = torch.rsqrt(var + EPS)
-    # Running statistics are given; only the batch's own mean is rounded on the way.
+    # Running statistics are exact inputs. Only the mean of the batch is rounded during the computation.
     shift = by_channel(shift_bound(mean, invstd, x.dtype), x) if training else 0.0
     xhat = (wide[0].detach() - by_channel(mean, x)) * by_channel(invstd, x)
     scale = torch.ones_like(mean) if weight is None else exact(weight)[0]
@@ -110,13 +113,13 @@ def check_batch_norm(
     ):
         truth = (1 - MOMENTUM) * old + MOMENTUM * batch
         bound = running_bound(bound, old, batch, MOMENTUM, new.dtype)
-        healthy = truth.isfinite()  # what becomes of a lost channel's mean, Inf or NaN, is not specified
+        healthy = truth.isfinite()  # the running statistics of a channel with Inf or NaN are not specified
         assert_close(new.cpu()[healthy], truth[healthy], bound[healthy], name)
         assert not new.cpu()[~healthy].isfinite().any()
 
 
 def check_add_act(target: Target, precision: Precision, case: Case, act: str | None, with_residual: bool) -> None:
-    """Bit for bit torch's addition and ReLU, also backward."""
+    """The results and gradients have the bits of torch's addition and ReLU."""
     p = case.problem(precision, target.device)
     leaves = [leaf(p.x), *([leaf(p.residual)] if with_residual else [])]
     y = bnkern.add_act(*leaves, act=act)
@@ -128,14 +131,17 @@ def check_add_act(target: Target, precision: Precision, case: Case, act: str | N
 
 
 def check_running_statistics(target: Target, precision: Precision, momentum: float | None) -> None:
-    """Three batches, as torch's module in float64 keeps them; ``momentum`` None is the cumulative mean."""
+    """Compares three batches with torch's module in float64.
+
+    With ``momentum`` None the statistics are cumulative means.
+    """
     truth = torch.nn.BatchNorm1d(17, momentum=momentum, dtype=torch.float64)
     mean = torch.zeros(17, dtype=precision.params, device=target.device)
     var, counter = torch.ones_like(mean), torch.tensor(0, device=target.device)
     for name in ("nc", "sliced_columns", "ratio_100"):
         case = CASE[name]
         x = Case(name, (case.shape[0], 17), "", case.layout, case.ratio).problem(precision, target.device).x
-        # Each step starts from what was stored, so that the roundings of earlier ones are no error.
+        # Each step starts from the stored statistics, so that earlier roundings do not count as errors.
         old, before = exact(mean, var), (bits(mean), bits(var))
         truth.running_mean.copy_(old[0])
         truth.running_var.copy_(old[1])
@@ -160,7 +166,7 @@ def check_running_statistics(target: Target, precision: Precision, momentum: flo
 
 
 def check_counter(target: Target) -> None:
-    """A counter counts in training, with or without running statistics; in eval nothing is written."""
+    """The counter is incremented in training, with or without running statistics. In eval mode nothing is written."""
     p = CASE["nc"].problem(FP32, target.device)
     counter, running = torch.tensor(7, device=target.device), running_of(p)
     bnkern.batch_norm(p.x, None, None, training=True, num_batches_tracked=counter)

@@ -1,8 +1,8 @@
-"""What every backend is tried on, and how near to the truth it must come.
+"""The cases that every backend is tested on, and the bounds of the errors.
 
-A :class:`Case` is a shape, a memory layout and a way to fill it, with the reason it is here. ``case.problem`` makes
-its tensors, the same on every machine and run. The truth is float64 arithmetic on the same rounded inputs; the
-bounds at the end of this file say how far from it a result may lie, and why.
+A :class:`Case` is a shape, a memory layout and a way to fill it, with the reason for the case. ``case.problem`` makes
+its tensors, which are the same on every machine and in every run. The truth is float64 arithmetic on the same rounded
+inputs. The bounds at the end of this file state how large an error may be, and why.
 """
 
 import zlib
@@ -33,8 +33,8 @@ class Target(NamedTuple):
         return f"{self.backend}-{self.device}" if self.device != "cpu" else self.backend
 
 
-# The backends that the table holds for each device present and that work here. That "cpu" is among them is asserted
-# by test_backends.py: a native module that is missing must not make its tests vanish in silence.
+# The backends of the table that work here, for each available device. test_backends.py asserts that "cpu" is one of
+# them, because a missing native module must not remove its tests silently.
 TARGETS = [
     Target(name, device)
     for device in ("cpu", "cuda")
@@ -58,7 +58,7 @@ MIXED = [
     Precision("bf16", torch.bfloat16, torch.float32),
     Precision("fp16", torch.float16, torch.float32),
 ]
-# A module cast as a whole: weight, bias, running statistics and their gradients are halves too.
+# A module that is cast as a whole: weight, bias, running statistics and their gradients have the half precision too.
 PURE = [
     Precision("pure_bf16", torch.bfloat16, torch.bfloat16),
     Precision("pure_fp16", torch.float16, torch.float16),
@@ -76,7 +76,7 @@ def _channels_last(v: Tensor) -> Tensor:
 
 
 def _window(v: Tensor, axis: int, before: int, after: int, dense: Callable[[Tensor], Tensor]) -> Tensor:
-    """``v`` as a view into a larger tensor, NaN around it so that a stray read shows."""
+    """``v`` as a view into a larger tensor that is NaN elsewhere, so that a read outside of the view is detected."""
     shape = list(v.shape)
     shape[axis] += before + after
     base = dense(torch.full(shape, torch.nan, dtype=v.dtype, device=v.device))
@@ -91,14 +91,14 @@ def _every_second_sample(v: Tensor) -> Tensor:
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": Tensor.contiguous,
     "channels_last": _channels_last,
-    # Read in place: only the strides of samples, channels or rows are unusual.
+    # These are read in place: only the strides of samples, channels or rows are unusual.
     "sliced_batch": _every_second_sample,
     "sliced_channels": lambda v: _window(v, 1, 1, 2, Tensor.contiguous),
     "sliced_channels_last": lambda v: _window(v, 1, 1, 2, _channels_last),
     "misaligned": lambda v: _window(v.flatten(), 0, 1, 0, Tensor.contiguous).view(v.shape),
     "expanded_batch": lambda v: v[:1].contiguous().expand(v.shape),
     "expanded_channels": lambda v: v[:, :1].contiguous().expand(v.shape),
-    # Copied once, since no two strides describe them.
+    # These are copied once, because two strides cannot describe them.
     "sliced_space": lambda v: _window(v, -1, 1, 2, Tensor.contiguous),
     "sliced_space_channels_last": lambda v: _window(v, -1, 1, 2, _channels_last),
     "expanded_space": lambda v: v[..., :1].contiguous().expand(v.shape),
@@ -110,7 +110,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Problem(NamedTuple):
-    """The tensors of one call. ``mean`` and ``invstd`` are given ones, for the phases that take them."""
+    """The tensors of one call. ``mean`` and ``invstd`` are arguments of the phases that take statistics."""
 
     x: Tensor
     weight: Tensor
@@ -123,7 +123,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """A shape [N, C, ...] in a layout, its mean/sigma ratio, and what is odd about its channel 0."""
+    """A shape [N, C, ...] in a layout, its ratio of mean to sigma, and the special values of channel 0."""
 
     name: str
     shape: tuple[int, ...]
@@ -136,7 +136,10 @@ class Case:
         return self.name
 
     def suits(self, dtype: torch.dtype) -> bool:
-        """Whether the dtype can hold such values: not where sigma is so far below its spacing that few are distinct."""
+        """Whether the dtype can hold such values.
+
+        If sigma is far below the spacing of the values, few of them are distinct.
+        """
         return self.ratio * torch.finfo(dtype).eps <= 1
 
     def generator(self) -> torch.Generator:
@@ -163,7 +166,7 @@ class Case:
         values = normal(*self.shape) * sigma.view(by_channel) + mean.view(by_channel)
         channel = values[:, 0]
         if self.odd == "constant":
-            channel.fill_(3.3)  # no dtype holds it exactly, so its sum rounds
+            channel.fill_(3.3)  # no dtype represents it exactly, so its sum rounds
         elif self.odd:
             channel[(0,) * channel.dim()] = {"inf": torch.inf, "nan": torch.nan, "outlier": 1e4 * sigma[0]}[self.odd]
         x = placed(values)
@@ -183,47 +186,47 @@ class Case:
 
 
 CASES = [
-    # Shapes: every number of dimensions, tails of every vector width, the extremes of C and of values per channel.
+    # Shapes: every number of dimensions, tails of every vector width, the extremes of C and of the values per channel.
     Case("nchw", (4, 16, 8, 8), "the ordinary layout, whole vectors"),
     Case("nchw_tail", (4, 6, 9, 7), "S = 63: a vector loop with a tail in every plane"),
     Case("nchw_s49", (3, 5, 7, 7), "the last stage of ImageNet networks, odd C: planes must not share mask bytes"),
-    Case("ncl_s7", (5, 17, 7), "N x C x L, planes shorter than a vector, odd C"),
+    Case("ncl_s7", (5, 17, 7), "N x C x L: planes shorter than a vector, odd C"),
     Case("nc", (64, 17), "N x C: S = 1, rows of odd length"),
-    Case("nc_small", (6, 3), "N x C smaller than one vector"),
+    Case("nc_small", (6, 3), "N x C: the tensor is smaller than one vector"),
     Case("s1_4d", (12, 17, 1, 1), "4-D with S = 1, where the two layouts coincide"),
     Case("ndhw", (2, 3, 3, 4, 5), "5-D, odd C"),
-    Case("c1", (4, 1, 6, 6), "C = 1: stride of the channel means nothing"),
+    Case("c1", (4, 1, 6, 6), "C = 1: the stride of the channel is arbitrary"),
     Case("c1_channels_last", (4, 1, 6, 6), "C = 1 in channels_last strides", "channels_last"),
     Case("c2048", (3, 2048, 2, 2), "C = 2048: more channels than values"),
     Case("c2048_rows", (6, 2048), "C = 2048 in rows"),
-    Case("two_values", (2, 5), "M = 2: the fewest training accepts; dx cancels to almost nothing"),
-    Case("two_values_planes", (1, 3, 2), "M = 2 in one plane"),
-    Case("long_planes", (1, 3, 150, 270), "large spatial: one sample, channels of many tiles"),
-    Case("long_planes_few", (2, 2, 200, 201), "large odd planes, fewer channels than threads would like"),
+    Case("two_values", (2, 5), "M = 2: the minimum for training; dx cancels almost completely"),
+    Case("two_values_planes", (1, 3, 2), "M = 2: both values in one plane"),
+    Case("long_planes", (1, 3, 150, 270), "large planes: one sample, channels of many tiles"),
+    Case("long_planes_few", (2, 2, 200, 201), "large odd planes: fewer channels than threads"),
     Case("many_samples", (700, 4, 5), "many short planes per channel: the reduction runs over samples"),
-    Case("tall_rows", (3, 3, 130, 140), "many rows of three: a vector holds several rows", "channels_last"),
+    Case("tall_rows", (3, 3, 130, 140), "many rows of three channels: a vector holds several rows", "channels_last"),
     Case("wide_rows", (40, 300, 3, 3), "rows of many vectors and a tail", "channels_last"),
     # Layouts.
-    Case("nhwc", (4, 16, 8, 8), "channels_last, whole vectors", "channels_last"),
-    Case("nhwc_c3", (4, 3, 9, 7), "channels_last, a row shorter than any vector", "channels_last"),
-    Case("nhwc_c5_s49", (3, 5, 7, 7), "channels_last, odd C and S: mask bytes span rows", "channels_last"),
-    Case("nhwc_c17", (2, 17, 5, 4), "channels_last, one vector and a tail of one", "channels_last"),
+    Case("nhwc", (4, 16, 8, 8), "channels_last: whole vectors", "channels_last"),
+    Case("nhwc_c3", (4, 3, 9, 7), "channels_last: a row shorter than any vector", "channels_last"),
+    Case("nhwc_c5_s49", (3, 5, 7, 7), "channels_last: odd C and S, mask bytes span rows", "channels_last"),
+    Case("nhwc_c17", (2, 17, 5, 4), "channels_last: one vector and a tail of one", "channels_last"),
     Case("ndhwc", (2, 6, 3, 4, 5), "channels_last_3d", "channels_last"),
-    Case("nlc", (5, 17, 7), "N x L x C seen as N x C x L: rows in three dimensions", "channels_last"),
+    Case("nlc", (5, 17, 7), "N x L x C viewed as N x C x L: rows in three dimensions", "channels_last"),
     Case("sliced_batch", (3, 5, 6, 7), "every second sample", "sliced_batch"),
     Case("sliced_batch_rows", (9, 17), "every second row of N x C", "sliced_batch"),
     Case("sliced_channels", (3, 5, 6, 7), "channels of a wider tensor: planes at odd offsets", "sliced_channels"),
     Case("sliced_columns", (9, 17), "columns of a wider N x C", "sliced_channels"),
     Case("sliced_channels_last", (3, 5, 6, 7), "channels of a wider channels_last tensor", "sliced_channels_last"),
-    Case("sliced_space", (3, 5, 6, 7), "a crop: not addressable by two strides", "sliced_space"),
+    Case("sliced_space", (3, 5, 6, 7), "a crop: two strides cannot address it", "sliced_space"),
     Case("sliced_space_channels_last", (3, 5, 6, 7), "a crop in channels_last", "sliced_space_channels_last"),
-    Case("misaligned", (3, 8, 4, 4), "storage offset of one element: no aligned vector", "misaligned"),
+    Case("misaligned", (3, 8, 4, 4), "storage offset of one element: no vector is aligned", "misaligned"),
     Case("expanded_batch", (4, 5, 6, 7), "samples of stride 0", "expanded_batch"),
     Case("expanded_batch_rows", (6, 17), "rows of stride 0", "expanded_batch"),
     Case("expanded_channels", (4, 5, 6, 7), "channels of stride 0", "expanded_channels"),
-    Case("expanded_space", (4, 5, 6, 7), "positions of stride 0, as the gradient of a mean has", "expanded_space"),
-    Case("reversed_axes", (4, 5, 6, 7), "dense, but in neither layout", "reversed_axes"),
-    # Numbers. A raw sum of squares loses the variance at ratio 100 and all of it at 1e4.
+    Case("expanded_space", (4, 5, 6, 7), "positions of stride 0, like the gradient of a mean", "expanded_space"),
+    Case("reversed_axes", (4, 5, 6, 7), "a dense tensor in neither layout", "reversed_axes"),
+    # Values. A raw sum of squares loses digits of the variance at ratio 100, and all of them at 1e4.
     Case("ratio_100", (8, 5, 16, 15), "mean = 100 sigma", ratio=1e2),
     Case("ratio_1e3", (8, 5, 16, 15), "mean = 1e3 sigma", ratio=1e3),
     Case("ratio_1e4", (8, 5, 16, 15), "mean = 1e4 sigma", ratio=1e4),
@@ -231,25 +234,29 @@ CASES = [
     Case("ratio_1e3_rows", (8, 5, 16, 15), "mean = 1e3 sigma in rows", "channels_last", 1e3),
     Case("ratio_1e4_rows", (16, 4, 32, 32), "mean = 1e4 sigma in rows, many of them", "channels_last", 1e4),
     Case("ratio_1e4_nc", (1000, 17), "mean = 1e4 sigma, N x C", ratio=1e4),
-    Case("constant", (4, 5, 9, 7), "a constant channel: variance 0, its mean not representable", odd="constant"),
-    Case("constant_rows", (4, 5, 9, 7), "the same in rows", "channels_last", odd="constant"),
-    Case("inf", (4, 5, 9, 7), "one Inf: its channel is lost, the others are not", odd="inf"),
-    Case("inf_rows", (4, 5, 9, 7), "the same in rows", "channels_last", odd="inf"),
-    Case("nan", (4, 5, 9, 7), "one NaN: its channel is lost, the others are not", odd="nan"),
-    Case("nan_rows", (4, 5, 9, 7), "the same in rows", "channels_last", odd="nan"),
-    Case("outlier", (8, 5, 16, 15), "first element 1e4 sigma away: a shift by it loses digits", odd="outlier"),
-    Case("outlier_rows", (8, 5, 16, 15), "the same in rows", "channels_last", odd="outlier"),
+    Case(
+        "constant", (4, 5, 9, 7), "a constant channel: variance 0, and a mean that is not representable", odd="constant"
+    ),
+    Case("constant_rows", (4, 5, 9, 7), "a constant channel, in rows", "channels_last", odd="constant"),
+    Case("inf", (4, 5, 9, 7), "one Inf: only the statistics of its channel are affected", odd="inf"),
+    Case("inf_rows", (4, 5, 9, 7), "one Inf, in rows", "channels_last", odd="inf"),
+    Case("nan", (4, 5, 9, 7), "one NaN: only the statistics of its channel are affected", odd="nan"),
+    Case("nan_rows", (4, 5, 9, 7), "one NaN, in rows", "channels_last", odd="nan"),
+    Case("outlier", (8, 5, 16, 15), "the first element is 1e4 sigma away: a shift by it loses digits", odd="outlier"),
+    Case(
+        "outlier_rows", (8, 5, 16, 15), "the first element is 1e4 sigma away, in rows", "channels_last", odd="outlier"
+    ),
 ]
 CASE = {case.name: case for case in CASES}
 assert len(CASE) == len(CASES), "two cases share a name"
 
-# All of them, in each dtype that can hold their values.
+# All cases, in each dtype that can hold their values.
 SWEEP = pytest.mark.parametrize(
     ("precision", "case"),
     [pytest.param(p, c, id=f"{p.name}-{c.name}") for p in MIXED for c in CASES if c.suits(p.dtype)],
 )
 
-# One of each way to address memory, for tests whose subject is something else than shapes.
+# One case of each way to address memory, for tests whose subject is not the shape.
 FEW = [CASE[name] for name in ("nchw_tail", "nc", "nhwc_c5_s49", "ncl_s7", "sliced_channels", "sliced_space")]
 
 
@@ -257,7 +264,7 @@ FEW = [CASE[name] for name in ("nchw_tail", "nc", "nhwc_c5_s49", "ncl_s7", "slic
 
 
 def exact(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Copies of the same values in float64 on the CPU, without graph: what the truth is computed from."""
+    """Detached copies in float64 on the CPU, from which the truth is computed."""
     return [None if t is None else t.detach().to("cpu", torch.float64, copy=True) for t in tensors]
 
 
@@ -272,42 +279,42 @@ def per_channel(reduce: Callable, t: Tensor) -> Tensor:
 
 
 def passed(y: Tensor) -> Tensor:
-    """Where the ReLU that gave y let its input through; NaN passes, as in torch's threshold_backward."""
+    """Where the ReLU with the output y passed its input. NaN passes, as in torch's threshold_backward."""
     return ~(y <= 0)
 
 
 # --------------------------------------------------------------------------------------------------- bounds
-#
-# All are absolute errors against float64, for float32 arithmetic; _unit scales them to float64's.
+# All bounds are absolute errors against float64, for float32 arithmetic. _unit scales them for float64.
 
 EPS32 = torch.finfo(torch.float32).eps
 
 
 def _unit(dtype: torch.dtype) -> float:
-    """1 for float32 arithmetic. For float64, its epsilon against float32's, twice since the truth rounds as well."""
+    """1 for float32 arithmetic. For float64 twice the ratio of the two epsilons, because the truth is rounded too."""
     return 1.0 if accumulator(dtype) is torch.float32 else 2 * torch.finfo(torch.float64).eps / EPS32
 
 
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The spacing of ``dtype`` at ``value``; for NaN and Inf too some number."""
+    """The spacing of ``dtype`` at ``value``. For NaN and Inf it is an arbitrary number."""
     info = torch.finfo(dtype)
     return torch.exp2(value.abs().clamp(min=info.tiny, max=info.max).log2().floor()) * info.eps
 
 
 def stored(bound: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
-    """``bound`` on the exact value becomes this bound on the value rounded once, to nearest, to ``dtype``."""
+    """The bound after one rounding to nearest in ``dtype``, from the bound on the exact value."""
     return bound + 0.5 * ulp(truth.abs() + bound, dtype)
 
 
 def mean_bound(mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
-    """4 eps32 |mean|: the mean's own rounding and that of a few merges; 1e-6 sigma: the sums of deviations."""
+    """4 eps32 |mean| for the rounding of the mean and of a few merges, and 1e-6 sigma for the sums of deviations."""
     return _unit(dtype) * (4 * EPS32 * mean.abs() + 1e-6 * var.sqrt())
 
 
 def var_bound(mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
-    """Relative 1e-6 while r = |mean|/sigma <= 100, 1e-5 to 1e3, 1e-4 beyond: centred sums lose digits slowly with r.
+    """Relative 1e-6 for r = |mean|/sigma <= 100, 1e-5 up to 1e3, and 1e-4 above: centred sums lose digits slowly with
+    r.
 
-    To it the square of the mean's own error, which is all there is for a constant channel.
+    In addition the square of the mean's error, which is the whole error of a constant channel.
     """
     r = mean.abs() / var.sqrt()
     relative = torch.where(r <= 100, 1e-6, torch.where(r <= 1e3, 1e-5, 1e-4))
@@ -315,27 +322,27 @@ def var_bound(mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def invstd_bound(mean: Tensor, var: Tensor, dtype: torch.dtype, eps: float = EPS) -> Tensor:
-    """Half the relative error of var + eps, and the rounding of the sum, root and quotient."""
+    """Half the relative error of var + eps, and the rounding of the sum, the root and the quotient."""
     invstd = torch.rsqrt(var + eps)
     return invstd * (0.5 * var_bound(mean, var, dtype) / (var + eps) + _unit(dtype) * 2 * EPS32)
 
 
 def running_bound(batch_bound: Tensor, old: Tensor, batch: Tensor, momentum: float, new: torch.dtype) -> Tensor:
-    """Momentum's share of the batch's own error, a few roundings of the update, and the one to the dtype stored."""
+    """The error of the batch times momentum, a few roundings of the update, and the rounding to the stored dtype."""
     roundings = _unit(new) * 4 * EPS32 * (old.abs() + batch.abs())
     return stored(momentum * batch_bound + roundings, (1 - momentum) * old + momentum * batch, new)
 
 
 def shift_bound(mean: Tensor, invstd: Tensor, dtype: torch.dtype) -> Tensor:
-    """4 eps32 r: how far an xhat may be shifted because the mean itself is kept in float32."""
+    """4 eps32 r: the shift of xhat that results from a mean in float32."""
     return _unit(dtype) * 4 * EPS32 * mean.abs() * invstd
 
 
 def y_bound(z: Tensor, dtype: torch.dtype, weight: Tensor | float = 1.0, shift: Tensor | float = 0.0) -> Tensor:
-    """1e-5 of the channel's largest |z|, z before the activation; for r over 100 also the shift's |weight| * 4 eps32 r.
+    """1e-5 of the largest |z| in the channel, with z before the activation, and one rounding to ``dtype``.
 
-    Then the one rounding to ``dtype``. ``weight`` and ``shift`` (:func:`shift_bound`) broadcast against z; a shift
-    of 0 means that the statistics were given.
+    For r over 100 |weight| * 4 eps32 r is added for the shift. ``weight`` and ``shift`` (:func:`shift_bound`) broadcast
+    against z. A shift of 0 means that the statistics are arguments.
     """
     shift = torch.as_tensor(shift, dtype=torch.float64)
     large = shift.where(shift > _unit(dtype) * 4 * EPS32 * 100, torch.zeros_like(shift))
@@ -344,9 +351,9 @@ def y_bound(z: Tensor, dtype: torch.dtype, weight: Tensor | float = 1.0, shift: 
 
 
 def sums_bound(g: Tensor, xhat: Tensor, dtype: torch.dtype, shift: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """For sum g and sum g * xhat: 2e-6 of the sum of absolute terms, since the sums themselves cancel.
+    """The bounds of sum g and sum g * xhat: 2e-6 of the sum of absolute terms, because the sums themselves cancel.
 
-    A shift of xhat common to the channel moves sum g * xhat by shift * sum g.
+    A shift of xhat in the whole channel changes sum g * xhat by shift * sum g.
     """
     terms = _unit(dtype) * 2e-6
     of_dy = terms * per_channel(torch.sum, g.abs())
@@ -363,11 +370,11 @@ def dx_bound(
     training: bool,
     shift: Tensor | float = 0.0,
 ) -> Tensor:
-    """1e-5 of the channel's largest |dx|, then the one rounding to ``dtype``. ``scale`` is weight * invstd.
+    """1e-5 of the largest |dx| in the channel, and one rounding to ``dtype``. ``scale`` is weight * invstd.
 
-    Where dx = scale * (g - sum g / M - xhat * sum g xhat / M) cancels (few values per channel), 16 eps32 of its
-    largest term: xhat carries the errors of mean and invstd (1e-6 + 5e-7) and enters twice. For large r the
-    shift of xhat enters in both its places.
+    For few values per channel dx = scale * (g - sum g / M - xhat * sum g xhat / M) cancels. Then the bound is 16 eps32
+    of the largest term, because xhat has the errors of mean and invstd (1e-6 + 5e-7) and occurs twice. For large r the
+    shift of xhat counts in both places.
     """
     terms, moved = _largest(g), 0.0
     if training:
@@ -384,7 +391,7 @@ def _largest(t: Tensor) -> Tensor:
 
 
 def assert_close(actual: Tensor, truth: Tensor, bound: Tensor | float, what: str) -> None:
-    """Every element within its bound; NaN for NaN and Inf for the same Inf."""
+    """Every element is within its bound. NaN must be NaN, and Inf the same Inf."""
     actual = actual.detach().cpu().double()
     assert actual.shape == truth.shape, f"{what}: shape {list(actual.shape)}, expected {list(truth.shape)}"
     error = (actual - truth).abs()
@@ -400,10 +407,10 @@ def assert_close(actual: Tensor, truth: Tensor, bound: Tensor | float, what: str
 
 
 def assert_mask_agrees(y: Tensor, z: Tensor, bound: Tensor) -> None:
-    """The ReLU of y passed what float64's z says, except next to zero, where rounding may decide either way.
+    """The mask of y agrees with the sign of z in float64, except near zero, where rounding may decide.
 
-    "Next to zero" is within ``bound`` of it, and must be rare: 0.1 % of the elements, or 1 % where the bound there is
-    above 1e-3 (large r). Two are allowed in a tiny case.
+    "Near zero" means within ``bound``, and must be rare: 0.1 % of the elements, or 1 % if the bound there is above 1e-3
+    (large r). Two elements are allowed in a tiny case.
     """
     unsure = z.abs() <= bound
     assert torch.equal(passed(y.cpu())[~unsure], passed(z)[~unsure])
@@ -427,10 +434,10 @@ def leaf(t: Tensor | None) -> Tensor | None:
 
 
 def running_of(p: Problem) -> tuple[Tensor, Tensor]:
-    """Running statistics to start from: near the batch's, in the dtype of the parameters."""
+    """Initial running statistics: close to those of the batch, in the dtype of the parameters."""
     return p.mean.to(p.weight.dtype), (p.invstd**-2).to(p.weight.dtype)
 
 
 def bits(t: Tensor) -> Tensor:
-    """The bytes of t, so that NaN equals itself and -0 does not equal 0."""
+    """The bytes of t: NaN equals itself, and -0 differs from 0."""
     return t.detach().contiguous().view(torch.uint8)

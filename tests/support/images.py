@@ -18,7 +18,10 @@ FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 
 
 class Case(NamedTuple):
-    """A batch of ``part`` images, those from ``first`` on of number ``position`` of ``size`` images, of ``n``."""
+    """A part of a batch:
+
+    ``part`` images from index ``first`` on, of batch ``position`` of ``size`` images, from ``n``.
+    """
 
     name: str
     n: int
@@ -50,9 +53,10 @@ MANY = Case("many", 3000, 3000, 3000, 0, 0, seed=2**40 + 1, epoch=2)
 
 
 def problem(case: Case, dtype: torch.dtype, layout: str, device: str = "cpu") -> tuple:
-    """The arguments of a call on random images; its outputs, full of what must not stay, are the last but three."""
+    """The arguments of a call on random images. The last five are the outputs, filled with 99, and three settings."""
     generator = torch.Generator().manual_seed(case.n)
-    images = torch.randint(1, 256, (case.n, 3, 32, 32), generator=generator, dtype=torch.uint8)  # 0 is the padding's
+    # 0 is the value of the padding
+    images = torch.randint(1, 256, (case.n, 3, 32, 32), generator=generator, dtype=torch.uint8)
     images[0], images[-1] = 0, 255
     labels, order = torch.randint(0, 10, (case.n,), generator=generator), torch.randperm(case.n, generator=generator)
     seed = torch.tensor([case.seed], dtype=torch.uint64).view(torch.int64)
@@ -65,7 +69,7 @@ def problem(case: Case, dtype: torch.dtype, layout: str, device: str = "cpu") ->
 
 
 def oracle(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Image by image, as one would with torchvision: pad, crop, flip, normalise."""
+    """Processes each image as torchvision would: pad, crop, flip, normalise."""
     images, labels, order, _, _, table, out, labels_out, *_ = problem(case, dtype, "nchw")
     for k in range(case.part):
         i = order[case.position * case.size + case.first + k].item()
@@ -81,7 +85,7 @@ def oracle(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Whether all values are, and lie, the same; NaN is NaN."""
+    """Whether values and strides are equal. NaN equals NaN."""
     return one.stride() == other.stride() and torch.equal(one.nan_to_num(1e4), other.nan_to_num(1e4))
 
 
@@ -105,7 +109,7 @@ def check_augment_in_other_dtypes(target: Target, dtype: torch.dtype) -> None:
 
 
 def check_position_beyond_the_epoch(target: Target, case: Case) -> None:
-    """Refused where the host can look; elsewhere nothing strange is read, and what comes out cannot be mistaken."""
+    """The CPU raises an error. Other backends read no memory out of bounds, and write NaN images and labels of -1."""
     if target.backend == "cpu":
         with pytest.raises(IndexError, match=f"position must be 0 to 2, got {case.position}"):
             augment(target, case, torch.float32, "nchw")
@@ -115,7 +119,7 @@ def check_position_beyond_the_epoch(target: Target, case: Case) -> None:
 
 
 def check_parts_of_a_batch(target: Target) -> None:
-    """Two ranks' parts are the halves of the whole."""
+    """The parts of two ranks are the halves of the whole batch."""
     whole = augment(target, Case("", 20, 6, 6, 0, 1), torch.float32, "nchw")
     parts = [augment(target, Case("", 20, 6, 3, first, 1), torch.float32, "nchw") for first in (0, 3)]
     for one, *halves in zip(whole, *parts, strict=True):
@@ -145,7 +149,7 @@ def check_fill(target: Target, split, memory_format: torch.memory_format) -> Non
         places = [t.data_ptr() for t in batches._epoch]
         for index in (3, 0, 1):
             position.fill_(index)
-            batches.at(7, 0)  # leaves the started epoch alone
+            batches.at(7, 0)  # this does not change the started epoch
             batches.fill(position, images, labels)
             assert_same((images, labels), batches.at(epoch, index))
         batches.start(epoch)

@@ -44,7 +44,7 @@ def check_moments(target: Target, precision: Precision, case: Case) -> None:
 
 
 def check_empty_moments(target: Target, shape: tuple[int, ...]) -> None:
-    """Without a value all three are zero."""
+    """Without values all three are zero."""
     kernels = backends.choose(target.backend, target.device, torch.float32)
     count, mean, m2 = kernels.moments(torch.empty(shape, device=target.device))
     assert count == 0
@@ -52,7 +52,7 @@ def check_empty_moments(target: Target, shape: tuple[int, ...]) -> None:
 
 
 def parts_of(x: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Counts [K], means and M2s [K, C] of x split into samples, by the reference."""
+    """Counts [K], means and M2s [K, C] of the parts of x along the samples, by the reference."""
     parts = [reference.moments(part) for part in x.split(sizes)]
     counts, means, m2s = zip(*parts, strict=True)
     return torch.tensor(counts, device=x.device), torch.stack(means), torch.stack(m2s)
@@ -65,13 +65,13 @@ def check_merge(target: Target, precision: Precision, case: str, split: str) -> 
     counts, means, m2s = parts_of(x, sizes)
     merge = backends.choose(target.backend, target.device, x.dtype).merge
     count, mean, m2 = merge(counts, means, m2s)
-    # The truth of the merge is that of the parts given, exact from there on.
+    # The truth is the exact merge of the given parts.
     true_count, true_mean, true_m2 = reference.merge(counts.cpu(), *exact(means, m2s))
     assert count == true_count
     true_var = true_m2 / true_count
     assert_close(mean, true_mean, mean_bound(true_mean, true_var, x.dtype), "mean")
     assert_close(m2 / true_count, true_var, var_bound(true_mean, true_var, x.dtype), "variance")
-    # And the reference's merge, in float64, gives the moments of the undivided tensor.
+    # The reference's merge in float64 gives the moments of the undivided tensor.
     wide_count, wide_mean, wide_m2 = reference.moments(*exact(x))
     _, mean_of_parts, m2_of_parts = reference.merge(*parts_of(exact(x)[0], sizes))
     assert count == wide_count
@@ -80,7 +80,7 @@ def check_merge(target: Target, precision: Precision, case: str, split: str) -> 
 
 
 def check_merge_of_nothing(target: Target) -> None:
-    """Parts of count 0 have no mean, whatever they hold; all of them together give zeros, not 0/0."""
+    """Parts of count 0 have no mean, whatever values they hold. Merging only such parts gives zeros, not 0/0."""
     merge = backends.choose(target.backend, target.device, torch.float32).merge
     counts = torch.zeros(3, dtype=torch.int64, device=target.device)
     nan = torch.full((3, 4), torch.nan, device=target.device)
@@ -90,7 +90,7 @@ def check_merge_of_nothing(target: Target) -> None:
 
 
 def check_merge_counts(target: Target) -> None:
-    """Counts are integers: 2^24 + 1 and 2^33 + 1 are kept, though float32 holds neither."""
+    """Counts are integers: 2^24 + 1 and 2^33 + 1, which float32 cannot represent, are kept."""
     merge = backends.choose(target.backend, target.device, torch.float32).merge
     counts = torch.tensor([2**33 + 1, 2**24 + 1], device=target.device)
     count, mean, m2 = merge(counts, torch.ones(2, 3, device=target.device), torch.zeros(2, 3, device=target.device))
@@ -130,7 +130,10 @@ def check_normalize_without(target: Target, precision: Precision, case: Case, wi
 
 
 def check_mask(target: Target, case: Case) -> None:
-    """A NaN passes the gradient, as in torch; +0, -0 and negative values do not; the smallest positive does."""
+    """NaN passes the gradient, as in torch, and so does the smallest positive value.
+
+    Zeros and negative values do not.
+    """
     x = case.problem(FP32, target.device).x
     values = torch.tensor([torch.nan, 0.0, -0.0, torch.inf, -torch.inf, 1e-45, -1e-45], device=target.device)
     x = x.copy_(values.repeat(x.numel() // 7 + 1)[: x.numel()].view(x.shape))
@@ -146,7 +149,7 @@ def _check_grad_sums(target: Target, dy, x, mean, invstd, weight, bias, residual
     y, mask = kernels.normalize(ForwardCall(x, weight, bias, residual, act=act, save_mask=True), mean, invstd)
     sum_dy, sum_dy_xhat = kernels.grad_sums(BackwardCall(dy, x, weight, bias, mean, invstd, mask, act))
     wide_dy, wide_x, wide_mean, wide_invstd = exact(dy, x, mean, invstd)
-    # The truth sums where the forward's own output says that the ReLU passed.
+    # The truth uses the mask of the forward's output.
     g = wide_dy.where(passed(y).cpu(), 0.0) if act else wide_dy
     xhat = wide_x if mean is None else (wide_x - by_channel(wide_mean, x)) * by_channel(wide_invstd, x)
     true_dy, true_dy_xhat = reference.grad_sums(BackwardCall(g, wide_x, mean=wide_mean, invstd=wide_invstd))
@@ -178,7 +181,7 @@ def _check_grad_input(target: Target, dy, x, mean, invstd, weight, bias, residua
     g = wide_dy.where(passed(y).cpu(), 0.0) if act else wide_dy
     sums = wide_sums = None
     if training:
-        # Both get the same sums, rounded to the dtype in which sums are kept.
+        # Both get the same sums, rounded to the dtype of sums.
         pair = reference.grad_sums(BackwardCall(g, wide_x, mean=wide_mean, invstd=wide_invstd))
         count = x.numel() // x.shape[1]
         sums = (*(s.to(mean.dtype).to(target.device) for s in pair), count)
@@ -206,5 +209,5 @@ def check_grad_input_without(target: Target, precision: Precision, case: Case, w
     bias = None if without in ("bias", "affine", "identity") else p.bias
     mean, invstd = (None, None) if without == "identity" else (p.mean, p.invstd)
     residual = p.residual if act == "saved mask" else None
-    training = without != "identity"  # identity normalisation has no batch statistics to differentiate
+    training = without != "identity"  # without normalisation there are no batch statistics to differentiate
     _check_grad_input(target, p.dy, p.x, mean, invstd, weight, bias, residual, act and "relu", training)

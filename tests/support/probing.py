@@ -1,4 +1,4 @@
-"""What the tests of recording share: a small network, batches, and a training loop."""
+"""A small network, batches, and a training loop for the tests of recording."""
 
 from collections.abc import Callable
 

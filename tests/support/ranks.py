@@ -1,4 +1,4 @@
-"""A few processes that stand for the ranks of a distributed run, joined by gloo, and answer calls from a test."""
+"""Processes that represent the ranks of a distributed run. They are joined by gloo and execute calls for a test."""
 
 import contextlib
 import multiprocessing
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from bnkern.train.processes import process_group
 
-WORLD = 3  # processes of the fixture `ranks`
-TIMEOUT_S = 240  # of one call; the slowest compiles a network
+WORLD = 3  # the number of processes of the fixture `ranks`
+TIMEOUT_S = 240  # of one call; the slowest call compiles a network
 
 
 class Ranks:
-    """``count`` processes of one default group. Each call runs one function on the first few of them."""
+    """``count`` processes in one default group. Each call runs one function on the first of them."""
 
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -37,9 +37,10 @@ class Ranks:
             self.processes.append(process)
 
     def run(self, function: Callable, arguments: list[tuple]) -> list:
-        """What ``function(*arguments[rank])`` returned, for each rank that has arguments.
+        """Returns the results of ``function(*arguments[rank])`` for each rank that has arguments.
 
-        The function must be importable. A rank that raises, dies or takes too long ends all: the others may hang.
+        The function must be importable. If a rank raises, dies or exceeds the time, all processes are ended, because
+        the others could wait for it.
         """
         for pipe, given in zip(self.pipes, arguments, strict=False):
             pipe.send_bytes(pickle.dumps((function, len(arguments), given)))
@@ -73,7 +74,7 @@ class Ranks:
 
 
 def dealt(tensors: list[Tensor | None], split: tuple[int, ...]) -> list[list[Tensor | None]]:
-    """For each rank its part of each tensor, in the memory format of the whole."""
+    """The part of each tensor for each rank, in the memory format of the whole tensor."""
     parts = [[None] * len(split) if t is None else [p.clone() for p in t.split(split)] for t in tensors]
     return [list(of_rank) for of_rank in zip(*parts, strict=True)]
 

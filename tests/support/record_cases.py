@@ -1,7 +1,7 @@
-"""What every backend's records are held to: checks that take a backend module and the tensors of one call.
+"""Checks of records, for any backend. A check takes a backend module and the tensors of one call.
 
-A check makes each call twice, without records and with them, and asks for the same bits of every result; then it
-compares the records with the reference's, computed in float64 from what the call read and wrote.
+A check makes each call without records and with them, and requires the same bits of every result. Then it compares the
+records with the reference's, which are computed in float64 from what the call read and wrote.
 """
 
 from types import ModuleType
@@ -35,7 +35,7 @@ ACTS = (None, "relu", "saved mask")
 
 
 class Call(NamedTuple):
-    """A forward call: how it normalises, and its activation ("saved mask" is a residual before the ReLU)."""
+    """A forward call: its normalisation, and its activation ("saved mask" is a residual before the ReLU)."""
 
     mode: str
     act: str | None
@@ -51,7 +51,7 @@ class Call(NamedTuple):
         return self.act and "relu"
 
     def forward(self, kernels: ModuleType, p: Problem, record: Tensor | None = None) -> list[Tensor | None]:
-        """y, mean, invstd, mask and the running statistics afterwards."""
+        """y, mean, invstd, mask and the running statistics after the call."""
         running = [None, None]
         if self.training:
             running = [torch.zeros_like(p.weight), torch.ones_like(p.weight)]
@@ -83,7 +83,7 @@ class Call(NamedTuple):
 
 
 def empty_record(rows: tuple[str, ...], x: Tensor) -> Tensor:
-    """A record full of a number that no row has: what is not written shows."""
+    """A record filled with a number that no result has, so that entries that were not written are detected."""
     return torch.full((len(rows), x.shape[1]), -12345.678, dtype=torch.float64, device=x.device)
 
 
@@ -92,13 +92,13 @@ def assert_same_bits(first: list[Tensor | None], second: list[Tensor | None], wh
         assert (a is None) == (b is None), f"{what}: result {k}"
         if a is not None:
             assert a.stride() == b.stride(), f"{what}: strides of result {k}"
-            # A NaN's sign and payload are not part of the promise.
+            # The sign and payload of a NaN are not specified.
             a, b = (t.where(~t.isnan(), torch.nan).contiguous().view(torch.uint8) for t in (a, b))
             assert torch.equal(a, b), f"{what}: result {k} has other bits"
 
 
 def check_forward(kernels: ModuleType, p: Problem, call: Call, shift: float = 0.0) -> None:
-    """The activation record, and that it changes nothing. ``shift``: see ``power_bound``."""
+    """Checks the activation record, and that it changes no result. ``shift``: see ``power_bound``."""
     record = empty_record(records.ACTIVATION, p.x)
     recorded = call.forward(kernels, p, record)
     assert_same_bits(call.forward(kernels, p), recorded, "forward")
@@ -107,7 +107,7 @@ def check_forward(kernels: ModuleType, p: Problem, call: Call, shift: float = 0.
 
 
 def check_backward(kernels: ModuleType, p: Problem, call: Call) -> None:
-    """The gradient and affine records, each alone and both, and that they change nothing."""
+    """Checks the gradient and affine records, each alone and both, and that they change no result."""
     y, *saved = call.forward(kernels, p)[:4]
     needs = call.needs(p)
     plain = call.backward(kernels, p, saved, needs)
@@ -120,7 +120,9 @@ def check_backward(kernels: ModuleType, p: Problem, call: Call) -> None:
             assert_gradient(wanted["record_gradient"], recorded[0])
         if "record_affine" in wanted and saved[0] is None:
             untouched = empty_record(records.AFFINE, p.x)
-            assert torch.equal(wanted["record_affine"], untouched), "identity: no affine parameters to record"
+            assert torch.equal(wanted["record_affine"], untouched), (
+                "without normalisation there are no affine parameters to record"
+            )
         elif "record_affine" in wanted:
             assert_affine(wanted["record_affine"], p, saved[0], saved[1], y, call.relu())
 
@@ -138,9 +140,12 @@ def _assert_exact(got: dict[str, Tensor], truth: dict[str, Tensor], names: tuple
 
 
 def power_bound(k: int, deltas: Tensor, mean: Tensor, var: Tensor, dtype: torch.dtype, shift: float = 0.0) -> Tensor:
-    """For sum delta^k, with deltas [C, M] = |x - mean|: k/2 times the relative error of a variance of centred values,
-    since each factor carries it; the k-th power of the mean's own error, all there is for a constant channel; and what
-    the rounding of float64 means moves, k |delta|^(k-1) of it, ours and the truth's."""
+    """The bound of sum delta^k, for deltas [C, M] = |x - mean|.
+
+    It is the sum of k/2 times the relative error of a variance of centred values, because each factor has that error;
+    the k-th power of the mean's error, which is the whole error of a constant channel; and k |delta|^(k-1) times the
+    float64 rounding of our mean and of the truth's.
+    """
     centred = torch.zeros_like(mean)
     relative = (var_bound(centred, var, dtype) / var).nan_to_num()
     constant = deltas.shape[1] * mean_bound(mean, centred, dtype) ** k
@@ -153,7 +158,7 @@ def power_bound(k: int, deltas: Tensor, mean: Tensor, var: Tensor, dtype: torch.
 
 
 def assert_activation(record: Tensor, x: Tensor, y: Tensor, dtype: torch.dtype, shift: float = 0.0) -> None:
-    """``record`` against x and y in float64, both rounded to ``dtype`` before. ``shift``: see ``power_bound``."""
+    """Compares with x and y in float64, which were rounded to ``dtype`` before. ``shift``: see ``power_bound``."""
     got = _rows(records.ACTIVATION, record)
     truth = _rows(records.ACTIVATION, reference.activation(x, y))
     _assert_exact(got, truth, ("count", "min", "max", "active"))
@@ -171,19 +176,19 @@ def assert_activation(record: Tensor, x: Tensor, y: Tensor, dtype: torch.dtype, 
 
 
 def assert_gradient(record: Tensor, dx: Tensor) -> None:
-    """``record`` against the dx that was stored."""
+    """Compares the record with the stored dx."""
     (wide,) = exact(dx)
     got, truth = _rows(records.GRADIENT, record), _rows(records.GRADIENT, reference.gradient(wide))
     _assert_exact(got, truth, ("count", "positive", "negative", "zero"))
-    of_sum, of_square = sums_bound(wide, wide, dx.dtype)  # as for the phase grad_sums
+    of_sum, of_square = sums_bound(wide, wide, dx.dtype)  # the same bounds as for the phase grad_sums
     for name, bound in (("sum", of_sum), ("abs_sum", of_sum), ("square_sum", of_square)):
         assert_close(got[name], truth[name], bound, name)
 
 
 def assert_affine(record: Tensor, p: Problem, mean: Tensor, invstd: Tensor, y: Tensor, relu: str | None) -> None:
-    """``record`` against the summands in the accumulator's dtype, by the mean and invstd that the call used.
+    """Compares with the summands in the accumulator's dtype, computed with the mean and invstd of the call.
 
-    The ReLU is read off its output, since float64 could decide otherwise next to zero.
+    The mask of the ReLU is taken from its output, because float64 could differ near zero.
     """
     dy, x, mean, invstd = (t.detach().cpu() for t in (p.dy, p.x, mean, invstd))
     g = dy.where(passed(y).cpu(), 0.0) if relu else dy
@@ -204,7 +209,7 @@ def _kernels(target: Target, dtype: torch.dtype) -> ModuleType:
 
 
 def check_special_values(target: Target, precision: Precision, layout: str) -> None:
-    """Each sign, both zeros, infinities and NaN, in whole vectors and in tails, where eval mode keeps them apart."""
+    """Each sign, both zeros, infinities and NaN, in vectors and in tails. Eval mode and identity keep them distinct."""
     c = 5
     values = torch.tensor([0.0, -0.0, 1.5, -2.5, torch.inf, -torch.inf, torch.nan], dtype=precision.dtype)
     generator = torch.Generator().manual_seed(7)
@@ -212,7 +217,7 @@ def check_special_values(target: Target, precision: Precision, layout: str) -> N
 
     def mixture() -> torch.Tensor:
         chosen = values[torch.randint(len(values), (3, c, 7, 9), generator=generator)]
-        chosen[:, 1] = torch.nan  # a channel without any value that is not NaN
+        chosen[:, 1] = torch.nan  # a channel in which every value is NaN
         chosen[:, 2] = 0.0
         return place(chosen).to(target.device)
 
@@ -226,7 +231,7 @@ def check_special_values(target: Target, precision: Precision, layout: str) -> N
 
 
 def check_values_as_stored(target: Target, precision: Precision) -> None:
-    """A dx and a y that round to zero are zero in the record."""
+    """Entries of dx and y that round to zero count as zero in the record."""
     tiny = torch.finfo(precision.dtype).smallest_normal * torch.finfo(precision.dtype).eps
     x = torch.ones(4, 3, 5, 5, dtype=precision.dtype, device=target.device)
     weight = torch.full((3,), 0.25, device=target.device)
@@ -238,7 +243,7 @@ def check_values_as_stored(target: Target, precision: Precision) -> None:
     dx, *_ = module.backward(
         BackwardCall(x * tiny, x, weight, None, None, None, None, None, False, needs, record_gradient=record_gradient)
     )
-    assert (y == 0).all() and (dx == 0).all(), "the values were to vanish when stored"
+    assert (y == 0).all() and (dx == 0).all(), "the stored values should be zero"
     assert record[records.ACTIVATION.index("active")].tolist() == [0.0] * 3
     assert record_gradient[records.GRADIENT.index("zero")].tolist() == [100.0] * 3
 
@@ -258,7 +263,7 @@ def check_empty(target: Target, shape: tuple[int, ...], mode: str) -> None:
 
 
 def check_frozen_parameters(target: Target, mode: str) -> None:
-    """The affine record is there though no parameter needs a gradient, and though nothing at all does."""
+    """The affine record does not depend on which gradients are required, even if none is."""
     p, call = CASE["nhwc_c5_s49"].problem(FP32, target.device), Call(mode, "relu")
     module = _kernels(target, p.x.dtype)
     _, *saved = call.forward(module, p)[:4]
@@ -267,6 +272,6 @@ def check_frozen_parameters(target: Target, mode: str) -> None:
         affine, gradient = empty_record(records.AFFINE, p.x), empty_record(records.GRADIENT, p.x)
         dx, *_ = call.backward(module, p, saved, needs, record_affine=affine, record_gradient=gradient)
         untouched = torch.equal(gradient, empty_record(records.GRADIENT, p.x))
-        assert untouched == (dx is None), "a record of dx wants a dx"
+        assert untouched == (dx is None), "the gradient record is written only if dx is computed"
         seen.append(affine)
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from bnkern.backends import cpu
 
-# Images, channels in and out, rows and columns. 32 outputs at a time and 16, several groups of them, odd sizes, single
-# rows, tiles that fill up no group, bands over several images, several chunks.
+# Images, channels in and out, rows and columns: groups of 32 and of 16 outputs, several groups, odd sizes, single rows,
+# groups of tiles that are not full, bands over several images, several chunks.
 SIZES = [
     (3, 16, 16, 4, 32),
     (2, 16, 64, 3, 8),

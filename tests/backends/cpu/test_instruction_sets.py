@@ -1,6 +1,6 @@
-"""One source, the same bits: every instruction set that the native module has and this machine runs.
+"""All instruction sets of the native module that this machine supports give the same bits.
 
-The choice is made once per process, so each runs in a process of its own and prints a digest of all results.
+A process chooses its instruction set once, so each set runs in a separate process, which prints digests of all results.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ def main() -> None:
         for precision in MIXED:
             bits = hashlib.sha256()
             for result in everything(Target("cpu", "cpu"), case, precision):
-                # A NaN's sign and payload are not part of the promise.
+                # The sign and payload of a NaN are not specified.
                 result = torch.where(result.isnan(), torch.nan, result) if result.is_floating_point() else result
                 bits.update(result.contiguous().view(torch.uint8).numpy().tobytes())
             print(case, precision.name, bits.hexdigest())

@@ -29,9 +29,9 @@ def test_a_change_beyond_the_tolerance_is_named() -> None:
 
 
 def test_kernels_execute_what_the_table_says() -> None:
-    """Fewer count as a change too: the table should say so, and then guards the gain.
+    """A lower count is also a failure, so that the table is updated and protects the improvement.
 
-    After a change of the kernels that means it: ``make instructions``, and look at what it changed.
+    After an intended change of the kernels run ``make instructions`` and review the changes of the table.
     """
     if why := instructions.lacks():
         pytest.skip(why)

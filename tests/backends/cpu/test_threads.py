@@ -1,4 +1,4 @@
-"""The same bits on every run, for every number of threads, and whatever memory the results are given."""
+"""The results have the same bits in every run, for every number of threads, and in recycled memory."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +12,12 @@ from bnkern import backends
 from tests.backends.cpu.results import LARGE, everything
 from tests.support.cases import CASE, CASES, FEW, MIXED, Case, Precision, Target
 
-MEGABYTES = Case("megabytes", (8, 16, 128, 130), "8.5 MB of fp32: results that have huge pages to themselves")
-# Past the cache: more than 24 MB of fp32, where rows go batch by batch and results are stored past the caches.
+MEGABYTES = Case("megabytes", (8, 16, 128, 130), "8.5 MB of fp32: the results have their own huge pages")
+# More than 24 MB of fp32, which the caches do not hold. Rows are processed batch by batch, and non-temporal stores
+# write the results.
 HUGE = [
-    Case("huge_rows", (50, 600, 15, 15), "rows beyond the caches", "channels_last"),
-    Case("huge_planes", (16, 6, 256, 260), "planes beyond the caches"),
+    Case("huge_rows", (50, 600, 15, 15), "rows larger than the caches", "channels_last"),
+    Case("huge_planes", (16, 6, 256, 260), "planes larger than the caches"),
 ]
 
 
@@ -58,7 +59,7 @@ def test_repeated_runs(target: Target, case: Case) -> None:
 
 @pytest.mark.parametrize("case", [*LARGE, MEGABYTES], ids=str)
 def test_recycled_memory(target: Target, case: Case) -> None:
-    """Results written where others lay: all memory that a call's results had is given back full of NaN."""
+    """The memory of earlier results is reused. It is filled with NaN before it is freed."""
     runs = []
     for _ in range(3):
         results = everything(target, case, MIXED[0])
@@ -70,7 +71,7 @@ def test_recycled_memory(target: Target, case: Case) -> None:
 
 
 def test_results_outlive_later_calls(target: Target) -> None:
-    """A view keeps its memory, though the tensor it was taken of is gone, from the calls that follow."""
+    """A view of a result keeps the memory from later calls, even after the result itself is gone."""
     p = MEGABYTES.problem(MIXED[0], target.device)
     with bnkern.use_backend(target.backend):
         kept = [bnkern.add_act(p.x + k)[1:, 2:] for k in range(3)]
@@ -81,7 +82,7 @@ def test_results_outlive_later_calls(target: Target) -> None:
 
 
 def test_calls_from_several_threads(target: Target) -> None:
-    """Python threads that call at the same time, the kernels without the GIL, do not disturb one another."""
+    """Calls in several Python threads at the same time, in kernels that release the GIL, are independent."""
     cases = [MEGABYTES, *LARGE[:6], MEGABYTES]
     alone = [everything(target, case, MIXED[0]) for case in cases]
     with ThreadPoolExecutor(len(cases)) as pool:
