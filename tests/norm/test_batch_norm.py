@@ -93,7 +93,7 @@ def test_counter_alone(target: Target) -> None:
 
 
 def test_statistics_are_tracked_by_autograd(target: Target) -> None:
-    """The update increments the version counters of the running statistics, so a graph that saved them raises an error."""
+    """The update increments the statistics' version counters, so that a graph that saved them raises an error."""
     p = CASE["nc"].problem(FP32, target.device)
     running, counter = running_of(p), torch.tensor(0, device=target.device)
     saved = leaf(p.weight) * running[0]

@@ -1,4 +1,4 @@
-"""torch.func's vmap and grad on the kernels, which fold members into channels, compared with a loop over the members."""
+"""torch.func's vmap and grad on the kernels, with members folded into channels, compared with a loop over members."""
 
 import itertools
 from collections.abc import Callable

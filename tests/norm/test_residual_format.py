@@ -1,4 +1,4 @@
-"""A residual whose memory format differs from that of the input is accepted by every function, as by torch's addition."""
+"""Every function accepts a residual in another memory format than the input, as torch's addition does."""
 
 import copy
 from collections.abc import Callable, Iterator

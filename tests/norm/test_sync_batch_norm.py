@@ -171,7 +171,7 @@ def test_running_statistics_over_batches(ranks: Ranks, momentum: float | None) -
 
 
 def test_one_value_in_all(ranks: Ranks) -> None:
-    """A rank cannot refuse this without communication, so the variance is 0, y = bias, and the statistics are finite."""
+    """A rank cannot refuse it without communication, so the variance is 0, y = bias, and the statistics are finite."""
     x = torch.full((1, 3), 5.0)
     results = ranks.run(layer, [({}, parameters_of(3, {}), t, None, torch.ones_like(t)) for t in (x[:0], x)])
     bias, mean, var = (parameters_of(3, {})[k] for k in ("bias", "running_mean", "running_var"))
@@ -356,7 +356,7 @@ def test_process_groups(ranks: Ranks) -> None:
 
 
 def frozen_parts(x: Tensor, residual: Tensor, group) -> None:
-    """For each subset of input, weight, bias and residual that requires grad, the gradients equal those of all of them."""
+    """For each subset of input, weight, bias and residual that requires grad, the gradients are the same."""
 
     def gradients(wanted: tuple[bool, ...]) -> list[Tensor | None]:
         bn = bnkern.nn.SyncBatchNorm(3, act="relu", process_group=group)
