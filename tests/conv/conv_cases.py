@@ -1,4 +1,4 @@
-"""The convolutions that every backend's ``conv_grad_signs`` is tried on, and how near to the truth it must come."""
+"""The convolutions for the tests of every backend's ``conv_grad_signs``, and the bound of the error."""
 
 import zlib
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from tests.support.cases import EPS32, LAYOUTS
 
 @dataclass(frozen=True)
 class ConvCase:
-    """Shapes of x [N, I, H, W] and of the kernel, the layouts of x and dy, and why the case is here."""
+    """Shapes of x [N, I, H, W] and of the kernel, the layouts of x and dy, and the reason for the case."""
 
     name: str
     x_shape: tuple[int, int, int, int]
@@ -37,7 +37,7 @@ class ConvCase:
         return self.kernel, self.stride, self.padding
 
     def operands(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
-        """x with zeros and both signs; dy with a few zeros."""
+        """x with zeros and both signs, and dy with a few zeros."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
 
         def normal(shape: tuple[int, ...]) -> Tensor:
@@ -84,11 +84,11 @@ CONV_CASES = [
 
 
 def sum_bound(abs_sum: Tensor, dtype: torch.dtype, backend: str = "") -> Tensor:
-    """How far sum and abs_sum may be from the truth, whose sum of absolute summands is given.
+    """The bound of the error of sum and abs_sum, from the sum of absolute summands.
 
-    16 eps32 sum |d|: float32 chains of some hundred products; the error of a chain grows as the square root of its
-    length, at worst by half an eps a step. The reference in float32 is torch's own convolution, whose chains are as
-    long as the sum, thousands of products: 128 eps32. So is the truth, in float64: 128 eps64.
+    16 eps32 sum |d|: float32 chains of some hundred products. The error of a chain grows with the square root of its
+    length, and by half an eps per step in the worst case. The reference in float32 is torch's convolution, whose chains
+    have the length of the sum, thousands of products: 128 eps32. The truth in float64 has the same chains: 128 eps64.
     """
     if accumulator(dtype) is torch.float64:
         return abs_sum * 128 * torch.finfo(torch.float64).eps

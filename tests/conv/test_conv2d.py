@@ -1,4 +1,4 @@
-"""bnkern.nn.Conv2d: torch's convolution, its weight gradient from conv_grad_signs where that was measured to pay."""
+"""bnkern.nn.Conv2d: torch's convolution, with the weight gradient of conv_grad_signs where measurements show a gain."""
 
 import copy
 from pathlib import Path
@@ -16,12 +16,12 @@ from bnkern.conv import layer
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table says AVX-512; the kernel itself runs on any machine."""
+    """The rule requires AVX-512, but the kernel runs on every machine."""
     monkeypatch.setattr(cpu._native, "isa", lambda: "avx512")
 
 
 def pair(inputs: int = 16, outputs: int = 8, **options: object) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Ours and torch's with the same parameters."""
+    """bnkern's and torch's convolution with the same parameters."""
     torch.manual_seed(0)
     ours = bnkern.nn.Conv2d(inputs, outputs, **({"kernel_size": 3, "padding": 1} | options))
     theirs = torch.nn.Conv2d(inputs, outputs, **({"kernel_size": 3, "padding": 1} | options))
@@ -36,7 +36,7 @@ def images(channels: int = 16) -> Tensor:
 
 
 def many_images(channels: int) -> Tensor:
-    """With as many tiles as Winograd's form is for."""
+    """With enough tiles for Winograd's form."""
     torch.manual_seed(1)
     return torch.randn(11, channels, 9, 9).relu().contiguous(memory_format=torch.channels_last)
 
@@ -56,7 +56,7 @@ def test_gradients_are_torchs(stride: int, bias: bool) -> None:
     expected.square().sum().backward()
     assert torch.equal(x.grad, y.grad)
     assert not bias or torch.equal(ours.bias.grad, theirs.bias.grad)
-    # sums of up to 324 products, each way in another order
+    # sums of up to 324 products in different orders
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-5, atol=1e-5 * float(y.grad.abs().max()))
     assert ours.weight.grad.stride() == ours.weight.stride()
 
@@ -75,13 +75,15 @@ def test_probing_keeps_the_gradients_bits_and_forms_it_once(tmp_path: Path, monk
     with probes.record(probed, [quantity], out=tmp_path) as rec:
         probed(images()).square().sum().backward()
         rec.step()
-    assert len(calls) == 2 and set(calls[1]) == {"sum", "abs_sum", "nonzero"}, "one kernel for probe and gradient"
+    assert len(calls) == 2 and set(calls[1]) == {"sum", "abs_sum", "nonzero"}, (
+        "one kernel computes the probe and the gradient"
+    )
     assert torch.equal(plain.weight.grad, probed.weight.grad)
     assert np.isfinite(probes.load(tmp_path)["weight_gradient_signs"][""]["abs_sum"]).all()
 
 
 def test_a_gradient_changed_on_its_way_is_not_taken_for_the_one_that_was_probed(tmp_path: Path) -> None:
-    """A hook that comes after the probe's replaces the gradient: the convolution's own is formed from the new one."""
+    """A hook after the probe's replaces the gradient. The convolution computes its own gradient from the new one."""
     plain, _ = pair()
     probed = copy.deepcopy(plain)
     with probes.record(probed, ["weight_gradient_signs"], out=tmp_path) as rec:
@@ -156,7 +158,7 @@ def test_state_dict_and_compile() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_layer_by_winograd(stride: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output and both gradients, with a gradient that arrives in another memory format too."""
+    """The output and both gradients, also for a gradient in another memory format."""
     calls = []
     convolve, sums = cpu.conv3x3, cpu.conv_grad_signs
     monkeypatch.setattr(cpu, "conv3x3", lambda *args: calls.append(("conv3x3", *args[2:])) or convolve(*args))
@@ -173,7 +175,7 @@ def test_a_layer_by_winograd(stride: int, bias: bool, monkeypatch: pytest.Monkey
             y = module(leaf)
             y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).contiguous(memory_format=dy_format))
             results.append((y.detach(), leaf.grad, module.weight.grad))
-        for one, other in zip(*results, strict=True):  # chains of hundreds of products, each way in another order
+        for one, other in zip(*results, strict=True):  # chains of hundreds of products in different orders
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
     forward, flipped = ("conv3x3", False), ("conv3x3", True)
     gradient, direct = ("gradient", {"winograd": True}), ("gradient", {})
@@ -181,7 +183,7 @@ def test_a_layer_by_winograd(stride: int, bias: bool, monkeypatch: pytest.Monkey
         assert calls == [direct, direct]
     elif bias:
         assert calls == [gradient, direct]
-    else:  # a dy in another format is left to torch and to the kernel that reads any
+    else:  # torch, and the kernel for any layout, process a dy in another format
         assert calls == [forward, flipped, gradient, forward, direct]
 
 
@@ -213,7 +215,10 @@ def test_with_avx2_only_what_winograd_serves(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_probing_a_layer_by_winograd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient keeps its bits and is formed once; sums come from the same kernel, signs and counts are exact."""
+    """The gradient has the same bits and is computed once.
+
+    Sums come from the same kernel; signs and counts are exact.
+    """
     plain, _ = pair(16, 16, bias=False)
     probed, exact = copy.deepcopy(plain), copy.deepcopy(plain)
     x = many_images(16)
@@ -239,7 +244,7 @@ def test_probing_a_layer_by_winograd(tmp_path: Path, monkeypatch: pytest.MonkeyP
         )
     with bnkern.use_backend("reference"):
         exact(x).square().sum().backward()
-    assert len(calls) == 2, "a forced backend has the say"
+    assert len(calls) == 2, "a forced backend takes precedence"
     torch.testing.assert_close(
         exact.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-4 * float(plain.weight.grad.max())
     )

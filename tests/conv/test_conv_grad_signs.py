@@ -1,4 +1,4 @@
-"""conv_grad_signs: every backend over the same convolutions, the reference against plain loops, bits, errors."""
+"""conv_grad_signs: all backends on the same convolutions, the reference and plain loops, bits, errors."""
 
 import functools
 import hashlib
@@ -37,7 +37,10 @@ def run(target: Target, x: Tensor, dy: Tensor, case: ConvCase, wanted: tuple[boo
 
 
 def assert_close(target: Target, x: Tensor, dy: Tensor, case: ConvCase) -> list[Tensor]:
-    """Sums within their bound of the float64 truth, of the accumulator's dtype; signs and counts equal, int32."""
+    """Sums are within their bound of the float64 truth and have the accumulator's dtype.
+
+    Signs and counts are equal, int32.
+    """
     results = run(target, x, dy, case)
     truth = reference.conv_grad_signs(*exact(x, dy), *case.geometry, ALL)
     shape = (dy.shape[1], x.shape[1], *case.kernel)
@@ -65,7 +68,7 @@ def serves(target: Target, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("where", [(0, 0, 0, 0), (1, 17, 3, 4), (3, 31, 8, 6)], ids=str)
 @pytest.mark.parametrize("of", ["x", "dy", "both", "neither"])
 def test_few_negative_values(target: Target, of: str, where: tuple[int, ...], stride: int) -> None:
-    """Behind a ReLU there are none; a single one, wherever it lies, is not passed over."""
+    """After a ReLU no value is negative. A single negative value must count at every position."""
     case = ConvCase("few negatives", (4, 32, 9, 7), 20, (3, 3), "", (stride, stride), (1, 1))
     x, dy = (t.abs() for t in case.operands(torch.float32, target.device))
     if of in ("x", "both"):
@@ -77,7 +80,7 @@ def test_few_negative_values(target: Target, of: str, where: tuple[int, ...], st
 
 
 def test_the_reference_is_what_loops_give() -> None:
-    """Every summand formed one by one, zeros on the padding and all."""
+    """Every summand is computed separately, including those with zeros of the padding."""
     case = ConvCase("tiny", (2, 2, 4, 5), 3, (3, 2), "", (2, 1), (1, 2))
     x, dy = case.operands(torch.float64)
     results = reference.conv_grad_signs(x, dy, *case.geometry, ALL)
@@ -90,7 +93,7 @@ def test_the_reference_is_what_loops_give() -> None:
             summands.append(dy[n, o, h, w].item() * x[n, i, row, column].item() if inside else 0.0)
         expected = [sum(summands), sum(map(abs, summands)), sum((d > 0) - (d < 0) for d in summands)]
         expected.append(sum(d != 0 for d in summands))
-        # Sums of at most 40 products of some units, in another order: far below 1e-12.
+        # Sums of at most 40 products of order one in another order: the error is far below 1e-12.
         assert [r[o, i, p, q].item() for r in results] == pytest.approx(expected, rel=0, abs=1e-12)
 
 
@@ -121,7 +124,7 @@ def test_every_small_geometry(target: Target) -> None:
 
 
 def test_sums_that_cancel(target: Target) -> None:
-    """dy is as large as its own opposite beside it: sums are zero up to their bound, signs exactly."""
+    """dy is followed by its negative: sums are zero up to their bound, and signs exactly."""
     case = ConvCase("cancel", (8, 6, 16, 16), 5, (1, 1), "")
     x, dy = case.operands(torch.float32, target.device)
     x, dy = torch.cat([x, x]), torch.cat([dy, -dy])
@@ -130,7 +133,7 @@ def test_sums_that_cancel(target: Target) -> None:
 
 
 def test_tiny_values_have_signs(target: Target) -> None:
-    """Subnormal factors, whose product is zero in float32: signs are those of the factors."""
+    """Subnormal factors whose product is zero in float32 have the signs of the factors."""
     case = ConvCase("subnormal", (2, 3, 4, 4), 4, (1, 1), "")
     x, dy = torch.full(case.x_shape, -1e-40, device=target.device), torch.full(case.dy_shape, 1e-40)
     _, _, sign_sum, nonzero = run(target, x, dy.to(target.device), case)
@@ -140,7 +143,7 @@ def test_tiny_values_have_signs(target: Target) -> None:
 @DTYPES
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_nan_and_inf(target: Target, precision: Precision, layout: str) -> None:
-    """What they enter is lost, the rest is not; signs and counts are exact throughout."""
+    """Only the sums that they enter are affected. Signs and counts are exact."""
     if not serves(target, precision.dtype):
         pytest.skip("the backend does not serve this dtype")
     case = ConvCase("odd_values", (20, 4, 16, 16), 5, (3, 3), "", (1, 1), (1, 1), layout, layout)
@@ -161,7 +164,10 @@ def test_nan_and_inf(target: Target, precision: Precision, layout: str) -> None:
 
 
 def test_nan_next_to_the_others(target: Target) -> None:
-    """A NaN is nonzero and has no sign, wherever its image comes: its neighbours in a block are counted once."""
+    """NaN counts as nonzero and has no sign, at every position of an image.
+
+    The other values of its block count once.
+    """
     case = ConvCase("one_nan", (300, 2, 8, 8), 3, (1, 1), "")
     x, dy = torch.ones(case.x_shape, device=target.device), -torch.ones(case.dy_shape, device=target.device)
     for image in (0, 150, 299):
@@ -197,7 +203,7 @@ def test_what_is_wanted_changes_no_bits(target: Target, precision: Precision, na
     if not serves(target, precision.dtype):
         pytest.skip("the backend does not serve this dtype")
     if target == Target("reference", "cuda"):
-        pytest.skip("torch's convolutions on a GPU, which need not give the same bits twice")
+        pytest.skip("torch's convolutions on a GPU may give different bits in each call")
     assert_wanted_changes_no_bits(target, *CASE[name].operands(precision.dtype, target.device), CASE[name])
 
 
@@ -205,7 +211,7 @@ def test_what_is_wanted_changes_no_bits(target: Target, precision: Precision, na
 @pytest.mark.parametrize("last", [-0.0, -1.0])
 @pytest.mark.parametrize("name", ["stage1", "stage2_nchw", "projection", "stem", "odd"])
 def test_rectified_inputs_on_the_cpu(precision: Precision, name: str, last: float) -> None:
-    """Where x has nothing below zero, -0.0 being none, both sums take a way of their own; one value decides."""
+    """If x has no negative value (-0.0 is none), both sums use a separate path. A single value changes the path."""
     x, dy = CASE[name].operands(precision.dtype)
     x = x.clamp(min=0)
     x[x == 0] = -0.0
@@ -236,7 +242,7 @@ def test_repeated_runs(target: Target, name: str) -> None:
 @DTYPES
 @pytest.mark.parametrize("name", ["stage1", "stage2_down", "projection", "stem", "odd", "even_kernel"])
 def test_layouts_have_the_same_bits_on_the_cpu(precision: Precision, name: str) -> None:
-    """There blocks and chains do not know how values lie in memory."""
+    """On the CPU blocks and chains do not depend on the memory layout."""
     x, dy = CASE[name].operands(precision.dtype)
     full = run(Target("cpu", "cpu"), x, dy, CASE[name])
     for a, b in itertools.product((torch.contiguous_format, torch.channels_last), repeat=2):
@@ -267,7 +273,7 @@ def test_instruction_sets_have_the_same_bits(isa: str) -> None:
         assert one == other
 
 
-@pytest.mark.skipif(_native.isa() != "avx512", reason="the other sets have no extensions that are used")
+@pytest.mark.skipif(_native.isa() != "avx512", reason="the other instruction sets have no extensions that are used")
 def test_without_extensions_the_bits_are_the_same() -> None:
     for one, other in zip(digests("avx512"), digests("avx512", extensions=False), strict=True):
         assert one == other

@@ -1,4 +1,4 @@
-"""The CPU's 3 x 3 convolution by F(2 x 2, 3 x 3), both its gradients, and the absolute sums of the weight's."""
+"""The CPU's 3 x 3 convolution by F(2 x 2, 3 x 3), both its gradients, and the absolute sums of the weight gradient."""
 
 from collections.abc import Callable
 
@@ -13,11 +13,11 @@ from tests.support.winograd import SIZES, gradient_of, operands
 B = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], dtype=torch.float64).T
 G = torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], dtype=torch.float64) / 2
 A = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]], dtype=torch.float64).T
-CHAIN = 32  # tiles of a band at most, with the sizes above
+CHAIN = 32  # the maximum of tiles in a band, with the sizes above
 
 
 def tiles(t: Tensor, size: int, margin: int) -> Tensor:
-    """[N, C, down, across, size, size]: a tile for each 2 x 2 places, with zeros around."""
+    """[N, C, down, across, size, size]: a tile for each 2 x 2 positions, with zeros around the image."""
     h, w = t.shape[2:]
     padded = F.pad(t.double(), (margin, margin + w % 2, margin, margin + h % 2))
     return padded.unfold(2, size, 2).unfold(3, size, 2)
@@ -28,7 +28,7 @@ def both_sides(m: Tensor, t: Tensor) -> Tensor:
 
 
 def largest_output(x: Tensor, weight: Tensor) -> Tensor:
-    """What the products' and sums' magnitudes add up to on the way to each output: the scale of its rounding error."""
+    """The sum of the magnitudes in the computation of each output, which scales its rounding error."""
     spread = both_sides(B.T.abs(), tiles(x.abs(), 4, 1))
     products = torch.einsum("nihwab,oiab->nohwab", spread, both_sides(G.abs(), weight.double().abs()))
     y = both_sides(A.T.abs(), products).permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3)
@@ -61,7 +61,7 @@ def test_convolution(sizes: tuple[int, ...], flipped: bool, last: bool) -> None:
     weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     y = for_any_number_of_threads(lambda: cpu.conv3x3(x, weight, flipped))
     assert y.is_contiguous(memory_format=torch.channels_last) and y.shape == truth.shape
-    # A chain of I fma, after two additions for x and four for the weight, before four for y.
+    # A chain of I fused multiply-adds, after two additions for x and four for the weight, and before four for y.
     assert ((y - truth).abs() <= (sizes[1] + 10) * 2.0**-24 * bound).all()
     assert (y - truth).norm() <= 4e-7 * truth.norm()
 
@@ -71,11 +71,12 @@ def test_convolution(sizes: tuple[int, ...], flipped: bool, last: bool) -> None:
 def test_gradient(sizes: tuple[int, ...], absolute: bool) -> None:
     n, inputs, outputs, h, w = sizes
     x, _, dy = operands(*sizes)
-    x = x - 0.25  # not only what a ReLU passes
+    x = x - 0.25  # not only values that a ReLU passes
     terms = (x.abs(), dy.abs()) if absolute else (x, dy)
     truth = torch.nn.grad.conv2d_weight(terms[0].double(), (outputs, inputs, 3, 3), terms[1].double(), padding=1)
     found = for_any_number_of_threads(lambda: gradient_of(x, dy, absolute))
-    # A chain over a band's tiles, one over a chunk's bands, two additions for x and dy each, and four for the result.
+    # A chain over the tiles of a band, one over the bands of a chunk, two additions each for x and dy, four for the
+    # result.
     bands = -(-n * -(-h // 2) * -(-w // 2) // 16)
     assert ((found - truth).abs() <= (CHAIN + bands + 9) * 2.0**-24 * largest_gradient(x, dy)).all()
     assert (found - truth).norm() <= 4e-7 * truth.norm()
@@ -92,16 +93,16 @@ def test_dead_channels_have_no_gradient() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_not_lost(value: float) -> None:
-    """It may spread within a tile, but every result that it enters by the definition is not finite either."""
+    """A value that is not finite may spread within a tile, and every result that depends on it is not finite."""
     x, weight, dy = operands(2, 16, 16, 6, 6)
     x[1, 3, 2, 5] = value
     entered = ~F.conv2d(x.double(), weight.double(), padding=1).isfinite()
     y, gradient = cpu.conv3x3(x, weight), gradient_of(x, dy)
     assert entered.any() and not y[entered].isfinite().any()
-    assert y[0].isfinite().all() and y[1, :, :, :2].isfinite().all(), "no further than its tiles"
+    assert y[0].isfinite().all() and y[1, :, :, :2].isfinite().all(), "it spreads only within its tiles"
     entered = ~torch.nn.grad.conv2d_weight(x.double(), weight.shape, dy.double(), padding=1).isfinite()
     assert entered.any() and not gradient[entered].isfinite().any()
-    assert gradient[:, [i for i in range(16) if i != 3]].isfinite().all(), "other channels are as they were"
+    assert gradient[:, [i for i in range(16) if i != 3]].isfinite().all(), "other channels are not affected"
 
 
 @pytest.mark.parametrize("channels", [(24, 16), (16, 8)], ids=str)
@@ -127,7 +128,7 @@ def test_what_is_no_such_convolution_is_refused() -> None:
 
 @pytest.mark.parametrize("sizes", [(20, 16, 16, 16, 32), (12, 64, 16, 16, 16), (3, 32, 32, 5, 16)], ids=str)
 def test_all_at_once_is_each_alone(sizes: tuple[int, ...]) -> None:
-    """Results that share a walk over x and dy have the bits that they have alone; tasks are 1 to 10 of each."""
+    """Results that share a pass over x and dy have the bits that they have alone. There are 1 to 10 tasks of each."""
     x, _, dy = operands(*sizes)
     every = for_any_number_of_threads(lambda: torch.stack(grad_signs(x, dy, (True,) * 4)))
     for k, result in enumerate(every):

@@ -1,8 +1,8 @@
-"""What nvcc makes of the CUDA kernels: registers, bytes of stack, the width of loads and stores. Needs no GPU.
+"""What nvcc compiles the CUDA kernels to: registers, bytes of stack, the width of loads and stores. Needs no GPU.
 
-resources.json holds, for a version of nvcc, an architecture and a kernel, [registers, bytes of stack]. Shared memory is
-requested at the launch. ``python -m tests.backends.cuda.resources --write`` compiles all kernels for all architectures
-and replaces this version's entries; without ``--write`` it prints them.
+resources.json holds [registers, bytes of stack] by the version of nvcc, the architecture and the kernel. Shared memory
+is requested at the launch. ``python -m tests.backends.cuda.resources --write`` compiles all kernels for all
+architectures and replaces the entries of this version; without ``--write`` it prints them.
 """
 
 import functools
@@ -25,7 +25,7 @@ MOST_INSTANCES = 150
 
 
 def tool(name: str) -> str | None:
-    """cuobjdump or nvdisasm, the toolkit's or the ones that Triton brings."""
+    """The path of cuobjdump or nvdisasm, from the toolkit or from Triton."""
     triton = importlib.util.find_spec("triton")
     bundled = Path(triton.origin).parent / "backends/nvidia/bin" / name if triton and triton.origin else None
     return shutil.which(name) or (str(bundled) if bundled and bundled.exists() else None)
@@ -39,7 +39,7 @@ def nvcc_version() -> str | None:
 
 
 def cuobjdump(*arguments: str) -> str:
-    """Its output with names as people write them. It finds nvdisasm beside itself."""
+    """The output of cuobjdump with demangled names. It finds nvdisasm in its own folder."""
     program = tool("cuobjdump")
     environment = os.environ | {"PATH": f"{Path(program).parent}{os.pathsep}{os.environ['PATH']}"}
     said = subprocess.run([program, *arguments], capture_output=True, text=True, check=True, env=environment).stdout
@@ -53,14 +53,14 @@ def _name(function: str) -> str:
 
 
 def usage(binary: Path, architecture: int) -> dict[str, tuple[int, int]]:
-    """Registers and bytes of stack, spills among them, of each kernel in a file of machine code."""
+    """Registers and bytes of stack, including spills, of each kernel in a file of machine code."""
     text = cuobjdump("-res-usage", "-arch", f"sm_{architecture}", str(binary))
     found = re.findall(r"Function (.+):\n\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
     return {_name(name): (int(registers), int(stack) + int(local)) for name, registers, stack, local in found}
 
 
 def accesses(binary: Path, architecture: int) -> dict[str, dict[str, int]]:
-    """How many 16-byte loads and stores each kernel has, of global memory or by generic addresses (sm_100)."""
+    """The number of 16-byte loads and stores of each kernel, in global memory or by generic addresses (sm_100)."""
     text = cuobjdump("-sass", "-arch", f"sm_{architecture}", str(binary))
     found = {}
     for name, body in re.findall(r"Function : ([^\n]+)\n(.*?)(?=Function : |\Z)", text, re.DOTALL):
@@ -70,7 +70,7 @@ def accesses(binary: Path, architecture: int) -> dict[str, dict[str, int]]:
 
 @functools.cache
 def compiled(architecture: int) -> Path:
-    """A file of machine code of all kernels: the native module's where it has this architecture, else made here."""
+    """A file with the machine code of all kernels: the native module if it has this architecture, or a new library."""
     from bnkern import _native
 
     built = _native.build_info()["cuda_archs"]
@@ -89,7 +89,7 @@ def main() -> None:
         f"sm_{architecture}": dict(sorted(usage(compiled(architecture), architecture).items()))
         for architecture in ARCHITECTURES
     }
-    text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(table, indent=1))  # one kernel, one line
+    text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(table, indent=1))  # one kernel per line
     if "--write" in sys.argv:
         TABLE.write_text(text + "\n")
     else:

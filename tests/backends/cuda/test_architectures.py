@@ -1,4 +1,4 @@
-"""Which compiled code a GPU runs, against CUDA's rules of compatibility, and what follows from it."""
+"""The compiled code that a GPU runs, by CUDA's rules of compatibility, and its consequences."""
 
 from types import SimpleNamespace
 
@@ -13,18 +13,18 @@ from bnkern.backends.architectures import serving
 @pytest.mark.parametrize(
     ("device", "built", "code"),
     [
-        # Machine code: the same major capability, the same minor one or a later one.
+        # Machine code runs on the same major capability with the same or a later minor one.
         ((9, 0), "90-real", (9, 0)),
         ((8, 9), "80-real", (8, 0)),
         ((8, 9), "80-real 86-real 90-real", (8, 6)),
         ((8, 0), "86-real", None),
         ((8, 0), "90-real", None),
         ((12, 0), "100-real", None),
-        # PTX: every later capability.
+        # PTX runs on every later capability.
         ((9, 0), "80-virtual", (8, 0)),
         ((12, 1), "80-virtual 90-virtual", (9, 0)),
         ((8, 0), "90-virtual", None),
-        # Both; machine code comes first, also where there is PTX for a later capability.
+        # With both, machine code takes precedence, also over PTX of a later capability.
         ((9, 0), "90", (9, 0)),
         ((12, 0), "90", (9, 0)),
         ((8, 0), "90", None),
@@ -36,7 +36,7 @@ from bnkern.backends.architectures import serving
         ((10, 3), "100a-real", None),
         ((10, 3), "100f", (10, 0)),
         ((12, 0), "100f", None),
-        # Jetson Orin runs machine code of its own and any earlier PTX.
+        # Jetson Orin runs machine code for its own capability, and any earlier PTX.
         ((8, 7), "80-real 86-real", None),
         ((8, 7), "80", (8, 0)),
         ((8, 7), "87-real", (8, 7)),
@@ -61,7 +61,10 @@ def test_this_build_names_architectures() -> None:
 
 @pytest.mark.parametrize(("built", "clusters"), [("90", True), ("80", False), ("80-virtual 100-real", False)])
 def test_clusters_need_code_that_has_them(built: str, clusters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An H100 may run PTX for capability 8.0, in which the barrier of a cluster is nothing: the results were wrong."""
+    """An H100 may run PTX for capability 8.0, in which the barrier of a cluster does nothing.
+
+    The results were wrong.
+    """
     properties = SimpleNamespace(
         name="H100", major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=227 << 10
     )

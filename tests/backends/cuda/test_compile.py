@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for GPUs that need not be there: few, without spills, by whole vectors, as tabled."""
+"""The CUDA kernels compiled without a GPU: few kernels, no spills, vector accesses, and the resources of the table."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from tests.backends.cuda import resources
 
 pytestmark = pytest.mark.skipif(
     not _native.build_info()["cuda"] or not resources.tool("cuobjdump") or not shutil.which("c++filt"),
-    reason="built without CUDA, or no tool to look into machine code",
+    reason="the module was built without CUDA, or no tool can read machine code",
 )
 ARCHITECTURES = [
     90,
@@ -24,7 +24,7 @@ ARCHITECTURES = [
 
 
 def built(architecture: int):
-    """The machine code, where this test run has it or can make it without taking long."""
+    """The machine code, if this test run has it or can make it quickly."""
     archs = _native.build_info()["cuda_archs"]
     if architecture == 90 and not {"90", "90-real"} & set(archs):
         pytest.skip(f"built for {' '.join(archs)}")
@@ -33,9 +33,10 @@ def built(architecture: int):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_resources(architecture: int) -> None:
-    """No kernel spills, and the table is of these kernels.
+    """No kernel spills, and the table agrees with the kernels.
 
-    After a change of the kernels: ``python -m tests.backends.cuda.resources --write``, and look at what it changed.
+    After a change of the kernels run ``python -m tests.backends.cuda.resources --write`` and review the changes of the
+    table.
     """
     usage = resources.usage(built(architecture), architecture)
     print(f"{len(usage)} kernels for sm_{architecture}")
@@ -49,8 +50,11 @@ def test_resources(architecture: int) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_whole_vectors(architecture: int) -> None:
-    """Kernels that read or write tensors by octets do so by 16 bytes: a thread's octets of a tile, 64 bytes of each
-    tensor read, and as many of each written. Whether they record changes nothing of that."""
+    """Kernels that work on octets access 16 bytes at a time.
+
+    In a tile a thread has 64 bytes of each tensor that is read, and as many of each tensor that is written. Records do
+    not change these numbers.
+    """
     for name, widths in resources.accesses(built(architecture), architecture).items():
         arguments = name[name.find("<") + 1 : -1].split(", ")
         if name.startswith("planes_"):

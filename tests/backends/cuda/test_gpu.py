@@ -1,7 +1,7 @@
-"""The CUDA kernels on a GPU: what no harness on the host can show.
+"""The CUDA kernels on a GPU: what the harness on the host cannot test.
 
-The shared tests run on this backend too, through their ``target``. Here are graphs, streams, schedules that only
-hardware has, and sizes that only a GPU holds. Results are compared bit for bit with those of one quiet call.
+The shared tests run on this backend too, through their ``target``. The tests here cover graphs, streams, the scheduling
+of real hardware, and sizes that only fit a GPU. Results must have the bits of a single call without other work.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -21,15 +21,15 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available() or backends.unavailable("cuda", "cuda") is not None,
-        reason="no CUDA device, or built without CUDA",
+        reason="there is no CUDA device, or the module was built without CUDA",
     ),
 ]
 
 ODD = Case("odd_planes", (90, 4, 7, 7), "planes of 49")
 PLANES = Case("planes", (32, 16, 32, 32), "a channel of several parts")
-FEW = Case("few_channels", (8, 3, 96, 96), "fewer channels than clusters could keep busy")
+FEW = Case("few_channels", (8, 3, 96, 96), "fewer channels than clusters can share")
 ROWS = Case("rows", (32, 16, 32, 32), "rows of octets", "channels_last")
-ODD_ROWS = Case("odd_rows", (32, 17, 9, 9), "rows one by one", "channels_last")
+ODD_ROWS = Case("odd_rows", (32, 17, 9, 9), "rows read element by element", "channels_last")
 WIDE_ROWS = Case("wide_rows", (40, 300, 3, 3), "rows of many vectors and a tail", "channels_last")
 CASES = [ODD, PLANES, FEW, ROWS, ODD_ROWS, WIDE_ROWS]
 STRATEGIES = {"single_read": 0, "two_kernels": 1 << 62}
@@ -37,11 +37,11 @@ STRATEGIES = {"single_read": 0, "two_kernels": 1 << 62}
 
 @pytest.fixture(params=STRATEGIES)
 def strategy(request: pytest.FixtureRequest):
-    """The CUDA backend forced, with one strategy for every size."""
+    """Forces the CUDA backend, with one strategy for every size."""
     from bnkern.backends import cuda
 
     index = torch.cuda.current_device()
-    backends.choose("cuda", "cuda", torch.float32)  # introduces the device by its own rule, which the test then changes
+    backends.choose("cuda", "cuda", torch.float32)  # sets up the device with its own rule, which the test then changes
     cuda.introduce(index, STRATEGIES[request.param])
     with bnkern.use_backend("cuda"):
         yield request.param
@@ -51,7 +51,7 @@ def strategy(request: pytest.FixtureRequest):
 @pytest.mark.parametrize("precision", [FP32, BF16, FP16], ids=lambda p: p.name)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_strategy(strategy: str, case: Case, precision: Precision) -> None:
-    """The short list for compute-sanitizer."""
+    """The short list of tests for compute-sanitizer."""
     for mode, act, residual in (("training", "relu", True), ("training", None, False), ("eval", "relu", True)):
         check_batch_norm(Target("cuda", "cuda"), case, precision, mode, act, residual)
 
@@ -61,13 +61,13 @@ def test_every_strategy(strategy: str, case: Case, precision: Precision) -> None
 def test_records(strategy: str, case: Case, precision: Precision) -> None:
     kernels, p = backends.choose("cuda", "cuda", precision.dtype), case.problem(precision, "cuda")
     for call in (Call("training", "saved mask"), Call("eval", "relu"), Call("identity", None)):
-        # Without batch statistics distances are from the middle one of three values.
+        # Without batch statistics distances are measured from the middle one of three values.
         check_forward(kernels, p, call, shift=0.0 if call.mode == "training" else 2.0)
         check_backward(kernels, p, call)
 
 
 class Step:
-    """Forward and backward of BN + add + ReLU on tensors of its own."""
+    """Forward and backward of BN + add + ReLU on its own tensors."""
 
     def __init__(self, case: Case, precision: Precision = BF16) -> None:
         p = case.problem(precision, "cuda")
@@ -86,7 +86,7 @@ class Step:
 
 
 def equal(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """Whether all bits agree, on the device: nothing waits."""
+    """Whether all bits agree, computed on the device without synchronisation."""
     same = [(s.contiguous().view(torch.uint8) == t.contiguous().view(torch.uint8)).all() for s, t in zip(a, b)]  # noqa: B905
     return torch.stack(same).all()
 
@@ -121,7 +121,7 @@ def test_a_replayed_graph_has_the_bits_of_a_call(strategy: str, case: Case) -> N
 def test_graphs_captured_on_one_stream_replay_side_by_side(strategy: str, case: Case) -> None:
     """Each graph has a workspace of its own."""
     pairs = []
-    steps = [Step(case) for _ in range(2)]  # kept: a graph does not own what it reads
+    steps = [Step(case) for _ in range(2)]  # kept alive, because a graph does not own the memory that it reads
     for step in steps:
         expected = step()
         pairs.append((*captured(step), expected))
@@ -154,7 +154,7 @@ def test_the_memory_of_graphs_that_are_gone_is_used_again(strategy: str) -> None
 
 @pytest.mark.parametrize("case", [PLANES, ROWS, ODD_ROWS], ids=str)
 def test_two_threads_on_one_stream(strategy: str, case: Case) -> None:
-    """The kernels of one call hand results on in the workspace of the stream that both threads use."""
+    """The kernels of one call pass partial results in the workspace of the stream, which both threads use."""
     p = case.problem(BF16, "cuda")
     backend = backends.choose("cuda", "cuda", BF16.dtype)
 
@@ -180,7 +180,7 @@ def test_two_threads_on_one_stream(strategy: str, case: Case) -> None:
 
 
 class Raw:
-    """Bytes on the device for torch.as_tensor, which copies none of them."""
+    """Bytes on the device in the form that torch.as_tensor accepts without a copy."""
 
     def __init__(self, address: int, size: int) -> None:
         self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 2}
@@ -189,8 +189,10 @@ class Raw:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [PLANES, FEW, ROWS, ODD_ROWS], ids=str)
 def test_100_000_launches_beside_a_busy_stream(strategy: str, case: Case) -> None:
-    """A fence that is missing between blocks shows only like this: parts are NaN before each launch, and another
-    stream keeps the memory system and some multiprocessors busy."""
+    """Detects a missing fence between blocks.
+
+    The workspace is NaN before each launch, and another stream keeps the memory system and some multiprocessors busy.
+    """
     p = case.problem(BF16, "cuda")
     x = p.x
     backend = backends.choose("cuda", "cuda", x.dtype)
@@ -220,7 +222,7 @@ def test_100_000_launches_beside_a_busy_stream(strategy: str, case: Case) -> Non
 
 
 def test_one_launch_and_no_memset(strategy: str) -> None:
-    """A forward is one kernel, or two; so is a backward; nothing is cleared in between."""
+    """A forward is one kernel or two, and so is a backward. Nothing is cleared between them."""
     step = Step(PLANES)
     step()
     torch.cuda.synchronize()
@@ -236,7 +238,7 @@ def test_one_launch_and_no_memset(strategy: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_more_than_2_to_the_31_elements(strategy: str, layout: str) -> None:
-    """A mean and a variance of half-precision values, and the last sample's output."""
+    """The mean and variance of half-precision values, and the output of the last sample."""
     shape = (11, 2, 10_000, 10_000)  # 2.2e9 elements, 4.4 GB
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GB")
@@ -256,4 +258,5 @@ def test_more_than_2_to_the_31_elements(strategy: str, layout: str) -> None:
     assert_close(ours, true_mean, mean_bound(true_mean, true_var, x.dtype), "mean")
     assert_close(1 / invstd.double().square() - 1e-5, true_var, 4 * var_bound(true_mean, true_var, x.dtype), "variance")
     last = (x[-1].double() - mean.view(-1, 1, 1)) * (var + 1e-5).rsqrt().view(-1, 1, 1)
-    assert (y[-1].double() - last).abs().max() < 4e-3  # half an ulp of the largest, about 6, and the mean's rounding
+    # half an ulp of the largest value, about 6, and the rounding of the mean
+    assert (y[-1].double() - last).abs().max() < 4e-3

@@ -1,4 +1,4 @@
-"""The backend "cuda" without a GPU: what it says, and what it does when there is no memory for a workspace.
+"""The backend "cuda" without a GPU: its errors, and its behaviour without memory for a workspace.
 
 The folder cuda_on_cpu has the tests of the calls themselves (test_launchers.py) and of workspaces (test_workspaces.py).
 """
@@ -13,15 +13,15 @@ from bnkern.backends import cuda
 from bnkern.backends import native as backend_functions
 
 
-@pytest.mark.skipif(not hasattr(_native, "cuda_workspace"), reason="built without CUDA")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(not hasattr(_native, "cuda_workspace"), reason="the module was built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this needs a machine without a GPU")
 def test_what_cuda_says_comes_as_text() -> None:
     with pytest.raises(RuntimeError, match=r"cuda_workspace: .*\(cudaError\w+\)"):
         _native.cuda_workspace(0)
 
 
 class NoMemory:
-    """A native module that has memory for a workspace never, or once torch's cache is empty."""
+    """A native module that never has memory for a workspace, or only after torch's cache was emptied."""
 
     def __init__(self, happened: list[str], freed_by_torch: bool) -> None:
         self.happened, self.freed_by_torch = happened, freed_by_torch
@@ -35,7 +35,7 @@ class NoMemory:
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Makes CUDA have no memory for a workspace; gives what happened."""
+    """Makes CUDA report that there is no memory for a workspace. Returns a log of the calls."""
 
     def make(*, freed_by_torch: bool, capturing: bool) -> list[str]:
         happened: list[str] = []
@@ -57,7 +57,7 @@ def test_memory_that_torch_keeps_is_returned_for_a_workspace(memory: Callable[..
     ("capturing", "expected"), [(False, ["call", "emptied", "call"]), (True, ["call"])], ids=["eager", "capturing"]
 )
 def test_no_memory_for_a_workspace(memory: Callable[..., list[str]], capturing: bool, expected: list[str]) -> None:
-    """torch's own exception, which training loops catch. Within a capture torch's cache cannot be emptied."""
+    """The error is torch's exception, which training loops catch. During a capture torch's cache cannot be emptied."""
     happened = memory(freed_by_torch=False, capturing=capturing)
     with pytest.raises(torch.OutOfMemoryError, match="no memory left for the workspace"):
         cuda.moments(torch.ones(4, 3))

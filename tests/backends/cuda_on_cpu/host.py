@@ -12,7 +12,7 @@ from tests.backends.cuda_on_cpu import native
 
 
 class Counting:
-    """The native module on the host, and how many of its calls were taken."""
+    """The native module on the host. It counts the calls that were not declined."""
 
     taken = 0
 
@@ -28,11 +28,11 @@ class Counting:
 
 
 class NothingLaunched(AssertionError):
-    """A check that was to run kernels passed without one."""
+    """A check that should run kernels passed without running one."""
 
 
 def on_the_host(check: Callable, *args: object, single_read_from: int = 0) -> None:
-    """A check of the backends, with ``bnkern.backends.cuda`` over the host's kernels serving it on the CPU."""
+    """Runs a check of the backends on the CPU, with ``bnkern.backends.cuda`` over the kernels on the host."""
     lib = native.kernels()
     lib.configure(1, 1 << 20)
     native.module().connect(backend_functions)

@@ -1,7 +1,7 @@
-"""Builds the kernels for the host, once per state of their sources, and calls them.
+"""Builds the kernels for the host, once for each state of their sources, and calls them.
 
-The structs below are those of csrc/params.h and csrc/cuda/kernels.h. :class:`Device` stands for a GPU: small ones make
-small tensors take many blocks, several tiles and what does not fit on chip.
+The structs below are those of csrc/params.h and csrc/cuda/kernels.h. :class:`Device` describes a GPU. On a small one a
+small tensor takes many blocks and several tiles, and does not fit on the chip.
 """
 
 import ctypes
@@ -36,16 +36,16 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 
 
 def build(sources: list[Path], flags: list[str]) -> Path:
-    """The shared library of these sources, out of the cache where there is one of the same texts and flags."""
+    """The shared library of these sources, from the cache if it has the same sources and flags."""
     texts = sorted([*(ROOT / "csrc").rglob("*.h"), *HERE.glob("*.h"), *sources])
     key = hashlib.sha256(repr((COMPILER, flags, [(p.name, p.read_text()) for p in texts])).encode()).hexdigest()[:16]
     folder = ROOT / "build" / "cuda_on_cpu"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{key}.so"
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes run side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes run in parallel
         if not library.exists():
-            # Without the sandbox's runtime, which is of no use to a compiler and slows it down.
+            # The runtime of the sandbox would only slow down the compiler.
             environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
 
             def compile(source: Path) -> str:
@@ -74,7 +74,7 @@ def load(library: Path) -> ctypes.CDLL:
 
 @functools.cache
 def kernels(optimized: bool = False) -> ctypes.CDLL:
-    """All of csrc/cuda on the host. Sanitized in the sandbox, plain elsewhere; ``optimized``: for measurements."""
+    """All of csrc/cuda on the host, with sanitizers in the sandbox, else without; ``optimized`` for measurements."""
     csrc = ROOT / "csrc"
     call = [csrc / "call" / f"{name}.cpp" for name in ("batch_norm", "cuda", "dlpack", "tensors")]
     sources = [*sorted((csrc / "cuda").glob("*.cu")), *call, csrc / "cpu" / "pool.cpp", *sorted(HERE.glob("*.cpp"))]
@@ -94,7 +94,7 @@ def kernels(optimized: bool = False) -> ctypes.CDLL:
 
 @functools.cache
 def module(optimized: bool = False) -> ModuleType:
-    """The native module's functions for calls (csrc/call), over these kernels: they take the CPU's tensors."""
+    """The functions of the native module for calls (csrc/call) over these kernels. They take tensors on the CPU."""
     make = ctypes.PyDLL(kernels(optimized)._name).native_module
     make.restype, make.argtypes = ctypes.py_object, []
     return make()
@@ -176,7 +176,7 @@ class CudaBackward(Structure):
 
 
 class Device(NamedTuple):
-    """What a GPU has, and how many of a kernel's blocks it can hold at once."""
+    """The resources of a GPU, and the number of blocks of a kernel that it can hold at once."""
 
     multiprocessors: int = 4
     shared_bytes: int = 64 << 10
@@ -201,7 +201,7 @@ def address(t: Tensor | None) -> int | None:
 
 
 def run(call: Forward | Backward, device: Device, strategy: int, seed: int) -> None:
-    """One call, with a workspace of just the bytes that it asks for, noise in all of it but the signals."""
+    """One call with a workspace of exactly the requested size, filled with noise except for the signals."""
     lib = kernels()
     name, struct = ("forward", CudaForward) if isinstance(call, Forward) else ("backward", CudaBackward)
     p = struct(call, CudaDevice(*device[:4]), strategy, CudaWorkspace())
@@ -216,8 +216,8 @@ def run(call: Forward | Backward, device: Device, strategy: int, seed: int) -> N
     said = getattr(lib, f"{name}_within")(p).decode()
     if said:
         raise RuntimeError(said)
-    # A signal's upper bit is its turn; everything else is as it was.
-    assert not (workspace[:signals].view(torch.int32) & 0x7FFFFFFF).any(), "a signal was left standing"
+    # The upper bit of a signal is its phase. The other bits must be reset.
+    assert not (workspace[:signals].view(torch.int32) & 0x7FFFFFFF).any(), "a kernel did not reset a signal"
 
 
 # ------------------------------------------------------------------------------------------------ a backend
@@ -226,8 +226,8 @@ def run(call: Forward | Backward, device: Device, strategy: int, seed: int) -> N
 class OnCpu(NamedTuple):
     """The functions of a backend (bnkern/backends/__init__.py) by these kernels, on CPU tensors.
 
-    Each call is made once for every seed, that is in as many orders of threads and blocks, and must give the same bits
-    each time.
+    Each call is made once per seed, each time in another order of threads and blocks, and must always give the same
+    bits.
     """
 
     device: Device = Device()
@@ -239,7 +239,7 @@ class OnCpu(NamedTuple):
         return self._replace(seeds=(1, 2, 3, 4, 5))
 
     def passes(self, check: Callable, *args) -> None:
-        """A check of the backends, with these kernels in the place of the backend "cuda"."""
+        """Runs a check of the backends with these kernels as the backend "cuda"."""
         chosen, backends.choose = backends.choose, lambda name, device, dtype: self
         try:
             with bnkern.use_backend("cuda"):
@@ -259,7 +259,7 @@ class OnCpu(NamedTuple):
         return None if dtype is not torch.float64 else "no float64"
 
     def _forward(self, of: ForwardCall, phases: tuple[bool, bool], saved=None) -> list[Tensor | None]:
-        """y, mask, mean, spread, and what becomes of the running statistics and the counter."""
+        """y, mask, mean, spread, and the running statistics and the counter after the call."""
         moments, normalize = phases
         x, weight, bias, residual, running_mean, running_var, counter, _, momentum, eps, act, _, record = of
         like = layout(x)
@@ -379,5 +379,5 @@ class OnCpu(NamedTuple):
 
 
 def _noise(t: Tensor) -> Tensor:
-    """``t`` full of what a result must replace: NaN, or ones in a mask."""
+    """``t`` filled with values that a result must replace: NaN, or ones in a mask."""
     return t.fill_(255 if t.dtype is torch.uint8 else torch.nan)

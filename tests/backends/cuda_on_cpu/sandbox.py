@@ -1,7 +1,7 @@
-"""Checks that run under AddressSanitizer and UndefinedBehaviorSanitizer, whose runtime must be there from the start.
+"""Checks under AddressSanitizer and UndefinedBehaviorSanitizer, whose runtimes must be loaded at process start.
 
-``@sandboxed`` makes a test function, or any other, run by its name in a second Python process that was started with
-that runtime. What it raises there is raised here; where the process dies, what it said is.
+``@sandboxed`` runs a function by its name in a second Python process that was started with these runtimes. Its
+exceptions are raised in the calling process. If the second process dies, its error output is raised.
 """
 
 import atexit
@@ -40,13 +40,13 @@ def _receive(stream: BinaryIO) -> Any:
 
 
 def runtime(name: str) -> str | None:
-    """Where the compiler keeps a sanitizer's runtime, or None."""
+    """The path of a sanitizer's runtime, or None."""
     found = subprocess.run([COMPILER, f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
     return found if os.path.isabs(found) else None
 
 
 class Sandbox:
-    """The second process, started when first asked, and anew where it died."""
+    """The second process. It is started at the first call, and again after it died."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
@@ -92,7 +92,7 @@ class Sandbox:
 
 
 class Died(Exception):
-    """The sandbox ended in the middle of a call; the text is what it had to say."""
+    """The sandbox ended during a call. The text is its error output."""
 
 
 _sandbox = Sandbox()
@@ -100,7 +100,7 @@ atexit.register(_sandbox.stop)
 
 
 def sandboxed(function: Callable) -> Callable:
-    """The function, run in the sandbox. Its arguments and result must be such as can be pickled."""
+    """The function, run in the sandbox. Its arguments and its result must be picklable."""
     if INSIDE in os.environ:
         return function
 
@@ -113,7 +113,7 @@ def sandboxed(function: Callable) -> Callable:
 
 def _serve() -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what is printed must not get between replies
+    os.dup2(2, 1)  # printed text must not mix with replies
     while True:
         try:
             module, name, args, kwargs = _receive(requests)

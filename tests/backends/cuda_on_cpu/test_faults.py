@@ -1,4 +1,4 @@
-"""The harness itself: faults that are put into kernels are caught, and their like without a fault pass."""
+"""The harness itself: it detects faults that are put into kernels, and the same kernels without the fault pass."""
 
 import ctypes
 
@@ -30,7 +30,7 @@ def reverse(seed: int, barrier: bool) -> list[int]:
 
 
 def test_missing_barrier() -> None:
-    """Without the barrier a thread reads what nobody has written yet: noise, in every one of the orders tried."""
+    """Without the barrier a thread reads values that were not written yet, in every order that is tried."""
     right = list(reversed(range(N)))
     assert all(reverse(seed, True) == right for seed in SEEDS)
     assert all(reverse(seed, False) != right for seed in SEEDS)
@@ -44,11 +44,11 @@ def shift(by: int) -> list[int]:
 
 
 def test_shared_index_out_of_bounds() -> None:
-    """One element past what the launch asked for: the sanitizer stops the process."""
+    """An access one element beyond the requested memory stops the process, through the sanitizer."""
     assert shift(0) == list(range(N))
     with pytest.raises(Died, match="heap-buffer-overflow"):
         shift(1)
-    assert shift(0) == list(range(N)), "a new process goes on"
+    assert shift(0) == list(range(N)), "a new process is usable"
 
 
 @sandboxed
@@ -58,7 +58,7 @@ def load_at(offset: int) -> None:
 
 
 def test_misaligned_vector() -> None:
-    """A GPU stops at a load of 16 bytes that is not aligned; so does this."""
+    """A GPU stops at a load of 16 bytes that is not aligned, and so does the harness."""
     load_at(16)
     with pytest.raises(Died, match="misaligned address"):
         load_at(8)
@@ -76,7 +76,9 @@ def sums(in_order: bool) -> set[float]:
 
 
 def test_sum_that_depends_on_order() -> None:
-    """Blocks that add as they come give another sum in another order; the last one to come, in its own, does not."""
+    """The sum depends on the order if every block adds its part, and does not if the last block adds all of them in
+    order.
+    """
     assert len(sums(True)) == 1
     assert len(sums(False)) > 1
 
@@ -92,7 +94,7 @@ def test_barrier_that_not_all_reach() -> None:
 
 
 def test_waiting_for_blocks_that_may_not_be_there() -> None:
-    """A barrier between blocks under an ordinary launch: it waits for blocks that begin only when it ends."""
+    """A barrier between blocks under an ordinary launch waits for blocks that start only after the barrier."""
     assert stuck("meet", "word", 6, True) == ""
     assert "waits for ever" in stuck("meet", "word", 6, False)
     assert stuck("meet", "word", 6, True, blocks=5) == "not resident"

@@ -1,4 +1,4 @@
-"""Calls of the backend "cuda" over the kernels on the host: how csrc/call reads, allocates and hands over."""
+"""Calls of the backend "cuda" over the kernels on the host: how csrc/call reads, allocates and passes on arguments."""
 
 import pytest
 
@@ -74,7 +74,7 @@ def _recorded(case: Case, precision: Precision, mode: str) -> None:
 
 
 def _recorded_by_phases(case: Case) -> None:
-    """As SyncBatchNorm calls them: statistics and sums are of more values than these, and so not what these have."""
+    """As SyncBatchNorm calls them: statistics and sums are those of more values than these tensors hold."""
     p = case.problem(FP32)
     mean, invstd, count = p.mean + 0.5 / p.invstd, 0.8 * p.invstd, 2 * layout(p.x).count
     activation, gradient, affine = (empty_record(r, p.x) for r in (ACTIVATION, GRADIENT, AFFINE))
@@ -93,7 +93,7 @@ def _recorded_by_phases(case: Case) -> None:
 
 @sandboxed
 def test_records_of_the_shared_tests() -> None:
-    """Every sign, infinities and NaN, parameters that need no gradient, values that vanish when stored, no values."""
+    """Every sign, infinities and NaN, parameters without gradients, values that round to zero, and empty tensors."""
     for layout_of in ("contiguous", "channels_last"):
         for precision in (FP32, BF16):
             on_the_host(record_cases.check_special_values, TARGET, precision, layout_of)

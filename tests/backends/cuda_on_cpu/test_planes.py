@@ -1,4 +1,4 @@
-"""The CUDA kernels for planes (NCHW) on the host, by the checks that every backend passes; as test_rows.py."""
+"""The CUDA kernels for planes (NCHW) on the host, with the checks of every backend, like test_rows.py."""
 
 import pytest
 import torch
@@ -12,20 +12,21 @@ from tests.support.phases import check_grad_input, check_grad_sums, check_moment
 from tests.support.record_cases import Call, check_backward, check_forward
 
 TARGET = Target("cuda", "cpu")
-ROOM = 1024  # bytes of shared memory that planes keep before the tiles they hold
-# What a device makes of a tensor. A tile of 32 or 64 threads has 2 KB or 4 KB of each tensor.
+ROOM = 1024  # bytes of shared memory that planes need in addition to their tiles
+# Devices and the strategies that they cause. A tile of 32 or 64 threads has 2 KB or 4 KB of each tensor.
 WAYS = {
     "two_kernels": OnCpu(Device(), TWO_KERNELS),
     "clusters": OnCpu(Device(multiprocessors=64), SINGLE_READ),
-    "one_part": OnCpu(Device(multiprocessors=1, shared_bytes=1 << 20), SINGLE_READ),  # of a channel, all held
-    "registers_alone": OnCpu(Device(threads=32, shared_bytes=ROOM), SINGLE_READ),  # the last tile is held
+    # one part per channel, held completely
+    "one_part": OnCpu(Device(multiprocessors=1, shared_bytes=1 << 20), SINGLE_READ),
+    "registers_alone": OnCpu(Device(threads=32, shared_bytes=ROOM), SINGLE_READ),  # only the last tile is held
     "hybrid": OnCpu(Device(threads=32, shared_bytes=ROOM + (8 << 10)), SINGLE_READ),
     "no_clusters": OnCpu(Device(clusters=False), SINGLE_READ),
     "not_resident": OnCpu(Device(multiprocessors=64, resident=1), SINGLE_READ),
 }
 
 LONG = Case("long", (2, 2, 97, 48), "a channel of four parts, several tiles, whole vectors")
-QUADS = Case("quads", (9, 2, 14, 14), "planes of whole quads: vectors of 8 bytes in halves")
+QUADS = Case("quads", (9, 2, 14, 14), "planes of whole quads: vectors of 8 bytes in half precision")
 ODD = Case("odd", (80, 2, 7, 7), "planes of 49, two parts")
 CASES = [
     LONG,
@@ -49,7 +50,7 @@ SWEEP = pytest.mark.parametrize(
 @pytest.mark.parametrize(("precision", "case"), [(FP32, LONG), (BF16, ODD)], ids=["fp32-long", "bf16-odd"])
 @sandboxed
 def test_every_way(way: str, precision: Precision, case: Case) -> None:
-    """Forward and backward as one call each, however the device lets them go."""
+    """Forward and backward as one call each, with every strategy."""
     for act, residual in (("relu", False), ("relu", True)):
         WAYS[way].in_five_orders().passes(check_batch_norm, TARGET, case, precision, "training", act, residual)
 
@@ -85,7 +86,7 @@ def test_records(precision: Precision, case: Case) -> None:
 @SWEEP
 @sandboxed
 def test_phases(precision: Precision, case: Case) -> None:
-    """Each phase by itself: moments, normalize, grad_sums, grad_input."""
+    """Each phase alone: moments, normalize, grad_sums, grad_input."""
     way = WAYS["two_kernels"]
     way.passes(check_moments, TARGET, precision, case)
     for residual, act in ((False, "relu"), (True, "relu"), (True, None)):

@@ -1,7 +1,7 @@
-"""The CUDA kernels for rows (channels_last, N x C) on the host, by the checks that every backend passes.
+"""The CUDA kernels for rows (channels_last, N x C) on the host, with the checks of every backend.
 
-Devices are so small that little tensors take several blocks, groups and tiles, whole and ragged; every call is made in
-several orders of threads and blocks, and must give the same bits each time.
+The devices are so small that small tensors take several blocks, groups and tiles, complete and partial. Every call is
+made in several orders of threads and blocks, and must always give the same bits.
 """
 
 import mmap
@@ -19,7 +19,7 @@ from tests.support.record_cases import Call, assert_same_bits, check_backward, c
 
 TARGET = Target("cuda", "cpu")
 
-# What a device makes of a tensor, and how its kernels read it.
+# Devices, and the strategies of their kernels.
 WAYS = {
     "two_kernels": OnCpu(Device(), TWO_KERNELS),
     "single_read": OnCpu(Device(), SINGLE_READ),
@@ -30,8 +30,8 @@ WAYS = {
 }
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
 
-OCTETS = Case("octets", (6, 16, 5, 7), "rows of whole octets, ragged at the end", "channels_last")
-WIDE = Case("wide", (150, 72), "more channels than a block takes, the last group with fewer")
+OCTETS = Case("octets", (6, 16, 5, 7), "rows of whole octets, with a partial last tile", "channels_last")
+WIDE = Case("wide", (150, 72), "more channels than a block takes, and a smaller last group")
 CASES = [
     OCTETS,
     WIDE,
@@ -56,7 +56,7 @@ def sweep(cases: list[Case], halves: list[Case]) -> pytest.MarkDecorator:
 @sweep(CASES, HALVES[1:])
 @sandboxed
 def test_phases(precision: Precision, case: Case) -> None:
-    """Each phase by itself: moments, normalize, grad_sums, grad_input."""
+    """Each phase alone: moments, normalize, grad_sums, grad_input."""
     WAYS["two_kernels"].passes(check_moments, TARGET, precision, case)
     for residual, act in ((False, "relu"), (True, "relu"), (True, None)):
         WAYS["two_kernels"].passes(check_normalize, TARGET, precision, case, residual, act)
@@ -84,7 +84,7 @@ def test_every_way(way: str, precision: Precision, case: Case) -> None:
     check_training(WAYS[way].in_five_orders(), precision, case)
 
 
-# Records need room beside what is held.
+# Records need shared memory in addition to the held tiles.
 RECORDING = WAYS | {
     "registers_alone": OnCpu(Device(shared_bytes=22 << 10), SINGLE_READ),
     "hybrid": OnCpu(Device(multiprocessors=2, shared_bytes=31 << 10), SINGLE_READ),
@@ -135,7 +135,7 @@ def test_every_way_with_every_case(way: str, precision: Precision, case: Case) -
 @pytest.mark.parametrize("case", [OCTETS, CASE["nhwc_c5_s49"]], ids=str)
 @sandboxed
 def test_other_calls(case: Case) -> None:
-    """Without affine parameters, in eval mode, in modules of halves, and what is neither normalised nor masked."""
+    """Without affine parameters, in eval mode, modules in half precision, and without normalisation or mask."""
     for affine in ("wb", "w", "-"):
         WAYS["two_kernels"].passes(check_batch_norm, TARGET, case, FP32, "eval", "relu", True, affine)
         WAYS["single_read"].passes(check_batch_norm, TARGET, case, FP32, "untracked", None, False, affine)
@@ -147,7 +147,7 @@ def test_other_calls(case: Case) -> None:
 @pytest.mark.parametrize("way", ["two_kernels", "single_read"])
 @sandboxed
 def test_cumulative_momentum(way: str) -> None:
-    """The running statistics of several batches are their mean, and the counter counts them once each."""
+    """The running statistics of several batches are their mean, and the counter is incremented once per batch."""
     p = WIDE.problem(FP32)
     running, counter = [torch.zeros(72), torch.ones(72)], torch.tensor(0)
     batches = [p.x + shift for shift in (0.0, 1.0, 5.0)]
@@ -162,7 +162,7 @@ def test_cumulative_momentum(way: str) -> None:
 
 @sandboxed
 def test_schedules_strategies_and_residency_change_no_bit() -> None:
-    """Twelve orders of threads and blocks; and where the one kernel cannot be, two in its place."""
+    """Twelve orders of threads and blocks. If the single kernel does not fit the device, two kernels replace it."""
     seeds = tuple(range(12))
     for precision in (FP32, BF16):
         for case in (OCTETS, WIDE):
@@ -181,7 +181,7 @@ def test_schedules_strategies_and_residency_change_no_bit() -> None:
 
 
 def far_apart(rows: int, channels: int, step: int) -> torch.Tensor:
-    """Rows that lie ``step`` elements apart, in memory of which only what is touched exists."""
+    """Rows that are ``step`` elements apart. Only the pages that are accessed are allocated."""
     size = ((rows - 1) * step + channels) * 2
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
     return torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((rows, channels), (step, 1))
@@ -191,7 +191,7 @@ def far_apart(rows: int, channels: int, step: int) -> torch.Tensor:
 @pytest.mark.parametrize("way", ["two_kernels", "single_read"])
 @sandboxed
 def test_offsets_beyond_31_bits(way: str, channels: int) -> None:
-    """The last rows lie 2^32 elements behind the first ones."""
+    """The last rows are 2^32 elements after the first ones."""
     rows, step = 65, (1 << 26) + 8
     x, dy = far_apart(rows, channels, step), far_apart(rows, channels, step)
     assert (rows - 1) * step > 2**32

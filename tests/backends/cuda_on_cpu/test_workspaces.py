@@ -1,6 +1,6 @@
-"""Workspaces of csrc/cuda/workspaces.cu over the CUDA runtime of runtime.cpp: who shares memory, and until when.
+"""Workspaces of csrc/cuda/workspaces.cu over the CUDA runtime of runtime.cpp: which calls share memory, and how long.
 
-A graph here is what a capture was given; kernels that are "captured" run at once.
+A graph holds the resources of a capture. "Captured" kernels run immediately.
 """
 
 import ctypes
@@ -23,12 +23,12 @@ from tests.backends.cuda_on_cpu.sandbox import sandboxed
 from tests.support.cases import CASE, FP32, Case, Problem
 from tests.support.record_cases import empty_record
 
-DEVICES = count(1)  # every test has a device of its own, since what was allocated outlives the test
+DEVICES = count(1)  # every test has its own device, because allocations outlive the test
 STREAM, OTHER = 7, 8
 
 
 class Runtime:
-    """What the runtime on the host can be asked and told."""
+    """The functions by which tests control and observe the runtime on the host."""
 
     def __init__(self) -> None:
         self.lib = native.kernels()
@@ -52,7 +52,7 @@ class Runtime:
         return {name: self.lib.counted(which) for which, name in enumerate(names)}
 
     def workspace(self, stream: int, groups: int = 8, size: int = 1000) -> range:
-        """The addresses that a call gets, which fills all of them but the signals."""
+        """The addresses of a call's workspace. The call overwrites all of it except the signals."""
         got = native.CudaWorkspace()
         said = self.lib.workspace(stream, groups, size, got).decode()
         if said:
@@ -83,17 +83,17 @@ def test_calls_of_a_stream_share_memory() -> None:
     before = r.counted()
     for _ in range(100):
         assert r.workspace(stream, groups=1024, size=1 << 20) == first
-    assert r.counted() == before, "a call allocates nothing and clears nothing"
+    assert r.counted() == before, "a call neither allocates nor clears memory"
     assert not overlap(first, r.workspace(other))
     larger = r.workspace(stream, groups=3000, size=3 << 20)
     assert not overlap(first, larger) and r.workspace(stream) == larger
     r.lib.set_device(next(DEVICES))
-    assert not overlap(larger, r.workspace(stream)), "streams of two devices may have the same handle"
+    assert not overlap(larger, r.workspace(stream)), "streams of two devices may have equal handles"
 
 
 @sandboxed
 def test_captured_calls_share_the_workspace_of_their_graph() -> None:
-    """The launches of a ResNet-110 took 9 MB, most of it signals for 4096 groups, and never gave it back."""
+    """Earlier, the launches of a ResNet-110 took 9 MB, mostly signals for 4096 groups, and never freed them."""
     r, stream = Runtime(), STREAM
     own = r.workspace(stream)
     before = r.counted()
@@ -108,7 +108,7 @@ def test_captured_calls_share_the_workspace_of_their_graph() -> None:
 
 @sandboxed
 def test_graphs_and_streams_of_a_graph_have_workspaces_of_their_own() -> None:
-    """They may run side by side."""
+    """They may run at the same time."""
     r, stream, joined = Runtime(), STREAM, OTHER
     graphs, given = [], [r.workspace(stream), r.workspace(joined)]
     for _ in range(3):
@@ -140,7 +140,7 @@ def test_workspaces_of_graphs_that_are_gone_are_used_again() -> None:
 
 @sandboxed
 def test_a_capture_that_comes_to_need_more() -> None:
-    """What its first kernels use stays the graph's."""
+    """The memory of its first kernels remains with the graph."""
     r, stream = Runtime(), STREAM
     with r.capture(stream) as graph:
         small = r.workspace(stream, groups=4, size=4096)
@@ -178,7 +178,7 @@ def test_no_memory() -> None:
 
 @sandboxed
 def test_the_limit_of_shared_memory_is_set_once() -> None:
-    """To what the device can give: a limit set for one launch may not be lowered by another before it is queued."""
+    """It is the maximum of the device, because another launch must not lower a limit before the first one is queued."""
     r = Runtime()
     kernel = ctypes.c_void_p(1234)
     before = r.counted()["limits_set"]
@@ -197,7 +197,7 @@ SEVERAL_PARTS = [CASE["nchw_tail"], CASE["nhwc"], CASE["nhwc_c5_s49"]]
 
 
 def _results(p: Problem) -> list[Tensor]:
-    """All that a recorded training call writes."""
+    """All results of a recorded training call."""
     activation, gradient, affine = (empty_record(rows, p.x) for rows in (ACTIVATION, GRADIENT, AFFINE))
     affine_parameters = (p.weight, p.bias)
     y, mean, invstd, mask = cuda.forward(
@@ -237,7 +237,9 @@ def _side_by_side(case: Case) -> None:
 @pytest.mark.parametrize("case", SEVERAL_PARTS, ids=str)
 @sandboxed
 def test_two_threads_on_one_stream(case: Case) -> None:
-    """The kernels of a call hand results on in the stream's workspace: those of another must not come in between.
+    """The kernels of a call pass results in the workspace of the stream.
+
+    Kernels of another call must not run in between.
 
     Each thread waits after each of its launches, so that the other one could launch.
     """

@@ -1,7 +1,7 @@
-"""Runs a check in another process, whose Triton interprets its kernels on the CPU.
+"""Runs checks in another process, in which Triton interprets its kernels on the CPU.
 
-TRITON_INTERPRET is read when triton is imported and turns all its kernels, so the tests' own process, where other
-tests compile kernels or look at what refuses to run on a CPU, keeps it off.
+Triton reads TRITON_INTERPRET at import, and it applies to all kernels. The process of the tests does not set it,
+because other tests compile kernels, or test what is refused on a CPU.
 """
 
 import os
@@ -21,11 +21,11 @@ def _set_up() -> None:
     from triton.runtime import interpreter
 
     torch.set_num_threads(1)
-    np.seterr(all="ignore")  # NaN, Inf and idle lanes are meant
+    np.seterr(all="ignore")  # NaN, Inf and idle lanes are intended
     # Checking each integer operation for overflow doubles the time, and small shapes do not overflow.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    # GPUs round to bfloat16 to nearest; the interpreter cuts off.
+    # GPUs round to nearest in bfloat16, and the interpreter truncates.
     convert = interpreter._convert_float
 
     def converted(values, source, target, rounding):
@@ -35,7 +35,7 @@ def _set_up() -> None:
         return rounded.view(torch.uint16).numpy().reshape(values.shape)
 
     interpreter._convert_float = converted
-    # Products of bfloat16 are those of the bits as integers there.
+    # The interpreter multiplies bfloat16 values as the integers of their bits.
     multiply = interpreter.InterpreterBuilder.create_dot
 
     def floats(handle):
@@ -45,7 +45,7 @@ def _set_up() -> None:
 
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: multiply(self, floats(a), floats(b), *rest)
 
-    # Tiles so small that little tensors have several, whole and ragged, in several programs.
+    # Tiles are so small that small tensors have several, complete and partial, in several programs.
     import sys
 
     from bnkern.backends.triton import common
@@ -62,5 +62,5 @@ def _process() -> ProcessPoolExecutor:
 
 
 def interpreted(check: Callable, *args: object) -> None:
-    """``check(*args)`` there; its exception, if any, is raised here. Both must be importable and picklable."""
+    """Runs ``check(*args)`` in that process, and raises its exception here. Both must be importable and picklable."""
     _process().submit(check, *args).result()

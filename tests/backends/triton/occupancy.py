@@ -1,8 +1,8 @@
-"""How many blocks of a kernel fit on a multiprocessor at once, from what the compiler says it uses.
+"""The number of blocks of a kernel that fit on a multiprocessor, from the compiler's resource usage.
 
-A multiprocessor of NVIDIA's data-centre GPUs has 65,536 registers, given to whole warps in steps of 256, places for 64
-warps and 32 blocks, and shared memory, of which each block takes 1 KB more than it asks for. (CUDA C++ Programming
-Guide, "Compute Capabilities".)
+A multiprocessor of NVIDIA's data-centre GPUs has 65,536 registers, which are allocated to whole warps in units of 256,
+room for 64 warps and 32 blocks, and shared memory, of which each block takes 1 KB more than it requests. (CUDA C++
+Programming Guide, "Compute Capabilities".)
 """
 
 from math import ceil
@@ -14,7 +14,10 @@ RESERVED = 1 << 10
 
 
 def resident_blocks(architecture: int, threads: int, registers: int, shared: int) -> int:
-    """Blocks of so many threads, registers per thread and bytes of shared memory that reside at once; 0: none fits."""
+    """The number of resident blocks, from threads, registers per thread and bytes of shared memory.
+
+    0 means that none fits.
+    """
     warps = ceil(threads / WARP)
     per_warp = ceil(registers * WARP / 256) * 256
     by_registers = REGISTERS // per_warp // warps if per_warp else BLOCKS

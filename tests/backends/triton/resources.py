@@ -1,8 +1,8 @@
-"""What the compiler makes of the Triton kernels: registers, spills, shared memory, loads. Needs no GPU.
+"""What Triton compiles its kernels to: registers, spills, shared memory, loads. Needs no GPU.
 
-resources.json holds, for a triton version, an architecture and a kernel, [registers, bytes of shared memory, programs
-that a multiprocessor holds at once]; none spills. ``python -m tests.backends.triton.resources --write`` compiles all
-kernels and replaces this version's entries; without ``--write`` it prints them. fp32 and bf16 represent all dtypes.
+resources.json holds [registers, bytes of shared memory, programs that a multiprocessor holds at once] by the version of
+Triton, the architecture and the kernel. ``python -m tests.backends.triton.resources --write`` compiles all kernels and
+replaces the entries of this version; without ``--write`` it prints them. fp32 and bf16 represent all dtypes.
 """
 
 import json
@@ -37,21 +37,21 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
     torch.int64: "*i64",
 }
 
-# A tensor for each way that the kernels see memory. Sizes do not matter beyond that.
+# A tensor for each way of addressing memory. Other sizes give the same kernels.
 WAYS = {
     "planes": ((2, 3, 32, 32), torch.contiguous_format),  # vectors, long lines
     "planes_short": ((64, 3, 8, 8), torch.contiguous_format),  # vectors, lines of 64
     "planes_tiny": ((64, 3, 4, 4), torch.contiguous_format),
     "planes_quads": ((4, 3, 14, 14), torch.contiguous_format),  # lines of whole quads
-    "planes_odd": ((4, 3, 7, 7), torch.contiguous_format),  # one by one
+    "planes_odd": ((4, 3, 7, 7), torch.contiguous_format),  # element by element
     "rows_16": ((2, 16, 8, 8), torch.channels_last),
     "rows_32": ((2, 32, 8, 8), torch.channels_last),
     "rows_64": ((2, 64, 8, 8), torch.channels_last),
-    "rows_odd": ((2, 17, 8, 8), torch.channels_last),  # one by one, flat where no channel is reduced
+    "rows_odd": ((2, 17, 8, 8), torch.channels_last),  # element by element, flat if no channel is reduced
 }
 
 
-# Activations and vectors of size C.
+# The dtypes of activations and of vectors of size C.
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.float32),
@@ -61,25 +61,25 @@ DTYPES = {
 }
 TABLED = ("fp32", "bf16")
 
-# For convolutions: input and output channels, kernel, memory format.
+# The convolutions: input and output channels, kernel, memory format.
 CONVOLUTIONS = {
     "rows_16": (16, 16, 3, torch.channels_last),
     "rows_32": (32, 32, 3, torch.channels_last),  # the larger block
-    "rows_stem": (3, 16, 3, torch.channels_last),  # x one by one
+    "rows_stem": (3, 16, 3, torch.channels_last),  # x is read element by element
     "planes_16": (16, 16, 3, torch.contiguous_format),
     "planes_32": (32, 32, 3, torch.contiguous_format),
-    "planes_1x1": (32, 32, 1, torch.contiguous_format),  # x by vectors
+    "planes_1x1": (32, 32, 1, torch.contiguous_format),  # x is read by vectors
 }
 WANTED = {"sum": (True, False, False, False), "all": (True,) * 4}
 CONV_DTYPES = ("fp32", "bf16", "fp16", "fp64")
 
-# Whether the kernels record, in a training step or without normalisation, where the moments ride in ``normalize``.
+# Whether the kernels record: in a training step, or without normalisation, where ``normalize`` also computes moments.
 RECORDINGS = ("", "recorded", "recorded identity")
-RECORDED_WAYS = ("planes", "planes_odd", "rows_16", "rows_odd")  # tabled; the others lie between them
+RECORDED_WAYS = ("planes", "planes_odd", "rows_16", "rows_odd")  # in the table; the other ways are between them
 
 
 class Variant(NamedTuple):
-    """One instance to compile: a kernel, the types of its arguments, its constants."""
+    """One instance to compile: a kernel, the types of its arguments, and its constants."""
 
     kernel: JITFunction
     signature: dict[str, str]
@@ -95,17 +95,20 @@ class Usage(NamedTuple):
     spilled: int  # bytes of stack
     shared: int
     ptx: str
-    ttgir: str  # Triton's own, with the layout of each tensor
-    resident: int  # programs at once on a multiprocessor
+    ttgir: str  # Triton's intermediate representation, with the layout of each tensor
+    resident: int  # programs that a multiprocessor holds at once
 
     @property
-    def row(self) -> list[int]:
-        """What the table holds."""
+    def entry(self) -> list[int]:
+        """The entry of the table."""
         return [self.registers, self.shared, self.resident]
 
 
 def _variant(kernel: JITFunction, arguments: tuple, constants: dict) -> Variant:
-    """As triton's launcher sees a call. Nothing but types: the kernels are told not to specialise on values."""
+    """The variant of a call, as triton's launcher would compile it.
+
+    Only types count, because no kernel specialises on values.
+    """
     given = iter(arguments)
     signature, fixed = {}, dict(constants)
     for p in kernel.params:
@@ -123,7 +126,7 @@ def _variant(kernel: JITFunction, arguments: tuple, constants: dict) -> Variant:
 
 @contextmanager
 def launches():
-    """A list that gathers the variants of all launches made within; nothing is launched."""
+    """A list of the variants of all launches in the context. Nothing is launched."""
     variants = []
 
     def record(kernel, grid, device, *arguments, **constants) -> None:
@@ -142,7 +145,7 @@ def launches():
 def variants(way: str, precision: str, fused: bool, recording: str = "") -> dict[str, Variant]:
     """The kernels of a training step by name: BN + add + ReLU with its mask if ``fused``, else BN + ReLU.
 
-    If ``recording`` (of RECORDINGS), those that then take a record or parts of one.
+    With ``recording`` (one of RECORDINGS), only the kernels that then take a record or parts of one.
     """
     (shape, memory_format), (dtype, params) = WAYS[way], DTYPES[precision]
     x = torch.empty(shape, dtype=dtype).contiguous(memory_format=memory_format)
@@ -151,8 +154,8 @@ def variants(way: str, precision: str, fused: bool, recording: str = "") -> dict
     training = recording != "recorded identity"
     running = (vector, vector, torch.tensor(1)) if training else (None, None, None)
     activation, gradient, affine = (
-        torch.empty(len(rows), shape[1], dtype=torch.float64) if recording else None
-        for rows in (records.ACTIVATION, records.GRADIENT, records.AFFINE)
+        torch.empty(len(fields), shape[1], dtype=torch.float64) if recording else None
+        for fields in (records.ACTIVATION, records.GRADIENT, records.AFFINE)
     )
     with launches() as launched:
         y, mean, invstd, mask = backend.forward(
@@ -175,7 +178,7 @@ def variants(way: str, precision: str, fused: bool, recording: str = "") -> dict
 
 
 def _augment(dtype: torch.dtype) -> None:
-    """A batch of images for the network: one kernel for each dtype."""
+    """A batch of images: one kernel for each dtype."""
     images, one = torch.empty(1, 3, 32, 32, dtype=torch.uint8), torch.empty(1, dtype=torch.int64)
     table = torch.empty(3, 256, dtype=dtype)
     backend.augment(images, one, one, one, one, table, images.to(dtype), one, 1, 0, True)
@@ -199,33 +202,33 @@ def compile_for(variant: Variant, architecture: int) -> Usage:
     return Usage(registers, used["STACK"] + used["LOCAL"], shared, *texts, resident)
 
 
-def rows_of(
+def entries_of(
     architecture: int, ways: list[str], precisions: list[str], recordings: tuple[str, ...] = RECORDINGS
 ) -> dict[str, tuple[Variant, Usage]]:
-    """Each distinct variant of these, compiled, under a name for people: kernel, way, dtype, fusion, recording."""
-    rows, seen = {}, set()
+    """The distinct variants, compiled, by a readable name: kernel, way, dtype, fusion, recording."""
+    entries, seen = {}, set()
     for way, precision, fused, recording in product(ways, precisions, (False, True), recordings):
         for name, variant in variants(way, precision, fused, recording).items():
             if variant.key not in seen:
                 seen.add(variant.key)
                 what = f"{way} {precision}{' residual' if fused else ''}"
-                if "ALIGN" not in variant.constants:  # works on vectors and partial results only
+                if "ALIGN" not in variant.constants:  # this kernel works only on vectors and partial results
                     what = " ".join(sorted({t for t in variant.signature.values() if t.startswith("*")}))
-                row = f"{name.removesuffix('_kernel')} {what} {recording}".rstrip()
-                rows[row] = (variant, compile_for(variant, architecture))
-    return rows
+                entry = f"{name.removesuffix('_kernel')} {what} {recording}".rstrip()
+                entries[entry] = (variant, compile_for(variant, architecture))
+    return entries
 
 
 def conv_variants(arguments: tuple, wanted: tuple[bool, ...]) -> list[Variant]:
-    """The kernels that such a call of conv_grad_signs launches."""
+    """The kernels that a call of conv_grad_signs launches."""
     with launches() as launched:
         backend.conv_grad_signs(*arguments, wanted)
     return launched
 
 
-def conv_rows_of(architecture: int, precisions: list[str]) -> dict[str, tuple[Variant, Usage]]:
-    """As ``rows_of``, of the convolutions: kernel, dtype, way, the sums wanted."""
-    rows, seen = {}, set()
+def conv_entries_of(architecture: int, precisions: list[str]) -> dict[str, tuple[Variant, Usage]]:
+    """Like ``entries_of``, for the convolutions: kernel, dtype, way, the requested sums."""
+    entries, seen = {}, set()
     for (way, (inputs, outputs, kernel, memory_format)), precision in product(CONVOLUTIONS.items(), precisions):
         shapes = (8, inputs, 32, 32), (8, outputs, 32, 32)
         x, dy = (torch.empty(s, dtype=DTYPES[precision][0]).contiguous(memory_format=memory_format) for s in shapes)
@@ -233,28 +236,28 @@ def conv_rows_of(architecture: int, precisions: list[str]) -> dict[str, tuple[Va
             for variant in conv_variants((x, dy, (kernel, kernel), (1, 1), (kernel // 2, kernel // 2)), wanted):
                 if variant.key not in seen:
                     seen.add(variant.key)
-                    row = f"conv_grad_signs {precision} {way} {what}"
-                    if "ROWS" not in variant.constants:  # works on partial results only
-                        row = f"conv_fold {'fp64' if precision == 'fp64' else 'fp32'} {what}"
-                    rows[row] = (variant, compile_for(variant, architecture))
-    return rows
+                    entry = f"conv_grad_signs {precision} {way} {what}"
+                    if "ROWS" not in variant.constants:  # this kernel works only on partial results
+                        entry = f"conv_fold {'fp64' if precision == 'fp64' else 'fp32'} {what}"
+                    entries[entry] = (variant, compile_for(variant, architecture))
+    return entries
 
 
-def tabled(architecture: int) -> dict[str, tuple[Variant, Usage]]:
-    """All rows of the committed table."""
-    plain = rows_of(architecture, list(WAYS), list(TABLED), RECORDINGS[:1])
-    recorded = rows_of(architecture, list(RECORDED_WAYS), list(TABLED), RECORDINGS[1:])
-    return plain | recorded | conv_rows_of(architecture, list(TABLED))
+def table_entries(architecture: int) -> dict[str, tuple[Variant, Usage]]:
+    """All entries of the committed table."""
+    plain = entries_of(architecture, list(WAYS), list(TABLED), RECORDINGS[:1])
+    recorded = entries_of(architecture, list(RECORDED_WAYS), list(TABLED), RECORDINGS[1:])
+    return plain | recorded | conv_entries_of(architecture, list(TABLED))
 
 
 def main() -> None:
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     table[triton.__version__] = {
-        f"sm_{architecture}": {row: usage.row for row, (_, usage) in tabled(architecture).items()}
+        f"sm_{architecture}": {name: usage.entry for name, (_, usage) in table_entries(architecture).items()}
         for architecture in ARCHITECTURES
     }
     text = json.dumps(dict(sorted(table.items())), indent=1)
-    text = re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text)  # one kernel, one line
+    text = re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text)  # one kernel per line
     if "--write" in sys.argv:
         TABLE.write_text(text + "\n")
     else:

@@ -1,4 +1,4 @@
-"""``augment`` in Triton, through the interpreter: the checks that every backend passes, bit for bit."""
+"""``augment`` in Triton, through the interpreter, with the checks of every backend. Results must have the same bits."""
 
 import pytest
 import torch

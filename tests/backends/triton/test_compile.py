@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that need not be there: no spills, whole vectors, as in resources.json."""
+"""The Triton kernels compiled without a GPU: no spills, vector accesses, and the resources of resources.json."""
 
 import json
 import re
@@ -11,10 +11,10 @@ triton = pytest.importorskip("triton")
 resources = pytest.importorskip("tests.backends.triton.resources")
 
 if resources.backend.refuses(torch.device("cpu"), torch.float32) is None:
-    pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
+    pytest.skip("TRITON_INTERPRET is set, so no kernel is compiled", allow_module_level=True)
 
 RECORDINGS = resources.RECORDINGS
-# The launchers ask for four programs on each multiprocessor; those that record may be three.
+# The launchers request four programs on each multiprocessor, or three with records.
 LEAST_RESIDENT = 2
 EVERY_TEST = [
     pytest.param(90, ["planes", "planes_odd", "rows_16", "rows_odd"], ["fp32", "bf16"], RECORDINGS[:1], id="sm_90"),
@@ -30,8 +30,8 @@ ALL = [
 ]
 
 
-# Bytes of the kernels that spill, all of them recording, and by the oldest compiler alone: the first on sm_80 and
-# sm_90 handles a few numbers per channel, the others stand on sm_100 at the limit of 168 registers.
+# Bytes spilled by the kernels that spill, which all record, with the oldest compiler only. The first one, on sm_80 and
+# sm_90, handles a few numbers per channel. The others, on sm_100, are at the limit of 168 registers.
 SPILLED = {
     ("3.6.0", "statistics *fp64 *i64 recorded"): 8,
     ("3.6.0", "normalize rows_16 pure_bf16 recorded identity"): 8,
@@ -41,25 +41,26 @@ SPILLED = {
 
 @pytest.mark.parametrize(("architecture", "ways", "precisions", "recordings"), EVERY_TEST + ALL)
 def test_resources(architecture: int, ways: list[str], precisions: list[str], recordings: tuple[str, ...]) -> None:
-    """Nothing spills, tensors that can be are read and written by 16 bytes, and the table is of these kernels.
+    """No kernel spills, aligned tensors are accessed 16 bytes at a time, and the table agrees with the kernels.
 
-    After a change of the kernels: ``python -m tests.backends.triton.resources --write``, and look at what it changed.
+    After a change of the kernels run ``python -m tests.backends.triton.resources --write`` and review the changes of
+    the table.
     """
-    rows = resources.rows_of(architecture, ways, precisions, recordings)
+    entries = resources.entries_of(architecture, ways, precisions, recordings)
     table = json.loads(resources.TABLE.read_text()).get(triton.__version__, {}).get(f"sm_{architecture}", {})
-    for row, (variant, usage) in rows.items():
-        assert usage.spilled <= SPILLED.get((triton.__version__, row), 0), f"{row} spills"
-        if table and (row in table or set(precisions) <= set(resources.TABLED)):
-            assert usage.row == table[row], row
-        assert usage.resident >= LEAST_RESIDENT, f"{row}: {usage.resident} programs on a multiprocessor"
+    for name, (variant, usage) in entries.items():
+        assert usage.spilled <= SPILLED.get((triton.__version__, name), 0), f"{name} spills"
+        if table and (name in table or set(precisions) <= set(resources.TABLED)):
+            assert usage.entry == table[name], name
+        assert usage.resident >= LEAST_RESIDENT, f"{name}: {usage.resident} programs on a multiprocessor"
         if variant.constants.get("ALIGN") == 8:
             tensors = len([name for name in variant.signature if name.endswith("_outer") or name == "outer"])
             whole = len(re.findall(r"(?:ld|st)\.global\S*\.(?:v[48]\.b32|v[24]\.b64)", usage.ptx))
-            assert whole >= tensors * variant.constants["UNROLL"], f"{row}: {whole} whole vectors"
+            assert whole >= tensors * variant.constants["UNROLL"], f"{name}: {whole} whole vectors"
 
 
 def test_instances() -> None:
-    """Few kernels are compiled: what a residual network of three widths and its data need, and all of one dtype."""
+    """Few kernels are compiled for a residual network of three widths and its data, in one dtype."""
 
     def count(ways: list[str]) -> int:
         return len({v.key for way in ways for fused in (0, 1) for v in resources.variants(way, "bf16", fused).values()})
@@ -70,7 +71,7 @@ def test_instances() -> None:
 
 
 def test_instances_that_record() -> None:
-    """Recording compiles each kernel of a training step once more, and ``normalize`` twice."""
+    """With records each kernel of a training step is compiled once more, and ``normalize`` twice."""
     for way in resources.WAYS:
         plain, training, identity = (resources.variants(way, "bf16", True, recording) for recording in RECORDINGS)
         assert set(training) == set(plain) - {"merge_kernel", "augment_kernel"} | {"gradient_kernel"}
@@ -78,7 +79,7 @@ def test_instances_that_record() -> None:
 
 
 def reductions(variant: resources.Variant) -> list[str]:
-    """The operands of each reduction, with the layout that fixes its order, of a kernel compiled for sm_90."""
+    """The operands of each reduction of a kernel compiled for sm_90, with the layout that determines its order."""
     module = resources.compile_for(variant, 90).ttgir
     layouts = dict(re.findall(r"^(#\w+) = (#ttg.*)$", module, re.MULTILINE))
     operands = re.findall(r"\}\) : \((tensor<.*>)\) -> .*tensor<", module)
@@ -87,7 +88,7 @@ def reductions(variant: resources.Variant) -> list[str]:
 
 @pytest.mark.parametrize("way", list(resources.WAYS))
 def test_recording_keeps_the_order_of_sums(way: str) -> None:
-    """The interpreter cannot show it: the compiler gives the results' reductions the layouts that they had."""
+    """The interpreter cannot test this. With records the reductions of the results must keep their layouts."""
     plain, recorded = (resources.variants(way, "bf16", True, recording) for recording in RECORDINGS[:2])
     for name in ("moments_kernel", "statistics_kernel", "grad_sums_kernel", "fold_kernel"):
         before, after = reductions(plain[name]), reductions(recorded[name])

@@ -1,4 +1,4 @@
-"""The Triton kernel of ``conv_grad_signs``: its results through the interpreter, and what the compiler makes of it."""
+"""The Triton kernel of ``conv_grad_signs``: its results through the interpreter, and the compiled kernels."""
 
 import json
 import re
@@ -19,14 +19,14 @@ triton = pytest.importorskip("triton")
 resources = pytest.importorskip("tests.backends.triton.resources")
 
 ALL = (True, True, True, True)
-# Each alone, all but each, and pairs.
+# Each sum alone, all but one, and pairs.
 SUBSETS = [tuple(not ((bits >> i) & 1) for i in range(4)) for bits in (14, 13, 11, 7, 1, 2, 4, 8, 12, 3, 15)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution by sizes (N, I, H, W), (O, *kernel), stride and padding, and its device."""
+    """A convolution: sizes (N, I, H, W) and (O, *kernel), stride, padding, and its device."""
 
     name: str
     x: tuple[int, int, int, int]
@@ -39,7 +39,7 @@ class Conv:
         return self.name
 
     def arguments(self, dtype: torch.dtype, memory_format: torch.memory_format) -> tuple:
-        """x and dy with zeros among them, as after a ReLU, and the sizes."""
+        """x and dy, which contain zeros, as after a ReLU, and the sizes."""
         g = torch.Generator().manual_seed(7)
         (n, _, *size), (o, *kernel) = self.x, self.weight
         out = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip(size, self.padding, kernel, self.stride, strict=True)]
@@ -50,15 +50,15 @@ class Conv:
 
 
 CASES = [
-    Conv("3x3", (3, 8, 6, 8), (8, 3, 3), padding=(1, 1)),  # whole vectors of channels, and of dy's positions
+    Conv("3x3", (3, 8, 6, 8), (8, 3, 3), padding=(1, 1)),  # whole vectors of channels, and of positions of dy
     Conv("3x3_odd", (2, 3, 5, 7), (5, 3, 3), padding=(1, 1)),
     Conv("3x3_stride_2", (3, 5, 9, 8), (7, 3, 3), stride=(2, 2), padding=(1, 1)),
-    Conv("1x1", (2, 8, 4, 6), (5, 1, 1)),  # in planes x is read by vectors
-    Conv("1x1_stride_2", (3, 4, 7, 8), (3, 1, 1), stride=(2, 2)),  # a projection; three splits, folded two by two
+    Conv("1x1", (2, 8, 4, 6), (5, 1, 1)),  # in planes, x is read by vectors
+    Conv("1x1_stride_2", (3, 4, 7, 8), (3, 1, 1), stride=(2, 2)),  # a projection: three splits, folded in pairs
     Conv("2x5_stride_3_1", (2, 3, 7, 9), (4, 2, 5), stride=(3, 1), padding=(0, 2)),
-    Conv("padding_beyond_kernel", (2, 2, 3, 3), (3, 1, 2), padding=(2, 2)),  # outputs that see only padding
-    Conv("whole_image", (5, 3, 4, 4), (6, 4, 4)),  # one place per image
-    Conv("one_place", (9, 3, 1, 1), (4, 3, 3), padding=(1, 1)),  # as rows, whatever the memory format
+    Conv("padding_beyond_kernel", (2, 2, 3, 3), (3, 1, 2), padding=(2, 2)),  # outputs that depend only on padding
+    Conv("whole_image", (5, 3, 4, 4), (6, 4, 4)),  # one position per image
+    Conv("one_place", (9, 3, 1, 1), (4, 3, 3), padding=(1, 1)),  # rows in both memory formats
     Conv("one_channel", (2, 1, 6, 5), (1, 3, 3), padding=(1, 1)),
 ]
 FEW = CASES[:3]
@@ -67,7 +67,7 @@ FORMATS = (torch.contiguous_format, torch.channels_last)
 
 @contextmanager
 def tiny() -> Iterator[None]:
-    """Blocks so small that little tensors have several of each kind, whole and ragged, in splits of several."""
+    """Blocks so small that small tensors have several of each kind, complete and partial, in several splits."""
     import sys
 
     module = sys.modules["bnkern.backends.triton.conv_grad_signs"]
@@ -85,13 +85,14 @@ def kernels(device: str = "cpu", dtype: torch.dtype = torch.float32):
 
 
 def holds(arguments: tuple, results: tuple[Tensor | None, ...], wanted: tuple[bool, ...] = ALL) -> None:
-    """The results are those of float64 arithmetic: counts exactly, sums to rounding."""
+    """Compares with float64 arithmetic: counts must be exact, and sums exact to rounding."""
     x, dy, *sizes = arguments
     truth = reference.conv_grad_signs(x.double(), dy.double(), *sizes, ALL)
     acc = reference.accumulator(x.dtype)
     dtypes = (acc, acc, torch.int32, torch.int32)
-    # Products of two halves are exact in float32, those of others round once; each partial sum rounds once more. Sums
-    # of up to a few hundred terms err by less than 32 roundings of sum |d|, where the worst case is one a term.
+    # Products of two half-precision values are exact in float32, others round once, and each partial sum rounds once.
+    # Sums of up to a few hundred terms have errors below 32 roundings of sum |d|; the worst case is one rounding per
+    # term.
     bound = 32 * torch.finfo(acc).eps * truth[1]
     for result, expected, want, dtype in zip(results, truth, wanted, dtypes, strict=True):
         if not want:
@@ -134,7 +135,7 @@ def blocks_as_launched(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blocks_as_launched(dtype: torch.dtype) -> None:
-    """The same with the blocks that GPUs are given: several of outputs, columns and positions, the last ragged."""
+    """The same with the block sizes of GPUs: several blocks of outputs, columns and positions, the last one partial."""
     interpreted(blocks_as_launched, dtype)
 
 
@@ -151,7 +152,7 @@ def subsets(case: Conv) -> None:
 
 @pytest.mark.parametrize("case", FEW[1:2], ids=str)
 def test_subsets(case: Conv) -> None:
-    """Whichever sums are wanted, each has the same bits."""
+    """Each sum has the same bits in every set of requested sums."""
     interpreted(subsets, case)
 
 
@@ -163,7 +164,7 @@ def views() -> None:
         nan = torch.full((2, 24, *x.shape[2:]), torch.nan)
         inside = [torch.cat([nan[:, :8], t, nan[:, :8]], 1)[:, 8:-8] for t in (x[:2], dy[:2])]
         holds((x[:2], dy[:2], *sizes), kernels().conv_grad_signs(*inside, *sizes, ALL))
-        # A batch of 70 positions, no whole number of blocks, in front of NaN.
+        # A batch of 70 positions, no whole number of blocks, followed by NaN.
         few = CASES[1].arguments(torch.float32, torch.channels_last)
         inside = [torch.cat([t, torch.full_like(t, torch.nan)])[:2] for t in few[:2]]
         holds(few, kernels().conv_grad_signs(*inside, *few[2:], ALL))
@@ -171,18 +172,18 @@ def views() -> None:
             holds((x, dy, *sizes), kernels().conv_grad_signs(other, dy, *sizes, ALL))
         one = torch.ones(()).expand(dy.shape)
         holds((x, one, *sizes), kernels().conv_grad_signs(x, one, *sizes, ALL))
-        # One element off the alignment of vectors.
+        # One element after an aligned address.
         off = torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
         assert all(map(torch.equal, kernels().conv_grad_signs(off, dy, *sizes, ALL), expected))
 
 
 def test_views() -> None:
-    """Slices of channels and batch, the other memory format, transposed, expanded, addresses off by one element."""
+    """Slices of channels and batch, the other memory format, transposed, expanded, and unaligned tensors."""
     interpreted(views)
 
 
 def specials() -> None:
-    """NaN has sign 0 and is not zero; infinities and -0 have their signs' and zeros' due."""
+    """NaN has sign 0 and is not zero. Infinities have their sign, and -0 is a zero."""
     x, dy, *sizes = CASES[1].arguments(torch.float32, torch.contiguous_format)
     x.view(-1)[::11], x.view(-1)[5::13] = torch.nan, -0.0
     dy.view(-1)[::7], dy.view(-1)[3::17] = -torch.inf, torch.nan
@@ -242,7 +243,7 @@ def memory_format_of(case: Conv) -> None:
 
 
 def test_memory_format() -> None:
-    """Results lie as x does, which is how a network in that format keeps its weights."""
+    """The results have the memory format of x, as the weights of a network in that format do."""
     interpreted(memory_format_of, CASES[0])
 
 
@@ -250,7 +251,7 @@ def test_memory_format() -> None:
 
 compiled = pytest.mark.skipif(
     resources.backend.refuses(torch.device("cpu"), torch.float32) is None,
-    reason="TRITON_INTERPRET is set, so nothing is compiled",
+    reason="TRITON_INTERPRET is set, so no kernel is compiled",
 )
 EVERY_TEST = [pytest.param(90, ["bf16"], id="sm_90")]
 SLOW = [
@@ -262,40 +263,41 @@ SLOW = [
 @compiled
 @pytest.mark.parametrize(("architecture", "precisions"), EVERY_TEST + SLOW)
 def test_resources(architecture: int, precisions: list[str]) -> None:
-    """Nothing spills, products are those of tensor cores, operands are read by 16 bytes; the table is of these."""
+    """No kernel spills, products use tensor cores, operands are read 16 bytes at a time, and the table agrees."""
     table = json.loads(resources.TABLE.read_text()).get(triton.__version__, {}).get(f"sm_{architecture}", {})
-    for row, (variant, usage) in resources.conv_rows_of(architecture, precisions).items():
-        assert usage.spilled == 0, f"{row} spills {usage.spilled}"
-        if table and set(precisions) & set(resources.TABLED) and (row in table or row.split()[1] in resources.TABLED):
-            assert usage.row == table[row], row
+    for name, (variant, usage) in resources.conv_entries_of(architecture, precisions).items():
+        assert usage.spilled == 0, f"{name} spills {usage.spilled}"
+        if table and set(precisions) & set(resources.TABLED) and (name in table or name.split()[1] in resources.TABLED):
+            assert usage.entry == table[name], name
         if "ROWS" not in variant.constants:
             continue
         floats = sum(variant.signature[name] != "constexpr" for name in ("sum_ptr", "abs_sum_ptr"))
         counts = sum(variant.signature[name] != "constexpr" for name in ("sign_sum_ptr", "nonzero_ptr"))
         products = re.findall(r"(?:wgmma\.mma_async|mma|tcgen05\.mma)\.\S+", usage.ptx)
         integers = [p for p in products if ".s32.s8.s8" in p]
-        assert (len(integers) > 0) == (counts > 0), row
+        assert (len(integers) > 0) == (counts > 0), name
         if variant.signature["x_ptr"] in ("*fp16", "*bf16"):
-            assert (len(products) > len(integers)) == (floats > 0), row
+            assert (len(products) > len(integers)) == (floats > 0), name
         whole = len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", usage.ptx))
         itemsize = 2 if "16" in variant.signature["x_ptr"] else 4 if "32" in variant.signature["x_ptr"] else 8
         expected = 0
         for operand, channels in (("X", "N"), ("DY", "M")):
             a_thread = variant.constants[f"BLOCK_{channels}"] * variant.constants["BLOCK_K"] * itemsize // 128
             if variant.constants[f"{operand}_VECTOR"] == 8:
-                expected += a_thread // 16  # the smallest blocks have 8 bytes of dy for a thread
-        assert whole >= expected, f"{row}: {whole} whole vectors, not {expected}"
+                expected += a_thread // 16  # in the smallest blocks a thread has 8 bytes of dy
+        assert whole >= expected, f"{name}: {whole} whole vectors, not {expected}"
 
 
 @compiled
 def test_instances() -> None:
-    """A network of 3, 16, 32 and 64 channels needs few kernels: probed or not, by two sizes of block, and the stem."""
+    """A network of 3, 16, 32 and 64 channels needs few kernels: with or without probes, two block sizes, the stem."""
     seen = set()
     for inputs, outputs in ((3, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64)):
         for memory_format, wanted in product(FORMATS, ((True, False, False, False), ALL)):
             case = Conv("", (2, inputs, 8, 8), (outputs, 3, 3), padding=(1, 1))
             seen |= {v.key for v in resources.conv_variants(case.arguments(torch.bfloat16, memory_format), wanted)}
-    # By format: 2 sizes of block and, in rows, the stem's elements; each probed or not. The fold: probed or not.
+    # For each format 2 block sizes and, in rows, the elements of the stem, each with and without probes. The fold is
+    # compiled with and without probes.
     assert len(seen) <= 2 * (2 + 3) + 2
 
 
@@ -303,7 +305,7 @@ def test_instances() -> None:
 
 
 def on_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")(test))
 
 
 LARGE = [
@@ -321,13 +323,13 @@ LARGE = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_on_gpu(case: Conv, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    """Right, and each sum the same bits in every run, whatever else is wanted."""
+    """The results are correct, and each sum has the same bits in every run and in every set of requested sums."""
     arguments = case.arguments(dtype, memory_format)
     every = kernels("cuda", dtype).conv_grad_signs(*arguments, ALL)
     x, dy, *sizes = arguments
     truth = reference.conv_grad_signs(x.double(), dy.double(), *sizes, ALL)
     acc = reference.accumulator(dtype)
-    # Some thousand terms a program and some hundred programs: 2^12 roundings are far above a random walk's.
+    # Some thousand terms in a program and some hundred programs: 2^12 roundings are far above a random walk's.
     for result, expected in zip(every[:2], truth[:2], strict=True):
         assert ((result.double() - expected).abs() <= 2**12 * torch.finfo(acc).eps * truth[1]).all()
     assert all(map(torch.equal, every[2:], truth[2:]))

@@ -1,7 +1,7 @@
-"""The Triton kernels through the interpreter: the checks that every backend passes, on cases that suit its pace.
+"""The Triton kernels through the interpreter, with the checks of every backend on fewer cases, because it is slow.
 
-Where a GPU is present, the shared tests run all their cases there, compiled; here is what can be known without one.
-Tiles are made small (see interpreter.py), so that little tensors have several, whole and ragged.
+On a GPU the shared tests run all their cases with compiled kernels. Tiles are small (see interpreter.py), so that small
+tensors have several, complete and partial.
 """
 
 import pytest
@@ -34,7 +34,7 @@ pytest.importorskip("triton")
 
 TRITON = Target("triton", "cpu")
 
-# Each way to see memory: planes and rows, by vectors of 8, of 4 and one by one, flat, strided, copied.
+# Each way of addressing memory: planes and rows, by vectors of 8, of 4 and element by element, flat, strided, copied.
 WAYS = [
     Case("octets", (3, 3, 8, 8), "planes of whole octets: 16-byte vectors"),
     Case("quads", (3, 2, 4, 5), "planes that end with half an octet"),
@@ -52,7 +52,7 @@ HARD = [
 
 
 def sweep(hard: list[Case]) -> pytest.MarkDecorator:
-    """All ways in float32, the main ones in the other dtypes, and hard numbers."""
+    """All ways in float32, the main ones in the other dtypes, and difficult values."""
     selection = ((FP32, WAYS + hard), (FP64, FEW[:2]), (BF16, FEW), (FP16, FEW))
     return pytest.mark.parametrize(
         ("precision", "case"),
@@ -160,7 +160,7 @@ def cumulative_momentum(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cumulative_momentum(dtype: torch.dtype) -> None:
-    """All channels see the counter before it is raised, and it is raised once."""
+    """All channels read the counter before it is incremented, and it is incremented once."""
     interpreted(cumulative_momentum, dtype)
 
 
@@ -261,7 +261,7 @@ def test_same_bits_every_run(precision: Precision, case: Case) -> None:
 @on_gpu
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_cuda_graph(case: Case) -> None:
-    """Captured, then replayed on new values: nothing synchronises, and nothing is left from the capture."""
+    """Captured, then replayed on new values. Nothing synchronises, and no values of the capture remain."""
     p = case.problem(BF16, "cuda")
     x = p.x.clone()
     expected = step(p, p.x)
@@ -281,7 +281,7 @@ def test_cuda_graph(case: Case) -> None:
 @on_gpu
 @pytest.mark.slow
 def test_beyond_two_to_the_31() -> None:
-    """A tensor of 2^31 + 2^26 elements at real size; its last sample is compared."""
+    """A tensor of 2^31 + 2^26 elements. The output of its last sample is compared."""
     x = torch.randn(33, 64, 1024, 1024, dtype=torch.bfloat16, device="cuda")
     triton = backends.choose("triton", "cuda", x.dtype)
     mean, invstd = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")

@@ -1,4 +1,4 @@
-"""What the Triton kernels record, through the interpreter: counts exactly, sums to rounding, results untouched."""
+"""Records of the Triton kernels, through the interpreter: exact counts, sums to rounding, and unchanged results."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from tests.support.cases import BF16, CASE, FP16, FP32, FP64, Case, Precision, _
 
 pytest.importorskip("triton")
 
-# Each way to see memory, with tiles that end raggedly in lines and in channels; rows that cannot be read by vectors
-# are seen eight by eight where a kernel also works element by element.
+# Each way of addressing memory, with partial tiles of lines and of channels. Rows that cannot be read by vectors are
+# processed eight at a time if a kernel also works element by element.
 WAYS = [
     Case("octets", (3, 3, 8, 8), "planes of whole octets: 16-byte vectors"),
     Case("quads", (3, 2, 4, 5), "planes that end with half an octet"),
@@ -53,12 +53,12 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def blank(rows: tuple[str, ...], x: Tensor) -> Tensor:
-    """A record that is wrong wherever nothing is written."""
+    """A record filled with a wrong value, so that entries that were not written are detected."""
     return torch.full((len(rows), x.shape[1]), -7.0, dtype=torch.float64, device=x.device)
 
 
 def forward(p, mode: str, act: str | None, with_residual: bool, record: Tensor | None) -> list[Tensor | None]:
-    """y, mean, invstd, mask and what the running statistics became."""
+    """y, mean, invstd, mask and the running statistics after the call."""
     triton = backends.choose("triton", p.x.device.type, p.x.dtype)
     running = p.mean.clone(), p.invstd.square().reciprocal(), torch.tensor(1, device=p.x.device)
     state = [None] * 3 if mode == "identity" else running
@@ -92,10 +92,11 @@ def backward(p, mode: str, act: str | None, saved: list[Tensor | None], needs, *
 
 
 def near(actual: Tensor, truth: Tensor, bound: Tensor, what: str) -> None:
-    """Within ``bound``, or both without a finite value."""
+    """Within ``bound``, or both not finite."""
     lost = ~truth.isfinite()
     assert not actual[lost].isfinite().any(), what
-    excess = ((actual - truth).abs() / bound)[~lost].nan_to_num(nan=0.0)  # 0 / 0: no error is allowed, and none is
+    # 0 / 0: no error is allowed, and there is none
+    excess = ((actual - truth).abs() / bound)[~lost].nan_to_num(nan=0.0)
     assert (excess <= 1).all(), f"{what}: {excess.max():.3g} times its bound"
 
 
@@ -104,9 +105,10 @@ def check_activation(record: Tensor, x: Tensor, y: Tensor) -> None:
     truth = dict(zip(ACTIVATION, reference.activation(x, y), strict=True))
     for exact in ("count", "min", "max", "active"):
         assert torch.equal(actual[exact], truth[exact]), exact
-    # Deviations d from a lane's first value are exact or rounded once, so that errors are a few eps32 of their range
-    # whatever the mean: 2e-7 of it in the mean, 1e-6 sum |d|^k in m_k, as for the variance elsewhere. (An outlier is
-    # the range, and its power most of the sum.) To this the rounding of the truth's own mean, in float64.
+    # Deviations d from a lane's first value are exact or rounded once. So errors are a few eps32 of their range,
+    # whatever the mean: 2e-7 of the range in the mean, and 1e-6 sum |d|^k in m_k, as for the variance elsewhere. (With
+    # an outlier, the outlier is the range, and its power most of the sum.) The rounding of the truth's float64 mean is
+    # added.
     unit, wide, axes = _unit(x.dtype), x.double(), [0, *range(2, x.dim())]
     delta = wide - truth["mean"].view(1, -1, *[1] * (x.dim() - 2))
     rounding = 1e-15 * wide.abs().amax(axes)
@@ -117,7 +119,10 @@ def check_activation(record: Tensor, x: Tensor, y: Tensor) -> None:
 
 
 def check_sums(record: Tensor, truth: Tensor, rows: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Counts exactly; sums of some ten values a lane and then of lanes, in float32: to 1e-6 of sum |terms|."""
+    """Counts are exact.
+
+    Sums of about ten values per lane, and then over lanes, in float32, have errors of 1e-6 of sum |terms|.
+    """
     actual, truth = (dict(zip(rows, r, strict=True)) for r in (record, truth))
     for name in rows:
         if name in ("sum", "bias_sum", "weight_sum"):
@@ -144,7 +149,7 @@ def check(
     same_bits(backward(p, mode, act, saved, needs, gradient, affine), plain)
     check_sums(gradient, reference.gradient(plain[0]), GRADIENT, p.x.dtype)
     if normalised:
-        # The mask of the forward that was, not one of other roundings.
+        # The mask of the actual forward, not that of a computation with other roundings.
         mask = reference.pack_mask(~(y <= 0), layout(p.x))
         truth = reference.affine(BackwardCall(p.dy, p.x, p.weight, p.bias, *saved[:2], mask, act))
         check_sums(affine, truth, AFFINE, p.x.dtype)
@@ -165,7 +170,7 @@ def test_recomputed_mask(case: Case) -> None:
 
 @pytest.mark.parametrize("case", WAYS + HARD[2:], ids=str)
 def test_without_normalisation(case: Case) -> None:
-    """The moments ride in ``normalize``, and with a ReLU many gradients are zero."""
+    """``normalize`` also computes the moments, and with a ReLU many gradients are zero."""
     interpreted(check, FP32, case, "identity", "relu", True)
 
 
@@ -181,7 +186,7 @@ def test_eval(case: Case) -> None:
 
 
 def single_needs(case: Case) -> None:
-    """Each record for itself, and those of gradients that nobody else needed."""
+    """Each record alone, and records of gradients that are not needed."""
     p = case.problem()
     saved = forward(p, "eval", "relu", True, None)[1:4]
     gradient, affine = blank(GRADIENT, p.x), blank(AFFINE, p.x)
@@ -222,12 +227,12 @@ def wide_offsets(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [FEW[0], CASE["nhwc_c5_s49"]], ids=str)
 def test_wide_offsets(case: Case) -> None:
-    """The variants for more than 2^31 elements record the same."""
+    """The variants for more than 2^31 elements write the same records."""
     interpreted(wide_offsets, case)
 
 
 def odd_values(case: Case) -> None:
-    """Values that order oddly: nothing but NaN, only the largest and smallest numbers, zeros of both signs."""
+    """Values with special order: only NaN, only the largest and smallest numbers, zeros of both signs."""
     p = case.problem()
     x, dy = p.x.clone(), p.dy.clone()
     x[:, 0] = torch.nan
@@ -285,7 +290,7 @@ def test_empty_batch(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("case", [*LARGE, *FEW], ids=str)
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=lambda p: p.name)
 def test_compiled(precision: Precision, case: Case, mode: str) -> None:
-    """Compiled, with programs that end in any order."""
+    """Compiled kernels, whose programs end in any order."""
     check(precision, case, mode, "relu", True, "cuda")
 
 
@@ -293,7 +298,9 @@ def test_compiled(precision: Precision, case: Case, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["training", "identity"])
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_cuda_graph(case: Case, mode: str) -> None:
-    """Captured, then replayed on other values: the records are those of these, and each time the same bits."""
+    """Captured, then replayed on other values: the records are those of these values, with the same bits in every
+    replay.
+    """
     p = case.problem(BF16, "cuda")
     expected = records_of(p, mode)
     live = p._replace(x=p.x.clone(), dy=p.dy.clone())
