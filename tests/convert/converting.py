@@ -1,4 +1,4 @@
-"""What the tests of conversion share: a network with a place for the form under test, and what must be alike."""
+"""A network into which the tests of conversion insert a form, and comparisons of models."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ RELU, ADD, PLAIN, LEFT = "batch norm + ReLU", "batch norm + add + ReLU", "batch 
 
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """A module with random parameters and running statistics, batch norms' included."""
+    """A module with random parameters and running statistics, also of batch norms."""
     torch.manual_seed(seed)
     module = make()
     with torch.no_grad():
@@ -30,11 +30,14 @@ def image(*shape: int, seed: int = 1, **options: object) -> Tensor:
 
 
 def run(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-    """Output, gradients of inputs and parameters, and the buffers afterwards. Dropout and the like see one seed."""
+    """The output, the gradients of inputs and parameters, and the buffers afterwards.
+
+    Dropout uses the same seed each time.
+    """
     inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
     model.zero_grad()
     torch.manual_seed(3)
-    y = model(*[x * 1 for x in inputs])  # forwards that write into their input may not write into a leaf
+    y = model(*[x * 1 for x in inputs])  # a forward that writes to its input must not write to a leaf
     y = y if isinstance(y, Tensor) else y[0]
     weights = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).reshape(y.shape).to(y.dtype)
     (y * weights).sum().backward()
@@ -44,16 +47,16 @@ def run(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
 
 
 def assert_same_model(before: nn.Module, after: nn.Module, *inputs: Tensor, floor: float = 2e-6) -> None:
-    """Outputs, gradients and buffers, in training and in eval, are those of the model that was converted.
+    """Outputs, gradients and buffers of the converted model, in training and in eval mode, equal those of the original.
 
-    In float64 they agree but for rounding: 1e-9 of a tensor's size, far above a hundred layers' worth of 1e-16 and
-    far below any mistake. As the model is, the error against float64 is at most twice torch's. Errors are root mean
-    squares over a tensor. The floor is for tensors where torch happens to be nearly exact: 2e-6 of the tensor's own
-    size (16 units in the last place of float32, which sums over a few hundred values explain), or of 1 where the
-    exact result is zero, as a convolution's bias gradient is before batch norm.
+    In float64 they agree except for rounding: 1e-9 of a tensor's size, which is far above the 1e-16 of a hundred layers
+    and far below any mistake. In the dtype of the model the error against float64 is at most twice torch's. Errors are
+    root mean squares over a tensor. The floor applies where torch is nearly exact by chance: 2e-6 of the tensor's size
+    (16 units in the last place of float32, which sums over a few hundred values explain), or of 1 if the exact result
+    is zero, as for the bias gradient of a convolution before batch norm.
 
-    Every so often some ReLU of a deep network gets a value within rounding of zero, and its gradient is there or not:
-    now torch's gradients are off by 1e-3, now ours. So a gradient that fails is tried again with two other inputs.
+    Rarely a ReLU of a deep network gets a value within rounding of zero, so that its gradient is present or not. Then
+    torch's gradients or ours are off by 1e-3. So a gradient that fails is tested again with two other inputs.
     """
     failed = _differences(before, after, inputs, floor)
     for seed in (11, 12):
@@ -67,7 +70,7 @@ def assert_same_model(before: nn.Module, after: nn.Module, *inputs: Tensor, floo
 
 def _differences(before: nn.Module, after: nn.Module, inputs: Sequence[Tensor], floor: float) -> dict[str, str]:
     exact, ours_exact = copy.deepcopy(before).double(), copy.deepcopy(after).double()
-    ours_exact.load_state_dict(exact.state_dict())  # running statistics may have come apart in float32 by now
+    ours_exact.load_state_dict(exact.state_dict())  # the running statistics may differ in float32 by now
     failed = {}
     for training in (True, False):
         doubles = [x.double() for x in inputs]
@@ -96,12 +99,12 @@ def why(model: nn.Module) -> str:
 
 
 def replaced(model: nn.Module) -> list[str]:
-    """Names of the blocks whose forward is another one now."""
+    """Names of the blocks whose forward was replaced."""
     return [name for name, m in model.named_modules() if "_recipe" in vars(m)]
 
 
 class Net(nn.Module):
-    """conv -> bn, and whatever the test makes of it: ``then(self, y, x)`` with y from the batch norm, x the input."""
+    """conv -> bn -> ``then(self, y, x)``, which the test supplies, with y from the batch norm and x the input."""
 
     def __init__(self, then: Callable[["Net", Tensor, Tensor], Tensor] | None = None, **modules: nn.Module) -> None:
         super().__init__()
@@ -111,7 +114,7 @@ class Net(nn.Module):
         for name, module in modules.items():
             self.add_module(name, module)
         if then is not None:
-            type(self).then = then  # each Net of a test is of its own class, see net()
+            type(self).then = then  # each Net of a test has its own class, see net()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.then(self.bn(self.conv(x)), x)
@@ -126,7 +129,7 @@ def branch() -> nn.Sequential:
 
 
 class BasicBlock(nn.Module):
-    """As torchvision and most others write it: one ReLU used twice, ``out += identity``."""
+    """The form of torchvision and most others: one ReLU that is used twice, and ``out += identity``."""
 
     def __init__(self, downsample: bool = False, inplace: bool = True) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Random networks for the tests of conversion: the source of each forward is drawn statement by statement.
 
-Every value is [N, C, H, W], so that any statement may follow any other. The draw favours what fusion looks for,
-batch norm -> (add) -> ReLU, and puts between its parts what makes fusion go wrong: values that are used twice, views,
-changes in place, submodules that return their input, and batch norms at the end of a submodule. Not every forward has
-a backward: torch refuses some changes in place. The test finds that out.
+Every value is [N, C, H, W], so that any statement may follow any other. The draw favours the forms that are fused,
+batch norm -> (add) -> ReLU, and inserts what makes fusion difficult: values that are used twice, views, changes in
+place, submodules that return their input, and batch norms at the end of a submodule. Not every forward has a backward,
+because torch refuses some changes in place. The test detects this.
 """
 
 import random
@@ -98,7 +98,7 @@ class Forward:
 
     @property
     def children(self) -> list[str]:
-        """Paths of the batch norms and ReLUs that a forward above this one might call by itself."""
+        """Paths of the batch norms and ReLUs that a forward above this one might call directly."""
         paths = (".bn4", ".relu", ".relu_in_place", ".tail[1]", ".act[0]", ".act[1]")
         return [path for path in paths if f"self{path.split('[')[0]}(" in self.source]
 
@@ -106,7 +106,7 @@ class Forward:
         return "\n".join([self.source, *(f"# self.{name}:\n{body!r}" for name, body in self.bodies.items())])
 
     def build(self) -> nn.Module:
-        """A float64 network with random parameters and running statistics, the same at every call."""
+        """A float64 network with random parameters and running statistics, which are the same for every call."""
         torch.manual_seed(0)
         network = self._module()
         with torch.no_grad():
@@ -118,7 +118,7 @@ class Forward:
     def _module(self) -> nn.Module:
         scope = {"torch": torch, "F": F}
         exec(self.source, scope)
-        # A large eps: a batch norm of nearly constant values would multiply roundings by 1 / sqrt(eps).
+        # A large eps, because a batch norm of nearly constant values would multiply roundings by 1 / sqrt(eps).
         children = {f"bn{k}": nn.BatchNorm2d(C, eps=0.1) for k in range(5)}
         children |= {f"conv{k}": nn.Conv2d(C, C, 3, padding=1) for k in range(3)}
         children |= {
@@ -142,7 +142,10 @@ class Forward:
 
 
 def forwards() -> st.SearchStrategy[Forward]:
-    """Drawn from a seed: statement by statement, hypothesis prefers short forwards, in which little can go wrong."""
+    """Drawn from a seed.
+
+    If hypothesis drew statement by statement, it would prefer short forwards, which test little.
+    """
     return st.integers(0, 2**63 - 1).map(lambda seed: _forward(random.Random(seed)))
 
 
@@ -153,11 +156,11 @@ def _forward(rng: random.Random, depth: int = 2) -> Forward:
         bodies[name] = _forward(rng, depth - 1)
     values, lines = list(inputs), []
     norms = [f"self.bn{k}({{a}})" for k in range(5)]
-    # Submodules, and calls of what a submodule holds.
+    # Submodules, and calls of their children.
     inner = [f"self.{name}{at}({{a}})" for name in bodies for at in ("", *bodies[name].children)]
 
     def value(besides: str = "") -> str:
-        """One of the last three values, mostly; and another one than ``besides``, mostly."""
+        """Usually one of the last three values, and usually not ``besides``."""
         choices = ([v for v in values if v != besides] if rng.randint(0, 7) else None) or values
         return rng.choice(choices[-3:] if rng.randint(0, 3) else choices)
 
@@ -168,7 +171,7 @@ def _forward(rng: random.Random, depth: int = 2) -> Forward:
         return name
 
     def interlude() -> None:
-        """Nothing, mostly; or something in between that may disturb."""
+        """Usually nothing, otherwise a statement in between that may prevent fusion."""
         kind = rng.randint(0, 8)
         if kind > 6:
             lines.append(rng.choice(IN_PLACE).format(a=value(), b=value()))

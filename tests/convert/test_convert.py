@@ -1,4 +1,4 @@
-"""bnkern.convert: which forms are fused, and that nothing else about a model changes."""
+"""bnkern.convert: the forms that are fused, and that the rest of a model does not change."""
 
 import copy
 import io
@@ -68,7 +68,7 @@ FUNCTIONAL = {
 
 @pytest.mark.parametrize("form", FUNCTIONAL)
 def test_functional_forms(form: str) -> None:
-    """The forward of this one block is replaced; a batch norm that gives the residual is none of its business."""
+    """The forward of this one block is replaced. A batch norm that computes the residual does not matter."""
     outcome, then = FUNCTIONAL[form]
     before = net(then)
     after = bnkern.convert(copy.deepcopy(before))
@@ -77,7 +77,7 @@ def test_functional_forms(form: str) -> None:
 
 
 def test_modules_are_edited_in_place() -> None:
-    """Sequential, nested Sequentials, and attributes called one after the other: no forward is replaced."""
+    """In Sequential, nested Sequentials, and for attributes called one after the other no forward is replaced."""
     before = seeded(
         lambda: nn.Sequential(
             nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()),
@@ -88,7 +88,7 @@ def test_modules_are_edited_in_place() -> None:
     after = bnkern.convert(copy.deepcopy(before))
     assert set(outcomes(after).values()) == {RELU} and len(outcomes(after)) == 3 and not replaced(after)
     assert_same_model(before, after, image())
-    # Stepping through the children by hand gives the same.
+    # Calling the children one by one gives the same result.
     x = image()
     y = x
     for layer in after.eval():
@@ -112,7 +112,7 @@ def test_basic_blocks() -> None:
 
 
 def test_bottom_of_a_submodule() -> None:
-    """relu(body(x) + shortcut(x)): the batch norm at the end of body, two modules down, takes the sum."""
+    """relu(body(x) + shortcut(x)): the batch norm at the end of body, two modules below, takes the sum."""
 
     class Unit(nn.Module):
         def __init__(self) -> None:
@@ -131,7 +131,7 @@ def test_bottom_of_a_submodule() -> None:
 
 
 def test_the_other_side_takes_the_sum() -> None:
-    """Squeeze and excitation scales body's output, so that the shortcut's batch norm is the one next to the sum."""
+    """Squeeze and excitation scales body's output, so that only the shortcut's batch norm is next to the sum."""
     before = net(lambda self, y, x: F.relu(y * y.mean((2, 3), keepdim=True) + self.shortcut(x)), shortcut=branch())
     after = bnkern.convert(copy.deepcopy(before))
     assert outcomes(after) == {"bn": PLAIN, "shortcut.1": ADD}
@@ -174,14 +174,17 @@ def test_channels_last() -> None:
 
 
 def test_bfloat16() -> None:
-    """Parameters in float32 under autocast, and all in bfloat16: floor is one unit in the last place of bfloat16."""
+    """Float32 parameters under autocast, and everything in bfloat16.
+
+    The floor is one unit in the last place of bfloat16.
+    """
     before = basic_net()
     after = bnkern.convert(copy.deepcopy(before))
     x = image(4, 3, 10, 10)
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = run(after, x), run(before, x)
     assert ours["output"].dtype == theirs["output"].dtype == torch.bfloat16
-    assert replaced(after)  # no block fell back
+    assert replaced(after)  # no block uses its original forward
     assert_same_model(before.bfloat16(), after.bfloat16(), x.bfloat16(), floor=2**-8)
 
 
@@ -257,7 +260,7 @@ def test_twice_is_once() -> None:
 
 
 def test_revert_gives_the_torch_model_back() -> None:
-    """Bit for bit, down to the attributes of every module."""
+    """The bits are the same, and so are the attributes of every module."""
     before = basic_net()
     after = bnkern.revert(bnkern.convert(copy.deepcopy(before)))
     for (name, one), (other_name, other) in zip(before.named_modules(), after.named_modules(), strict=True):
@@ -297,7 +300,7 @@ def test_copies(duplicate: Callable[[nn.Module], nn.Module]) -> None:
 
 
 def test_replicas_run_on_their_own_parameters() -> None:
-    """nn.DataParallel copies a module's __dict__: a forward bound to the first device's module would stay with it."""
+    """nn.DataParallel copies a module's __dict__. A bound forward would keep using the module of the first device."""
     model = bnkern.convert(net(lambda self, y, x: F.relu(y + x))).eval()
     replica = model._replicate_for_data_parallel()
     replica._modules = {name: copy.deepcopy(child) for name, child in model._modules.items()}
@@ -318,7 +321,7 @@ def test_export(strict: bool) -> None:
 
 
 def test_compile() -> None:
-    """The whole graph, in training; residuals that broadcast included."""
+    """The whole graph in training, including residuals that broadcast."""
     before = nn.Sequential(basic_net(), net(lambda self, y, x: F.relu(y + x[:, :, :1])))
     after = bnkern.convert(copy.deepcopy(before))
     x = image(4, 3, 12, 12)
@@ -326,7 +329,7 @@ def test_compile() -> None:
     ours, theirs = run(compiled, x), run(before, x)
     ours = {name.replace("_orig_mod.", ""): t for name, t in ours.items()}
     for name, expected in theirs.items():
-        # Eager torch in float32 differs by as much from bnkern: sums over 400 values, through seven layers.
+        # Eager torch in float32 differs from bnkern by as much: sums over 400 values, through seven layers.
         torch.testing.assert_close(ours[name], expected, rtol=1e-3, atol=1e-3)
 
 
@@ -360,7 +363,7 @@ def test_a_batch_norm_by_itself() -> None:
 
 
 def test_our_own_modules_take_part() -> None:
-    """bnkern.nn's own batch norms are fused as well, and given back as they were."""
+    """bnkern.nn's own batch norms are fused too, and restored."""
     model = nn.Sequential(bnkern.nn.BatchNorm2d(C), nn.ReLU(), bnkern.nn.BatchNorm2d(C, act="relu"))
     bnkern.convert(model)
     assert outcomes(model) == {"0": RELU, "2": LEFT} and "act='relu'" in why(model)
@@ -383,7 +386,7 @@ def test_not_a_module(call: Callable) -> None:
 
 
 def test_class_changed_by_others_since() -> None:
-    """parametrize makes a class of its own out of ours: taking ours away under it would undo it in silence."""
+    """parametrize makes its own class from ours. Restoring the original class would silently undo it."""
     model = bnkern.convert(basic_net())
     torch.nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Softplus())
     kept = fingerprint(model)

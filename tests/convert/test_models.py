@@ -1,6 +1,6 @@
-"""bnkern.convert on networks nobody here wrote, from pytorchcv, transformers, timm and torchvision, without weights.
+"""bnkern.convert on networks of pytorchcv, transformers, timm and torchvision, without weights.
 
-Where a package is not installed, or cannot be imported beside this torch, its tests are skipped and say so.
+If a package is not installed, or cannot be imported with this torch, its tests are skipped with the reason.
 """
 
 import copy
@@ -20,14 +20,14 @@ from tests.convert.converting import ADD, PLAIN, RELU, assert_same_model, image,
 def package(name: str) -> object:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # torchvision, for one, raises RuntimeError beside a torch that it was not built for
+    except Exception as error:  # torchvision raises RuntimeError with a torch for which it was not built
         pytest.skip(f"{name} cannot be imported here: {type(error).__name__}: {error}")
 
 
 def pytorchcv(family: str, name: str, **options: object) -> nn.Module:
-    """By the family's own file: the package's index of models imports torchvision."""
+    """Imports the module of the model directly, because the package's index of models imports torchvision."""
     model = getattr(package(f"pytorchcv.models.{family}"), name)(**options)
-    model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # 7x7 before: inputs are small here
+    model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # replaces a pooling of 7x7, because inputs are small here
     return model
 
 
@@ -45,7 +45,7 @@ def torchvision(name: str) -> nn.Module:
 
 
 class Case(NamedTuple):
-    """A model; how many of its batch norms become what; the size of its input."""
+    """A model, the number of batch norms per outcome, and the size of its input."""
 
     make: Callable[[], nn.Module]
     fused: int
@@ -75,7 +75,7 @@ CASES = {
     "densenet, torchvision": Case(lambda: torchvision("densenet121"), 121, 0, 0),
     "mobilenet_v2, torchvision": Case(lambda: torchvision("mobilenet_v2"), 0, 0, 52),
 }
-# Two seconds each and more.
+# These take two seconds or more each.
 HEAVY = {"efficientnet", "seresnext", "densenet, torchvision", "resnet, timm", "resnet, torchvision"}
 EACH = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in HEAVY)) for n in CASES])
 
@@ -96,7 +96,8 @@ def test_the_same_network(name: str) -> None:
     x = image(4, 3, case.size, case.size)
     before.train()
     with torch.no_grad():
-        outputs(before, x)  # running statistics that fit: at initialisation, activations explode in eval
+        # sets plausible running statistics, because activations of an initialised network explode in eval mode
+        outputs(before, x)
         outputs(before, x)
     after = bnkern.convert(copy.deepcopy(before))
     summary = bnkern.convert.summary(after)
@@ -134,7 +135,7 @@ def test_still_exports(name: str) -> None:
     before = case.make().eval()
     after = bnkern.convert(copy.deepcopy(before))
     x = image(2, 3, case.size, case.size)
-    torch.export.export(before, (x,))  # or there would be nothing to keep
+    torch.export.export(before, (x,))  # torch itself must be able to export the original
     program = torch.export.export(after, (x,))
     calls = [node for node in program.graph.nodes if node.target is torch.ops.bnkern.batch_norm_forward.default]
     assert len(calls) == case.fused + case.fused_with_add + case.swapped

@@ -1,4 +1,4 @@
-"""bnkern.convert on random networks: it never fails where torch does not, and the network stays the same."""
+"""bnkern.convert on random networks never fails where torch works, and gives an equal network."""
 
 import copy
 import warnings
@@ -15,7 +15,7 @@ import bnkern
 from tests.convert.converting import ADD, RELU
 from tests.convert.drawn_forwards import SHAPE, Forward, forwards
 
-# Roundings of some twenty float64 operations, each of which amplifies by at most 1 / sqrt(eps) = 3, stay far below.
+# Roundings of about twenty float64 operations, each of which amplifies by at most 1 / sqrt(eps) = 3, are far smaller.
 TOLERANCE = 1e-10
 
 
@@ -25,10 +25,10 @@ def inputs() -> list[Tensor]:
 
 
 def results(model: nn.Module) -> dict[str, Tensor]:
-    """Outputs, inputs afterwards and state, in eval and in training; and gradients, where autograd has them.
+    """Outputs, inputs afterwards and state, in eval mode and in training, and gradients if autograd has them.
 
-    The state after a forward that raised halfway is left out: which batch norms had run by then depends on the order of
-    independent operations, which a fusion may change.
+    The state after a forward that raised is not compared: which batch norms ran before depends on the order of
+    independent operations, and a fusion may change this order.
     """
     found: dict[str, Any] = {}
     for training in (False, True):
@@ -45,7 +45,7 @@ def results(model: nn.Module) -> dict[str, Tensor]:
             finished = True
             if differentiable:
                 sum((y * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum() for y in differentiable).backward()
-        except RuntimeError as error:  # a value that backward needs was changed in place
+        except RuntimeError as error:  # a value that the backward needs was changed in place
             found[f"{training}: no gradients"] = str(error)
         else:
             parameters = {**dict(model.named_parameters()), **dict(zip("xz", leaves, strict=True))}
@@ -58,7 +58,7 @@ def results(model: nn.Module) -> dict[str, Tensor]:
 
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     failed = [name for name in theirs if name.endswith("no gradients")]
-    modes = [name.split(":")[0] for name in failed]  # where torch has no gradients, ours are free to exist
+    modes = [name.split(":")[0] for name in failed]  # if torch has no gradients, ours may exist
     for name, expected in theirs.items():
         if name in failed:
             continue
@@ -79,7 +79,7 @@ def check(forward: Forward, seen: Counter[str]) -> None:
     try:
         theirs = results(before)
     except RuntimeError:
-        assume(False)  # no network: torch itself cannot run it
+        assume(False)  # torch itself cannot run this network
     assert bnkern.convert(after) is after
     assert list(after.state_dict()) == list(before.state_dict())
     with warnings.catch_warnings():
@@ -95,7 +95,7 @@ def check(forward: Forward, seen: Counter[str]) -> None:
 
 @pytest.mark.parametrize("examples", [120, pytest.param(3000, marks=pytest.mark.slow)])
 def test_any_forward(examples: int) -> None:
-    """It has the same outputs, changes of inputs, gradients, statistics and state_dict keys."""
+    """The outputs, changes of inputs, gradients, statistics and state_dict keys are the same."""
     seen: Counter[str] = Counter()
 
     @settings(max_examples=examples)
@@ -112,7 +112,7 @@ def test_any_forward(examples: int) -> None:
 
 @pytest.mark.parametrize("examples", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_any_forward_under_symbolic_trace(examples: int) -> None:
-    """Where torch.fx traces a network to one that computes the same, it does so with the converted network."""
+    """If torch.fx traces a network correctly, it also traces the converted network correctly."""
     traced_networks = 0
 
     @settings(max_examples=examples)
@@ -125,7 +125,7 @@ def test_any_forward_under_symbolic_trace(examples: int) -> None:
             theirs = results(copy.deepcopy(before))
             assert_same(results(fx.symbolic_trace(copy.deepcopy(before))), theirs)
         except (RuntimeError, TypeError, fx.proxy.TraceError, AssertionError):
-            assume(False)  # torch.fx records x += y as x = x + y, for one
+            assume(False)  # for example, torch.fx records x += y as x = x + y
         assert_same(results(fx.symbolic_trace(after)), theirs)
         traced_networks += 1
 

@@ -1,4 +1,4 @@
-"""bnkern.convert: what is left as it is, and why; what is fused and later falls back to its own forward."""
+"""bnkern.convert: layers that it leaves unchanged, and why; fused blocks that later use their own forward."""
 
 import copy
 import random
@@ -34,7 +34,7 @@ from tests.convert.converting import (
 
 
 class OwnNorm(nn.BatchNorm2d):
-    """Somebody's batch norm with an activation in it."""
+    """Another library's batch norm with an activation."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).sigmoid()
@@ -130,7 +130,7 @@ def test_left_unfused_with_a_reason(case: str) -> None:
     assert random.getstate() == generators[0] and torch.equal(torch.get_rng_state(), generators[1])
     assert outcomes(after) == {"bn": PLAIN} and reason in why(after)
     assert type(after.bn) is bnkern.nn.BatchNorm2d and after.bn.act is None and not replaced(after)
-    assert "count" not in vars(after)  # tracing leaves nothing behind
+    assert "count" not in vars(after)  # tracing leaves no attribute behind
     assert_same_model(before, after, image())
 
 
@@ -160,7 +160,7 @@ def test_shared_batch_norm() -> None:
 
 
 def test_shared_relu() -> None:
-    """A ReLU that others call, too, goes on to work: in the block as a function would, elsewhere as itself."""
+    """A ReLU that others also call keeps working: as a function in the block, and as a module elsewhere."""
     relu = nn.ReLU()
     before = seeded(lambda: nn.Sequential(nn.Sequential(nn.BatchNorm2d(C), relu), nn.Conv2d(C, C, 1), relu))
     after = bnkern.convert(copy.deepcopy(before))
@@ -170,7 +170,7 @@ def test_shared_relu() -> None:
 
 
 class Reaches(nn.Module):
-    """Calls its submodule and, by paths through it, the batch norm and ReLU that the submodule holds."""
+    """Calls its submodule, and by paths through it the batch norm and the ReLU of the submodule."""
 
     def __init__(self, mode: str = "") -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Reaches(nn.Module):
 
 @pytest.mark.parametrize("mode", ["", "branches"])
 def test_calls_of_what_a_submodule_holds(mode: str) -> None:
-    """They would see the change: traced, or found in the source of a forward that cannot be traced."""
+    """Such calls would change. They are found by tracing, or in the source of a forward that cannot be traced."""
     before = seeded(lambda: Reaches(mode))
     after = bnkern.convert(copy.deepcopy(before))
     layers = {layer.name: layer for layer in bnkern.convert.summary(after)}
@@ -204,7 +204,7 @@ def test_calls_of_what_a_submodule_holds(mode: str) -> None:
 
 
 def test_a_plain_call_in_an_untraceable_forward_reaches_nothing() -> None:
-    """self.body(x), its attributes, and "is not None" leave the submodule's own layers to be fused."""
+    """With self.body(x), its attributes, and "is not None" the layers of the submodule are still fused."""
 
     class Branches(nn.Module):
         def __init__(self) -> None:
@@ -229,7 +229,7 @@ def test_a_plain_call_in_an_untraceable_forward_reaches_nothing() -> None:
     "make", [torch.jit.script, lambda m: torch.jit.trace(m.eval(), image())], ids=["script", "trace"]
 )
 def test_modules_of_torch_jit(make: Callable) -> None:
-    """They run compiled code: left as they are, beside layers that are converted."""
+    """They run compiled code, so they are left unchanged, while layers beside them are converted."""
     inner = seeded(lambda: nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()))
     before = nn.Sequential(make(inner), nn.BatchNorm2d(C), nn.ReLU())
     after = nn.Sequential(make(inner), copy.deepcopy(before[1]), nn.ReLU())
@@ -248,7 +248,7 @@ def test_relu_called_twice() -> None:
 
 @pytest.mark.parametrize("place", ["bn", "relu", "body"])
 def test_hooks_are_kept(place: str) -> None:
-    """A hook sees what it saw before: a batch norm or ReLU that has one stays, and so does a module around them."""
+    """Hooks get the same arguments. Batch norms and ReLUs with hooks are left, and so is a module around them."""
     before = seeded(
         lambda: net(
             lambda self, y, x: F.relu(self.body(self.relu(y)) + x), relu=nn.ReLU(), body=nn.Sequential(branch())
@@ -269,7 +269,7 @@ def test_hooks_are_kept(place: str) -> None:
 
 
 def test_dropout_keeps_its_mode() -> None:
-    """Dropout as a module inside a replaced forward: active in training, absent in eval."""
+    """A dropout module in a replaced forward is active in training and not in eval mode."""
     before = net(lambda self, y, x: self.drop(F.relu(y)), drop=nn.Dropout(0.5))
     after = bnkern.convert(copy.deepcopy(before).eval())
     assert replaced(after) == [""]
@@ -307,7 +307,10 @@ def quietly(model: nn.Module, *args: object, **kwargs: object) -> tuple[Tensor, 
     ],
 )
 def test_a_block_that_changed_runs_its_own_forward_again(change: Callable, message: str) -> None:
-    """A trace holds for what it saw. Anything else: the block's own forward, right from that call on, and a warning."""
+    """A trace is valid for its conditions only.
+
+    In other cases the block warns and uses its own forward from that call on.
+    """
     before = seeded(Optional).eval()
     after = bnkern.convert(copy.deepcopy(before))
     assert outcomes(after) == {"bn": RELU} and replaced(after) == [""]
@@ -331,7 +334,7 @@ def test_a_block_that_changed_runs_its_own_forward_again(change: Callable, messa
 
 
 def test_an_input_changed_in_between() -> None:
-    """The batch norm may not be put off until the addition when its input is overwritten before."""
+    """The batch norm must not be delayed until the addition if its input is overwritten before."""
 
     def then(self: Net, y: Tensor, x: Tensor) -> Tensor:
         z = self.conv(x)
@@ -358,7 +361,7 @@ ADDITIONS = {
 
 @pytest.mark.parametrize("form", ADDITIONS.values(), ids=ADDITIONS)
 def test_additions_that_are_torchs(form: Callable[[Net, Tensor, Tensor], Tensor]) -> None:
-    """bnkern.batch_norm refuses such a residual; a converted block does the addition in torch, and counts it."""
+    """bnkern.batch_norm refuses such a residual. A converted block adds it in torch, and the summary says so."""
     before = net(form)
     after = bnkern.convert(copy.deepcopy(before))
     assert outcomes(after) == {"bn": ADD}
@@ -396,7 +399,7 @@ class Middle(nn.Module):
 
 
 class Outer(nn.Module):
-    """Takes over ``middle``, whose batch norm comes before an addition and a ReLU."""
+    """Contains ``middle``, whose batch norm precedes an addition and a ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -407,7 +410,7 @@ class Outer(nn.Module):
 
 
 def test_a_batch_norm_that_a_forward_within_another_one_reaches() -> None:
-    """``middle`` is part of the fused forward of the outer module, so that only there its own calls are seen."""
+    """``middle`` is part of the fused forward of the outer module, and its own calls are only recorded there."""
     before = Outer()
     after = bnkern.convert(copy.deepcopy(before))
     x = torch.randn(4, 3, 5, 5)

@@ -40,7 +40,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
 
 @EACH
 def test_symbolic_trace(name: str) -> None:
-    """The traced model computes the same in both modes, its batch norms are the model's, and the model is as before."""
+    """The traced model computes the same in both modes and shares the batch norms. The model does not change."""
     before, after, x = pair(name)
     summary = str(bnkern.convert.summary(after))
     traced = fx.symbolic_trace(copy.deepcopy(after))
@@ -52,7 +52,7 @@ def test_symbolic_trace(name: str) -> None:
 
 @EACH
 def test_revert_after_symbolic_trace(name: str) -> None:
-    """A trace shares the model's modules: it still computes the same after the model was reverted or converted anew."""
+    """A trace shares the model's modules, and computes the same after the model was reverted or converted again."""
     before, after, x = pair(name)
     traced = fx.symbolic_trace(after)
     bnkern.revert(after)
@@ -69,7 +69,10 @@ def test_traces_are_pickled() -> None:
 
 
 def test_modules_are_leaves() -> None:
-    """Ours appear under their names, as torch's do; this is what feature extractors and quantisers select by."""
+    """bnkern's modules have nodes with their names, as torch's do.
+
+    Feature extractors and quantisers select by these.
+    """
     model = nn.ModuleDict(
         {
             "conv": bnkern.nn.Conv2d(C, C, 1),
@@ -96,7 +99,7 @@ def test_modules_are_leaves() -> None:
 
 
 def test_functions_are_nodes() -> None:
-    """A module that is itself the root of the trace, and a forward that calls the functions."""
+    """A module that is the root of the trace, and a forward that calls the functions."""
     bn = seeded(lambda: bnkern.nn.BatchNorm2d(C, act="relu"))
     x = image()
     for training in (True, False):
@@ -122,7 +125,7 @@ def test_functions_are_nodes() -> None:
 @EACH
 @pytest.mark.parametrize("grad", [True, False])
 def test_jit_trace(name: str, grad: bool) -> None:
-    """Torch's operators only, so that the result can be loaded without bnkern; it holds for other batch sizes."""
+    """The trace has only torch's operators, so it can be loaded without bnkern, and is valid for other batch sizes."""
     before, after, x = pair(name)
     with warnings.catch_warnings(), torch.set_grad_enabled(grad):
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -143,7 +146,7 @@ def test_jit_trace(name: str, grad: bool) -> None:
 
 @EACH
 def test_decomposition(name: str) -> None:
-    """On request the exported op becomes torch's operators, in eval mode."""
+    """On request the exported operator is decomposed into torch's operators, in eval mode."""
     before, after, x = pair(name)
     program = torch.export.export(after.eval(), (x,))
     assert any(node.target is OP for node in program.graph.nodes)
@@ -162,13 +165,16 @@ def test_decomposition_in_training_is_left_out() -> None:
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("act", [None, "relu"])
 def test_decomposition_is_the_op(dtype: torch.dtype, with_residual: bool, act: str | None) -> None:
-    """Every result of the op in eval mode, mask and saved statistics included; 5 channels leave a partial mask byte."""
+    """All results of the operator in eval mode, with mask and saved statistics.
+
+    5 channels leave a partial byte of the mask.
+    """
     x, residual = image(2, 5, 3, 3, dtype=dtype), image(2, 5, 3, 3, seed=2, dtype=dtype) if with_residual else None
     mean, var, weight, bias = (torch.rand(5).to(dtype if dtype is torch.float64 else torch.float32) for _ in range(4))
     arguments = (x, weight, bias, residual, mean, var, None, False, 0.1, 1e-5, act, True, "")
     for ours, expected in zip(get_decompositions([OP])[OP](*arguments), OP(*arguments), strict=True):
         assert ours.dtype == expected.dtype and ours.shape == expected.shape
-        # One unit in the last place of bfloat16 where the two round to neighbours; float32 is good to 1e-6.
+        # One unit in the last place of bfloat16, because the two may round differently. In float32 the error is 1e-6.
         torch.testing.assert_close(ours, expected, rtol=2**-7 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
 
 

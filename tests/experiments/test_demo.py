@@ -1,4 +1,4 @@
-"""``python -m experiments demo`` at its smallest scale: what it prints and what it leaves."""
+"""``python -m experiments demo`` at its smallest scale: its output and its files."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from experiments.__main__ import main
 
 @pytest.fixture(autouse=True)
 def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The developer's own setting must not decide which images are used."""
+    """The developer's environment must not determine the images."""
     monkeypatch.delenv("BNKERN_DATA", raising=False)
 
 
 def test_demo_without_data_says_so_and_runs_twice(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Where CIFAR-10 cannot be had the demo uses synthetic images; a second call finds the runs of the first."""
+    """Without CIFAR-10 the demo uses synthetic images. A second call reuses the runs of the first."""
 
     def unavailable(where: str | None) -> cifar10.Cifar10:
         if where == "synthetic":
@@ -40,7 +40,7 @@ def test_demo_without_data_says_so_and_runs_twice(tmp_path: Path, monkeypatch, c
 
 
 def test_demo_with_a_wrong_folder_stops(tmp_path: Path, capsys) -> None:
-    """Synthetic images never replace data that were asked for."""
+    """Synthetic images never replace requested data."""
     assert main(["demo", "--scale", "smoke", "--data", str(tmp_path / "nothing"), "--out", str(tmp_path)]) == 1
     assert "no CIFAR-10 in" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Networks of bnkern's and of torch's modules, for the tests of functions that others wrote for torch's."""
+"""Networks with bnkern's modules and with torch's, for tests of functions that other libraries wrote for torch's."""
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Net(nn.Module):
 
 
 def pair() -> tuple[Net, Net]:
-    """Ours and torch's network in the same state, after two steps of training."""
+    """The network with bnkern's modules and that with torch's in the same state, after two training steps."""
     torch.manual_seed(0)
     networks = Net(True), Net(False)
     networks[1].load_state_dict(networks[0].state_dict())
@@ -58,7 +58,7 @@ def norms_of(model: nn.Module) -> list[nn.Module]:
 
 
 def conv_and_norm(act: str | None = "relu", conv: type[nn.Conv2d] = nn.Conv2d) -> nn.Sequential:
-    """A convolution and a batch norm in eval, with statistics of their own."""
+    """A convolution and a batch norm in eval mode, with nontrivial statistics."""
     torch.manual_seed(2)
     model = nn.Sequential(conv(3, 8, 3), bnkern.nn.BatchNorm2d(8, act=act))
     for value in model[1].state_dict().values():

@@ -18,7 +18,10 @@ EACH_KIND = pytest.mark.parametrize(("name", "shape"), KINDS, ids=lambda v: v if
 
 
 def pair(name: str, device: str = "cpu", **arguments: object) -> tuple[nn.Module, nn.Module]:
-    """Ours and torch's, with the same random parameters and statistics. Skips where torch has no such argument."""
+    """bnkern's module and torch's with the same random parameters and statistics.
+
+    Skips if torch has no such argument.
+    """
     for argument in arguments:
         if argument not in inspect.signature(nn.BatchNorm2d.__init__).parameters:
             pytest.skip(f"this torch's batch norm has no {argument}")

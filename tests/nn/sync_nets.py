@@ -8,7 +8,7 @@ from tests.support.ranks import dealt
 
 
 class Net(nn.Module):
-    """Convolutions, both fused shapes, and a batch norm of N x C, in float64."""
+    """Convolutions, both fused forms, and a batch norm of N x C, in float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ def net() -> Net:
 
 
 def random_batches(split: tuple[int, ...]) -> list[list[tuple[Tensor, Tensor]]]:
-    """For each rank its part of three batches of input and target."""
+    """For each rank its part of three batches of inputs and targets."""
     generator = torch.Generator().manual_seed(1)
     shapes = ((8, 3, 6, 6), (8, 4))
     batches = [[torch.randn(shape, generator=generator).double() for shape in shapes] for _ in range(3)]
@@ -38,7 +38,7 @@ def random_batches(split: tuple[int, ...]) -> list[list[tuple[Tensor, Tensor]]]:
 
 
 def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]], weight: float) -> dict[str, Tensor]:
-    """Steps of SGD on weight * sum of squares, as one process would do them."""
+    """Steps of SGD on weight * sum of squares, as in a single process."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     outputs = []
     for x, target in batches:

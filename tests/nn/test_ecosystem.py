@@ -1,6 +1,6 @@
-"""Functions of torch and other libraries that replace, copy, fold or inspect batch norms: right, or a clear error.
+"""Functions of torch and other libraries that replace, copy, fold or inspect batch norms work, or raise a clear error.
 
-Functions of libraries that are not installed are written out in a few lines that read and write what theirs do.
+Functions of libraries that are not installed are rewritten in a few lines that read and write the same attributes.
 """
 
 import copy
@@ -28,7 +28,7 @@ from tests.nn.ecosystem import CLOSE, X, batches, conv_and_norm, norms_of, pair,
 
 
 def lightning_weight_averaging(model: nn.Module) -> None:
-    """Lightning's StochasticWeightAveraging: new tensors for the statistics, then one epoch of cumulative means."""
+    """Lightning's StochasticWeightAveraging: new tensors for the statistics, then one epoch with cumulative means."""
     momenta = {}
     for norm in norms_of(model):
         norm.running_mean, norm.running_var = torch.zeros_like(norm.running_mean), torch.ones_like(norm.running_var)
@@ -52,7 +52,10 @@ def lightning_finetuning(model: nn.Module) -> None:
 
 
 def frozen_statistics(model: nn.Module) -> None:
-    """Batch norms in eval inside a network that trains, chosen by isinstance, as detection libraries do."""
+    """Sets batch norms to eval mode in a network that trains.
+
+    They are found by isinstance, as in detection libraries.
+    """
     for module in model.train().modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval().requires_grad_(False)
@@ -61,7 +64,7 @@ def frozen_statistics(model: nn.Module) -> None:
 
 
 def precise_statistics(model: nn.Module) -> None:
-    """fvcore's update_bn_stats: momentum 1, so that a batch's own statistics can be read, and their mean put back."""
+    """fvcore's update_bn_stats: with momentum 1 the statistics are those of the batch; then their mean is written."""
     norms = norms_of(model)
     momenta, sums = [norm.momentum for norm in norms], [[0.0, 0.0] for _ in norms]
     for norm in norms:
@@ -74,7 +77,7 @@ def precise_statistics(model: nn.Module) -> None:
 
 
 def test_time_adaptation(model: nn.Module) -> None:
-    """TENT: batch statistics in eval too, and nothing but the affine parameters trained."""
+    """TENT: batch statistics in eval mode too, and only the affine parameters are trained."""
     model.requires_grad_(False)
     for norm in norms_of(model):
         norm.requires_grad_(True)
@@ -83,7 +86,7 @@ def test_time_adaptation(model: nn.Module) -> None:
 
 
 def initialization(model: nn.Module) -> None:
-    """An init function under ``apply``, and the hyperparameters that YOLO sets."""
+    """An initialisation function under ``apply``, and the hyperparameters that YOLO sets."""
 
     def initialize(module: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm2d):
@@ -122,7 +125,7 @@ test_time_adaptation.__test__ = False
 
 @pytest.mark.parametrize("function", WORKING, ids=lambda function: function.__name__)
 def test_works_as_on_torch_modules(function: Callable[[nn.Module], None]) -> None:
-    """Afterwards gradients, state and outputs are those of torch's network that went through the same."""
+    """Afterwards gradients, state and outputs equal those of torch's network after the same function."""
     ours, theirs = pair()
     for model in (ours, theirs):
         function(model)
@@ -142,7 +145,7 @@ def reloaded(model: nn.Module) -> nn.Module:
 
 
 def shifted_average(model: nn.Module) -> nn.Module:
-    """timm's ModelEma: a copy whose whole state is averaged with the model's."""
+    """timm's ModelEma: a copy whose whole state is averaged with that of the model."""
     average = copy.deepcopy(model).eval()
     train(model)
     for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
@@ -229,7 +232,7 @@ def timm_freeze_batch_norm_2d() -> Callable[[nn.Module], nn.Module]:
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Stands for detectron2's class."""
+    """Represents detectron2's class."""
 
     @classmethod
     def convert_frozen_batchnorm(cls, module: nn.Module) -> nn.Module:
@@ -240,7 +243,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def fuse_conv_and_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
-    """Stands for ultralytics' function."""
+    """Represents the function of ultralytics."""
     conv.weight.data *= (bn.weight / (bn.running_var + bn.eps).sqrt()).view(-1, 1, 1, 1)
     return conv
 
@@ -267,7 +270,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("function", "advice"), REFUSED.values(), ids=REFUSED)
 def test_refuses_to_lose_the_activation(function: Callable[[nn.Module], nn.Module], advice: str) -> None:
-    """A TypeError names the function and what to call instead, and the model still computes what it did."""
+    """A TypeError names the function and the correct replacement, and the model still computes the same."""
     model = conv_and_norm()
     expected = model(X)
     with pytest.raises(TypeError, match=r"would drop the activation of a BatchNorm2d\(act='relu'\)") as caught:
@@ -278,7 +281,7 @@ def test_refuses_to_lose_the_activation(function: Callable[[nn.Module], nn.Modul
 
 @pytest.mark.parametrize("name", REBUILDERS)
 def test_every_listed_name_is_refused(name: str) -> None:
-    """A function of that name that reads a hyperparameter, in whatever library it is defined."""
+    """A function with that name that reads a hyperparameter is refused, in every module that defines it."""
     code = unlisted.__code__.replace(co_name=name.rpartition(".")[2], co_qualname=name)
     with pytest.raises(TypeError, match=f"{re.escape(name)} would drop the activation"):
         types.FunctionType(code, {"nn": nn})(bnkern.nn.BatchNorm2d(8, act="relu"))
@@ -294,7 +297,7 @@ def test_refuses_to_fold_into_a_linear_layer() -> None:
 
 
 def test_a_refused_conversion_leaves_the_function_as_it_was() -> None:
-    """torch's converter replaces modules as it goes: those before the one that refuses are converted, and right."""
+    """torch's converter replaces modules one by one. Those before the refused one are converted and correct."""
     model = nn.Sequential(*conv_and_norm(act=None), nn.Conv2d(8, 8, 1), bnkern.nn.BatchNorm2d(8, act="relu")).eval()
     expected = model(X)
     with pytest.raises(TypeError, match="would drop the activation"):
@@ -304,7 +307,7 @@ def test_a_refused_conversion_leaves_the_function_as_it_was() -> None:
 
 
 def test_refuses_synchronized_ones_and_converted_models() -> None:
-    """bnkern's SyncBatchNorm is guarded too, and so is what bnkern.convert fused, until it is reverted."""
+    """bnkern's SyncBatchNorm is protected too, and so are modules fused by bnkern.convert, until they are reverted."""
     with pytest.raises(TypeError, match=r"a SyncBatchNorm\(act='relu'\): call bnkern.nn.convert_sync_batchnorm"):
         nn.SyncBatchNorm.convert_sync_batchnorm(bnkern.nn.SyncBatchNorm(8, act="relu"))
     model = bnkern.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())).eval()
@@ -318,7 +321,7 @@ def test_refuses_synchronized_ones_and_converted_models() -> None:
 
 
 def test_torch_conversion_without_an_activation() -> None:
-    """Without ``act`` torch's converter is right, but its class takes no residual and says so."""
+    """Without ``act`` torch's converter is correct. Its class takes no residual and raises an error for one."""
     model = conv_and_norm(act=None)
     expected, conv_output = model(X), model[0](X)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -349,7 +352,7 @@ def unlisted(norm: nn.BatchNorm2d) -> nn.GroupNorm:
 
 
 def test_unlisted_readers_are_warned() -> None:
-    """The warning names the attribute and is attributed to the line that reads it."""
+    """The warning names the attribute, and its location is the line that reads it."""
     norm = bnkern.nn.BatchNorm2d(8, eps=0.25, act="relu")
     with pytest.warns(UserWarning, match=r"unlisted reads (eps|num_features) of a BatchNorm2d\(act='relu'\)") as caught:
         group_norm = unlisted(norm)
@@ -370,7 +373,7 @@ def write_eps(norm: nn.BatchNorm2d, eps: float) -> None:
 
 
 def test_readers_that_are_not_warned() -> None:
-    """Methods of the module, writers, code that reads all attributes, and modules without ``act``."""
+    """Methods of the module, writes, code that reads all attributes, and modules without ``act`` cause no warning."""
     norm = Subclass(8, eps=0.25, act="relu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

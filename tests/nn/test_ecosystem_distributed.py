@@ -39,7 +39,7 @@ def train_fully_sharded(batches: list[tuple[Tensor, Tensor]], policy: str, group
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_fully_sharded_data_parallel(ranks: Ranks, policy: str) -> None:
-    """The first FSDP: outputs and parameters are those of unwrapped networks whose gradients are averaged by hand."""
+    """The first FSDP: outputs and parameters equal those of plain networks whose gradients are averaged by the test."""
     parts = random_batches((3, 5))
     results = ranks.run(train_fully_sharded, [(batches, policy) for batches in parts])
     models = [net() for _ in parts]
@@ -62,7 +62,7 @@ def test_fully_sharded_data_parallel(ranks: Ranks, policy: str) -> None:
 
 
 class ByKeyword(Net):
-    """The same network with the residual passed by its name."""
+    """The same network, which passes the residual by keyword."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(self.stem(x))
@@ -70,7 +70,9 @@ class ByKeyword(Net):
 
 
 def without_head(kind: type[Net]) -> Net:
-    """In float32, and without torch's batch norm, whose CPU kernel takes no bfloat16 weight beside float32 buffers."""
+    """In float32, and without torch's batch norm, whose CPU kernel does not take a bfloat16 weight with float32
+    buffers.
+    """
     torch.manual_seed(0)
     model = kind().float()
     model.head = nn.Identity()
@@ -78,7 +80,7 @@ def without_head(kind: type[Net]) -> Net:
 
 
 def mixed_precision(x: Tensor, kind: type[Net], wrapper: str, group: dist.ProcessGroup) -> tuple:
-    """Dtypes that the first batch norm saw, and the output, or the error's text."""
+    """The dtypes at the first batch norm, and the output or the text of the error."""
     model, seen = without_head(kind), []
     model.first.register_forward_hook(lambda norm, args, y: seen.extend((args[0].dtype, norm.weight.dtype, y.dtype)))
     if wrapper == "fully_shard":
@@ -103,7 +105,7 @@ def mixed_precision(x: Tensor, kind: type[Net], wrapper: str, group: dist.Proces
 @pytest.mark.parametrize("kind", [Net, ByKeyword], ids=["positional", "keyword"])
 @pytest.mark.parametrize("wrapper", ["fully_shard", "FSDP", "FSDP with a policy"])
 def test_mixed_precision(ranks: Ranks, wrapper: str, kind: type[Net]) -> None:
-    """FSDP with a policy keeps batch norms in float32 and casts positional arguments only; a mixed pair is refused."""
+    """FSDP with a policy keeps batch norms in float32 and casts only positional arguments. Mixed dtypes are refused."""
     x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(2))
     parts = [part for (part,) in dealt([x], (4, 4))]
     results = ranks.run(mixed_precision, [(part, kind, wrapper) for part in parts])
@@ -139,7 +141,7 @@ def test_conversion_after_fully_shard_is_refused(ranks: Ranks, convert: str, mes
 
 
 def averaged_statistics(x: Tensor, group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """timm's distribute_bn with reduce: buffers are found by name and averaged in place."""
+    """timm's distribute_bn with reduce: finds buffers by name and averages them in place."""
     model = net()
     model(x)
     for name, buffer in model.named_buffers():

@@ -21,7 +21,7 @@ from tests.nn.ecosystem import CLOSE, X, batches, conv_and_norm, pair
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_jit_trace(training: bool, frozen: bool) -> None:
-    """The trace holds the calls: on another input it gives that input's result, gradients and statistics."""
+    """The trace contains the calls. For another input it gives that input's result, gradients and statistics."""
     ours, _ = pair()
     ours.train(training).requires_grad_(not frozen)
     state = copy.deepcopy(ours.state_dict())
@@ -52,7 +52,7 @@ def test_jit_trace_of_the_other_modules() -> None:
 
 
 def test_a_saved_trace_holds_the_call() -> None:
-    """Loaded again, it computes the same; torch.jit's passes that fold batch norms leave bnkern's operation alone."""
+    """A loaded trace computes the same. torch.jit's passes that fold batch norms do not change bnkern's operator."""
     model, file = conv_and_norm(), io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -92,7 +92,7 @@ def gradient(model: Callable[..., Tensor], x: Tensor, residual: Tensor) -> Tenso
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_gradients_of_a_graph_that_was_exported_without(strict: bool) -> None:
-    """The ReLU's mask is kept for a backward that the exported graph was not asked for when it was made."""
+    """The mask of the ReLU is kept for a backward, although the exported graph was made without one."""
     norm = bnkern.nn.BatchNorm2d(4, act="relu").eval().requires_grad_(False)
     x, residual = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(4)).unbind(0)
     exported = torch.export.export(norm, (x, residual), strict=strict).module()
@@ -109,7 +109,7 @@ def test_gradients_of_a_graph_without_a_mask_are_refused() -> None:
 
 
 class LeafTracer(fx.Tracer):
-    """Records calls of bnkern's modules as calls of modules."""
+    """Records calls of bnkern's modules as module calls."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return type(module).__module__ == "bnkern.nn" or super().is_leaf_module(module, name)
@@ -117,7 +117,7 @@ class LeafTracer(fx.Tracer):
 
 @pytest.mark.parametrize("act", [None, "relu"])
 def test_fx_fuser_leaves_it_alone(act: str | None) -> None:
-    """torch.fx.experimental.optimization compares exact classes, so that it folds torch's own batch norms only."""
+    """torch.fx.experimental.optimization compares exact classes, so it folds only torch's own batch norms."""
     model = nn.Sequential(conv_and_norm(act), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)).eval()
     fused = optimization.fuse(fx.GraphModule(model, LeafTracer().trace(model)), no_trace=True)
     kinds = {type(module) for module in fused.modules()}
@@ -129,7 +129,7 @@ def test_fx_fuser_leaves_it_alone(act: str | None) -> None:
 @pytest.mark.parametrize("names", [["0", "1"], ["0", "1", "2"], ["1", "2"]], ids=str)
 @pytest.mark.parametrize("training", [False, True], ids=["fuse_modules", "fuse_modules_qat"])
 def test_fuse_modules_refuses(names: list[str], training: bool) -> None:
-    """torch.ao.quantization names the classes that it has no fuser for."""
+    """torch.ao.quantization names the classes for which it has no fuser."""
     model = nn.Sequential(*conv_and_norm(), nn.ReLU()).train(training)
     fuse = quantization.fuse_modules_qat if training else quantization.fuse_modules
     with pytest.raises((AssertionError, NotImplementedError), match=r"bnkern\.nn\.BatchNorm2d"):
@@ -139,7 +139,7 @@ def test_fuse_modules_refuses(names: list[str], training: bool) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("act", [None, "relu"])
 def test_eager_quantisation_refuses(act: str | None) -> None:
-    """Conversion finds no quantised class and leaves the batch norm, which then refuses the quantised tensor."""
+    """Conversion finds no quantised class and keeps the batch norm, which then refuses the quantised tensor."""
     model = nn.Sequential(quantization.QuantStub(), *conv_and_norm(act), quantization.DeQuantStub()).eval()
     model.qconfig = quantization.get_default_qconfig(torch.backends.quantized.engine)
     prepared = quantization.prepare(model)
@@ -152,7 +152,7 @@ def test_eager_quantisation_refuses(act: str | None) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("act", [None, "relu"])
 def test_fx_quantisation_keeps_it_in_floating_point(act: str | None) -> None:
-    """As a class that is not traced it stays a float module between quantised convolutions, with its activation."""
+    """The class is not traced, so it remains a float module between quantised convolutions, with its activation."""
     model = nn.Sequential(*conv_and_norm(act), nn.Conv2d(8, 4, 1)).eval()
     custom = PrepareCustomConfig().set_non_traceable_module_classes([bnkern.nn.BatchNorm2d])
     mapping = quantization.get_default_qconfig_mapping(torch.backends.quantized.engine)

@@ -1,4 +1,4 @@
-"""The modules: drop-in for torch.nn's, with the fused ReLU and residual besides."""
+"""The modules as replacements of torch.nn's, and their fused ReLU and residual."""
 
 import copy
 import inspect
@@ -32,7 +32,7 @@ EACH_ARGUMENTS = pytest.mark.parametrize(
 
 
 def run(bn: nn.Module, xs: list[Tensor]) -> list[Tensor]:
-    """Two training steps and one in eval: outputs, gradients, and what the state has become."""
+    """Two training steps and one in eval mode: outputs, gradients, and the state after them."""
     results = []
     for k, x in enumerate(xs):
         x = x.clone().requires_grad_()
@@ -55,7 +55,7 @@ def test_equals_torch(target: Target, name: str, shape: tuple[int, ...], argumen
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("change", ["num_batches_tracked = None", "track_running_stats = False", "running_mean = None"])
 def test_changed_after_construction(target: Target, change: str, momentum: float | None) -> None:
-    """A counter taken away, tracking switched off with the buffers still there, statistics taken away."""
+    """The counter removed, tracking switched off while the buffers remain, and the statistics removed."""
     results = []
     for bn in pair("BatchNorm2d", target.device, momentum=momentum):
         attribute, value = change.split(" = ")
@@ -83,7 +83,7 @@ def test_state_dict_goes_both_ways(name: str, shape: tuple[int, ...], arguments:
 
 
 def test_state_dict_without_the_counter() -> None:
-    """Files from before the counter existed load too, as they do into torch's."""
+    """Files from before the counter existed can be loaded, as in torch."""
     state = {k: v for k, v in nn.BatchNorm2d(5).state_dict().items() if k != "num_batches_tracked"}
     bn = bnkern.nn.BatchNorm2d(5)
     bn.load_state_dict(state, strict=True)
@@ -92,7 +92,7 @@ def test_state_dict_without_the_counter() -> None:
 
 @pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
 def test_constructor_takes_torch_arguments(name: str) -> None:
-    """In the same order with the same defaults; ``act`` by keyword only."""
+    """They are in the same order with the same defaults. ``act`` is a keyword argument."""
     ours = inspect.signature(getattr(bnkern.nn, name).__init__).parameters
     theirs = inspect.signature(getattr(nn, name).__init__).parameters
     positional = [p for p in theirs.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -220,7 +220,7 @@ def test_gradient_checkpointing(target: Target, reentrant: bool) -> None:
 
 
 def test_functional_call(target: Target) -> None:
-    """Parameters and statistics given from outside are the ones used and updated."""
+    """The given parameters and statistics are used and updated."""
     x = CASE["nhwc_c5_s49"].problem(FP32, target.device).x
     bn, _ = pair("BatchNorm2d", target.device)
     before = copy.deepcopy(bn.state_dict())
@@ -237,7 +237,9 @@ def test_functional_call(target: Target) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(target: Target, dtype: torch.dtype) -> None:
-    """As torch's: batch norm keeps the dtype of what reaches it, the convolution's half, with fp32 parameters."""
+    """As in torch, batch norm keeps the dtype of its input, here the half precision of the convolution, with fp32
+    parameters.
+    """
     model = nn.Sequential(nn.Conv2d(3, 5, 3), bnkern.nn.BatchNorm2d(5, act="relu")).to(target.device)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(target.device)
     with torch.autocast(target.device, dtype):
@@ -260,7 +262,7 @@ def test_module_cast_as_a_whole(target: Target, dtype: torch.dtype) -> None:
 
 
 def test_frozen_batch_norm(target: Target) -> None:
-    """A module in eval inside a network that trains: the input's gradient alone, statistics untouched."""
+    """A module in eval mode in a network that trains: only the input gets a gradient, and statistics do not change."""
     bn, _ = pair("BatchNorm2d", target.device)
     bn.eval().requires_grad_(False)
     before = copy.deepcopy(bn.state_dict())
@@ -272,7 +274,7 @@ def test_frozen_batch_norm(target: Target) -> None:
 
 
 def test_trains_like_torch(target: Target) -> None:
-    """Twenty steps of SGD on a small network end at the same weights."""
+    """After twenty steps of SGD the weights of a small network are the same."""
     results = []
     for kind in (bnkern.nn, nn):
         generator = torch.Generator().manual_seed(7)

@@ -1,4 +1,4 @@
-"""What people do with torch.nn.BatchNorm around a training run: each works with ours, and to the same numbers."""
+"""Common uses of torch.nn.BatchNorm around a training run give the same numbers with bnkern's modules."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -14,12 +14,12 @@ import bnkern
 from tests.nn.modules import EACH_KIND, inputs, pair
 from tests.support.cases import Target
 
-# Ours and torch's differ by the order of float32 sums over at most some hundred values.
+# bnkern's and torch's results differ by the order of float32 sums over at most some hundred values.
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 
 
 def networks(device: str, **arguments: object) -> tuple[nn.Module, nn.Module]:
-    """The same small network twice, with our batch norms and with torch's."""
+    """The same small network twice, with bnkern's batch norms and with torch's."""
     built = []
     for kind in (bnkern.nn, nn):
         torch.manual_seed(0)
@@ -51,7 +51,10 @@ def assert_states_close(ours: nn.Module, theirs: nn.Module) -> None:
 
 @EACH_KIND
 def test_reset(target: Target, name: str, shape: tuple[int, ...]) -> None:
-    """reset_running_stats leaves the parameters, reset_parameters neither; the very same tensors stay."""
+    """reset_running_stats keeps the parameters, and reset_parameters resets both.
+
+    The tensors remain the same objects.
+    """
     for what in ("reset_running_stats", "reset_parameters"):
         ours, theirs = pair(name, target.device)
         tensors = list(ours.state_dict(keep_vars=True).values())
@@ -65,7 +68,10 @@ def test_reset(target: Target, name: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("version", [None, 1, 2])
 def test_state_dict_of_an_old_version(version: int | None) -> None:
-    """Before version 2 there was no counter: it starts at 0; in version 2 a missing one is an error, as in torch."""
+    """Before version 2 there was no counter, so it starts at 0.
+
+    In version 2 a missing counter is an error, as in torch.
+    """
     messages = []
     for kind in (bnkern.nn, nn):
         model = nn.Sequential(kind.BatchNorm2d(5))
@@ -88,7 +94,7 @@ def test_state_dict_of_an_old_version(version: int | None) -> None:
 
 
 def test_made_on_meta_and_filled_later(target: Target) -> None:
-    """As large models are made: no memory at first, then to_empty and reset."""
+    """Large models are made like this: first without memory, then with to_empty and reset."""
     bn = bnkern.nn.BatchNorm2d(5, act="relu", device="meta")
     assert all(t.is_meta for t in bn.state_dict().values())
     bn.to_empty(device=target.device).reset_parameters()
@@ -99,7 +105,7 @@ def test_made_on_meta_and_filled_later(target: Target) -> None:
 
 
 def test_one_value_per_channel_of_a_module(target: Target) -> None:
-    """Torch's error in torch's words, and no batch counted."""
+    """It raises torch's error with the same message, and counts no batch."""
     messages = []
     for bn in pair("BatchNorm2d", target.device):
         with pytest.raises(ValueError, match="more than 1 value per channel") as caught:
@@ -124,7 +130,7 @@ FORMATS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_memory_format_stays(target: Target, name: str, training: bool, act: str | None) -> None:
-    """Of the output and of every gradient, whatever the format in which the output's gradient arrives."""
+    """The output and every gradient keep the format, whatever the format of the output's gradient."""
     shape, arrange = FORMATS[name]
     x, residual, dy = (arrange(t) for t in inputs(shape, torch.float32, target.device))
     bn = getattr(bnkern.nn, f"BatchNorm{max(x.dim() - 2, 1)}d")(5, act=act, device=target.device).train(training)
@@ -139,7 +145,7 @@ def test_memory_format_stays(target: Target, name: str, training: bool, act: str
 
 
 def test_parametrization(target: Target) -> None:
-    """A weight computed from another, as weight normalisation and positivity constraints do."""
+    """The weight is computed from another tensor, as in weight normalisation and positivity constraints."""
     results = []
     for bn in pair("BatchNorm2d", target.device):
         parametrize.register_parametrization(bn, "weight", nn.Softplus(), unsafe=True)
@@ -151,12 +157,13 @@ def test_parametrization(target: Target) -> None:
         results.append([y, x.grad, *(p.grad for p in bn.parameters()), *bn.state_dict().values()])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
-    assert len(results[0]) == 9  # output, three gradients, five of the state: weight and bias are originals now
+    # the output, three gradients, and five of the state, in which weight and bias are called originals
+    assert len(results[0]) == 9
 
 
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
 def test_update_bn(target: Target, momentum: float | None) -> None:
-    """After stochastic weight averaging the statistics are collected anew, as a cumulative mean."""
+    """After stochastic weight averaging the statistics are computed again, as a cumulative mean."""
     ours, theirs = networks(target.device, momentum=momentum)
     for model in (ours, theirs):
         for x in batches(target.device):
@@ -169,7 +176,7 @@ def test_update_bn(target: Target, momentum: float | None) -> None:
 
 @pytest.mark.parametrize("use_buffers", [True, False], ids=["buffers averaged", "buffers copied"])
 def test_averaged_models(target: Target, use_buffers: bool) -> None:
-    """An exponential moving average of weights, and where asked of statistics, kept beside the training."""
+    """An exponential moving average of the weights, and optionally of the statistics, during training."""
     averages = []
     for model in networks(target.device):
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=use_buffers)
@@ -187,7 +194,7 @@ def test_averaged_models(target: Target, use_buffers: bool) -> None:
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """Torch refuses what is not deterministic, for the length of the test."""
+    """torch refuses nondeterministic operations for the duration of the test."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
@@ -195,7 +202,7 @@ def deterministic() -> Iterator[None]:
 
 
 def test_deterministic_algorithms(target: Target, deterministic: None) -> None:
-    """Nothing is refused, and two runs agree in every bit."""
+    """No operation is refused, and two runs have the same bits."""
     results = []
     for _ in range(2):
         model, _ = networks(target.device)
@@ -212,7 +219,10 @@ def test_deterministic_algorithms(target: Target, deterministic: None) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("shared_input", [True, False], ids=["one input", "an input each"])
 def test_ensemble_by_vmap(target: Target, training: bool, shared_input: bool) -> None:
-    """Stacked parameters, per-member gradients: torch.func's ensembles. In training without running statistics."""
+    """Stacked parameters and gradients of each member, as in torch.func's ensembles.
+
+    Training is without running statistics.
+    """
     members = []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -245,7 +255,10 @@ def test_ensemble_by_vmap(target: Target, training: bool, shared_input: bool) ->
 
 
 def test_ensemble_refuses_to_update_shared_statistics(target: Target) -> None:
-    """vmap cannot write several members' statistics into one tensor: an error, as in torch, and nothing written."""
+    """vmap cannot write the statistics of several members to one tensor.
+
+    As in torch this is an error and writes nothing.
+    """
     bn, _ = pair("BatchNorm1d", target.device)
     before = copy.deepcopy(bn.state_dict())
     xs = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(0)).to(target.device)
@@ -264,7 +277,7 @@ def test_ensemble_refuses_to_update_shared_statistics(target: Target) -> None:
 
 @pytest.mark.slow
 def test_inductor_with_a_dynamic_batch(target: Target) -> None:
-    """fullgraph training under inductor, momentum None, with more batch sizes than there are graphs."""
+    """fullgraph training under inductor, momentum None, with more batch sizes than graphs."""
     torch._dynamo.reset()
     results = []
     for compiled in (True, False):
@@ -285,7 +298,7 @@ def test_inductor_with_a_dynamic_batch(target: Target) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_graphed_callables() -> None:
     """make_graphed_callables of a network in training gives eager's outputs, gradients and statistics."""
     models = []
@@ -296,7 +309,7 @@ def test_graphed_callables() -> None:
     sample = batches("cuda")[0].requires_grad_()
     before = copy.deepcopy(graphed.state_dict())
     call = torch.cuda.make_graphed_callables(graphed, (sample,))
-    graphed.load_state_dict(before)  # the warm-up has trained the statistics
+    graphed.load_state_dict(before)  # the warm-up has changed the statistics
     for k in range(3):
         leaves = [(sample.detach() + k).requires_grad_() for _ in range(2)]
         outputs = []

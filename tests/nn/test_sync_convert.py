@@ -1,4 +1,4 @@
-"""``bnkern.nn.convert_sync_batchnorm``: what it takes over, and what it refuses."""
+"""``bnkern.nn.convert_sync_batchnorm``: what it keeps, and what it refuses."""
 
 import copy
 import warnings
@@ -12,7 +12,7 @@ import bnkern
 
 
 def test_convert() -> None:
-    """Torch's three, ours and torch's own SyncBatchNorm: the very same tensors, mode, hooks, act and names."""
+    """Torch's three classes, bnkern's, and torch's SyncBatchNorm keep their tensors, mode, hooks, act and names."""
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1),
         nn.BatchNorm2d(4, momentum=None),

@@ -21,7 +21,7 @@ def train_rank(batches: list[tuple[Tensor, Tensor]], weight: float, compiled: bo
     if compiled:
         torch._dynamo.reset()
         model = torch.compile(model, backend="aot_eager")
-    # DDP takes the mean of the ranks' gradients; the joint loss is the sum of theirs.
+    # DDP averages the gradients of the ranks, and the gradient of the joint loss is their sum.
     result = train(model, batches, weight * dist.get_world_size(group))
     result["state"] = {k.removeprefix("_orig_mod.").removeprefix("module."): v for k, v in result["state"].items()}
     return result
@@ -30,12 +30,12 @@ def train_rank(batches: list[tuple[Tensor, Tensor]], weight: float, compiled: bo
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("split", [(4, 4), (6, 2), (5, 0, 3)], ids=str)
 def test_network_under_ddp(ranks: Ranks, split: tuple[int, ...], compiled: bool) -> None:
-    """Three steps of DDP end where one process with the joint batch does: 1e-10 in float64.
+    """After three steps of DDP the results are those of one process with the joint batch: 1e-10 in float64.
 
-    DDP broadcasts the buffers, its default.
+    DDP broadcasts the buffers by default.
     """
     if compiled and 0 in split:
-        pytest.skip("an empty convolution has no compiled form")
+        pytest.skip("an empty convolution cannot be compiled")
     parts = random_batches(split)
     given = [(batches, 1 / 8, compiled) for batches in parts]
     results = ranks.run(train_rank, given)
@@ -47,13 +47,13 @@ def test_network_under_ddp(ranks: Ranks, split: tuple[int, ...], compiled: bool)
             torch.testing.assert_close(result["state"][name], value, rtol=1e-10, atol=1e-10)
             assert torch.equal(result["state"][name], results[0]["state"][name])
     for k, whole in enumerate(joint["outputs"]):
-        scale = 1 if k % 2 == 0 else len(split)  # the input's gradient is of the loss that DDP was given
+        scale = 1 if k % 2 == 0 else len(split)  # the input's gradient is that of the loss that was given to DDP
         together = torch.cat([r["outputs"][k] for r in results]) / scale
         torch.testing.assert_close(together, whole, rtol=1e-10, atol=1e-10)
 
 
 def two_forwards(x: Tensor, group) -> list[Tensor]:
-    """Two calls before one backward, as a siamese network makes them; DDP broadcasts buffers before each."""
+    """Two calls before one backward, as in a siamese network. DDP broadcasts the buffers before each of them."""
     model = bnkern.nn.convert_sync_batchnorm(net(), group)
     model = DistributedDataParallel(model, process_group=group)
     (model(x).square().sum() + model(2 * x).square().sum()).backward()
@@ -71,7 +71,7 @@ def test_two_forwards_under_ddp(ranks: Ranks) -> None:
 
 
 def fully_sharded(model: Net, group: dist.ProcessGroup) -> nn.Module:
-    """FSDP2: each rank holds a part of every parameter, batch norms' included."""
+    """FSDP2: each rank holds a part of every parameter, also of batch norms."""
     mesh = DeviceMesh.from_group(group, "cpu")
     for module in (model.first, model.last, model.head, model):
         fully_shard(module, mesh=mesh)
@@ -88,7 +88,9 @@ def train_wrapped(batches: list[tuple[Tensor, Tensor]], wrapper: str, sync: bool
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_plain_batch_norms_in_wrappers(ranks: Ranks, wrapper: str) -> None:
-    """Each rank normalises by its own batch; gradients are averaged; DDP takes buffers from rank 0 before a step."""
+    """Each rank normalises its own batch, gradients are averaged, and DDP copies the buffers of rank 0 before each
+    step.
+    """
     parts = random_batches((3, 5))
     results = ranks.run(train_wrapped, [(batches, wrapper, False) for batches in parts])
     models = [net() for _ in parts]
@@ -111,7 +113,7 @@ def test_plain_batch_norms_in_wrappers(ranks: Ranks, wrapper: str) -> None:
 
 
 def test_synchronized_network_under_fsdp(ranks: Ranks) -> None:
-    """As one process with the joint batch, whose gradient FSDP divides by the number of ranks."""
+    """The results are those of one process with the joint batch, whose gradient FSDP divides by the number of ranks."""
     parts = random_batches((4, 4))
     results = ranks.run(train_wrapped, [(batches, "fsdp", True) for batches in parts])
     joint = [tuple(map(torch.cat, zip(*pieces, strict=True))) for pieces in zip(*parts, strict=True)]

@@ -1,8 +1,8 @@
-"""PyTorch's own test inputs for batch norm, given to torch's and to ours: the same results, errors and state.
+"""PyTorch's own test inputs for batch norm give the same results, errors and state with torch's functions and bnkern's.
 
 Values are compared with those of torch in float64 on the same rounded tensors; shapes, dtypes, strides, state and
 errors with those of torch in the same dtype. DIFFERENCES lists the calls that differ, each with its reason. The tests
-fail where a listed difference is no longer one.
+fail if a listed difference no longer exists.
 """
 
 import copy
@@ -34,9 +34,10 @@ TOLERANCE = {
     torch.int64: (0, 0),
 }
 
-# Calls that torch takes and we refuse with a ValueError, by a name, and why. Repeated in docs/use_in_your_model.md.
+# Calls that torch accepts and bnkern refuses with a ValueError, by name, with a condition. docs/use_in_your_model.md
+# lists them too.
 DIFFERENCES: dict[str, Callable[[Tensor], bool]] = {
-    # An input without a channel axis has no batch norm: torch's own modules refuse it too, F.batch_norm returns it.
+    # An input without a channel axis has no batch norm. torch's own modules refuse it too, but F.batch_norm returns it.
     "input of fewer than two dimensions": lambda x: x.dim() < 2,
 }
 
@@ -44,7 +45,7 @@ DIFFERENCES: dict[str, Callable[[Tensor], bool]] = {
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     if importlib.util.find_spec("expecttest") is None:
-        pytest.skip("torch.testing._internal needs the library expecttest, which the extra dev brings")
+        pytest.skip("torch.testing._internal needs the library expecttest, which the extra dev installs")
     path = tmp_path_factory.mktemp("samples") / "samples.pickle"
     subprocess.run([sys.executable, "-m", "tests.nn.torch_samples", str(path)], cwd=ROOT, check=True)
     return pickle.loads(path.read_bytes())
@@ -52,16 +53,16 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
 
 # ---------------------------------------------------------------------------------------------------------- outcomes
 
-Outcome = list[tuple[str, Tensor]]  # what a call left behind, each with its name
+Outcome = list[tuple[str, Tensor]]  # the results of a call, each with its name
 
 
 def gradient_of(y: Tensor) -> Tensor:
-    """A gradient for y whose values every dtype holds exactly."""
+    """A gradient for y whose values are exact in every dtype."""
     return (torch.arange(y.numel()) % 7 - 3).view(y.shape).to(y.dtype)
 
 
 def outcome_of_module(module: nn.Module, x: Tensor, training: bool) -> Outcome:
-    """Two calls with a backward after each, so that momentum None and accumulation show."""
+    """Two calls, each with a backward, so that momentum None and accumulation have an effect."""
     module.train(training)
     x = x.clone().requires_grad_()
     found = []
@@ -74,7 +75,7 @@ def outcome_of_module(module: nn.Module, x: Tensor, training: bool) -> Outcome:
 
 
 def outcome_of_function(function: Callable, sample: OpSample, dtype: torch.dtype) -> Outcome:
-    """Output, gradients of all arguments that have one, and the arguments after the call."""
+    """The output, the gradients of all arguments that have one, and the arguments after the call."""
     given = [t.to(dtype, copy=True) if isinstance(t, Tensor) else t for t in (sample.input, *sample.args)]
     leaves = {k: t for k, t in enumerate(given) if isinstance(t, Tensor) and k not in running_in(sample)}
     for t in leaves.values():
@@ -89,7 +90,7 @@ def outcome_of_function(function: Callable, sample: OpSample, dtype: torch.dtype
 
 
 def running_in(sample: OpSample) -> tuple[int, int]:
-    """Where the running statistics are among the arguments: F.batch_norm has them first, the native ops last."""
+    """The positions of the running statistics: F.batch_norm has them first, the native operators last."""
     return (1, 2) if len(sample.args) == 4 else (3, 4)
 
 
@@ -109,7 +110,7 @@ def assert_same(found: Outcome, theirs: Outcome, truth: Outcome, what: str) -> N
 
 
 def made(cls: type[nn.Module], sample: ModuleSample, dtype: torch.dtype) -> nn.Module:
-    """The module, its state filled with numbers that tell a channel and a tensor from another."""
+    """The module, whose state has different numbers for each channel and tensor."""
     module = cls(*sample.args, **sample.kwargs).to(dtype)
     with torch.no_grad():
         for k, t in enumerate(t for t in module.state_dict().values() if t.is_floating_point()):
@@ -118,7 +119,7 @@ def made(cls: type[nn.Module], sample: ModuleSample, dtype: torch.dtype) -> nn.M
 
 
 def calls_of(samples: Samples, dtype: torch.dtype, training: bool) -> list[tuple[str, ModuleSample]]:
-    """Each class with its samples. SyncBatchNorm has none of its own and takes those of all three."""
+    """Each class with its samples. SyncBatchNorm has no samples and uses those of the three others."""
     calls = [(name, sample) for name in MODULES for sample in samples.modules[name, dtype, training]]
     return calls + [("SyncBatchNorm", sample) for _, sample in calls]
 
@@ -145,7 +146,7 @@ def test_module_inputs(samples: Samples, dtype: torch.dtype, training: bool) -> 
 @EACH_DTYPE
 @TRAINING
 def test_module_error_inputs(samples: Samples, dtype: torch.dtype, training: bool) -> None:
-    """eps that is not positive. torch 2.13 takes zero in eval mode and 2.11 does not; ours takes it beside either."""
+    """eps that is not positive. torch 2.13 accepts zero in eval mode, and torch 2.11 does not. bnkern accepts it."""
     calls = [call for call in calls_of(samples, dtype, training) if call[1].error is not None]
     assert len(calls) >= 12
     for name, sample in calls:
@@ -165,7 +166,7 @@ def test_module_error_inputs(samples: Samples, dtype: torch.dtype, training: boo
 
 
 def native(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: object) -> Tensor:
-    """bnkern.batch_norm with the arguments of the native ops, of which one form has no running statistics."""
+    """bnkern.batch_norm with the arguments of the native operators, one of which takes no running statistics."""
     *running, training, momentum, eps = rest
     return bnkern.batch_norm(x, *(running or (None, None)), weight, bias, training, momentum, eps)
 
@@ -175,7 +176,7 @@ def with_update(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tens
 
 
 def aten(name: str) -> Callable[..., Tensor]:
-    """The output of the op alone: what else it returns is what its own backward reads."""
+    """Only the output of the operator; its other results are inputs of its own backward."""
     return lambda *args: getattr(torch.ops.aten, name)(*args)[0]
 
 

@@ -18,13 +18,13 @@ OPS = ("nn.functional.batch_norm", "native_batch_norm", "_native_batch_norm_legi
 
 
 class ModuleSample(NamedTuple):
-    """One entry of ``module_inputs_func`` or ``module_error_inputs_func``: how to make the module and to call it."""
+    """An entry of ``module_inputs_func`` or ``module_error_inputs_func``: arguments of the module and its call."""
 
     name: str
     args: tuple
     kwargs: dict[str, object]
     input: Tensor
-    error: str | None = None  # the pattern of the message, for an error input
+    error: str | None = None  # the pattern of the message, for an invalid input
 
 
 class OpSample(NamedTuple):
@@ -46,7 +46,7 @@ def _module_sample(given, error: str | None = None) -> ModuleSample:
 
 
 def collect() -> Samples:
-    """All samples for the CPU, the same values every time. No tensor requires grad."""
+    """All samples for the CPU, with the same values in every run. No tensor requires grad."""
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
 
@@ -72,7 +72,7 @@ def collect() -> Samples:
 
 
 if __name__ == "__main__":
-    from tests.nn import torch_samples  # so that the classes are pickled by the name that the tests import
+    from tests.nn import torch_samples  # so that the classes are pickled with the name that the tests import
 
     with open(sys.argv[1], "wb") as file:
         pickle.dump(torch_samples.collect(), file)

@@ -1,4 +1,4 @@
-"""Imports run one way: who may know of whom. A module that is not in the table must be given its place there."""
+"""The allowed imports between modules. A module that is not in the table must be added to it."""
 
 import ast
 import fnmatch
@@ -17,13 +17,13 @@ from tests import ROOT
 
 
 class Rule(NamedTuple):
-    """What the modules that match a pattern may import: ours, and packages besides the standard library."""
+    """The allowed imports of modules that match a pattern: own modules, and packages besides the standard library."""
 
     ours: tuple[str, ...]
     others: tuple[str, ...] = ("torch",)
 
 
-# What every backend may know: the arguments of a call, how tensors lie in memory, and which dtype sums have.
+# Modules that every backend may import: the arguments of a call, memory layouts, and the dtype of sums.
 LEAVES = (
     "bnkern.backends.calls",
     "bnkern.backends.layout",
@@ -31,7 +31,7 @@ LEAVES = (
     "bnkern.backends.reference.accumulator",
 )
 
-# The first pattern that matches a module is its rule.
+# The first pattern that matches a module applies.
 RULES = {
     "bnkern.backends.calls": Rule(()),
     "bnkern.backends.layout": Rule(()),
@@ -40,26 +40,26 @@ RULES = {
     "bnkern.backends.reference*": Rule(
         ("bnkern.backends.calls", "bnkern.backends.layout", "bnkern.backends.reference.*")
     ),
-    # The native module takes what it can read; the reference serves empty batches.
+    # The native module declines some operands. The reference serves empty batches.
     "bnkern.backends.native": Rule((*LEAVES, "bnkern._native", "bnkern.backends.reference")),
     "bnkern.backends.cpu.convolution": Rule((*LEAVES, "bnkern.backends.native")),
-    # Merging a handful of [C] vectors on the CPU needs no kernel of its own.
+    # Merging a few [C] vectors on the CPU needs no kernel.
     "bnkern.backends.cpu": Rule(
         ("bnkern.backends.native", "bnkern.backends.cpu.convolution", "bnkern.backends.reference.merge")
     ),
     "bnkern.backends.architectures": Rule((), ()),
     "bnkern.backends.cuda": Rule(("bnkern.backends.native", "bnkern.backends.architectures")),
     "bnkern.backends.triton*": Rule((*LEAVES, "bnkern.backends.triton*"), ("torch", "triton")),
-    "bnkern.backends": Rule(("bnkern.backends.protocol",)),  # loads its backends by name, from the table
-    # Batch norm, from the bottom to the top.
+    "bnkern.backends": Rule(("bnkern.backends.protocol",)),  # imports its backends by name, from the table
+    # Batch norm, from the lowest to the highest layer.
     "bnkern.norm.context": Rule(()),
     "bnkern.norm.validation": Rule(("bnkern.backends", "bnkern.backends.calls")),
     "bnkern.norm.ranks": Rule((*LEAVES, "bnkern.backends.protocol", "bnkern.backends.reference.update_running")),
-    # The decomposition into torch's operators returns the mask as the reference formula packs it.
+    # The decomposition into torch's operators packs the mask with the reference's function.
     "bnkern.norm.op": Rule(
         ("bnkern.norm.context", "bnkern.norm.ranks", "bnkern.backends", "bnkern.backends.reference.pack_mask", *LEAVES)
     ),
-    # The second derivative is the reference formula's.
+    # The second derivative uses the reference formula.
     "bnkern.norm.vmap": Rule(("bnkern.norm.context", "bnkern.norm.op", "bnkern.backends.reference", *LEAVES)),
     "bnkern.norm.autograd": Rule(
         ("bnkern.norm.context", "bnkern.backends", "bnkern.backends.protocol", "bnkern.backends.reference", *LEAVES)
@@ -103,7 +103,7 @@ OURS = ("bnkern", "experiments", "benchmarks", "tests")
 
 
 def modules() -> dict[str, Path]:
-    """Our modules by dotted name, without tests and benchmarks, which may import anything."""
+    """The modules of the package by dotted name, without tests and benchmarks, which may import anything."""
     found = {"setup": ROOT / "setup.py"}
     for package in ("bnkern", "experiments"):
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -116,7 +116,7 @@ MODULES = modules()
 
 
 def imports_of(name: str, path: Path) -> Iterator[str]:
-    """Dotted names that a module imports, anywhere in it: "package.module", or "package.module.attribute"."""
+    """Dotted names that a module imports anywhere: "package.module", or "package.module.attribute"."""
     package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -128,7 +128,7 @@ def imports_of(name: str, path: Path) -> Iterator[str]:
 
 
 def allowed(imported: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a dotted name is a pattern's, or, where the pattern names a module of ours, something in it."""
+    """Whether a pattern allows a dotted name, or names a module that contains it."""
     for pattern in patterns:
         if fnmatch.fnmatchcase(imported, pattern):
             return True
@@ -151,7 +151,7 @@ def test_imports_run_one_way(name: str) -> None:
 
 
 def test_the_rules_can_be_broken(tmp_path: Path) -> None:
-    """The reader of imports resolves every form there is, and the table refuses what it should."""
+    """imports_of resolves every form of import, and the table refuses forbidden ones."""
     path = tmp_path / "m.py"
     forms = [
         "import a.b, c",
@@ -173,7 +173,7 @@ def test_the_rules_can_be_broken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["tests", "benchmarks"])
 def test_test_modules_are_not_imported(folder: str) -> None:
-    """What several test modules or benchmarks share is in a module that pytest does not collect."""
+    """Code that several test modules or benchmarks share is in a module that pytest does not collect."""
     checked = 0
     for path in sorted((ROOT / folder).rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -186,7 +186,7 @@ def test_test_modules_are_not_imported(folder: str) -> None:
 
 
 def test_the_table_of_backends_names_modules() -> None:
-    """The choice imports by name: each of its names that exists is a module of backends, and nothing else is."""
+    """The backends are imported by name: each name that exists is a module of backends, and there are no others."""
     here = {name.split(".")[2] for name in MODULES if name.startswith("bnkern.backends.")}
     here -= {"calls", "layout", "records", "protocol", "native", "architectures"}
     assert here <= set(backends.NAMES)
@@ -194,7 +194,10 @@ def test_the_table_of_backends_names_modules() -> None:
 
 
 def test_native_sources_know_neither_torch_nor_python() -> None:
-    """csrc includes nothing of torch; pybind11 in bind.cpp alone, and Python's own header in csrc/call."""
+    """csrc includes no header of torch.
+
+    Only bind.cpp includes pybind11, and only csrc/call includes Python's header.
+    """
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
     assert len(sources) > 5
     for path in sources:
@@ -218,13 +221,13 @@ def run(code: str) -> str:
 
 
 def test_importing_loads_no_kernels() -> None:
-    """Neither the compiled module nor triton is touched before the first call."""
+    """The compiled module and triton are not imported before the first call."""
     loaded = "[m for m in sys.modules if m == 'bnkern._native' or m.partition('.')[0] == 'triton']"
     assert run(f"import sys, bnkern; print({loaded})") == "[]"
 
 
 def test_works_without_compiled_module_and_triton() -> None:
-    """Where neither can be imported the package does, and the reference serves, with one warning."""
+    """If neither can be imported, the package works, and the reference serves calls with one warning."""
     code = """
 import sys, warnings
 sys.modules["bnkern._native"] = sys.modules["triton"] = None
@@ -245,7 +248,7 @@ print(bnkern.explain(torch.ones(2, 3)))
 
 @pytest.mark.parametrize("package", ["experiments.specs", "experiments.draw"])
 def test_specs_and_drawings_need_no_torch(package: str) -> None:
-    """A figure can be drawn, and a run described, where neither torch nor bnkern is installed."""
+    """Figures can be drawn, and runs described, without torch and bnkern."""
     names = [name for name in MODULES if name == package or name.startswith(f"{package}.")]
     assert len(names) > 1
     blocked = "import sys; sys.modules['torch'] = sys.modules['bnkern'] = None"

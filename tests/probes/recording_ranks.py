@@ -21,7 +21,7 @@ SUMMED = [*CHANNEL, "weight_gradient_signs"]
 
 
 def record_rank(out: str | Path, norm: bool, shares: list[int], rank: int) -> None:
-    """Five steps of batches of 6 images, of which this process takes its share."""
+    """Five steps with batches of 6 images, of which this process takes its share."""
     net = make_net(norm)
     net = bnkern.nn.convert_sync_batchnorm(net) if norm and len(shares) > 1 else net
     quantities = [*SUMMED, "signal_propagation", *["affine_gradient_signs"] * norm]

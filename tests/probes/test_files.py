@@ -1,4 +1,4 @@
-"""The files of a recording, and the buffers on their way to them."""
+"""The files of a recording, and the buffers that are written to them."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def test_an_exception_in_training_leaves_what_was_closed(tmp_path: Path) -> None
 
 
 def test_a_killed_process_leaves_whole_files(tmp_path: Path) -> None:
-    """At most what was not flushed is lost, and no part is half written."""
+    """Only records that were not flushed are lost, and no part is incomplete."""
     code = f"""
         import os, signal
         from tests.support.probing import CHANNEL, make_net, train
@@ -103,7 +103,7 @@ def test_a_killed_process_leaves_whole_files(tmp_path: Path) -> None:
 
 
 def test_an_unclosed_recording_is_written_before_the_interpreter_ends(tmp_path: Path) -> None:
-    """The interpreter waits for the thread that writes, here one that is slow."""
+    """The interpreter waits for the thread that writes, which is slow here."""
     code = f"""
         import time
         from tests.support.probing import CHANNEL, make_net, train
@@ -127,7 +127,7 @@ def test_an_unclosed_recording_is_written_before_the_interpreter_ends(tmp_path: 
 
 def test_a_full_buffer_drops_the_newest_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_net()
-    monkeypatch.setattr(files.Writer, "busy", lambda self: True)  # a disk that never catches up
+    monkeypatch.setattr(files.Writer, "busy", lambda self: True)  # a disk that is never fast enough
     with (
         pytest.warns(UserWarning, match="7 records were dropped"),
         probes.record(net, CHANNEL, out=tmp_path, capacity=3) as rec,
@@ -148,7 +148,9 @@ def test_small_buffers_are_flushed_in_time(tmp_path: Path) -> None:
     assert len(files.parts(tmp_path)) >= 4
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not Path("/dev/full").exists(), reason="this needs a device that is always full"
+)
 def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, arrays: dict) -> None:
         with open("/dev/full", "wb") as file:
@@ -164,7 +166,10 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_ring_that_is_used_again_loses_no_record(tmp_path: Path) -> None:
-    """A full ring goes to the writer as it is; what it held must be on the disk whatever is written into it later."""
+    """A full ring is passed to the writer without a copy.
+
+    Its records must be on the disk, whatever is recorded later.
+    """
     model = bnkern.nn.BatchNorm2d(4)
     with bnkern.probes.record(model, ["activation_moments"], out=tmp_path, capacity=4) as recording:
         for k in range(200):
@@ -184,6 +189,6 @@ def test_a_full_ring_comes_back_from_the_writer(tmp_path: Path) -> None:
             if k % 4 == 3:
                 rings.append(recording._buffer.rows.data_ptr())
                 recording.flush(wait=True)
-    assert len(set(rings)) == 2  # the one being filled and the one being written
+    assert len(set(rings)) == 2  # one ring is filled while the other is written
     found = bnkern.probes.load(tmp_path)["activation_moments"][""]
     assert found["mean"][:, 0].tolist() == list(range(24))

@@ -1,4 +1,4 @@
-"""Every recorded quantity against its oracle, the schedules, and that recording changes no bit."""
+"""Every recorded quantity against its oracle, the schedules, and unchanged bits of the training."""
 
 import copy
 import warnings
@@ -28,7 +28,7 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
 
 
 class Seen:
-    """What plain hooks show of one forward and backward: inputs, outputs and their gradients, by layer."""
+    """The inputs, outputs and their gradients of one forward and backward by layer, from plain hooks."""
 
     def __init__(self, net: nn.Module) -> None:
         self.x, self.y, self.residual, self.dy = {}, {}, {}, {}
@@ -45,8 +45,11 @@ class Seen:
 
 
 def compare(ours: dict[str, np.ndarray], oracle: dict[str, Tensor], what: str) -> None:
-    """Against float64 sums over the same stored values. fp32 partial sums of some hundred summands are right to a few
-    1e-7 of the sum of magnitudes: for signed values, which cancel, that is the floor."""
+    """Compares with float64 sums over the same stored values.
+
+    fp32 partial sums of some hundred summands are exact to a few 1e-7 of the sum of magnitudes. For signed values,
+    which cancel, this is the floor.
+    """
     for name, expected in oracle.items():
         expected, found = np.asarray(expected, dtype=float), ours[name][0]
         assert found.shape == expected.shape, (what, name)
@@ -99,7 +102,8 @@ def test_quantities_agree_with_their_oracles(target: Target, norm: bool, layout:
         module = getattr(net, layer)
         oracle = make("weight_gradient_signs").oracle(seen.x[layer], seen.dy[layer], module)
         ours = found["weight_gradient_signs"][layer]
-        # The ratio of a sum that cancels carries the sum's relative error: compared where it is not all rounding.
+        # The ratio of a sum that cancels has the relative error of the sum. It is compared if the sum is not only
+        # rounding.
         oracle = {name: value.numpy() for name, value in oracle.items()}
         safe = np.abs(oracle["sum"]) > 1e-3 * oracle["abs_sum"]
         ratio, expected = ours.pop("ratio")[0], oracle.pop("ratio")
@@ -145,7 +149,7 @@ def test_reduced_forms_of_weight_gradient_signs(form: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("centred", ["input", "gradient"])
 def test_centred_weight_gradient_signs(target: Target, centred: str, tmp_path: Path) -> None:
-    """The oracle on an x or dy that lost its channels' means; the gradient itself stays as it is."""
+    """The oracle uses x or dy without their channel means. The gradient itself does not change."""
     net, plain = make_net(device=target.device), make_net(device=target.device)
     quantity = make("weight_gradient_signs", layers="conv[23]", centred=centred)
     images, labels = batch(0, device=target.device)
@@ -186,7 +190,7 @@ def test_gradient_noise_scale(divided: bool, tmp_path: Path) -> None:
 
 
 def test_gradient_noise_of_known_gaussians() -> None:
-    """The estimator is unbiased: over many draws its means are tr Sigma and |G|^2."""
+    """The estimator is unbiased: its means over many draws are tr Sigma and |G|^2."""
     generator = torch.Generator().manual_seed(0)
     truth, sigma, part, k = torch.randn(50, generator=generator), 3.0, 4, 5
     draws = [
@@ -209,7 +213,7 @@ def test_the_histogram_takes_zeros_infinities_and_the_smallest_numbers(tmp_path:
     found = probes.load(tmp_path)["parameter_gradient_histogram"]["weight"]
     edges, counts = found["edges"][0], found["histogram"][0]
     assert counts.sum() == 6
-    for value, expected in ((0.0, 3), (1.0, 1), (-2.0, 1), (2.0**23.99, 1)):  # the last: what lies beyond the edges
+    for value, expected in ((0.0, 3), (1.0, 1), (-2.0, 1), (2.0**23.99, 1)):  # the last one is outside of the edges
         (k,) = np.flatnonzero((edges[:-1] <= value) & (value < edges[1:]))
         assert counts[k] == expected, value
 
@@ -247,7 +251,7 @@ def test_recording_never_changes_a_bit(target: Target, schedule: str, norm: bool
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_host_and_device_decide_alike(schedule: str, tmp_path: Path) -> None:
-    """Counting steps and deciding by tensors on the device records the same steps and numbers."""
+    """A schedule on the host and one on the device record the same steps and numbers."""
     recorded = []
     for on_device in (False, True):
         net, out = make_net(), tmp_path / str(on_device)
@@ -267,7 +271,10 @@ def test_host_and_device_decide_alike(schedule: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("schedule", ["every_third", "while_loss"])
 def test_steps_before_the_first_record_count(schedule: str, tmp_path: Path) -> None:
-    """Layers whose channels show at their first call, in eval mode at first: nothing tells the device, steps pass."""
+    """Layers whose channels are known only after the first call, first in eval mode.
+
+    The device counts these steps too.
+    """
     recorded = []
     for on_device in (False, True):
         net, out = make_net(norm=False), tmp_path / str(on_device)
@@ -325,4 +332,4 @@ def test_output_moments_of_parts_merge_to_those_of_the_whole() -> None:
         return torch.stack([found["count"], found["mean"], found["var"] * found["count"]]).numpy()[None]
 
     merged = quantity.merge(np.stack([row(part) for part in (y[:2], y[2:5], y[5:])]))
-    np.testing.assert_allclose(merged, row(y), rtol=1e-9)  # float64 throughout
+    np.testing.assert_allclose(merged, row(y), rtol=1e-9)  # float64 in all operations

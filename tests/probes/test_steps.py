@@ -1,4 +1,4 @@
-"""Recording while a model trains: calls and steps, layers and names, errors, torch.compile, ranks, CUDA graphs."""
+"""Recording during training: calls and steps, layers and names, errors, torch.compile, ranks, CUDA graphs."""
 
 import copy
 import pickle
@@ -92,7 +92,7 @@ def test_eval_passes_are_ignored_unless_asked(tmp_path: Path) -> None:
 
 
 def test_what_a_step_did_not_record_is_nan(tmp_path: Path) -> None:
-    """A forward without a backward leaves no gradients of the step before."""
+    """A forward without a backward must not keep the gradients of the step before."""
     net = make_net()
     with probes.record(net, CHANNEL, out=tmp_path) as rec:
         for step in range(2):
@@ -106,7 +106,9 @@ def test_what_a_step_did_not_record_is_nan(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_joins_late(tmp_path: Path) -> None:
-    """Layers whose channels show at the first call, and layers first called in a later step, find a place."""
+    """Layers whose channels are known after the first call, and layers that are first called in a later step, are
+    recorded.
+    """
     net = nn.ModuleDict({"a": bnkern.nn.Activation(), "b": bnkern.nn.Activation()})
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     with probes.record(net, CHANNEL, out=tmp_path) as rec:
@@ -211,7 +213,7 @@ def test_errors_at_the_door(quantities: list[str], options: dict, message: str, 
 
 
 def test_a_quantity_of_ones_own(tmp_path: Path) -> None:
-    """A class given as it is: recorded like the others, read back by the names of its rows."""
+    """A class that is passed directly is recorded like the others, and read by the names of its entries."""
 
     class Norms(probes.Quantity):
         name, rows = "parameter_norm", ("norm",)
@@ -269,7 +271,7 @@ def test_torch_compile_recompiles_on_entering_and_never_again(tmp_path: Path) ->
     ids=["2_ranks_no_norm", "2_ranks", "3_ranks", "3_ranks_one_empty"],
 )
 def test_ranks_are_merged_into_one_file(norm: bool, shares: list[int], tmp_path: Path) -> None:
-    """Processes with unequal parts of each batch record what one process records of the whole."""
+    """Processes with unequal parts of each batch record the numbers of one process with the whole batch."""
     import socket
 
     with socket.socket() as probe:
@@ -288,7 +290,7 @@ def test_ranks_are_merged_into_one_file(norm: bool, shares: list[int], tmp_path:
         for layer, arrays in expected[quantity].items():
             for name, values in arrays.items():
                 if "ratio" in name:
-                    continue  # of a sum that cancels
+                    continue  # the ratio of a sum that cancels
                 # Sums of parts differ from those of the whole by the order of addition in float32.
                 scale = np.abs(arrays.get(name.replace("sum", "abs_sum"), values)).max()
                 if name == "third":
@@ -296,7 +298,9 @@ def test_ranks_are_merged_into_one_file(norm: bool, shares: list[int], tmp_path:
                 np.testing.assert_allclose(
                     found[quantity][layer][name], values, rtol=1e-5, atol=1e-5 * scale, err_msg=f"{layer} {name}"
                 )
-    assert found["signal_propagation"]["norm3"]["variance"].shape == (5, len(shares)), "not a sum: an axis of ranks"
+    assert found["signal_propagation"]["norm3"]["variance"].shape == (5, len(shares)), (
+        "this has an axis of ranks, because it is no sum"
+    )
     again = probes.load(f"{out}-again")
     for quantity in CHANNEL:
         for layer, arrays in found[quantity].items():
@@ -306,7 +310,7 @@ def test_ranks_are_merged_into_one_file(norm: bool, shares: list[int], tmp_path:
 
 @pytest.mark.gpu
 def test_a_captured_step_records_by_the_schedule_on_the_device(tmp_path: Path) -> None:
-    """The whole step in a CUDA graph with its recording: replays record the steps that the schedule names."""
+    """The whole step is a CUDA graph with its recording. Replays record the steps of the schedule."""
     recorded = []
     for captured in (False, True):
         net, out = make_net(device="cuda"), tmp_path / str(captured)

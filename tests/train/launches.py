@@ -11,9 +11,9 @@ from tests.train.training import images, tiny
 
 RUNS = {
     "plain": {"norm": "none"},
-    "again": {"norm": "none"},  # its last checkpoint and all that came after are lost, and it goes on
+    "again": {"norm": "none"},  # the run is repeated after its last checkpoint and all later files are lost
     "diverging": {"norm": "none", "lr": 16.0, "warmup": 7, "drops": []},
-    "batch": {"norm": "batch", "batch": 12, "log_every": 2},  # shares of 6 and of 4
+    "batch": {"norm": "batch", "batch": 12, "log_every": 2},  # the ranks have 6 or 4 images
     "final": {"norm": "final", "batch": 12, "log_every": 2},
 }
 SCRIPT = """
@@ -34,13 +34,13 @@ with process_group("gloo"):
 
 
 def one_run(name: str, folder: Path) -> None:
-    """float64, where processes and one differ in the order of sums alone."""
+    """Runs in float64, so that several processes and one differ only in the order of sums."""
     settings = {"precision": "fp64", "lr": 1 / 64, "checkpoint_every": 4, "deterministic": True}
     train(tiny(**settings | RUNS[name]), folder / name, images())
 
 
 def torchrun(folder: Path, processes: int, *names: str) -> Path:
-    """Does the runs in that many processes, all in one launch, since starting takes longer than training."""
+    """Executes the runs in that many processes, all in one launch, because starting takes longer than training."""
     words = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
     (folder / "run.py").write_text(SCRIPT)
     words += ["--rdzv-endpoint=localhost:0", str(folder / "run.py"), str(folder), *names]

@@ -1,4 +1,4 @@
-"""The same network on bnkern and on torch trains alike: gradients against float64, and losses step by step."""
+"""Networks on bnkern and on torch train alike: gradients compared with float64, and losses at each step."""
 
 import pytest
 import torch
@@ -12,11 +12,11 @@ from tests.train.training import stepper, tiny
 @pytest.mark.parametrize("norm", ["batch", "none", "final"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 def test_gradients_are_as_good_as_torchs(norm: str, channels_last: bool) -> None:
-    """Error of a float32 ResNet-14's gradients against float64, over all parameters, at most twice torch's.
+    """The error of a float32 ResNet-14's gradients against float64, over all parameters, is at most twice torch's.
 
-    The same parameters and images. The convolutions, which both share, make most of either error, about 1e-6; but a
-    value next to zero whose ReLU rounding turns over costs 0.1 % and more, in one batch bnkern, in another torch. So
-    the best of 5 batches is compared.
+    Parameters and images are the same. The convolutions, which both share, cause most of either error, about 1e-6. If
+    rounding changes the sign of a value near zero before a ReLU, the error is 0.1 % and more, in some batches for
+    bnkern and in others for torch. So the best of 5 batches is compared.
     """
     data = cifar10.synthetic(train=5 * 8, test=1)
 
@@ -37,16 +37,16 @@ def test_gradients_are_as_good_as_torchs(norm: str, channels_last: bool) -> None
             found.append(((gradients(batch, kernels, "fp32") - truth).norm() / truth.norm()).item())
     ours, torchs = (min(found) for found in errors.values())
     assert 0 < ours <= 2 * torchs
-    assert torchs < 1e-5  # else both are wrong
+    assert torchs < 1e-5  # otherwise both are wrong
 
 
 @pytest.mark.slow
 def test_losses_stay_as_close_to_torch_as_torchs_layouts_do() -> None:
-    """Over 50 steps bnkern is at most twice as far from torch NCHW as torch channels_last is; median of 3 seeds.
+    """Over 50 steps bnkern is at most twice as far from torch NCHW as torch channels_last is, in the median of 3 seeds.
 
-    Training is chaotic: a last bit grows to 1e-3 within 10 steps. Distance is the largest so far, since the two
-    losses of a step can agree by chance. 4 float32 roundings of a loss near 2.3 are allowed on top, for the first
-    steps, where torch's layouts can agree exactly.
+    Training is chaotic: the last bit grows to 1e-3 within 10 steps. The distance is the largest so far, because the two
+    losses of a step may agree by chance. 4 float32 roundings of a loss near 2.3 are added for the first steps, in which
+    torch's layouts may agree exactly.
     """
     data = cifar10.synthetic(train=50 * 32, test=1)
 
@@ -64,4 +64,4 @@ def test_losses_stay_as_close_to_torch_as_torchs_layouts_do() -> None:
         torchs.append((losses(seed, "torch", True) - truth).abs().cummax(0).values)
     ours, torchs = (torch.stack(rows).median(0).values for rows in (ours, torchs))
     assert (ours <= 2 * torchs + 4 * 2**-23 * 2.3).all(), (ours / torchs).tolist()
-    assert ours[-1] > 1e-6, "two runs that never part are the same kernels"
+    assert ours[-1] > 1e-6, "two runs without any difference use the same kernels"

@@ -1,6 +1,6 @@
-"""``augment``: a batch gathered, cropped, flipped and normalised, against a slow oracle and, in bits, the reference.
+"""``augment``, which gathers, crops, flips and normalises a batch, compared with a slow oracle and the reference.
 
-Nothing here has a tolerance: values are looked up, not computed, and the random words are integers.
+No test has a tolerance, because values are looked up in a table, and the random words are integers.
 """
 
 import pytest
@@ -22,7 +22,7 @@ from tests.support.images import (
     same,
 )
 
-# Random123's known answers for philox4x32-10: counter, key, words.
+# Random123's published results for philox4x32-10: counter, key, words.
 KNOWN = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
@@ -31,7 +31,7 @@ KNOWN = [
 
 
 def test_many_images_as_the_reference(target: Target) -> None:
-    """Every crop and flip there is, many times over, and enough images for several threads."""
+    """All crops and flips occur many times, and there are enough images for several threads."""
     images, labels = augment(target, MANY, torch.float32, "nchw")
     expected, numbers = augment(Target("reference", "cpu"), MANY, torch.float32, "nchw")
     assert same(images, expected) and torch.equal(labels, numbers)
@@ -85,7 +85,7 @@ def test_words_are_those_of_the_seed_s_bits() -> None:
 
 
 def test_crops_and_flips_are_even() -> None:
-    """Of 90,000 images each offset takes a ninth and each side a half, to 5 standard deviations."""
+    """Of 90,000 images a ninth has each offset and half are flipped, to 5 standard deviations."""
     n = 90_000
     w0, w1, w2, _ = philox(words(0), (0, torch.arange(n), CROP, 0))
     for offsets in (w0 * 9 >> 32, w1 * 9 >> 32):
@@ -96,7 +96,7 @@ def test_crops_and_flips_are_even() -> None:
 
 
 def test_streams_and_epochs_are_apart() -> None:
-    """No word of one key, stream, epoch and image is that of another, but by chance (2^-32 each)."""
+    """Words of different keys, streams, epochs and images differ, except by chance (2^-32 each)."""
     drawn = [
         torch.stack(philox(words(seed), (epoch, torch.arange(500), stream, 0)))
         for seed in (0, 1, 1 << 32)

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or refused, nothing executed, and the one before them kept."""
+"""Checkpoint files are complete or refused, execute no code, and the previous one is kept."""
 
 import pickle
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_the_one_before_is_kept(tmp_path: Path) -> None:
     for number in range(3):
         save(path, state(number))
     assert load(path)["number"] == 2
-    path.unlink()  # as a crash between the two renames leaves it
+    path.unlink()  # the state after a crash between the two renames
     assert load(path)["number"] == 1
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10: reading, checking and fetching it, on tiny stand-ins with SHA-1s of their own; and its batches."""
+"""CIFAR-10: reading, checking and downloading, with small substitutes that have their own SHA-1, and its batches."""
 
 import hashlib
 import io
@@ -19,12 +19,12 @@ from bnkern.train.cifar10 import DataError, fetch
 from tests.support.cases import Target
 from tests.support.images import FORMATS, assert_same, check_fill, made
 
-COUNT = 7  # records in each tiny batch file
+COUNT = 7  # records in each small batch file
 
 
 @pytest.fixture
 def tiny() -> dict[str, bytes]:
-    """Six batch files of a few records."""
+    """Six batch files with a few records each."""
     generator = torch.Generator().manual_seed(0)
     files = {}
     for name in cifar10.SHA1:
@@ -36,18 +36,18 @@ def tiny() -> dict[str, bytes]:
 
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No data, an empty cache folder, no npm and no network: returns the cache folder."""
+    """An environment without data, npm and network, with an empty cache folder. Returns the cache folder."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("BNKERN_DATA", raising=False)
-    monkeypatch.setattr(fetch, "ARCHIVE", "http://127.0.0.1:9/cifar-10-binary.tar.gz")  # nobody listens there
+    monkeypatch.setattr(fetch, "ARCHIVE", "http://127.0.0.1:9/cifar-10-binary.tar.gz")  # no server listens on this port
     return cifar10.cache_folder()
 
 
 @pytest.fixture
 def published(tiny: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the tiny files were the published ones."""
+    """Makes the small files count as the published ones."""
     monkeypatch.setattr(fetch, "SHA1", {name: hashlib.sha1(batch).hexdigest() for name, batch in tiny.items()})
 
 
@@ -68,7 +68,7 @@ def pack(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def sheet(batch: bytes) -> tuple[bytes, list[int]]:
-    """The npm package's form of a batch: a PNG with one image a row, and the labels."""
+    """The npm package's form of a batch: a PNG with one image per row, and the labels."""
     records = torch.frombuffer(bytearray(batch), dtype=torch.uint8).view(-1, cifar10.RECORD)
     pixels = records[:, 1:].view(-1, 3, 1024).transpose(1, 2).contiguous()
     stream = io.BytesIO()
@@ -77,7 +77,7 @@ def sheet(batch: bytes) -> tuple[bytes, list[int]]:
 
 
 def npm(folder: Path, says: str) -> None:
-    """An npm client in ``folder`` that runs ``says``, Python."""
+    """An npm client in ``folder`` that executes the Python code ``says``."""
     (folder / "npm").write_text(f"#!{sys.executable}\nimport shutil, sys\n{says}\n")
     (folder / "npm").chmod(0o755)
 
@@ -218,7 +218,7 @@ def test_synthetic_images_are_the_same_every_time_and_differ_by_class() -> None:
 def test_normalise_gives_each_channel_mean_zero_and_variance_one() -> None:
     data = cifar10.synthetic(300, 10)
     channels = data.normalise(data.train.images).double().transpose(0, 1).flatten(1)
-    # 307,200 float32 values of order one: their rounding
+    # the rounding of 307,200 float32 values of order one
     torch.testing.assert_close(channels.mean(1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-5)
     torch.testing.assert_close(channels.std(1, correction=0), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-5)
 
@@ -243,7 +243,7 @@ def test_batches_are_a_permutation_fixed_by_seed_and_epoch() -> None:
 
 @pytest.fixture(scope="module")
 def split() -> cifar10.Split:
-    """50 images that tell by their first pixel, and by their label, which they are."""
+    """50 images that are identified by their first pixel and by their label."""
     images = torch.randint(0, 256, (50, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.arange(50)
     return cifar10.Split(images, torch.arange(50))
@@ -263,22 +263,23 @@ def test_an_epoch_shows_every_image_once_and_leaves_the_short_batch_out(split) -
 def test_images_are_those_of_their_labels_normalised(split) -> None:
     images, labels = made(split, size=50).at(0, 0)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)))
-    assert torch.equal(images, ((split.images[labels].double() / 255 - mean) / std).float())  # rounded once
+    # the result is rounded once
+    assert torch.equal(images, ((split.images[labels].double() / 255 - mean) / std).float())
     data = cifar10.synthetic(60, 10)
     numbered = cifar10.Split(data.train.images, torch.arange(60))
     images, numbers = cifar10.Batches(numbered, 60, 0, data.mean, data.std).at(0, 0)
-    # the other order of operations, in float32: three roundings of values up to 3
+    # another order of operations in float32: three roundings of values up to 3
     torch.testing.assert_close(images, data.normalise(data.train.images)[numbers], rtol=0, atol=1e-6)
 
 
 def test_augmented_images_are_moved_and_mirrored_ones(split) -> None:
-    """Each is one of the 162 views of its image, most of them another than the image itself, and no epoch repeats."""
+    """Each image is one of the 162 views of its original, most are not the original itself, and epochs differ."""
     batches, plain = made(split, augment=True), made(split)
     seen = []
     for epoch in range(2):
         images, labels = batches.at(epoch, 3)
         whole, numbers = plain.at(epoch, 3)
-        assert torch.equal(labels, numbers)  # the order has nothing to do with it
+        assert torch.equal(labels, numbers)  # augmentation does not change the order
         black = made(cifar10.Split(torch.zeros_like(split.images), split.labels)).at(0, 0)[0][0, :, :1, :1]
         for image, original in zip(images, whole, strict=True):
             padded = black.expand(3, 40, 40).clone()
@@ -291,7 +292,7 @@ def test_augmented_images_are_moved_and_mirrored_ones(split) -> None:
 
 
 def test_batches_depend_on_seed_epoch_and_index_alone(split) -> None:
-    """Whatever was asked for before, and however late the epoch."""
+    """Earlier requests do not matter, and neither does a large number of the epoch."""
     epochs = (0, 1, 2**20, 2**20 + 1, 2**32 - 1)
     for seed in (0, 1, 2**63, 2**64 - 1):
         batches = made(split, seed=seed, augment=True)
@@ -305,7 +306,7 @@ def test_batches_depend_on_seed_epoch_and_index_alone(split) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2**63, 2**64 - 1])
 def test_the_order_is_the_one_stated(split, seed: int) -> None:
-    """Worked out once more with Python's integers, which have no sign bit to trip over."""
+    """The expected order is computed with Python's integers, which have no overflow."""
     for epoch in (0, 2**20, 2**32 - 1):
         drawn = [philox((seed % 2**32, seed >> 32), (epoch, image, 0, 0)) for image in range(50)]
         expected = sorted(range(50), key=lambda image: drawn[image][0] * 2**32 + drawn[image][1])
@@ -313,7 +314,7 @@ def test_the_order_is_the_one_stated(split, seed: int) -> None:
 
 
 def test_the_same_images_now_and_later() -> None:
-    """As they were when this was written: another result here is another training set for every run ever made."""
+    """The results must never change, because that would change the training set of every earlier run."""
     images = (torch.arange(50 * 3072) % 251).to(torch.uint8).view(50, 3, 32, 32)
     images, labels = made(cifar10.Split(images, torch.arange(50)), augment=True).at(1, 2)
     assert labels.tolist() == [33, 7, 44, 35, 20, 15, 8, 30]
@@ -349,15 +350,15 @@ def test_fill_is_at_with_the_number_on_the_device(target: Target, split, memory_
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_fill_in_a_graph(split) -> None:
-    """Captured once, replayed for every number and in another epoch; the bits are the CPU's."""
+    """Captured once, and replayed for every index and in another epoch. The bits are those of the CPU."""
     on_cpu = made(split, augment=True)
     batches = made(cifar10.Split(*(t.cuda() for t in split)), augment=True)
     position = torch.zeros((), dtype=torch.int64, device="cuda")
     images, labels = batches.at(0, 0)
     batches.start(0)
-    batches.fill(position, images, labels)  # compiled before the capture
+    batches.fill(position, images, labels)  # compiles before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         batches.fill(position, images, labels)

@@ -1,4 +1,4 @@
-"""Configs: what is refused and in which words, the way through JSON, the learning rate, the paper's runs."""
+"""Configs: errors and their messages, JSON, the learning rate, and the runs of the paper."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A run in two or three processes (torchrun, gloo, DDP, SyncBatchNorm) against the same in one, on the joint batch."""
+"""A run in two or three processes (torchrun, gloo, DDP, SyncBatchNorm) and the same run in one with the joint batch."""
 
 from pathlib import Path
 
@@ -21,7 +21,9 @@ def normalised(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
 
 
 def assert_close_run(several: Path, one: Path) -> None:
-    """Parameters, running statistics, velocities, metrics: 12 steps let a rounding of 1e-16 grow, not by a million."""
+    """Parameters, running statistics, velocities and metrics: in 12 steps a rounding of 1e-16 grows by less than a
+    million.
+    """
     ours, theirs = tensors(several), tensors(one)
     assert ours.keys() == theirs.keys() and len(ours) > 20
     for name, value in theirs.items():
@@ -47,7 +49,7 @@ def test_processes_are_one_with_batch_norm(normalised: Path, tmp_path: Path, nam
 
 
 def test_two_processes_stop_at_the_same_step(unnormalised: Path, tmp_path: Path) -> None:
-    """Divergence is that of the joint batch; a process that went on alone would wait for the other for ever."""
+    """Divergence is decided from the joint batch. Otherwise one process would wait forever for the other."""
     one_run("diverging", tmp_path)
     two, one = (rows(folder / "diverging")[-1] for folder in (unnormalised, tmp_path))
     assert one["event"] == two["event"] == "diverged" and one["step"] == two["step"] > 7
@@ -55,5 +57,5 @@ def test_two_processes_stop_at_the_same_step(unnormalised: Path, tmp_path: Path)
 
 
 def test_two_processes_resume(unnormalised: Path) -> None:
-    """From rank 0's checkpoint, to the bits of the uninterrupted run."""
+    """Resuming from rank 0's checkpoint gives the bits of the uninterrupted run."""
     assert_same_run(unnormalised / "plain", unnormalised / "again")

@@ -1,4 +1,4 @@
-"""Training on a GPU: a CUDA graph of the step has its bits, a run resumes with its bits, replays notice divergence."""
+"""Training on a GPU: the bits of a CUDA graph of the step, the bits of a resumed run, and divergence in replays."""
 
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from bnkern.train.runlog import Outcome
 from bnkern.train.step import Step
 from tests.train.training import images, tensors, tiny, untimed
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 PRECISIONS = ["fp32", "bf16"]
 
 
@@ -60,7 +60,7 @@ def test_an_interrupted_run_has_the_bits_of_a_whole_one(
 
 
 def test_divergence_is_found_in_replays(tmp_path: Path) -> None:
-    """The same step, and the same parameters before and after the update that did it."""
+    """The step, and the parameters before and after the diverging update, are those of a run without a graph."""
     for graph in (False, True):
         outcome = run(tmp_path / str(graph), graph=graph, norm="none", lr=1e3)
         assert outcome.diverged is not None

@@ -1,4 +1,4 @@
-"""Whole runs: what they leave, that they resume to the same bits whenever they were killed, and how they diverge."""
+"""Whole runs: their files, resuming with the same bits after any interruption, and divergence."""
 
 import os
 import random
@@ -34,7 +34,7 @@ def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     env = read_json(tmp_path / "a/env.json")
     assert env["backend"] and env["threads"] >= 1 and env["seconds"] > 0 and env["processes"] == 1
     written = rows(tmp_path / "a")
-    # 6 steps an epoch, a line every 4 steps and at each end
+    # 6 steps per epoch, and a line every 4 steps and at each end of an epoch
     assert [(r["step"], r["epoch"]) for r in written if r["event"] == "train"] == [
         *((4, 0), (6, 0), (8, 1), (12, 1), (16, 2), (18, 2))
     ]
@@ -50,12 +50,12 @@ def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert ended == (18, None, epochs[-1]["train_accuracy"], tests[-1], max(tests))
     out = capsys.readouterr().out
     assert "tiny-seed0: epoch 3/3: loss" in out and "images/s" in out
-    assert train(config, tmp_path / "a", images()) == ended  # nothing is done again
+    assert train(config, tmp_path / "a", images()) == ended  # a finished run is not repeated
     assert len(rows(tmp_path / "a")) == len(written)
 
 
 def test_the_numbers_in_the_metrics_are_the_networks(tmp_path: Path) -> None:
-    """The last line's test loss and accuracy, from the checkpoint's parameters; fp32 against fp32, other batches."""
+    """The last line has the test loss and accuracy of the checkpoint's parameters, both in fp32, in other batches."""
     config = tiny(lr=0.02, epochs=1)
     ended = train(config, tmp_path / "a", images())
     network = loop.build(config)
@@ -68,7 +68,7 @@ def test_the_numbers_in_the_metrics_are_the_networks(tmp_path: Path) -> None:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    """Ten coarse patterns under noise are easy; chance is 10 %."""
+    """Ten coarse patterns with noise are easy to learn. Chance is 10 %."""
     assert train(tiny(epochs=8, lr=0.05, augment=False), tmp_path / "a", images()).train_accuracy > 0.5
 
 
@@ -83,8 +83,10 @@ def test_it_learns(tmp_path: Path) -> None:
     ids=str,
 )
 def test_every_way_of_computing_runs(tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses near the plain run's: bf16 keeps 8 bits, so 0.1 over 6 steps, and the first step's to 0.02."""
-    if "compile" in changes:  # inductor's compiler takes a minute and adds nothing here
+    """Losses are near those of the plain run. bf16 has 8 bits, so within 0.1 over 6 steps, and within 0.02 at the
+    first.
+    """
+    if "compile" in changes:  # inductor's compiler takes a minute, and is not the subject here
         real = torch.compile
         monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="aot_eager"))
     config = tiny(epochs=1, lr=0.01, log_every=1)
@@ -113,13 +115,13 @@ def test_switches_of_torch_are_put_back(tmp_path: Path) -> None:
 
 
 def test_plateau_and_validation(tmp_path: Path) -> None:
-    """A rate so low that no epoch gains 0.01 %: a drop after every second epoch that missed the first one's mark."""
+    """The rate is so low that no epoch gains 0.01 %, so it drops after every second epoch."""
     config = tiny(epochs=7, lr=1e-9, plateau=1, drop_factor=0.5, validation=16, batch=16, log_every=2, norm="none")
     train(config, tmp_path / "a", images())
     rates = [r["lr"] / 1e-9 for r in rows(tmp_path / "a") if r["event"] == "train"]
     assert rates == pytest.approx([1, 1, 1, 0.5, 0.5, 0.25, 0.25])
     epochs = [r for r in rows(tmp_path / "a") if r["event"] == "epoch"]
-    assert epochs[-1]["step"] == 14  # 32 of the 48 images are left: two steps of 16 an epoch
+    assert epochs[-1]["step"] == 14  # 32 of the 48 images remain: two steps of 16 in an epoch
     network = loop.build(config)
     network.load_state_dict(checkpoint.read(tmp_path / "a/checkpoint.pt")["network"])
     data = images()
@@ -130,7 +132,7 @@ def test_plateau_and_validation(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ divergence
 
-# Seven quiet steps, then a rate that blows the network up in the second epoch.
+# Seven normal steps, then a rate with which the network diverges in the second epoch.
 DIVERGING = {"norm": "none", "lr": 16.0, "warmup": 7, "momentum": 0.0, "weight_decay": 0.0, "precision": "fp64"}
 DIVERGING |= {"drops": []}
 
@@ -143,7 +145,7 @@ def diverge(folder: Path, **changes: object) -> tuple[Config, dict]:
 
 
 def test_divergence_is_a_result(tmp_path: Path) -> None:
-    """The file holds the very update: after = before - lr gradient(before, batch), in float64 to rounding."""
+    """The file contains the diverging update: after = before - lr gradient(before, batch), in float64 to rounding."""
     config, kept = diverge(tmp_path / "a", log_every=5)
     step = kept["step"]
     last = rows(tmp_path / "a")[-1]
@@ -173,7 +175,7 @@ def test_divergence_is_a_result(tmp_path: Path) -> None:
 def test_divergence_does_not_depend_on_when_the_host_looks(tmp_path: Path) -> None:
     for looks in (1, 2, 50):
         config, kept = diverge(tmp_path / str(looks), log_every=looks, momentum=0.5)
-    for name, value in kept["after"].items():  # what the velocity is for; float64
+    for name, value in kept["after"].items():  # computed with the velocity in float64
         torch.testing.assert_close(value, kept["before"][name] - config.lr * kept["velocity"][name], rtol=1e-9, atol=0)
     first, *others = (tensors(tmp_path / str(every), "diverged.pt") for every in (1, 2, 50))
     for other in others:
@@ -186,11 +188,11 @@ def test_divergence_does_not_depend_on_when_the_host_looks(tmp_path: Path) -> No
 
 
 class Crash(BaseException):
-    """The power goes."""
+    """Represents a power failure."""
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Raises Crash instead of the ``count``-th rename, removal of a name or wait for the disk."""
+    """Raises Crash in place of the ``count``-th rename, removal or sync."""
     left = [count]
     for name in ("replace", "fsync"):
         real = getattr(os, name)
@@ -206,7 +208,10 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 @pytest.mark.parametrize("changes", [{}, DIVERGING | {"precision": "fp32"}], ids=["to the end", "to its divergence"])
 def test_a_crash_at_any_file_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict) -> None:
-    """Every rename and every sync of a run in turn is where it stops; what goes on from there ends alike."""
+    """The run is interrupted at each rename and each sync in turn.
+
+    The resumed run always ends with the same results.
+    """
     config = tiny(checkpoint_every=4, log_every=3, lr=0.02, deterministic=True).replace(**changes)
     whole = tmp_path / "whole"
     train(config, whole, images())
@@ -221,14 +226,14 @@ def test_a_crash_at_any_file_operation(tmp_path: Path, monkeypatch: pytest.Monke
             except Crash:
                 pass
             else:
-                break  # the run has fewer operations than that
+                break  # the run has fewer operations
         train(config, folder, images())
         assert_same_run(whole, folder, last)
     assert count > 15
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
-    """Later lines, half a line and an end that was written too early go."""
+    """Later lines, an incomplete line, and a premature end are removed."""
     config = tiny(checkpoint_every=4, log_every=2, lr=0.02, deterministic=True)
     train(config, tmp_path / "whole", images())
     train(config, tmp_path / "a", images())
@@ -240,7 +245,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "whole", tmp_path / "a")
 
 
-# Long enough that no machine finishes between two looks at the metrics.
+# So long that no machine finishes between two reads of the metrics.
 KILLED_SETTINGS = {"epochs": 12, "checkpoint_every": 2, "log_every": 3, "lr": 0.02, "deterministic": True}
 KILLED = f"""
 import sys, torch
@@ -253,7 +258,7 @@ train(tiny(**{KILLED_SETTINGS}), Path(sys.argv[1]), images())
 
 
 def test_kill_at_random_moments(tmp_path: Path) -> None:
-    """kill -9 three times, each a random moment after the metrics have grown by some lines."""
+    """kill -9 three times, each at a random time after the metrics have grown by some lines."""
     draw = random.Random(5)
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     train(tiny(**KILLED_SETTINGS), whole, images())
@@ -303,7 +308,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 class Recorder:
-    """What the loop asks of a recorder."""
+    """The functions of a recorder that the loop uses."""
 
     def __init__(self) -> None:
         self.steps, self.flushes = 0, []
@@ -335,7 +340,7 @@ def test_probes_are_called_and_change_nothing(tmp_path: Path) -> None:
 
 
 def test_records_of_a_run_that_crashed_and_went_on_are_those_of_one_that_did_not(tmp_path: Path) -> None:
-    """Probe files are cut back to the checkpoint's step, and written before it counts."""
+    """Probe files are truncated to the step of the checkpoint, and are written before the checkpoint is valid."""
     config = tiny(checkpoint_every=4, deterministic=True)
 
     def probes(network: torch.nn.Module, folder: Path, step: int):
@@ -351,7 +356,9 @@ def test_records_of_a_run_that_crashed_and_went_on_are_those_of_one_that_did_not
 
     with pytest.raises(ZeroDivisionError):
         train(config, tmp_path / "resumed", images(), probes=crashing)
-    assert load(tmp_path / "resumed/probes").steps.tolist() == list(range(11)), "more than the checkpoint at step 8"
+    assert load(tmp_path / "resumed/probes").steps.tolist() == list(range(11)), (
+        "there are records after the checkpoint at step 8"
+    )
     train(config, tmp_path / "resumed", images(), probes=probes)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
     expected, found = load(tmp_path / "whole/probes"), load(tmp_path / "resumed/probes")

@@ -1,4 +1,4 @@
-"""Distributed runs end in order: the process group's threads first, then the interpreter, also after an exception."""
+"""Distributed runs end in order, also after an exception: first the process group's threads, then the interpreter."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests import ROOT
 from tests.train.launches import torchrun
 from tests.train.training import tiny
 
-LAUNCHES = int(os.environ.get("BNKERN_LAUNCHES", "200"))  # of the slow test
+LAUNCHES = int(os.environ.get("BNKERN_LAUNCHES", "200"))  # the number of launches of the slow test
 
 THREADS = """
 import os
@@ -27,7 +27,7 @@ def gloo_threads():
     return [name for name in names if "gloo" in name]
 """
 
-# One rank is enough: it has the same threads.
+# One rank is enough, because it has the same threads.
 ONE_RANK = f"""{THREADS}
 import signal, sys
 import torch
@@ -64,7 +64,10 @@ CHAINED = """
     ids=["returned", "error", "chained_error", "exit", "interrupt"],
 )
 def test_threads_of_the_group_end_with_the_block(end: str, status: int) -> None:
-    """The interpreter ends after them, whatever ended the block: a model in DDP, in a cycle too, keeps none alive."""
+    """The threads end before the interpreter, however the block ends.
+
+    A model in DDP does not keep them, even in a cycle.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", ONE_RANK.replace("{end}", end)],
@@ -103,7 +106,7 @@ def run_of(folder: Path, **settings: object) -> tuple[str, ...]:
 
 @contextmanager
 def two_ranks(script: str, *words: str) -> Iterator[list[subprocess.Popen]]:
-    """Two processes that run the script and find each other through the environment, as torchrun starts them."""
+    """Two processes that run the script and connect through environment variables, as with torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -128,7 +131,7 @@ def two_ranks(script: str, *words: str) -> Iterator[list[subprocess.Popen]]:
 
 
 def assert_ended(ranks: list[subprocess.Popen], status: int) -> list[str]:
-    """Each rank with that status and without threads; what they wrote to stderr."""
+    """Requires this status of each rank, and no remaining threads. Returns their output on stderr."""
     errors = []
     for rank in ranks:
         output, error = rank.communicate(timeout=120)
@@ -144,7 +147,7 @@ def test_command_line_ends_in_order(tmp_path: Path) -> None:
 
 
 def test_command_line_ends_in_order_after_an_error(tmp_path: Path) -> None:
-    """Of one rank: the other one learns of it in its next collective, from the closed connection."""
+    """After an error of one rank the other one fails in its next collective, because the connection is closed."""
     with two_ranks(FAILING_COMMAND_LINE, *run_of(tmp_path, batch=500, epochs=1)) as ranks:
         errors = assert_ended(ranks, 1)
     assert errors[1].splitlines()[-1] == "RuntimeError: as the test asked" and "RuntimeError: " in errors[0]
@@ -187,7 +190,7 @@ finally:
 
 
 def test_recording_ends_in_order_after_an_error(tmp_path: Path) -> None:
-    """Of one rank: it enters no collective, in which it would wait for the others; what was flushed is on the disk."""
+    """After an error of one rank it enters no collective, in which it would wait. Flushed records are on the disk."""
     with two_ranks(RECORDING, str(tmp_path)) as ranks:
         errors = assert_ended(ranks, 1)
     assert "ValueError: as the test asked" in errors[1] and "RuntimeError: " in errors[0]
@@ -196,7 +199,7 @@ def test_recording_ends_in_order_after_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_launches_under_load(tmp_path: Path) -> None:
-    """Many launches beside two processes that keep the cores busy: none ends by a signal. BNKERN_LAUNCHES of them."""
+    """No launch ends by a signal, while two processes keep the cores busy. There are BNKERN_LAUNCHES launches."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         for launch in range(LAUNCHES):

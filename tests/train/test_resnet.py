@@ -1,4 +1,4 @@
-"""The CIFAR ResNet: its shape, its numbering, and the same network on bnkern's kernels and on torch's."""
+"""The CIFAR ResNet: its shape, its numbering, and equality on bnkern's kernels and on torch's."""
 
 import pytest
 import torch
@@ -35,14 +35,14 @@ def test_layers_are_numbered_as_in_the_paper() -> None:
     assert list(numbered) == list(range(1, 111))
     assert numbered[1] is model.conv and numbered[110] is model.fc
     assert numbered[54] is model.blocks[26].conv1 and numbered[55] is model.blocks[26].conv2
-    # stages: 2-37 on 16 channels, 38-73 on 32, 74-109 on 64; each begins with a stride
+    # stages: layers 2-37 have 16 channels, 38-73 have 32, 74-109 have 64; each begins with a stride
     widths = {first: numbered[first].out_channels for first in (2, 37, 38, 73, 74, 109)}
     assert widths == {2: 16, 37: 16, 38: 32, 73: 32, 74: 64, 109: 64}
     assert [n for n in range(1, 110) if numbered[n].stride == (2, 2)] == [38, 74]
 
 
 def perturb(model: ResNet) -> None:
-    """Weights off their special values: Fixup starts with zeros, through which no gradient flows."""
+    """Changes the weights from special values. Fixup starts with zeros, which block gradients."""
     torch.manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,7 +52,7 @@ def perturb(model: ResNet) -> None:
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize(("norm", "shortcut", "init"), NETS)
 def test_both_kernels_are_the_same_network(norm: str, shortcut: str, init: str, channels_last: bool) -> None:
-    """float64, where only the order of sums differs: outputs, gradients and running statistics to 1e-9."""
+    """In float64 only the order of sums differs: outputs, gradients and running statistics agree to 1e-9."""
     ours, torchs = (
         build(depth=14, norm=norm, shortcut=shortcut, kernels=kernels, init=init).double()
         for kernels in ("bnkern", "torch")
@@ -89,9 +89,9 @@ def test_same_seed_same_weights_whatever_the_norm(norm: str, init: str) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_norms_do_what_they_are_called(norm: str) -> None:
-    """Which values of a block's first norm output are zero on average and one in spread, the ReLU taken off.
+    """The output of a block's first norm, without the ReLU, has mean zero and standard deviation one over these axes.
 
-    float64; eps = 1e-5 beside variances near 1 and above is the whole error.
+    float64; eps = 1e-5 beside variances near 1 and above causes the whole error.
     """
     model = build(depth=14, norm=norm).double()
     block = model.blocks[1]
@@ -122,7 +122,7 @@ def test_final_norm_is_of_the_last_blocks_output() -> None:
 
 
 def test_fixup() -> None:
-    """Zhang et al.'s rules, and what they are for: every block starts as relu(shortcut), the logits as zero."""
+    """Zhang et al.'s rules and their effect: every block starts as relu(shortcut), and the logits as zero."""
     model = build(depth=20, norm="none", init="fixup")
     last = [number for number in range(2, 20) if number % 2]
     zero = {number for number, layer in layers(model).items() if not layer.weight.any()}
@@ -131,7 +131,8 @@ def test_fixup() -> None:
     assert spread == pytest.approx((2 / (9 * 64)) ** 0.5 * 9**-0.5, rel=0.05)  # 18,432 draws
     names = dict(model.named_parameters())
     scalars = [name for name, parameter in names.items() if parameter.numel() == 1]
-    # per branch: two biases before convolutions, two after, one multiplier; the stem's and the classifier's bias
+    # per branch: two biases before convolutions, two after, and one multiplier; also the biases of the stem and the
+    # classifier
     assert len(scalars) == 5 * 9 + 2
     assert {names[name].item() for name in scalars if name.endswith("scale")} == {1.0}
     assert not any(names[name].any() for name in scalars if not name.endswith("scale"))
@@ -151,7 +152,7 @@ def test_inits(init: str) -> None:
 
 
 def test_the_deepest_network() -> None:
-    """ResNet-1202 of He et al.: 19.4 million parameters, and numbers up to 1202."""
+    """ResNet-1202 of He et al. has 19.4 million parameters, and layer numbers up to 1202."""
     model = ResNet(1202, shortcut="padding")
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(19.4e6, rel=0.003)
     assert layers(model)[1202] is model.fc

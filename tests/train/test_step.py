@@ -1,4 +1,4 @@
-"""One step: torch's SGD on the network's gradients, divergence, and nothing read back by the host."""
+"""One step: torch's SGD on the gradients of the network, divergence, and no synchronisation with the host."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.train.training import images, stepper, tiny
 @pytest.mark.parametrize("norm", ["batch", "none"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 def test_a_step_is_torchs_sgd_on_torchs_network(norm: str, channels_last: bool) -> None:
-    """Five steps in float64, to 1e-9: only the order of sums differs. lr 1/64 has no rounding in float32."""
+    """Five steps in float64 agree to 1e-9, because only the order of sums differs. lr 1/64 is exact in float32."""
     config = tiny(norm=norm, precision="fp64", lr=1 / 64, weight_decay=0.01, channels_last=channels_last)
     step = stepper(config, images())
     torch.manual_seed(config.seed)
@@ -33,7 +33,7 @@ def test_a_step_is_torchs_sgd_on_torchs_network(norm: str, channels_last: bool) 
     for name, value in network.state_dict().items():
         torch.testing.assert_close(step.network.state_dict()[name], value, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(step.before, before, rtol=1e-9, atol=1e-11)
-    # the ring has log_every = 4 places: step 4 is where step 0 was
+    # the ring has log_every = 4 places, so step 4 overwrites step 0
     expected = torch.tensor([losses[4], *losses[1:4]], dtype=torch.float64)
     torch.testing.assert_close(step.ring[:, 0], expected, rtol=1e-9, atol=0)
     assert step.ring[:, 1].tolist() == [right[4], *right[1:4]]
@@ -46,7 +46,7 @@ def flat(step) -> torch.Tensor:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6], ids=str)
 def test_after_divergence_nothing_moves(value: float) -> None:
-    """A bad loss at step 2, by way of the classifier: parameters, velocity and ``before`` stay from there on."""
+    """A bad loss at step 2, through the classifier: parameters, velocity and ``before`` do not change afterwards."""
     step = stepper(tiny(norm="none", lr=0.01, precision="fp64"), images())
     step()
     after_first = flat(step)
@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_is_divergence_even_at_first() -> None:
 
 
 class _Reads(TorchDispatchMode):
-    """Notes every operation whose result the host must wait for."""
+    """Records every operation whose result the host must wait for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,10 @@ class _Reads(TorchDispatchMode):
 
 
 def test_the_host_reads_nothing_back() -> None:
-    """So that a GPU's step can be recorded. Batches.fill is left out: on the CPU it may look at its argument."""
+    """Otherwise the step could not be captured on a GPU.
+
+    Batches.fill is excluded, because on the CPU it may read its argument.
+    """
     step = stepper(tiny(precision="bf16"), images())
     step.batches.fill(step.index, step._images, step._labels)
     step.batches.fill = lambda *filled: None
@@ -115,7 +118,7 @@ def test_the_host_reads_nothing_back() -> None:
 
 
 def test_state_passes_to_another_step() -> None:
-    """One step on, then the same two steps in both, bit for bit."""
+    """After one step, the same two steps in both have the same bits."""
     config = tiny(lr=0.01)
     one, other = (stepper(config, images()) for _ in range(2))
     one()
@@ -142,7 +145,7 @@ def test_a_probe_sees_every_loss_and_the_gradients() -> None:
 
 
 def test_compiled_step_is_the_same_step() -> None:
-    """aot_eager shares the kernels; what is tested is that nothing in the step is lost on torch.compile."""
+    """aot_eager uses the same kernels. The subject is that torch.compile loses no part of the step."""
     config = tiny(lr=0.01, precision="fp64")
     eager, compiled = (stepper(config, images()) for _ in range(2))
     compiled._model = torch.compile(compiled.network, backend="aot_eager", fullgraph=True)

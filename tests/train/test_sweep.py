@@ -1,4 +1,6 @@
-"""Sweeps: failures stay alone, restarts skip what is done, in one process, in several and on Ray; the command line."""
+"""Sweeps: a failure does not affect other runs, restarts skip finished runs, in one or more processes and on Ray; the
+command line.
+"""
 
 import json
 import sys
@@ -22,7 +24,7 @@ def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def configs() -> list[Config]:
-    """The second cannot work: more images in a batch than there are, in any synthetic set."""
+    """The second config must fail, because its batch has more images than any synthetic set."""
     good = tiny(epochs=1, norm="none", lr=0.01)
     return [good, good.replace(name="broken", batch=6000), good.replace(seed=1)]
 
@@ -46,11 +48,11 @@ def test_restart_skips_what_is_done(tmp_path: Path, monkeypatch, capsys: pytest.
     monkeypatch.setattr(sweeping, "train", lambda config, *rest, **named: started.append(config.title))
     assert sweep(configs(), tmp_path) == 0
     assert started == ["broken-seed0"]
-    assert not (tmp_path / "broken-seed0/error.txt").exists()  # it went well this time
+    assert not (tmp_path / "broken-seed0/error.txt").exists()  # this run succeeds
     monkeypatch.setattr(sweeping, "train", real)
     before = untimed(tmp_path / "tiny-seed1")
     assert sweep(configs()[2:], tmp_path, resume=False) == 0
-    assert untimed(tmp_path / "tiny-seed1") == before  # the same run again, the first one put aside
+    assert untimed(tmp_path / "tiny-seed1") == before  # the run was repeated, and the first one was moved aside
     assert (tmp_path / ".old/tiny-seed1~1/DONE").exists()
 
 
@@ -69,12 +71,12 @@ def test_what_cannot_be_is_said_before_anything_runs(tmp_path: Path) -> None:
 
 
 def elsewhere() -> list[Config]:
-    """For processes of their own, whose synthetic set is the whole one: ended by divergence at the second step."""
+    """Configs for separate processes, which use the whole synthetic set. They diverge at the second step."""
     return [config.replace(lr=100.0) for config in configs()]
 
 
 def test_several_processes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Three runs, two at once, and the failure alone."""
+    """Three runs, two at a time, one of which fails."""
     assert sweep(elsewhere(), tmp_path, processes=2) == 1
     assert [(tmp_path / config.title / "DONE").exists() for config in elsewhere()] == [True, False, True]
     assert "a batch of 6000 is more than the 5000" in (tmp_path / "broken-seed0/error.txt").read_text()

@@ -1,4 +1,4 @@
-"""What the tests of training share: runs of a second or two, and what must be alike between two of them."""
+"""Short runs for the tests of training, and comparisons of runs."""
 
 from pathlib import Path
 
@@ -38,12 +38,12 @@ def stepper(config: Config, data: Cifar10) -> Step:
 
 
 def untimed(folder: Path) -> list[dict]:
-    """The metrics of a run without what differs between two runs of one config."""
+    """The metrics of a run without the entries that differ between two runs of one config."""
     return [{k: v for k, v in row.items() if k not in TIMING} for row in rows(folder)]
 
 
 def tensors(folder: Path, name: str = "checkpoint.pt") -> dict[str, Tensor]:
-    """Every tensor in a checkpoint, by its path in there."""
+    """Every tensor in a checkpoint by its path."""
     found = {}
 
     def walk(at: str, value: object) -> None:
@@ -58,7 +58,7 @@ def tensors(folder: Path, name: str = "checkpoint.pt") -> dict[str, Tensor]:
 
 
 def assert_same_run(one: Path, other: Path, checkpoint: str = "checkpoint.pt") -> None:
-    """Both finished, with the same metrics and, bit for bit, the same tensors at the end."""
+    """Both runs finished, with the same metrics and the same bits of all tensors."""
     assert (one / "DONE").exists() and (other / "DONE").exists()
     assert untimed(one) == untimed(other)
     ours, theirs = tensors(one, checkpoint), tensors(other, checkpoint)

@@ -1,4 +1,4 @@
-// The kernels' host functions for ctypes, which knows no C++ (native.py).
+// The kernels' host functions with C linkage, for ctypes (native.py).
 #include <new>
 #include <string>
 
@@ -39,7 +39,7 @@ void backward_workspace(const bnkern::CudaBackward* p, bnkern::WorkspaceSize* si
   *size = bnkern::backward_workspace(*p);
 }
 std::int64_t signal_bytes(std::int64_t groups) { return bnkern::signal_bytes(groups); }
-// What a call on the stream that needs so much gets.
+// The workspace of a call on the stream with this many groups and bytes.
 const char* workspace(std::uintptr_t stream, std::int64_t groups, std::int64_t bytes, bnkern::CudaWorkspace* got) {
   return keep_or_no_memory([&] {
     return bnkern::with_workspace("call", stream, {groups, bytes}, [&](const bnkern::CudaWorkspace& workspace) {

@@ -1,4 +1,4 @@
-// The scheduler behind cuda_on_cpu.h: blocks, fibers, who waits for what.
+// The scheduler of cuda_on_cpu.h: blocks, fibers, and what each fiber waits for.
 #include "cuda_on_cpu.h"
 
 #include <sys/mman.h>
@@ -26,7 +26,7 @@ inline void __sanitizer_finish_switch_fiber(void*, const void**, std::size_t*) {
 namespace cuda_on_cpu {
 namespace {
 
-constexpr std::size_t kStackBytes = 256 << 10;  // touched only where used
+constexpr std::size_t kStackBytes = 256 << 10;  // allocated page by page, when used
 constexpr int kWarp = 32;
 
 std::uint64_t seed = 0;
@@ -35,7 +35,7 @@ std::mutex one_launch;
 int pause_in_ms = 0;
 bool launches_left_out = false;
 
-// A stack, kept for later launches.
+// A stack, which later launches reuse.
 class Stack {
  public:
   Stack() : data_(take()) {}
@@ -57,7 +57,7 @@ class Stack {
     }
     char* const data = kept().back();
     kept().pop_back();
-    ASAN_UNPOISON_MEMORY_REGION(data, kStackBytes);  // of frames that were left without returning
+    ASAN_UNPOISON_MEMORY_REGION(data, kStackBytes);  // of frames that did not return
     return data;
   }
   char* data_;
@@ -77,7 +77,7 @@ struct Fiber {
   void* fake_stack = nullptr;
 };
 
-// Fibers that wait until `expected` of them have come.
+// Fibers that wait until `expected` of them have arrived.
 struct Barrier {
   std::size_t expected = 0;
   std::vector<Fiber*> waiting;
@@ -108,28 +108,28 @@ class Scheduler {
   Scheduler(const Grid& grid, const std::function<void()>& body) : grid_(grid), body_(body), random_(seed) {}
 
   std::string run() {
-    // Clusters (of one block, where there are none) begin in any order, few or many at a time.
+    // Clusters (of one block, if the launch has none) begin in a random order, few or many at a time.
     const std::size_t blocks = std::size_t{grid_.blocks.x} * grid_.blocks.y * grid_.blocks.z;
     for (std::size_t first = 0; first < blocks; first += grid_.cluster) to_come_.push_back(first);
     std::shuffle(to_come_.begin(), to_come_.end(), random_);
     const std::size_t some = 1 + random_() % 4;
     std::size_t at_once = grid_.resident ? to_come_.size() : std::min(some, to_come_.size());
     while (at_once-- > 0) begin_cluster();
-    next();  // comes back when nothing is left that could run
+    next();  // returns when no fiber is ready
     return error_;
   }
 
   [[nodiscard]] Fiber& self() const { return *running_; }
 
-  // The running fiber goes on later.
+  // Puts the running fiber among the ready ones.
   void yield() {
     ready_.push_back(running_);
     next();
   }
   void progress() { idle_ = 0; }
-  // It has looked for something that has not come yet.
+  // The running fiber polled a value that has not changed yet.
   void yield_idle() {
-    if (++idle_ > 1000 + 64 * ready_.size()) return fail("waits for ever in a loop");
+    if (++idle_ > 1000 + 64 * ready_.size()) return fail("waits forever in a loop");
     yield();
   }
   void wait(const char* what) {
@@ -172,7 +172,7 @@ class Scheduler {
       block.cluster = &cluster;
       block.rank = static_cast<unsigned>(b - first);
       cluster.blocks.push_back(&block);
-      // No byte more than asked for, so that the sanitizer sees the end.
+      // Exactly the requested bytes, so that the sanitizer detects accesses beyond the end.
       block.shared.reset(static_cast<char*>(std::malloc(grid_.shared_bytes)));
       for (std::size_t i = 0; i < grid_.shared_bytes; ++i) block.shared.get()[i] = static_cast<char>(random_());
       block.barrier.expected = block.live = threads;
@@ -211,7 +211,7 @@ class Scheduler {
     next(true);
   }
 
-  // Leaves the running fiber, for one of those that are ready, or for run() where there is none.
+  // Switches from the running fiber to one of those that are ready, or to run() if there is none.
   void next(bool for_good = false) {
     if (ready_.empty()) {
       for (const auto& block : blocks_)
@@ -237,10 +237,10 @@ class Scheduler {
     running_ = nullptr;
     __sanitizer_start_switch_fiber(&from->fake_stack, outside_stack_, outside_bytes_);
     swapcontext(&from->context, &outside_);
-    std::abort();  // nobody comes back to it
+    std::abort();  // no switch leads back here
   }
 
-  // The first thing on a stack that another was left for.
+  // Must be called first after a switch to another stack.
   void arrived() {
     __sanitizer_finish_switch_fiber(running_ ? running_->fake_stack : outside_fake_stack_, nullptr, nullptr);
   }
@@ -282,7 +282,7 @@ class Scheduler {
 Scheduler* scheduler = nullptr;
 
 void Scheduler::enter() {
-  // The first fiber of all comes from outside, and learns where that stack is.
+  // The switch to the very first fiber comes from outside of all fibers. It records that stack.
   Scheduler& s = *scheduler;
   const void* stack;
   std::size_t bytes;
@@ -305,7 +305,7 @@ std::string run(const Grid& grid, const void* kernel, const std::function<void()
     scheduler = &here;
     error = here.run();
     scheduler = nullptr;
-    seed = seed * 6364136223846793005u + 1442695040888963407u;  // the next launch has another order
+    seed = seed * 6364136223846793005u + 1442695040888963407u;  // the next launch gets another order
   }
   if (pause_in_ms) std::this_thread::sleep_for(std::chrono::milliseconds(pause_in_ms));
   return error;
@@ -330,7 +330,7 @@ int block_barrier_or(int value) {
   block_barrier();
   int any = 0;
   for (const auto& fiber : self.block->fibers) any |= fiber->barrier_or;
-  block_barrier();  // all have looked
+  block_barrier();  // all have read the values
   return any != 0;
 }
 
@@ -383,12 +383,12 @@ unsigned ballot(unsigned mask, bool value) {
 
 }  // namespace cuda_on_cpu
 
-// How the launches that follow are run: in which order, and how many blocks the device holds at once.
+// Configures the following launches: the seed of the order, and the number of blocks that the device holds at once.
 extern "C" void configure(std::uint64_t order, int blocks) {
   cuda_on_cpu::seed = order;
   cuda_on_cpu::resident_blocks = blocks;
 }
-// Whether launches do nothing, so that what comes before them can be timed.
+// Whether launches do nothing, so that the work before them can be timed.
 extern "C" void leave_out_launches(bool left_out) { cuda_on_cpu::launches_left_out = left_out; }
-// How long a thread waits after each of its launches, so that others can launch before its next one.
+// The time that a thread waits after each of its launches, so that others can launch before its next one.
 extern "C" void pause_between_launches(int milliseconds) { cuda_on_cpu::pause_in_ms = milliseconds; }

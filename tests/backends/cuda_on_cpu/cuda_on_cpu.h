@@ -1,7 +1,7 @@
-// The CUDA words that the kernels of csrc/cuda use, for the host compiler. Each thread of a kernel is a fiber; a fiber
-// runs until it waits, at a barrier, a shuffle or an atomic, and then another one, drawn by a seed, goes on. So wrong
-// indices, missing barriers and results that depend on order show in any test run. What cannot show: fibers are
-// sequentially consistent, so a fence that is missing between blocks is not missed here.
+// The CUDA keywords and functions that the kernels of csrc/cuda use, for the host compiler. Each thread of a kernel is
+// a fiber. A fiber runs until it waits at a barrier, a shuffle or an atomic. Then another one continues, which a seed
+// determines. So every test run detects wrong indices, missing barriers and results that depend on the order. Fibers
+// are sequentially consistent, so a missing fence between blocks is not detected.
 #pragma once
 
 #include <cmath>
@@ -36,16 +36,16 @@ struct Grid {
   dim3 blocks, threads;
   std::size_t shared_bytes;
   unsigned cluster;
-  bool resident;  // all blocks at once
+  bool resident;  // all blocks run at once
 };
 
-// Runs `body`, which is the kernel with its arguments, once for every thread: "" or what went wrong. One launch at a
-// time: threads of the host wait for each other, and may take turns between two launches (pause_between_launches).
+// Runs `body`, the kernel with its arguments, once for every thread. Returns "" or an error. Only one launch runs at a
+// time. Threads of the host wait for each other, and may alternate between launches (pause_between_launches).
 std::string run(const Grid& grid, const void* kernel, const std::function<void()>& body);
-// Whether all its blocks can be resident at once: as many as configure() said.
+// Whether all blocks can be resident at once, with the limit of configure().
 bool fits(const Grid& grid);
 
-// Where the running fiber is.
+// The indices of the running fiber.
 struct Place {
   dim3 thread, block, block_size, grid_size;
 };
@@ -59,7 +59,7 @@ char* of_cluster_block(char* p, unsigned rank);
 unsigned cluster_rank();
 unsigned atomic_add(unsigned* word, unsigned value);
 unsigned poll(const unsigned* word);
-// All lanes of the warp named in `mask` give 8 bytes each; gives those of `lane`, which is taken modulo 32.
+// All lanes of the warp in `mask` pass 8 bytes each. Returns those of `lane`, modulo 32.
 std::uint64_t exchange(unsigned mask, std::uint64_t value, unsigned lane);
 unsigned ballot(unsigned mask, bool value);
 unsigned lane();

@@ -1,4 +1,4 @@
-// Kernels with a fault each, and without it: what test_faults.py shows to be caught.
+// Kernels with and without a fault. test_faults.py tests that the faults are detected.
 #include "../../csrc/cuda/exchange.h"
 
 namespace {
@@ -31,13 +31,13 @@ void shift_kernel(int* out, int by) {
 
 void misaligned_kernel(const char* in, Words* out, int at) { out[0] = load_words(in + at); }
 
-// The sum of one value per block: in the order in which blocks come, or by the last of them in its own.
+// The sum of one value per block: added by each block when it runs, or by the last block in a fixed order.
 void sum_kernel(const float* in, float* partial, float* out, unsigned* word, bool in_order) {
   const unsigned b = blockIdx.x;
   partial[b] = in[b];
   if (!in_order) {
     __syncthreads();
-    add_acquire_release(word, 1u);  // whoever is drawn next goes on
+    add_acquire_release(word, 1u);  // another block may run next
     *out += partial[b];
   } else if (last_of_blocks(word, gridDim.x)) {
     float sum = 0;
@@ -52,13 +52,13 @@ void half_barrier_kernel() {
 
 void meet_kernel(unsigned* word) { barrier_of_blocks(word, gridDim.x, blockIdx.x == 0); }
 
-// Everyone's value from the other block of its cluster.
+// Each thread reads a value of the other block of its cluster.
 void swap_kernel(int* out) {
   int* const shared = shared_memory<int>();
   *shared = static_cast<int>(blockIdx.x);
   cluster_barrier();
   out[blockIdx.x] = *of_cluster_block(shared, cluster_rank() ^ 1);
-  cluster_barrier();  // nobody leaves while another still reads
+  cluster_barrier();  // a block must not exit while another one may read its memory
 }
 
 // The sum over a warp by shuffles, and the ballot of its odd lanes.

@@ -1,4 +1,4 @@
-// csrc/call over the kernels on the host, as a Python module: BNKERN_CUDA_ON_CPU makes the CPU's tensors CUDA's there.
+// csrc/call over the kernels on the host, as a Python module. With BNKERN_CUDA_ON_CPU it takes tensors on the CPU.
 #include <stdexcept>
 
 #include "../../csrc/call/calls.h"

@@ -25,13 +25,13 @@ struct Capture {
   cudaGraph_t graph;
 };
 
-std::mutex mutex;  // guards all that follows
+std::mutex mutex;  // protects all variables below
 int device = 0;
 std::map<std::pair<int, const void*>, int> shared_limits;
 std::map<cudaStream_t, Capture> captures;
 unsigned long long captures_begun = 0;
 long long allocations = 0, allocated_bytes = 0, memsets = 0, limits_set = 0;
-long long memory_left = -1;  // bytes; without limit where negative
+long long memory_left = -1;  // bytes; unlimited if negative
 thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
 
 }  // namespace
@@ -136,7 +136,7 @@ void* begin_capture(std::uintptr_t stream) {
   captures[reinterpret_cast<cudaStream_t>(stream)] = {++captures_begun, graph};
   return graph;
 }
-// A second stream joins the capture that the first has begun.
+// A second stream joins the capture of the first one.
 void join_capture(std::uintptr_t stream, std::uintptr_t first) {
   const std::lock_guard<std::mutex> lock(mutex);
   captures[reinterpret_cast<cudaStream_t>(stream)] = captures.at(reinterpret_cast<cudaStream_t>(first));

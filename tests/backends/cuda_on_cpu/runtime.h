@@ -1,6 +1,6 @@
 // The functions of the CUDA runtime that launch.cu and workspaces.cu call, for the host: memory, one attribute of
-// kernels, and captures. A capture here records nothing: it is what can be asked about a stream, the graph that owns
-// user objects, and which calls are forbidden meanwhile. The tests steer and observe it by the functions of
+// kernels, and captures. A capture here records nothing. It consists of the state of a stream, the graph that owns user
+// objects, and the calls that are forbidden during a capture. The tests control and observe it with the functions of
 // runtime.cpp.
 #pragma once
 
@@ -45,6 +45,6 @@ cudaError_t cudaUserObjectRelease(cudaUserObject_t object, unsigned count);
 cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned count, unsigned flags);
 
 namespace cuda_on_cpu {
-// The most dynamic shared memory that the kernel may be launched with on the current device.
+// The maximum of dynamic shared memory for launches of the kernel on the current device.
 int allowed_shared_memory(const void* kernel);
 }  // namespace cuda_on_cpu

@@ -96,7 +96,7 @@ def test_barrier_that_not_all_reach() -> None:
 def test_waiting_for_blocks_that_may_not_be_there() -> None:
     """A barrier between blocks under an ordinary launch waits for blocks that start only after the barrier."""
     assert stuck("meet", "word", 6, True) == ""
-    assert "waits for ever" in stuck("meet", "word", 6, False)
+    assert "waits forever" in stuck("meet", "word", 6, False)
     assert stuck("meet", "word", 6, True, blocks=5) == "not resident"
 
 

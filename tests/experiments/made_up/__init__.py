@@ -1,8 +1,8 @@
-"""Made-up results of each experiment, one module each.
+"""Invented results of each experiment, one module each.
 
-``holds(config)`` gives what a run of that configuration would have measured, had everything come out as the paper says
-(at the paper's scale); ``breaks(config)`` what contradicts every claim that is checked. Both return {name: array} under
-the names that the experiment's procedure gives.
+``holds(config)`` returns what a run of that configuration would measure if the results were as in the paper (at the
+paper's scale). ``breaks(config)`` returns results that contradict every claim that is checked. Both return {name:
+array} with the names of the experiment's procedure.
 """
 
 import importlib
@@ -19,7 +19,7 @@ def made_up(config: dict, holds: bool = True) -> Arrays:
 
 
 def from_paper(paper: dict, config: dict) -> Arrays:
-    """A spec's ``paper`` table, of (quantity, norm) and one value a layer, as arrays; 1 where it has no value."""
+    """A spec's ``paper`` table, of (quantity, norm) and one value per layer, as arrays; 1 for missing values."""
     return {
         f"{name}/{layer}": np.full(1, 1.0 if value is None else value)
         for (name, norm), values in paper.items()
@@ -29,6 +29,6 @@ def from_paper(paper: dict, config: dict) -> Arrays:
 
 
 def scalars(layer: int | None = None, **values: object) -> Arrays:
-    """Numbers as arrays without dimensions, of one layer where one is given; "_" in a name stands for a space."""
+    """Numbers as arrays without dimensions, of one layer if it is given; "_" in a name represents a space."""
     ending = "" if layer is None else f"/{layer}"
     return {f"{name.replace('_', ' ')}{ending}": np.asarray(value) for name, value in values.items()}

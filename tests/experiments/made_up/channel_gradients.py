@@ -1,4 +1,4 @@
-"""Figure 7: a few channels have it all without batch norm; and the nets changed for each other."""
+"""Figure 7: without batch norm a few channels have most of the gradient. For breaks the networks are exchanged."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Limits that fall with depth without batch norm alone; and with batch norm alone."""
+"""Limits that fall with depth only without batch norm, and for breaks only with batch norm."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Figure 4: later layers explode more and later; and all alike at once."""
+"""Figure 4: later layers diverge more strongly and later. For breaks all layers diverge alike."""
 
 import numpy as np
 

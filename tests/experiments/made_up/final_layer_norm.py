@@ -1,4 +1,4 @@
-"""Section 4's own numbers, limits a decade apart; and the reverse of both."""
+"""The numbers of Section 4, with limits that differ by a factor of ten. For breaks both are reversed."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ LIMITS = {"limit-none": -2.5, "limit-final": -1.5, "limit-batch": 0.0}
 
 
 def limits(limit: float) -> Arrays:
-    """What the procedure gives of a search for the largest rate."""
+    """The results of the procedure for a search of the largest rate."""
     found = {"lrs": [1e-3, 1], "survived": [1, 0], "learned": [1, 0], "limit": limit, "learning limit": limit - 0.5}
     return {name: np.asarray(value, float) for name, value in found.items()}
 

@@ -1,4 +1,7 @@
-"""Figure 2: a narrow bell with batch norm, a hundred times wider and heavy-tailed without; and the other way round."""
+"""Figure 2: a narrow distribution with batch norm, and one a hundred times wider with heavy tails without.
+
+For breaks the networks are exchanged.
+"""
 
 import numpy as np
 

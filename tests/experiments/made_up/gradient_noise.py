@@ -1,4 +1,4 @@
-"""Noise that is C / |B|, or the share of it without repetition; and noise that does not fall."""
+"""Noise of C / |B|, or its share without repetition. For breaks the noise does not fall."""
 
 import numpy as np
 

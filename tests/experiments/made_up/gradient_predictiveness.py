@@ -1,4 +1,4 @@
-"""With batch norm the gradient holds further and is smaller; and both alike."""
+"""With batch norm the gradient is smaller and remains valid over longer steps. For breaks both networks are alike."""
 
 import numpy as np
 

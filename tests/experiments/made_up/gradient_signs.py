@@ -1,4 +1,4 @@
-"""Table 1's own numbers; and layers all alike, and far off."""
+"""The numbers of Table 1. For breaks all layers are alike and far from these."""
 
 import numpy as np
 

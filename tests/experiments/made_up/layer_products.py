@@ -1,4 +1,4 @@
-"""Layers as in Theorem 1 that training takes away from it; and layers far from it that training brings there."""
+"""Layers as in Theorem 1 that training moves away from it. For breaks training moves layers towards it."""
 
 import numpy as np
 

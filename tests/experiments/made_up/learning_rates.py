@@ -1,4 +1,4 @@
-"""Figure 1's own accuracies; and low rates that do better, with fates the wrong way round."""
+"""The accuracies of Figure 1. For breaks low rates are better, and the wrong runs diverge."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from tests.experiments.made_up import Arrays
 
 
 def trained(test: float, train: float = 99.9, early: float = 80.0, diverged: float = 0.0) -> Arrays:
-    """What the procedure gives of a training run."""
+    """The results of the procedure for a training run."""
     found = {
         "share": [0.5, 1.0],
         "train curve": [early, train],

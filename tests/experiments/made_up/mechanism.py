@@ -1,4 +1,4 @@
-"""Centring lowers b without batch norm and leaves it with; and the other way round."""
+"""Centring lowers b only without batch norm, and for breaks only with it."""
 
 from tests.experiments.made_up import Arrays, scalars
 

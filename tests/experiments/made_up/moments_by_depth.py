@@ -1,4 +1,4 @@
-"""Figure 5's own numbers; and layers all alike, and far off."""
+"""The numbers of Figure 5. For breaks all layers are alike and far from these."""
 
 import numpy as np
 

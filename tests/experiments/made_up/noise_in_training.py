@@ -1,4 +1,7 @@
-"""One C for all runs, so that noise goes with the learning rate; and a C that makes up for it and more."""
+"""The same C for all runs, so that the noise grows with the learning rate.
+
+For breaks C more than compensates the rate.
+"""
 
 import math
 

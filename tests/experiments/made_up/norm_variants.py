@@ -1,4 +1,4 @@
-"""Accuracy that rises with the learning rate; and that falls."""
+"""Accuracy that rises with the learning rate, and for breaks falls."""
 
 import math
 

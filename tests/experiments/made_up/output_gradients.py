@@ -1,4 +1,4 @@
-"""Figure 6: one full column without batch norm; and the nets changed for each other."""
+"""Figure 6: one full column without batch norm. For breaks the networks are exchanged."""
 
 import numpy as np
 

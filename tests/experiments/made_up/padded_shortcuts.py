@@ -1,4 +1,4 @@
-"""Figure 5 without the falls; and with them."""
+"""Figure 5 without the falls, and for breaks with them."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Linear growth with batch norm, exponential without; and the nets changed for each other."""
+"""Linear growth with batch norm, exponential growth without. For breaks the networks are exchanged."""
 
 from tests.experiments.made_up import Arrays, scalars
 

@@ -1,4 +1,4 @@
-"""Theorem 1's own numbers; and distributions that have nothing of it."""
+"""The numbers of Theorem 1, and for breaks unrelated distributions."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Figure 3: with batch norm steps may be large, without they blow up; and both alike, and wild."""
+"""Figure 3: with batch norm steps may be large, without it the loss explodes. For breaks both networks behave alike."""
 
 import numpy as np
 
