@@ -24,12 +24,12 @@ LINE = 0.2  # height of a line of labels in inches
 def draw_all(results: dict, old: dict | None = None) -> dict[str, tuple[str, str]]:
     """The figures for which there are measurements, by name: the SVG and its caption."""
     measurements = [m for m in results["rows"] if m["mode"] == "call" and "missing" not in m]
-    found = {"speedups": (_speedups(measurements), SPEEDUPS), "roof": (_roof(measurements), ROOF)}
-    found |= {f"growth-{axis}": (_growth(measurements, axis), GROWTH) for axis in ("N", "C", "S", "depth")}
-    found["memory"] = _memory(measurements), MEMORY
+    result = {"speedups": (_speedups(measurements), SPEEDUPS), "roof": (_roof(measurements), ROOF)}
+    result |= {f"growth-{axis}": (_growth(measurements, axis), GROWTH) for axis in ("N", "C", "S", "depth")}
+    result["memory"] = _memory(measurements), MEMORY
     if old is not None:
-        found["changes"] = _changes(old, results), CHANGES
-    return {name: (svg, caption) for name, (svg, caption) in found.items() if svg is not None}
+        result["changes"] = _changes(old, results), CHANGES
+    return {name: (svg, caption) for name, (svg, caption) in result.items() if svg is not None}
 
 
 def _svg(height: float, draw: Callable[[Axes], None]) -> str:
@@ -167,8 +167,10 @@ def _memory(measurements: list[dict]) -> str | None:
         for (colour, marker), (key, label) in zip(
             SERIES, {"saved_bytes": "kept for backward", "peak_bytes": "peak of a step"}.items(), strict=False
         ):
-            found = [(name, m[key] / 1e6) for name, m in zip(names, chosen[::-1], strict=True) if m.get(key)]
-            axes.plot([v for _, v in found], [n for n, _ in found], **POINTS, color=colour, marker=marker, label=label)
+            results = [(name, m[key] / 1e6) for name, m in zip(names, chosen[::-1], strict=True) if m.get(key)]
+            axes.plot(
+                [v for _, v in results], [n for n, _ in results], **POINTS, color=colour, marker=marker, label=label
+            )
         axes.set_xlim(left=0)
         axes.set_xlabel("MB")
         _legend(axes)
@@ -193,8 +195,10 @@ def _changes(old: dict, new: dict) -> str | None:
         axes.axvspan(1 / noise, noise, color=INK, alpha=0.12, linewidth=0)
         names = [f"{c.measurement['bench']} {c.measurement['op']}\n{_short(c.measurement)}" for c in beyond]
         for (colour, marker), label, slower in zip(SERIES, ("faster", "slower"), (False, True), strict=False):
-            found = [(c.times, name) for c, name in zip(beyond, names, strict=True) if (c.times > 1) == slower]
-            axes.plot([t for t, _ in found], [n for _, n in found], **POINTS, color=colour, marker=marker, label=label)
+            results = [(c.times, name) for c, name in zip(beyond, names, strict=True) if (c.times > 1) == slower]
+            axes.plot(
+                [t for t, _ in results], [n for _, n in results], **POINTS, color=colour, marker=marker, label=label
+            )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.2f}x")
         axes.set_xlabel("new median over old")

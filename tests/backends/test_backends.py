@@ -36,16 +36,16 @@ def test_a_backend_is_as_the_protocol_says(name: str) -> None:
         pytest.skip(module)
     others = (protocol.ConvolutionBackend, protocol.ImageBackend, protocol.WinogradBackend)
     for kind in (protocol.Backend, *(other for other in others if all(hasattr(module, f) for f in functions(other)))):
-        for function, asked in functions(kind).items():
+        for function, requested in functions(kind).items():
             given = inspect.signature(getattr(module, function)).parameters
-            assert list(given)[: len(asked)] == asked, function
-            assert all(given[extra].default is not inspect.Parameter.empty for extra in list(given)[len(asked) :])
+            assert list(given)[: len(requested)] == requested, function
+            assert all(given[extra].default is not inspect.Parameter.empty for extra in list(given)[len(requested) :])
 
 
 def functions(kind: type) -> dict[str, list[str]]:
     """The functions of a protocol, with the names of their arguments."""
-    found = {name: value for name, value in vars(kind).items() if inspect.isfunction(value) and name[0] != "_"}
-    return {name: list(inspect.signature(value).parameters)[1:] for name, value in found.items()}
+    results = {name: value for name, value in vars(kind).items() if inspect.isfunction(value) and name[0] != "_"}
+    return {name: list(inspect.signature(value).parameters)[1:] for name, value in results.items()}
 
 
 @pytest.fixture
@@ -146,11 +146,11 @@ def test_forcing_holds_in_other_threads(spied: list[str]) -> None:
 
 def test_phases_follow_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(2, 3)
-    seen = []
-    monkeypatch.setattr(reference, "moments", lambda t: (seen.append(t), (2, t[0], t[0]))[1])
+    recorded = []
+    monkeypatch.setattr(reference, "moments", lambda t: (recorded.append(t), (2, t[0], t[0]))[1])
     with bnkern.use_backend("reference"):
         bnkern.channel_moments(x)
-    assert len(seen) == 1
+    assert len(recorded) == 1
 
 
 def test_unknown_name() -> None:

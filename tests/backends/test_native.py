@@ -134,9 +134,9 @@ def test_views_are_read_in_place(copies: list[str]) -> None:
         if like.count == 1:
             continue
         cpu.forward(ForwardCall(x, training=True))
-        found = layouts.strides(x, like.rows)
-        narrow = like.rows and like.c % 16 and found is not None and found[0] != like.c
-        assert copies == ["_readable_forward"] * (found is None or narrow), case
+        result = layouts.strides(x, like.rows)
+        narrow = like.rows and like.c % 16 and result is not None and result[0] != like.c
+        assert copies == ["_readable_forward"] * (result is None or narrow), case
         read.add((x.is_contiguous() or layouts.dense(x, True).stride() == x.stride(), not copies))
     assert {(True, True), (False, True), (False, False)} <= read
 
@@ -151,8 +151,8 @@ def test_gradients_where_needed(needs: tuple[bool, ...]) -> None:
         call = ForwardCall(x, p.weight, p.bias, residual, *running, None, training, 0.1, 1e-5, act, True)
         _, *saved = cpu.forward(call)
         backward = BackwardCall(dy, x, p.weight, p.bias, *saved, act, training)
-        every, found = cpu.backward(backward), cpu.backward(backward._replace(needs=needs))
-        assert_same(found, [grad if need else None for grad, need in zip(every, needs, strict=True)], needs)
+        every, result = cpu.backward(backward), cpu.backward(backward._replace(needs=needs))
+        assert_same(result, [grad if need else None for grad, need in zip(every, needs, strict=True)], needs)
 
 
 def test_small_and_large_results() -> None:
@@ -274,13 +274,13 @@ def strided(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def test_layout_has_one_meaning(tensor: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     """The native module computes the layout of ``layout.py``, and which results have the strides of the input."""
     shape, stride = tensor
-    found = _native.view_layout(shape, stride)
+    result = _native.view_layout(shape, stride)
     x = torch.empty_strided(shape, stride, device="meta")
     like = layouts.layout(x)
     expected = layouts.strides(x, like.rows)
-    assert (found is None) == (expected is None)
-    if found is not None:
-        rows, n, c, s, outer, inner, keeps = found
+    assert (result is None) == (expected is None)
+    if result is not None:
+        rows, n, c, s, outer, inner, keeps = result
         assert layouts.Layout(rows, n, c, s) == like
         # The stride of an axis of size 1 is arbitrary.
         assert outer == expected[0] or (n if not rows else n * s) == 1
@@ -347,21 +347,21 @@ def test_one_value_per_channel() -> None:
 
 def test_tensors_of_a_transform() -> None:
     """Tensors of vmap and grad have no memory. They are declined during the transform and after it."""
-    seen = []
+    recorded = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(x)
+        recorded.append(x)
         assert cpu.try_forward(ForwardCall(x)) is None and _native.forward(ForwardCall(x), True) is None
         return x.sum()
 
     torch.vmap(look)(torch.randn(2, 4, 3))
     torch.func.grad(look)(torch.randn(4, 3))
-    for x in seen:
+    for x in recorded:
         assert cpu.try_forward(ForwardCall(x)) is None
     x = torch.randn(4, 3)
-    torch.func.grad(lambda t: seen.append(t) or t.sum())(x)
+    torch.func.grad(lambda t: recorded.append(t) or t.sum())(x)
     torch.testing.assert_close(
-        bnkern.batch_norm(seen[-1], None, None, training=True), bnkern.batch_norm(x, None, None, training=True)
+        bnkern.batch_norm(recorded[-1], None, None, training=True), bnkern.batch_norm(x, None, None, training=True)
     )
 
 

@@ -134,12 +134,12 @@ def test_measurement_has_rate_share_and_speedup() -> None:
 def test_targets_are_geometric_means_and_worst_cases() -> None:
     label = {"bench": "batch_norm", "op": "bn_add_relu", "mode": "call", "provider": "bnkern"}
     measurements = [label | {"speedup": {"eager": ratio, "best": ratio / 2}} for ratio in (2.0, 8.0)]
-    found = {target["name"]: target for target in targets(measurements)}
-    mean = found["bn_add_relu forward + backward over the better eager form, geometric mean"]
+    results = {target["name"]: target for target in targets(measurements)}
+    mean = results["bn_add_relu forward + backward over the better eager form, geometric mean"]
     assert mean["value"] == pytest.approx(2.0)
     assert not mean["holds"]
-    assert found["bn_add_relu forward + backward over eager, geometric mean"]["value"] == pytest.approx(4.0)
-    assert found["bn_add_relu forward + backward over eager, slowest case"]["holds"]
+    assert results["bn_add_relu forward + backward over eager, geometric mean"]["value"] == pytest.approx(4.0)
+    assert results["bn_add_relu forward + backward over eager, slowest case"]["holds"]
 
 
 def test_random_data_has_the_layout_and_the_dtype() -> None:

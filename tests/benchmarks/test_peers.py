@@ -167,7 +167,7 @@ def test_saved_bytes_count_a_block_of_memory_once() -> None:
 
 def test_memory_of_a_step_is_measured() -> None:
     """In a network eager's ReLU and the next convolution keep the same y, so bnkern keeps only a little less."""
-    found = {provider: memory.of_step("resnet20", provider, CPU) for provider in ("bnkern", "eager")}
+    results = {provider: memory.of_step("resnet20", provider, CPU) for provider in ("bnkern", "eager")}
     x = 16 * 16 * 32 * 32 * 4  # bytes of an activation of the first stage; six layers keep one or two of them
-    assert 6 * x < found["bnkern"]["saved_bytes"] <= found["eager"]["saved_bytes"]
-    assert all(numbers["peak_bytes"] >= 0 for numbers in found.values())
+    assert 6 * x < results["bnkern"]["saved_bytes"] <= results["eager"]["saved_bytes"]
+    assert all(numbers["peak_bytes"] >= 0 for numbers in results.values())

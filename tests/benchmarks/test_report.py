@@ -43,8 +43,8 @@ def results(*given: dict, **environment: object) -> dict:
 
 
 def only(old: list[dict], new: list[dict]) -> dict[str, tuple[float, bool]]:
-    found, noise = compare(results(*old), results(*new))
-    return {change.measurement["provider"]: (pytest.approx(change.times), change.beyond(noise)) for change in found}
+    result, noise = compare(results(*old), results(*new))
+    return {change.measurement["provider"]: (pytest.approx(change.times), change.beyond(noise)) for change in result}
 
 
 def test_a_change_is_beyond_the_noise_where_the_ranges_do_not_overlap() -> None:
@@ -185,9 +185,9 @@ def test_committed_results_have_an_environment_and_make_a_page(tmp_path: Path) -
     files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     assert files
     for path in files:
-        found = json.loads(path.read_text())
-        assert found["format"] == measurements.FORMAT and not found["quick"]
-        assert re.search(rf"-{found['environment']['date'][:10]}(-[a-z]+)?$", path.stem)  # MACHINE-DATE[-PART]
-        assert re.fullmatch("[0-9a-f]{40}", found["environment"]["commit"])
-        assert {"torch", "python"} <= found["environment"]["versions"].keys()
-        assert page.report(found, tmp_path / path.stem).exists()
+        result = json.loads(path.read_text())
+        assert result["format"] == measurements.FORMAT and not result["quick"]
+        assert re.search(rf"-{result['environment']['date'][:10]}(-[a-z]+)?$", path.stem)  # MACHINE-DATE[-PART]
+        assert re.fullmatch("[0-9a-f]{40}", result["environment"]["commit"])
+        assert {"torch", "python"} <= result["environment"]["versions"].keys()
+        assert page.report(result, tmp_path / path.stem).exists()

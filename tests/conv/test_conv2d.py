@@ -234,13 +234,13 @@ def test_probing_a_layer_by_winograd(tmp_path: Path, monkeypatch: pytest.MonkeyP
         rec.step()
     assert calls == [((True, True, True, True), {"winograd": True})]
     assert torch.equal(plain.weight.grad, probed.weight.grad)
-    found = probes.load(tmp_path)["weight_gradient_signs"][""]
+    result = probes.load(tmp_path)["weight_gradient_signs"][""]
     expected = bnkern.conv2d_grad_signs(x, 2 * y.detach(), 3, 1, 1)
     for name in ("sign_sum", "nonzero"):
-        np.testing.assert_array_equal(found[name][0], getattr(expected, name))
+        np.testing.assert_array_equal(result[name][0], getattr(expected, name))
     for name in ("sum", "abs_sum"):
         np.testing.assert_allclose(
-            found[name][0], getattr(expected, name), rtol=1e-5, atol=1e-6 * expected.abs_sum.max()
+            result[name][0], getattr(expected, name), rtol=1e-5, atol=1e-6 * expected.abs_sum.max()
         )
     with bnkern.use_backend("reference"):
         exact(x).square().sum().backward()

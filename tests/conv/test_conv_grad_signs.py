@@ -307,10 +307,10 @@ def test_it_is_the_gradient_of_a_convolution(target: Target) -> None:
     y = conv(x)
     dy = torch.randn_like(y)
     y.backward(dy)
-    found = bnkern.conv2d_grad_signs(x, dy, 3, 2, 1)
-    assert not found.sum.requires_grad
+    result = bnkern.conv2d_grad_signs(x, dy, 3, 2, 1)
+    assert not result.sum.requires_grad
     # Two float32 sums of 80 products each, in different orders.
-    assert torch.allclose(found.sum, conv.weight.grad, rtol=0, atol=1e-4)
+    assert torch.allclose(result.sum, conv.weight.grad, rtol=0, atol=1e-4)
 
 
 def test_malformed_calls() -> None:

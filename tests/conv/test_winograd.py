@@ -41,12 +41,12 @@ def largest_gradient(x: Tensor, dy: Tensor) -> Tensor:
 
 
 def for_any_number_of_threads(kernel: Callable[[], Tensor]) -> Tensor:
-    found, threads = [], torch.get_num_threads()
+    result, threads = [], torch.get_num_threads()
     for torch_threads in (1, 2, 3, threads):
         torch.set_num_threads(torch_threads)
-        found.append(kernel())
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    return found[0]
+        result.append(kernel())
+    assert torch.equal(result[0], result[1]) and torch.equal(result[0], result[2])
+    return result[0]
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last_weight", "plain_weight"])
@@ -74,12 +74,12 @@ def test_gradient(sizes: tuple[int, ...], absolute: bool) -> None:
     x = x - 0.25  # not only values that a ReLU passes
     terms = (x.abs(), dy.abs()) if absolute else (x, dy)
     truth = torch.nn.grad.conv2d_weight(terms[0].double(), (outputs, inputs, 3, 3), terms[1].double(), padding=1)
-    found = for_any_number_of_threads(lambda: gradient_of(x, dy, absolute))
+    result = for_any_number_of_threads(lambda: gradient_of(x, dy, absolute))
     # A chain over the tiles of a band, one over the bands of a chunk, two additions each for x and dy, four for the
     # result.
     bands = -(-n * -(-h // 2) * -(-w // 2) // 16)
-    assert ((found - truth).abs() <= (CHAIN + bands + 9) * 2.0**-24 * largest_gradient(x, dy)).all()
-    assert (found - truth).norm() <= 4e-7 * truth.norm()
+    assert ((result - truth).abs() <= (CHAIN + bands + 9) * 2.0**-24 * largest_gradient(x, dy)).all()
+    assert (result - truth).norm() <= 4e-7 * truth.norm()
 
 
 def test_dead_channels_have_no_gradient() -> None:
@@ -87,8 +87,8 @@ def test_dead_channels_have_no_gradient() -> None:
     x, _, dy = operands(4, 16, 32, 6, 6)
     x[:, 3], dy[:, 5] = 0, 0
     for absolute in (False, True):
-        found = gradient_of(x, dy, absolute)
-        assert not found[:, 3].any() and not found[5].any() and found[4, 4].all()
+        result = gradient_of(x, dy, absolute)
+        assert not result[:, 3].any() and not result[5].any() and result[4, 4].all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -139,5 +139,5 @@ def test_all_at_once_is_each_alone(sizes: tuple[int, ...]) -> None:
 
 
 def grad_signs(x: Tensor, dy: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
-    found = cpu.conv_grad_signs(x, dy, (3, 3), (1, 1), (1, 1), wanted, winograd=True)
-    return [None if t is None else t.double() for t in found]
+    result = cpu.conv_grad_signs(x, dy, (3, 3), (1, 1), (1, 1), wanted, winograd=True)
+    return [None if t is None else t.double() for t in result]

@@ -92,7 +92,7 @@ def outcomes(model: nn.Module) -> dict[str, str]:
     return {layer.name: layer.outcome for layer in bnkern.convert.summary(model)}
 
 
-def why(model: nn.Module) -> str:
+def reason_given(model: nn.Module) -> str:
     """The reason given for the only batch norm that was not fused."""
     (layer,) = (layer for layer in bnkern.convert.summary(model) if layer.outcome not in (RELU, ADD))
     return layer.why

@@ -27,10 +27,10 @@ from tests.convert.converting import (
     image,
     net,
     outcomes,
+    reason_given,
     replaced,
     run,
     seeded,
-    why,
 )
 
 # ----------------------------------------------------------------------------------------------- what is fused
@@ -366,7 +366,7 @@ def test_our_own_modules_take_part() -> None:
     """bnkern.nn's own batch norms are fused too, and restored."""
     model = nn.Sequential(bnkern.nn.BatchNorm2d(C), nn.ReLU(), bnkern.nn.BatchNorm2d(C, act="relu"))
     bnkern.convert(model)
-    assert outcomes(model) == {"0": RELU, "2": LEFT} and "act='relu'" in why(model)
+    assert outcomes(model) == {"0": RELU, "2": LEFT} and "act='relu'" in reason_given(model)
     bnkern.revert(model)
     assert [type(m) for m in model] == [bnkern.nn.BatchNorm2d, nn.ReLU, bnkern.nn.BatchNorm2d]
     assert model[0].act is None and model[2].act == "relu"

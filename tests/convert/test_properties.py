@@ -30,13 +30,13 @@ def results(model: nn.Module) -> dict[str, Tensor]:
     The state after a forward that raised is not compared: which batch norms ran before depends on the order of
     independent operations, and a fusion may change this order.
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for training in (False, True):
         model.train(training)
         xs = inputs()
         with torch.no_grad():
             outputs = tree_leaves(model(*xs))
-        found |= {f"{training}: {k} without gradients": t.clone() for k, t in model.state_dict().items()}
+        result |= {f"{training}: {k} without gradients": t.clone() for k, t in model.state_dict().items()}
         model.zero_grad()
         leaves = [x.requires_grad_() for x in inputs()]
         finished = False
@@ -46,14 +46,14 @@ def results(model: nn.Module) -> dict[str, Tensor]:
             if differentiable:
                 sum((y * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum() for y in differentiable).backward()
         except RuntimeError as error:  # a value that the backward needs was changed in place
-            found[f"{training}: no gradients"] = str(error)
+            result[f"{training}: no gradients"] = str(error)
         else:
             parameters = {**dict(model.named_parameters()), **dict(zip("xz", leaves, strict=True))}
-            found |= {f"{training}: grad {k}": p.grad.clone() for k, p in parameters.items() if p.grad is not None}
-        found |= {f"{training}: {k}": y for k, y in enumerate([*outputs, *xs])}
+            result |= {f"{training}: grad {k}": p.grad.clone() for k, p in parameters.items() if p.grad is not None}
+        result |= {f"{training}: {k}": y for k, y in enumerate([*outputs, *xs])}
         if finished:
-            found |= {f"{training}: {k}": t.clone() for k, t in model.state_dict().items()}
-    return found
+            result |= {f"{training}: {k}": t.clone() for k, t in model.state_dict().items()}
+    return result
 
 
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -96,18 +96,18 @@ def check(forward: Forward, seen: Counter[str]) -> None:
 @pytest.mark.parametrize("examples", [120, pytest.param(3000, marks=pytest.mark.slow)])
 def test_any_forward(examples: int) -> None:
     """The outputs, changes of inputs, gradients, statistics and state_dict keys are the same."""
-    seen: Counter[str] = Counter()
+    recorded: Counter[str] = Counter()
 
     @settings(max_examples=examples)
     @given(forward=forwards())
     def any_forward(forward: Forward) -> None:
-        check(forward, seen)
+        check(forward, recorded)
 
     any_forward()
-    print(seen)
-    assert seen[RELU] + seen[ADD] > 0.3 * seen["networks"]
-    assert seen[ADD] > 0.1 * seen["networks"]
-    assert seen["with gradients"] > 0.3 * seen["networks"]
+    print(recorded)
+    assert recorded[RELU] + recorded[ADD] > 0.3 * recorded["networks"]
+    assert recorded[ADD] > 0.1 * recorded["networks"]
+    assert recorded["with gradients"] > 0.3 * recorded["networks"]
 
 
 @pytest.mark.parametrize("examples", [20, pytest.param(1000, marks=pytest.mark.slow)])

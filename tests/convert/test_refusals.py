@@ -24,10 +24,10 @@ from tests.convert.converting import (
     image,
     net,
     outcomes,
+    reason_given,
     replaced,
     run,
     seeded,
-    why,
 )
 
 # ------------------------------------------------------------------------------------------- what is left, and why
@@ -128,7 +128,7 @@ def test_left_unfused_with_a_reason(case: str) -> None:
     generators = random.getstate(), torch.get_rng_state()
     after = bnkern.convert(copy.deepcopy(before))
     assert random.getstate() == generators[0] and torch.equal(torch.get_rng_state(), generators[1])
-    assert outcomes(after) == {"bn": PLAIN} and reason in why(after)
+    assert outcomes(after) == {"bn": PLAIN} and reason in reason_given(after)
     assert type(after.bn) is bnkern.nn.BatchNorm2d and after.bn.act is None and not replaced(after)
     assert "count" not in vars(after)  # tracing leaves no attribute behind
     assert_same_model(before, after, image())
@@ -138,7 +138,7 @@ def test_attributes_that_may_change_unseen() -> None:
     before = net(looks_things_up)
     before.table = {"scale": 3}
     after = bnkern.convert(copy.deepcopy(before))
-    assert "reads self.table, a dict, which may change" in why(after)
+    assert "reads self.table, a dict, which may change" in reason_given(after)
     assert_same_model(before, after, image())
 
 
@@ -155,7 +155,7 @@ def test_shared_batch_norm() -> None:
     bn = nn.BatchNorm2d(C)
     before = seeded(lambda: nn.Sequential(nn.Sequential(bn, nn.ReLU()), nn.Sequential(bn, nn.Sigmoid())))
     after = bnkern.convert(copy.deepcopy(before))
-    assert after[0][0] is after[1][0] and why(after) == "the model holds it in 2 places"
+    assert after[0][0] is after[1][0] and reason_given(after) == "the model holds it in 2 places"
     assert_same_model(before, after, image())
 
 
@@ -254,17 +254,19 @@ def test_hooks_are_kept(place: str) -> None:
             lambda self, y, x: F.relu(self.body(self.relu(y)) + x), relu=nn.ReLU(), body=nn.Sequential(branch())
         )
     )
-    seen: list[Tensor] = []
-    before.get_submodule(place).register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+    recorded: list[Tensor] = []
+    before.get_submodule(place).register_forward_hook(
+        lambda module, args, output: recorded.append(output.detach().clone())
+    )
     after = bnkern.convert(copy.deepcopy(before))
     assert outcomes(after) == {"bn": RELU if place == "body" else PLAIN, "body.0.1": PLAIN if place == "body" else ADD}
     if place != "body":
-        assert f"a hook sits on {place}" in why(after)
+        assert f"a hook sits on {place}" in reason_given(after)
     x = image()
     after.eval()(x)
     before.eval()(x)
-    assert len(seen) == 2
-    torch.testing.assert_close(seen[0], seen[1], rtol=1e-5, atol=1e-5)
+    assert len(recorded) == 2
+    torch.testing.assert_close(recorded[0], recorded[1], rtol=1e-5, atol=1e-5)
     assert_same_model(before, after, x)
 
 
@@ -325,7 +327,7 @@ def test_a_block_that_changed_runs_its_own_forward_again(change: Callable, messa
     assert len(warned) == 1 and message in warned[0]
     torch.testing.assert_close(result, expected)
     if "bn is" not in message:
-        assert outcomes(after) == {"bn": PLAIN} and message in why(after)
+        assert outcomes(after) == {"bn": PLAIN} and message in reason_given(after)
     assert quietly(after, x)[1] == []
     torch.testing.assert_close(after(x), before(x))
     bnkern.convert(after)

@@ -27,11 +27,11 @@ def test_demo_without_data_says_so_and_runs_twice(tmp_path: Path, monkeypatch, c
     monkeypatch.setattr(cifar10, "load", unavailable)
     command = ["demo", "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
     assert main(command) == 0
-    said = capsys.readouterr()
-    assert "CIFAR-10 cannot be had" in said.err and "The images are synthetic" in said.out
+    message = capsys.readouterr()
+    assert "CIFAR-10 cannot be had" in message.err and "The images are synthetic" in message.out
     figure = tmp_path / "synthetic/demo.png"
-    assert f"figure: {figure}\n" in said.out and figure.stat().st_size > 1000
-    assert all(f"\n{layer} " in said.out for layer in (18, 54, 90)) and "251.8" in said.out
+    assert f"figure: {figure}\n" in message.out and figure.stat().st_size > 1000
+    assert all(f"\n{layer} " in message.out for layer in (18, 54, 90)) and "251.8" in message.out
     for norm in ("batch", "none"):
         recorded = load(tmp_path / f"synthetic/probes-{norm}")
         assert list(recorded.steps) == list(range(demonstrating.SETTINGS["smoke"]["steps"]))

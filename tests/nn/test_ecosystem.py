@@ -194,11 +194,11 @@ def test_parameter_groups_by_class() -> None:
     """torchvision's split_normalization_params and weight-decay filters by isinstance find the same parameters."""
     names = []
     for model in pair():
-        found = set()
+        results = set()
         for name, module in model.named_modules():
             if not any(module.children()) and isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
-                found |= {f"{name}.{key}" for key, _ in module.named_parameters()}
-        names.append(found)
+                results |= {f"{name}.{key}" for key, _ in module.named_parameters()}
+        names.append(results)
     assert names[0] == names[1] and len(names[0]) == 6
 
 

@@ -81,8 +81,10 @@ def without_head(kind: type[Net]) -> Net:
 
 def mixed_precision(x: Tensor, kind: type[Net], wrapper: str, group: dist.ProcessGroup) -> tuple:
     """The dtypes at the first batch norm, and the output or the text of the error."""
-    model, seen = without_head(kind), []
-    model.first.register_forward_hook(lambda norm, args, y: seen.extend((args[0].dtype, norm.weight.dtype, y.dtype)))
+    model, recorded = without_head(kind), []
+    model.first.register_forward_hook(
+        lambda norm, args, y: recorded.extend((args[0].dtype, norm.weight.dtype, y.dtype))
+    )
     if wrapper == "fully_shard":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         model = fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"), mp_policy=policy)
@@ -97,9 +99,9 @@ def mixed_precision(x: Tensor, kind: type[Net], wrapper: str, group: dist.Proces
     try:
         y = model(x)
     except TypeError as error:
-        return seen, str(error)
+        return recorded, str(error)
     y.float().square().sum().backward()
-    return seen, y.detach()
+    return recorded, y.detach()
 
 
 @pytest.mark.parametrize("kind", [Net, ByKeyword], ids=["positional", "keyword"])
@@ -109,11 +111,11 @@ def test_mixed_precision(ranks: Ranks, wrapper: str, kind: type[Net]) -> None:
     x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(2))
     parts = [part for (part,) in dealt([x], (4, 4))]
     results = ranks.run(mixed_precision, [(part, kind, wrapper) for part in parts])
-    for part, (seen, y) in zip(parts, results, strict=True):
+    for part, (recorded, y) in zip(parts, results, strict=True):
         if wrapper == "FSDP with a policy" and kind is ByKeyword:
             assert y == "batch_norm: residual must have the dtype of input, torch.float32, got torch.bfloat16"
             continue
-        assert seen == [torch.float32 if wrapper == "FSDP with a policy" else torch.bfloat16] * 3
+        assert recorded == [torch.float32 if wrapper == "FSDP with a policy" else torch.bfloat16] * 3
         expected = without_head(Net)(part)
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.1)

@@ -181,13 +181,13 @@ def test_copies(how: str) -> None:
 
 def test_hooks_see_the_residual(target: Target) -> None:
     p = CASE["nhwc_c5_s49"].problem(FP32, target.device)
-    bn, seen = bnkern.nn.BatchNorm2d(5, act="relu", device=target.device), []
-    bn.register_forward_pre_hook(lambda _, args: seen.append(len(args)))
-    bn.register_forward_hook(lambda _, args, out: seen.append((len(args), out.shape)))
-    bn.register_full_backward_hook(lambda _, grads_in, grads_out: seen.append((len(grads_in), len(grads_out))))
+    bn, recorded = bnkern.nn.BatchNorm2d(5, act="relu", device=target.device), []
+    bn.register_forward_pre_hook(lambda _, args: recorded.append(len(args)))
+    bn.register_forward_hook(lambda _, args, out: recorded.append((len(args), out.shape)))
+    bn.register_full_backward_hook(lambda _, grads_in, grads_out: recorded.append((len(grads_in), len(grads_out))))
     x = p.x.requires_grad_()
     bn(x, p.residual).sum().backward()
-    assert seen == [2, (2, x.shape), (2, 1)]
+    assert recorded == [2, (2, x.shape), (2, 1)]
 
 
 def test_called_twice_before_backward(target: Target) -> None:

@@ -283,15 +283,15 @@ def test_inductor_with_a_dynamic_batch(target: Target) -> None:
     for compiled in (True, False):
         model, _ = networks(target.device, momentum=None)
         call = torch.compile(model, fullgraph=True) if compiled else model
-        found = []
+        result = []
         with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=2):
             for x in batches(target.device, 5):
                 x.requires_grad_()
                 model.zero_grad()
                 y = call(x)
                 y.square().sum().backward()
-                found += [y.detach(), x.grad, *(p.grad for p in model.parameters())]
-        results.append([*found, *model.state_dict().values()])
+                result += [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+        results.append([*result, *model.state_dict().values()])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()

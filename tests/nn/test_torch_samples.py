@@ -65,13 +65,13 @@ def outcome_of_module(module: nn.Module, x: Tensor, training: bool) -> Outcome:
     """Two calls, each with a backward, so that momentum None and accumulation have an effect."""
     module.train(training)
     x = x.clone().requires_grad_()
-    found = []
+    results = []
     for call in ("first", "second"):
         y = module(x)
         y.backward(gradient_of(y))
-        found.append((f"{call} output", y.detach()))
+        results.append((f"{call} output", y.detach()))
     grads = [("input", x), *module.named_parameters()]
-    return found + [(f"{k}.grad", t.grad) for k, t in grads] + list(module.state_dict().items())
+    return results + [(f"{k}.grad", t.grad) for k, t in grads] + list(module.state_dict().items())
 
 
 def outcome_of_function(function: Callable, sample: OpSample, dtype: torch.dtype) -> Outcome:

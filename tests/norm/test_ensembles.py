@@ -92,9 +92,9 @@ def test_trained_from_outside(no_reference) -> None:
     def one(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return bnkern.batch_norm(x, None, None, weight, bias, True, act="relu")
 
-    found = torch.autograd.grad(vmap(one)(x, weight, bias).square().sum(), (weight, bias))
+    result = torch.autograd.grad(vmap(one)(x, weight, bias).square().sum(), (weight, bias))
     looped = torch.stack([one(*t) for t in zip(x, weight, bias, strict=True)]).square().sum()
-    for a, b in zip(found, torch.autograd.grad(looped, (weight, bias)), strict=True):
+    for a, b in zip(result, torch.autograd.grad(looped, (weight, bias)), strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
 
 

@@ -213,16 +213,16 @@ def test_dispatch_mode_sees_the_op(target: Target) -> None:
 
 
 def test_function_mode_sees_the_op(target: Target) -> None:
-    seen = []
+    recorded = []
 
     class Mode(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
+            recorded.append(func)
             return func(*args, **(kwargs or {}))
 
     with Mode():
         bnkern.batch_norm(CASE["nc"].problem(FP32, target.device).x, None, None, training=True)
-    assert torch.ops.bnkern.batch_norm_forward in seen
+    assert torch.ops.bnkern.batch_norm_forward in recorded
 
 
 class Labelled(torch.Tensor):
@@ -374,8 +374,8 @@ def test_export(target: Target, strict: bool, training: bool) -> None:
     """The exported program contains the operator, and has the same values and statistics."""
     (eager, x), (model, _) = block(target.device), block(target.device)
     program = torch.export.export(model.train(training), (x,), strict=strict)
-    found = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert found.count(FORWARD) == 2
+    results = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert results.count(FORWARD) == 2
     module = program.module()
     assert torch.equal(module(x + 1), eager.train(training)(x + 1))
     state = module.state_dict()
@@ -402,8 +402,8 @@ def test_make_fx(target: Target, tracing_mode: str) -> None:
         return y.detach(), *torch.autograd.grad(y, x, dy)
 
     graph = make_fx(call, tracing_mode=tracing_mode)(p.x, p.residual, p.dy)
-    found = [node.target for node in graph.graph.nodes]
-    assert FORWARD in found and BACKWARD in found
+    results = [node.target for node in graph.graph.nodes]
+    assert FORWARD in results and BACKWARD in results
     assert_equal(list(graph(p.x, p.residual, p.dy)), list(call(p.x, p.residual, p.dy)))
 
 

@@ -63,10 +63,10 @@ def test_residual_in_the_other_format(target: Target, case: Case, function: Call
     p = case.problem(FP32, target.device)
     other = LAYOUTS[OTHER[case.layout]](p.residual)
     expected = outcome(lambda x, r: function(x, r, p, act), p.x, p.residual, p.dy)
-    found = outcome(lambda x, r: function(x, r, p, act), p.x, other, p.dy)
-    for one, same in zip(found, expected, strict=True):
+    result = outcome(lambda x, r: function(x, r, p, act), p.x, other, p.dy)
+    for one, same in zip(result, expected, strict=True):
         assert torch.equal(one, same)
-    y, dx, dresidual = found
+    y, dx, dresidual = result
     assert y.stride() == dx.stride() == p.x.stride()
     assert dresidual.stride() == other.stride() != p.x.stride()
     assert torch.equal(other, p.residual), "the call wrote to the residual"
@@ -83,9 +83,9 @@ def test_modules_take_a_residual_in_the_other_format(target: Target, case: Case)
         bnkern.nn.SyncBatchNorm(p.x.shape[1], act="relu", device=p.x.device),
     ):
         expected = outcome(module, p.x, p.residual, p.dy)
-        found = outcome(module, p.x, other, p.dy)
-        assert all(map(torch.equal, found, expected))
-        assert found[2].stride() == other.stride()
+        result = outcome(module, p.x, other, p.dy)
+        assert all(map(torch.equal, result, expected))
+        assert result[2].stride() == other.stride()
 
 
 @FORMATS
@@ -111,9 +111,9 @@ def test_partial_residual_in_the_other_format(target: Target, case: Case) -> Non
     view = LAYOUTS[name](p.residual)
     assert layouts.formats_conflict(p.x, view)
     expected = outcome(lambda x, r: norm_in_training(x, r, p, "relu"), p.x, p.residual, p.dy)
-    found = outcome(lambda x, r: norm_in_training(x, r, p, "relu"), p.x, view, p.dy)
-    assert all(map(torch.equal, found, expected))
-    assert found[2].stride() == LAYOUTS[OTHER[case.layout]](p.residual).stride()
+    result = outcome(lambda x, r: norm_in_training(x, r, p, "relu"), p.x, view, p.dy)
+    assert all(map(torch.equal, result, expected))
+    assert result[2].stride() == LAYOUTS[OTHER[case.layout]](p.residual).stride()
 
 
 def test_residual_of_both_formats_at_once() -> None:
@@ -135,8 +135,8 @@ def test_the_op_takes_either_format(target: Target, case: Case, act: str | None)
     p = case.problem(FP32, target.device)
     other = LAYOUTS[OTHER[case.layout]](p.residual)
     rest = (None, None, None, True, 0.1, EPS, act, True, backends.forced())
-    found, expected = (FORWARD(p.x, p.weight, p.bias, r, *rest) for r in (other, p.residual))
-    assert all(map(torch.equal, found, expected))
+    result, expected = (FORWARD(p.x, p.weight, p.bias, r, *rest) for r in (other, p.residual))
+    assert all(map(torch.equal, result, expected))
     torch.library.opcheck(FORWARD, (p.x.detach().requires_grad_(), p.weight, p.bias, other.requires_grad_(), *rest))
 
 
@@ -187,8 +187,8 @@ EACH_TRUNK = pytest.mark.parametrize("channels_last", [False, True], ids=["conti
 def test_compile(channels_last: bool, compiler: str, fresh_compiler: None) -> None:
     model, x, skip = mixed(channels_last)
     eager = copy.deepcopy(model)
-    found = step(torch.compile(model, backend=compiler, fullgraph=True), model, x, skip)
-    for one, other in zip(found, step(eager, eager, x, skip), strict=True):
+    result = step(torch.compile(model, backend=compiler, fullgraph=True), model, x, skip)
+    for one, other in zip(result, step(eager, eager, x, skip), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -240,11 +240,11 @@ def test_functional_transforms(channels_last: bool, transform: str) -> None:
     last = x.movedim(2, -1).contiguous().movedim(-1, 2), r.movedim(2, -1).contiguous().movedim(-1, 2)
     x, r = (last[0], r) if channels_last else (x, last[1])
     w = torch.rand(4, generator=generator, dtype=torch.float64)
-    found, expected = (TRANSFORMS[transform](f, x, r, w) for f in (with_ours, with_torchs))
-    for one, other in zip(found, expected, strict=True):
+    result, expected = (TRANSFORMS[transform](f, x, r, w) for f in (with_ours, with_torchs))
+    for one, other in zip(result, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     if transform == "grad":
-        assert found[1].stride() == r[0].stride()
+        assert result[1].stride() == r[0].stride()
 
 
 # ------------------------------------------------------------------------------------------------------ across ranks
@@ -263,8 +263,8 @@ def test_sync_batch_norm(ranks: Ranks, case: Case) -> None:
     parts = [tuple(t[i] for t in (p.x, p.residual, p.dy)) for i in (slice(0, 1), slice(1, None))]
     parts = [tuple(LAYOUTS[case.layout](t.contiguous()) for t in part) for part in parts]
     others = [(x, LAYOUTS[OTHER[case.layout]](r), dy) for x, r, dy in parts]
-    for found, expected in zip(ranks.run(synchronized, others), ranks.run(synchronized, parts), strict=True):
-        assert all(map(torch.equal, found, expected)) and found[-1]
+    for result, expected in zip(ranks.run(synchronized, others), ranks.run(synchronized, parts), strict=True):
+        assert all(map(torch.equal, result, expected)) and result[-1]
 
 
 # ------------------------------------------------------------------------------------------------- converted models

@@ -237,12 +237,12 @@ def compiled_layer(backend: str, batches: list[list[Tensor]], group) -> tuple[li
     calls = [torch.compile(layers[0], backend=counting, fullgraph=True), layers[1]]
     results = [[], []]
     for tensors in batches:
-        for bn, call, found in zip(layers, calls, results, strict=True):
+        for bn, call, result in zip(layers, calls, results, strict=True):
             bn.zero_grad()
             x, residual = (t.clone().requires_grad_() for t in tensors[:2])
             y = call(x, residual)
             y.backward(tensors[2])
-            found += [y.detach(), x.grad, residual.grad, bn.weight.grad, bn.bias.grad, *bn.state_dict().values()]
+            result += [y.detach(), x.grad, residual.grad, bn.weight.grad, bn.bias.grad, *bn.state_dict().values()]
     return copy.deepcopy(results[0]), copy.deepcopy(results[1]), graphs
 
 

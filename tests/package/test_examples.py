@@ -34,9 +34,9 @@ def test_fused_block(capsys: pytest.CaptureFixture) -> None:
 def test_convert_model(capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     example("convert_model").main(["--rounds", "1", "--batch", "2", "--size", "32"])
-    said = capsys.readouterr().out
-    assert "20 batch norms: " in said and "converted: " in said
-    before, after = (float(word) for word in said.partition("loss: ")[2].split()[:5:4])
+    message = capsys.readouterr().out
+    assert "20 batch norms: " in message and "converted: " in message
+    before, after = (float(word) for word in message.partition("loss: ")[2].split()[:5:4])
     assert after == pytest.approx(before, rel=1e-4)  # float32, through 20 batch norms of 2 images each
 
 

@@ -104,12 +104,12 @@ OURS = ("bnkern", "experiments", "benchmarks", "tests")
 
 def modules() -> dict[str, Path]:
     """The modules of the package by dotted name, without tests and benchmarks, which may import anything."""
-    found = {"setup": ROOT / "setup.py"}
+    results = {"setup": ROOT / "setup.py"}
     for package in ("bnkern", "experiments"):
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            results[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return results
 
 
 MODULES = modules()

@@ -37,15 +37,15 @@ def test_load_gives_named_arrays_and_columns(tmp_path: Path) -> None:
     net = make_net()
     with probes.record(net, CHANNEL, out=tmp_path) as rec:
         train(net, 4, rec)
-    found = probes.load(tmp_path)
-    stacked = found.array("activation_moments", "mean")
+    result = probes.load(tmp_path)
+    stacked = result.array("activation_moments", "mean")
     assert stacked.shape == (3, 4, 6)  # layer, step, channel
-    columns = found.table("gradient_channel_signs")
+    columns = result.table("gradient_channel_signs")
     assert {len(column) for column in columns.values()} == {3 * 4 * 6}
     chosen = (columns["layer"] == "norm2") & (columns["step"] == 3) & (columns["channel"] == 5)
-    assert columns["abs_sum"][chosen] == found["gradient_channel_signs"]["norm2"]["abs_sum"][3, 5]
+    assert columns["abs_sum"][chosen] == result["gradient_channel_signs"]["norm2"]["abs_sum"][3, 5]
     with pytest.raises(KeyError, match="'weight' was not recorded; there are activation_moments"):
-        found["weight"]
+        result["weight"]
     with pytest.raises(FileNotFoundError, match=r"no recording in .*there is no index\.json"):
         probes.load(tmp_path / "nowhere")
 
@@ -68,10 +68,10 @@ def test_append_and_truncate_let_a_run_resume(tmp_path: Path) -> None:
     net = make_net()
     with probes.record(net, CHANNEL, probes.every(1, start=3), resumed, append=True) as rec:
         train(net, 6, rec)
-    expected, found = probes.load(whole), probes.load(resumed)
-    assert found.steps.tolist() == list(range(6))
+    expected, result = probes.load(whole), probes.load(resumed)
+    assert result.steps.tolist() == list(range(6))
     np.testing.assert_array_equal(
-        found["activation_moments"]["norm1"]["mean"], expected["activation_moments"]["norm1"]["mean"]
+        result["activation_moments"]["norm1"]["mean"], expected["activation_moments"]["norm1"]["mean"]
     )
 
 
@@ -134,8 +134,8 @@ def test_a_full_buffer_drops_the_newest_and_says_so(tmp_path: Path, monkeypatch:
     ):
         train(net, 10, rec)
         assert rec.dropped == 7
-    found = probes.load(tmp_path)
-    assert found.steps.tolist() == [0, 1, 2] and found.index["dropped"] == 7
+    result = probes.load(tmp_path)
+    assert result.steps.tolist() == [0, 1, 2] and result.index["dropped"] == 7
 
 
 def test_small_buffers_are_flushed_in_time(tmp_path: Path) -> None:
@@ -175,8 +175,8 @@ def test_a_ring_that_is_used_again_loses_no_record(tmp_path: Path) -> None:
         for k in range(200):
             model(torch.full((2, 4, 3, 3), float(k)))
             recording.step()
-    found = bnkern.probes.load(tmp_path)["activation_moments"][""]
-    assert found["mean"][:, 0].tolist() == list(range(200))
+    result = bnkern.probes.load(tmp_path)["activation_moments"][""]
+    assert result["mean"][:, 0].tolist() == list(range(200))
 
 
 def test_a_full_ring_comes_back_from_the_writer(tmp_path: Path) -> None:
@@ -190,5 +190,5 @@ def test_a_full_ring_comes_back_from_the_writer(tmp_path: Path) -> None:
                 rings.append(recording._buffer.rows.data_ptr())
                 recording.flush(wait=True)
     assert len(set(rings)) == 2  # one ring is filled while the other is written
-    found = bnkern.probes.load(tmp_path)["activation_moments"][""]
-    assert found["mean"][:, 0].tolist() == list(range(24))
+    result = bnkern.probes.load(tmp_path)["activation_moments"][""]
+    assert result["mean"][:, 0].tolist() == list(range(24))

@@ -51,12 +51,12 @@ def compare(ours: dict[str, np.ndarray], oracle: dict[str, Tensor], what: str) -
     which cancel, this is the floor.
     """
     for name, expected in oracle.items():
-        expected, found = np.asarray(expected, dtype=float), ours[name][0]
-        assert found.shape == expected.shape, (what, name)
+        expected, result = np.asarray(expected, dtype=float), ours[name][0]
+        assert result.shape == expected.shape, (what, name)
         if name in ("count", "positive", "negative", "zero", "min", "max", "abs_max", "histogram") or (
             name.endswith(("sign_sum", "nonzero"))
         ):
-            np.testing.assert_array_equal(found, expected, f"{what} {name}")
+            np.testing.assert_array_equal(result, expected, f"{what} {name}")
             continue
         scale = np.abs(expected).max()
         if name in ("sum", "bias_sum", "weight_sum"):
@@ -65,7 +65,7 @@ def compare(ours: dict[str, np.ndarray], oracle: dict[str, Tensor], what: str) -
             scale = max(scale, 1)
         elif name == "third":
             scale = max(scale, np.asarray(oracle["var"]).max() ** 1.5)
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6 * scale, err_msg=f"{what} {name}")
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-6 * scale, err_msg=f"{what} {name}")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -76,32 +76,34 @@ def test_quantities_agree_with_their_oracles(target: Target, norm: bool, layout:
     wanted += [make("output_gradient", layers="fc"), make("output_moments", layers=["fc", "norm1"])]
     wanted += ["affine_gradient_signs"] if norm else []
     with probes.record(net, wanted, out=tmp_path) as rec:
-        seen = Seen(net)
+        recorded = Seen(net)
         images, labels = batch(0, device=target.device)
         F.cross_entropy(net(images), labels).backward()
         rec.step()
-    found = probes.load(tmp_path)
-    assert found.quantities == [q if isinstance(q, str) else q.name for q in wanted]
+    result = probes.load(tmp_path)
+    assert result.quantities == [q if isinstance(q, str) else q.name for q in wanted]
 
     for layer in ("norm1", "norm2", "norm3"):
         module, conv = getattr(net, layer), layer.replace("norm", "conv")
-        x, y = seen.x[layer], seen.y[layer]
+        x, y = recorded.x[layer], recorded.y[layer]
         oracle = make("activation_moments").oracle(x, y)
-        compare(found["activation_moments"][layer], oracle, layer)
-        compare(found["gradient_channel_signs"][layer], make("gradient_channel_signs").oracle(seen.dy[conv]), layer)
+        compare(result["activation_moments"][layer], oracle, layer)
+        compare(
+            result["gradient_channel_signs"][layer], make("gradient_channel_signs").oracle(recorded.dy[conv]), layer
+        )
         if norm:
             var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
             xhat = (x - mean) * torch.rsqrt(var + vars(module)["eps"])
-            g = seen.dy[layer] * (y > 0) if module.act else seen.dy[layer]
+            g = recorded.dy[layer] * (y > 0) if module.act else recorded.dy[layer]
             signs = make("affine_gradient_signs").oracle(g, xhat)
-            compare(found["affine_gradient_signs"][layer], signs, layer)
+            compare(result["affine_gradient_signs"][layer], signs, layer)
             np.testing.assert_allclose(
-                found["affine_gradient_signs"][layer]["bias_sum"][0], module.bias.grad, rtol=1e-5, atol=1e-7
+                result["affine_gradient_signs"][layer]["bias_sum"][0], module.bias.grad, rtol=1e-5, atol=1e-7
             )
     for layer in ("conv1", "conv2", "conv3"):
         module = getattr(net, layer)
-        oracle = make("weight_gradient_signs").oracle(seen.x[layer], seen.dy[layer], module)
-        ours = found["weight_gradient_signs"][layer]
+        oracle = make("weight_gradient_signs").oracle(recorded.x[layer], recorded.dy[layer], module)
+        ours = result["weight_gradient_signs"][layer]
         # The ratio of a sum that cancels has the relative error of the sum. It is compared if the sum is not only
         # rounding.
         oracle = {name: value.numpy() for name, value in oracle.items()}
@@ -110,16 +112,16 @@ def test_quantities_agree_with_their_oracles(target: Target, norm: bool, layout:
         np.testing.assert_allclose(ratio[safe], expected[safe], rtol=1e-2)
         compare(ours, oracle, layer)
         np.testing.assert_allclose(ours["sum"][0], module.weight.grad, rtol=1e-4, atol=1e-6)
-    compare(found["output_gradient"]["fc"], make("output_gradient").oracle(seen.dy["fc"]), "fc")
+    compare(result["output_gradient"]["fc"], make("output_gradient").oracle(recorded.dy["fc"]), "fc")
     for layer in ("fc", "norm1"):
-        compare(found["output_moments"][layer], make("output_moments").oracle(seen.y[layer]), layer)
+        compare(result["output_moments"][layer], make("output_moments").oracle(recorded.y[layer]), layer)
     for name, parameter in net.named_parameters():
         oracle = make("parameter_gradient_histogram").oracle(parameter.grad)
-        compare(found["parameter_gradient_histogram"][name], oracle, name)
-    x, y, residual = seen.x["norm3"], seen.y["norm3"], seen.residual["norm3"]
+        compare(result["parameter_gradient_histogram"][name], oracle, name)
+    x, y, residual = recorded.x["norm3"], recorded.y["norm3"], recorded.residual["norm3"]
     branch = y - residual if norm else x
-    compare(found["signal_propagation"]["norm3"], make("signal_propagation").oracle(y, branch, residual), "norm3")
-    assert found.layers("signal_propagation") == ["norm3"], "only norm layers that add a residual end a block"
+    compare(result["signal_propagation"]["norm3"], make("signal_propagation").oracle(y, branch, residual), "norm3")
+    assert result.layers("signal_propagation") == ["norm3"], "only norm layers that add a residual end a block"
 
 
 @pytest.mark.parametrize("form", ["summary", "channels"])
@@ -155,12 +157,12 @@ def test_centred_weight_gradient_signs(target: Target, centred: str, tmp_path: P
     images, labels = batch(0, device=target.device)
     F.cross_entropy(plain(images), labels).backward()
     with probes.record(net, [quantity], out=tmp_path) as rec:
-        seen = Seen(net)
+        recorded = Seen(net)
         F.cross_entropy(net(images), labels).backward()
         rec.step()
     for layer in ("conv2", "conv3"):
         x, dy = (t - t.mean((0, 2, 3), keepdim=True) * (which == centred) for which, t in (
-            ("input", seen.x[layer]), ("gradient", seen.dy[layer])
+            ("input", recorded.x[layer]), ("gradient", recorded.dy[layer])
         ))  # fmt: skip
         oracle = quantity.oracle(x, dy, getattr(net, layer))
         kept = {name: oracle[name] for name in ("sum", "abs_sum", "sign_sum", "nonzero")}
@@ -183,10 +185,10 @@ def test_gradient_noise_scale(divided: bool, tmp_path: Path) -> None:
                 (loss / 3 if divided else loss).backward()
             rec.step()
             net.zero_grad()
-    found = probes.load(tmp_path)["gradient_noise_scale"][""]
+    result = probes.load(tmp_path)["gradient_noise_scale"][""]
     for step in range(2):
         for name, value in noise.oracle(parts[3 * step : 3 * step + 3], part=5).items():
-            np.testing.assert_allclose(found[name][step], value, rtol=1e-4, err_msg=name)
+            np.testing.assert_allclose(result[name][step], value, rtol=1e-4, err_msg=name)
 
 
 def test_gradient_noise_of_known_gaussians() -> None:
@@ -210,8 +212,8 @@ def test_the_histogram_takes_zeros_infinities_and_the_smallest_numbers(tmp_path:
     with probes.record(net, ["parameter_gradient_histogram"], out=tmp_path) as rec:
         net.weight.grad = values
         rec.step()
-    found = probes.load(tmp_path)["parameter_gradient_histogram"]["weight"]
-    edges, counts = found["edges"][0], found["histogram"][0]
+    result = probes.load(tmp_path)["parameter_gradient_histogram"]["weight"]
+    edges, counts = result["edges"][0], result["histogram"][0]
     assert counts.sum() == 6
     for value, expected in ((0.0, 3), (1.0, 1), (-2.0, 1), (2.0**23.99, 1)):  # the last one is outside of the edges
         (k,) = np.flatnonzero((edges[:-1] <= value) & (value < edges[1:]))
@@ -328,8 +330,8 @@ def test_output_moments_of_parts_merge_to_those_of_the_whole() -> None:
     quantity = make("output_moments")
 
     def row(part: Tensor) -> np.ndarray:
-        found = quantity.oracle(part)
-        return torch.stack([found["count"], found["mean"], found["var"] * found["count"]]).numpy()[None]
+        result = quantity.oracle(part)
+        return torch.stack([result["count"], result["mean"], result["var"] * result["count"]]).numpy()[None]
 
     merged = quantity.merge(np.stack([row(part) for part in (y[:2], y[2:5], y[5:])]))
     np.testing.assert_allclose(merged, row(y), rtol=1e-9)  # float64 in all operations

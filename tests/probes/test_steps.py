@@ -34,13 +34,13 @@ def test_two_forwards_before_a_backward_are_kept_apart(tmp_path: Path) -> None:
                 losses.append(F.cross_entropy(net(images), labels))
             sum(losses).backward()
             rec.step()
-    found = probes.load(tmp_path)
-    assert found.steps.tolist() == [0, 0, 1, 1] and found.calls.tolist() == [0, 1, 0, 1]
-    means = found["activation_moments"]["norm1"]["mean"]
+    result = probes.load(tmp_path)
+    assert result.steps.tolist() == [0, 0, 1, 1] and result.calls.tolist() == [0, 1, 0, 1]
+    means = result["activation_moments"]["norm1"]["mean"]
     for row, part in enumerate((0, 1, 0, 1)):
         with torch.no_grad():
             np.testing.assert_allclose(means[row], net.conv1(batch(part)[0]).mean((0, 2, 3)), atol=1e-6)
-    sums = found["gradient_channel_signs"]["norm1"]["abs_sum"]
+    sums = result["gradient_channel_signs"]["norm1"]["abs_sum"]
     assert not np.array_equal(sums[0], sums[1])
     np.testing.assert_array_equal(sums[:2], sums[2:])
 
@@ -53,9 +53,9 @@ def test_accumulated_parts_stay_within_one_step(tmp_path: Path) -> None:
                 images, labels = batch(2 * step + part)
                 F.cross_entropy(net(images), labels).backward()
             rec.step()
-    found = probes.load(tmp_path)
-    assert found.steps.tolist() == [0, 0, 1, 1, 2, 2]
-    assert not np.isnan(found["weight_gradient_signs"]["conv2"]["sum"]).any()
+    result = probes.load(tmp_path)
+    assert result.steps.tolist() == [0, 0, 1, 1, 2, 2]
+    assert not np.isnan(result["weight_gradient_signs"]["conv2"]["sum"]).any()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -100,9 +100,9 @@ def test_what_a_step_did_not_record_is_nan(tmp_path: Path) -> None:
             if step == 0:
                 out.sum().backward()
             rec.step()
-    found = probes.load(tmp_path)
-    assert not np.isnan(found["activation_moments"]["norm1"]["mean"]).any()
-    assert np.isnan(found["gradient_channel_signs"]["norm1"]["sum"][1]).all()
+    result = probes.load(tmp_path)
+    assert not np.isnan(result["activation_moments"]["norm1"]["mean"]).any()
+    assert np.isnan(result["gradient_channel_signs"]["norm1"]["sum"][1]).all()
 
 
 def test_a_layer_that_joins_late(tmp_path: Path) -> None:
@@ -116,9 +116,9 @@ def test_a_layer_that_joins_late(tmp_path: Path) -> None:
             y = net["a"](x * (step + 1))
             (net["b"](y[:, :2]) if step == 1 else y).sum().backward()
             rec.step()
-    found = probes.load(tmp_path)
-    assert found.steps.tolist() == [0, 1, 2]
-    means = found["activation_moments"]["b"]["mean"]
+    result = probes.load(tmp_path)
+    assert result.steps.tolist() == [0, 1, 2]
+    means = result["activation_moments"]["b"]["mean"]
     assert np.isnan(means[[0, 2]]).all() and not np.isnan(means[1]).any() and means.shape == (3, 2)
 
 
@@ -137,10 +137,10 @@ def test_several_recordings_at_once(tmp_path: Path) -> None:
             optimizer.step()
             outer.step()
             optimizer.zero_grad()
-    expected, found = probes.load(tmp_path / "alone"), probes.load(tmp_path / "outer")
+    expected, result = probes.load(tmp_path / "alone"), probes.load(tmp_path / "outer")
     for quantity in CHANNEL:
         for name, values in expected[quantity]["norm2"].items():
-            np.testing.assert_array_equal(found[quantity]["norm2"][name], values, name)
+            np.testing.assert_array_equal(result[quantity]["norm2"][name], values, name)
     inner = probes.load(tmp_path / "inner3")
     assert inner.steps.tolist() == [3]
     for name, values in expected["activation_moments"]["norm2"].items():
@@ -157,8 +157,8 @@ def test_a_copy_of_a_recorded_model_is_not_recorded(copied: Callable, tmp_path: 
         images, labels = batch(0)
         F.cross_entropy(net(images), labels).backward()
         rec.step()
-    found = probes.load(tmp_path)
-    assert found.steps.tolist() == [0] and found.calls.tolist() == [0]
+    result = probes.load(tmp_path)
+    assert result.steps.tolist() == [0] and result.calls.tolist() == [0]
     assert set(net.state_dict()) == set(twin.state_dict())
 
 
@@ -170,9 +170,9 @@ def test_patterns_choose_layers(tmp_path: Path) -> None:
     quantities = [make("activation_moments", layers=["norm1", "*3"]), make("weight_gradient_signs", layers="conv[12]")]
     with probes.record(net, quantities, out=tmp_path, layers=["*1", "conv*"]) as rec:
         train(net, 1, rec)
-    found = probes.load(tmp_path)
-    assert found.layers("activation_moments") == ["norm1"]
-    assert found.layers("weight_gradient_signs") == ["conv1", "conv2"]
+    result = probes.load(tmp_path)
+    assert result.layers("activation_moments") == ["norm1"]
+    assert result.layers("weight_gradient_signs") == ["conv1", "conv2"]
 
 
 def test_layers_that_cannot_be_served_are_named(tmp_path: Path) -> None:
@@ -231,8 +231,8 @@ def test_a_quantity_of_ones_own(tmp_path: Path) -> None:
     net = make_net()
     with probes.record(net, [Norms()], out=tmp_path) as rec:
         train(net, 2, rec)
-    found = probes.load(tmp_path)["parameter_norm"]["conv2"]["norm"]
-    assert found.shape == (2,) and found[1] == pytest.approx(float(net.conv2.weight.detach().norm()), rel=1e-6)
+    result = probes.load(tmp_path)["parameter_norm"]["conv2"]["norm"]
+    assert result.shape == (2,) and result[1] == pytest.approx(float(net.conv2.weight.detach().norm()), rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------- torch.compile, ranks, graphs
@@ -257,12 +257,12 @@ def test_torch_compile_recompiles_on_entering_and_never_again(tmp_path: Path) ->
     net.load_state_dict(make_net().state_dict())
     with probes.record(net, [*CHANNEL, "affine_gradient_signs"], out=tmp_path / "again") as rec:
         train(net, 6, rec, compiled)
-    expected, found = probes.load(tmp_path / "eager"), probes.load(tmp_path / "again")
-    assert found.steps.tolist() == list(range(6))
+    expected, result = probes.load(tmp_path / "eager"), probes.load(tmp_path / "again")
+    assert result.steps.tolist() == list(range(6))
     for quantity in expected.quantities:
         for name, values in expected[quantity]["norm2"].items():
             scale = np.nanmax(np.abs(values))
-            np.testing.assert_allclose(found[quantity]["norm2"][name], values, rtol=1e-3, atol=1e-4 * scale)
+            np.testing.assert_allclose(result[quantity]["norm2"][name], values, rtol=1e-3, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize(
@@ -284,8 +284,8 @@ def test_ranks_are_merged_into_one_file(norm: bool, shares: list[int], tmp_path:
     ]
     record_rank(joint, norm, [6], 0)
     assert [rank.wait(timeout=120) for rank in ranks] == [0] * len(shares)
-    expected, found = probes.load(joint), probes.load(out)
-    assert found.steps.tolist() == [0, 1, 2, 3, 4] and found.index["ranks"] == len(shares)
+    expected, result = probes.load(joint), probes.load(out)
+    assert result.steps.tolist() == [0, 1, 2, 3, 4] and result.index["ranks"] == len(shares)
     for quantity in SUMMED + ["affine_gradient_signs"] * norm:
         for layer, arrays in expected[quantity].items():
             for name, values in arrays.items():
@@ -296,14 +296,14 @@ def test_ranks_are_merged_into_one_file(norm: bool, shares: list[int], tmp_path:
                 if name == "third":
                     scale = max(scale, arrays["var"].max() ** 1.5)
                 np.testing.assert_allclose(
-                    found[quantity][layer][name], values, rtol=1e-5, atol=1e-5 * scale, err_msg=f"{layer} {name}"
+                    result[quantity][layer][name], values, rtol=1e-5, atol=1e-5 * scale, err_msg=f"{layer} {name}"
                 )
-    assert found["signal_propagation"]["norm3"]["variance"].shape == (5, len(shares)), (
+    assert result["signal_propagation"]["norm3"]["variance"].shape == (5, len(shares)), (
         "this has an axis of ranks, because it is no sum"
     )
     again = probes.load(f"{out}-again")
     for quantity in CHANNEL:
-        for layer, arrays in found[quantity].items():
+        for layer, arrays in result[quantity].items():
             for name, values in arrays.items():
                 np.testing.assert_array_equal(again[quantity][layer][name], values, f"again {layer} {name}")
 

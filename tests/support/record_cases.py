@@ -267,11 +267,11 @@ def check_frozen_parameters(target: Target, mode: str) -> None:
     p, call = CASE["nhwc_c5_s49"].problem(FP32, target.device), Call(mode, "relu")
     module = _kernels(target, p.x.dtype)
     _, *saved = call.forward(module, p)[:4]
-    seen = []
+    recorded = []
     for needs in (call.needs(p), (True, False, False, False), (False,) * 4):
         affine, gradient = empty_record(records.AFFINE, p.x), empty_record(records.GRADIENT, p.x)
         dx, *_ = call.backward(module, p, saved, needs, record_affine=affine, record_gradient=gradient)
         untouched = torch.equal(gradient, empty_record(records.GRADIENT, p.x))
         assert untouched == (dx is None), "the gradient record is written only if dx is computed"
-        seen.append(affine)
-    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+        recorded.append(affine)
+    assert torch.equal(recorded[0], recorded[1]) and torch.equal(recorded[0], recorded[2])

@@ -33,9 +33,9 @@ def test_gradients_are_as_good_as_torchs(norm: str, channels_last: bool) -> None
     errors: dict[str, list[float]] = {"bnkern": [], "torch": []}
     for batch in range(5):
         truth = gradients(batch, "torch", "fp64")
-        for kernels, found in errors.items():
-            found.append(((gradients(batch, kernels, "fp32") - truth).norm() / truth.norm()).item())
-    ours, torchs = (min(found) for found in errors.values())
+        for kernels, result in errors.items():
+            result.append(((gradients(batch, kernels, "fp32") - truth).norm() / truth.norm()).item())
+    ours, torchs = (min(result) for result in errors.values())
     assert 0 < ours <= 2 * torchs
     assert torchs < 1e-5  # otherwise both are wrong
 

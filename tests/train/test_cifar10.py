@@ -155,7 +155,7 @@ def test_a_damaged_cache_is_fetched_again(tiny, published, alone, tmp_path: Path
 
 
 @pytest.mark.parametrize("fault", ["truncated", "not an archive", "other files", "other bytes"])
-def test_a_bad_archive_is_told_and_the_cache_stays_clean(
+def test_a_bad_archive_is_reported_and_the_cache_stays_clean(
     tiny, published, alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     files = {f"{cifar10.FOLDER}/{name}": batch for name, batch in tiny.items()}
@@ -194,7 +194,7 @@ def test_what_npm_says_is_passed_on(alone: Path, tmp_path: Path) -> None:
         cifar10.load()
 
 
-def test_a_cache_that_cannot_be_written_is_told(tiny, published, alone: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(tiny, published, alone: Path, tmp_path: Path, monkeypatch) -> None:
     archive = pack(tmp_path / "a.tar.gz", {f"{cifar10.FOLDER}/{name}": batch for name, batch in tiny.items()})
     monkeypatch.setattr(fetch, "ARCHIVE", archive.as_uri())
     alone.parent.parent.write_text("a file where the cache folder should be")
@@ -230,14 +230,14 @@ def test_batches_are_a_permutation_fixed_by_seed_and_epoch() -> None:
     split = cifar10.Split(torch.arange(50).view(50, 1, 1, 1).to(torch.uint8), torch.arange(50))
     epoch = list(cifar10.batches(split, 8, seed=1))
     assert [len(batch.labels) for batch in epoch] == [8] * 6
-    seen = torch.cat([batch.labels for batch in epoch])
-    assert len(seen.unique()) == 48
+    recorded = torch.cat([batch.labels for batch in epoch])
+    assert len(recorded.unique()) == 48
     assert all(torch.equal(batch.images.flatten().long(), batch.labels) for batch in epoch)
 
     def order(**key: int) -> list[int]:
         return torch.cat([batch.labels for batch in cifar10.batches(split, 8, **key)]).tolist()
 
-    assert order(seed=1) == seen.tolist()
+    assert order(seed=1) == recorded.tolist()
     assert len({tuple(order(seed=s, epoch=e)) for s in range(3) for e in range(3)}) == 9
 
 
@@ -275,7 +275,7 @@ def test_images_are_those_of_their_labels_normalised(split) -> None:
 def test_augmented_images_are_moved_and_mirrored_ones(split) -> None:
     """Each image is one of the 162 views of its original, most are not the original itself, and epochs differ."""
     batches, plain = made(split, augment=True), made(split)
-    seen = []
+    recorded = []
     for epoch in range(2):
         images, labels = batches.at(epoch, 3)
         whole, numbers = plain.at(epoch, 3)
@@ -287,8 +287,8 @@ def test_augmented_images_are_moved_and_mirrored_ones(split) -> None:
             windows = padded.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
             views = torch.cat([windows, windows.flip(3)])
             [place] = (views == image).flatten(1).all(1).nonzero().flatten().tolist()
-            seen.append(place)
-    assert len(set(seen)) > 10 and max(seen) >= 81 > min(seen)
+            recorded.append(place)
+    assert len(set(recorded)) > 10 and max(recorded) >= 81 > min(recorded)
 
 
 def test_batches_depend_on_seed_epoch_and_index_alone(split) -> None:

@@ -71,13 +71,13 @@ def test_divergence_is_found_in_replays(tmp_path: Path) -> None:
 
 def test_a_recorded_graph_records_what_the_host_does(tmp_path: Path) -> None:
     quantities = ("activation_moments", "gradient_channel_signs", "affine_gradient_signs")
-    found = []
+    results = []
     for on_device in (False, True):
         recorder = partial(record, quantities=quantities, on_device=on_device)
         folder = tmp_path / str(on_device)
         train(tiny(deterministic=True), folder, images(), "cuda", probes=recorder)
-        found.append(probes.load(folder / "probes"))
-    host, device = found
+        results.append(probes.load(folder / "probes"))
+    host, device = results
     assert device.steps.tolist() == host.steps.tolist() == list(range(12))
     for quantity in quantities:
         for layer, columns in host[quantity].items():

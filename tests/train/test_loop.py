@@ -100,15 +100,15 @@ def test_every_way_of_computing_runs(tmp_path: Path, changes: dict, monkeypatch:
 
 def test_switches_of_torch_are_put_back(tmp_path: Path) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
-    seen = []
+    recorded = []
 
     @contextmanager
     def look(network, folder, step):
-        seen.append(torch.are_deterministic_algorithms_enabled())
+        recorded.append(torch.are_deterministic_algorithms_enabled())
         yield Recorder()
 
     train(tiny(epochs=1, deterministic=True), tmp_path / "a", images(), probes=look)
-    assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
+    assert recorded == [True] and not torch.are_deterministic_algorithms_enabled()
 
 
 # ------------------------------------------------------------------------------------------------ recipe
@@ -324,17 +324,17 @@ class Recorder:
 
 def test_probes_are_called_and_change_nothing(tmp_path: Path) -> None:
     config = tiny(checkpoint_every=4)
-    recorder, asked = Recorder(), []
+    recorder, requested = Recorder(), []
 
     @contextmanager
     def probes(network: torch.nn.Module, folder: Path, step: int):
-        asked.append((type(network).__name__, folder, step))
+        requested.append((type(network).__name__, folder, step))
         yield recorder
-        asked.append("closed")
+        requested.append("closed")
 
     train(config, tmp_path / "plain", images())
     train(config, tmp_path / "a", images(), probes=probes)
-    assert asked == [("ResNet", tmp_path / "a/probes", 0), "closed"]
+    assert requested == [("ResNet", tmp_path / "a/probes", 0), "closed"]
     assert recorder.steps == 12 and recorder.flushes == [4, 6, 8, 12]
     assert_same_run(tmp_path / "plain", tmp_path / "a")
 
@@ -361,11 +361,11 @@ def test_records_of_a_run_that_crashed_and_went_on_are_those_of_one_that_did_not
     )
     train(config, tmp_path / "resumed", images(), probes=probes)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
-    expected, found = load(tmp_path / "whole/probes"), load(tmp_path / "resumed/probes")
-    assert expected.steps.tolist() == found.steps.tolist() == list(range(12))
+    expected, result = load(tmp_path / "whole/probes"), load(tmp_path / "resumed/probes")
+    assert expected.steps.tolist() == result.steps.tolist() == list(range(12))
     for layer, arrays in expected["activation_moments"].items():
         for name, values in arrays.items():
-            np.testing.assert_array_equal(found["activation_moments"][layer][name], values)
+            np.testing.assert_array_equal(result["activation_moments"][layer][name], values)
 
 
 def test_a_mirror_without_tensorboard_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,5 +382,5 @@ def test_tensorboard_mirror(tmp_path: Path) -> None:
     mirror = EventAccumulator(str(tmp_path / "a/tensorboard"))
     mirror.Reload()
     written = [r for r in untimed(tmp_path / "a") if r["event"] == "train"]
-    seen = mirror.Scalars("train/loss")
-    assert [(s.step, s.value) for s in seen] == [(r["step"], pytest.approx(r["loss"])) for r in written]
+    recorded = mirror.Scalars("train/loss")
+    assert [(s.step, s.value) for s in recorded] == [(r["step"], pytest.approx(r["loss"])) for r in written]

@@ -96,15 +96,15 @@ def test_norms_do_what_they_are_called(norm: str) -> None:
     model = build(depth=14, norm=norm).double()
     block = model.blocks[1]
     block.norm1.act = None
-    seen = {}
-    block.norm1.register_forward_hook(lambda module, args, y: seen.update(x=args[0], y=y))
+    recorded = {}
+    block.norm1.register_forward_hook(lambda module, args, y: recorded.update(x=args[0], y=y))
     model(torch.randn(6, 3, 32, 32, dtype=torch.float64))
     if norm in ("none", "final"):
-        assert torch.equal(seen["x"], seen["y"])
+        assert torch.equal(recorded["x"], recorded["y"])
         assert (model.final is not None) == (norm == "final")
         assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == (norm == "final")
         return
-    y = seen["y"].unflatten(1, (8, 2)) if norm == "group" else seen["y"]
+    y = recorded["y"].unflatten(1, (8, 2)) if norm == "group" else recorded["y"]
     over = {"batch": (0, 2, 3), "layer": (1, 2, 3), "group": (2, 3, 4), "instance": (2, 3)}[norm]
     mean, var = y.mean(over), y.var(over, correction=0)
     torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-12)
@@ -113,12 +113,12 @@ def test_norms_do_what_they_are_called(norm: str) -> None:
 
 def test_final_norm_is_of_the_last_blocks_output() -> None:
     model = build(depth=8, norm="final").double()
-    seen = {}
-    model.final.register_forward_hook(lambda module, args, y: seen.update(x=args[0], y=y))
-    model.blocks[-1].register_forward_hook(lambda module, args, y: seen.update(last=y))
+    recorded = {}
+    model.final.register_forward_hook(lambda module, args, y: recorded.update(x=args[0], y=y))
+    model.blocks[-1].register_forward_hook(lambda module, args, y: recorded.update(last=y))
     logits = model(torch.randn(4, 3, 32, 32, dtype=torch.float64))
-    assert seen["x"] is seen["last"] and (seen["x"] >= 0).all() and (seen["y"] < 0).any()
-    torch.testing.assert_close(logits, model.fc(seen["y"].mean((2, 3))))
+    assert recorded["x"] is recorded["last"] and (recorded["x"] >= 0).all() and (recorded["y"] < 0).any()
+    torch.testing.assert_close(logits, model.fc(recorded["y"].mean((2, 3))))
 
 
 def test_fixup() -> None:
@@ -137,9 +137,9 @@ def test_fixup() -> None:
     assert {names[name].item() for name in scalars if name.endswith("scale")} == {1.0}
     assert not any(names[name].any() for name in scalars if not name.endswith("scale"))
     images = torch.randn(4, 3, 32, 32)
-    seen = {}
-    model.blocks[1].register_forward_hook(lambda module, args, y: seen.update(x=args[0], y=y))
-    assert not model(images).any() and torch.equal(seen["x"], seen["y"])
+    recorded = {}
+    model.blocks[1].register_forward_hook(lambda module, args, y: recorded.update(x=args[0], y=y))
+    assert not model(images).any() and torch.equal(recorded["x"], recorded["y"])
 
 
 @pytest.mark.parametrize("init", INITS[:3])

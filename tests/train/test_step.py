@@ -108,13 +108,13 @@ def test_the_host_reads_nothing_back() -> None:
     step = stepper(tiny(precision="bf16"), images())
     step.batches.fill(step.index, step._images, step._labels)
     step.batches.fill = lambda *filled: None
-    with _Reads() as seen:
+    with _Reads() as recorded:
         step()
-    assert seen.count > 100 and seen.waits == []
-    with _Reads() as seen:
+    assert recorded.count > 100 and recorded.waits == []
+    with _Reads() as recorded:
         step.diverged.item()
         step.ring.tolist()
-    assert seen.waits and set(seen.waits) == {"_local_scalar_dense"}
+    assert recorded.waits and set(recorded.waits) == {"_local_scalar_dense"}
 
 
 def test_state_passes_to_another_step() -> None:
@@ -136,12 +136,12 @@ def test_state_passes_to_another_step() -> None:
 
 def test_a_probe_sees_every_loss_and_the_gradients() -> None:
     step = stepper(tiny(), images())
-    seen = []
-    step._probe = lambda loss: seen.append((loss.item(), step.network.conv.weight.grad.abs().sum().item()))
+    recorded = []
+    step._probe = lambda loss: recorded.append((loss.item(), step.network.conv.weight.grad.abs().sum().item()))
     step()
     step()
-    assert [loss for loss, _ in seen] == step.ring[:2, 0].tolist()
-    assert all(total > 0 for _, total in seen)
+    assert [loss for loss, _ in recorded] == step.ring[:2, 0].tolist()
+    assert all(total > 0 for _, total in recorded)
 
 
 def test_compiled_step_is_the_same_step() -> None:

@@ -44,17 +44,17 @@ def untimed(folder: Path) -> list[dict]:
 
 def tensors(folder: Path, name: str = "checkpoint.pt") -> dict[str, Tensor]:
     """Every tensor in a checkpoint by its path."""
-    found = {}
+    results = {}
 
     def walk(at: str, value: object) -> None:
         if isinstance(value, Tensor):
-            found[at] = value
+            results[at] = value
         elif isinstance(value, dict):
             for key, inside in value.items():
                 walk(f"{at}/{key}", inside)
 
     walk("", checkpoint.read(folder / name))
-    return found
+    return results
 
 
 def assert_same_run(one: Path, other: Path, checkpoint: str = "checkpoint.pt") -> None:

@@ -19,8 +19,8 @@ def test_dumps_are_read_in_the_order_of_their_parts() -> None:
 
 def test_a_change_beyond_the_tolerance_is_named() -> None:
     table = {"same": 1000, "less": 1000, "more": 1000, "gone": 1}
-    found = instructions.changed({"same": 1029, "less": 960, "more": 1040, "new": 1}, table)
-    assert found == [
+    result = instructions.changed({"same": 1029, "less": 960, "more": 1040, "new": 1}, table)
+    assert result == [
         "gone: not in the cases",
         "less: 1000 became 960, -4.0%",
         "more: 1000 became 1040, +4.0%",

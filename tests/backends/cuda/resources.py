@@ -34,16 +34,16 @@ def tool(name: str) -> str | None:
 def nvcc_version() -> str | None:
     if not shutil.which("nvcc"):
         return None
-    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"V(\d+\.\d+)", said)[1]
+    message = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"V(\d+\.\d+)", message)[1]
 
 
 def cuobjdump(*arguments: str) -> str:
     """The output of cuobjdump with demangled names. It finds nvdisasm in its own folder."""
     program = tool("cuobjdump")
     environment = os.environ | {"PATH": f"{Path(program).parent}{os.pathsep}{os.environ['PATH']}"}
-    said = subprocess.run([program, *arguments], capture_output=True, text=True, check=True, env=environment).stdout
-    return subprocess.run(["c++filt"], input=said, capture_output=True, text=True, check=True).stdout
+    message = subprocess.run([program, *arguments], capture_output=True, text=True, check=True, env=environment).stdout
+    return subprocess.run(["c++filt"], input=message, capture_output=True, text=True, check=True).stdout
 
 
 def _name(function: str) -> str:
@@ -55,17 +55,17 @@ def _name(function: str) -> str:
 def usage(binary: Path, architecture: int) -> dict[str, tuple[int, int]]:
     """Registers and bytes of stack, including spills, of each kernel in a file of machine code."""
     text = cuobjdump("-res-usage", "-arch", f"sm_{architecture}", str(binary))
-    found = re.findall(r"Function (.+):\n\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
-    return {_name(name): (int(registers), int(stack) + int(local)) for name, registers, stack, local in found}
+    result = re.findall(r"Function (.+):\n\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
+    return {_name(name): (int(registers), int(stack) + int(local)) for name, registers, stack, local in result}
 
 
 def accesses(binary: Path, architecture: int) -> dict[str, dict[str, int]]:
     """The number of 16-byte loads and stores of each kernel, in global memory or by generic addresses (sm_100)."""
     text = cuobjdump("-sass", "-arch", f"sm_{architecture}", str(binary))
-    found = {}
+    results = {}
     for name, body in re.findall(r"Function : ([^\n]+)\n(.*?)(?=Function : |\Z)", text, re.DOTALL):
-        found[_name(name)] = {word: len(re.findall(rf"\b{word}G?\.E\.[\w.]*128", body)) for word in ("LD", "ST")}
-    return found
+        results[_name(name)] = {word: len(re.findall(rf"\b{word}G?\.E\.[\w.]*128", body)) for word in ("LD", "ST")}
+    return results
 
 
 @functools.cache

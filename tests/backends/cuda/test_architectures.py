@@ -70,7 +70,7 @@ def test_clusters_need_code_that_has_them(built: str, clusters: bool, monkeypatc
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(cuda, "_ARCHITECTURES", built.split())
-    told = []
-    monkeypatch.setattr(cuda._native, "cuda_device", lambda index, **limits: told.append(limits), raising=False)
+    messages = []
+    monkeypatch.setattr(cuda._native, "cuda_device", lambda index, **limits: messages.append(limits), raising=False)
     cuda.introduce(0)
-    assert [limits["clusters"] for limits in told] == [clusters]
+    assert [limits["clusters"] for limits in messages] == [clusters]

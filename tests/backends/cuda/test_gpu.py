@@ -174,8 +174,8 @@ def test_two_threads_on_one_stream(strategy: str, case: Case) -> None:
 
     quiet = [call(scale, 1) for scale in (1, -3)]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(call, (1, -3), (300, 300)))
-    for ours, expected in zip(found, quiet, strict=True):
+        result = list(pool.map(call, (1, -3), (300, 300)))
+    for ours, expected in zip(result, quiet, strict=True):
         assert ours[0] and equal(ours, expected)
 
 

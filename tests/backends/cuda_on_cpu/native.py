@@ -213,9 +213,9 @@ def run(call: Forward | Backward, device: Device, strategy: int, seed: int) -> N
     workspace[:signals] = 0
     p.workspace = CudaWorkspace(workspace.data_ptr(), size)
     lib.configure(seed, device.resident)
-    said = getattr(lib, f"{name}_within")(p).decode()
-    if said:
-        raise RuntimeError(said)
+    message = getattr(lib, f"{name}_within")(p).decode()
+    if message:
+        raise RuntimeError(message)
     # The upper bit of a signal is its phase. The other bits must be reset.
     assert not (workspace[:signals].view(torch.int32) & 0x7FFFFFFF).any(), "a kernel did not reset a signal"
 

@@ -41,8 +41,8 @@ def _receive(stream: BinaryIO) -> Any:
 
 def runtime(name: str) -> str | None:
     """The path of a sanitizer's runtime, or None."""
-    found = subprocess.run([COMPILER, f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
-    return found if os.path.isabs(found) else None
+    result = subprocess.run([COMPILER, f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
+    return result if os.path.isabs(result) else None
 
 
 class Sandbox:
@@ -83,9 +83,9 @@ class Sandbox:
             self.process.wait()
             self.process = None
             self.errors.seek(0)
-            said = self.errors.read().decode(errors="replace")
+            message = self.errors.read().decode(errors="replace")
             self.errors.truncate(0)
-            raise Died(said[-12000:]) from None
+            raise Died(message[-12000:]) from None
         if problem is not None:
             raise AssertionError(problem)
         return result

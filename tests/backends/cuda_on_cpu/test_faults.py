@@ -67,12 +67,12 @@ def test_misaligned_vector() -> None:
 @sandboxed
 def sums(in_order: bool) -> set[float]:
     values = torch.tensor([1e8, 1.0, -1e8, 1.0, 3e7, 2.0])
-    found = set()
+    results = set()
     for seed in SEEDS:
         out, partial, word = torch.zeros(1), torch.zeros(6), torch.zeros(1, dtype=torch.int32)
         assert call("sum", values, partial, out, word, 6, in_order, seed=seed) == ""
-        found.add(out.item())
-    return found
+        results.add(out.item())
+    return results
 
 
 def test_sum_that_depends_on_order() -> None:

@@ -54,9 +54,9 @@ class Runtime:
     def workspace(self, stream: int, groups: int = 8, size: int = 1000) -> range:
         """The addresses of a call's workspace. The call overwrites all of it except the signals."""
         got = native.CudaWorkspace()
-        said = self.lib.workspace(stream, groups, size, got).decode()
-        if said:
-            raise RuntimeError(said)
+        message = self.lib.workspace(stream, groups, size, got).decode()
+        if message:
+            raise RuntimeError(message)
         signals = self.lib.signal_bytes(got.size.groups)
         assert got.size.groups >= groups and got.size.bytes >= size
         assert ctypes.string_at(got.data, signals) == bytes(signals), "a signal is not zero"
@@ -226,10 +226,10 @@ def _side_by_side(case: Case) -> None:
     lib.pause_between_launches(30)
     try:
         with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(call, (first, second)))
+            results = list(pool.map(call, (first, second)))
     finally:
         lib.pause_between_launches(0)
-    for which, (ours, quiet) in enumerate(zip(found, expected, strict=True)):
+    for which, (ours, quiet) in enumerate(zip(results, expected, strict=True)):
         for k, (a, b) in enumerate(zip(ours, quiet, strict=True)):
             assert torch.equal(a, b), f"thread {which}: result {k} has another call's parts in it"
 

@@ -206,11 +206,11 @@ def entries_of(
     architecture: int, ways: list[str], precisions: list[str], recordings: tuple[str, ...] = RECORDINGS
 ) -> dict[str, tuple[Variant, Usage]]:
     """The distinct variants, compiled, by a readable name: kernel, way, dtype, fusion, recording."""
-    entries, seen = {}, set()
+    entries, recorded = {}, set()
     for way, precision, fused, recording in product(ways, precisions, (False, True), recordings):
         for name, variant in variants(way, precision, fused, recording).items():
-            if variant.key not in seen:
-                seen.add(variant.key)
+            if variant.key not in recorded:
+                recorded.add(variant.key)
                 what = f"{way} {precision}{' residual' if fused else ''}"
                 if "ALIGN" not in variant.constants:  # this kernel works only on vectors and partial results
                     what = " ".join(sorted({t for t in variant.signature.values() if t.startswith("*")}))
@@ -228,14 +228,14 @@ def conv_variants(arguments: tuple, wanted: tuple[bool, ...]) -> list[Variant]:
 
 def conv_entries_of(architecture: int, precisions: list[str]) -> dict[str, tuple[Variant, Usage]]:
     """Like ``entries_of``, for the convolutions: kernel, dtype, way, the requested sums."""
-    entries, seen = {}, set()
+    entries, recorded = {}, set()
     for (way, (inputs, outputs, kernel, memory_format)), precision in product(CONVOLUTIONS.items(), precisions):
         shapes = (8, inputs, 32, 32), (8, outputs, 32, 32)
         x, dy = (torch.empty(s, dtype=DTYPES[precision][0]).contiguous(memory_format=memory_format) for s in shapes)
         for what, wanted in WANTED.items():
             for variant in conv_variants((x, dy, (kernel, kernel), (1, 1), (kernel // 2, kernel // 2)), wanted):
-                if variant.key not in seen:
-                    seen.add(variant.key)
+                if variant.key not in recorded:
+                    recorded.add(variant.key)
                     entry = f"conv_grad_signs {precision} {way} {what}"
                     if "ROWS" not in variant.constants:  # this kernel works only on partial results
                         entry = f"conv_fold {'fp64' if precision == 'fp64' else 'fp32'} {what}"

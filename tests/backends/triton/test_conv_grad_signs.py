@@ -291,14 +291,14 @@ def test_resources(architecture: int, precisions: list[str]) -> None:
 @compiled
 def test_instances() -> None:
     """A network of 3, 16, 32 and 64 channels needs few kernels: with or without probes, two block sizes, the stem."""
-    seen = set()
+    recorded = set()
     for inputs, outputs in ((3, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64)):
         for memory_format, wanted in product(FORMATS, ((True, False, False, False), ALL)):
             case = Conv("", (2, inputs, 8, 8), (outputs, 3, 3), padding=(1, 1))
-            seen |= {v.key for v in resources.conv_variants(case.arguments(torch.bfloat16, memory_format), wanted)}
+            recorded |= {v.key for v in resources.conv_variants(case.arguments(torch.bfloat16, memory_format), wanted)}
     # For each format 2 block sizes and, in rows, the elements of the stem, each with and without probes. The fold is
     # compiled with and without probes.
-    assert len(seen) <= 2 * (2 + 3) + 2
+    assert len(recorded) <= 2 * (2 + 3) + 2
 
 
 # ----------------------------------------------------------------------------------------------- on a real GPU

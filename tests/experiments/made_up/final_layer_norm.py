@@ -11,8 +11,8 @@ LIMITS = {"limit-none": -2.5, "limit-final": -1.5, "limit-batch": 0.0}
 
 def limits(limit: float) -> Arrays:
     """The results of the procedure for a search of the largest rate."""
-    found = {"lrs": [1e-3, 1], "survived": [1, 0], "learned": [1, 0], "limit": limit, "learning limit": limit - 0.5}
-    return {name: np.asarray(value, float) for name, value in found.items()}
+    results = {"lrs": [1e-3, 1], "survived": [1, 0], "learned": [1, 0], "limit": limit, "learning limit": limit - 0.5}
+    return {name: np.asarray(value, float) for name, value in results.items()}
 
 
 def holds(config: dict) -> Arrays:

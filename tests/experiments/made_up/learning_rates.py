@@ -8,7 +8,7 @@ from tests.experiments.made_up import Arrays
 
 def trained(test: float, train: float = 99.9, early: float = 80.0, diverged: float = 0.0) -> Arrays:
     """The results of the procedure for a training run."""
-    found = {
+    results = {
         "share": [0.5, 1.0],
         "train curve": [early, train],
         "test curve": [early, test],
@@ -19,7 +19,7 @@ def trained(test: float, train: float = 99.9, early: float = 80.0, diverged: flo
         "diverged": diverged,
         "steps": 100,
     }
-    return {name: np.asarray(value, float) for name, value in found.items()}
+    return {name: np.asarray(value, float) for name, value in results.items()}
 
 
 def holds(config: dict) -> Arrays:

@@ -13,10 +13,10 @@ from tests.experiments.made_up.learning_rates import trained
 
 def noisy(config: dict, c: float) -> Arrays:
     felt = config["options"]["lr"] * c / config["batch"]
-    found = {"step": [0, 10], "C": [c, c], "|g|^2": [1.0, 1.0], "lr C / |B|": [felt, felt]}
-    found |= {"C before the first drop": c, "lr C / |B| before the first drop": felt}
-    found |= {"log10 lr C / |B| before the first drop": math.log10(felt)}
-    return trained(80.0) | {name: np.asarray(value, float) for name, value in found.items()}
+    results = {"step": [0, 10], "C": [c, c], "|g|^2": [1.0, 1.0], "lr C / |B|": [felt, felt]}
+    results |= {"C before the first drop": c, "lr C / |B| before the first drop": felt}
+    results |= {"log10 lr C / |B| before the first drop": math.log10(felt)}
+    return trained(80.0) | {name: np.asarray(value, float) for name, value in results.items()}
 
 
 def holds(config: dict) -> Arrays:

@@ -7,9 +7,9 @@ from tests.experiments.made_up import Arrays
 
 
 def holds(config: dict) -> Arrays:
-    found = {"slope": 1.43, "straightness": 0.995, "limit": 1.425}
+    results = {"slope": 1.43, "straightness": 0.995, "limit": 1.425}
     for m in config["options"]["factors"]:
-        found |= {
+        results |= {
             f"x/{m}": np.linspace(0.1, 4, 5),
             f"density/{m}": np.linspace(1, 0, 5),
             f"share/{m}": np.linspace(0, 1, 5),
@@ -26,9 +26,9 @@ def holds(config: dict) -> Arrays:
             f"log10 kappa/{m}": 1.43 * m,
             f"plain log10 kappa/{m}": min(1.43 * m, 17),
         }
-    return {name: np.asarray(value, float) for name, value in found.items()}
+    return {name: np.asarray(value, float) for name, value in results.items()}
 
 
 def breaks(config: dict) -> Arrays:
-    found = {name: 2 * value + 7 for name, value in holds(config).items()}
-    return found | {name: np.asarray(0.0) for name in found if name.startswith(("distance of s/", "straight"))}
+    results = {name: 2 * value + 7 for name, value in holds(config).items()}
+    return results | {name: np.asarray(0.0) for name in results if name.startswith(("distance of s/", "straight"))}

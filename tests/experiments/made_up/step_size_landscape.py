@@ -12,15 +12,19 @@ def holds(config: dict) -> Arrays:
     relative = 1 + (rates / (0.1 if batch else 1e-3)) ** 2 - rates**0.5
     arrays = {"rates": rates}
     for at in options["at"]:
-        found = {"improving": 0.1 if batch else 1e-3, "best rate": BEST.get((config["norm"], at), 2e-4), "lowest": 0.9}
-        found |= {"largest to 0.2": 3, "passes 1e3": 0.005, "passes 1e6": 0.005}
-        arrays |= scalars(at, relative=relative, dead=np.zeros(len(rates), bool), **found, **{"dead at start": 0})
+        results = {
+            "improving": 0.1 if batch else 1e-3,
+            "best rate": BEST.get((config["norm"], at), 2e-4),
+            "lowest": 0.9,
+        }
+        results |= {"largest to 0.2": 3, "passes 1e3": 0.005, "passes 1e6": 0.005}
+        arrays |= scalars(at, relative=relative, dead=np.zeros(len(rates), bool), **results, **{"dead at start": 0})
     return arrays
 
 
 def breaks(config: dict) -> Arrays:
     arrays = holds(config)
     for at in config["options"]["at"]:
-        found = {"improving": 0.1, "best rate": 10, "largest to 0.2": 100, "passes 1e3": 0.02}
-        arrays |= scalars(at, **found)
+        results = {"improving": 0.1, "best rate": 10, "largest to 0.2": 100, "passes 1e3": 0.02}
+        arrays |= scalars(at, **results)
     return arrays
