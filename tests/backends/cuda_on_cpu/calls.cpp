@@ -2,9 +2,9 @@
 #include <new>
 #include <string>
 
-#include "../../csrc/cuda/kernels.h"
-#include "../../csrc/cuda/launch.h"
-#include "../../csrc/cuda/workspaces.h"
+#include "../../../csrc/cuda/kernels.h"
+#include "../../../csrc/cuda/launch.h"
+#include "../../../csrc/cuda/workspaces.h"
 
 namespace {
 thread_local std::string said;

@@ -14,7 +14,7 @@
 #include "runtime.h"
 
 #define BNKERN_ISA on_host  // the scalar conversions of the CPU kernels
-#include "../../csrc/cpu/storage.h"
+#include "../../../csrc/cpu/storage.h"
 #undef BNKERN_ISA
 
 #define __global__

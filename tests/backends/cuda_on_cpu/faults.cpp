@@ -1,5 +1,5 @@
 // Kernels with and without a fault. test_faults.py tests that the faults are detected.
-#include "../../csrc/cuda/exchange.h"
+#include "../../../csrc/cuda/exchange.h"
 
 namespace {
 

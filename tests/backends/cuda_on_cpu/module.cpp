@@ -1,9 +1,9 @@
 // csrc/call over the kernels on the host, as a Python module. With BNKERN_CUDA_ON_CPU it takes tensors on the CPU.
 #include <stdexcept>
 
-#include "../../csrc/call/calls.h"
-#include "../../csrc/call/cuda.h"
-#include "../../csrc/cpu/cpu.h"
+#include "../../../csrc/call/calls.h"
+#include "../../../csrc/call/cuda.h"
+#include "../../../csrc/cpu/cpu.h"
 
 namespace bnkern {
 const CpuKernels& cpu_kernels() { throw std::runtime_error("there are no CPU kernels here"); }
