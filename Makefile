@@ -31,7 +31,7 @@ bench: setup ## the benchmarks; pick some with ARGS='-k moments'
 	.venv/bin/python -m pytest benchmarks $(ARGS)
 
 instructions: setup ## count the CPU kernels' instructions again; the tests compare the kernels with the counts
-	.venv/bin/python -m benchmarks.instructions --write
+	.venv/bin/python -m benchmarks.tools.instructions --write
 
 lint: setup ## check style and types: ruff, mypy, clang-format
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
