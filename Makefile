@@ -1,5 +1,4 @@
-# Every target is a command or two that also work by hand, in an environment of your own.
-# `make` alone says what there is.
+# Every target is one or two commands that also work by hand in another environment. `make` alone lists the targets.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo reproduce test test-all test-floor bench instructions lint format docs gpu-check clean
 SHELL := bash
@@ -10,7 +9,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Settings: PYTHON=python3.12, BNKERN_CUDA=0|1, BNKERN_CUDA_ARCHS='80-real;90', MAX_JOBS=2, ARGS='-k merge'"
 
-setup: .venv/done ## create .venv and build the kernels; done again only where something changed
+setup: .venv/done ## create .venv and build the kernels; repeated only after a change of the sources
 
 demo: setup ## Table 1 of the paper and a probe of a short training, one to two minutes: results/demo
 	.venv/bin/python -m experiments demo $(ARGS)
@@ -21,7 +20,7 @@ reproduce: setup ## run the paper's experiments, half an hour to an hour, and wr
 test: setup ## the tests
 	.venv/bin/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
 
-test-all: setup ## the tests, the slow ones too, and those of the floor versions
+test-all: setup ## all tests that need no GPU, including the slow ones and test-floor
 	.venv/bin/python -m pytest -n 2 -m "not gpu" $(ARGS)
 	$(MAKE) test-floor
 
@@ -31,15 +30,15 @@ test-floor: .venv-floor/done ## the Triton kernels under triton 3.6, the oldest 
 bench: setup ## the benchmarks; pick some with ARGS='-k moments'
 	.venv/bin/python -m pytest benchmarks $(ARGS)
 
-instructions: setup ## count the CPU kernels' instructions anew; the tests hold the kernels to the counts
-	.venv/bin/python -m benchmarks.instructions --write
+instructions: setup ## count the CPU kernels' instructions again; the tests compare the kernels with the counts
+	.venv/bin/python -m benchmarks.tools.instructions --write
 
 lint: setup ## check style and types: ruff, mypy, clang-format
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror $(CSRC)
 
-format: setup ## put the style right
+format: setup ## correct the style
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 	.venv/bin/clang-format -i $(CSRC)
 
@@ -50,13 +49,13 @@ gpu-check: ## on a machine with a GPU and its own torch: build, test, measure; W
 	$(or $(PYTHON),python3) benchmarks/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)") \
 	  $(if $(PARTS),--parts $(PARTS))
 
-clean: ## remove what was built; the environments and results stay
+clean: ## remove build products; environments and results are kept
 	rm -rf build dist *.egg-info bnkern/_native*.so .venv*/done
 
-# ---- environments. The file `done` is newer than all that was built from.
+# ---- environments. The file `done` is newer than all sources of the installation.
 SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(CSRC)
 
-# The first Python that runs (a version manager's shim may exist and not) and is new enough.
+# The first Python that starts and is new enough. A version manager may have a shim for a Python that does not start.
 define CREATE
 @test -x $(@D)/bin/pip || for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
   $$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
@@ -67,10 +66,11 @@ endef
 .venv/done: $(SOURCES)
 	$(CREATE)
 	.venv/bin/python -m pip install -c constraints.txt -e '.[dev]'
-	.venv/bin/python -m pip install -c constraints.txt --no-deps pytorchcv  # asks for torchvision without using it
+	.venv/bin/python -m pip install -c constraints.txt --no-deps pytorchcv  # declares torchvision, but the models that are used do not import it
 	@touch $@ && .venv/bin/python -m bnkern
 
-# The pinned set first, then the floor on top by force: on a GPU machine torch insists on its own triton.
+# First the pinned versions, then the oldest ones without a check of dependencies: a CUDA build of torch requires its
+# own version of triton.
 .venv-floor/done: $(SOURCES)
 	$(CREATE)
 	.venv-floor/bin/python -m pip install -c constraints.txt -e '.[dev]'

@@ -1,6 +1,6 @@
-"""Builds the native module with CMake; all else is in pyproject.toml. Needs no torch.
+"""Build the native module with CMake. Everything else is in pyproject.toml. The build does not need torch.
 
-BNKERN_CUDA, BNKERN_CUDA_ARCHS (see CMakeLists.txt) and MAX_JOBS are read from the environment.
+It reads BNKERN_CUDA, BNKERN_CUDA_ARCHS (see CMakeLists.txt) and MAX_JOBS from the environment.
 """
 
 import os
@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parent
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
-        import pybind11  # here, since only the build needs it: a source archive is made without
+        import pybind11  # not at the top: a source archive can be made without pybind11
 
-        # Our own folder, so that a second build compiles only what changed. An isolated build's
-        # pybind11 has a new path each time; a copy at a fixed one keeps bind.cpp from rebuilding.
+        # A fixed build folder, so that a second build compiles only what has changed. The pybind11 of an isolated
+        # build has a new path each time, so its headers are copied to a fixed one. Otherwise bind.cpp would be
+        # compiled in every build.
         build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         headers = build / f"pybind11-{pybind11.__version__}"
         if not headers.exists():

@@ -1,4 +1,8 @@
-"""Benchmarks of bnkern against its peers: ``pytest benchmarks``, and ``python -m benchmarks table FILE`` for a table.
+"""Benchmarks of bnkern and its peers: ``pytest benchmarks``; ``python -m benchmarks table FILE`` prints a results file.
 
-Nothing here asserts a time. A run says what it measured, in which environment, and whether the stated targets hold.
+No benchmark asserts a time. A run reports its measurements, its environment, and whether the stated targets hold.
 """
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""The shell: options, the ``compare`` fixture that every benchmark uses, the summary at the end and its JSON file."""
+"""Options, the fixture ``compare`` that every benchmark uses, the summary at the end, and the results file."""
 
 import gc
 import os
@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import shapes, tables, timing
-from benchmarks.environment import environment
-from benchmarks.rows import FORMAT, dump, measured, with_targets
-from benchmarks.shapes import Case, Inputs
+from benchmarks.cases import shapes
+from benchmarks.cases.shapes import Case, Inputs
+from benchmarks.report import tables
+from benchmarks.tools import timing
+from benchmarks.tools.environment import environment
+from benchmarks.tools.measurements import FORMAT, dump, measured, with_targets
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULTS = pytest.StashKey[dict]()
@@ -19,37 +21,41 @@ RESULTS = pytest.StashKey[dict]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bnkern")
-    group.addoption("--quick", action="store_true", help="tiny shapes, two rounds, nothing compiled: a smoke check")
+    group.addoption("--quick", action="store_true", help="a smoke test: tiny shapes, two rounds, no torch.compile")
     group.addoption(
         "--bnkern-json",
         metavar="PATH",
         type=Path,
-        default=os.environ.get("BNKERN_BENCH_JSON"),  # pytest turns it into a Path too
-        help="write environment, rows and targets here, after every case (also BNKERN_BENCH_JSON)",
+        default=os.environ.get("BNKERN_BENCH_JSON"),  # pytest converts it to a Path too
+        help="write environment, measurements and targets here, after every case (also BNKERN_BENCH_JSON)",
     )
-    group.addoption("--no-compile", action="store_true", help="leave torch.compile out: it takes seconds for each case")
-    group.addoption("--budget", type=float, default=1.0, help="how many times each case's usual seconds to spend on it")
+    group.addoption(
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes seconds for each case"
+    )
+    group.addoption("--budget", type=float, default=1.0, help="a factor on the time that is spent on each case")
     group.addoption(
         "--shapes",
         metavar="NAMES",
-        help="shapes or sets of benchmarks/shapes.py, with commas between, or 'all', for the benchmarks of any shape",
+        help="comma-separated shapes or sets of benchmarks/cases/shapes.py, or 'all'; for benchmarks of any shape",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``case``: the module's cases(device), which --shapes replaces where a module says that it takes ANY_SHAPE.
+    """Parametrizes ``case`` by the module's cases(device), or by --shapes if the module sets ANY_SHAPE.
 
-    ``mode``: one call after the other, and on a GPU graph replay.
+    ``mode`` is a call at a time, and on a GPU also the replay of a graph.
     """
     if "case" in metafunc.fixturenames:
-        asked = metafunc.config.getoption("shapes")
+        requested = metafunc.config.getoption("shapes")
         if metafunc.config.getoption("quick"):
             cases = shapes.QUICK
-        elif asked and getattr(metafunc.module, "ANY_SHAPE", False):
-            cases = shapes.cases(asked.split(","), DEVICE)
+        elif requested and getattr(metafunc.module, "ANY_SHAPE", False):
+            cases = shapes.cases(requested.split(","), DEVICE)
         else:
             cases = metafunc.module.cases(DEVICE)
-        metafunc.parametrize("case", cases, ids=str, scope="module")  # a module's tests go case by case
+        metafunc.parametrize(
+            "case", cases, ids=str, scope="module"
+        )  # all tests of a module run on one case before the next
     if "mode" in metafunc.fixturenames:
         metafunc.parametrize("mode", timing.modes(DEVICE))
 
@@ -66,7 +72,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def without_compile(request: pytest.FixtureRequest) -> str | None:
-    """Which option leaves torch.compile out, or None."""
+    """The option that leaves out torch.compile, or None."""
     options = (
         option for option in ("--quick", "--no-compile") if request.config.getoption(option[2:].replace("-", "_"))
     )
@@ -75,23 +81,23 @@ def without_compile(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.fixture(scope="module")
 def inputs(case: Case, device: torch.device) -> Inputs:
-    if (needed := shapes.TENSORS_AT_ONCE * case.nbytes) > (there := shapes.memory(device)):
-        pytest.skip(f"{case} needs some {needed / 1e9:.0f} GB of memory, {there / 1e9:.0f} are there")
+    if (needed := shapes.TENSORS_AT_ONCE * case.nbytes) > (free := shapes.memory(device)):
+        pytest.skip(f"{case} needs about {needed / 1e9:.0f} GB of memory; {free / 1e9:.0f} GB are free")
     torch.manual_seed(0)
     return Inputs.random(case, device)
 
 
 @pytest.fixture
 def compare(benchmark, request: pytest.FixtureRequest, quick: bool) -> Iterator[Callable]:
-    """``compare(op, case, providers, make_data, ...)`` times the providers in turn and adds a row for each.
+    """``compare(op, case, providers, make_data, ...)`` times the providers in turn and adds a measurement for each.
 
-    The first provider is ours; the peers have their turn in what pytest-benchmark calls set-up. Its own columns are
-    of our whole samples, with an untimed call or with all sets of buffers in them (see timing.py); the times per
-    call are in extra_info, in the summary and in our JSON.
+    The first provider is bnkern. The peers run in what pytest-benchmark calls set-up. Its own columns show the whole
+    samples of bnkern, which include an untimed call or all sets of buffers (see timing.py). The times per call are in
+    extra_info, in the summary and in the results file.
 
-    ``missing``: peers that could not be had, and why. ``moved(name)``: the "bytes" that a provider's call moves.
-    ``check(output)``: what to add to a row after looking at what its provider computed. ``nbytes``: the size of what
-    a call works on, where that is not a tensor of the case.
+    ``missing`` names the peers that are not available, with the reason. ``moved(name)`` returns the "bytes" that a call
+    of a provider moves. ``check(output)`` returns further entries for the measurement, computed from the output of its
+    provider. ``nbytes`` is the size of what a call works on, if that is not a tensor of the case.
     """
 
     def run(
@@ -110,11 +116,11 @@ def compare(benchmark, request: pytest.FixtureRequest, quick: bool) -> Iterator[
         round_s = comparison.warm_up()
         rounds = 2 if quick else timing.rounds_within(budget_s * request.config.getoption("budget"), round_s)
         gc.collect()
-        gc.disable()  # a collection would fall into somebody's sample
+        gc.disable()  # a collection would add to the time of one sample
         try:
             if benchmark.stats is None:
                 benchmark.pedantic(comparison.sample_first, setup=comparison.sample_peers, rounds=rounds)
-            else:  # it takes one comparison of a test; the next ones are in our summary and file alone
+            else:  # pytest-benchmark takes one comparison per test; the others are only in the summary and the file
                 for _ in range(rounds):
                     comparison.sample_peers()
                     comparison.sample_first()
@@ -131,32 +137,32 @@ def compare(benchmark, request: pytest.FixtureRequest, quick: bool) -> Iterator[
             "mode": mode,
         }
         data = make_data()
-        rows = [
+        measurements = [
             label | {"provider": name} | measured(comparison, name, moved) | check(providers[name](data))
             for name in comparison.samplers
         ]
-        absent = comparison.missing | dict(missing or {})
-        rows += [label | {"provider": name, "missing": why} for name, why in absent.items()]
+        unavailable = comparison.missing | dict(missing or {})
+        measurements += [label | {"provider": name, "missing": reason} for name, reason in unavailable.items()]
         benchmark.group = bench
-        benchmark.extra_info.update({f"{row['provider']} ms": row.get("median_ms", "missing") for row in rows})
-        _add(request.config, rows)
+        benchmark.extra_info.update({f"{m['provider']} ms": m.get("median_ms", "missing") for m in measurements})
+        _add(request.config, measurements)
 
     yield run
     gc.collect()
 
 
 @pytest.fixture
-def add_rows(request: pytest.FixtureRequest) -> Callable[[list[dict]], None]:
-    """Adds rows that no clock has to do with."""
-    return lambda rows: _add(request.config, rows)
+def add_measurements(request: pytest.FixtureRequest) -> Callable[[list[dict]], None]:
+    """Adds measurements other than times."""
+    return lambda measurements: _add(request.config, measurements)
 
 
-def _add(config: pytest.Config, rows: list[dict]) -> None:
+def _add(config: pytest.Config, measurements: list[dict]) -> None:
     if RESULTS not in config.stash:
         quick = config.getoption("quick")
         config.stash[RESULTS] = {"format": FORMAT, "quick": quick, "environment": environment(DEVICE), "rows": []}
     results = config.stash[RESULTS]
-    results["rows"] += rows
+    results["rows"] += measurements
     results["environment"]["load average at end"] = os.getloadavg()[0]
     if path := config.getoption("bnkern_json"):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
-"""bnkern: fused batch norm for PyTorch that lets you look inside training. See :func:`batch_norm` and :mod:`bnkern.nn`.
+"""bnkern: fused batch norm for PyTorch, with probes that record statistics of a training.
 
-Importing needs no GPU and no compiled module; the kernels of a backend are loaded at its first call.
+Start with :func:`batch_norm` and :mod:`bnkern.nn`. The import needs neither a GPU nor the compiled module. The kernels
+of a backend are loaded at its first call.
 """
 
 from . import nn, probes
@@ -9,7 +10,7 @@ from .conv import GradSigns, conv2d_grad_signs
 from .convert import convert, revert
 from .norm import Moments, add_act, batch_norm, channel_moments, explain
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "GradSigns",
     "Moments",

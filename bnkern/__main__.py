@@ -1,4 +1,4 @@
-"""``python -m bnkern [--json]``: versions, devices, and which backends work here and, where one does not, why."""
+"""``python -m bnkern [--json]`` prints versions, devices, and for each backend whether it works here or why not."""
 
 import argparse
 import importlib
@@ -23,31 +23,31 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
-    found = {"bnkern": bnkern.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    return found | {package: installed(package) for package in ("triton", "numpy")}
+    result = {"bnkern": bnkern.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return result | {package: installed(package) for package in ("triton", "numpy")}
 
 
 def devices() -> dict[str, str]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
-    found = {"cpu": f"{model}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"}
+    result = {"cpu": f"{model}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
-        found[f"cuda:{i}"] = f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-    if "cuda:0" not in found:
-        found["cuda"] = "none: " + ("torch sees no GPU" if torch.version.cuda else "this torch is built without CUDA")
-    return found
+        result[f"cuda:{i}"] = f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    if "cuda:0" not in result:
+        result["cuda"] = "none: " + ("torch finds no GPU" if torch.version.cuda else "this torch is built without CUDA")
+    return result
 
 
 def native() -> dict[str, str]:
-    """The compiled module: what was built, and the instruction set that it picked on this CPU."""
+    """What the compiled module contains, and the instruction set that it has chosen on this CPU."""
     try:
         module = importlib.import_module("bnkern._native")
     except ImportError as error:
-        return {"module": f"not there ({error}); {BUILD}"}
+        return {"module": f"not found ({error}); {BUILD}"}
     info = module.build_info()
-    isa = module.isa() if hasattr(module, "isa") else "not said by this build"
+    isa = module.isa() if hasattr(module, "isa") else "not reported by this build"
     cuda = f"CUDA {info['cuda']} for {' '.join(info['cuda_archs'])}" if info["cuda"] else "not compiled in: CPU only"
     return {
         "compiler": info["compiler"],
@@ -57,19 +57,19 @@ def native() -> dict[str, str]:
 
 
 def working_backends() -> dict[str, str]:
-    """Per backend the devices whose tensors it serves here, or why it serves none."""
+    """For each backend the devices whose tensors it can compute here, or the reason why there are none."""
     here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    found = {}
+    result = {}
     for name in backends.NAMES:
         served = [device for device in here if backends.unavailable(name, device) is None]
         reason = backends.unavailable(name, "cuda") or backends.unavailable(name, "cpu")
-        found[name] = f"works on {' and '.join(served)} tensors" if served else f"no: {reason}"
-    return found
+        result[name] = f"works on {' and '.join(served)} tensors" if served else f"no: {reason}"
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bnkern", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="the same, for programs")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     as_json = parser.parse_args().json
     report = {
         "versions": versions(),

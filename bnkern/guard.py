@@ -1,9 +1,9 @@
-"""An error or a warning where other code rebuilds a batch norm from its attributes and so drops its activation.
+"""Raises an error or warns where other code rebuilds a batch norm from its attributes and so drops its activation.
 
-``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, ``torch.nn.utils.fusion.fuse_conv_bn_eval`` and many functions like
-them read ``num_features`` or ``eps`` of anything that is a batch norm and build a plain module from what they read.
-Of a batch norm that also computes a ReLU they keep the batch norm alone. Nothing but these reads tells the module that
-it is being rebuilt, and other code has good reasons to read the same attributes; so the reader decides what happens.
+``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, ``torch.nn.utils.fusion.fuse_conv_bn_eval`` and similar functions
+read ``num_features`` or ``eps`` of every batch norm and build a plain module from the values. If the batch norm also
+computes a ReLU, the ReLU is lost. Only these reads show that a module is being rebuilt, and other code has good reasons
+to read the same attributes. The consequence therefore depends on the function that reads.
 """
 
 import sys
@@ -35,9 +35,9 @@ REBUILDERS = {
 class Hyperparameter:
     """A number that describes a batch norm, stored under its own name in the module's ``__dict__`` as torch stores it.
 
-    Reading it from a module whose ``act`` is set raises a TypeError in a function of :data:`REBUILDERS`, and warns in
-    other code that names the attribute, except for methods of the module and this package. Code that goes through all
-    attributes (``inspect.getmembers``, debuggers, torch.jit) does not name it and gets no warning.
+    If ``act`` of the module is set, a read in a function of :data:`REBUILDERS` raises a TypeError. A read in other code
+    that names the attribute gives a warning, except in methods of the module and in this package. Code that goes
+    through all attributes (``inspect.getmembers``, debuggers, torch.jit) does not name it and gets no warning.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -63,6 +63,6 @@ def _check_reader(module: torch.nn.Module, name: str, reader: FrameType) -> None
     if name in code.co_names and package != __package__ and reader.f_locals.get("self") is not module:
         warnings.warn(
             f"{code.co_qualname} reads {name} of a {kind}. Code that builds another module from it, or folds it into a "
-            f"convolution, drops the activation: {_SEPARATE}. Code that only looks may read vars(module)[{name!r}]",
+            f"convolution, drops the activation: {_SEPARATE}. To read the value alone use vars(module)[{name!r}]",
             stacklevel=3,
         )

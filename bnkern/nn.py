@@ -1,4 +1,4 @@
-"""Modules: torch.nn's batch norms with ``act`` and ``residual``, and the same state_dict both ways."""
+"""The modules of torch.nn's batch norms with ``act`` and ``residual``. A state_dict fits both torch's and these."""
 
 import warnings
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from .norm.context import is_plain_eager
 
 
 def _tensor(module: torch.nn.Module, stored: Mapping[str, Tensor | None], name: str) -> Tensor | None:
-    """``module.name``, without the half microsecond of Module.__getattr__ where it is stored as usual."""
+    """Returns ``module.name``. If it is stored as usual, this saves the half microsecond of Module.__getattr__."""
     if name in stored:
         return stored[name]
-    return getattr(module, name)  # parametrized, pruned, a replica's
+    return getattr(module, name)  # the module is parametrized, pruned or a replica
 
 
 def fx_leaf(module: torch.nn.Module, input: object, *others: object) -> fx.Proxy | None:
-    """The call of ``module`` as one node where torch.fx traces, as for modules of torch.nn; else None.
+    """Returns the call of ``module`` as one node if torch.fx is tracing, as it does for modules of torch.nn, else None.
 
-    None also for the module that is itself the root of the trace: it is traced into.
+    The result is also None if the module is the root of the trace, because the trace then goes into its forward.
     """
     if not isinstance(input, fx.Proxy) or not isinstance(input.tracer, fx.Tracer) or module is input.tracer.root:
         return None
@@ -40,15 +40,15 @@ else:
 
 
 class _Fused(_Parent):
-    """What the three batch norms add to their torch.nn parents: the fused call and the ``act`` argument.
+    """The part that the batch norms add to their torch.nn parents: the fused call and the ``act`` argument.
 
-    Parameters and buffers, their names, defaults and reset are the parent's, so a state_dict goes both ways and
-    ``isinstance(module, torch.nn.BatchNorm2d)`` holds. Functions that take any such instance apart and rebuild it
-    would drop ``act``: :mod:`bnkern.guard` makes that an error or a warning.
+    Parameters, buffers, their names, defaults and reset are those of the parent. A state_dict therefore fits both, and
+    ``isinstance(module, torch.nn.BatchNorm2d)`` is true. Functions that rebuild any such instance from its attributes
+    would drop ``act``. :mod:`bnkern.guard` raises an error or warns there.
     """
 
-    taps: tuple = ()  # of the recordings that watch this module (bnkern.probes)
-    # They read as torch's int and float. Annotations would be seen by torch.jit.script.
+    taps: tuple = ()  # one for each recording of this module (bnkern.probes)
+    # Reads return torch's int and float. They have no annotations, because torch.jit.script would use these.
     num_features, eps = Hyperparameter(), Hyperparameter()  # type: ignore[assignment]
 
     def __init__(
@@ -64,7 +64,7 @@ class _Fused(_Parent):
         act: str | None = None,
         **kwargs: Any,
     ) -> None:
-        # Keywords that newer versions of torch add (bias=, in 2.13) pass through to the parent that knows them.
+        # Keywords that only newer versions of torch have (bias=, in 2.13) are passed to the parent.
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
         activations.check(type(self).__name__, act)
         self.act = act
@@ -84,7 +84,7 @@ class _Fused(_Parent):
             if training:
                 counter = self.num_batches_tracked
         if momentum is None and counter is None:
-            momentum = 0.0  # nothing to count by: torch leaves the running statistics alone, and so does this
+            momentum = 0.0  # without a counter torch does not update the running statistics, and neither does this
         return batch_norm(
             input,
             running_mean,
@@ -126,7 +126,7 @@ class BatchNorm3d(_Fused, torch.nn.BatchNorm3d):
 
 
 class Activation(torch.nn.Module):
-    """``act(input + residual)``: the place of a batch norm in an un-normalised network, on the same kernels."""
+    """``act(input + residual)``, computed by the same kernels. It replaces a batch norm in an un-normalised network."""
 
     taps: tuple = ()
 
@@ -147,16 +147,16 @@ class Activation(torch.nn.Module):
 
 
 class Conv2d(torch.nn.Conv2d):
-    """``torch.nn.Conv2d`` whose weight gradient comes together with its probe (``weight_gradient_signs``).
+    """``torch.nn.Conv2d`` with kernels that compute the weight gradient and its probe in one pass.
 
-    Where the CPU's own kernels were measured to be faster than torch's (``prefers_own_gradient`` of
-    bnkern/backends/cpu: float32 in channels_last, multiples of 16 input channels), the backward takes the weight
-    gradient from the kernel that also makes the probe's sums, probed or not, with the same bits. A 3 x 3 convolution of
-    stride and padding 1 without bias goes by Winograd's F(2 x 2, 3 x 3), forward and backward, where
-    ``prefers_winograd`` says so. Then results may be NaN where the definition gives an infinity, and a value that is
-    not finite may spread to all nine weights' gradients of its channel. Which of these serve depends on the CPU's
-    instruction set. Elsewhere this is torch's convolution, with the probe beside it. Arguments and state_dict are
-    torch's.
+    The probe is ``weight_gradient_signs``. Where bnkern's CPU kernels were measured to be faster than torch's
+    (``prefers_own_gradient`` of bnkern/backends/cpu: float32 in channels_last, multiples of 16 input channels), the
+    backward computes the weight gradient with the kernel that also computes the sums of the probe. The gradient has the
+    same bits with and without a probe. A 3 x 3 convolution of stride and padding 1 without bias uses Winograd's
+    F(2 x 2, 3 x 3), forward and backward, if ``prefers_winograd`` returns True. Then results may be NaN where the
+    definition gives an infinity, and a value that is not finite may spread to all nine weight gradients of its channel.
+    The choice depends on the CPU's instruction set. In all other cases torch's convolution is used, and the probe is
+    computed in addition. Arguments and state_dict are those of torch.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -188,10 +188,11 @@ class Conv2d(torch.nn.Conv2d):
 class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
     """``torch.nn.SyncBatchNorm`` ([N, C, ...]) computing ``act(batch_norm(input) + residual)`` over all ranks' batches.
 
-    Arguments are those of torch.nn.SyncBatchNorm and ``act``: None or "relu". In training, in a process group of two
-    ranks or more, statistics are those of the joint batch (:func:`bnkern.norm.sync_batch_norm`): every rank
-    must call, be its batch empty or not. In eval, and with one rank or none, a plain batch norm. Works on the CPU
-    (gloo) as on CUDA (nccl); for the CPU's sake no instance of torch's class, which DistributedDataParallel refuses.
+    Arguments are those of torch.nn.SyncBatchNorm and ``act``: None or "relu". In training, in a process group of two or
+    more ranks, the statistics are those of the joint batch (:func:`bnkern.norm.sync_batch_norm`). Every rank must make
+    the call, even if its batch is empty. In eval mode, with one rank and without a process group this is a plain batch
+    norm. It works on the CPU (gloo) as on CUDA (nccl). It is not an instance of torch's class, because
+    DistributedDataParallel refuses such instances on the CPU.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
         group = ranks_of(self.process_group) if self.training else None
         if group is None or isinstance(input, fx.Proxy):
             return super().forward(input, residual)
-        # Of another class, and they ask no more of self than this one has.
+        # These methods are of another class. They read only attributes that this class has too.
         self._check_input_dim(input)  # type: ignore[misc]
         self._check_non_zero_input_channels(input)  # type: ignore[misc]
         tracked = self.track_running_stats
@@ -243,15 +244,15 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
 def convert_sync_batchnorm(
     model: torch.nn.Module, process_group: "torch.distributed.ProcessGroup | None" = None
 ) -> torch.nn.Module:
-    """Every batch norm of the model, torch's or ours, becomes a :class:`SyncBatchNorm` of the group.
+    """Replaces every batch norm of the model, torch's or bnkern's, by a :class:`SyncBatchNorm` of the group.
 
-    As ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``: the model is changed in place, a model that is itself a
-    batch norm is returned anew. The new modules have the old ones' parameters and buffers (the very same tensors),
-    mode, hooks and ``act``; a module in two places stays one. Subclasses with a forward of their own would lose it
-    and are left as they are, with a warning.
+    As ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` it changes the model in place. If the model is itself a batch
+    norm, a new module is returned. The new modules have the parameters and buffers of the old ones (the same tensors),
+    their mode, hooks and ``act``. A module that the model holds in two places remains one module. A subclass with a
+    forward of its own would lose that forward. It is not replaced, and a warning says so.
 
     Raises:
-        ValueError: a batch norm that is lazy, parametrized or sharded by ``fully_shard``; names it.
+        ValueError: A batch norm is lazy, parametrized or sharded by ``fully_shard``. The message names it.
     """
     done: dict[torch.nn.Module, torch.nn.Module] = {}
 
@@ -277,18 +278,18 @@ _FORWARDS = (
 def _synchronized(
     module: torch.nn.Module, name: str, process_group: "torch.distributed.ProcessGroup | None"
 ) -> torch.nn.Module:
-    """The module itself, or for a batch norm the SyncBatchNorm with its parameters, buffers and hooks."""
+    """Returns the module itself, or for a batch norm a SyncBatchNorm with its parameters, buffers and hooks."""
     if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
         return module
     kind = type(module).__name__
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
-        raise ValueError(f"convert_sync_batchnorm: {name} ({kind}) must be initialised by a first call before")
+        raise ValueError(f"convert_sync_batchnorm: {name} ({kind}) must be initialised by a first call")
     if parametrize.is_parametrized(module):
-        raise ValueError(f"convert_sync_batchnorm: {name} must not be parametrized; remove its parametrizations before")
-    if hasattr(module, "unshard"):  # a method of the classes that fully_shard makes; the new module would not gather
+        raise ValueError(f"convert_sync_batchnorm: {name} must not be parametrized; remove its parametrizations first")
+    if hasattr(module, "unshard"):  # of fully_shard's classes; the new module would not gather parameters
         raise ValueError(f"convert_sync_batchnorm: {name} ({kind}) must not be sharded; call fully_shard afterwards")
     if type(module).forward not in _FORWARDS:
-        warnings.warn(f"convert_sync_batchnorm: {name} ({kind}) has a forward of its own, left as it is", stacklevel=4)
+        warnings.warn(f"convert_sync_batchnorm: {name} ({kind}) has a forward of its own and is kept", stacklevel=4)
         return module
     new = SyncBatchNorm.__new__(SyncBatchNorm)
     new.__dict__ = module.__dict__.copy()

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: the backends to try, settings that make every run the same, and ``--sample``."""
+"""Fixtures of all tests: the backends and precisions, deterministic settings, processes for ranks, and ``--sample``."""
 
 import zlib
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import bnkern
-from tests.cases import PRECISIONS, TARGETS, Precision, Target
-from tests.ranks import WORLD, Ranks
+from tests.support.cases import PRECISIONS, TARGETS, Precision, Target
+from tests.support.ranks import WORLD, Ranks
 
 hypothesis.settings.register_profile("same-every-run", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("same-every-run")
 
-# Tests run side by side, one process per core. How many threads compute is the subject of test_threads.py.
+# Tests run in parallel, one process per core. The number of threads is the subject of test_threads.py.
 torch.set_num_threads(1)
 
 
@@ -38,26 +38,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
 )
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """Each backend that works here, on its device and forced for the length of the test."""
+    """Each backend that works on this machine, with its device. The backend is forced for the duration of the test."""
     with bnkern.use_backend(request.param.backend):
         yield request.param
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
-    """A test that the CUDA backend refuses by its name (float64) is skipped with its words."""
+    """Skips a test in which the CUDA backend refuses its dtype, float64, with the message of the error."""
     try:
         return (yield)
     except RuntimeError as error:
-        on = pyfuncitem.funcargs.get("target") or pyfuncitem.funcargs.get("at")
-        if getattr(on, "backend", "") == "cuda" and str(error).startswith("backend 'cuda' "):
+        target = pyfuncitem.funcargs.get("target")
+        if getattr(target, "backend", "") == "cuda" and str(error).startswith("backend 'cuda' "):
             pytest.skip(str(error))
         raise
 
 
 @pytest.fixture(params=PRECISIONS, ids=lambda precision: precision.name)
 def precision(request: pytest.FixtureRequest) -> Precision:
-    """Each dtype of activations, with float32 vectors and with vectors of its own dtype."""
+    """Each dtype of activations, with float32 vectors and with vectors of the same dtype."""
     return request.param
 
 
@@ -79,7 +79,7 @@ def pool() -> Iterator[list[Ranks]]:
 
 @pytest.fixture
 def ranks(pool: list[Ranks]) -> Ranks:
-    """Three processes, started at the first use and again where a test broke them."""
+    """Three processes, started at the first use, and again after a test that ended one of them."""
     if not pool or not pool[-1].alive:
         pool.append(Ranks(WORLD))
     return pool[-1]

@@ -62,7 +62,8 @@ class Rule(NamedTuple):
     source: str
 
 
-# By the name of the device model. "" stands for all that is not there. benchmarks/bench_strategies.py measures both.
+# By the name of the device model; "" is for every other model. benchmarks/norm/bench_strategies.py measures both
+# strategies.
 RULES = {"": Rule(0, "rule of thumb: one kernel for every size")}
 
 

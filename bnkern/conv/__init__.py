@@ -1,4 +1,4 @@
-"""Convolutions as an operation: the signs of a gradient's summands, and a Conv2d that a probe can watch."""
+"""Convolutions: the sums over the summands of a weight gradient, and the convolution whose backward a probe shares."""
 
 from .api import GradSigns, conv2d_grad_signs
 from .layer import Handoff, conv2d, gradient_sums, takes_gradient

@@ -1,4 +1,4 @@
-"""Do the summands of a convolution's weight gradient agree in sign? And a convolution whose gradient comes with it."""
+"""The weight gradient of a convolution with sums that show whether its summands agree in sign."""
 
 from collections.abc import Collection
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from .. import backends
 
 
 class GradSigns(NamedTuple):
-    """Sums over the summands of each weight's gradient, [O, I, *kernel_size] each; None where not wanted."""
+    """Sums over the summands of each weight's gradient, [O, I, *kernel_size] each. A sum that is not wanted is None."""
 
     sum: Tensor | None
     abs_sum: Tensor | None
@@ -27,14 +27,14 @@ def conv2d_grad_signs(
     *,
     wanted: Collection[str] = GradSigns._fields,
 ) -> GradSigns:
-    """The weight gradient of a convolution, and of its summands the absolute sum, the sign sum and how many count.
+    """Returns a convolution's weight gradient, and the absolute sum, sign sum and nonzero count of its summands.
 
     The gradient of weight K[o, i, p, q] is the sum over images n and output places (h, w) of
 
         d = dy[n, o, h, w] * x[n, i, h * stride + p - padding, w * stride + q - padding]
 
-    with zeros on the padding. Returned are sum d, sum |d|, sum sign(d) and the number of nonzero d, those that are
-    wanted, in one pass over tiles that are loaded once.
+    with zeros on the padding. Of sum d, sum |d|, sum sign(d) and the number of nonzero d those that are wanted are
+    computed, in one pass over tiles that are loaded once.
 
     Args:
         x: the convolution's input [N, I, H, W]; float32, bfloat16, float16 or float64. NCHW, channels_last and views
@@ -47,19 +47,21 @@ def conv2d_grad_signs(
         wanted: names of GradSigns' fields.
 
     Returns:
-        GradSigns. ``sum`` and ``abs_sum`` are float32 (float64 for float64), of float32 chains of some hundred
-        products joined in float64 on the CPU; ``sum`` has the same bits whatever else is wanted. ``sign_sum`` and
-        ``nonzero`` are exact, int32. Not differentiable: the results carry no graph. An empty batch gives zeros.
+        GradSigns. ``sum`` and ``abs_sum`` are float32 (float64 for float64). On the CPU some hundred products at a time
+        are added in float32, and these partial sums in float64. ``sum`` has the same bits whatever else is wanted.
+        ``sign_sum`` and ``nonzero`` are exact, in int32. The results carry no graph, so they are not differentiable.
+        An empty batch gives zeros.
 
-        A NaN makes the sums that it enters NaN, and so does infinity times zero, on the padding too. Signs and counts
-        look at the factors: a NaN has sign 0 and counts as nonzero, zero times anything does not.
+        A NaN makes every sum to which it contributes NaN. So does infinity times zero, on the padding too. Signs and
+        counts depend on the factors: a summand with a NaN has sign 0 and counts as nonzero, and a summand with a zero
+        does not count.
 
-        On a GPU Triton's kernel serves; docs/known_issues.md says where it was wrong with larger blocks.
+        On a GPU Triton's kernel computes the sums. docs/known_issues.md says where it was wrong with larger blocks.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; names it.
-        RuntimeError: a forced backend cannot serve the call; says why. Under torch.jit.trace, which would record the
-            results as constants.
+        TypeError, ValueError: An argument is not as above. The message names it.
+        RuntimeError: A forced backend cannot compute the call, and the message says why. Also under torch.jit.trace,
+            which would record the results as constants.
 
     Source: Bjorck et al., "Understanding Batch Normalization", 2018, equation 4 and Table 1.
     """
@@ -83,13 +85,13 @@ def _pair(name: str, value: object, least: int) -> tuple[int, int]:
 
 
 def flags(wanted: object) -> tuple[bool, bool, bool, bool]:
-    """One boolean for each of GradSigns' fields: whether its name is among ``wanted``."""
+    """Returns one boolean for each field of GradSigns: whether its name is in ``wanted``."""
     fields = GradSigns._fields
     if isinstance(wanted, str) or not isinstance(wanted, Collection):
         raise TypeError(f"conv2d_grad_signs: wanted must be a collection of names, got {wanted!r}")
     for name in wanted:
         if name not in fields:
-            raise ValueError(f"conv2d_grad_signs: wanted must be names out of {', '.join(fields)}; got {name!r}")
+            raise ValueError(f"conv2d_grad_signs: wanted must be names among {', '.join(fields)}; got {name!r}")
     sum, abs_sum, sign_sum, nonzero = (name in wanted for name in fields)
     return sum, abs_sum, sign_sum, nonzero
 
@@ -124,4 +126,4 @@ def _check(
             f"{list(x.shape)}, got {list(dy.shape)}"
         )
     if dy.shape[0] * sizes[0] * sizes[1] >= 1 << 31:
-        raise ValueError("conv2d_grad_signs: dy has 2^31 places or more: int32 cannot hold the counts")
+        raise ValueError("conv2d_grad_signs: dy has 2^31 or more values per channel, and int32 cannot hold the counts")

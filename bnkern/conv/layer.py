@@ -1,4 +1,4 @@
-"""A convolution whose weight gradient a probe may have formed already, and whose kernels may be a backend's own."""
+"""A convolution with a backend's own kernels, which takes over a weight gradient that a probe has computed already."""
 
 from collections.abc import Collection
 from typing import TypeGuard
@@ -12,27 +12,27 @@ from .api import GradSigns, conv2d_grad_signs, flags
 
 
 class Handoff:
-    """Where a probe that has formed the weight gradient leaves it for the convolution's own backward."""
+    """Passes the weight gradient from a probe that has computed it to the backward of the convolution."""
 
     def __init__(self) -> None:
         self._dy: tuple[int, int] | None = None
         self._sum: Tensor | None = None
 
     def put(self, dy: Tensor, sum: Tensor) -> None:
-        """``sum`` belongs to this gradient, as it is now."""
+        """Stores ``sum``, the weight gradient for the present values of ``dy``."""
         self._dy, self._sum = (dy.data_ptr(), dy._version), sum
 
     def take(self, dy: Tensor) -> Tensor | None:
-        """The sum left for this gradient, if it still is what it was; at most once."""
-        found = self._sum if self._dy == (dy.data_ptr(), dy._version) else None
+        """Returns the stored sum once, if ``dy`` is the same tensor and unchanged, else None."""
+        stored = self._sum if self._dy == (dy.data_ptr(), dy._version) else None
         self._dy = self._sum = None
-        return found
+        return stored
 
 
 def takes_gradient(
     x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], groups: int
 ) -> bool:
-    """Whether the CPU's own kernels serve the backward of such a convolution rather than torch."""
+    """Whether the CPU's own kernels, and not torch's, compute the backward of such a convolution."""
     if x.device.type != "cpu" or backends.unavailable("cpu", "cpu"):
         return False
     kernels = backends.choose("cpu", x.device, x.dtype)
@@ -47,9 +47,9 @@ def gradient_sums(
     padding: tuple[int, int],
     wanted: Collection[str],
 ) -> GradSigns:
-    """:func:`conv2d_grad_signs` as the backward of :func:`conv2d` has it: by Winograd's form where that serves.
+    """Computes :func:`conv2d_grad_signs` as the backward of :func:`conv2d` does, by Winograd's form where it is used.
 
-    Then a value that is not finite may spread to all nine places of a kernel.
+    In that form a value that is not finite may spread to all nine places of a kernel.
     """
     sizes = (kernel_size, stride, padding)
     kernels = backends.choose(backends.forced(), x.device, x.dtype, "conv_grad_signs")
@@ -60,11 +60,11 @@ def gradient_sums(
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """``F.conv2d`` with the weight gradient from :func:`gradient_sums`, which a probe may have formed already.
+    """Computes ``F.conv2d`` with the weight gradient of :func:`gradient_sums`.
 
-    For operands that :func:`takes_gradient` accepts; output and input gradient go by Winograd's form where that serves,
-    and may then be NaN where the definition gives an infinity. The result's attribute ``handoff`` is the probe's way
-    in. Double backward goes through torch's formula.
+    The operands must be accepted by :func:`takes_gradient`. Where Winograd's form is used for the output and the input
+    gradient, they may be NaN where the definition gives an infinity. A probe that has computed the weight gradient
+    stores it in the attribute ``handoff`` of the result. Double backward uses torch's formula.
     """
     handoff = Handoff()
     y = _Conv2d.apply(x, weight, bias, stride, padding, handoff)
@@ -89,21 +89,20 @@ class _Conv2d(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         once = not torch.is_grad_enabled()
-        ours = need_weight and once
-        left = ctx.handoff.take(dy)
+        own_weight_gradient = need_weight and once
+        stored = ctx.handoff.take(dy)
         dx = _winograd(dy, weight, flipped=True) if need_x and once and ctx.winograd else None
-        theirs = (need_x and dx is None, need_weight and not ours, need_bias)
+        by_torch = (need_x and dx is None, need_weight and not own_weight_gradient, need_bias)
         dweight = dbias = None
-        if any(theirs):
-            found, dweight, dbias = torch.ops.aten.convolution_backward(
-                dy, x, weight, ctx.bias_sizes, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, theirs
+        if any(by_torch):
+            torch_dx, dweight, dbias = torch.ops.aten.convolution_backward(
+                dy, x, weight, ctx.bias_sizes, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, by_torch
             )
-            dx = found if dx is None else dx
-        if ours:
-            found = left
-            if found is None:
-                found = gradient_sums(x, dy, tuple(weight.shape[2:]), ctx.stride, ctx.padding, _SUM).sum
-            dweight = torch.empty_like(weight).copy_(found)
+            dx = torch_dx if dx is None else dx
+        if own_weight_gradient:
+            if stored is None:
+                stored = gradient_sums(x, dy, tuple(weight.shape[2:]), ctx.stride, ctx.padding, _SUM).sum
+            dweight = torch.empty_like(weight).copy_(stored)
         return dx, dweight, dbias, None, None, None
 
 
@@ -111,13 +110,13 @@ _SUM = ("sum",)
 
 
 def _uses_winograd(kernels: Backend, x: Tensor, *sizes: object) -> TypeGuard[WinogradBackend]:
-    """Whether the backend has a 3 x 3 convolution of its own and prefers it for such sizes."""
+    """Whether the backend has a 3 x 3 convolution of its own and uses it for such sizes."""
     prefers = getattr(kernels, "prefers_winograd", None)
     return prefers is not None and prefers(x, *sizes)
 
 
 def _winograd(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor | None:
-    """The backend's own 3 x 3 convolution (stride 1, padding 1) of x, or None where it has none for such an x."""
+    """Computes the backend's own 3 x 3 convolution (stride 1, padding 1), or returns None if it has none for this x."""
     kernels = backends.choose(backends.forced(), x.device, x.dtype)
     if not hasattr(kernels, "conv3x3") or not x.is_contiguous(memory_format=torch.channels_last):
         return None

@@ -1,4 +1,4 @@
-"""``model = bnkern.convert(model)``: an existing network on bnkern's kernels, the same network otherwise."""
+"""``model = bnkern.convert(model)`` makes an existing network use bnkern's kernels and changes nothing else."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from .. import nn as fused
 from .block import AbsorbedReLU, Note, block_class
 from .fuse import fuse_all
 
-# torch's batch norms and ours; a subclass that somebody else wrote is somebody else's.
+# torch's batch norms and bnkern's. Subclasses of other libraries are not converted.
 _OURS = {
     getattr(nn, name): getattr(fused, name) for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
 }
@@ -36,14 +36,14 @@ class Summary(tuple[Layer, ...]):
 
 
 def convert(model: nn.Module, fuse: bool = True) -> nn.Module:
-    """Puts the batch norms of ``model`` on bnkern's kernels, in place, and returns the model.
+    """Makes the batch norms of ``model`` use bnkern's kernels, in place, and returns the model.
 
     Every ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` becomes bnkern's. It is the same module object
     with another class, so parameters, buffers, names, hooks, mode, device, dtype and state_dict stay. With ``fuse``
     the same pass also computes a ReLU that follows a batch norm, and an addition between the two:
 
         relu(bn(x))             nn.ReLU or F.relu, torch.relu, x.relu_() ..., in one forward or in nested Sequentials
-        relu(bn(x) + residual)  also out += residual, out.add_(residual), residual + bn(x), and with either side's bn
+        relu(bn(x) + residual)  also out += residual, out.add_(residual), residual + bn(x), with a bn on either side
 
     An nn.ReLU that always follows its batch norm stays under its name and returns its input. If a forward calls the
     ReLU as a function, or adds, the forward of that one block is replaced by its torch.fx trace with the calls joined.
@@ -60,8 +60,8 @@ def convert(model: nn.Module, fuse: bool = True) -> nn.Module:
         fuse: False exchanges the batch norms and nothing else.
 
     Raises:
-        TypeError: model is not a torch.nn.Module.
-        RuntimeError: something else has changed the classes of converted modules since; see :func:`revert`.
+        TypeError: ``model`` is not a torch.nn.Module.
+        RuntimeError: Other code has changed the classes of converted modules since; see :func:`revert`.
     """
     revert(model)
     for module in model.modules():
@@ -77,12 +77,12 @@ def convert(model: nn.Module, fuse: bool = True) -> nn.Module:
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undoes :func:`convert`, in place, and returns the model: the same modules of torch's classes as before.
+    """Undoes :func:`convert`, in place, and returns the model. The modules have their former classes again.
 
     Raises:
-        TypeError: model is not a torch.nn.Module.
-        RuntimeError: a converted module's class was changed since (by parametrize or fully_shard, say); names it.
-            Nothing was changed by then.
+        TypeError: ``model`` is not a torch.nn.Module.
+        RuntimeError: The class of a converted module was changed since, for example by parametrize or fully_shard. The
+            message names the module. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -92,8 +92,8 @@ def revert(model: nn.Module) -> nn.Module:
         expected = _OURS.get(note.was, note.was) if note else block_class(module._base)
         if type(module) is not expected:
             raise RuntimeError(
-                f"convert: {name or 'the model'} is a {type(module).__name__} now; what changed its class since it "
-                "was converted must be undone first"
+                f"convert: {name or 'the model'} is a {type(module).__name__} now; undo first what has changed its "
+                "class since the conversion"
             )
     for module in converted.values():
         note = vars(module).pop("_conversion", None)
@@ -144,5 +144,5 @@ def _why_left(module: nn.Module) -> str:
 def _become_ours(bn: nn.Module) -> None:
     ours = _OURS[type(bn)]
     for name, value in vars(ours(1, device="meta")).items():
-        vars(bn).setdefault(name, value)  # what our constructor sets beyond torch's
+        vars(bn).setdefault(name, value)  # the attributes that only bnkern's constructor sets
     bn.__class__ = ours

@@ -1,8 +1,8 @@
-"""What a converted model is made of besides :mod:`bnkern.nn`: a ReLU that was absorbed, a block whose forward is a
-recipe, and the one fused call that a recipe makes.
+"""The parts of a converted model besides :mod:`bnkern.nn`: absorbed ReLUs, blocks with a recipe as their forward, and
+the fused call in a recipe.
 
-All of it is state of instances: a module's class is exchanged for a subclass that bears its name, so that
-``isinstance``, names, hooks, parameters and state_dict stay, and :func:`bnkern.revert` puts the class back.
+All of it is state of instances. The class of a module is replaced by a subclass of the same name, so that
+``isinstance``, names, hooks, parameters and state_dict do not change. :func:`bnkern.revert` restores the class.
 """
 
 import functools
@@ -20,34 +20,34 @@ from ..nn import fx_leaf
 
 
 class Note:
-    """What happened to one batch norm: ``was``, its class before; ``outcome`` and ``why`` not more, in words."""
+    """The conversion of one batch norm: its former class ``was``, the ``outcome``, and ``why`` it is not more."""
 
     def __init__(self, was: type[nn.Module], why: str) -> None:
         self.was, self.outcome, self.why = was, "batch norm", why
-        self.separate_adds = 0  # calls whose addition torch did
+        self.separate_adds = 0  # number of calls in which torch computed the addition
 
 
 def note_of(module: nn.Module) -> Note:
-    """The note of a batch norm that :func:`bnkern.convert` works on."""
+    """Returns the note of a batch norm that :func:`bnkern.convert` handles."""
     return module._conversion  # type: ignore[return-value]
 
 
 class AbsorbedReLU(nn.ReLU):
-    """An nn.ReLU whose work the batch norm before it does; returns its input."""
+    """An nn.ReLU that the batch norm before it computes. It returns its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         node = fx_leaf(self, input)
         return input if node is None else node  # type: ignore[return-value]  # a Proxy stands for the result
 
     def extra_repr(self) -> str:
-        return ", ".join(filter(None, [super().extra_repr(), "done by the batch norm before it"]))
+        return ", ".join(filter(None, [super().extra_repr(), "computed by the batch norm before it"]))
 
 
 def norm_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Tensor:
-    """``relu(bn(x) + residual)`` in one call; where torch would broadcast or promote, the addition is torch's own.
+    """Computes ``relu(bn(x) + residual)`` in one call. Where torch would broadcast or promote, torch adds the residual.
 
-    ``in_place`` says that the model wrote ``out += residual``, which rounds to the dtype of out. ``bn.act`` is "relu",
-    unless bnkern.revert was called on the model of which a torch.fx trace still makes this call.
+    ``in_place`` means that the model has ``out += residual``, which rounds to the dtype of out. ``bn.act`` is "relu",
+    unless bnkern.revert was called on a model after torch.fx had traced it.
     """
     if isinstance(x, fx.Proxy):
         module = x.tracer.create_proxy("get_attr", x.tracer.path_of_module(bn), (), {})
@@ -55,7 +55,7 @@ def norm_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None, in_place
     fused = getattr(bn, "act", None) == "relu"
     if residual is None:
         return bn(x) if fused else torch.relu(bn(x))
-    recorded = torch.jit.is_tracing()  # comparisons of shapes would be recorded as constants, with a warning
+    recorded = torch.jit.is_tracing()  # torch.jit would record comparisons of shapes as constants, with a warning
     if fused and not recorded and _alike(x, residual):
         return bn(x, residual)
     if fused and not recorded and not torch.compiler.is_compiling():
@@ -65,7 +65,7 @@ def norm_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None, in_place
 
 
 def without_act(bn: nn.Module) -> nn.Module:
-    """The same batch norm, hooks, parameters and buffers shared, without its activation."""
+    """Returns the batch norm without its activation. Hooks, parameters and buffers are shared."""
     plain = object.__new__(type(bn))
     vars(plain).update(vars(bn), act=None)
     return plain
@@ -85,7 +85,7 @@ def _alike(x: Tensor, residual: Any) -> bool:
 
 
 class Guard(NamedTuple):
-    """A module that must be of this class still: a batch norm with its act, or one that nobody calls or hooks."""
+    """A module that must still have this class: a batch norm with its act, or a module that is not called or hooked."""
 
     path: str
     cls: type[nn.Module]
@@ -93,13 +93,13 @@ class Guard(NamedTuple):
 
 
 class Recipe:
-    """A forward that was traced, fused and turned into code, and what it rests on.
+    """The code of a forward that was traced and fused, and the conditions under which it is valid.
 
     Args:
-        graph: what to compute, over the paths of the block's submodules.
-        names: the arguments that the forward must be given; each a tensor.
-        constants: the attributes read while tracing, (path, name) -> value.
-        guards: the modules that are looked into, or whose work is done elsewhere, and the fused batch norms.
+        graph: The operations, with paths of the block's submodules.
+        names: The required arguments of the forward. Each must be a tensor.
+        constants: The attributes that the trace has read, (path, name) -> value.
+        guards: The modules that are inlined or no longer called, and the fused batch norms.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Recipe:
         return scope["forward"]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Functions are pickled by name; modules cannot be, and code need not be.
+        # Functions are pickled by name. Modules cannot be pickled, and the code is compiled again.
         state = {key: value for key, value in vars(self).items() if key != "code"}
         state["globals"] = {
             key: (value.__name__ if isinstance(value, types.ModuleType) else value, isinstance(value, types.ModuleType))
@@ -134,12 +134,12 @@ class Recipe:
         self.code = self._compile()
 
     def objection(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why the recipe does not stand for this call, or None."""
+        """Returns the reason why the recipe is not valid for this call, or None."""
         if len(args) + len(kwargs) != len(self.names) or any(name not in self.names for name in kwargs):
             return "it was called with optional arguments"
         for value in (*args, *kwargs.values()):
             if not isinstance(value, (Tensor, fx.Proxy)):
-                return "it was called with an argument that is no tensor"
+                return "it was called with an argument that is not a tensor"
         for path, cls, is_norm in self.guards:
             module = _find(block, path)
             if type(module) is not cls or (is_norm and module.act is None):
@@ -153,7 +153,7 @@ class Recipe:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody waits for the module to be called, or for its gradient."""
+    """Whether the module has hooks for its forward or its backward."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -170,7 +170,7 @@ def _find(block: nn.Module, path: str) -> nn.Module | None:
 
 
 class Block:
-    """Mixed into the class of a block whose forward is a recipe. A recipe that no longer holds is given up for good."""
+    """A base class of blocks whose forward is a recipe. A recipe that is no longer valid is dropped for good."""
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:  # type: ignore[override]
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
@@ -189,7 +189,7 @@ def _run(block: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
 
 
 def give_up(block: nn.Module, why: str) -> None:
-    """Back to the block's own forward, and its batch norms to mere batch norms; says so once."""
+    """Restores the block's own forward and its batch norms without activation, and warns once."""
     warnings.warn(
         f"bnkern.convert: {type(block).__name__} runs its own forward again, not the fused one: {why}. "
         "Call bnkern.convert again when the model is as you want it.",
@@ -206,7 +206,7 @@ def give_up(block: nn.Module, why: str) -> None:
 
 @functools.cache
 def block_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``cls``, of the same name, whose forward runs the instance's recipe."""
+    """Returns the subclass of ``cls``, with the same name, whose forward runs the recipe of the instance."""
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Fusing, block by block: what a block's own forward shows to be BN -> ReLU or BN -> add -> ReLU."""
+"""Fuses, block by block, the patterns BN -> ReLU and BN -> add -> ReLU in the forward of each block."""
 
 from collections import Counter
 
@@ -12,10 +12,10 @@ from .trace import Untraceable, parameters, trace
 
 
 def fuse_all(model: nn.Module) -> None:
-    """Goes through the modules that hold batch norms, from the outside in: a block may take over the batch norm at
+    """Goes through the modules that hold batch norms, outer modules first, because a block may fuse the batch norm at
     the end of a module that it calls."""
     holders = Counter(id(child) for m in model.modules() for child in m._modules.values() if child is not None)
-    entered: set[nn.Module] = set()  # their forward is part of another's by now
+    entered: set[nn.Module] = set()  # modules whose forward is part of the recipe of another
     reached: set[nn.Module] = set()  # modules that a forward calls by a path through another module
     views: dict[str, dict[str, str] | str] = {}
     for name, module in list(model.named_modules()):
@@ -31,14 +31,14 @@ def fuse_all(model: nn.Module) -> None:
 
 
 def _shared(module: nn.Module, holders: Counter[int], reached: set[nn.Module]) -> str:
-    """Why a batch norm may be called by several forwards, or ""."""
+    """Returns the reason why several forwards may call a batch norm, or ""."""
     if holders[id(module)] > 1:
         return f"the model holds it in {holders[id(module)]} places"
     return "it is called from outside the module that holds it" if module in reached else ""
 
 
 def _follower(name: str, views: dict[str, dict[str, str] | str]) -> str:
-    """What the result of a batch norm goes into: looked for in its block, and above as long as blocks return it."""
+    """Returns the operation after a batch norm, in its block, or in an outer one if the block returns the result."""
     above = name
     while above:
         above = above.rpartition(".")[0]
@@ -54,27 +54,27 @@ def _follower(name: str, views: dict[str, dict[str, str] | str]) -> str:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether this is a batch norm that :func:`bnkern.convert` may work on."""
+    """Whether this is a batch norm that :func:`bnkern.convert` may fuse."""
     return "_conversion" in vars(module)
 
 
 def has_plain_forward(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward and nothing else."""
+    """Whether a call of the module runs the forward of its class and nothing else."""
     return type(module).__call__ is nn.Module.__call__ and "forward" not in vars(module)
 
 
 class _Fusion:
-    """One block: ``apply`` finds what its forward lets be fused, and does it."""
+    """The fusion of one block. ``apply`` finds the patterns in its forward and fuses them."""
 
     def __init__(self, block: nn.Module, holders: Counter[int], reached: set[nn.Module]) -> None:
         self.block, self.holders, self.reached = block, holders, reached
         self.name = type(block).__name__
-        self.reaches: set[nn.Module] = set()  # what this forward adds to ``reached``
-        self.barred: set[str] = set()  # submodules that must be called, not looked into
-        self.view: dict[str, str] | str = {}  # submodule -> what its result goes into, "" where it is returned
+        self.reaches: set[nn.Module] = set()  # the modules that this forward adds to ``reached``
+        self.barred: set[str] = set()  # submodules that must be called and not inlined
+        self.view: dict[str, str] | str = {}  # submodule -> the operation that uses its result, "" if it is returned
 
     def apply(self) -> set[nn.Module]:
-        """Fuses; returns the modules that the block no longer calls, but has taken over."""
+        """Fuses the patterns. Returns the modules that are inlined in the block's recipe and no longer called."""
         try:
             graph, constants, patterns, inline = self._analyse()
         except Untraceable as reason:
@@ -87,12 +87,12 @@ class _Fusion:
             bn = self._at(match.bn)
             hooked = [n.target for n in (match.bn, match.relu) if n.op == "call_module" and has_hooks(self._at(n))]
             if hooked:
-                self._tell(bn, f"a hook sits on {hooked[0]}")
+                self._tell(bn, f"{hooked[0]} has a hook")
             elif self._absorbs(match, graph, patterns):
                 self._at(match.relu).__class__ = AbsorbedReLU
                 self._fused(bn, "batch norm + ReLU")
             elif not self._replaceable():
-                self._tell(bn, f"{self.name} does not run its class's forward as it stands")
+                self._tell(bn, f"{self.name} does not run the forward of its class unchanged")
             else:
                 replaced.append(match)
         for path, why in patterns.why.items():
@@ -101,7 +101,7 @@ class _Fusion:
             return set()
         try:
             recipe = self._recipe(graph, constants, patterns, replaced, inline)
-        except Exception as error:  # a graph that torch.fx does not accept: the block keeps its own forward
+        except Exception as error:  # torch.fx does not accept the graph; the block keeps its own forward
             for match in replaced:
                 self._tell(self._at(match.bn), f"{self.name}.forward could not be replaced: {error}")
             return set()
@@ -117,7 +117,7 @@ class _Fusion:
     # ---------------------------------------------------------------------------------------------- analysis
 
     def _analyse(self) -> tuple[fx.Graph, dict, Patterns, frozenset[str]]:
-        """The trace and its patterns, looking into as few submodules as the patterns need."""
+        """Returns the trace and its patterns, with as few submodules inlined as the patterns need."""
         inline: frozenset[str] = frozenset()
         graph, constants, patterns = self._patterns(inline)
         self.reaches = reached_in_trace(self.block, graph)
@@ -133,7 +133,7 @@ class _Fusion:
         if needed != inline:
             self.barred |= inline
             graph, constants, patterns = self._patterns(needed)
-        # A forward that is part of this one from now on is not analysed by itself.
+        # An inlined forward is not analysed by itself later.
         self.reaches |= reached_in_trace(self.block, graph, needed)
         return graph, constants, patterns, needed
 
@@ -147,8 +147,8 @@ class _Fusion:
         return free and self.holders[id(module)] == 1
 
     def _can_enter(self, path: str) -> bool:
-        """Whether a submodule may be looked into: only this block calls it, it is somebody's plain module (torch's own
-        wrappers do more than they show), and it has a batch norm to give."""
+        """Whether a submodule may be inlined: only this block calls it, it is not one of torch's wrappers, which do
+        more than a trace shows, and it has a batch norm that can be fused."""
         module = self.block.get_submodule(path)
         return (
             path not in self.barred
@@ -161,7 +161,7 @@ class _Fusion:
         )
 
     def _absorbs(self, match: Match, graph: fx.Graph, patterns: Patterns) -> bool:
-        """Whether the ReLU is a module that serves nobody else, so that it can give its work away for good."""
+        """Whether the ReLU is a module that is used only here, so that it can become an AbsorbedReLU."""
         if match.add is not None or match.relu.op != "call_module":
             return False
         calls = [node.target for node in graph.nodes if node.op == "call_module"]
@@ -172,7 +172,7 @@ class _Fusion:
             return False
         if not parameters(type(self.block))[1]:
             return True
-        # The pattern must be there, too, when the forward is given its optional arguments.
+        # The pattern must also exist if the forward gets its optional arguments.
         path = path_of(match.bn).split(".")
         try:
             inline = frozenset(".".join(path[:k]) for k in range(1, len(path)))
@@ -194,7 +194,7 @@ class _Fusion:
     def _recipe(
         self, graph: fx.Graph, constants: dict, patterns: Patterns, matches: list[Match], inline: frozenset[str]
     ) -> Recipe:
-        """The block's forward with the calls of each match joined; ``graph`` is edited, the modules are not."""
+        """Makes the block's forward with one call for each match. It changes ``graph``, but not the modules."""
         erased = set()
         for match in matches:
             last = match.bn if match.add is None else match.add
@@ -203,7 +203,7 @@ class _Fusion:
                 bn = graph.get_attr(path_of(match.bn))
                 joined = graph.call_function(norm_relu, (bn, match.bn.args[0], *addition))
             match.relu.replace_all_uses_with(joined)
-            # What is not called any more: down from the ReLU, each node once it has no user left.
+            # Remove the nodes that are not needed any more, from the ReLU backwards, each once it has no user left.
             for node in reversed(graph.nodes):
                 if not node.users and (node in (match.relu, match.add, match.bn) or patterns.is_identity(node)):
                     graph.erase_node(node)
@@ -217,7 +217,7 @@ class _Fusion:
         ]
         return Recipe(graph, parameters(type(self.block))[0], constants, guards)
 
-    # ----------------------------------------------------------------------------------------- why not more
+    # ---------------------------------------------------------------------------------------------- reasons
 
     def _tell(self, module: nn.Module, why: str) -> None:
         if is_norm(module) and module.act is None:

@@ -1,4 +1,4 @@
-"""Where a block's graph has BN -> ReLU or BN -> add -> ReLU."""
+"""Finds BN -> ReLU and BN -> add -> ReLU in the graph of a block."""
 
 import operator
 from collections.abc import Callable
@@ -15,10 +15,10 @@ _ADD = (operator.add, operator.iadd, torch.add)
 
 
 class Match(NamedTuple):
-    """Nodes of a graph: ``relu(bn)``, or ``relu(add)`` where ``add.args[side]`` is the output of bn.
+    """The nodes of one pattern: ``relu(bn)``, or ``relu(add)`` where ``add.args[side]`` is the output of bn.
 
-    The residual is looked up in ``add`` when it is needed: where it is the ReLU of another match, fusing that match
-    exchanges the node.
+    The residual is read from ``add`` only when it is needed. It may be the ReLU of another match, and fusing that match
+    replaces the node.
     """
 
     bn: fx.Node
@@ -28,25 +28,25 @@ class Match(NamedTuple):
 
     @property
     def residual(self) -> fx.Node:
-        assert self.add is not None, "asked of a sum alone"
+        assert self.add is not None, "a match without addition has no residual"
         residual = self.add.args[1 - self.side]
         assert isinstance(residual, fx.Node)
         return residual
 
 
 def path_of(node: fx.Node) -> str:
-    """The path of the module that the node calls."""
-    return node.target  # type: ignore[return-value]  # a function's only where the node calls one
+    """Returns the path of the module that the node calls."""
+    return node.target  # type: ignore[return-value]  # a path, because the node calls a module
 
 
 class Patterns:
-    """The patterns in one graph, and why others are none.
+    """Finds the patterns in one graph, and the reasons why batch norms are in none.
 
     Args:
-        graph: a trace; statements like ``x.add_(y)`` become values here, since x is what they return.
-        module: submodule by path.
-        is_norm: whether a module is a batch norm of ours that may be given more to do.
-        can_enter: whether a module that is called may be looked into instead.
+        graph: A trace. Uses of x after a statement like ``x.add_(y)`` are replaced by the result of the statement.
+        module: Returns a submodule by its path.
+        is_norm: Whether a module is a batch norm of bnkern that may be fused.
+        can_enter: Whether a called module may be inlined.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Patterns:
         self.graph, self.module, self.is_norm, self.can_enter = graph, module, is_norm, can_enter
         self.matches: list[Match] = []
         self.enter: list[str] = []  # modules whose last operation decides whether there is a pattern
-        self.why: dict[str, str] = {}  # path of a batch norm -> why it stays without the ReLU after it
+        self.why: dict[str, str] = {}  # path of a batch norm -> why it is not fused with the ReLU after it
         self._chain_in_place()
         self.order = {node: k for k, node in enumerate(graph.nodes)}
         for node in graph.nodes:
@@ -72,7 +72,7 @@ class Patterns:
         return self.module(path_of(node)) if isinstance(node, fx.Node) and node.op == "call_module" else None
 
     def is_identity(self, node: object) -> bool:
-        """nn.Identity, of which nobody would notice that it is not called."""
+        """Whether the node calls an nn.Identity without hooks. Such a call can be removed without an effect."""
         module = self.called(node)
         return (
             isinstance(node, fx.Node) and type(module) is nn.Identity and len(node.args) == 1 and not has_hooks(module)
@@ -92,7 +92,7 @@ class Patterns:
         )
 
     def _is_add(self, node: object) -> bool:
-        """a + b of two values; a scale (alpha=) or a place for the result (out=) makes it another operation."""
+        """Whether the node is a + b of two values, without a scale (alpha=) or a tensor for the result (out=)."""
         if not isinstance(node, fx.Node) or node.kwargs or len(node.args) != 2:
             return False
         named = (node.op == "call_function" and node.target in _ADD) or (
@@ -101,7 +101,7 @@ class Patterns:
         return named and all(isinstance(arg, fx.Node) for arg in node.args)
 
     def in_place(self, node: fx.Node) -> bool:
-        """Whether the node returns its first argument, changed."""
+        """Whether the node changes its first argument and returns it."""
         if node.op == "call_method":
             return node.target in ("add_", "relu_", "__iadd__")
         if node.op == "call_module":
@@ -112,7 +112,7 @@ class Patterns:
         return node.target in (operator.iadd, torch.relu_, F.relu_)
 
     def _chain_in_place(self) -> None:
-        """Whoever uses x after ``x.add_(y)`` uses what that returned."""
+        """Replaces uses of x after ``x.add_(y)`` by the result of that statement."""
         tensors: set[fx.Node] = set()
         order = {node: k for k, node in enumerate(self.graph.nodes)}
         for node in self.graph.nodes:
@@ -127,7 +127,7 @@ class Patterns:
     # ----------------------------------------------------------------------------------------------- patterns
 
     def _only(self, node: object) -> fx.Node | None:
-        """The node behind nn.Identity, if nobody but the one asking uses it; else None."""
+        """Returns the node, or the one before its nn.Identity nodes, if it has no other user; else None."""
         while isinstance(node, fx.Node) and len(node.users) == 1:
             if not self.is_identity(node):
                 return node
@@ -141,7 +141,7 @@ class Patterns:
         return len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
 
     def _refuse(self, node: object, why: str) -> None:
-        """Leaves word with the batch norm behind ``node``, if one is."""
+        """Stores the reason for the batch norm that ``node`` calls, if any, behind nn.Identity nodes too."""
         while isinstance(node, fx.Node) and self.is_identity(node):
             node = node.args[0]
         module = self.called(node)
@@ -164,10 +164,10 @@ class Patterns:
     def _match_sum(self, add: fx.Node, relu: fx.Node) -> None:
         left, right = add.args
         sides = [0, 1]
-        if self.in_place(add):  # left is overwritten: it may be dropped only where nobody else can see it
+        if self.in_place(add):  # left is overwritten, and the write may be removed only if left has no other user
             sides = [0]
             if self._is_norm(self._only(right)) and not self._is_norm(self._only(left)):
-                self._refuse(right, "it is added in place to a tensor that others may see")
+                self._refuse(right, "it is added in place to a tensor that may be used elsewhere")
         for side in sides:
             source = None if left is right else self._only(add.args[side])
             if source is None:
@@ -178,7 +178,7 @@ class Patterns:
                 self._refuse(source, "something in between may change its input in place")
             elif source.op == "call_module" and self.can_enter(path_of(source)):
                 self.enter.append(path_of(source))
-                return None  # looked into first; the other side's turn comes if that leads nowhere
+                return None  # inline it first; the other side is tried if that gives no match
         return None
 
     def _take(self, match: Match) -> None:
@@ -191,9 +191,9 @@ class Patterns:
             self.matches.append(match)
 
     def _undisturbed(self, bn: fx.Node, until: fx.Node) -> bool:
-        """Whether bn may be computed as late as ``until``: nothing before that can change its input in place.
+        """Whether bn may be computed as late as ``until``, because no node before it can change its input in place.
 
-        A convolution's or linear layer's result that only bn takes is out of everyone's reach.
+        The result of a convolution or linear layer that only bn uses cannot be changed by other nodes.
         """
         producer = bn.args[0]
         private = (nn.modules.conv._ConvNd, nn.Linear)

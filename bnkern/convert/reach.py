@@ -1,6 +1,6 @@
-"""Which modules a forward reaches through another module: ``self.body.relu(x)`` beside or instead of ``self.body(x)``.
+"""Finds the modules that a forward calls through another module: ``self.body.relu(x)`` besides ``self.body(x)``.
 
-What such a module computes may not be given to its neighbours, since not all callers would see the change.
+Such a module must not be fused with its neighbours, because fusion would not change all of its calls.
 """
 
 import ast
@@ -13,29 +13,28 @@ from torch import fx, nn
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Whether the module can be called: an nn.ModuleList cannot. Modules of torch.jit run code of their own."""
+    """Whether the module has a Python forward. An nn.ModuleList has none, and torch.jit modules run compiled code."""
     return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward
 
 
 def reached_in_trace(block: nn.Module, graph: fx.Graph, inlined: frozenset[str] = frozenset()) -> set[nn.Module]:
-    """The modules that a traced forward calls by a path through another module with a forward.
+    """Returns the modules that a traced forward calls by a path through another module with a forward.
 
-    The forwards of the modules at the paths ``inlined`` are part of the graph, so that their own children are not
-    reached through them.
+    The forwards of the modules at the paths ``inlined`` are part of the graph, so their children are not counted.
     """
     paths = [node.target.split(".") for node in graph.nodes if node.op == "call_module"]
-    found = {_find(block, path) for path in paths if _through_forward(block, path, inlined)}
-    return {module for module in found if module is not None}
+    modules = {_find(block, path) for path in paths if _through_forward(block, path, inlined)}
+    return {module for module in modules if module is not None}
 
 
 def reached_in_source(block: nn.Module) -> set[nn.Module]:
-    """The same for a forward that cannot be traced, from the source of all methods of the block's class.
+    """Returns the same for a forward that cannot be traced, from the source of all methods of the block's class.
 
-    ``self.body.relu`` and ``self.body[1]`` name one module. Where ``self.body`` is used otherwise than by calling it
-    (iterated over, indexed by a variable, assigned), its children may be called one by one. Of code without a source,
-    and of names that are looked up while it runs, nothing is known.
+    ``self.body.relu`` and ``self.body[1]`` name one module. If ``self.body`` is not called but used in another way
+    (iterated over, indexed by a variable, assigned), all its children may be called one by one. Code without source and
+    names that are computed at run time are not found.
     """
-    found = set()
+    modules = set()
     for tree in _methods(type(block)):
         arguments = tree.args.posonlyargs + tree.args.args
         if not arguments:
@@ -47,16 +46,16 @@ def reached_in_source(block: nn.Module) -> set[nn.Module]:
             if path is None or module is None:
                 continue
             if _through_forward(block, path):
-                found.add(module)
+                modules.add(module)
             parent = parents[node]
             called = isinstance(parent, ast.Call) and parent.func is node
             indexed = isinstance(parent, ast.Subscript) and _path(parent, arguments[0].arg) is None
             if has_forward(module) and not called and (indexed or not isinstance(parent, _HARMLESS)):
-                found.update(module.children())
-    return found
+                modules.update(module.children())
+    return modules
 
 
-# self.body.training, self.body[0] (seen as a path of its own), self.body is not None
+# self.body.training, self.body[0] (which is a path of its own), self.body is not None
 _HARMLESS = (ast.Attribute, ast.Subscript, ast.Compare)
 
 
@@ -75,7 +74,7 @@ def _methods(cls: type[nn.Module]) -> Iterator[ast.FunctionDef]:
 
 
 def _path(node: ast.AST, owner: str) -> list[str] | None:
-    """The names from ``owner`` down to this expression, or None where it is no such path."""
+    """Returns the names from ``owner`` down to this expression, or None if it is not such a path."""
     names: list[str] = []
     while not isinstance(node, ast.Name):
         if isinstance(node, ast.Attribute):
@@ -100,5 +99,5 @@ def _find(block: nn.Module, path: list[str]) -> nn.Module | None:
 
 def _through_forward(block: nn.Module, path: list[str], inlined: frozenset[str] = frozenset()) -> bool:
     prefixes = [path[:k] for k in range(1, len(path))]
-    found = (_find(block, prefix) for prefix in prefixes if ".".join(prefix) not in inlined)
-    return any(module is not None and has_forward(module) for module in found)
+    modules = (_find(block, prefix) for prefix in prefixes if ".".join(prefix) not in inlined)
+    return any(module is not None and has_forward(module) for module in modules)

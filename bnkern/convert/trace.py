@@ -1,9 +1,9 @@
-"""What a module's forward does, as a torch.fx graph; or :class:`Untraceable`, which says why that is not known.
+"""Traces the forward of a module to a torch.fx graph, or raises :class:`Untraceable` with the reason.
 
-fx records what one run on stand-ins did. That is the truth about other runs only where nothing but the stand-ins
-could have made a difference, so what fx would silently bake in is looked for here and refused: the mode, gradient and
-autocast contexts, random numbers, attributes that may change, tensors made on the spot, questions about types that a
-stand-in cannot answer. The modules that are traced are shallow copies; the model itself is not touched.
+fx records one run with proxies for the tensors. The record is valid for other runs only if nothing but the tensors can
+make a difference. This module therefore refuses everything else that fx would record as a constant: the mode, gradient
+and autocast contexts, random numbers, attributes that may change, new tensors, and tests of types that a proxy cannot
+answer. The traced modules are shallow copies, and the model itself is not changed.
 """
 
 import inspect
@@ -16,26 +16,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-# Attributes whose value a trace may rest on: they are compared again when the result of the trace is run.
+# Types of attributes that a trace may read. Their values are compared whenever the result of the trace runs.
 _PLAIN: tuple[type, ...] = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
 _PLAIN += (types.FunctionType, types.BuiltinFunctionType)
-# What torch itself reads of a module.
+# The attributes of a module that torch itself reads.
 _INTERNAL = (set(dir(nn.Module)) | set(vars(nn.Module()))) - {"training"}
 
 
 class Untraceable(Exception):
-    """The reason, in words that follow the name of a module's forward: "reads self.training"."""
+    """The message is the reason and continues the name of a forward, for example "reads self.training"."""
 
 
 class Trace(NamedTuple):
-    """``graph`` of a forward; ``constants``: the plain attributes it rests on, (path of the module, name) -> value."""
+    """The ``graph`` of a forward, and ``constants``, the attributes that it reads: (module's path, name) -> value."""
 
     graph: fx.Graph
     constants: dict[tuple[str, str], Any]
 
 
 def parameters(cls: type[nn.Module]) -> tuple[list[str], list[str]]:
-    """The names that a forward must be given, and those it may be given. *args and **kwargs count as not given."""
+    """Returns the names of the required and of the optional arguments of a forward, without *args and **kwargs."""
     named = [
         p for p in inspect.signature(cls.forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
@@ -44,10 +44,10 @@ def parameters(cls: type[nn.Module]) -> tuple[list[str], list[str]]:
 
 
 def trace(block: nn.Module, inline: frozenset[str], options: bool = False) -> Trace:
-    """The forward of ``block``, with the submodules at the paths ``inline`` looked into and all others called.
+    """Traces the forward of ``block``. The submodules at the paths ``inline`` are traced too, all others are called.
 
-    Optional arguments are left at their defaults, or with ``options`` given too. In train and in eval mode, with
-    gradients and without, under autocast and outside, the traces must agree.
+    Optional arguments have their defaults, or with ``options`` are passed too. The traces in train and eval mode, with
+    and without gradients, and with and without autocast must be equal.
     """
     traces = [
         _trace(block, inline, options, training, grad, autocast)
@@ -55,7 +55,7 @@ def trace(block: nn.Module, inline: frozenset[str], options: bool = False) -> Tr
     ]
     first, *others = (_text(t.graph) for t in traces)
     if any(other != first for other in others):
-        raise Untraceable("does another thing in eval mode, without gradients or under autocast")
+        raise Untraceable("does something else in eval mode, without gradients or under autocast")
     return traces[0]
 
 
@@ -69,7 +69,7 @@ def _trace(
     constants: dict[tuple[str, str], Any] = {}
     required, optional = parameters(type(block))
     names = required + optional if options else required
-    # The modules that are only called stay as they are; one that is asked for its mode must answer with this one.
+    # Modules that are only called are not copied. If their mode is read, it must be this one.
     modes = [(m, m.training) for m in block.modules()]
     seeds = random.getstate(), torch.get_rng_state()
     try:
@@ -83,7 +83,7 @@ def _trace(
             raise Untraceable("draws random numbers")
     except Untraceable:
         raise
-    except Exception as error:  # whatever a forward may raise on stand-ins
+    except Exception as error:  # a forward may raise anything if it gets proxies
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Untraceable(f"cannot be traced: {line}") from error
     finally:
@@ -95,17 +95,17 @@ def _trace(
 
 
 def _with_arguments(cls: type[nn.Module], names: list[str]) -> Any:
-    """A forward that takes just these arguments, and hands them on by name: fx reads them off its code."""
+    """Returns a forward with exactly these arguments, passed on by name. fx reads the arguments from its code."""
     if not all(name.isidentifier() for name in names):
-        raise Untraceable("has arguments of unusual names")
+        raise Untraceable("has arguments with names that are not identifiers")
     scope: dict[str, Any] = {"forward_of": cls.forward}
-    given = ", ".join(f"{name}={name}" for name in names)
-    exec(f"def forward({', '.join(['self', *names])}): return forward_of(self, {given})", scope)
+    passed = ", ".join(f"{name}={name}" for name in names)
+    exec(f"def forward({', '.join(['self', *names])}): return forward_of(self, {passed})", scope)
     return scope["forward"]
 
 
 def _shadow(module: nn.Module, path: str, inline: frozenset[str], constants: dict[tuple[str, str], Any]) -> nn.Module:
-    """A shallow copy that notes which plain attributes are read, and refuses what a trace cannot stand for."""
+    """Returns a shallow copy that stores which plain attributes are read, and refuses what a trace cannot represent."""
     base = type(module)
 
     def __getattribute__(self: nn.Module, name: str) -> Any:
@@ -126,9 +126,9 @@ def _shadow(module: nn.Module, path: str, inline: frozenset[str], constants: dic
     copy = object.__new__(base)
     vars(copy).update(vars(module))
     vars(copy)["_modules"] = {
-        name: _shadow(child, at, inline, constants) if child is not None and at in inline else child
+        name: _shadow(child, child_path, inline, constants) if child is not None and child_path in inline else child
         for name, child in module._modules.items()
-        for at in [f"{path}.{name}".lstrip(".")]
+        for child_path in [f"{path}.{name}".lstrip(".")]
     }
     copy.__class__ = type(base.__name__, (base,), {"__getattribute__": __getattribute__, "__setattr__": __setattr__})
     return copy
@@ -148,26 +148,26 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _contexts() != self.contexts:
-            raise Untraceable("works inside a context (no_grad, autocast, checkpoint or the like)")
+            raise Untraceable("enters a context (no_grad, autocast, checkpoint or similar)")
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is _Stand:
             return a.node
         if isinstance(a, torch.Tensor) and not any(a is t for t in (*self.root.parameters(), *self.root.buffers())):
-            raise Untraceable("makes a tensor of its own")
+            raise Untraceable("makes a new tensor")
         return super().create_arg(a)
 
 
 class _Stand(fx.Proxy):
-    """A stand-in for a tensor, also to those who ask ``isinstance(x, torch.Tensor)``: fx's own would say no."""
+    """A proxy for a tensor for which ``isinstance(x, torch.Tensor)`` is true, unlike for the proxies of fx."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         if self.node.op == "call_module":
             module = self.tracer.root.get_submodule(self.node.target)  # type: ignore[attr-defined]  # a _Tracer's
             if not type(module).__module__.startswith(("torch.nn.", "bnkern.")):
-                raise Untraceable(f"asks for the type of what {self.node.target} returns")
+                raise Untraceable(f"tests the type of the result of {self.node.target}")
         return torch.Tensor
 
 
@@ -176,7 +176,7 @@ def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
-# fx's own has none of ``x += y`` and its kind; Python would take ``x = x + y`` instead, which leaves x as it was.
+# fx's proxies do not have ``x += y`` and similar operators. Python would use ``x = x + y``, which does not change x.
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
     setattr(_Stand, f"__{_name}__", _in_place(_name))
 

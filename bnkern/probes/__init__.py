@@ -1,6 +1,7 @@
-"""Look inside training: record per-channel moments and gradient signs while the kernels run.
+"""Probes record per-channel moments, gradient signs and other quantities while a network trains.
 
-:func:`record` wraps training, :func:`load` reads what it wrote, ``QUANTITIES`` is what there is to record.
+:func:`record` is the context around the training, :func:`load` reads its files, and ``QUANTITIES`` is the table of all
+quantities.
 """
 
 from .files import Recording, load, truncate

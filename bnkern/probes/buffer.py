@@ -1,8 +1,8 @@
-"""Where recorded numbers live until they are written: all of a step's records in one flat float64 tensor.
+"""The memory of recorded numbers until they are written: all records of a step are in one flat float64 tensor.
 
-Kernels write into views of it. Closing a step copies it, one launch for all layers, to the next row of a ring on the
-same device. The row is chosen by a cursor that lives there too: nothing asks the device anything, so a step can be
-captured in a graph together with its recording. What a step did not write is NaN.
+Kernels write into views of it. At the end of a step it is copied, in one launch for all layers, to the next row of a
+ring on the same device. The index of the row is on the device too. The host therefore never waits for the device, and a
+step can be captured in a graph together with its recording. Values that a step did not write are NaN.
 """
 
 import math
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RING_BYTES = 64 << 20  # what the ring may hold before it is flushed, where one row does not already exceed it
+RING_BYTES = 64 << 20  # largest size of the ring, unless two rows need more
 MOST_ROWS = 4096
 
 
 class Place(NamedTuple):
-    """Where a record lies in a row, and its shape."""
+    """The position of a record in a row, and its shape."""
 
     offset: int
     shape: tuple[int, ...]
@@ -27,21 +27,21 @@ Key = tuple[str, str]  # quantity, layer
 
 
 class Filled(NamedTuple):
-    """Rows on their way to a file, on the host once ``ready`` has come: ``count`` of them, ids [step, call]."""
+    """``count`` rows for a file, with ids [step, call]. They are on the host when the event ``ready`` has occurred."""
 
     places: dict[Key, Place]
     rows: Tensor
     ids: Tensor
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
     ready: torch.cuda.Event | None
-    home: deque | None  # where ``rows`` go back to once they are written, to be a ring again
+    home: deque | None  # the list to which ``rows`` return after writing, to be used as a ring again
 
 
 class Buffer:
-    """The flat records of the step under way, one for each call of a layer within it, and the ring of closed steps.
+    """The flat records of the current step, one for each call of a layer in it, and the ring of closed steps.
 
-    The layout holds what was reserved, and grows when a layer records for the first time: then the old ring must be
-    handed out and a new one is made. Within a captured graph nothing may grow.
+    The layout has a place for every reserved record, and grows when a layer records for the first time. Before it
+    grows the old ring must be handed out, and then a new one is made. In a captured graph the layout must not grow.
     """
 
     def __init__(self, first_step: int, capacity: int | None = None) -> None:
@@ -49,14 +49,14 @@ class Buffer:
         self.capacity = 0
         self.places: dict[Key, Place] = {}
         self.width = 0
-        self.calls: list[Tensor] = []  # flat records of the first, second, ... call
-        self._fresh: dict[Key, dict[int, Tensor]] = {}  # records by call that the layout does not hold yet
-        self._slots: dict[tuple[Key, int], Tensor] = {}  # what slot() gave; making two views costs more than a look
-        self._spare: deque[Tensor] = deque()  # rings that have been written: fresh memory costs more than a copy
+        self.calls: list[Tensor] = []  # the flat records of the first, second, ... call
+        self._fresh: dict[Key, dict[int, Tensor]] = {}  # records, by call, that have no place in the layout yet
+        self._slots: dict[tuple[Key, int], Tensor] = {}  # results of slot(); a look-up costs less than making two views
+        self._spare: deque[Tensor] = deque()  # rings that have been written; using new memory costs more than a copy
         self.device: torch.device | None = None
 
     def slot(self, key: Key, call: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """The float64 tensor of this shape for this record of this call in the step under way."""
+        """Returns the float64 tensor of this shape for this record of this call in the current step."""
         if torch.compiler.is_compiling():
             return self._slot(key, call, shape, device)
         slot = self._slots.get((key, call))
@@ -84,14 +84,14 @@ class Buffer:
         return self.calls[call][place.offset : place.offset + math.prod(shape)].view(shape)
 
     def grown(self) -> bool:
-        """Whether there are records that the layout does not hold yet."""
+        """Whether there are records without a place in the layout."""
         return bool(self._fresh)
 
     def grow(self) -> None:
-        """Give the fresh records places: new flat memory and a new ring; the old one must have been handed out."""
+        """Gives new records a place, in new flat memory and a new ring. The old ring must have been handed out."""
         fresh, self._fresh = self._fresh, {}
         self._slots.clear()
-        self._spare = deque()  # rings still to be written go back to the old one, and are forgotten with it
+        self._spare = deque()  # rings that are still being written return to the old list and are freed with it
         old, old_width = self.calls, self.width
         for key, calls in fresh.items():
             shape = tuple(next(iter(calls.values())).shape)
@@ -108,14 +108,14 @@ class Buffer:
                 self.slot(key, call, tuple(values.shape), values.device).copy_(values)
         fitting = RING_BYTES // (8 * self.width)
         self.capacity = self._capacity_wanted or min(max(fitting, 2), MOST_ROWS)
-        # One row more than can be handed out: where rows go that there is no room for, or that nobody wants.
+        # One extra row. It receives records that do not fit into the ring and records that the schedule leaves out.
         self.rows = torch.empty((self.capacity + 1, self.width), dtype=torch.float64, device=self.device)
         self.ids = torch.zeros((self.capacity + 1, 2), dtype=torch.int64, device=self.device)
 
     def close_step(self, calls: int, active: Tensor | None = None) -> None:
-        """Copy the records of the first ``calls`` calls to the ring and forget them.
+        """Copies the records of the first ``calls`` calls to the ring and resets them.
 
-        ``active``: a boolean on the device that says whether they are wanted; None: they are.
+        ``active`` is a boolean on the device: whether the records are kept. None means that they are.
         """
         for call, flat in enumerate(self.calls[:calls]):
             room = self.cursor < self.capacity
@@ -128,14 +128,14 @@ class Buffer:
             flat.fill_(torch.nan)
 
     def next_step(self) -> None:
-        """Count a step on the device, or on the host as long as nothing has recorded and there is no device yet."""
+        """Counts a step on the device, or on the host if nothing has been recorded and the device is not known yet."""
         if self.device is None:
             self.first_step += 1
         else:
             self.step += 1
 
     def hand_out(self) -> Filled | None:
-        """The ring's rows, on the host or on their way there, and an empty ring. None where there is no ring yet."""
+        """Empties the ring and returns its rows, or None without a ring. Their copy to the host may be running."""
         if not self.capacity:
             return None
         ready: torch.cuda.Event | None = None
@@ -160,7 +160,7 @@ class Buffer:
         return Filled(dict(self.places), host[0], host[1], host[2], ready, home)
 
     def rewind(self, step: int) -> None:
-        """Empty the ring without handing it out, and count on from ``step``."""
+        """Empties the ring without handing it out, and continues to count from ``step``."""
         self.first_step = step
         if self.device is not None:
             self.step.fill_(step)
@@ -177,7 +177,7 @@ class Buffer:
     def _not_in_graph(self, what: str) -> None:
         if self.capturing():
             raise RuntimeError(
-                f"probes: {what} would need new memory within a CUDA graph; run a recorded step before capturing"
+                f"probes: {what} needs new memory in a CUDA graph; run a recorded step before the capture"
             )
 
     def capturing(self) -> bool:

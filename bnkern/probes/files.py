@@ -1,8 +1,8 @@
-"""Recorded files: written by a thread while training goes on, read as named arrays.
+"""The files of a recording. A thread writes them during the training, and they are read as named arrays.
 
-A recording is a folder. ``index.json`` says which quantities, their rows and options; ``part-000000.npz``,
-``part-000001.npz``, ... hold the steps in order: ``step`` [n], ``call`` [n], and per quantity and layer an array
-``quantity/layer`` [n, rows, ...] of float64, NaN where a step recorded nothing. Each part appears whole or not at all.
+A recording is a folder. ``index.json`` lists the quantities with their rows and options. ``part-000000.npz``,
+``part-000001.npz``, ... have the steps in order: ``step`` [n], ``call`` [n], and for each quantity and layer a float64
+array ``quantity/layer`` [n, rows, ...], with NaN where a step recorded nothing. A part is either complete or absent.
 """
 
 import json
@@ -22,11 +22,11 @@ from .buffer import Filled
 from .quantities import QUANTITIES, Quantity, make
 
 INDEX = "index.json"
-WAITING_BYTES = 256 << 20  # what may wait to be written before the ring is left full
+WAITING_BYTES = 256 << 20  # bytes that may wait for the disk before a full ring is no longer handed out
 
 
 class Writer:
-    """Writes what the ring hands out, in its own thread; in a distributed run the first rank writes for all."""
+    """Writes the rows of the ring in a thread of its own. In a distributed run rank 0 writes for all ranks."""
 
     def __init__(
         self, out: str | PathLike, quantities: list[Quantity], unserved: Mapping[tuple[str, str], str], append: bool
@@ -40,13 +40,13 @@ class Writer:
         self._dropped = 0
         self._waiting, self._lock = 0, threading.Lock()  # bytes
         # One thread, so that parts are written in order. The interpreter waits for it at exit even if the recording was
-        # never closed: no part is lost, and the thread does not run while the interpreter shuts down.
+        # never closed. No part is lost, and the thread does not run while the interpreter shuts down.
         self._thread: ThreadPoolExecutor | None = None
         if self._rank == 0:
             existing = parts(self.folder)
             if existing and not append:
                 raise ValueError(
-                    f"probes: {self.folder} holds records already; choose another folder, or append=True to go on"
+                    f"probes: {self.folder} has records already; choose another folder, or append=True to add to them"
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
             self._next = 1 + max((int(path.stem.split("-")[1]) for path in existing), default=-1)
@@ -54,11 +54,11 @@ class Writer:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="bnkern probes")
 
     def busy(self) -> bool:
-        """Whether as much is waiting as may."""
+        """Whether the limit of waiting bytes is reached."""
         return self._waiting >= WAITING_BYTES
 
     def put(self, filled: Filled) -> None:
-        """Hand over rows; with several ranks, a collective call."""
+        """Queues rows for writing. With several ranks this is a collective call."""
         if self.ranks > 1:
             filled = self._gathered(filled)
         if self._thread is not None:
@@ -67,9 +67,9 @@ class Writer:
             self._thread.submit(self._write_in_turn, filled)
 
     def wait(self) -> None:
-        """Until all that was put is on the disk; raises what went wrong."""
+        """Waits until all queued rows are on the disk. Raises the error of the thread if there was one."""
         if self._thread is not None:
-            self._thread.submit(int).result()  # does nothing, after all that was put before it
+            self._thread.submit(int).result()  # an empty task, which runs after all earlier ones
         self.raise_if_failed()
 
     def raise_if_failed(self) -> None:
@@ -78,7 +78,7 @@ class Writer:
             raise OSError(f"probes: cannot write to {self.folder}: {error}") from error
 
     def close(self, dropped: int) -> None:
-        """Wait until all is written; raises what went wrong."""
+        """Waits until everything is written and ends the thread. Raises its error if there was one."""
         if self._thread is not None:
             self._thread.shutdown()
             self._dropped = dropped
@@ -87,7 +87,7 @@ class Writer:
         self.raise_if_failed()
 
     def _gathered(self, filled: Filled) -> Filled:
-        """All ranks' rows on the first: [ranks, count, width]. The ranks step together, so their counts agree."""
+        """Gathers the rows of all ranks on rank 0: [ranks, count, width]. All make the same steps, so counts agree."""
         if filled.ready is not None:
             filled.ready.synchronize()
         count = int(filled.count)
@@ -135,7 +135,9 @@ class Writer:
         self._next += 1
 
     def _write_index(self) -> None:
-        known = [quantity for quantity in self.quantities.values() if QUANTITIES.get(quantity.name) is type(quantity)]
+        tabulated = [
+            quantity for quantity in self.quantities.values() if QUANTITIES.get(quantity.name) is type(quantity)
+        ]
         index: dict[str, Any] = {
             "format": 1,
             "quantities": {q.name: {"rows": list(q.rows), "options": None} for q in self.quantities.values()},
@@ -143,34 +145,34 @@ class Writer:
             "ranks": self.ranks,
             "dropped": self._dropped,
         }
-        for quantity in known:
+        for quantity in tabulated:
             index["quantities"][quantity.name]["options"] = quantity.options()
         replace(self.folder / INDEX, lambda file: file.write(json.dumps(index, indent=1).encode()))
 
 
 def parts(folder: Path) -> list[Path]:
-    """The parts of a recording, in order."""
+    """Returns the parts of a recording, in order."""
     return sorted(folder.glob("part-*.npz"))
 
 
 def write_part(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """One part, whole or not at all."""
+    """Writes one part, which is then either complete or absent."""
     replace(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]  # no name is allow_pickle
 
 
 def replace(path: Path, write) -> None:
-    """Write beside the place, then rename: a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes under another name and then renames the file, so that no reader finds an incomplete one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
-        beside.replace(path)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def truncate(path: str | PathLike, step: int) -> None:
-    """Cut a recording back to the steps before ``step``: what a run that resumes from there will write again."""
+    """Removes the records from ``step`` on, which a run that resumes from there will write again."""
     for part in parts(Path(path)):
         with np.load(part) as arrays:
             kept = arrays["step"] < step
@@ -184,10 +186,10 @@ def truncate(path: str | PathLike, step: int) -> None:
 
 
 class Recording:
-    """What was recorded: ``steps`` [n] and ``calls`` [n] of its rows, and by quantity and layer the named arrays.
+    """A recording: ``steps`` [n] and ``calls`` [n] of its rows, and named arrays for each quantity and layer.
 
-    ``recording["activation_moments"]["layer1.norm"]["mean"]`` is [n, C]; NaN where that row recorded nothing there.
-    ``recording.index`` is the folder's index.json.
+    ``recording["activation_moments"]["layer1.norm"]["mean"]`` is [n, C], with NaN in rows that have no such record.
+    ``recording.index`` is the content of index.json.
     """
 
     def __init__(self, path: str | PathLike) -> None:
@@ -195,52 +197,52 @@ class Recording:
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(f"no recording in {folder}: there is no {INDEX}")
         self.index = json.loads((folder / INDEX).read_text())
-        found = [dict(np.load(part)) for part in parts(folder)]
-        counts = [len(part["step"]) for part in found]
-        self.steps = np.concatenate([part.pop("step") for part in found] or [np.zeros(0, np.int64)])
-        self.calls = np.concatenate([part.pop("call") for part in found] or [np.zeros(0, np.int64)])
+        contents = [dict(np.load(part)) for part in parts(folder)]
+        counts = [len(part["step"]) for part in contents]
+        self.steps = np.concatenate([part.pop("step") for part in contents] or [np.zeros(0, np.int64)])
+        self.calls = np.concatenate([part.pop("call") for part in contents] or [np.zeros(0, np.int64)])
         self._raw: dict[str, dict[str, np.ndarray]] = {name: {} for name in self.index["quantities"]}
-        for name in dict.fromkeys(name for part in found for name in part):
-            shape = next(part[name].shape[1:] for part in found if name in part)
+        for name in dict.fromkeys(name for part in contents for name in part):
+            shape = next(part[name].shape[1:] for part in contents if name in part)
             pieces = [
-                part.get(name, np.full((count, *shape), np.nan)) for part, count in zip(found, counts, strict=True)
+                part.get(name, np.full((count, *shape), np.nan)) for part, count in zip(contents, counts, strict=True)
             ]
             quantity, layer = name.split("/", 1)
             self._raw[quantity][layer] = np.concatenate(pieces)
 
     @property
     def quantities(self) -> list[str]:
-        """The names of the quantities."""
+        """The names of the recorded quantities."""
         return list(self._raw)
 
     def layers(self, quantity: str) -> list[str]:
-        """The layers that recorded a quantity, in the order of the model."""
+        """Returns the layers that recorded a quantity, in the order of the model."""
         return list(self._of(quantity))
 
     def __getitem__(self, quantity: str) -> dict[str, dict[str, np.ndarray]]:
-        """{layer: {name: array [n, ...]}}."""
+        """Returns {layer: {name: array [n, ...]}} of a quantity."""
         entry = self.index["quantities"].get(quantity, {})
-        if entry.get("options") is None:  # a quantity from elsewhere: as recorded
+        if entry.get("options") is None:  # a quantity that is not in the table: its records as they are
             return {
                 layer: {row: values[:, k] for k, row in enumerate(entry["rows"])}
                 for layer, values in self._of(quantity).items()
             }
-        known = make(quantity, **entry["options"])
-        return {layer: known.derive(values) for layer, values in self._of(quantity).items()}
+        definition = make(quantity, **entry["options"])
+        return {layer: definition.derive(values) for layer, values in self._of(quantity).items()}
 
     def array(self, quantity: str, name: str) -> np.ndarray:
-        """One named array of all layers as [layer, n, channel, ...], NaN where a layer has fewer channels."""
-        found = [layer[name] for layer in self[quantity].values()]
-        shape = np.max([values.shape for values in found], 0)
-        stacked = np.full((len(found), *shape), np.nan)
-        for target, values in zip(stacked, found, strict=True):
+        """Returns one named array of all layers as [layer, n, channel, ...], with NaN for missing channels."""
+        arrays = [layer[name] for layer in self[quantity].values()]
+        shape = np.max([values.shape for values in arrays], 0)
+        stacked = np.full((len(arrays), *shape), np.nan)
+        for target, values in zip(stacked, arrays, strict=True):
             target[tuple(slice(size) for size in values.shape)] = values
         return stacked
 
     def table(self, quantity: str) -> dict[str, np.ndarray]:
-        """Columns of equal length, ``pandas.DataFrame(recording.table(...))``: step, call, layer, channel and names.
+        """Returns columns of equal length for ``pandas.DataFrame``: step, call, layer, channel and the named arrays.
 
-        For quantities of one number a layer or a channel; the channel of the former is 0.
+        This is for quantities with one number for each layer or channel. The channel of the former is 0.
         """
         columns: dict[str, list[np.ndarray]] = {}
         for layer, arrays in self[quantity].items():
@@ -265,5 +267,5 @@ class Recording:
 
 
 def load(path: str | PathLike) -> Recording:
-    """Read a recording; see :class:`Recording`. Raises FileNotFoundError where there is none."""
+    """Reads a recording; see :class:`Recording`. Raises a FileNotFoundError if there is none."""
     return Recording(path)

@@ -1,8 +1,8 @@
-"""``record``: attach quantities to the layers of a model, collect each step's records, write them to files.
+"""``record`` attaches quantities to the layers of a model, collects the records of each step and writes them to files.
 
-The order of things in a step: forwards, backwards, ``rec.step(loss)``, ``optimizer.zero_grad()``. Listeners exist
-from entering the context to leaving it; in steps that the schedule leaves out they return at once, and norm layers
-run the kernels without records.
+The order in a step is: forwards, backwards, ``rec.step(loss)``, ``optimizer.zero_grad()``. The hooks exist while the
+context is entered. In steps that the schedule leaves out they return at once, and norm layers run the kernels that do
+not record.
 """
 
 import warnings
@@ -76,8 +76,8 @@ def record(
         The recording in progress.
 
     Raises:
-        ValueError: nothing matches, a name is unknown, or ``out`` holds records and ``append`` is not set.
-        OSError: ``out`` cannot be written; then or at a later step.
+        ValueError: Nothing matches, a name is unknown, or ``out`` has records and ``append`` is not set.
+        OSError: ``out`` cannot be written, at the start or in a later step.
     """
     patterns = (layers,) if isinstance(layers, str) else tuple(layers)
     recorder = Recorder(
@@ -92,21 +92,21 @@ def record(
 
 
 class Tap:
-    """What a norm layer asks, at each call, for places to record in; several where several recordings watch it.
+    """Gives a norm layer, at each call, the memory for its records. A layer has one tap for each recording of it.
 
-    A copy of a module that is being recorded, deep or pickled, is not recorded: its tap belongs to no recorder.
+    A copy of a recorded module, by deepcopy or pickle, is not recorded, because its tap belongs to no recorder.
     """
 
     def __init__(self, recorder: "Recorder | None", layer: str) -> None:
         self.recorder, self.layer = recorder, layer
-        self.quantities: dict[str, Quantity] = {}  # by field of Records
+        self.quantities: dict[str, Quantity] = {}  # by name of the field in Records
 
     def __reduce__(self):
         return Tap, (None, self.layer)
 
     @staticmethod
     def records(module: nn.Module, x: Tensor) -> Records | None:
-        """Where this call of a module with ``taps`` records, or None."""
+        """Returns the memory for the records of this call of a module with ``taps``, or None."""
         first: dict[str, Tensor] = {}
         mirrors = []
         taps: tuple[Tap, ...] = module.taps  # type: ignore[assignment]
@@ -128,7 +128,7 @@ class Tap:
 
 
 class ForwardHook:
-    """A forward hook of one module. A copy of that module, deep or pickled, has a hook that does nothing."""
+    """A forward hook of one module. A copy of that module, by deepcopy or pickle, has a hook that does nothing."""
 
     def __init__(self, module: nn.Module | None, callback: Callable | None) -> None:
         self.module, self.callback = module, callback
@@ -141,7 +141,7 @@ class ForwardHook:
 
 
 class _ObservedOutput(torch.autograd.Function):
-    """The identity. Its backward calls ``observer`` with the gradient, a hook that torch.compile can trace."""
+    """The identity. Its backward calls ``observer`` with the gradient. torch.compile can trace it, unlike a hook."""
 
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor | None, observer: Callable[[Tensor | None, Tensor], None]) -> Tensor:
@@ -158,7 +158,7 @@ class _ObservedOutput(torch.autograd.Function):
 
 
 class _Handle:
-    """Something that can be taken back."""
+    """Has a method ``remove``, which undoes something."""
 
     def __init__(self, remove: Callable[[], None]) -> None:
         self.remove = remove
@@ -192,7 +192,7 @@ class Recorder:
         self._step = first_step
         self._buffer = Buffer(first_step, capacity)
         self._loss: Tensor | None = None
-        self._rows = 0  # in the ring, at most
+        self._rows = 0  # upper bound of the rows in the ring
         self._calls: dict[object, int] = defaultdict(int)
         self._open: dict[object, list[int]] = defaultdict(list)
         self._closing: list[Callable[[], None]] = []
@@ -206,7 +206,7 @@ class Recorder:
             self._forget()
             raise
 
-    # ---- what the training loop calls
+    # ---- for the training loop
 
     def step(self, loss: Tensor | float | None = None) -> None:
         """Close the current step. Call it once per optimiser step, after backward and before ``zero_grad``.
@@ -230,15 +230,15 @@ class Recorder:
                 self._keep(loss)
 
     def flush(self, wait: bool = False) -> None:
-        """Hand all closed steps to the thread that writes them; ``wait`` until they are on the disk."""
+        """Hands all closed steps to the thread that writes them. With ``wait`` it returns when they are on the disk."""
         self._hand_out()
         if wait:
             self._writer.wait()
 
     def rewind(self, step: int) -> None:
-        """Forget what was closed since the last flush, and call the step under way ``step``.
+        """Drops the records of steps closed since the last flush, and numbers the current step ``step``.
 
-        For steps that do not count, such as those that warm up a CUDA graph.
+        This is for steps that do not count, such as the warm-up steps of a CUDA graph.
         """
         self._step = step
         self._rows = 0
@@ -246,20 +246,20 @@ class Recorder:
         self._open.clear()
         self._buffer.rewind(step)
         if self._loss is not None:
-            self._loss.fill_(torch.inf)  # as before the first step, for schedules that look at it
+            self._loss.fill_(torch.inf)  # as before the first step, for schedules that use it
         if not self.on_device:
             self.active = bool(self.schedule(step, None))
 
     @property
     def dropped(self) -> int:
-        """Rows lost because the buffer was full and the disk too slow. Waits for the device."""
+        """The number of rows lost because the buffer was full and the disk too slow. A read waits for the device."""
         return 0 if self._buffer.device is None else int(self._buffer.dropped)
 
     def close(self, failed: bool = False) -> None:
-        """Stop listening, write what is left. ``record`` calls it; after an exception too, without a second one.
+        """Removes the hooks and writes the remaining rows. ``record`` calls it, also after an exception.
 
-        After an exception in a distributed run, the rows since the last flush are lost: collecting them from all ranks
-        is a collective, and the other ranks may be in another one or gone.
+        After an exception it raises no second one. In a distributed run the rows since the last flush are then lost.
+        To gather them from all ranks is a collective, and the other ranks may be in another one or may have ended.
         """
         self._forget()
         try:
@@ -272,18 +272,18 @@ class Recorder:
         if self.dropped:
             warnings.warn(f"probes: {self.dropped} records were dropped, the buffer was full", stacklevel=3)
 
-    # ---- what quantities and taps call
+    # ---- for quantities and taps
 
     def is_recording(self, module: nn.Module) -> bool:
-        """Whether a call of this module is to be recorded now."""
+        """Whether a call of this module is recorded now."""
         return self.active and (module.training or self.in_eval)
 
     def slot(self, quantity: Quantity, layer: str, call: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """Where to write this step's record [rows, *shape] of a layer's call: float64, to be filled wholly."""
+        """Returns the float64 memory for the record [rows, *shape] of a layer's call. All of it must be written."""
         return self._buffer.slot((quantity.name, layer), call, (len(quantity.rows), *shape), device)
 
     def tap(self, layer: str, module: nn.Module, quantity: "_ChannelQuantity") -> _Handle:
-        """Have the kernels of a norm layer record."""
+        """Makes the kernels of a norm layer record."""
         tap = self._taps.get(module)
         if tap is None:
             tap = self._taps[module] = Tap(self, layer)
@@ -295,7 +295,7 @@ class Recorder:
             taps: tuple[Tap, ...] = module.taps  # type: ignore[assignment]
             module.taps = tuple(other for other in taps if other is not tap)  # type: ignore[assignment]
             if not module.taps:
-                del module.taps  # the class's own, so that compiled code finds what it knew
+                del module.taps  # compiled code then finds the attribute of the class, as before
 
         return _Handle(remove)
 
@@ -307,10 +307,10 @@ class Recorder:
         shape: tuple[int, ...] | None,
         measure: Callable[..., None],
     ):
-        """Call ``measure(x, dy, out)`` in backward: the module's input, its output's gradient, the record to fill.
+        """Calls ``measure(x, dy, out)`` in backward: the module's input, its output's gradient, the record to write.
 
-        Where the output has a ``handoff`` (``bnkern.conv``) it comes as a fourth argument.
-        ``shape``: the record's without its rows; None for that of the output, fixed by the first step.
+        If the output has a ``handoff`` (``bnkern.conv``), it is the fourth argument. ``shape`` is the shape of the
+        record without its rows. None stands for the shape of the output in the first step.
         """
         places: list[tuple[int, ...]] = []
         if shape is not None:
@@ -325,7 +325,7 @@ class Recorder:
             if not places:
                 places.append(tuple(y.shape))
 
-            handoff = [y.handoff] if hasattr(y, "handoff") else []  # not y itself, which will hold what is heard
+            handoff = [y.handoff] if hasattr(y, "handoff") else []  # not y, which will hold a reference to observe
 
             def observe(x: Tensor | None, dy: Tensor) -> None:
                 measure(x, dy, self.slot(quantity, layer, call, places[0], dy.device), *handoff)
@@ -338,26 +338,26 @@ class Recorder:
         return self.on_forward(module, callback)
 
     def on_forward(self, module: nn.Module, callback: Callable[[tuple, dict, Any], object]):
-        """Call ``seen(args, kwargs, y)`` after each forward of the module; what it returns, if anything, replaces y."""
+        """Calls ``callback(args, kwargs, y)`` after each forward of the module. A result other than None replaces y."""
         return module.register_forward_hook(ForwardHook(module, callback), with_kwargs=True)
 
     def reserve(self, quantity: Quantity, layer: str, shape: tuple[int, ...], device: torch.device) -> None:
-        """Make a record known before its first step, which torch.compile and graph capture then need not repeat."""
+        """Reserves a record before its first step, so that torch.compile and graph capture need not be repeated."""
         self._buffer.slot((quantity.name, layer), 0, (len(quantity.rows), *shape), device)
 
     def at_step(self, measure: Callable[[], None]) -> _Handle:
-        """Call ``measure`` whenever a recorded step closes."""
+        """Calls ``measure`` whenever a recorded step closes."""
         self._closing.append(measure)
         return _Handle(lambda: self._closing.remove(measure))
 
     def call_of(self, layer: str, observer: object) -> int:
-        """Which call of the layer within the step this is: 0, 1, ...
+        """Returns the number of this call of the layer in the step: 0, 1, ...
 
-        A forward that runs within a backward is a checkpoint's recomputation, not another call: it is the latest that
-        was not recomputed yet, since backward goes from the last to the first.
+        A forward that runs during a backward is the recomputation of a checkpoint and not another call. It repeats the
+        latest call that has not been recomputed yet, because the backward goes from the last call to the first.
         """
         if torch.compiler.is_compiling():
-            return 0  # the code of one step, traced once
+            return 0  # the code of one step is traced once
         key = layer, id(observer)
         if torch._C._current_graph_task_id() != -1 and self._open[key]:
             return self._open[key].pop()
@@ -366,7 +366,7 @@ class Recorder:
         self._open[key].append(call)
         return call
 
-    # ---- inside
+    # ---- internal
 
     def _attach(self, model: nn.Module, quantities: list[Quantity], patterns: tuple[str, ...]) -> None:
         among = Quantity(patterns)
@@ -404,7 +404,7 @@ class Recorder:
         self._handles.clear()
 
     def _keep(self, loss: Tensor) -> None:
-        """Copies the loss to one place on the device, which a captured graph can read."""
+        """Copies the loss to fixed memory on the device, which a captured graph can read."""
         if self._loss is None:
             self._loss = loss.detach().float().clone()
         else:
@@ -417,7 +417,7 @@ class Recorder:
             self._hand_out()
             buffer.grow()
         if not buffer.capacity:
-            return  # nothing was recorded yet
+            return  # nothing has been recorded yet
         if self._rows + calls > buffer.capacity and not buffer.capturing() and not self._writer.busy():
             self._hand_out()
         if self.on_device:

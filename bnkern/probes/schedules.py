@@ -1,9 +1,9 @@
-"""When to record: functions of the step, decided on the host, or on the device from a counter that lives there.
+"""Schedules: functions that decide, on the host or on the device, which steps are recorded.
 
-A schedule is called with a step's number (0, 1, ...) and the loss of the step before (None before the first).
-``on_device`` says the same of tensors without asking the device, so that a captured graph may decide for itself.
-Any function of (step, loss) is a schedule; one without ``on_device`` cannot serve in a captured graph. The names are
-those of functions because they are used like some.
+A schedule is called with the number of a step (0, 1, ...) and the loss of the previous step (None before the first).
+Its method ``on_device`` computes the same from tensors without waiting for the device, as a captured graph needs it.
+Any function of (step, loss) is a schedule. One without ``on_device`` cannot be used in a captured graph. The classes
+have lower-case names, because they are used like functions.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class every:
-    """Steps ``start``, ``start + n``, ``start + 2n``, ..."""
+    """Records the steps ``start``, ``start + n``, ``start + 2n``, ..."""
 
     n: int = 1
     start: int = 0
@@ -33,7 +33,7 @@ class every:
 
 
 class steps:
-    """The steps listed."""
+    """Records the given steps."""
 
     def __init__(self, chosen: Sequence[int]) -> None:
         self.chosen = frozenset(int(step) for step in chosen)
@@ -49,7 +49,7 @@ class steps:
 
 
 def log_spaced(per_decade: int = 10, until: int = 10**7) -> steps:
-    """Step 0 and ``per_decade`` steps in each power of ten, evenly spaced in the logarithm, up to ``until``."""
+    """Records step 0 and ``per_decade`` steps in each power of ten up to ``until``, evenly spaced in the logarithm."""
     if per_decade < 1:
         raise ValueError(f"log_spaced: per_decade must be at least 1, got {per_decade}")
     count = math.ceil(per_decade * math.log10(max(until, 2))) + 1
@@ -58,7 +58,7 @@ def log_spaced(per_decade: int = 10, until: int = 10**7) -> steps:
 
 @dataclass(frozen=True)
 class while_loss:
-    """Steps that follow a loss above ``above`` (or one that is not a number); the first step too."""
+    """Records the first step, and steps that follow a loss above ``above`` or a loss that is not a number."""
 
     above: float
 

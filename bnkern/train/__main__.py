@@ -1,4 +1,4 @@
-"""The command line: ``python -m bnkern.train NAME...``; under torchrun one run in several processes."""
+"""The command line ``python -m bnkern.train NAME...``. Under torchrun it does one run in several processes."""
 
 import argparse
 import json
@@ -18,15 +18,15 @@ EXAMPLES = """\
 examples:
   python -m bnkern.train --list
   python -m bnkern.train fig1-batch-0.1 --laptop                 ResNet-20, 10 epochs: two CPU cores
-  python -m bnkern.train fig1-batch-0.1 --data synthetic --set epochs=1 depth=8    does it work?
+  python -m bnkern.train fig1-batch-0.1 --data synthetic --set epochs=1 depth=8    a short trial
   python -m bnkern.train fig1-batch-0.1 fig1-none-0.0001 --seeds 5 --processes 4
   torchrun --nproc-per-node 2 -m bnkern.train fig1-batch-0.1     one run, each batch shared by two processes
-The same command goes on after an interruption, from the last checkpoint.
+After an interruption the same command continues from the last checkpoint.
 """
 
 
 def main(words: list[str] | None = None) -> int:
-    """Does what the words ask for; the exit status."""
+    """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bnkern.train",
         description="Trains ResNets on CIFAR-10: the runs of 'Understanding Batch Normalization' and others.",
@@ -34,23 +34,23 @@ def main(words: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="*", metavar="NAME", help="presets, JSON files of settings, or JSON itself")
-    parser.add_argument("--list", action="store_true", help="the presets there are")
-    parser.add_argument("--laptop", action="store_true", help="presets as ResNet-20 with 10/165 of the epochs")
+    parser.add_argument("--list", action="store_true", help="list the presets")
+    parser.add_argument("--laptop", action="store_true", help="presets with ResNet-20 and 10/165 of the epochs")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings to change")
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 .. N-1 of each run (default: its own)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 .. N-1 of each run (default: its own seed)")
     parser.add_argument("--print", action="store_true", help="print the settings as JSON, train nothing")
-    parser.add_argument("--out", type=Path, default=Path("results/train"), help="the results' folder (%(default)s)")
-    parser.add_argument("--data", metavar="DIR", help="CIFAR-10's binary version, or: synthetic (made-up images)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at once on this machine")
+    parser.add_argument("--out", type=Path, default=Path("results/train"), help="folder of the results (%(default)s)")
+    parser.add_argument("--data", metavar="DIR", help="CIFAR-10's binary version, or: synthetic")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is a GPU)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="parallel runs on this machine")
     parser.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, local, ray://host:10001")
-    parser.add_argument("--gpus", type=float, default=1.0, help="GPUs of a run on Ray, fractions too (%(default)s)")
-    parser.add_argument("--tensorboard", action="store_true", help="mirror the metrics for TensorBoard")
+    parser.add_argument("--gpus", type=float, default=1.0, help="GPUs of a run on Ray, may be a fraction (%(default)s)")
+    parser.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="skip finished runs, go on with unfinished ones (default); --no-resume puts them aside",
+        help="skip finished runs and continue unfinished ones (default); --no-resume moves them to .old",
     )
     asked = parser.parse_args(words)
     if asked.list:
@@ -58,7 +58,7 @@ def main(words: list[str] | None = None) -> int:
             print(f"{name:<18} ResNet-{run.depth}, norm {run.norm}, lr {run.lr:g}, {run.epochs} epochs")
         return 0
     if not asked.runs:
-        parser.error("name a run; --list says which there are")
+        parser.error("name a run; --list lists the presets")
     try:
         configs = _configs(asked)
     except (ValueError, TypeError, OSError) as error:
@@ -69,7 +69,7 @@ def main(words: list[str] | None = None) -> int:
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             if len(configs) > 1:
-                parser.error("torchrun's processes do one run together")
+                parser.error("under torchrun all processes do one run together; name one run")
             return _distributed(configs[0], asked)
         options = ("data", "device", "processes", "ray", "gpus", "resume", "tensorboard")
         return min(1, sweep(configs, asked.out, **{name: getattr(asked, name) for name in options}))
@@ -77,7 +77,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoints", file=sys.stderr)
+        print("\nstopped; the same command continues from the last checkpoints", file=sys.stderr)
         return 130
 
 
@@ -96,7 +96,7 @@ def _configs(asked: argparse.Namespace) -> list[Config]:
 
 
 def _named(text: str, small: bool) -> list[Config]:
-    """A preset; or the settings of one run, or a list of them, in a JSON file or as JSON."""
+    """Returns the runs of a preset, of JSON or of a JSON file. JSON has the settings of one run or a list of them."""
     if text.endswith(".json"):
         text = Path(text).read_text()
     if text.lstrip()[:1] in ("{", "["):

@@ -1,7 +1,8 @@
-"""Files that are whole or not there: written beside their place, synced, renamed; checkpoints checked when read.
+"""Checkpoints, and files that are always complete: they are written under another name, synced and then renamed.
 
-A checkpoint file is a line that names the format, a line with the SHA-256 of the rest, and what ``torch.save`` makes
-of tensors and plain values. :func:`save` keeps the one before it, and :func:`load` falls back on that.
+A checkpoint file is a line that names the format, a line with the SHA-256 of the rest, and the output of ``torch.save``
+for tensors and plain values. :func:`save` keeps the previous checkpoint, and :func:`load` reads it if the newest one is
+damaged.
 """
 
 import hashlib
@@ -17,11 +18,11 @@ DIGEST = 64 + 1  # hexadecimal digits and a newline
 
 
 class CheckpointError(RuntimeError):
-    """A file is no checkpoint of ours, or not whole, or of another run; the text says which and what to do."""
+    """A file is not a checkpoint of bnkern, is damaged, or belongs to another run. The message says which of these."""
 
 
 def write(path: Path, state: dict, keep: Path | None = None) -> None:
-    """``state`` (tensors and plain values) as a checkpoint file; see :func:`replace`."""
+    """Writes ``state`` (tensors and plain values) as a checkpoint file; see :func:`replace`."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
@@ -29,11 +30,11 @@ def write(path: Path, state: dict, keep: Path | None = None) -> None:
 
 
 def read(path: Path) -> dict:
-    """The state in a checkpoint file, tensors on the CPU; nothing in the file is executed.
+    """Returns the state in a checkpoint file, with tensors on the CPU. No code in the file is executed.
 
     Raises:
-        CheckpointError: not such a file, or truncated or damaged.
-        FileNotFoundError: not there.
+        CheckpointError: The file is not a checkpoint, or it is truncated or damaged.
+        FileNotFoundError: There is no such file.
     """
     content = path.read_bytes()
     if not content.startswith(MAGIC):
@@ -45,43 +46,45 @@ def read(path: Path) -> dict:
 
 
 def save(path: Path, state: dict) -> None:
-    """:func:`write`, with the checkpoint that was there kept as ``<name>.previous``."""
+    """Calls :func:`write` and keeps the previous checkpoint as ``<name>.previous``."""
     write(path, state, _previous(path))
 
 
 def load(path: Path, config: dict | None = None) -> dict | None:
-    """The newest good state that :func:`save` left, or None where it left nothing.
+    """Returns the newest valid state that :func:`save` wrote, or None if there is no file.
 
-    A bad newest file is passed over with a warning that says what is wrong with it; so is one of another run, whose
-    ``state["config"]`` is not ``config``.
+    If the newest file is not valid, or belongs to another run (its ``state["config"]`` is not ``config``), a warning
+    says why, and the previous file is read.
 
     Raises:
-        CheckpointError: there are files and none is good.
+        CheckpointError: There are files and none is valid.
     """
-    wrong = []
+    problems = []
     for file in (path, _previous(path)):
         try:
             state = read(file)
-            if config is not None and (there := state.get("config", {})) != config:
-                differs = [name for name in config if there.get(name) != config[name]]
-                raise CheckpointError(f"{file} is of another run: its {', '.join(differs)} differ")
+            if config is not None and (saved := state.get("config", {})) != config:
+                differs = [name for name in config if saved.get(name) != config[name]]
+                raise CheckpointError(f"{file} belongs to another run: its {', '.join(differs)} differ")
         except FileNotFoundError:
             continue
         except CheckpointError as error:
-            wrong.append(str(error))
+            problems.append(str(error))
             continue
-        if wrong:
-            warnings.warn(f"{wrong[0]}; going on from the one before it, {file.name}", RuntimeWarning, stacklevel=2)
+        if problems:
+            warnings.warn(f"{problems[0]}; continuing from the previous one, {file.name}", RuntimeWarning, stacklevel=2)
         return state
-    if wrong:
-        raise CheckpointError("; ".join(wrong) + "; no good checkpoint is left: remove it to start the run anew")
+    if problems:
+        raise CheckpointError(
+            "; ".join(problems) + "; no valid checkpoint is left: remove the files to restart the run"
+        )
     return None
 
 
 def replace(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """The file's new content, all of it or, whenever the power goes, still the old one.
+    """Replaces the content of a file. After a loss of power the file has either the complete new or the old content.
 
-    With ``keep`` the old file is renamed to it first; for a moment then only that one is there.
+    With ``keep`` the old file is renamed to that path first. For a short time only the file under that path exists.
     """
     part = path.with_name(f"{path.name}.part")
     with part.open("wb") as file:
@@ -91,7 +94,7 @@ def replace(path: Path, content: bytes, keep: Path | None = None) -> None:
     if keep and path.exists():
         os.replace(path, keep)
     os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself
+    folder = os.open(path.parent, os.O_RDONLY)  # syncs the rename
     try:
         os.fsync(folder)
     finally:

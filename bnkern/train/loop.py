@@ -1,4 +1,4 @@
-"""Training from start to end: the host's side of :mod:`.step`, with metrics, evaluation, checkpoints and divergence."""
+"""The training loop on the host: it runs :mod:`.step`, writes metrics and checkpoints, evaluates, and ends the run."""
 
 import inspect
 import os
@@ -27,16 +27,16 @@ from .resnet import ResNet
 from .runlog import Metrics, Outcome, differing, environment, finished, outcome, put_aside, write_json
 from .step import Step, autocast, loss_of
 
-EVALUATION = 500  # images at a time
-IMPROVEMENT = 1e-4  # the plateau rule's: relative
+EVALUATION = 500  # images in one forward pass of an evaluation
+IMPROVEMENT = 1e-4  # relative decrease of the loss that the plateau rule counts as an improvement
 
-# Forward broadcasts no buffers, because batch norm over all ranks keeps them equal. Up to torch 2.12 the argument is
-# called broadcast_buffers; since 2.13 that name is deprecated.
+# The forward does not broadcast buffers, because batch norm over all ranks keeps them equal. Up to torch 2.12 the
+# argument is called broadcast_buffers. From 2.13 on that name is deprecated.
 _NAMES = inspect.signature(nn.parallel.DistributedDataParallel).parameters
 _SYNCS = "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers"
 NO_BUFFERS: dict[str, Any] = {_SYNCS: False}
 
-# Makes a recorder for (network, folder, step to start from); the loop calls its step(loss) and flush(wait=True).
+# Makes a recorder for (network, folder, first step). The loop calls its methods step(loss) and flush(wait=True).
 Probes = Callable[[nn.Module, Path, int], AbstractContextManager]
 
 
@@ -79,19 +79,20 @@ def train(
         How the run ended. On ranks other than 0: 0 steps, and None in the other fields.
 
     Raises:
-        ValueError: the folder has another run; the data are not the config's; the config does not fit the processes.
-        CheckpointError: there are checkpoints and none can be used.
-        RuntimeError: ``tensorboard`` is asked for and not installed.
+        ValueError: The folder has another run, the data are not those of the config, or the config does not fit the
+            number of processes.
+        CheckpointError: There are checkpoints and none can be used.
+        RuntimeError: ``tensorboard`` is set and TensorBoard is not installed.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if data.source != config.data:
-        raise ValueError(f"the run is on data={config.data!r}, and what was loaded is {data.source!r}")
+        raise ValueError(f"the run needs data={config.data!r}, but {data.source!r} was loaded")
     if world > 1 and config.kernels == "torch" and config.norm in ("batch", "final"):
-        raise ValueError('kernels="torch" has no batch norm over several processes; kernels="bnkern" has')
+        raise ValueError('kernels="torch" has no batch norm over several processes; use kernels="bnkern"')
     done, state = _open(folder, config, resume) if rank == 0 else (None, None)
     if world > 1:
         box = [done, state]
-        dist.broadcast_object_list(box)  # the other processes may have no file system in common
+        dist.broadcast_object_list(box)  # the other processes may not share a file system with this one
         done, state = box  # type: ignore[assignment]  # a list's elements have one type
     if not done:
         device = torch.device(device)
@@ -104,14 +105,14 @@ def train(
 
 
 def _open(folder: Path, config: Config, resume: bool) -> tuple[bool, dict | None]:
-    """Whether the run is finished; the checkpoint to go on from, if there is one."""
+    """Returns whether the run is finished, and the checkpoint from which it continues, or None."""
     if (folder / "config.json").exists():
         if not resume:
             put_aside(folder)
         elif finished(folder, config.to_dict()):
             return True, None
         elif names := differing(folder, config.to_dict()):
-            raise ValueError(f"{folder} has another run (other {', '.join(names)}): take another folder")
+            raise ValueError(f"{folder} has another run (other {', '.join(names)}): use another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config.to_dict())
     return False, checkpoint.load(folder / "checkpoint.pt", config.to_dict())
@@ -119,15 +120,15 @@ def _open(folder: Path, config: Config, resume: bool) -> tuple[bool, dict | None
 
 @dataclass
 class _Host:
-    """What the host knows of a run, and a checkpoint keeps."""
+    """The state of a run on the host. A checkpoint contains it."""
 
-    done: int = 0  # steps
-    lr: float = 0.0  # of the last of them
+    done: int = 0  # steps that are finished
+    lr: float = 0.0  # of the last of these steps
     loss: float = 0.0  # sum over the steps of the epoch so far
-    right: float = 0.0  # answers in the epoch so far
-    lowered: int = 0  # times, by the plateau rule
-    best: float = float("inf")
-    waited: int = 0  # epochs
+    right: float = 0.0  # number of right answers in the epoch so far
+    lowered: int = 0  # number of drops of the learning rate by the plateau rule
+    best: float = float("inf")  # lowest loss of an epoch, for the plateau rule
+    waited: int = 0  # epochs without improvement
     seconds: float = 0.0
 
 
@@ -193,9 +194,9 @@ class _Run:
             disable=self.rank > 0 or not sys.stderr.isatty(),
         )
         if host.done and self.rank == 0:
-            self.say(f"{config.title}: going on from step {host.done} of {self.steps}")
-        self.resumed_at = self.looked = host.done  # the second: how far the metrics were read
-        self.rates: list[float] = []  # of the steps since then
+            self.say(f"{config.title}: continuing from step {host.done} of {self.steps}")
+        self.resumed_at = self.looked = host.done  # looked: the step up to which the metrics were read
+        self.rates: list[float] = []  # learning rates of the steps since then
         self.clock = self.epoch_clock = time.perf_counter()
         before = host.seconds - self.clock
         current = None
@@ -210,7 +211,7 @@ class _Run:
                 if current is None and self.recordable():
                     step.record()
                     if self.recorder:
-                        self.recorder.rewind(host.done)  # the steps before the graph do not count
+                        self.recorder.rewind(host.done)  # discard the records of the warm-up steps
                 current = rate
             self.rates.append(rate)
             step()
@@ -221,7 +222,7 @@ class _Run:
             if ends or saves or host.done % config.log_every == 0:
                 diverged = self.look(epoch)
                 if self.recorder and self.device.type == "cuda":
-                    self.recorder.flush()  # a replayed graph does not
+                    self.recorder.flush()  # a replayed graph cannot flush
                 host.seconds = before + time.perf_counter()
                 if diverged:
                     break
@@ -239,49 +240,49 @@ class _Run:
             checkpoint.replace(self.folder / "DONE", b"")
 
     def recordable(self) -> bool:
-        """Whether the step can be a CUDA graph: on one GPU, with nothing in it that decides on the host."""
+        """Whether the step can be a CUDA graph: it runs on one GPU, and no part of it decides on the host."""
         decides_on_host = self.recorder is not None and not getattr(self.recorder, "on_device", False)
         return self.config.graph and self.device.type == "cuda" and self.world == 1 and not decides_on_host
 
     def look(self, epoch: int) -> bool:
-        """Reads what the device has gathered and writes it down; whether the run has diverged."""
+        """Reads the metrics that are on the device and writes them. Returns whether the run has diverged."""
         ring, diverged = self.step.ring.tolist(), int(self.step.diverged.item())
         seconds = time.perf_counter() - self.clock
         end = self.host.done if diverged < 0 else diverged
-        seen = [ring[taken % len(ring)] for taken in range(self.looked, end)]
-        if seen:
-            loss, right = (sum(column) for column in zip(*seen, strict=True))
+        new_rows = [ring[taken % len(ring)] for taken in range(self.looked, end)]
+        if new_rows:
+            loss, right = (sum(column) for column in zip(*new_rows, strict=True))
             self.host.loss += loss
             self.host.right += right
             self.write(
                 "train",
                 end,
                 epoch=epoch,
-                loss=loss / len(seen),
-                accuracy=right / len(seen) / self.config.batch,
-                lr=self.rates[len(seen) - 1],
+                loss=loss / len(new_rows),
+                accuracy=right / len(new_rows) / self.config.batch,
+                lr=self.rates[len(new_rows) - 1],
                 images_per_second=round((self.host.done - self.looked) * self.config.batch / seconds, 1),
                 diverged=False,
             )
-        rates = [self.host.lr, *self.rates]  # that of the step before the first one first
+        rates = [self.host.lr, *self.rates]  # the first one belongs to the step before those in self.rates
         if diverged >= 0:
             loss = ring[diverged % len(ring)][0]
-            self.write("diverged", diverged, epoch=epoch, loss=loss, lr=rates[len(seen)], diverged=True)
-            self.keep_divergence(diverged, rates[len(seen)])
+            self.write("diverged", diverged, epoch=epoch, loss=loss, lr=rates[len(new_rows)], diverged=True)
+            self.keep_divergence(diverged, rates[len(new_rows)])
             if self.rank == 0:
                 self.say(f"{self.config.title}: diverged at step {diverged} with a loss of {loss:.4g}")
             return True
-        self.bar.set_postfix(loss=f"{loss / len(seen):.3f}", refresh=False)
+        self.bar.set_postfix(loss=f"{loss / len(new_rows):.3f}", refresh=False)
         self.host.lr = rates[-1]
         self.looked, self.rates = self.host.done, []
         return False
 
     def end_epoch(self, epoch: int) -> None:
-        """Evaluates, writes the epoch's line, and applies the plateau rule."""
+        """Evaluates, writes the line of the epoch, and applies the plateau rule."""
         config, host, images = self.config, self.host, len(self.batches) * self.config.batch
         row = {"epoch": epoch, "train_loss": host.loss / len(self.batches), "train_accuracy": host.right / images}
         host.loss = host.right = 0.0
-        seconds = time.perf_counter() - self.epoch_clock  # since the run went on, in a resumed epoch
+        seconds = time.perf_counter() - self.epoch_clock  # in a resumed epoch only the time since resuming
         if (epoch + 1) % config.evaluate_every == 0 or host.done == self.steps:
             row["test_loss"], row["test_accuracy"] = self.evaluate(self.data.test)
         if self.validation and (config.plateau or "test_loss" in row):
@@ -307,7 +308,7 @@ class _Run:
                     host.lowered, host.waited = host.lowered + 1, 0
 
     def evaluate(self, split: Split) -> tuple[float, float]:
-        """Mean loss and accuracy in eval mode, the images shared out among the processes."""
+        """Returns mean loss and accuracy in eval mode. Each process evaluates its share of the images."""
         network = self.network.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         with torch.no_grad():
@@ -326,7 +327,7 @@ class _Run:
 
     def save(self) -> None:
         if self.recorder:
-            self.recorder.flush(wait=True)  # all processes: the first one writes for them
+            self.recorder.flush(wait=True)  # in all processes, because rank 0 collects and writes the records
         if self.metrics is None:  # not on rank 0
             return
         self.metrics.sync()
@@ -348,7 +349,7 @@ class _Run:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         if self.config.deterministic and state["threads"] != torch.get_num_threads():
             warnings.warn(
-                f"the run so far had {state['threads']} threads and has {torch.get_num_threads()} now: torch's own "
+                f"the run had {state['threads']} threads and has {torch.get_num_threads()} now: torch's own "
                 "kernels may add in another order, and then the bits differ from those of an uninterrupted run",
                 RuntimeWarning,
                 stacklevel=2,
@@ -359,12 +360,12 @@ class _Run:
         if self.rank:
             return
         batches = batches_of(self.config, self.split, self.data)
-        shown = {}
+        divergence_batches = {}
         for name, taken in (("update", step - 1), ("shown", step)):
             if taken >= 0:
                 epoch, index = divmod(taken, len(batches))
                 images, labels = batches.at(epoch, index)
-                shown[name] = {"epoch": epoch, "index": index, "images": images, "labels": labels}
+                divergence_batches[name] = {"epoch": epoch, "index": index, "images": images, "labels": labels}
         velocity = [v for name, v in self.step.state_dict().items() if name.startswith("velocity")]
         names = [name for name, _ in self.network.named_parameters()]
         state = {
@@ -374,7 +375,7 @@ class _Run:
             "after": {name: t.detach() for name, t in self.network.named_parameters()},
             "velocity": dict(zip(names, velocity, strict=bool(velocity))),
             "lr": lr,
-            "batches": shown,
+            "batches": divergence_batches,
             "rng": _rng(self.device),
         }
         checkpoint.write(self.folder / "diverged.pt", state)
@@ -384,7 +385,7 @@ class _Run:
             self.metrics.append(event, step, **values)
 
     def say(self, text: str) -> None:
-        """A line on a terminal above the bar, elsewhere a plain one."""
+        """Prints a line, on a terminal above the progress bar."""
         if self.bar.disable:
             print(text, flush=True)
         else:
@@ -392,7 +393,7 @@ class _Run:
 
 
 def batches_of(config: Config, split: Split, data: Cifar10, rank: int = 0, world: int = 1) -> Batches:
-    """The run's batches of ``split``, on its device, normalised by the statistics of ``data``; the share of a rank."""
+    """Returns a rank's share of the batches of ``split``, on its device, normalised by the statistics of ``data``."""
     return Batches(
         split,
         config.batch,
@@ -408,14 +409,14 @@ def batches_of(config: Config, split: Split, data: Cifar10, rank: int = 0, world
 
 
 def build(config: Config, device: torch.device | str = "cpu") -> ResNet:
-    """The run's network, its parameters drawn on the CPU from torch's generator as it stands."""
+    """Returns the network of a run. Its parameters are drawn on the CPU from torch's global generator."""
     network = ResNet(config.depth, config.norm, config.shortcut, config.kernels, init=config.init)
     return network.to(device, _dtype(config)).to(memory_format=_format(config))  # type: ignore[call-overload]
 
 
 @contextmanager
 def numerics(config: Config, device: torch.device) -> Iterator[None]:
-    """torch's switches as the config says, put back afterwards."""
+    """Sets torch's global switches for the precision and determinism of the config, and restores them afterwards."""
     cudnn, algorithms = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
     before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
     try:

@@ -1,4 +1,4 @@
-"""The process group of a distributed run, whose threads end before the interpreter does."""
+"""The process group of a distributed run. Its threads end before the interpreter ends."""
 
 import gc
 import traceback
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 @contextmanager
 def process_group(backend: str, **options: Any) -> Iterator[None]:
-    """The default process group while the block runs; its threads have ended when the block is left.
+    """Provides the default process group while the block runs. When the block is left, the group's threads have ended.
 
     ``dist.destroy_process_group`` only drops torch's own references. The group ends, and joins gloo's threads, with
     the last reference. If gloo's threads still run while the interpreter shuts down, one that releases the tensors of
@@ -23,7 +23,7 @@ def process_group(backend: str, **options: Any) -> Iterator[None]:
 
     Args:
         backend: "gloo" or "nccl".
-        options: further arguments of ``torch.distributed.init_process_group``.
+        options: Further arguments of ``torch.distributed.init_process_group``.
 
     Raises:
         BaseException: any exception of the block. The frames of its traceback have lost their local variables.
@@ -40,13 +40,13 @@ def process_group(backend: str, **options: Any) -> Iterator[None]:
         raise
     finally:
         try:
-            gc.collect()  # modules in reference cycles
+            gc.collect()  # frees modules in reference cycles
         finally:
             dist.destroy_process_group()
 
 
 def _clear(error: BaseException | None) -> None:
-    """Drops the local variables that the tracebacks of an error and of its causes hold, modules among them."""
+    """Clears the local variables, modules among them, in the tracebacks of an error and of its causes."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -1,7 +1,7 @@
-"""The CIFAR ResNet of He et al. (2015), section 4.2, with its normalisation on bnkern's fused kernels.
+"""The CIFAR ResNet of He et al. (2015), section 4.2, with bnkern's fused kernels for its normalisation.
 
-Layers are numbered as in "Understanding Batch Normalization": 1 is the first convolution, block k = 0, 1, ... holds
-layers 2 + 2k and 3 + 2k, and the last number, the depth, is the classifier. Projections carry no number.
+Layers are numbered as in "Understanding Batch Normalization". Layer 1 is the first convolution, block k = 0, 1, ... has
+the layers 2 + 2k and 3 + 2k, and the last number, the depth, is the classifier. Projections have no number.
 """
 
 from collections.abc import Callable
@@ -19,35 +19,36 @@ NORMS = ("batch", "none", "final", "layer", "group", "instance")
 SHORTCUTS = ("projection", "padding")
 INITS = ("xavier_normal", "xavier_uniform", "kaiming", "fixup")
 KERNELS = ("bnkern", "torch")
-GROUPS = 8  # of norm="group": 2, 4 and 8 channels each. Wu and He's 32 groups do not fit 16 channels.
+GROUPS = 8  # for norm="group", with 2, 4 and 8 channels each. 16 channels do not allow the 32 groups of Wu and He.
 
 
 class ResNet(nn.Module):
     """A residual network of 6n + 2 layers for 32 x 32 images: 3 stages of n blocks of 2 convolutions.
 
-    Convolutions are 3 x 3 without bias; the classifier keeps torch's initialisation (but see "fixup"). Parameters are
-    drawn from torch's global generator, so ``torch.manual_seed`` fixes them, and equally for every ``norm`` and
-    ``kernels``.
+    Convolutions are 3 x 3 without bias. The classifier has torch's initialisation, except with "fixup". Parameters are
+    drawn from torch's global generator, so ``torch.manual_seed`` determines them. They are the same for every ``norm``
+    and ``kernels``.
 
     Args:
         depth: 6n + 2: 8, 14, 20, ... 110, ... 1202, ...
         norm: "batch"; "none" for the un-normalised network; "final" for one batch norm of the last block's output,
-            before the pooling, and none elsewhere; "layer", "group" (8 groups) and "instance" for those norms with
-            a weight and a bias per channel, "layer" over channels and places of an image.
-        shortcut: where the shape changes, "projection" (1 x 1 convolution, normalised like the others; option B of
-            He et al.) or "padding" (every second pixel, zero channels on both sides; option A).
-        kernels: "bnkern" for the fused kernels, "torch" for torch's own modules one by one: the baseline, with the
-            same parameters from the same seed and the same state_dict.
-        classes: number of logits.
-        init: of the convolutions: "xavier_normal" (the paper, section 5), "xavier_uniform", "kaiming" (normal, fan
-            out) or "fixup" (Zhang, Dauphin and Ma, 2019; only with norm="none"): Kaiming normal, in branches times
-            L^(-1/2) for L blocks; the last convolution of each branch and the classifier zero; a scalar bias before
-            each convolution, activation and the classifier, and one multiplier per branch.
+            before the pooling, and no other norm; "layer", "group" (8 groups) and "instance" for those norms with a
+            weight and a bias per channel. "layer" normalises over the channels and pixels of an image.
+        shortcut: The shortcut where the shape changes: "projection" (1 x 1 convolution, normalised like the others;
+            option B of He et al.) or "padding" (every second pixel, zero channels on both sides; option A).
+        kernels: "bnkern" for the fused kernels, or "torch" for torch's own modules, called one after the other. The
+            latter is the baseline. It has the same parameters for the same seed, and the same state_dict.
+        classes: The number of logits.
+        init: The initialisation of the convolutions: "xavier_normal" (the paper, section 5), "xavier_uniform",
+            "kaiming" (normal, fan out) or "fixup" (Zhang, Dauphin and Ma, 2019; only with norm="none"). "fixup" is
+            Kaiming normal, in branches times L^(-1/2) for L blocks. The last convolution of each branch and the
+            classifier are zero. There is a scalar bias before each convolution, each activation and the classifier,
+            and one multiplier per branch.
 
     forward: images [N, 3, H, W] -> logits [N, classes].
 
     Raises:
-        ValueError: an argument is none of the above; names it.
+        ValueError: An argument has another value. The message names it.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ResNet(nn.Module):
                 channels = width
         self.blocks = nn.Sequential(*blocks)
         self.final = _norm_act("batch", kernels, channels, None) if norm == "final" else None
-        self.bias = _scalar(0.0) if fixup else None  # Fixup's, before the classifier
+        self.bias = _scalar(0.0) if fixup else None  # the bias of Fixup before the classifier
         self.fc = nn.Linear(channels, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -94,7 +95,7 @@ class ResNet(nn.Module):
 
 
 def layers(model: ResNet) -> dict[int, nn.Module]:
-    """The convolutions and the classifier under the paper's numbers 1 .. depth."""
+    """Returns the convolutions and the classifier by the paper's numbers 1 .. depth."""
     numbered: list[nn.Module] = [model.conv]
     for block in _blocks(model):
         numbered += [block.conv1, block.conv2]
@@ -106,7 +107,7 @@ def _blocks(model: ResNet) -> "list[_Block]":
 
 
 def check_options(depth: int, norm: str, shortcut: str, kernels: str, init: str) -> None:
-    """ValueError, naming it, for an option of :class:`ResNet` that is not one of its values."""
+    """Raises a ValueError that names the option if an option of :class:`ResNet` has none of its values."""
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"depth must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {depth}")
     for name, value, allowed in (
@@ -122,7 +123,7 @@ def check_options(depth: int, norm: str, shortcut: str, kernels: str, init: str)
 
 
 class _Block(nn.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); halves the resolution where the width changes."""
+    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)), at half the resolution if the width changes."""
 
     def __init__(
         self, conv: type[nn.Conv2d], channels: int, width: int, shortcut: str, norm_act: Callable, fixup: bool
@@ -153,7 +154,7 @@ class _Block(nn.Module):
 
 
 class _Padding(nn.Module):
-    """Every second pixel, with ``channels`` zero channels on either side: a shortcut without parameters."""
+    """A shortcut without parameters: every second pixel, with ``channels`` zero channels on both sides."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -167,7 +168,7 @@ def _conv(conv: type[nn.Conv2d], channels: int, width: int, stride: int = 1) -> 
     return conv(channels, width, 3, stride, padding=1, bias=False)
 
 
-# --------------------------------------------------------------- norm + residual + activation, on either's kernels
+# ------------------------------------------------- norm + residual + activation, with bnkern's or torch's kernels
 
 
 def _torch_act(x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
@@ -177,7 +178,7 @@ def _torch_act(x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
 
 
 class _TorchBatchNorm2d(nn.BatchNorm2d):
-    """bnkern.nn.BatchNorm2d's call on torch's kernels, one operation after the other."""
+    """Has the call of bnkern.nn.BatchNorm2d and runs torch's kernels, one operation after the other."""
 
     def __init__(self, channels: int, act: str | None) -> None:
         super().__init__(channels)
@@ -188,7 +189,7 @@ class _TorchBatchNorm2d(nn.BatchNorm2d):
 
 
 class _TorchActivation(nn.Module):
-    """bnkern.nn.Activation's call on torch's kernels."""
+    """Has the call of bnkern.nn.Activation and runs torch's kernels."""
 
     def __init__(self, act: str | None) -> None:
         super().__init__()
@@ -199,7 +200,7 @@ class _TorchActivation(nn.Module):
 
 
 class _GroupNorm(nn.GroupNorm):
-    """act(group_norm(x) + residual): torch's norm, the rest by bnkern (``fused``) or by torch."""
+    """act(group_norm(x) + residual). The norm is torch's; bnkern (``fused``) or torch computes the rest."""
 
     def __init__(self, groups: int, channels: int, act: str | None, fused: bool) -> None:
         super().__init__(groups, channels)
@@ -213,9 +214,9 @@ class _GroupNorm(nn.GroupNorm):
 
 
 class _InstanceNorm(nn.InstanceNorm2d):
-    """act(instance_norm(x) + residual): batch norm's kernels on one image of N C channels (``fused``), or torch's.
+    """act(instance_norm(x) + residual), by torch, or (``fused``) as the batch norm of one image with N C channels.
 
-    Those N C channels are runs in memory in NCHW alone; channels_last is copied to it and back.
+    Only in NCHW each of these N C channels is contiguous. A channels_last tensor is copied to NCHW and back.
     """
 
     def __init__(self, channels: int, act: str | None, fused: bool) -> None:
@@ -244,7 +245,7 @@ class _InstanceNorm(nn.InstanceNorm2d):
 class _Fixup(nn.Module):
     """act(scale * x + bias + residual) with a scalar bias and, where ``scaled``, a scalar multiplier.
 
-    That is batch norm in eval mode with mean 0 and variance 1, and so its kernels serve.
+    This is a batch norm in eval mode with mean 0 and variance 1, so the kernels of batch norm compute it.
     """
 
     def __init__(self, act: str | None, kernels: str, scaled: bool = False) -> None:
@@ -281,7 +282,7 @@ def _draw_(weight: Tensor, init: str) -> None:
         nn.init.xavier_normal_(weight)
     elif init == "xavier_uniform":
         nn.init.xavier_uniform_(weight)
-    else:  # Fixup too starts from Kaiming
+    else:  # "fixup" starts from Kaiming too
         nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
 
 
@@ -291,7 +292,7 @@ def _scalar(value: float) -> nn.Parameter:
 
 @torch.no_grad()
 def _fixup_(model: ResNet) -> None:
-    """Fixup's rescaling of Kaiming weights: L^(-1/2) before, and zero at, the end of each of L branches."""
+    """Rescales Kaiming weights for Fixup: in each of L branches by L^(-1/2), and the last convolution to zero."""
     for block in _blocks(model):
         block.conv1.weight *= len(model.blocks) ** -0.5
         block.conv2.weight.zero_()

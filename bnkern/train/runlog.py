@@ -1,15 +1,15 @@
-"""What a run leaves behind: ``config.json``, ``env.json``, ``metrics.jsonl``, ``checkpoint.pt`` and, last, ``DONE``.
+"""The files of a run: ``config.json``, ``env.json``, ``metrics.jsonl``, ``checkpoint.pt`` and, written last, ``DONE``.
 
-``metrics.jsonl`` has one JSON object a line, each with ``event`` and ``step``, the number of updates made by then:
+Each line of ``metrics.jsonl`` is a JSON object with ``event`` and ``step``, the number of updates so far:
 
-    train     every ``log_every`` steps, over the steps since the line before: mean ``loss``, ``accuracy``,
-              the last step's ``lr``, ``images_per_second``, and ``diverged``, which is false here
-    epoch     at an epoch's end: ``train_loss``, ``train_accuracy`` (of its batches as they came), where evaluated
-              ``test_loss``, ``test_accuracy`` (and validation's), and ``seconds``
-    diverged  the end of a run that diverged: the ``loss`` that did it, ``diverged``: true
+    train     every ``log_every`` steps, over the steps since the previous line: mean ``loss``, ``accuracy``,
+              ``lr`` of the last step, ``images_per_second``, and ``diverged``, which is false here
+    epoch     at the end of an epoch: ``train_loss`` and ``train_accuracy`` of its augmented batches, if evaluated
+              ``test_loss`` and ``test_accuracy`` (and those of the validation images), and ``seconds``
+    diverged  at the end of a run that diverged: the ``loss`` that was too large, ``diverged``: true
 
 ``epoch`` counts from 0. A number that is not finite is written as "nan", "inf" or "-inf", which ``float`` reads.
-``seconds`` and ``images_per_second`` alone differ between two runs of one config on one machine.
+Only ``seconds`` and ``images_per_second`` differ between two runs of one config on one machine.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ from .checkpoint import replace
 
 
 class Outcome(NamedTuple):
-    """How a run ended. ``diverged`` is the step whose loss was over the limit, None where none was.
+    """How a run ended. ``diverged`` is the step whose loss was above the limit, or None if there was none.
 
-    Accuracies are shares from 0 to 1: the last epoch's, and the best on the test set of any epoch, which is
-    optimistic. None where nothing was evaluated.
+    Accuracies are shares from 0 to 1: those of the last epoch, and the best test accuracy of all epochs, which is
+    optimistic. They are None if nothing was evaluated.
     """
 
     steps: int
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(folder: Path) -> Outcome:
-    """The outcome that the metrics of a run tell."""
+    """Returns the outcome of a run according to its metrics."""
     written = rows(folder)
     last = written[-1] if written else {"step": 0}
     epochs = [row for row in written if row["event"] == "epoch"]
@@ -61,7 +61,7 @@ def outcome(folder: Path) -> Outcome:
 
 
 def rows(folder: Path) -> list[dict]:
-    """The whole lines of a run's ``metrics.jsonl``; a last one cut short by a crash is left out."""
+    """Returns the complete lines of a run's ``metrics.jsonl``, without a last line that a crash has cut short."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -69,12 +69,13 @@ def rows(folder: Path) -> list[dict]:
 
 
 class Metrics:
-    """The writer of ``metrics.jsonl``, and of a TensorBoard mirror in ``tensorboard/`` where asked for.
+    """Writes ``metrics.jsonl`` and, if ``tensorboard`` is True, the same numbers for TensorBoard in ``tensorboard/``.
 
-    What a crashed run wrote after ``step``, the step of the checkpoint it goes on from, is cut off, and so is its end.
+    Lines after ``step``, the step of the checkpoint from which a run continues, are removed, and so is a line of its
+    divergence.
 
     Raises:
-        RuntimeError: a mirror is asked for and tensorboard is not installed.
+        RuntimeError: ``tensorboard`` is True and TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool = False) -> None:
@@ -113,7 +114,7 @@ def _summary_writer(folder: Path, step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise RuntimeError("the TensorBoard mirror needs tensorboard: pip install tensorboard") from error
+        raise RuntimeError("the metrics for TensorBoard need tensorboard: pip install tensorboard") from error
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
@@ -129,20 +130,20 @@ def read_json(path: Path) -> dict:
 
 
 def finished(folder: Path, config: dict) -> bool:
-    """Whether the run in ``folder`` is done, and with this config."""
+    """Whether the run in ``folder`` is finished and has this config."""
     return (folder / "DONE").exists() and read_json(folder / "config.json") == config
 
 
 def differing(folder: Path, config: dict) -> list[str]:
-    """The settings in which ``config`` differs from that of the run in ``folder``; none where there is no run."""
+    """Returns the names of the settings that differ from those of the run in ``folder``, if there is a run."""
     if not (folder / "config.json").exists():
         return []
-    there = read_json(folder / "config.json")
-    return [name for name in config | there if config.get(name) != there.get(name)]
+    existing = read_json(folder / "config.json")
+    return [name for name in config | existing if config.get(name) != existing.get(name)]
 
 
 def put_aside(folder: Path) -> None:
-    """Keeps a run that is done again, in ``.old`` beside it, where nothing looks for results."""
+    """Moves a run that is to be done again into the folder ``.old`` beside it, from which no results are read."""
     old = folder.parent / ".old"
     old.mkdir(exist_ok=True)
     count = sum(other.name.startswith(f"{folder.name}~") for other in old.iterdir())
@@ -153,7 +154,7 @@ def put_aside(folder: Path) -> None:
 
 
 def environment(device: torch.device, kernels: str = "bnkern") -> dict:
-    """What a run runs on: code, versions, machine, and the backend that serves its batch norm."""
+    """Returns the environment of a run: code, versions, machine, and the backend that computes its batch norm."""
     served = kernels
     if kernels == "bnkern":
         module = backends.choose(backends.forced(), device, torch.float32)
@@ -161,7 +162,7 @@ def environment(device: torch.device, kernels: str = "bnkern") -> dict:
     versions = {"python": platform.python_version(), "bnkern": bnkern.__version__, "torch": torch.__version__}
     with contextlib.suppress(PackageNotFoundError):
         versions["triton"] = version("triton")
-    ours = bool(_git("ls-files", Path(__file__).name))  # not where the package is installed inside another's tree
+    ours = bool(_git("ls-files", Path(__file__).name))  # False if installed inside the tree of another project
     return {
         "commit": (ours and _git("rev-parse", "--short=12", "HEAD")) or "none",
         "dirty": ours and bool(_git("status", "--porcelain")),

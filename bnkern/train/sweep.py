@@ -1,7 +1,7 @@
-"""Many runs: one after the other, several processes at once on this machine, or on a Ray cluster.
+"""Many runs: one after the other, in several processes on this machine, or on a Ray cluster.
 
-A finished run is skipped, an unfinished one goes on from its checkpoint, and one that fails (its ``error.txt`` says
-why) stops no other.
+A finished run is skipped, and an unfinished one continues from its checkpoint. A run that fails does not stop the
+others; its ``error.txt`` has the reason.
 """
 
 import json
@@ -60,11 +60,11 @@ def sweep(
     """
     titles = [config.title for config in configs]
     if twice := {title for title in titles if titles.count(title) > 1}:
-        raise ValueError(f"runs need names or seeds of their own: {', '.join(sorted(twice))} is there twice")
+        raise ValueError(f"runs must differ in name or seed: {', '.join(sorted(twice))} occurs twice")
     todo = [c for c in configs if not (resume and finished(out / c.title, c.to_dict()))]
     for config in todo:
         if resume and (names := differing(out / config.title, config.to_dict())):
-            raise ValueError(f"{out / config.title} has another run (other {', '.join(names)}): give this one a name")
+            raise ValueError(f"{out / config.title} has another run (other {', '.join(names)}): rename this one")
     print(
         f"{len(configs)} run{'s' * (len(configs) > 1)}: {len(configs) - len(todo)} finished before, {len(todo)} to do",
         flush=True,
@@ -77,10 +77,10 @@ def sweep(
     else:
         ended = ((config, run(config, **options)) for config in todo)
     failed = 0
-    for done, (config, wrong) in enumerate(ended, start=1):
-        failed += wrong is not None
-        said = f"FAILED: {wrong}" if wrong is not None else _result(out / config.title)
-        print(f"[{done}/{len(todo)}] {config.title}: {said}", flush=True)
+    for done, (config, error) in enumerate(ended, start=1):
+        failed += error is not None
+        result = f"FAILED: {error}" if error is not None else _result(out / config.title)
+        print(f"[{done}/{len(todo)}] {config.title}: {result}", flush=True)
     return failed
 
 
@@ -92,9 +92,9 @@ def run(
     resume: bool = True,
     tensorboard: bool = False,
 ) -> str | None:
-    """Does one run here; what went wrong, in a line, or None. ``error.txt`` in its folder has the whole story."""
+    """Does one run in this process. Returns the error in one line, or None; ``error.txt`` has the traceback."""
     folder = out / config.title
-    images = _load("synthetic" if config.data == "synthetic" else data)  # without data no run can be done
+    images = _load("synthetic" if config.data == "synthetic" else data)  # an error here ends the sweep
     try:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         train(config, folder, images, device, resume=resume, tensorboard=tensorboard)
@@ -105,7 +105,7 @@ def run(
     return None
 
 
-_load = cache(cifar10.load)  # the runs of one process share it
+_load = cache(cifar10.load)  # the runs of one process share the data
 
 
 def _write_error(folder: Path, text: str) -> None:
@@ -126,7 +126,7 @@ def _result(folder: Path) -> str:
 
 
 def _in_processes(todo: list[Config], processes: int, options: dict) -> Iterator[tuple[Config, str | None]]:
-    """Each run in a process of its own, so that none can take another along."""
+    """Does each run in a process of its own, so that a crash of one does not end another."""
     slots: queue.Queue[int] = queue.Queue()
     for slot in range(processes):
         slots.put(slot)
@@ -149,7 +149,7 @@ def _in_processes(todo: list[Config], processes: int, options: dict) -> Iterator
         for future in as_completed(started):
             yield started[future], future.result()
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, which the processes at work have got as well
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, which also reaches the running processes
 
 
 def _in_process(
@@ -171,17 +171,17 @@ def _in_process(
     if done.returncode == 0:
         return None
     if done.returncode > 0:
-        last = log.read_text().strip().splitlines()[-1:] or ["no word"]
-        return f"{last[0]} (exit status {done.returncode}; all of it in {log})"
-    wrong = f"killed by signal {-done.returncode}"
-    _write_error(out / config.title, wrong + "\n")
-    return wrong
+        last = log.read_text().strip().splitlines()[-1:] or ["no output"]
+        return f"{last[0]} (exit status {done.returncode}; the whole output is in {log})"
+    error = f"killed by signal {-done.returncode}"
+    _write_error(out / config.title, error + "\n")
+    return error
 
 
 def command(
     config: Config, out: Path, data: str | None, device: str | None, resume: bool, tensorboard: bool
 ) -> list[str]:
-    """The command that does one run in a process of its own."""
+    """Returns the command that does one run in a process of its own."""
     words = [sys.executable, "-m", "bnkern.train", json.dumps(config.to_dict()), "--out", str(out)]
     words += ["--data", data] if data else []
     words += ["--device", device] if device else []
@@ -197,7 +197,7 @@ def _on_ray(todo: list[Config], address: str, gpus: float, options: dict) -> Ite
     try:
         import ray
     except ImportError as error:
-        raise RuntimeError("a sweep on Ray needs it: pip install 'bnkern[ray]'") from error
+        raise RuntimeError("a sweep on Ray needs Ray: pip install 'bnkern[ray]'") from error
     options = options | {"out": options["out"].absolute()}
     ray.init(address=address)
     try:
@@ -207,10 +207,10 @@ def _on_ray(todo: list[Config], address: str, gpus: float, options: dict) -> Ite
             (ready, *_), _ = ray.wait(list(started))
             config = started.pop(ready)
             try:
-                wrong = ray.get(ready)
-            except ray.exceptions.RayError as error:  # its machine is gone, or it was killed
-                wrong = f"{type(error).__name__}: {error}"
-                _write_error(options["out"] / config.title, wrong + "\n")
-            yield config, wrong
+                message = ray.get(ready)
+            except ray.exceptions.RayError as error:  # the machine of the run is gone, or the run was killed
+                message = f"{type(error).__name__}: {error}"
+                _write_error(options["out"] / config.title, message + "\n")
+            yield config, message
     finally:
         ray.shutdown()

@@ -49,7 +49,7 @@ struct ExchangeApi {
 
 constexpr Version kVersion{1, 0};
 constexpr const char* kCapsule = "dltensor_versioned";
-#ifdef BNKERN_CUDA_ON_CPU  // tests/cuda_on_cpu: CUDA's kernels take the tensors of the CPU
+#ifdef BNKERN_CUDA_ON_CPU  // tests/backends/cuda_on_cpu: CUDA's kernels take the tensors of the CPU
 constexpr std::int32_t kCpu = -1, kCuda = 1;
 #else
 constexpr std::int32_t kCpu = 1, kCuda = 2;

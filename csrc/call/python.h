@@ -50,7 +50,8 @@ class Released {
   PyThreadState* const state_;
 };
 
-// Runs a kernel while other Python threads run. A function of its own, at which benchmarks/instructions.py counts.
+// Runs a kernel while other Python threads run. This is a separate function because benchmarks/tools/instructions.py
+// counts instructions between its entry and its return.
 template <class Call>
 [[gnu::noinline]] void run_released(void (*kernel)(const Call&), const Call& call) {
   {

@@ -6,7 +6,8 @@
 // the plan and what they need of the workspace by value; the function declared here. It includes launch.h, exchange.h,
 // device.h and no CUDA header. Offsets are 64 bits wide everywhere: a thread computes few of them, and adds to
 // pointers. Whatever crosses from block to block goes through exchange.h, whatever is PTX is a word of launch.h with
-// its twin on the host, and shared memory is reached by shared_memory() alone: tests/cuda_on_cpu runs the same sources.
+// its twin on the host, and shared memory is reached by shared_memory() alone: tests/backends/cuda_on_cpu runs the same
+// sources.
 #pragma once
 
 #include <cstdint>

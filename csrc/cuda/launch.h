@@ -1,7 +1,7 @@
 // The only way a kernel is launched, and the words kernels use that are not C++: a .cu file includes no other CUDA
-// header. Compiled by nvcc they mean the GPU. Compiled by the host compiler they mean tests/cuda_on_cpu, which runs
-// every thread of a kernel as a fiber: the sources are the same, and every word that is PTX below has its twin there,
-// as has every function of the CUDA runtime that launch.cu and workspaces.cu call.
+// header. Compiled by nvcc they mean the GPU. Compiled by the host compiler they mean tests/backends/cuda_on_cpu, which
+// runs every thread of a kernel as a fiber: the sources are the same, and every word that is PTX below has its twin
+// there, as has every function of the CUDA runtime that launch.cu and workspaces.cu call.
 #pragma once
 
 #include <cstddef>

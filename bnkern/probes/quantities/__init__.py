@@ -1,12 +1,13 @@
-"""What can be recorded inside a network: the table of quantities, each with formula, unit, source and slow oracle.
+"""The table of quantities that can be recorded in a network, each with formula, unit, source and a slow oracle.
 
-A quantity says which modules it serves (:meth:`Quantity.refuses`), how it listens to them (:meth:`Quantity.attach`),
-how records of several ranks become one (:meth:`Quantity.merge`), and what a reader gets (:meth:`Quantity.derive`).
-``rows`` names what is recorded. The oracle of each computes the same by plain tensor operations from the tensors that
-autograd shows; the tests hold the two together. docs/adding_a_probe.md adds one.
+A quantity defines which modules it can record (:meth:`Quantity.refuses`), how it is attached to them
+(:meth:`Quantity.attach`), how records of several ranks become one (:meth:`Quantity.merge`), and which arrays a reader
+gets (:meth:`Quantity.derive`). ``rows`` names the recorded rows. The oracle computes the same arrays with plain tensor
+operations from tensors that autograd provides, and the tests compare the two. docs/adding_a_probe.md explains how to
+add a quantity.
 
 "The paper" is Bjorck, Gomes, Selman and Weinberger, "Understanding Batch Normalization", 2018. Gradients are those of
-the loss that backward was called on: with a mean over the batch, a summand carries its 1 / B.
+the loss on which backward was called. If it is a mean over the batch, a summand contains the factor 1 / B.
 """
 
 import importlib
@@ -15,12 +16,12 @@ from typing import Any
 
 from .base import QUANTITIES, Quantity
 
-for _module in pkgutil.iter_modules(__path__):  # a file put here is in the table
+for _module in pkgutil.iter_modules(__path__):  # every file in this folder adds its quantities to the table
     importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def make(what: str | Quantity, **options: Any) -> Quantity:
-    """A quantity from the table by name, with its options; or the one given."""
+    """Returns a quantity of the table by name, with options, or the given Quantity itself."""
     if isinstance(what, Quantity):
         return what
     if what not in QUANTITIES:

@@ -1,4 +1,4 @@
-"""What a quantity is: which layers it serves, how it listens, how ranks merge, what a reader gets."""
+"""The base class of quantities: which layers they record, how they are attached, merged and read."""
 
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -12,13 +12,13 @@ Arrays = dict[str, np.ndarray]
 
 
 class Handle(Protocol):
-    """What ends an observation."""
+    """Has a method that ends an observation."""
 
     remove: Callable[[], None]
 
 
 class RecorderProtocol(Protocol):
-    """What a quantity may ask of the recording it takes part in: :class:`bnkern.probes.recorder.Recorder` explains."""
+    """The methods of a recording that a quantity may call. :class:`bnkern.probes.recorder.Recorder` documents them."""
 
     active: bool
 
@@ -48,15 +48,15 @@ class RecorderProtocol(Protocol):
     def call_of(self, layer: str, observer: object) -> int: ...
 
 
-QUANTITIES: dict[str, type["Quantity"]] = {}  # by name; a class enters when it is defined
+QUANTITIES: dict[str, type["Quantity"]] = {}  # by name; the definition of a class adds it
 
 
 class Quantity:
-    """Something to record about layers. ``layers`` are patterns of module names (``fnmatch``: "blocks.*.conv1")."""
+    """A quantity of layers to record. ``layers`` are patterns of module names (``fnmatch``: "blocks.*.conv1")."""
 
     name: ClassVar[str]
-    rows: tuple[str, ...]  # of the class, unless options choose among them
-    by_default: ClassVar[str] = "*"  # the layers taken where none are named
+    rows: tuple[str, ...]  # an attribute of the class, unless options choose among the rows
+    by_default: ClassVar[str] = "*"  # the pattern if no layers are given
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
@@ -71,31 +71,31 @@ class Quantity:
         return any(fnmatchcase(layer, pattern) for pattern in self.layers)
 
     def options(self) -> dict[str, object]:
-        """The constructor's arguments, as JSON has them: what :func:`make` needs to read a file."""
+        """Returns the constructor's arguments as values for JSON. :func:`make` needs them to read a file."""
         return {"layers": list(self.layers)}
 
     def concerns(self, module: nn.Module) -> bool:
-        """Whether one would ask this quantity of such a module at all."""
+        """Whether the quantity is defined for such a module."""
         raise NotImplementedError
 
     def refuses(self, module: nn.Module) -> str | None:
-        """Why a module that it concerns cannot be served, or None."""
+        """Returns the reason why a module that it concerns cannot be recorded, or None."""
         return None
 
     def attach(self, recorder: RecorderProtocol, layer: str, module: nn.Module) -> list:
-        """Listen to the module; returns handles with ``remove()``."""
+        """Attaches hooks to the module. Returns handles with a method ``remove()``."""
         raise NotImplementedError
 
     def merge(self, ranks: np.ndarray) -> np.ndarray:
-        """Records [ranks, steps, rows, ...] of equal steps of the ranks of a distributed run as those of the whole."""
+        """Merges the records [ranks, steps, rows, ...] of all ranks of a distributed run into [steps, rows, ...]."""
         return ranks.sum(0)
 
     def derive(self, values: np.ndarray) -> Arrays:
-        """Named arrays [steps, ...] from records [steps, rows, ...]."""
+        """Returns named arrays [steps, ...] for records [steps, rows, ...]."""
         return {row: values[:, k] for k, row in enumerate(self.rows)}
 
 
 def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a / b, NaN where both are 0, without a warning."""
+    """Returns a / b without a warning. It is NaN where both are 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return a / b

@@ -1,4 +1,4 @@
-"""Per channel, riding in the kernels of a norm layer: nothing is read for them that was not read anyway."""
+"""Quantities per channel that the kernels of a norm layer record. They need no additional read of a tensor."""
 
 from typing import ClassVar
 
@@ -13,9 +13,9 @@ from .base import Arrays, Quantity, RecorderProtocol, ratio
 
 
 class _ChannelQuantity(Quantity):
-    """One record of a norm layer's kernels: rows of ``bnkern.backends.records``, [rows, C]."""
+    """One record of the kernels of a norm layer, with the rows of ``bnkern.backends.records``: [rows, C]."""
 
-    record: ClassVar[str]  # which field of Records
+    record: ClassVar[str]  # the name of the field of Records
 
     def concerns(self, module: nn.Module) -> bool:
         return isinstance(module, (nn.modules.batchnorm._NormBase, bnkern.nn.Activation))
@@ -26,20 +26,21 @@ class _ChannelQuantity(Quantity):
         return None
 
     def attach(self, recorder: RecorderProtocol, layer: str, module: nn.Module) -> list:
-        if isinstance(module, nn.modules.batchnorm._NormBase):  # an Activation's channels show at its first call
+        if isinstance(module, nn.modules.batchnorm._NormBase):  # an Activation's channels are not known yet
             device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
             recorder.reserve(self, layer, (module.num_features,), device)
         return [recorder.tap(layer, module, self)]
 
 
 class ActivationMoments(_ChannelQuantity):
-    """``activation_moments``: the input x of a norm layer (the convolution's output), and how much of y is active.
+    """``activation_moments``: moments of a norm layer's input x (the convolution's output), and the active share of y.
 
     Per channel over the M = N * S values: ``count`` M, ``mean``, ``var`` = sum (x - mean)^2 / M, ``third`` and
     ``fourth`` central moments sum (x - mean)^k / M, ``min``, ``max``, ``abs_max`` (NaN ignored), and
     ``active_fraction``, the share of y > 0 after residual and activation. Unit: that of x.
 
-    Rides on ``moments`` and ``normalize``. Across ranks: pairwise formulas of Chan et al. 1979 and Pebay 2008.
+    Recorded by ``moments`` and ``normalize``. Ranks are merged by the pairwise formulas of Chan et al. 1979 and Pebay
+    2008.
     Source: the paper, Figures 4 and 5.
     """
 
@@ -49,7 +50,7 @@ class ActivationMoments(_ChannelQuantity):
 
     @staticmethod
     def oracle(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """The derived arrays [C] from x and y [N, C, ...]."""
+        """Returns the derived arrays [C] for x and y [N, C, ...]."""
         x, y = (t.detach().double().movedim(1, 0).flatten(1) for t in (x, y))
         mean = x.mean(1)
         delta = x - mean[:, None]
@@ -90,12 +91,12 @@ class ActivationMoments(_ChannelQuantity):
 class GradientChannelSigns(_ChannelQuantity):
     """``gradient_channel_signs``: the gradient dL/dx at the input of a norm layer (the convolution's output).
 
-    Per channel: ``count``, ``sum``, ``abs_sum``, ``square_sum``, the numbers ``positive``, ``negative`` and ``zero``
-    (NaN is none of them), and ``ratio`` = |sum| / abs_sum (NaN where abs_sum is 0). In training a batch norm makes
-    the sum zero but for rounding. Unit: loss per unit of x.
+    Per channel: ``count``, ``sum``, ``abs_sum``, ``square_sum``, the numbers of values that are ``positive``,
+    ``negative`` and ``zero`` (NaN is none of them), and ``ratio`` = |sum| / abs_sum (NaN where abs_sum is 0). In
+    training a batch norm makes the sum zero except for rounding. Unit: loss per unit of x.
 
-    Rides on ``grad_input``; nothing is recorded where x needs no gradient. Across ranks: sums.
-    Source: the paper, section 3.2 and equation 4, here for the summands over batch and places of one channel.
+    Recorded by ``grad_input``. Nothing is recorded if x needs no gradient. Ranks are added.
+    Source: the paper, section 3.2 and equation 4, here for the summands over batch and pixels of one channel.
     """
 
     name = "gradient_channel_signs"
@@ -104,7 +105,7 @@ class GradientChannelSigns(_ChannelQuantity):
 
     @staticmethod
     def oracle(dx: Tensor) -> dict[str, Tensor]:
-        """The derived arrays [C] from dx [N, C, ...]."""
+        """Returns the derived arrays [C] for dx [N, C, ...]."""
         dx = dx.detach().double().movedim(1, 0).flatten(1)
         total, absolute = dx.sum(1), dx.abs().sum(1)
         return {
@@ -124,13 +125,13 @@ class GradientChannelSigns(_ChannelQuantity):
 
 
 class AffineGradientSigns(_ChannelQuantity):
-    """``affine_gradient_signs``: do the summands of the gradients of a norm layer's bias and weight agree in sign?
+    """``affine_gradient_signs``: whether the summands of the gradients of a norm layer's bias and weight agree in sign.
 
-    The gradient of the bias sums g, that of the weight g * xhat, over batch and places (g: the gradient after the
-    activation's mask). Of each: ``sum`` (the gradient), ``abs_sum``, ``sign_sum`` and ``nonzero``, prefixed ``bias_``
-    and ``weight_``, and the ``ratio`` |sum| / abs_sum. Unit: that of the loss.
+    The gradient of the bias is the sum of g over batch and pixels, and that of the weight is the sum of g * xhat, where
+    g is the gradient after the mask of the activation. For each: ``sum`` (the gradient), ``abs_sum``, ``sign_sum`` and
+    ``nonzero``, with the prefix ``bias_`` or ``weight_``, and the ``ratio`` |sum| / abs_sum. Unit: that of the loss.
 
-    Rides on ``grad_sums``. Across ranks: sums. Source: equation 4 of the paper, for the affine parameters.
+    Recorded by ``grad_sums``. Ranks are added. Source: equation 4 of the paper, for the affine parameters.
     """
 
     name = "affine_gradient_signs"
@@ -142,27 +143,30 @@ class AffineGradientSigns(_ChannelQuantity):
 
     @staticmethod
     def oracle(g: Tensor, xhat: Tensor) -> dict[str, Tensor]:
-        """The derived arrays [C] from the masked gradient and the normalised input [N, C, ...]."""
-        found: dict[str, Tensor] = {}
+        """Returns the derived arrays [C] for the masked gradient and the normalised input [N, C, ...]."""
+        arrays: dict[str, Tensor] = {}
         for name, d in (("bias", g), ("weight", g * xhat)):
             d = d.detach().double().movedim(1, 0).flatten(1)
-            found |= {
+            arrays |= {
                 f"{name}_sum": d.sum(1),
                 f"{name}_abs_sum": d.abs().sum(1),
                 f"{name}_sign_sum": d.sign().sum(1),
                 f"{name}_nonzero": (d != 0).sum(1).double(),
                 f"{name}_ratio": d.sum(1).abs() / d.abs().sum(1),
             }
-        return found
+        return arrays
 
     def derive(self, values: np.ndarray) -> Arrays:
         raw = super().derive(values)
-        ratios = {f"{of}_ratio": ratio(np.abs(raw[f"{of}_sum"]), raw[f"{of}_abs_sum"]) for of in ("bias", "weight")}
+        ratios = {
+            f"{parameter}_ratio": ratio(np.abs(raw[f"{parameter}_sum"]), raw[f"{parameter}_abs_sum"])
+            for parameter in ("bias", "weight")
+        }
         return raw | ratios
 
 
 def _merged_moments(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pairwise union of records.ACTIVATION [steps, 8, C] (Chan et al. 1979; Pebay 2008, equations 2.1, 3.1)."""
+    """Merges two records.ACTIVATION [steps, 8, C] (Chan et al. 1979; Pebay 2008, equations 2.1, 3.1)."""
     (na, ma, a2, a3, a4, amin, amax, aact), (nb, mb, b2, b3, b4, bmin, bmax, bact) = (
         np.moveaxis(t, 1, 0) for t in (a, b)
     )

@@ -16,25 +16,26 @@ Sizes = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # of kernel, s
 
 
 class WeightGradientSigns(Quantity):
-    """``weight_gradient_signs``: do the summands d of a convolution's weight gradient agree in sign?
+    """``weight_gradient_signs``: whether the summands d of a convolution's weight gradient agree in sign.
 
-    The gradient of a weight is a sum of d = dy * x over images and output places (:func:`bnkern.conv2d_grad_signs`).
+    The gradient of a weight is a sum of d = dy * x over images and output pixels (:func:`bnkern.conv2d_grad_signs`).
     For each weight: ``sum`` (the gradient), ``abs_sum`` = sum |d|, ``sign_sum`` = sum sign d, and the number
     ``nonzero``; and ``ratio`` = abs_sum / |sum|, ``agreement`` = |sign_sum| / nonzero. Unit: that of the loss.
 
     Args:
-        layers: patterns of module names.
-        form: "full": the sums above, [O, I, kh, kw] each. "summary": over the weights of a layer, the means
+        layers: Patterns of module names.
+        form: "full" has the sums above, [O, I, kh, kw] each. "summary" has, over the weights of a layer, the means
             ``abs_sum`` (the paper's a, times N) and ``abs_of_sum`` (b, times N), ``ratio`` = a / b, ``ratio_sqrt`` =
             a / (b sqrt N), which is near 1 for independent signs, ``agreement`` = mean |sign_sum| / mean nonzero, and
-            N = B H' W' itself as ``places``. "channels": the paper's Figure 7, M[o, i] = sum over kh, kw of |sum d| as
+            N = B H' W' as ``places``. "channels" is the paper's Figure 7, with M[o, i] = sum over kh, kw of |sum d| as
             ``abs_of_sum`` and of sum |d| as ``abs_sum``.
-        sums: which of sum, abs_sum, sign_sum, nonzero to take in the full form; fewer are faster.
-        centred: "input" or "gradient": take x or dy less its mean over images and places of each channel, before any
-            padding. What the channel's mean contributes drops out; ``sum`` is no longer the gradient.
+        sums: Those of sum, abs_sum, sign_sum and nonzero to record in the full form. Fewer are faster.
+        centred: "input" or "gradient" subtracts from x or dy its mean over images and pixels of each channel, before
+            any padding. This removes the contribution of the channel's mean. ``sum`` is then not the gradient.
 
-    Rides on the weight gradient (``conv_grad_signs``) from tiles loaded once. Across ranks: sums in the full form;
-    the other forms are not sums, and keep an axis of ranks. Source: the paper, equation 4, Table 1, Figure 7, App. J.
+    Recorded together with the weight gradient (``conv_grad_signs``) from tiles that are loaded once. Ranks are added in
+    the full form. The other forms are not sums, and keep an axis of ranks. Source: the paper, equation 4, Table 1,
+    Figure 7, appendix J.
     """
 
     name = "weight_gradient_signs"
@@ -59,7 +60,7 @@ class WeightGradientSigns(Quantity):
         unknown = set(sums or ()) - set(WeightGradientSigns.rows)
         if unknown or (sums is not None and form != "full"):
             raise ValueError(
-                f"weight_gradient_signs: sums must be among {', '.join(WeightGradientSigns.rows)}, and go with the "
+                f"weight_gradient_signs: sums must be among {', '.join(WeightGradientSigns.rows)}, and need the "
                 f"full form; got {list(sums or ())} with form {form!r}"
             )
         if centred not in (None, "input", "gradient"):
@@ -77,9 +78,9 @@ class WeightGradientSigns(Quantity):
 
     def refuses(self, module: nn.Module) -> str | None:
         if module.groups != 1:
-            return f"the convolution has {module.groups} groups; 1 is served"
+            return f"the convolution has {module.groups} groups; only 1 is supported"
         if module.dilation != (1, 1):
-            return f"the convolution has dilation {module.dilation}; 1 is served"
+            return f"the convolution has dilation {module.dilation}; only 1 is supported"
         if isinstance(module.padding, str) or module.padding_mode != "zeros":
             return "the convolution's padding is not a number of zeros"
         if not module.weight.requires_grad:
@@ -93,14 +94,14 @@ class WeightGradientSigns(Quantity):
             elif self.centred == "gradient":
                 dy = dy - dy.mean((0, 2, 3), keepdim=True)
             handoff = None if self.centred else handoff
-            # Pairs of numbers, where torch's annotations allow more: refuses() saw to that.
+            # Pairs of numbers. torch's annotations allow more, but refuses() excludes that.
             sizes: Sizes = (module.kernel_size, module.stride, module.padding)  # type: ignore[assignment]
-            if handoff:  # of a bnkern.nn.Conv2d: its gradient need not be formed again
-                found = gradient_sums(x, dy, *sizes, {*self.sums, "sum"})
-                handoff.put(dy, found.sum)  # type: ignore[arg-type]  # not None, since it was asked for
+            if handoff:  # of a bnkern.nn.Conv2d, whose backward takes over the gradient
+                signs = gradient_sums(x, dy, *sizes, {*self.sums, "sum"})
+                handoff.put(dy, signs.sum)  # type: ignore[arg-type]  # not None, because it is wanted
             else:
-                found = bnkern.conv2d_grad_signs(x, dy, *sizes, wanted=self.sums)
-            self._fill(out, found, places=dy.numel() // dy.shape[1])
+                signs = bnkern.conv2d_grad_signs(x, dy, *sizes, wanted=self.sums)
+            self._fill(out, signs, places=dy.numel() // dy.shape[1])
 
         shape = self._shape(module.weight)
         return [recorder.on_gradient(layer, module, self, shape, measure)]
@@ -108,24 +109,24 @@ class WeightGradientSigns(Quantity):
     def _shape(self, weight: Tensor) -> tuple[int, ...]:
         return {"full": tuple(weight.shape), "summary": (), "channels": tuple(weight.shape[:2])}[self.form]
 
-    def _fill(self, out: Tensor, found: "bnkern.GradSigns", places: int) -> None:
+    def _fill(self, out: Tensor, signs: "bnkern.GradSigns", places: int) -> None:
         if self.form == "full":
             for k, row in enumerate(self.sums):
-                out[k].copy_(getattr(found, row))
+                out[k].copy_(getattr(signs, row))
             return
-        assert found.sum is not None and found.abs_sum is not None, "NEEDS asks for them"
+        assert signs.sum is not None and signs.abs_sum is not None, "NEEDS asks for them"
         if self.form == "channels":
-            out[0].copy_(found.sum.double().abs().sum((2, 3)))
-            out[1].copy_(found.abs_sum.double().sum((2, 3)))
+            out[0].copy_(signs.sum.double().abs().sum((2, 3)))
+            out[1].copy_(signs.abs_sum.double().sum((2, 3)))
         else:
-            assert found.sign_sum is not None and found.nonzero is not None, "NEEDS asks for them"
-            means = (found.abs_sum, found.sum.abs(), found.sign_sum.abs(), found.nonzero)
+            assert signs.sign_sum is not None and signs.nonzero is not None, "NEEDS asks for them"
+            means = (signs.abs_sum, signs.sum.abs(), signs.sign_sum.abs(), signs.nonzero)
             out[0].fill_(places)
             torch.stack([t.double().mean() for t in means], out=out[1:])
 
     @staticmethod
     def oracle(x: Tensor, dy: Tensor, module: nn.Conv2d) -> dict[str, Tensor]:
-        """The derived arrays of the full form, from every single summand: memory of N times the weight."""
+        """Returns the derived arrays of the full form from all summands. The memory is N times that of the weight."""
         assert not isinstance(module.padding, str)
         columns = nn.functional.unfold(
             x.detach().double(), module.kernel_size, 1, module.padding, module.stride

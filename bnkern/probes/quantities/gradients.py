@@ -1,4 +1,4 @@
-"""Gradients of outputs and parameters as autograd has them."""
+"""Gradients of outputs and parameters as autograd computes them."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -11,11 +11,11 @@ from .base import Arrays, Quantity, RecorderProtocol
 
 
 class OutputGradient(Quantity):
-    """``output_gradient``: dL/dO at the output O [B, K] of a module, say the logits: the whole tensor.
+    """``output_gradient``: the whole tensor dL/dO at the output O [B, K] of a module, for example the logits.
 
-    ``gradient`` [B, K]. The first step fixes B; a smaller batch later is filled up with NaN. By default of the
-    model's own output (the layer named ""). Unit: loss per unit of O. Across ranks: one after the other along B.
-    Reads the gradient once more. Source: the paper, Figure 6.
+    The array is ``gradient`` [B, K]. The first step determines B, and a smaller later batch is filled up with NaN. The
+    default is the output of the model (the layer named ""). Unit: loss per unit of O. Ranks are concatenated along B.
+    The gradient is read once more for it. Source: the paper, Figure 6.
     """
 
     name = "output_gradient"
@@ -44,13 +44,14 @@ class OutputGradient(Quantity):
 class ParameterGradientHistogram(Quantity):
     """``parameter_gradient_histogram``: the distribution of the entries of a parameter's gradient.
 
-    ``count``, ``mean``, ``var``, ``third`` and ``fourth`` central moments, ``min``, ``max``, and a ``histogram`` over
-    bins that are evenly spaced in the logarithm of |g| on both sides of zero, eight to a factor of two, so that no
-    range need be known beforehand: ``edges`` (length bins + 1) runs from -2^24 over a bin around zero, of half-width
-    2^-60, to 2^24; what lies beyond is in the outermost bins. Patterns are names of parameters ("blocks.*.weight").
+    The arrays are ``count``, ``mean``, ``var``, ``third`` and ``fourth`` central moments, ``min``, ``max``, and a
+    ``histogram``. Its bins are evenly spaced in the logarithm of |g| on both sides of zero, eight per factor of two, so
+    that the range need not be known beforehand. ``edges`` (length bins + 1) runs from -2^24 to 2^24, with a bin of
+    half-width 2^-60 around zero. Values beyond are in the outermost bins. Patterns are names of parameters
+    ("blocks.*.weight").
 
-    Reads each gradient when the step closes: call ``rec.step`` before ``zero_grad``. Unit: loss per unit of the
-    parameter. Across ranks: gradients are equal after DDP, so the first rank's is taken. Source: the paper, Figure 2.
+    Each gradient is read when the step closes, so call ``rec.step`` before ``zero_grad``. Unit: loss per unit of the
+    parameter. Gradients are equal on all ranks after DDP, so those of rank 0 are used. Source: the paper, Figure 2.
     """
 
     name = "parameter_gradient_histogram"
@@ -62,7 +63,7 @@ class ParameterGradientHistogram(Quantity):
         return next(module.parameters(recurse=False), None) is not None
 
     def wants(self, layer: str) -> bool:
-        return True  # patterns are of parameters
+        return True  # the patterns are those of parameters, see attach
 
     def attach(self, recorder: RecorderProtocol, layer: str, module: nn.Module) -> list:
         handles = []
@@ -81,7 +82,7 @@ class ParameterGradientHistogram(Quantity):
 
     @classmethod
     def edges(cls) -> np.ndarray:
-        """The bins' edges, [bins + 1]."""
+        """Returns the edges of the bins, [bins + 1]."""
         positive = 2.0 ** (np.arange(cls.SIDE + 1) / cls.PER_OCTAVE + cls.LOWEST)
         return np.concatenate([-positive[::-1], positive])
 
@@ -106,9 +107,9 @@ class ParameterGradientHistogram(Quantity):
     def derive(self, values: np.ndarray) -> Arrays:
         count, mean, m2, m3, m4, least, largest = np.moveaxis(values[:, :7], 1, 0)
         moments = {name: m / count for name, m in (("var", m2), ("third", m3), ("fourth", m4))}
-        found = {"count": count, "mean": mean, **moments, "min": least, "max": largest}
+        arrays = {"count": count, "mean": mean, **moments, "min": least, "max": largest}
         edges = np.broadcast_to(self.edges(), (len(values), 2 * self.SIDE + 2))
-        return found | {"histogram": values[:, 7:], "edges": edges}
+        return arrays | {"histogram": values[:, 7:], "edges": edges}
 
 
 @lru_cache(maxsize=8)
@@ -117,12 +118,12 @@ def _edges(device: torch.device) -> Tensor:
 
 
 def _histogram(gradient: Tensor, out: Tensor) -> None:
-    """Moments and histogram of all entries, without asking the device anything."""
+    """Computes moments and histogram of all entries, without waiting for the device."""
     g = gradient.double().flatten()
     mean = g.mean()
     delta = g - mean
     moments = [delta.pow(k).sum() for k in (2, 3, 4)]
     out[:7].copy_(torch.stack([torch.full_like(mean, g.numel()), mean, *moments, g.amin(), g.amax()]))
     edges, bins = _edges(g.device), len(out) - 7
-    index = (torch.bucketize(g.nan_to_num(0.0), edges, right=True) - 1).clamp(0, bins - 1)  # NaN shows in the moments
+    index = (torch.bucketize(g.nan_to_num(0.0), edges, right=True) - 1).clamp(0, bins - 1)  # the moments keep a NaN
     out[7:].copy_(g.new_zeros(bins).index_add_(0, index, torch.ones_like(g)))

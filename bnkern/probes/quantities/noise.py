@@ -10,7 +10,7 @@ from .base import Arrays, Quantity, RecorderProtocol
 
 
 class GradientNoiseScale(Quantity):
-    """``gradient_noise_scale``: how noisy the gradient of a batch is, from the parts of an accumulated gradient.
+    """``gradient_noise_scale``: the noise of a batch's gradient, estimated from the parts of an accumulated gradient.
 
     For a step of k >= 2 backward passes over parts of equal size b, with the gradients g_1 .. g_k of the parts and
     their mean G (batch k b):
@@ -19,18 +19,17 @@ class GradientNoiseScale(Quantity):
         tr Sigma         noise  = (mean |g_j|^2 - |G|^2) * b k / (k - 1)
         B_simple         scale  = noise / square
 
-    ``noise`` is tr Sigma of a single example's gradient, in units of b = ``part`` examples (give the number to have
-    it per example), ``parts`` is k. Losses of the parts divided by k, as accumulation is usually written, or not:
-    ``divided``. A step of one backward pass records nothing. One estimate is very noisy: average ``noise`` and
-    ``square`` over steps before dividing.
+    ``noise`` is tr Sigma of the gradient of a single example if ``part`` is the number of examples b in a part. With
+    the default it is in units of b examples. ``parts`` is k. A step with one backward pass records nothing. One
+    estimate is very noisy. Average ``noise`` and ``square`` over steps before you divide them.
 
     Args:
-        layers: patterns of parameter names whose gradients count; all by default.
-        part: examples in a part.
-        divided: whether each part's loss was divided by k before backward.
+        layers: Patterns of the names of parameters whose gradients count, by default all.
+        part: The number of examples in a part.
+        divided: Whether the loss of each part was divided by k before backward, as is usual for accumulation.
 
-    Reads each part's gradients once more. Call ``rec.step`` before ``zero_grad`` and before clipping. Across ranks:
-    keeps an axis of ranks. Source: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, appendix A.
+    The gradients of each part are read once more. Call ``rec.step`` before ``zero_grad`` and before clipping. Records
+    keep an axis of ranks. Source: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, appendix A.
     """
 
     name = "gradient_noise_scale"
@@ -44,7 +43,7 @@ class GradientNoiseScale(Quantity):
         return super().options() | {"part": self.part, "divided": self.divided}
 
     def wants(self, layer: str) -> bool:
-        return layer == ""  # patterns are of parameters: the model as a whole is the layer
+        return layer == ""  # the patterns are those of parameters, and the layer is the whole model
 
     def concerns(self, module: nn.Module) -> bool:
         return True
@@ -67,7 +66,7 @@ class GradientNoiseScale(Quantity):
         def closed() -> None:
             parts = max(passes)
             if parts > 1:
-                # Neither sum is of nothing, and so 0: a gradient was heard.
+                # Neither sum is empty, because at least one gradient was observed.
                 squared = [p.grad.detach().double().square().sum() for p in parameters if p.grad is not None]
                 total: Tensor = sum(squared)  # type: ignore[assignment]
                 mean: Tensor = sum(squares) / parts  # type: ignore[assignment]
@@ -81,7 +80,7 @@ class GradientNoiseScale(Quantity):
 
     @staticmethod
     def oracle(parts: list[Tensor], part: int = 1) -> dict[str, float]:
-        """From the flat gradients g_j of the parts' own mean losses."""
+        """Computes the arrays from the flat gradients g_j of the mean losses of the parts."""
         k = len(parts)
         small = sum(float(g.double().square().sum()) for g in parts) / k
         mean: Tensor = sum(g.double() for g in parts) / k  # type: ignore[assignment]
@@ -94,7 +93,7 @@ class GradientNoiseScale(Quantity):
 
     def derive(self, values: np.ndarray) -> Arrays:
         k, small, big = values[:, 0], values[:, 1], values[:, 2]
-        # Of mean gradients: a divided loss made each part's gradient g_j / k and their sum G; else g_j and k G.
+        # The formulas need g_j and G. A divided loss gives g_j / k and G, and otherwise they are g_j and k G.
         small, big = (small * k**2, big) if self.divided else (small, big / k**2)
         square, noise = (k * big - small) / (k - 1), (small - big) * self.part * k / (k - 1)
         return {"parts": k, "square": square, "noise": noise, "scale": noise / square}

@@ -1,4 +1,4 @@
-"""Moments of what any module gives out."""
+"""Moments of the output of any module."""
 
 import numpy as np
 import torch
@@ -12,9 +12,10 @@ from .base import Arrays, Quantity, RecorderProtocol
 class OutputMoments(Quantity):
     """``output_moments``: ``mean`` and biased ``var`` of each channel of a module's output [N, C, ...], and ``count``.
 
-    For what no norm layer follows, such as a classifier or the input of a convolution; where one does,
-    ``activation_moments`` records more and reads nothing for it. Outputs that are not such a tensor are passed over.
-    Reads the output once more (``bnkern.channel_moments``). Unit: that of the output. Across ranks: Chan et al. 1979.
+    It is for outputs that no norm layer follows, such as those of a classifier. Where one follows,
+    ``activation_moments`` records more without an additional read. Outputs that are not such a tensor are ignored. The
+    output is read once more (``bnkern.channel_moments``). Unit: that of the output. Ranks are merged as in Chan et al.
+    1979.
     """
 
     name = "output_moments"
@@ -38,7 +39,7 @@ class OutputMoments(Quantity):
 
     @staticmethod
     def oracle(y: Tensor) -> dict[str, Tensor]:
-        """The derived arrays [C] from y [N, C, ...]."""
+        """Returns the derived arrays [C] for y [N, C, ...]."""
         y = y.detach().double().movedim(1, 0).flatten(1)
         mean = y.mean(1)
         return {"count": torch.full_like(mean, y.shape[1]), "mean": mean, "var": y.var(1, correction=0)}

@@ -11,14 +11,14 @@ from .base import Quantity, RecorderProtocol
 
 
 class SignalPropagation(Quantity):
-    """``signal_propagation``: how activations grow along the residual blocks.
+    """``signal_propagation``: the growth of activations along the residual blocks.
 
     At each norm layer that adds a residual, with block output y and branch r before the addition:
     ``mean_square`` = mean over channels of (channel mean of y)^2, ``variance`` = mean over channels of the variance
     of y, ``branch_variance`` = mean over channels of the variance of r, which for a batch norm is
-    weight^2 var(x) / (var(x) + eps), and ``skip_variance`` likewise of the residual itself. Unit: that of y, squared.
+    weight^2 var(x) / (var(x) + eps), and ``skip_variance`` = the same of the residual. Unit: that of y, squared.
 
-    Reads x, y and the residual once more (``bnkern.channel_moments``). Across ranks: keeps an axis of ranks.
+    x, y and the residual are read once more (``bnkern.channel_moments``). Records keep an axis of ranks.
     Source: Brock, De and Smith, "Characterizing signal propagation...", 2021; De and Smith 2020 for the branch.
     """
 
@@ -40,8 +40,8 @@ class SignalPropagation(Quantity):
             output, branch, skip = (bnkern.channel_moments(t) for t in (y, x, residual))
             variance = branch.var
             if isinstance(module, nn.modules.batchnorm._NormBase):
-                by = branch.var if module.training or module.running_var is None else module.running_var
-                variance = variance / (by + module.eps)
+                divisor = branch.var if module.training or module.running_var is None else module.running_var
+                variance = variance / (divisor + module.eps)
                 if module.weight is not None:
                     variance = variance * module.weight.detach().to(variance.dtype).square()
             call = recorder.call_of(layer, self)
@@ -52,7 +52,7 @@ class SignalPropagation(Quantity):
 
     @staticmethod
     def oracle(y: Tensor, branch: Tensor, residual: Tensor) -> dict[str, Tensor]:
-        """From the block's output, its branch just before the addition, and what is added."""
+        """Computes the arrays from the output of a block, its branch before the addition, and the residual."""
         y, branch, residual = (t.detach().double().movedim(1, 0).flatten(1) for t in (y, branch, residual))
         return {
             "mean_square": y.mean(1).square().mean(),

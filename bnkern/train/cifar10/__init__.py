@@ -1,4 +1,4 @@
-"""CIFAR-10: fetched (fetch.py), as tensors (sets.py), and in batches for training (epochs.py)."""
+"""CIFAR-10: its files (fetch.py), its images as tensors (sets.py), and the batches of a training (epochs.py)."""
 
 from .epochs import Batches, batches, split_validation
 from .fetch import FOLDER, PACKAGE, RECORD, SHA1, DataError, decode_sheet

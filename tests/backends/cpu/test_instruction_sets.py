@@ -1,0 +1,77 @@
+"""All instruction sets of the native module that this machine supports give the same bits.
+
+A process chooses its instruction set once, so each set runs in a separate process, which prints digests of all results.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bnkern import _native
+from bnkern.backends import cpu
+from tests import ROOT
+from tests.backends.cpu.results import LARGE, everything
+from tests.support.cases import CASE, FEW, MIXED, Target
+from tests.support.images import FORMATS, MANY, augment
+from tests.support.winograd import SIZES, gradient_of, operands
+
+
+def child(isa: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.backends.cpu.test_instruction_sets"],
+        cwd=ROOT,
+        env=os.environ | {"BNKERN_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+
+
+def digests(isa: str) -> list[str]:
+    done = child(isa)
+    if "this machine cannot run it" in done.stderr:
+        pytest.skip(f"this machine does not run {isa}")
+    assert done.returncode == 0, done.stderr
+    first, *lines = done.stdout.splitlines()
+    assert first == isa
+    return lines
+
+
+@pytest.mark.parametrize("isa", [isa for isa in _native.build_info()["isas"] if isa != _native.isa()])
+def test_same_bits_as_the_one_in_use(isa: str) -> None:
+    for one, other in zip(digests(_native.isa()), digests(isa), strict=True):
+        assert one == other
+
+
+def test_an_unknown_one_is_refused() -> None:
+    done = child("sse9")
+    assert done.returncode != 0 and "BNKERN_ISA=sse9" in done.stderr
+
+
+def main() -> None:
+    print(_native.isa())
+    torch.set_num_threads(2)
+    for case in [*FEW, *LARGE, CASE["inf_rows"], CASE["ratio_1e4"]]:
+        for precision in MIXED:
+            bits = hashlib.sha256()
+            for result in everything(Target("cpu", "cpu"), case, precision):
+                # The sign and payload of a NaN are not specified.
+                result = torch.where(result.isnan(), torch.nan, result) if result.is_floating_point() else result
+                bits.update(result.contiguous().view(torch.uint8).numpy().tobytes())
+            print(case, precision.name, bits.hexdigest())
+    for sizes in SIZES:
+        x, weight, dy = operands(*sizes)
+        for result in (cpu.conv3x3(x, weight).permute(0, 2, 3, 1), gradient_of(x, dy)):
+            print(sizes, hashlib.sha256(result.numpy().tobytes()).hexdigest())
+    for precision in MIXED:
+        for layout in FORMATS:
+            images, _ = augment(Target("cpu", "cpu"), MANY, precision.dtype, layout)
+            bits = hashlib.sha256(images.contiguous().view(torch.uint8).numpy().tobytes())
+            print(MANY, layout, precision.name, bits.hexdigest())
+
+
+if __name__ == "__main__":
+    main()

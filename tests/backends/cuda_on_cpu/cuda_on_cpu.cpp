@@ -1,0 +1,394 @@
+// The scheduler of cuda_on_cpu.h: blocks, fibers, and what each fiber waits for.
+#include "cuda_on_cpu.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <sstream>
+#include <thread>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+inline void __sanitizer_start_switch_fiber(void**, const void*, std::size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, std::size_t*) {}
+#define ASAN_UNPOISON_MEMORY_REGION(address, size)
+#endif
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr std::size_t kStackBytes = 256 << 10;  // allocated page by page, when used
+constexpr int kWarp = 32;
+
+std::uint64_t seed = 0;
+int resident_blocks = 1 << 30;
+std::mutex one_launch;
+int pause_in_ms = 0;
+bool launches_left_out = false;
+
+// A stack, which later launches reuse.
+class Stack {
+ public:
+  Stack() : data_(take()) {}
+  ~Stack() { kept().push_back(data_); }
+  Stack(const Stack&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  static std::vector<char*>& kept() {
+    static auto* const stacks = new std::vector<char*>;
+    return *stacks;
+  }
+  static char* take() {
+    if (kept().empty()) {
+      void* const fresh =
+          mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (fresh == MAP_FAILED) std::abort();
+      return static_cast<char*>(fresh);
+    }
+    char* const data = kept().back();
+    kept().pop_back();
+    ASAN_UNPOISON_MEMORY_REGION(data, kStackBytes);  // of frames that did not return
+    return data;
+  }
+  char* data_;
+};
+
+struct Block;
+
+struct Fiber {
+  Place place;
+  Block* block = nullptr;
+  int index = 0;  // in its block
+  const char* waits_for = nullptr;
+  int barrier_or = 0;
+  std::uint64_t given = 0, got[kWarp] = {};
+  Stack stack;
+  ucontext_t context;
+  void* fake_stack = nullptr;
+};
+
+// Fibers that wait until `expected` of them have arrived.
+struct Barrier {
+  std::size_t expected = 0;
+  std::vector<Fiber*> waiting;
+};
+
+struct Warp {
+  unsigned mask = 0, arrived = 0;
+  Fiber* waiting[kWarp] = {};
+};
+
+struct Cluster {
+  Barrier barrier;
+  std::vector<Block*> blocks;
+};
+
+struct Block {
+  std::unique_ptr<char, void (*)(void*)> shared{nullptr, std::free};
+  Barrier barrier;
+  Cluster* cluster = nullptr;
+  unsigned rank = 0;
+  std::vector<Warp> warps;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::size_t live = 0;
+};
+
+class Scheduler {
+ public:
+  Scheduler(const Grid& grid, const std::function<void()>& body) : grid_(grid), body_(body), random_(seed) {}
+
+  std::string run() {
+    // Clusters (of one block, if the launch has none) begin in a random order, few or many at a time.
+    const std::size_t blocks = std::size_t{grid_.blocks.x} * grid_.blocks.y * grid_.blocks.z;
+    for (std::size_t first = 0; first < blocks; first += grid_.cluster) to_come_.push_back(first);
+    std::shuffle(to_come_.begin(), to_come_.end(), random_);
+    const std::size_t some = 1 + random_() % 4;
+    std::size_t at_once = grid_.resident ? to_come_.size() : std::min(some, to_come_.size());
+    while (at_once-- > 0) begin_cluster();
+    next();  // returns when no fiber is ready
+    return error_;
+  }
+
+  [[nodiscard]] Fiber& self() const { return *running_; }
+
+  // Puts the running fiber among the ready ones.
+  void yield() {
+    ready_.push_back(running_);
+    next();
+  }
+  void progress() { idle_ = 0; }
+  // The running fiber polled a value that has not changed yet.
+  void yield_idle() {
+    if (++idle_ > 1000 + 64 * ready_.size()) return fail("waits forever in a loop");
+    yield();
+  }
+  void wait(const char* what) {
+    running_->waits_for = what;
+    next();
+  }
+  void wake(Fiber* fiber) {
+    fiber->waits_for = nullptr;
+    ready_.push_back(fiber);
+  }
+  void arrive(Barrier& barrier, const char* what) {
+    progress();
+    barrier.waiting.push_back(running_);
+    if (barrier.waiting.size() < barrier.expected) return wait(what);
+    for (Fiber* fiber : barrier.waiting) wake(fiber);
+    barrier.waiting.clear();
+    next();
+  }
+  void fail(const std::string& what) {
+    std::ostringstream text;
+    const Place& at = running_->place;
+    text << grid_.name << ": " << what << ": thread " << at.thread.x << " of block (" << at.block.x << ", "
+         << at.block.y << ")" << others();
+    error_ = text.str();
+    leave();
+  }
+
+ private:
+  void begin_cluster() {
+    const std::size_t first = to_come_.back();
+    to_come_.pop_back();
+    const dim3 size = grid_.threads;
+    const std::size_t threads = std::size_t{size.x} * size.y * size.z;
+    clusters_.push_back(std::make_unique<Cluster>());
+    Cluster& cluster = *clusters_.back();
+    cluster.barrier.expected = threads * grid_.cluster;
+    for (std::size_t b = first; b < first + grid_.cluster; ++b) {
+      blocks_.push_back(std::make_unique<Block>());
+      Block& block = *blocks_.back();
+      block.cluster = &cluster;
+      block.rank = static_cast<unsigned>(b - first);
+      cluster.blocks.push_back(&block);
+      // Exactly the requested bytes, so that the sanitizer detects accesses beyond the end.
+      block.shared.reset(static_cast<char*>(std::malloc(grid_.shared_bytes)));
+      for (std::size_t i = 0; i < grid_.shared_bytes; ++i) block.shared.get()[i] = static_cast<char>(random_());
+      block.barrier.expected = block.live = threads;
+      block.warps.resize((threads + kWarp - 1) / kWarp);
+      for (std::size_t t = 0; t < threads; ++t) {
+        block.fibers.push_back(std::make_unique<Fiber>());
+        Fiber& fiber = *block.fibers.back();
+        fiber.block = &block;
+        fiber.index = static_cast<int>(t);
+        const auto x = [&](std::size_t i, dim3 n) {
+          return dim3(static_cast<unsigned>(i % n.x), static_cast<unsigned>(i / n.x % n.y),
+                      static_cast<unsigned>(i / n.x / n.y));
+        };
+        fiber.place = {x(t, size), x(b, grid_.blocks), size, grid_.blocks};
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = kStackBytes;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, &Scheduler::enter, 0);
+        ready_.push_back(&fiber);
+      }
+    }
+  }
+
+  static void enter();
+
+  void finish() {
+    progress();
+    Block& block = *running_->block;
+    running_->waits_for = "the end";
+    if (--block.live == 0) {
+      const auto ended = [](const Block* b) { return b->live == 0; };
+      const auto& others = block.cluster->blocks;
+      if (!to_come_.empty() && std::all_of(others.begin(), others.end(), ended)) begin_cluster();
+    }
+    next(true);
+  }
+
+  // Switches from the running fiber to one of those that are ready, or to run() if there is none.
+  void next(bool for_good = false) {
+    if (ready_.empty()) {
+      for (const auto& block : blocks_)
+        if (block->live && error_.empty()) error_ = std::string(grid_.name) + ": deadlock" + others();
+      return leave();
+    }
+    std::swap(ready_[random_() % ready_.size()], ready_.back());
+    Fiber* const to = ready_.back();
+    ready_.pop_back();
+    Fiber* const from = running_;
+    running_ = to;
+    if (from == to) return;
+    ucontext_t* const context = from ? &from->context : &outside_;
+    void** const fake = from ? &from->fake_stack : &outside_fake_stack_;
+    __sanitizer_start_switch_fiber(for_good ? nullptr : fake, to->stack.data(), kStackBytes);
+    swapcontext(context, &to->context);
+    arrived();
+  }
+
+  void leave() {
+    if (!running_) return;
+    Fiber* const from = running_;
+    running_ = nullptr;
+    __sanitizer_start_switch_fiber(&from->fake_stack, outside_stack_, outside_bytes_);
+    swapcontext(&from->context, &outside_);
+    std::abort();  // no switch leads back here
+  }
+
+  // Must be called first after a switch to another stack.
+  void arrived() {
+    __sanitizer_finish_switch_fiber(running_ ? running_->fake_stack : outside_fake_stack_, nullptr, nullptr);
+  }
+
+  std::string others() const {
+    std::ostringstream text;
+    for (const auto& block : blocks_) {
+      std::vector<std::pair<const char*, int>> counts;
+      for (const auto& fiber : block->fibers) {
+        const char* const what = fiber->waits_for ? fiber->waits_for : "its turn";
+        auto at = std::find_if(counts.begin(), counts.end(), [&](const auto& c) { return c.first == what; });
+        if (at == counts.end()) at = counts.insert(at, {what, 0});
+        ++at->second;
+      }
+      const dim3 b = block->fibers[0]->place.block;
+      if (!block->live) continue;
+      text << "; block (" << b.x << ", " << b.y << "): threads at";
+      for (const auto& [what, count] : counts) text << " " << what << " " << count;
+    }
+    return text.str();
+  }
+
+  const Grid& grid_;
+  const std::function<void()>& body_;
+  std::mt19937_64 random_;
+  std::vector<std::size_t> to_come_;
+  std::vector<std::unique_ptr<Cluster>> clusters_;
+  std::vector<std::unique_ptr<Block>> blocks_;
+  std::vector<Fiber*> ready_;
+  Fiber* running_ = nullptr;
+  std::size_t idle_ = 0;
+  std::string error_;
+  ucontext_t outside_;
+  void* outside_fake_stack_ = nullptr;
+  const void* outside_stack_ = nullptr;
+  std::size_t outside_bytes_ = 0;
+};
+
+Scheduler* scheduler = nullptr;
+
+void Scheduler::enter() {
+  // The switch to the very first fiber comes from outside of all fibers. It records that stack.
+  Scheduler& s = *scheduler;
+  const void* stack;
+  std::size_t bytes;
+  __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
+  if (!s.outside_stack_) s.outside_stack_ = stack, s.outside_bytes_ = bytes;
+  s.body_();
+  s.finish();
+}
+
+}  // namespace
+
+std::string run(const Grid& grid, const void* kernel, const std::function<void()>& body) {
+  if (launches_left_out) return {};
+  if (grid.shared_bytes > std::size_t(allowed_shared_memory(kernel)))
+    return std::string(grid.name) + ": more shared memory than the kernel may have";
+  std::string error;
+  {
+    const std::lock_guard<std::mutex> lock(one_launch);
+    Scheduler here(grid, body);
+    scheduler = &here;
+    error = here.run();
+    scheduler = nullptr;
+    seed = seed * 6364136223846793005u + 1442695040888963407u;  // the next launch gets another order
+  }
+  if (pause_in_ms) std::this_thread::sleep_for(std::chrono::milliseconds(pause_in_ms));
+  return error;
+}
+
+bool fits(const Grid& grid) { return grid.blocks.x * grid.blocks.y * grid.blocks.z <= unsigned(resident_blocks); }
+
+const Place& place() { return scheduler->self().place; }
+char* shared_memory() { return scheduler->self().block->shared.get(); }
+unsigned cluster_rank() { return scheduler->self().block->rank; }
+char* of_cluster_block(char* p, unsigned rank) {
+  Block& block = *scheduler->self().block;
+  return block.cluster->blocks.at(rank)->shared.get() + (p - block.shared.get());
+}
+
+void block_barrier() { scheduler->arrive(scheduler->self().block->barrier, "a block barrier"); }
+void cluster_barrier() { scheduler->arrive(scheduler->self().block->cluster->barrier, "a cluster barrier"); }
+
+int block_barrier_or(int value) {
+  Fiber& self = scheduler->self();
+  self.barrier_or = value;
+  block_barrier();
+  int any = 0;
+  for (const auto& fiber : self.block->fibers) any |= fiber->barrier_or;
+  block_barrier();  // all have read the values
+  return any != 0;
+}
+
+unsigned atomic_add(unsigned* word, unsigned value) {
+  scheduler->progress();
+  scheduler->yield();
+  const unsigned before = *word;
+  *word = before + value;
+  return before;
+}
+
+unsigned poll(const unsigned* word) {
+  scheduler->yield_idle();
+  return *word;
+}
+
+unsigned lane() { return static_cast<unsigned>(scheduler->self().index % kWarp); }
+
+std::uint64_t exchange(unsigned mask, std::uint64_t value, unsigned from) {
+  Fiber& self = scheduler->self();
+  Warp& warp = self.block->warps[self.index / kWarp];
+  const unsigned own = 1u << lane();
+  if (!(mask & own) || (warp.arrived && warp.mask != mask)) scheduler->fail("lanes of a warp disagree who takes part");
+  scheduler->progress();
+  warp.mask = mask;
+  warp.arrived |= own;
+  warp.waiting[lane()] = &self;
+  self.given = value;
+  if (warp.arrived != mask) {
+    scheduler->wait("a shuffle");
+  } else {
+    for (int to = 0; to < kWarp; ++to) {
+      if (!(mask >> to & 1)) continue;
+      for (int i = 0; i < kWarp; ++i) warp.waiting[to]->got[i] = mask >> i & 1 ? warp.waiting[i]->given : ~value;
+      if (warp.waiting[to] != &self) scheduler->wake(warp.waiting[to]);
+    }
+    warp.arrived = 0;
+    scheduler->yield();
+  }
+  return self.got[from % kWarp];
+}
+
+unsigned ballot(unsigned mask, bool value) {
+  exchange(mask, value, 0);
+  unsigned bits = 0;
+  for (int i = 0; i < kWarp; ++i)
+    if (mask >> i & 1) bits |= unsigned(scheduler->self().got[i] & 1) << i;
+  return bits;
+}
+
+}  // namespace cuda_on_cpu
+
+// Configures the following launches: the seed of the order, and the number of blocks that the device holds at once.
+extern "C" void configure(std::uint64_t order, int blocks) {
+  cuda_on_cpu::seed = order;
+  cuda_on_cpu::resident_blocks = blocks;
+}
+// Whether launches do nothing, so that the work before them can be timed.
+extern "C" void leave_out_launches(bool left_out) { cuda_on_cpu::launches_left_out = left_out; }
+// The time that a thread waits after each of its launches, so that others can launch before its next one.
+extern "C" void pause_between_launches(int milliseconds) { cuda_on_cpu::pause_in_ms = milliseconds; }

@@ -1,0 +1,519 @@
+"""The experiments: specs and drawers in order, the runner's promises, verdicts, and the report."""
+
+import ast
+import errno
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bnkern import backends
+from bnkern.train import cifar10
+from experiments import drawer, names, spec
+from experiments import report as reporting
+from experiments import results as reading
+from experiments import run as running
+from experiments.__main__ import main
+from experiments.results import Finished, Results, Value, find, judge
+from experiments.specs import Claim, Run, above, below, between, within, within_factor
+from tests import ROOT
+from tests.experiments.made_up import made_up
+
+FULL = Results("full", "cifar10", ())  # judged, and otherwise of no account
+
+
+# ------------------------------------------------------------------------------------------------ made-up results
+
+
+def results_of(name: str, holds: bool = True, seeds: int = 2, **changed: float) -> Results:
+    """Made-up results at scale full, for which the claims hold or break, but for ``changed``."""
+    runs = []
+    for planned in running.plan([name], "full", "cifar10", seeds, Path()):
+        made = Finished(planned.folder, planned.config, {"seconds": 1.0})
+        made.__dict__["arrays"] = made_up(planned.config, holds) | changed
+        runs.append(made)
+    return Results("full", "cifar10", tuple(runs))
+
+
+class Procedure:
+    """Stands in for a measurement: gives the paper's numbers, counts its calls, and raises what ``fails`` says."""
+
+    def __init__(self, fails: dict[int, BaseException] | None = None) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.fails = fails or {}
+
+    def __call__(self, config: dict, data, device, folder, tick) -> dict:
+        self.calls.append((config["label"], config["seed"]))
+        tick(0.5, "half way")
+        if error := self.fails.get(len(self.calls)):
+            raise error
+        return {"all": made_up(config)}
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the developer's own environment says."""
+    monkeypatch.delenv("BNKERN_DATA", raising=False)
+
+
+@pytest.fixture
+def procedure(monkeypatch: pytest.MonkeyPatch) -> Procedure:
+    stand_in = Procedure()
+    for name in running.PROCEDURES:
+        monkeypatch.setitem(running.PROCEDURES, name, stand_in)
+    return stand_in
+
+
+def read(folder: Path, scale: str | None = None) -> Results:
+    return reading.read(folder, spec(folder.name), scale)
+
+
+def run(out: Path, **options: object) -> int:
+    return running.run(["moments_by_depth"], **{"scale": "smoke", "out": out, **options})
+
+
+# ------------------------------------------------------------------------------------------------ specs and drawers
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_spec_is_whole_and_has_its_drawer(name: str) -> None:
+    about, draws = spec(name), drawer(name)
+    assert about.title and about.of and about.shows and about.method and about.claims and about.runs
+    assert any(claim.check for claim in about.claims)
+    assert draws.tables and draws.draw and draws.CAPTION
+    assert all(run.procedure in running.PROCEDURES for run in about.runs)
+    assert sum(run.seeds for run in about.at("smoke")) <= 12
+    lines = (ROOT / f"experiments/specs/{name}.py").read_text().splitlines()
+    assert len(lines) < 80, "a spec is data: what computes belongs elsewhere"
+
+
+def test_specs_import_nothing_but_their_own_words() -> None:
+    for file in (ROOT / "experiments/specs").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert set(modules) <= {"dataclasses", "collections.abc", "typing"}, f"{file.name} imports {modules}"
+
+
+def test_drawing_and_reporting_need_neither_torch_nor_bnkern() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['bnkern'] = None\n"
+        "import experiments, experiments.report, experiments.__main__\n"
+        "[experiments.drawer(name) for name in experiments.names()]"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_scales() -> None:
+    about = spec("gradient_signs")
+    assert about.scale("reduced") == "full" and about.scale("smoke") == "smoke"
+    assert about.at("full") == about.runs and about.runs[0].batch == 128 and about.runs[0].seeds >= 5
+    assert {run.batch for run in about.at("smoke")} == {2}
+
+
+# ------------------------------------------------------------------------------------------------ verdicts
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_papers_own_numbers_hold(name: str) -> None:
+    verdict, findings = judge(spec(name), results_of(name))
+    assert verdict == "held"
+    assert [f.claim.text for f in findings if f.claim.check and not f.held] == []
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_claim_can_fail(name: str) -> None:
+    """Results that contradict the paper throughout."""
+    verdict, findings = judge(spec(name), results_of(name, holds=False))
+    assert [f.claim.text for f in findings if f.claim.check and f.held] == []
+    assert verdict == "did not hold"
+
+
+def test_one_false_claim_makes_it_held_in_part() -> None:
+    verdict, findings = judge(
+        spec("moments_by_depth"), results_of("moments_by_depth", **{"ln_std/18": np.float64(0.76)})
+    )
+    assert verdict == "held in part"
+    assert [f.claim.text for f in findings if f.held is False] == ["ln std, layer 18, with batch norm"]
+
+
+def test_what_is_no_number_never_holds() -> None:
+    results = results_of("moments_by_depth", **{"ln_std/18": np.float64(np.nan)})
+    assert judge(spec("moments_by_depth"), results)[0] == "held in part"
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_one_value_that_is_not_finite_breaks_a_claim(value: float) -> None:
+    """An infinite mean is above every threshold, and holds none."""
+    for check in (above(10), below(10)):
+        found = find(Claim("", lambda results: [20.0, value], None, check), FULL)
+        assert found.held is False and found.passing == (check.text == "above 10")
+
+
+def test_a_ratio_of_zeros_never_holds() -> None:
+    """The reach of networks that have none: 0/0 was once infinity, and above everything."""
+    results = results_of("gradient_predictiveness", **{"reach/1": 0.0, "reach bound/1": 0})
+    [found] = [f for f in judge(spec("gradient_predictiveness"), results)[1] if f.claim.text.startswith("reach, mini-b")
+               and "1, with batch norm over" in f.claim.text]  # fmt: skip
+    assert all(np.isnan(value.number) for value in found.values) and found.held is False and found.passing == 0
+
+
+def test_a_limit_at_the_edge_of_what_was_tried_decides_nothing() -> None:
+    """Not even where the bound itself passes, nor in a ratio or a difference."""
+    at_least = Value(1.0, 1)
+    found = find(Claim("", lambda results: [Value(0.5), at_least], None, above(0)), FULL)
+    assert found.held is None and found.undecided and found.bound == 1 and found.passing == 1
+    assert at_least.less(Value(0.5)) == Value(0.5, 1) and Value(0.5).less(at_least) == Value(-0.5, -1)
+    assert at_least.over(Value(0.5, -1)) == Value(2.0, 1) and at_least.less(at_least) == Value(0.0, None)
+    for name, claims in (("depth_limits", 4), ("final_layer_norm", 2)):
+        verdict, findings = judge(spec(name), results_of(name, **{"limit bound": np.float64(1)}))
+        assert sum(finding.undecided for finding in findings if finding.claim.check) == claims
+        assert verdict == ("undecided" if name == "depth_limits" else "held in part")
+
+
+def test_a_report_writes_bounds_as_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = results_of("depth_limits", **{"limit bound": np.float64(1), "learning limit bound": np.float64(-1)})
+    monkeypatch.setattr(reporting, "names", lambda: ["depth_limits"])
+    monkeypatch.setattr(reporting, "read", lambda *_: results)
+    monkeypatch.setattr(reporting, "_facts", lambda *_: {})
+    reporting.report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "at most" in page and "2 of 2 at the edge of what was tried" in page and "– undecided" in page
+    drawn = json.loads((tmp_path / "report.json").read_text())["experiments"][0]["tables"]["depth_limits"]
+    assert all(row["limit above all"] == row["learning limit below all"] == 2 for row in drawn)
+    figure = drawer("depth_limits").draw(results_table("depth_limits", results))
+    lines = [line for line in figure.axes[0].lines if line.get_linestyle() not in ("None", "none", "")]
+    assert not lines, "no line leads to a bound"
+
+
+def results_table(name: str, results: Results) -> list[dict]:
+    return next(iter(drawer(name).tables(spec(name), results).values()))
+
+
+@pytest.mark.parametrize("name", names())
+def test_quick_results_are_shown_and_not_judged(name: str) -> None:
+    good = results_of(name)
+    verdict, findings = judge(spec(name), Results("quick", "cifar10", good.runs))
+    assert verdict == "shown" and all(finding.held is None and not finding.passing for finding in findings)
+
+
+def test_the_headline_counts_apart() -> None:
+    """What is as in the paper, reduced, beyond it, and only shown."""
+    made = {
+        "moments_by_depth": results_of("moments_by_depth"),
+        "mechanism": results_of("mechanism", holds=False),
+        "learning_rates": Results("reduced", "cifar10", results_of("learning_rates").runs),
+        "norm_variants": Results("quick", "cifar10", results_of("norm_variants").runs),
+        "depth_limits": Results("none", "none", ()),
+    }
+    sections = [reporting.Section(n, spec(n), r, *judge(spec(n), r), {}, {}) for n, r in made.items()]
+    assert reporting._tally(sections) == [
+        "Measured as in the paper: 1 held.",
+        "At reduced scale: 1 held.",
+        "Beyond the paper: 1 did not hold.",
+        "Not run: 1.",
+        "Only shown, since their scale or data cannot tell: 1.",
+        reporting.REDUCED,
+    ]
+
+
+def test_what_holds_so_far_is_not_called_held() -> None:
+    """Runs of one network alone cannot bear out what is claimed of both."""
+    good = results_of("channel_gradients")
+    half = Results("full", "cifar10", tuple(run for run in good.runs if run.config["norm"] == "batch"))
+    verdict, findings = judge(spec("channel_gradients"), half)
+    assert verdict == "incomplete" and any(finding.held for finding in findings)
+
+
+def test_verdicts_are_withheld_where_they_would_mean_nothing() -> None:
+    about, good = spec("moments_by_depth"), results_of("moments_by_depth")
+    assert judge(about, Results("smoke", "cifar10", good.runs))[0] == "shown"
+    assert judge(about, Results("full", "synthetic", good.runs))[0] == "shown"
+    assert judge(about, Results("full", "cifar10", ()))[0] == "not run"
+
+
+def test_means_and_spreads() -> None:
+    results = FULL
+    found = find(Claim("", lambda results: [1.0, 3.0], 2.0, within(2, 0.1)), results)
+    assert (found.mean, found.spread, found.held) == (2.0, pytest.approx(2**0.5), True)
+    found = find(Claim("", lambda results: [1.0, 4.0], 2.0, within_factor(2, 1.6), mean="geometric"), results)
+    assert found.mean == pytest.approx(2) and found.spread == pytest.approx(4 ** (0.5**0.5)) and found.held
+    assert not find(Claim("", lambda results: [3.3], 2.0, within_factor(2, 1.6)), results).held
+    assert find(Claim("", lambda results: [3.3], 2.0), results).held is None
+
+
+def test_checks() -> None:
+    assert [above(2).holds(x) for x in (2, 2.1)] == [False, True]
+    assert [between(1, 4).holds(x) for x in (0.9, 1, 4, 4.1)] == [False, True, True, False]
+    assert [within(-1, 0.5).holds(x) for x in (-1.6, -1.5, -0.5, -0.4)] == [False, True, True, False]
+    assert [within_factor(10, 2).holds(x) for x in (4.9, 5, 20, 20.1)] == [False, True, True, False]
+
+
+# ------------------------------------------------------------------------------------------------ the runner
+
+
+def test_everything_runs_at_smoke_scale_and_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["run", "all", "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert main(["report", "--out", str(tmp_path)]) == 0
+    assert re.search(r"\[ *1/\d+\] .* done, [\d.]+ s, about \d+ \w+ left", capsys.readouterr().out)
+    for name in names():
+        results = read(tmp_path / name)
+        assert (results.scale, results.data) == ("smoke", "synthetic" if spec(name).images else "none")
+        assert len(results.runs) == sum(run.seeds for run in spec(name).at("smoke"))
+        for done in results.runs:
+            assert done.env["backend"] == (backends.forced() or "cpu") and done.env["seconds"] > 0
+            assert {"commit", "dirty", "versions", "cpu", "threads", "started"} <= done.env.keys()
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert [e["verdict"] for e in told["experiments"]] == ["shown"] * len(names())
+    without = {claim["claim"] for e in told["experiments"] for claim in e["claims"] if claim["ours"] is None}
+    assert without <= {"share of batch norm's gain"}  # after two steps there may be no gain
+    assert "Synthetic images" in (tmp_path / "report.html").read_text()
+    assert reporting.publish(tmp_path, tmp_path / "published") == 1 and not (tmp_path / "published").exists()
+
+
+def test_finished_runs_are_not_repeated(tmp_path: Path, procedure: Procedure, capsys: pytest.CaptureFixture) -> None:
+    assert run(tmp_path) == 0 and len(procedure.calls) == 4
+    assert run(tmp_path) == 0 and len(procedure.calls) == 4
+    assert "4 runs: 4 finished before, 0 to do" in capsys.readouterr().out
+    assert run(tmp_path, seeds=3) == 0
+    assert procedure.calls[4:] == [("batch", 2), ("none", 2)]
+
+
+def test_an_interrupted_run_resumes(tmp_path: Path, procedure: Procedure, capsys: pytest.CaptureFixture) -> None:
+    procedure.fails = {3: KeyboardInterrupt()}
+    assert run(tmp_path) == 130
+    assert "stopped: 2 of 4 runs are finished; the same command does the rest" in capsys.readouterr().err
+    assert run(tmp_path) == 0
+    assert procedure.calls == [("batch", 0), ("batch", 1), ("none", 0), ("none", 0), ("none", 1)]
+    assert len(read(tmp_path / "moments_by_depth").runs) == 4
+
+
+def test_a_failing_run_does_not_lose_the_others(tmp_path: Path, procedure: Procedure, capsys) -> None:
+    procedure.fails = {2: RuntimeError("out of luck")}
+    assert run(tmp_path) == 1
+    said = capsys.readouterr()
+    assert "smoke-batch-seed1-synthetic: FAILED: RuntimeError: out of luck" in said.out and "1 of 4 runs" in said.err
+    failed = tmp_path / "moments_by_depth/smoke-batch-seed1-synthetic"
+    assert "out of luck" in (failed / "error.txt").read_text() and not (failed / "DONE").exists()
+    assert run(tmp_path) == 0
+    assert procedure.calls[4:] == [("batch", 1)] and not (failed / "error.txt").exists()
+
+
+def test_a_full_disk_stops_with_one_line(tmp_path: Path, procedure: Procedure, capsys: pytest.CaptureFixture) -> None:
+    procedure.fails = {2: OSError(errno.ENOSPC, "No space left on device")}
+    assert run(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"stopped: No space left on device \(.*\); the same command does the rest\n", said)
+    assert run(tmp_path) == 0 and len(procedure.calls) == 5
+
+
+def test_published_runs_count_as_finished_where_asked(tmp_path: Path, procedure: Procedure, monkeypatch) -> None:
+    """Training takes hours: a run is kept with the report, and another machine does the other seeds."""
+    monkeypatch.setattr(cifar10, "load", lambda where: None)
+    asked = {"experiments": ["norm_variants"], "scale": "reduced", "data": "some folder", "device": "cpu"}
+    first, second, kept = tmp_path / "first", tmp_path / "second", tmp_path / "published"
+    assert running.run(seeds=1, out=first, **asked) == 0 and len(procedure.calls) == 9
+    reporting.report(first)
+    assert reporting.publish(first, kept) == 0
+    assert running.run(seeds=2, out=second, kept=kept / "runs", **asked) == 0
+    assert procedure.calls[9:] == [(label, 1) for label, _ in procedure.calls[:9]]
+    assert len(read(second / "norm_variants").runs) == 9
+    assert (
+        len(reading.read(second / "norm_variants", spec("norm_variants"), None, kept / "runs/norm_variants").runs) == 18
+    )
+    reporting.report(second, published=kept)
+    assert "group-0.1: 2" in (second / "report.md").read_text()
+
+
+def test_results_of_scales_that_are_gone_are_left_out(tmp_path: Path, procedure: Procedure) -> None:
+    assert run(tmp_path, seeds=1) == 0
+    config = tmp_path / "moments_by_depth/smoke-none-seed0-synthetic/config.json"
+    config.write_text(config.read_text().replace('"scale": "smoke"', '"scale": "laptop"'))
+    assert read(tmp_path / "moments_by_depth").stale == 1
+
+
+def test_what_is_done_again_is_put_aside(tmp_path: Path, procedure: Procedure, monkeypatch) -> None:
+    """Because the spec has changed, or on demand; never overwritten."""
+    assert run(tmp_path, seeds=1) == 0
+    config = tmp_path / "moments_by_depth/smoke-batch-seed0-synthetic/config.json"
+    config.write_text(config.read_text().replace('"batch": 4', '"batch": 5'))
+    assert run(tmp_path, seeds=1) == 0
+    assert procedure.calls == [("batch", 0), ("none", 0), ("batch", 0)]
+    assert run(tmp_path, seeds=1, resume=False) == 0 and len(procedure.calls) == 5
+    aside = sorted(folder.name for folder in (tmp_path / "moments_by_depth/.old").iterdir())
+    assert aside == [f"smoke-{label}-seed0-synthetic~{n}" for label, n in (("batch", 1), ("batch", 2), ("none", 1))]
+    assert len(read(tmp_path / "moments_by_depth").runs) == 2
+
+
+def test_missing_data_is_one_message_and_leaves_nothing(tmp_path: Path, procedure: Procedure, capsys) -> None:
+    assert run(tmp_path / "results", scale="full", data=str(tmp_path / "nowhere")) == 1
+    assert re.fullmatch(r"no CIFAR-10 in .*nowhere .*\n", capsys.readouterr().err)
+    assert not procedure.calls and not (tmp_path / "results").exists()
+
+
+def test_results_of_another_configuration_are_left_out(tmp_path: Path, procedure: Procedure) -> None:
+    assert run(tmp_path, seeds=2) == 0
+    config = tmp_path / "moments_by_depth/smoke-none-seed1-synthetic/config.json"
+    config.write_text(config.read_text().replace('"batch": 4', '"batch": 5'))
+    results = read(tmp_path / "moments_by_depth")
+    assert [run.config["seed"] for run in results.runs] == [0, 1, 0] and results.stale == 1
+    reporting.report(tmp_path)
+    assert "1 of another configuration left out" in (tmp_path / "report.md").read_text()
+
+
+def test_the_time_left_goes_by_the_minutes_that_specs_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(running.time, "perf_counter", lambda: now[0])
+    progress = running.Progress([1.0, 3.0])
+    assert progress.left() == 240  # as expected, while nothing is known
+    now[0], progress.past = 60.0, 0.5  # twice as slow
+    assert progress.left() == 2 * 60 * 3.5
+
+
+def test_reproduce_fits_into_half_an_hour() -> None:
+    """By the specs' own estimates; what has none would be taken for a minute."""
+    scales = {name: spec(name).scale("quick") for name in names()}
+    assert all(spec(name).minutes.get(at) for name, at in scales.items() if spec(name).at(at))
+    assert sum(spec(name).minutes[at] for name, at in scales.items() if spec(name).at(at)) <= 28
+
+
+def test_reproduce_runs_all_and_ends_with_the_report(tmp_path: Path, procedure: Procedure, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(reporting, "names", lambda: ["moments_by_depth"])
+    assert main(["reproduce", "--data", "synthetic", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\d+ runs: 0 finished before, \d+ to do, about \d+ (s|min) on two cores", said[0])
+    assert said[-1] == f"report: {tmp_path / 'report.html'}" and Path(said[-1].split(": ")[1]).exists()
+    procedure.fails = {len(procedure.calls) + 1: KeyboardInterrupt()}
+    (tmp_path / "moments_by_depth/full-none-seed0-synthetic/DONE").unlink()
+    assert main(["reproduce", "--data", "synthetic", "--seeds", "1", "--out", str(tmp_path)]) == 130
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["report", "--out", str(tmp_path / "file")]) == 1
+    assert re.fullmatch(r"no report: Not a directory \(.*file\)\n", capsys.readouterr().err)
+
+
+def test_runs_of_different_scales_and_data_live_side_by_side(tmp_path: Path, procedure, monkeypatch) -> None:
+    assert run(tmp_path) == 0
+    assert run(tmp_path, scale="reduced", data="synthetic", seeds=1) == 0
+    assert (read(tmp_path / "moments_by_depth").scale, read(tmp_path / "moments_by_depth").data) == (
+        "full",
+        "synthetic",
+    )
+    monkeypatch.setattr(cifar10, "load", lambda where: None)
+    assert run(tmp_path, data="some folder", seeds=1) == 0
+    assert (read(tmp_path / "moments_by_depth").scale, read(tmp_path / "moments_by_depth").data) == ("smoke", "cifar10")
+    assert read(tmp_path / "moments_by_depth", "full").data == "synthetic"
+
+
+def test_an_unknown_name_suggests_the_nearest(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "gradient_sign"])
+    assert stopped.value.code == 2
+    assert "no experiment 'gradient_sign'; did you mean 'gradient_signs'?" in capsys.readouterr().err
+
+
+def test_list(capsys: pytest.CaptureFixture) -> None:
+    assert main(["list"]) == 0
+    head, *lines, foot = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == names() and head.split()[0] == "name" and "estimates" in foot
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+
+@pytest.fixture(scope="module")
+def papers_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report on result files at scale full that hold the paper's own numbers."""
+    out = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("BNKERN_DATA", raising=False)
+        patch.setattr(cifar10, "load", lambda where: None)
+        for name in running.PROCEDURES:
+            patch.setitem(running.PROCEDURES, name, Procedure())
+        assert running.run(names(), "full", "some folder", "cpu", 2, out) == 0
+    reporting.report(out)
+    return out
+
+
+def test_every_section_stands_under_its_heading(papers_results: Path) -> None:
+    page = (papers_results / "report.html").read_text()
+    places = [page.index(f'<section id="{name}">') for name in names()]
+    assert places == sorted(places)
+    for heading in reporting.PARTS.values():
+        assert page.count(heading) in (0, 2)  # in the table of contents and above its sections
+    beyond = sum(spec(name).beyond for name in names())
+    assert f"Measured as in the paper: {len(names()) - beyond} held." in page
+    assert f"Beyond the paper: {beyond} held." in page and "Reduced means" not in page
+
+
+def test_report(papers_results: Path, tmp_path: Path) -> None:
+    page = (papers_results / "report.html").read_text()
+    assert page.count("<svg") == len(names()) and page.count(">held (") == 2 * len(names())
+    assert not re.search(r'(src|href)="(?!#|data:)', page), "the page needs nothing beside itself"
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert {ref for ref in re.findall(r'(?:href="|url\()#([^")]+)', page)} <= set(ids)
+    told = json.loads((papers_results / "report.json").read_text())["experiments"]
+    for experiment in told:
+        assert experiment["verdict"] == "held"
+        for claim in experiment["claims"] if experiment["name"] in ("gradient_signs", "moments_by_depth") else ():
+            assert claim["paper"] is None or claim["ours"] == pytest.approx(claim["paper"], rel=0.01)
+    row = "| a/b, layer 18, with batch norm | 251.8 | 252 | ×/÷ 1.00, n = 2 | within 1.6x of the paper's | 2 of 2 | ✓"
+    assert row in (papers_results / "report.md").read_text()
+    assert reporting.publish(papers_results, tmp_path / "published") == 0
+    assert (tmp_path / "published/figures/gradient_signs.svg").exists()
+    assert (tmp_path / "published/data/moments_by_depth.csv").read_text().startswith("norm,layer,seeds,ln_std,")
+
+
+def test_the_same_results_give_the_same_bytes(papers_results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ["diverging_update", "channel_gradients", "gradient_signs"]  # bands, pictures, bars
+    monkeypatch.setattr(reporting, "names", lambda: few)
+    reporting.report(papers_results)
+
+    def files() -> dict[str, bytes]:
+        found = [papers_results / f"report.{kind}" for kind in ("html", "md", "json")]
+        found += [*(papers_results / "figures").iterdir(), *(papers_results / "data").iterdir()]
+        return {file.name: file.read_bytes() for file in found}
+
+    before = files()
+    reporting.report(papers_results)
+    assert files() == before
+
+
+def test_a_report_without_results_says_what_to_run(tmp_path: Path) -> None:
+    page = reporting.report(tmp_path).read_text()
+    assert page.count(">not run<") == 2 * len(names()) and "<svg" not in page
+    assert "python -m experiments run gradient_signs --scale full" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (7.5e-5, "7.5e-5"),
+        (2.2e-4, "2.2e-4"),
+        (3.0e-10, "3e-10"),
+        (2e6, "2e6"),
+        (251.8, "252"),
+        (0.0, "0"),
+        (-0.85, "-0.85"),
+        (131072, "131072"),
+        (12345.6, "12346"),
+        (None, "-"),
+    ],
+)
+def test_numbers_for_readers(value: object, text: str) -> None:
+    assert reporting.number(value) == text
+
+
+def test_a_run_is_its_own_documentation() -> None:
+    """What a finished run writes down is the whole of its configuration."""
+    [planned, *_] = running.plan(["gradient_signs"], "reduced", "cifar10", 1, Path("results"))
+    assert planned.name == "gradient_signs/full-batch-seed0"
+    fields = set(Run.__dataclass_fields__) - {"seeds"}
+    assert planned.config.keys() == fields | {"experiment", "scale", "data", "seed"}
