@@ -53,7 +53,7 @@ struct ArrayMask : Registers<A> {
   static BNKERN_INLINE ArrayMask from_bits(std::uint16_t bits) {
     ArrayMask m;
     for (int k = 0; k < kCount; ++k) {
-      Bits bit;
+      Bits bit{};
       for (int i = 0; i < kWidth; ++i) bit[i] = 1 << (k * kWidth + i);
       m.part[k] = ((Bits{} + bits) & bit) != 0;
     }
