@@ -157,7 +157,7 @@ class Spec:
     remark: str = ""  # what came out otherwise than expected, or beyond the paper
     given: str = "printed"  # how the paper gives the claims' numbers: "printed", "read off" a figure, "derived" by us
     beyond: bool = False  # an experiment that the paper does not have
-    thresholds: str = ""  # when the checks' thresholds were set and from what, if report.THRESHOLDS does not apply
+    thresholds: str = ""  # when the thresholds were set and from what, if not as report.READING says
 
     def scale(self, asked: str) -> str:
         """The scale that serves ``asked``: the next larger one that differs, or "full"."""
