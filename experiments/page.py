@@ -1,6 +1,7 @@
 """The report as one HTML page with its figures."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -22,7 +23,7 @@ class Front:
     lead: str
     links: dict[str, str]
     tally: list[str]
-    lists: dict[str, list[str]]  # by heading
+    lists: dict[str, Sequence[str]]  # by heading
     sets: list[tuple[str, str, str, list[str]]]  # see report.run_sets
 
 
@@ -69,7 +70,7 @@ def _id(heading: str) -> str:
     return heading.lower().replace(" ", "-")
 
 
-def _list(lines: list[str], style: str = "") -> str:
+def _list(lines: Sequence[str], style: str = "") -> str:
     return f'<ul class="{style}">' + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
@@ -82,7 +83,8 @@ def _navigation(heads: list[str], parts: dict[str, list[Section]]) -> str:
 
 
 def _short_place(about: Spec) -> str:
-    return about.of.removeprefix("Beyond the paper: ").capitalize() if about.beyond else about.of
+    place = about.of.removeprefix("Beyond the paper: ")
+    return place[0].upper() + place[1:]
 
 
 def _results(parts: dict[str, list[Section]]) -> str:
@@ -208,14 +210,15 @@ class Figures:
     def inline(self, svg: str) -> str:
         """A figure without its prologue and its white background, in the page's colours, with ids of its own."""
         self._count += 1
-        prefix = f"i{self._count}"
+        prefix = f"i{self._count}_"
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.S)
         svg = re.sub(r"<(metadata|defs>\s*<style).*?</(metadata|style>\s*</defs)>", "", svg, flags=re.S)
         svg = re.sub(r">\s+<", "><", svg)
         svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
-        svg = re.sub(r"-?\d+\.\d\d+", lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), svg)
-        svg = re.sub(r"\n(?=[MLCQz])", "", re.sub(r" (?=\n)", "", svg))
+        svg = draw.rounded(svg, 1)
+        svg = re.sub(r' d="([^"]*)"', lambda path: ' d="' + re.sub(r"\s*([MLCQz])\s*", r"\1", path[1]) + '"', svg)
+        svg = re.sub(rf' clip-path="[^"]*"(?= style="[^"]*{draw.GRID})', "", svg)  # the grid ends at the axes
         svg = re.sub(r'style="([^"]*)"', lambda found: f'class="{self._class(found[1])}"', svg)
         svg = re.sub(r"((?:<use [^>]*/>)+)(?=</g>)", _shared, svg.replace("xlink:href", "href"))
         svg = svg.replace('"title description"', f'"{prefix}title {prefix}description"')

@@ -213,7 +213,7 @@ def run_sets(sections: list[Section]) -> list[tuple[str, str, str, list[str]]]:
 
 
 def _reductions(sections: list[Section]) -> list[str]:
-    return [f"{s.name} ({s.scale}): {s.reduction}" for s in sections if s.reduction]
+    return [f"{s.spec.of} ({s.name}, {s.scale}): {s.reduction}" for s in sections if s.reduction]
 
 
 # ------------------------------------------------------------------------------------------------ Markdown

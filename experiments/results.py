@@ -183,12 +183,12 @@ class Finding:
         return self.claim.check is not None and bool(self.values) and self.bound != 0
 
 
-def find(claim: Claim, values: Iterable[Value | float], judged: bool) -> Finding:
-    """One claim judged by its values.
+def find(claim: Claim, ours: Iterable[Value | float], judged: bool) -> Finding:
+    """One claim judged by our values, one for each seed.
 
     A mean over values of which one is not finite never holds. A bound neither holds nor is refuted.
     """
-    values = tuple(value if isinstance(value, Value) else Value(float(value)) for value in values)
+    values = tuple(value if isinstance(value, Value) else Value(float(value)) for value in ours)
     if not values:
         return Finding(claim, (), math.nan, math.nan, 0, None, 0)
     numbers = np.array([value.number for value in values])

@@ -68,7 +68,7 @@ class Section:
         scale = self.scale
         if scale == "full":
             scale = "beyond the paper" if self.spec.beyond else "as in the paper"
-        return f"{scale}, n = {least}" + (f" to {most}" if most > least else "")
+        return f"{scale}, n\u00a0=\u00a0{least}" + (f" to {most}" if most > least else "")
 
     @property
     def reduction(self) -> str:

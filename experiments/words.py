@@ -22,7 +22,7 @@ def number(value: object) -> str:
 
 def _short(value: float, digits: int = 6) -> str:
     """0.85, 7.5e-5: at most this many digits, and no trailing zeros."""
-    if value and not 1e-3 <= abs(value) < 1e5:
+    if value and not 1e-3 <= abs(value) < 10 ** min(digits, 5):
         return re.sub(r"\.?0*e\+?(-?)0*", r"e\1", f"{value:.{digits - 1}e}")
     return f"{value:.{digits}g}"
 
@@ -31,7 +31,7 @@ def paper(finding: Finding, spec: Spec) -> str:
     """The paper's number: with its own digits if it is printed, and three digits if it was read off or derived."""
     claim, given = finding.claim, finding.claim.given or spec.given
     if claim.paper is None:
-        return "not available"
+        return "–" if spec.beyond else "not available"
     return GIVEN[given].format(_short(claim.paper, 6 if given == "printed" else 3))
 
 
@@ -51,7 +51,7 @@ def ours(finding: Finding) -> tuple[str, str]:
     """Our number, and its spread with n. The spread decides the digits of an arithmetic mean."""
     if not finding.values:
         return "-", ""
-    count = f"n = {len(finding.values)}"
+    count = f"n\u00a0=\u00a0{len(finding.values)}"
     if finding.bound != 0:
         bound = {1: "at least ", -1: "at most ", None: "bounds near "}[finding.bound]
         ends = sum(value.bound != 0 for value in finding.values)

@@ -86,12 +86,23 @@ def _described(svg: str, title: str, description: str) -> str:
 
 def _smaller(svg: str) -> str:
     """Half the file: coordinates in hundredths of a point, and no ids, groups and indentation without a purpose."""
-    svg = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), svg)
+    svg = rounded(svg, 2)
     svg = re.sub(r'<g id="(?!patch_1")[\w.]+"', "<g", svg)
+    svg = re.sub(r'(<image [^>]*?) id="\w+"', r"\1", svg)  # equal images have equal ids
     svg = re.sub(r"\n\s+", "\n", svg)
     for _ in range(3):  # a tick is three groups around one element
         svg = re.sub(r"<g>\n?(<use [^>]*/>|<path [^>]*/>)\n?</g>", r"\1", svg)
     return svg
+
+
+def rounded(svg: str, digits: int) -> str:
+    """The figure with at most so many decimals in the attributes of its elements. Its text does not change."""
+
+    def number(found: re.Match) -> str:
+        return f"{float(found[0]):.{digits}f}".rstrip("0").rstrip(".")
+
+    longer = rf"-?\d+\.\d{{{digits + 1},}}"
+    return re.sub(r"<(?:path|use|text|image|g|rect|circle)\b[^>]*>", lambda tag: re.sub(longer, number, tag[0]), svg)
 
 
 def _label_powers(axis: Axis) -> None:

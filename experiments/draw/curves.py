@@ -1,11 +1,14 @@
 """Accuracy during training, for the figures of training runs."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from . import INK, SERIES, Rows, column
 
+MARKERS = 25  # on a curve, at most: a run has up to 2,400 epochs
 CHANCE = 10.0  # percent, with ten classes
 CURVES = {"test curve": "test accuracy, %", "train curve": "train accuracy, %"}
 
@@ -53,7 +56,8 @@ def panels(rows: Rows, styles: dict[str, tuple[str, int, str]]) -> Figure:
                 continue
             x, y, width = 100 * share[seen], mean[seen], spread[seen]
             axes.fill_between(x, y - width, y + width, color=SERIES[colour], alpha=0.18, linewidth=0)
-            axes.plot(x, y, marker=marker, markersize=3.5, color=SERIES[colour], linewidth=1.2)
+            every = -(-len(x) // MARKERS)
+            axes.plot(x, y, marker=marker, markevery=every, markersize=3.5, color=SERIES[colour], linewidth=1.2)
             paper = column(rows, "paper", run=label)[0]
             if name == "test curve" and paper is not None and low < paper < high:
                 papers = True
@@ -69,8 +73,9 @@ def panels(rows: Rows, styles: dict[str, tuple[str, int, str]]) -> Figure:
         for label in shown
         for text, colour, marker in [styles[label]]
     ]
-    hollow = dict(color=INK, marker="D", markerfacecolor="none", linestyle="none")
-    key += [Line2D([], [], label="the paper, final", **hollow)] * papers
+    if papers:
+        hollow: dict[str, Any] = dict(color=INK, marker="D", markerfacecolor="none", linestyle="none")
+        key.append(Line2D([], [], label="the paper, final", **hollow))
     key.append(Line2D([], [], color=INK, linestyle="--", linewidth=0.8, label="guessing"))
     key.append(Line2D([], [], color=INK, linestyle=":", linewidth=1, label="drops of the rate"))
     figure.legend(handles=key, loc="outside lower center", ncols=2)

@@ -42,14 +42,15 @@ def draw(rows: Rows) -> Figure:
     """Maps over the channels, a column for each layer, and the largest means of all seeds below."""
     figure = Figure(figsize=(6.6, 7.4))
     layers = sorted({row["layer"] for row in rows})
-    above, below = figure.subfigures(2, 1, height_ratios=(5, 3))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(5, 3))[:, 0]
     panels = above.subplots(len(MOMENTS), len(layers), sharex=True, squeeze=False)
     for line, moment in zip(panels, MOMENTS.values(), strict=True):
         for axes, layer in zip(line, layers, strict=True):
             mine = [row for row in rows if (row["layer"], row["moment"], row["shown"]) == (layer, moment, 1)]
             channels = [f"channel {c}" for c in range(CHANNELS) if mine[0][f"channel {c}"] is not None]
             values = np.array([[row[name] for name in channels] for row in mine], float).T
-            most = np.abs(values).max()
+            values = np.ma.masked_invalid(values)  # too large a step overflows
+            most = float(np.abs(values).max()) if values.count() else 1.0
             picture = axes.imshow(
                 values,
                 cmap="PuOr_r",

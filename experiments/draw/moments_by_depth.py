@@ -62,5 +62,5 @@ def draw(rows: Rows) -> Figure:
     panels[-1].set_xticks(sorted({row["layer"] for row in rows}))
     panels[-1].set_xlabel("layer")
     fewest = min(row["seeds"] for row in rows)
-    figure.legend(handles=[*key_of_nets(fewest), key_of_paper()], loc="outside lower center", ncols=3)
+    figure.legend(handles=[*key_of_nets(fewest), key_of_paper()], loc="outside lower center", ncols=2)
     return figure

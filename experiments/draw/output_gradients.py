@@ -47,18 +47,18 @@ def draw(rows: Rows) -> Figure:
     maps = [row for row in rows if row["image"] >= 0]
     nets = [norm for norm in ORDER if column(maps, "image", norm=norm)]
     classes = [key for key in rows[0] if key.startswith("class")]
-    above, below = figure.subfigures(2, 1, height_ratios=(4, 1.4))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(4, 1.4))[:, 0]
     panels = above.subplots(1, len(nets), sharey=True, squeeze=False)[0]
     for axes, norm in zip(panels, nets, strict=True):
         values = [[row[key] for key in classes] for row in maps if row["norm"] == norm]
         picture = axes.imshow(
             values, cmap="PuOr_r", vmin=-1, vmax=1, aspect="auto", interpolation="none", origin="lower"
         )
-        axes.set_title(f"{NETS[norm][0]}, seed {column(maps, 'seed', norm=norm)[0]}", loc="left", fontsize=10)
+        axes.set_title(NETS[norm][0], loc="left", fontsize=10)
         axes.set_xlabel("class")
         axes.set_xticks(range(len(classes)))
         axes.grid(False)
-    panels[0].set_ylabel("image")
+    panels[0].set_ylabel(f"image (seed {maps[0]['seed']})")
     above.colorbar(picture, ax=panels, label="B dL/dlogits", fraction=0.06)
     axes = below.subplots()
     for place, norm in enumerate(reversed(nets)):

@@ -1,5 +1,7 @@
 """Variance of the activations and share of the branch, block by block."""
 
+from typing import Literal
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -11,7 +13,7 @@ CAPTION = (
     "variance of the branch over that of the skip path. Lines: median over seeds. Bands: all seeds. Dotted: a new "
     "stage begins."
 )
-LINES = {"batch": "-", "none": "--"}
+LINES: dict[str, Literal["-", "--"]] = {"batch": "-", "none": "--"}
 QUANTITIES = {"variance": "variance", "mean square": "squared mean", "branch over skip": "branch / skip"}
 
 

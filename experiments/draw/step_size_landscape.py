@@ -51,5 +51,5 @@ def draw(rows: Rows) -> Figure:
     for axes in panels[-1]:
         axes.set_xlabel("a")
     seeds = min(row["seeds"] for row in rows)
-    figure.legend(handles=[*key_of_nets(seeds), key_of_paper()], loc="outside lower center", ncols=3)
+    figure.legend(handles=[*key_of_nets(seeds), key_of_paper()], loc="outside lower center", ncols=2)
     return figure

@@ -55,7 +55,7 @@ SPEC = Spec(
     claims=tuple(claim(*key, *at) for key in PAPER for at in zip(LAYERS, PAPER[key], strict=True)),
     runs=tuple(Run(norm, "at_init", norm, ("gradient_signs",), LAYERS) for norm in NETS),
     smaller={"smoke": {"batch": 2, "seeds": 1}},
-    minutes={"full": 0.6},
+    minutes={"full": 0.58},
     paper=PAPER,
     remark="Independent signs would give an a/b of about sqrt N. With batch norm a/b is 0.4 to 0.65 of that, so its "
     "fall with depth is mostly the fall of the resolution. The share of signs that agree, |sum sign d| over the "

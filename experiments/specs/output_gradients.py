@@ -39,7 +39,7 @@ SPEC = Spec(
     ),
     runs=tuple(Run(norm, "at_init", norm, ("output_gradients",)) for norm in NETS),
     smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 8}},
-    minutes={"full": 0.6},
+    minutes={"full": 0.51},
     remark="Batch norm weakens the pattern and does not remove it. The largest column mean times 128 is 0.14 to 0.63 "
     "over the ten seeds with batch norm, with a median of 0.21, and 0.84 to 0.95 without batch norm. The heat maps "
     "show the seed whose value with batch norm is nearest to the median.",
