@@ -3,7 +3,6 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..specs import at_rate
 from . import INK, SERIES, Rows, column
 
 CAPTION = (
@@ -12,6 +11,12 @@ CAPTION = (
     "% of training."
 )
 QUANTITIES = {"C": "C", "lr C / |B|": "lr C / |B|"}
+TEXTS = {
+    "batch-0.1": "batch norm, lr 0.1",
+    "batch-0.003": "batch norm, lr 0.003",
+    "batch-0.0001": "batch norm, lr 0.0001",
+    "none-0.0001": "no batch norm, lr 0.0001",
+}
 MARKERS = "o^vs"
 DROPS = (0.5, 0.75)
 
@@ -40,7 +45,7 @@ def draw(rows: Rows) -> Figure:
                 np.array(column(rows, key, run=label), float) for key in ("step", name, f"{name} low", f"{name} high")
             )
             axes.fill_between(step + 1, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(step + 1, mean, marker=marker, color=colour, linewidth=1.2, label=at_rate(label))
+            axes.plot(step + 1, mean, marker=marker, color=colour, linewidth=1.2, label=TEXTS[label])
         for share in DROPS:  # the last step is always measured
             axes.axvline(share * (max(column(rows, "step")) + 1) + 1, color=INK, linestyle=":", linewidth=1)
         axes.set(xscale="log", yscale="log", ylabel=text)
