@@ -1,7 +1,7 @@
 """Every figure and table of "Understanding Batch Normalization" (Bjorck et al., 2018), each from one command.
 
-An experiment is a name with two files: ``specs/<name>.py`` says what the paper claims, what to run and when the
-claim holds; ``draw/<name>.py`` turns result files into tables and a figure. ``python -m experiments --help``.
+An experiment is a name with two files. ``specs/<name>.py`` has the paper's claims, the runs and the conditions under
+which a claim holds. ``draw/<name>.py`` makes tables and a figure of the results. ``python -m experiments --help``.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from .specs import Spec
 
 
 def names() -> list[str]:
-    """The experiments, in the order in which the report tells them: that of the paper."""
+    """The experiments in the order of the report, which is that of the paper."""
     from . import specs
 
     found = [module.name for module in pkgutil.iter_modules(specs.__path__)]

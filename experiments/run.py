@@ -1,8 +1,9 @@
-"""The runner: which runs are wanted, which are finished already, and the rest one after the other.
+"""The runner: it plans the runs, finds the finished ones, and executes the others one after the other.
 
-A run lives in ``<out>/<experiment>/<scale>-<label>-seed<k>/``: ``config.json`` (what was asked), ``env.json`` (what it
-ran on), ``probes/<file>.npz`` (what it measured), what else its procedure keeps and, written last, ``DONE``. A folder
-without DONE was interrupted or failed (then ``error.txt`` says why) and is done again, from what its procedure kept.
+A run has the folder ``<out>/<experiment>/<scale>-<label>-seed<k>/`` with ``config.json`` (its configuration),
+``env.json`` (machine and versions), ``probes/<file>.npz`` (the measurements), other files of its procedure, and
+``DONE``, which is written last. A folder without DONE belongs to a run that was interrupted or has failed. After a
+failure ``error.txt`` has the error. The run is repeated from what its procedure kept.
 """
 
 import os
@@ -10,6 +11,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +24,7 @@ from bnkern.train import cifar10
 from bnkern.train.runlog import differing, environment, finished, put_aside, write_json
 
 from . import spec
+from .pace import REFERENCE, Kind, Pace, shares, step_seconds
 from .procedures import PROCEDURES
 from .results import configuration
 
@@ -30,19 +33,24 @@ INTERRUPTED = 130  # exit status after Ctrl-C
 
 @dataclass(frozen=True)
 class Planned:
-    """One run that is wanted: its folder and its whole configuration."""
+    """One planned run: its folder and its whole configuration."""
 
     folder: Path
     config: dict
-    minutes: float  # that it is expected to take, on two cores
-    kept: Path | None = None  # a folder that counts too, if it has this run, finished
+    seconds: float  # the expected time on the machine of the specs' minutes
+    kept: Path | None = None  # a second folder in which the run may be finished
 
     @property
     def name(self) -> str:
         return f"{self.folder.parent.name}/{self.folder.name}"
 
+    @property
+    def kind(self) -> Kind:
+        """What its pace depends on."""
+        return Kind(self.config["procedure"], self.config["experiment"])
+
     def finished(self) -> bool:
-        """Whether it is done, as configured now."""
+        """Whether it is finished with its present configuration."""
         return any(finished(place, self.config) for place in (self.folder, self.kept) if place)
 
 
@@ -55,13 +63,14 @@ def plan(
         about = spec(experiment)
         at = about.scale(scale)
         runs = about.at(at)
-        minutes = about.minutes.get(at, 1) / max(1, sum(run.seeds for run in runs))
+        share = shares(runs)
         for run in runs:
             for seed in range(seeds or run.seeds):
                 config = configuration(experiment, about, run, at, data, seed)
                 name = f"{at}-{run.label}-seed{seed}" + "-synthetic" * (config["data"] == "synthetic")
                 there = kept / experiment / name if kept else None
-                wanted.append(Planned(out / experiment / name, config, minutes, there))
+                seconds = 60 * about.minutes.get(at, 1) * share[run.label]
+                wanted.append(Planned(out / experiment / name, config, seconds, there))
     return wanted
 
 
@@ -74,56 +83,65 @@ def run(
     out: Path = Path("results"),
     resume: bool = True,
     kept: Path | None = None,
+    finished: Callable[[str], None] | None = None,
 ) -> int:
-    """Does what is not done yet; a run that fails is recorded and does not stop the others.
+    """Executes the runs that are not finished. A run that fails is recorded and does not stop the others.
 
     Args:
         experiments: names.
         scale: one of specs.SCALES.
-        data: as for bnkern.train.cifar10.load; at scale "smoke", "synthetic" where nothing is given.
-        device: torch's name; default "cuda" where there is one, else "cpu".
-        seeds: how many, instead of each configuration's own number.
-        out: where result folders are.
-        resume: keep finished runs; else do them all again.
-        kept: another folder, by experiment, whose finished runs count as done.
+        data: as for bnkern.train.cifar10.load. The default at scale "smoke" is "synthetic".
+        device: torch's name. The default is "cuda" if there is a GPU, and else "cpu".
+        seeds: the number of seeds, instead of that of each configuration.
+        out: the folder of the results.
+        resume: keep finished runs. Otherwise they are repeated.
+        kept: another folder, by experiment, whose finished runs are not repeated.
+        finished: called with an experiment's name after its last run.
 
     Returns:
-        the exit status: 0; 1 where a run failed, or data or disk are wanting; 130 after Ctrl-C.
+        the exit status: 0; 1 if a run failed, data are missing or the disk is full; 130 after Ctrl-C.
     """
     data = data or os.environ.get("BNKERN_DATA") or ("synthetic" if scale == "smoke" else None)
     kind = "synthetic" if data == "synthetic" else "cifar10"
     wanted = plan(experiments, scale, kind, seeds, out, kept)
     todo = [planned for planned in wanted if not (resume and planned.finished())]
-    expected = 60 * sum(planned.minutes for planned in todo)
-    about = f", about {duration(expected)} on two cores" if todo and scale != "smoke" else ""
+    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pace = Pace(step_seconds(on) / REFERENCE if todo and scale != "smoke" else 1.0)
+    expected = sum(planned.seconds * pace.of(planned.kind) for planned in todo)
+    about = f", about {duration(expected)} on this machine" if todo and scale != "smoke" else ""
     print(f"{len(wanted)} runs: {len(wanted) - len(todo)} finished before, {len(todo)} to do{about}", flush=True)
     if not todo:
         return 0
     try:
         images = cifar10.load(data) if any(planned.config["data"] != "none" for planned in todo) else None
-        on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        failed = _run_all(todo, images, on)
+        failed = _run_all(todo, images, on, pace, finished)
     except cifar10.DataError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         done = sum(planned.finished() for planned in wanted)
-        print(f"\nstopped: {done} of {len(wanted)} runs are finished; the same command does the rest", file=sys.stderr)
+        print(f"\nStopped: {done} of {len(wanted)} runs are finished. The same command continues.", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:  # a full disk, a folder that cannot be written
-        print(f"stopped: {error.strerror or error} ({out}); the same command does the rest", file=sys.stderr)
+        print(f"Stopped: {error.strerror or error} ({out}). The same command continues.", file=sys.stderr)
         return 1
     if failed:
-        print(f"{failed} of {len(todo)} runs failed; error.txt in their folders says why", file=sys.stderr)
+        print(f"{failed} of {len(todo)} runs failed. error.txt in their folders has the errors.", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _run_all(todo: list[Planned], images: cifar10.Cifar10 | None, device: torch.device) -> int:
-    """How many failed."""
+def _run_all(
+    todo: list[Planned],
+    images: cifar10.Cifar10 | None,
+    device: torch.device,
+    pace: Pace,
+    finished: Callable[[str], None] | None,
+) -> int:
+    """Returns the number of runs that failed."""
     failed = 0
-    with Progress([planned.minutes for planned in todo]) as progress:
-        for planned in todo:
-            progress.start(planned.name, planned.minutes)
+    with Progress(todo, pace) as progress:
+        for planned, following in zip(todo, [*todo[1:], None], strict=True):
+            progress.start(planned)
             try:
                 _run_one(planned, images, device, progress.tick)
             except OSError:
@@ -134,6 +152,8 @@ def _run_all(todo: list[Planned], images: cifar10.Cifar10 | None, device: torch.
                 progress.end(f"FAILED: {type(error).__name__}: {error}")
             else:
                 progress.end("done")
+            if finished and (following is None or following.kind != planned.kind):
+                finished(planned.config["experiment"])
     return failed
 
 
@@ -159,16 +179,14 @@ def _run_one(planned: Planned, images: cifar10.Cifar10 | None, device: torch.dev
 
 
 class Progress:
-    """Bars over all runs and within one on a terminal, elsewhere a line a run; both with the time that is left.
+    """The progress of all runs and of the present one: bars on a terminal, and else a line for each run.
 
-    Runs weigh as many minutes as their specs expect; the time left is what they expect, times what the runs so far
-    took over what they were expected to take.
+    Both state the time that is left. It is what the runs are expected to take at the pace of those before them.
     """
 
-    def __init__(self, minutes: list[float]) -> None:
-        self.total, self.done = len(minutes), 0
-        self.whole, self.past, self.weight, self.share = sum(minutes), 0.0, 0.0, 0.0
-        self.clock = time.perf_counter()
+    def __init__(self, todo: list[Planned], pace: Pace) -> None:
+        self.todo, self.pace, self.done, self.share = todo, pace, 0, 0.0
+        self.clock = self.started = time.perf_counter()
         terminal = sys.stderr.isatty()
         form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
         self.runs = tqdm(total=1, bar_format=form, disable=not terminal)
@@ -181,41 +199,48 @@ class Progress:
         self.run.close()
         self.runs.close()
 
-    def start(self, name: str, minutes: float) -> None:
-        self.name, self.weight, self.share, self.started = name, minutes, 0.0, time.perf_counter()
+    def start(self, planned: Planned) -> None:
+        self.share, self.started = 0.0, time.perf_counter()
         self.run.set_postfix_str("", refresh=False)
-        self.run.set_description(name, refresh=False)
+        self.run.set_description(planned.name, refresh=False)
         self.run.reset()
         self._show()
 
     def tick(self, share: float, what: str) -> None:
-        """``share`` of the run is done, ``what`` comes next."""
+        """``share`` of the run is done, and ``what`` comes next."""
         self.share = share
         self.run.set_postfix_str(what, refresh=False)
         self.run.update(share - self.run.n)
         self._show()
 
     def end(self, outcome: str) -> None:
-        self.done += 1
-        self.past, self.share = self.past + self.weight, 0.0
+        planned, took = self.todo[self.done], time.perf_counter() - self.started
+        if outcome == "done":  # a failed run may have ended early
+            self.pace.add(planned.kind, planned.seconds, took)
+        self.done, self.share = self.done + 1, 0.0
+        self.started = time.perf_counter()
         self._show()
+        total = len(self.todo)
         if self.runs.disable:
-            took = duration(time.perf_counter() - self.started, exact=True)
-            line = f"[{self.done:>{len(str(self.total))}}/{self.total}] {self.name}: {outcome}, {took}"
-            print(line + (f", about {duration(self.left())} left" if self.done < self.total else ""), flush=True)
+            line = f"[{self.done:>{len(str(total))}}/{total}] {planned.name}: {outcome}, {duration(took, exact=True)}"
+            print(line + (f", about {duration(self.left())} left" if self.done < total else ""), flush=True)
         elif outcome != "done":
-            self.runs.write(f"{self.name}: {outcome}", file=sys.stderr)
+            self.runs.write(f"{planned.name}: {outcome}", file=sys.stderr)
 
     def left(self) -> float:
         """Seconds."""
-        past = self.past + self.share * self.weight
-        pace = (time.perf_counter() - self.clock) / past if past else 60.0
-        return pace * (self.whole - past)
+        expected = [planned.seconds * self.pace.of(planned.kind) for planned in self.todo[self.done :]]
+        if not expected:
+            return 0.0
+        # What the present run has taken replaces its expectation as its share grows.
+        present = (1 - self.share) * expected[0] + (time.perf_counter() - self.started)
+        return (1 - self.share) * present + sum(expected[1:])
 
     def _show(self) -> None:
-        self.runs.set_description(f"run {min(self.done + 1, self.total)} of {self.total}", refresh=False)
-        self.runs.set_postfix_str(f"about {duration(self.left())} left", refresh=False)
-        self.runs.update((self.past + self.share * self.weight) / self.whole - self.runs.n)
+        left, past = self.left(), time.perf_counter() - self.clock
+        self.runs.set_description(f"run {min(self.done + 1, len(self.todo))} of {len(self.todo)}", refresh=False)
+        self.runs.set_postfix_str(f"about {duration(left)} left", refresh=False)
+        self.runs.update((past / (past + left) if past + left else 0.0) - self.runs.n)
 
 
 def duration(seconds: float, exact: bool = False) -> str:

@@ -1,10 +1,12 @@
-"""How results look: one style for all figures, and the words that the drawers share. Needs numpy and matplotlib alone.
+"""The style of all figures, and what the drawers share. Needs only numpy and matplotlib.
 
-A drawer is a module of two functions and a text: ``tables(spec, results)`` gives named tables, each a list of rows;
-the first holds every number of the figure, ``draw(rows)`` draws it from those alone, and CAPTION says how to read it.
+A drawer is a module of two functions and a text. ``tables(spec, results)`` returns named tables, each a list of rows.
+The first has every number of the figure, and ``draw(rows)`` draws the figure from its rows. CAPTION explains it.
 """
 
+import re
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-Rows = list[dict[str, Any]]  # what stands in a column is known by its name
+Rows = list[dict[str, Any]]  # the name of a column says what it contains
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; the shape of a marker says the same again.
+# The palette of Okabe and Ito, which can be told apart with every kind of colour vision. Markers differ too.
 INK, GRID = "#1a1c20", "#c9ccd3"
 COLOURS = {
     "blue": "#0072b2",
@@ -28,18 +30,18 @@ COLOURS = {
     "sky": "#56b4e9",
 }
 SERIES = tuple(COLOURS[name] for name in ("blue", "vermilion", "green", "purple", "sky"))  # of more than two
-NETS = {"batch": ("with batch norm", COLOURS["blue"], "o"), "none": ("without", COLOURS["vermilion"], "s")}
+NETS = {"batch": ("with batch norm", COLOURS["blue"], "o"), "none": ("without batch norm", COLOURS["vermilion"], "s")}
 
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
-    "axes.facecolor": "none",  # so that the figure's ground is the only one
+    "axes.facecolor": "none",  # the figure's background is the only one
     "axes.grid": True,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.constrained_layout.use": True,
-    "figure.figsize": (5.4, 3.6),  # inches; a phone shows it at two thirds of its size, still readable
+    "figure.figsize": (5.4, 3.6),  # inches; on a phone the page scrolls a figure sideways
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "grid.color": GRID,
@@ -49,7 +51,7 @@ STYLE = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "savefig.transparent": False,
-    "svg.fonttype": "none",  # text stays text: small files, readable aloud
+    "svg.fonttype": "none",  # text stays text: smaller files, and screen readers can read it
     "svg.hashsalt": "bnkern",  # the same ids on every run
     "text.color": INK,
     "xtick.color": INK,
@@ -57,37 +59,70 @@ STYLE = {
 }
 
 
-def save(draw: Callable[[Rows], Figure], rows: Rows, stem: Path) -> None:
-    """Draws ``rows`` in the common style as ``stem``.svg and .png, the same bytes for the same rows."""
+def save(draw: Callable[[Rows], Figure], rows: Rows, stem: Path, title: str, description: str) -> None:
+    """Draws ``rows`` in the common style as ``stem``.svg and .png. The same rows give the same bytes.
+
+    ``title`` and ``description`` are for screen readers.
+    """
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # it asks for the literal names
         figure = draw(rows)
         for axes in figure.axes:
             for axis in (axes.xaxis, axes.yaxis):
                 if axis.get_scale() == "log":
                     _label_powers(axis)
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
-        figure.set_layout_engine("none")  # stays as it was laid out, and takes no time again
+        file = stem.with_suffix(".svg")
+        figure.savefig(file, metadata={"Date": None, "Creator": None})
+        file.write_text(_smaller(_described(file.read_text(), title, description)))
+        figure.set_layout_engine("none")  # the layout is kept and not computed again
         figure.savefig(stem.with_suffix(".png"), dpi=160, metadata={"Software": None})
 
 
+def _described(svg: str, title: str, description: str) -> str:
+    """The figure with a role, a title and a description."""
+    elements = f'<title id="title">{escape(title)}</title>\n <desc id="description">{escape(description)}</desc>'
+    opened = r'<svg role="img" aria-labelledby="title description" \1>\n ' + elements.replace("\\", r"\\")
+    return re.sub(r"<svg ([^>]*)>", opened, svg, count=1)
+
+
+def _smaller(svg: str) -> str:
+    """Half the file: coordinates in hundredths of a point, and no ids, groups and indentation without a purpose."""
+    svg = rounded(svg, 2)
+    svg = re.sub(r'<g id="(?!patch_1")[\w.]+"', "<g", svg)
+    svg = re.sub(r'(<image [^>]*?) id="\w+"', r"\1", svg)  # equal images have equal ids
+    svg = re.sub(r"\n\s+", "\n", svg)
+    for _ in range(3):  # a tick is three groups around one element
+        svg = re.sub(r"<g>\n?(<use [^>]*/>|<path [^>]*/>)\n?</g>", r"\1", svg)
+    return svg
+
+
+def rounded(svg: str, digits: int) -> str:
+    """The figure with at most so many decimals in the attributes of its elements. Its text does not change."""
+
+    def number(found: re.Match) -> str:
+        return f"{float(found[0]):.{digits}f}".rstrip("0").rstrip(".")
+
+    longer = rf"-?\d+\.\d{{{digits + 1},}}"
+    return re.sub(r"<(?:path|use|text|image|g|rect|circle)\b[^>]*>", lambda tag: re.sub(longer, number, tag[0]), svg)
+
+
 def _label_powers(axis: Axis) -> None:
-    """Powers of ten alone; plain 1, 2 and 5 times them on an axis that spans too few. A drawer's own ticks stay."""
+    """Labels at powers of ten, or at 1, 2 and 5 times them if the axis spans few. A drawer's own ticks stay."""
     if isinstance(axis.get_major_locator(), FixedLocator):
         return
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
     low, high = axis.get_view_interval()
-    if 0 < low < high < 30 * low:
+    if 0 < low < high < 100 * low:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def column(rows: Rows, name: str, **where: object) -> list:
-    """One column of the rows that have these values."""
+    """One column, of the rows that have these values."""
     return [row[name] for row in rows if all(row[key] == value for key, value in where.items())]
 
 
 def band(axes, x, rows: Rows, name: str, style: str, colour: str) -> None:
-    """The line ``name`` over x, and behind it the band from ``name low`` to ``name high``."""
+    """The line ``name`` over x, and the band from ``name low`` to ``name high`` behind it."""
     axes.fill_between(
         x, column(rows, f"{name} low"), column(rows, f"{name} high"), color=colour, alpha=0.2, linewidth=0
     )
@@ -95,12 +130,12 @@ def band(axes, x, rows: Rows, name: str, style: str, colour: str) -> None:
 
 
 def ranged(name: str, values: np.ndarray) -> dict[str, float]:
-    """What ``band`` draws of one number a seed: the median, the least and the largest."""
+    """What ``band`` draws of one number per seed: the median, the minimum and the maximum."""
     return {name: np.median(values), f"{name} low": np.min(values), f"{name} high": np.max(values)}
 
 
 def living(name: str, values: np.ndarray, dead: np.ndarray) -> dict[str, float]:
-    """As ``ranged``, of the seeds that are not dead; nan where all are."""
+    """The same as ``ranged`` for the seeds that are not dead. nan if all are dead."""
     return (
         ranged(name, values[~dead]) if not dead.all() else dict.fromkeys((name, f"{name} low", f"{name} high"), np.nan)
     )

@@ -1,4 +1,4 @@
-"""Figure 7 and Appendix G: gradients by channel, as a picture and against the channels' means."""
+"""Figure 7 and Appendix G: gradients by channel, as heat maps and over the means of the channels."""
 
 import numpy as np
 from matplotlib.colors import LogNorm
@@ -7,13 +7,14 @@ from matplotlib.figure import Figure
 from . import NETS, Rows, column
 
 CAPTION = (
-    "Layer 45, seed 0. Above: M over its mean, output channels upwards, input channels to the right, one logarithmic "
-    "scale for both. Below: the sum of each input channel's column over the mean of all, against that channel's |mean|."
+    "Layer 45, seed 0. Above: M over its mean, with output channels upwards and input channels to the right, and one "
+    "logarithmic colour scale for both. Below: the mean of each input channel's column of M over the mean of M, over "
+    "the |mean| of that channel."
 )
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """For each input channel of the first seed its mean and its column of M; and how uneven M is for each seed."""
+    """Mean and column of M of each input channel for the first seed, and the variation of M for each seed."""
     layer = spec.runs[0].layers[0]
     channels, seeds = [], []
     for norm in NETS:
@@ -32,7 +33,7 @@ def tables(spec, results) -> dict[str, Rows]:
 
 
 def draw(rows: Rows) -> Figure:
-    """Two pictures above two clouds of points."""
+    """Two heat maps above two scatter plots."""
     figure = Figure(figsize=(5.4, 5.6))
     nets = [norm for norm in NETS if column(rows, "input", norm=norm)]
     panels = figure.subplots(2, len(nets), squeeze=False, sharex="row", sharey="row", height_ratios=(3, 2))

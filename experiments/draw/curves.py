@@ -1,4 +1,6 @@
-"""Accuracy along training: what the figures of training runs share."""
+"""Accuracy during training, for the figures of training runs."""
+
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -6,11 +8,13 @@ from matplotlib.lines import Line2D
 
 from . import INK, SERIES, Rows, column
 
+MARKERS = 25  # on a curve, at most: a run has up to 2,400 epochs
+CHANCE = 10.0  # percent, with ten classes
 CURVES = {"test curve": "test accuracy, %", "train curve": "train accuracy, %"}
 
 
 def of_runs(results, labels: list[str], paper: dict[str, float]) -> tuple[Rows, Rows]:
-    """Means and spreads over the seeds that did not diverge, an evaluation a row; and a row of final values a run."""
+    """Means and spreads over the seeds that did not diverge: a row for each evaluation, and one for each run's end."""
     curves, ends = [], []
     for label in labels:
         runs = results.where(label=label)
@@ -35,8 +39,13 @@ def _spread(name: str, values: list[float]) -> dict[str, float | np.floating]:
 
 
 def panels(rows: Rows, styles: dict[str, tuple[str, int, str]]) -> Figure:
-    """A panel each for test and train accuracy; ``styles``: text, colour's number and marker by run."""
+    """A panel each for test and train accuracy. ``styles``: text, number of the colour, and marker by run.
+
+    The axes span the curves. The paper's values are drawn if they are within the axes.
+    """
     figure = Figure(figsize=(5.4, 6.2))
+    low, high = _limits(rows)
+    papers = False
     for axes, (name, text) in zip(figure.subplots(2, 1, sharex=True), CURVES.items(), strict=True):
         for label, (_, colour, marker) in styles.items():
             share, mean, spread = (
@@ -47,13 +56,16 @@ def panels(rows: Rows, styles: dict[str, tuple[str, int, str]]) -> Figure:
                 continue
             x, y, width = 100 * share[seen], mean[seen], spread[seen]
             axes.fill_between(x, y - width, y + width, color=SERIES[colour], alpha=0.18, linewidth=0)
-            axes.plot(x, y, marker=marker, markersize=3.5, color=SERIES[colour], linewidth=1.2)
+            every = -(-len(x) // MARKERS)
+            axes.plot(x, y, marker=marker, markevery=every, markersize=3.5, color=SERIES[colour], linewidth=1.2)
             paper = column(rows, "paper", run=label)[0]
-            if name == "test curve" and paper is not None:
+            if name == "test curve" and paper is not None and low < paper < high:
+                papers = True
                 axes.plot(101.5, paper, "D", color=SERIES[colour], markerfacecolor="none", markersize=6, clip_on=False)
         for drop in (50, 75):
             axes.axvline(drop, color=INK, linestyle=":", linewidth=1)
-        axes.set(ylabel=text, ylim=(0, 101), xlim=(0, 103))
+        axes.axhline(CHANCE, color=INK, linestyle="--", linewidth=0.8)
+        axes.set(ylabel=text, ylim=(low, high), xlim=(0, 103))
     axes.set_xlabel("share of training, %")
     shown = [label for label in styles if column(rows, "run", run=label)]
     key = [
@@ -61,6 +73,17 @@ def panels(rows: Rows, styles: dict[str, tuple[str, int, str]]) -> Figure:
         for label in shown
         for text, colour, marker in [styles[label]]
     ]
-    paper = Line2D([], [], color=INK, marker="D", markerfacecolor="none", linestyle="none", label="the paper, final")
-    figure.legend(handles=[*key, paper], loc="outside lower center", ncols=2)
+    if papers:
+        hollow: dict[str, Any] = dict(color=INK, marker="D", markerfacecolor="none", linestyle="none")
+        key.append(Line2D([], [], label="the paper, final", **hollow))
+    key.append(Line2D([], [], color=INK, linestyle="--", linewidth=0.8, label="guessing"))
+    key.append(Line2D([], [], color=INK, linestyle=":", linewidth=1, label="drops of the rate"))
+    figure.legend(handles=key, loc="outside lower center", ncols=2)
     return figure
+
+
+def _limits(rows: Rows) -> tuple[float, float]:
+    """The range of all curves with a margin of 3 points, and at least the accuracy of guessing."""
+    values = np.array([column(rows, name) for name in CURVES], float)
+    values = values[np.isfinite(values)]
+    return min(values.min(initial=CHANCE), CHANCE) - 3, min(values.max(initial=CHANCE) + 3, 101)

@@ -1,4 +1,4 @@
-"""The demo's figure: Table 1 on one seed, and the probe of two short trainings."""
+"""The demo's figure: Table 1 on one seed, and the probe of two short training runs."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -7,7 +7,7 @@ from . import NETS, Rows, band, column, key_of_nets, key_of_paper
 
 
 def draw(rows: Rows) -> Figure:
-    """Left a/b by layer beside the paper's; right the spread of the last norm layer's input by training step."""
+    """Left: a/b by layer and the paper's values. Right: the spread of the last norm layer's input by training step."""
     table = [row for row in rows if "layer" in row]
     steps = [row for row in rows if "step" in row]
     figure = Figure(figsize=(8.6, 3.6))

@@ -1,4 +1,4 @@
-"""Appendix H: the largest learning rate that a network bears, by depth."""
+"""Appendix H: the largest stable learning rate by depth."""
 
 from typing import Any
 
@@ -6,19 +6,19 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from . import INK, NETS, Rows
+from . import GRID, INK, NETS, Rows
 
 CAPTION = (
-    "Largest of the learning rates tried that is borne (filled) and that teaches (hollow): mean of its logarithm and "
-    "range over seeds. An arrow up marks a limit above all rates tried, an arrow down one below them all: these are "
-    "bounds, and no line leads to them."
+    "The largest learning rate that is stable (filled), and the largest at which the network learns (hollow): mean of "
+    "the logarithm and range over seeds. Shaded: outside of the rates tried. An arrow up marks a limit above all rates "
+    "tried and an arrow down a limit below them. These are bounds, and no line leads to them."
 )
-LIMITS = {"limit": "borne", "learning limit": "teaches"}
+LIMITS = {"limit": "stable", "learning limit": "learns"}
 ARROWS = {1: "^", -1: "v"}
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """The limits by depth, as logarithms to base 10, with the seeds whose limit is only a bound; and every rate."""
+    """The limits by depth as log10, the number of seeds whose limit is only a bound, and every rate."""
     limits, tried = [], []
     for run in spec.runs:
         done = results.where(label=run.label)
@@ -30,15 +30,16 @@ def tables(spec, results) -> dict[str, Rows]:
             numbers, bounds = [value.number for value in values], [value.bound for value in values]
             row |= {name: np.mean(numbers), f"{name} low": min(numbers), f"{name} high": max(numbers)}
             row |= {f"{name} above all": bounds.count(1), f"{name} below all": bounds.count(-1)}
-        limits.append(row)
-        for index, rate in enumerate(done[0].at("lrs")):
+        rates = done[0].at("lrs")
+        limits.append(row | {"lowest rate": rates.min(), "highest rate": rates.max()})
+        for index, rate in enumerate(rates):
             shares = {name: np.mean([one.at(name)[index] for one in done]) for name in ("survived", "learned")}
             tried.append({"norm": run.norm, "depth": row["depth"], "lr": rate, **shares})
     return {"depth_limits": limits, "depth_limits_tried": tried}
 
 
 def draw(rows: Rows) -> Figure:
-    """Limits over depth, both axes logarithmic."""
+    """Limits over depth. Both axes are logarithmic."""
     figure = Figure(figsize=(5.4, 3.8))
     axes = figure.add_subplot()
     for norm, (_, colour, marker) in NETS.items():
@@ -49,7 +50,7 @@ def draw(rows: Rows) -> Figure:
             if found:
                 depth = np.array([row["depth"] for row in found], float) * shift
                 mean, low, high = (
-                    10 ** np.array([row[key] for row in found]) for key in (name, f"{name} low", f"{name} high")
+                    10.0 ** np.array([row[key] for row in found]) for key in (name, f"{name} low", f"{name} high")
                 )
                 style: dict[str, Any] = dict(
                     fmt=marker + ("-" if name == "limit" else ":"), color=colour, capsize=2, linewidth=1.2
@@ -64,10 +65,16 @@ def draw(rows: Rows) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel="depth", ylabel="learning rate")
     axes.set_xticks(depths, [str(depth) for depth in depths])
     axes.minorticks_off()
+    lowest, highest = min(row["lowest rate"] for row in rows), max(row["highest rate"] for row in rows)
+    axes.set_ylim(lowest / 4, highest * 4)
+    for edges in ((lowest / 4, lowest), (highest, highest * 4)):
+        axes.axhspan(*edges, color=GRID, alpha=0.5, linewidth=0)
     nets = [Line2D([], [], color=colour, marker=marker, label=text) for text, colour, marker in NETS.values()]
     kinds = [
-        Line2D([], [], color=INK, marker="o", label="borne"),
-        Line2D([], [], color=INK, marker="o", markerfacecolor="none", linestyle=":", label="teaches"),
+        Line2D([], [], color=INK, marker="o", label="stable"),
+        Line2D([], [], color=INK, marker="o", markerfacecolor="none", linestyle=":", label="learns"),
+        Line2D([], [], color=INK, marker="^", markersize=8, linestyle="none", label="above all tried"),
+        Line2D([], [], color=INK, marker="v", markersize=8, linestyle="none", label="below all tried"),
     ]
-    figure.legend(handles=nets + kinds, loc="outside lower center", ncols=4)
+    figure.legend(handles=nets + kinds, loc="outside lower center", ncols=3)
     return figure

@@ -1,50 +1,90 @@
 """Figure 4: channel means and variances while the diverging update is applied."""
 
 import numpy as np
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from . import COLOURS, INK, Rows, band, column, count, key_of_paper, ranged
+from . import INK, SERIES, Rows, column, count, key_of_paper
 
 CAPTION = (
-    "The largest |mean| and the largest variance of a layer's channels while the diverging update is applied. Lines: "
-    "median over seeds; bands: all seeds. Hollow: the paper's, after the whole update."
+    "Heat maps: mean and variance of every channel (upwards) over the share of the update that is applied (to the "
+    "right), each map with its own symmetric logarithmic scale, for the seed whose largest mean at the last layer is "
+    "the median. Below: the largest |mean| of a layer's channels, one thin line for each seed and a thick one for the "
+    "seed of the maps. Hollow: the paper's values after the whole update."
 )
-LOOK = (("blue", "o-"), ("green", "s-"), ("vermilion", "^-"))
-PAPER = {"largest |mean|": {8: 1.4, 44: 3.7e3, 80: 3e8}, "largest variance": {8: 1.0, 44: 5.3e6, 80: 5.5e16}}
+LOOK = dict(zip((8, 44, 80), ((SERIES[0], "o"), (SERIES[2], "s"), (SERIES[1], "^")), strict=True))
+PAPER = {8: 1.4, 44: 3.7e3, 80: 3e8}
+MOMENTS = {"mean": "mean", "var": "variance"}
+CHANNELS = 64  # of the widest layer
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """For each layer and part of the update, over seeds; and the loss."""
-    runs, rows, losses = results.runs, [], []
-    for k, part in enumerate(runs[0].at("part")):
-        for layer in runs[0].config["layers"]:
-            means, variances = (np.array([run.at(name, layer)[k] for run in runs]) for name in ("mean", "var"))
-            row = {"layer": layer, "part": part, "seeds": len(runs)}
-            row |= ranged("largest |mean|", np.abs(means).max(1)) | ranged("largest variance", variances.max(1))
-            rows.append(row)
-        losses.append({"part": part} | ranged("loss", np.array([run.at("loss")[k] for run in runs])))
+    """For each part of the update the largest |mean| and variance of each seed, and every channel of one seed."""
+    runs, last = results.runs, spec.runs[0].layers[-1]
+    ends = [run.at("largest mean", last).item() for run in runs]
+    shown = runs[int(np.argsort(ends)[(len(ends) - 1) // 2])] if runs else None
+    rows, losses = [], []
+    for run in runs:
+        for k, part in enumerate(run.at("part")):
+            losses.append({"seed": run.config["seed"], "part": part, "loss": run.at("loss")[k]})
+            for layer in run.config["layers"]:
+                for moment, name in MOMENTS.items():
+                    values = run.at(moment, layer)[k]
+                    row = {"seed": run.config["seed"], "layer": layer, "part": part, "moment": name}
+                    row |= {"largest": np.abs(values).max(), "shown": int(run is shown)}
+                    channels = dict(enumerate(values)) if run is shown else {}
+                    rows.append(row | {f"channel {c}": channels.get(c) for c in range(CHANNELS)})
     return {"diverging_update": rows, "diverging_update_loss": losses}
 
 
 def draw(rows: Rows) -> Figure:
-    """Two panels over the share of the update, logarithmic upwards."""
-    figure = Figure(figsize=(5.4, 5.6))
-    panels = figure.subplots(2, 1, sharex=True)
+    """Maps over the channels, a column for each layer, and the largest means of all seeds below."""
+    figure = Figure(figsize=(6.6, 7.4))
     layers = sorted({row["layer"] for row in rows})
-    key = []
-    for layer, (name, style) in zip(layers, LOOK, strict=True):
-        mine = [row for row in rows if row["layer"] == layer]
-        colour = COLOURS[name]
-        key.append(Line2D([], [], color=colour, marker=style[0], label=f"layer {layer}"))
-        for axes, (quantity, paper) in zip(panels, PAPER.items(), strict=True):
-            band(axes, 100 * np.array(column(mine, "part")), mine, quantity, style, colour)
-            if layer in paper:
-                axes.plot(100, paper[layer], "D", color=colour, markerfacecolor="none", markersize=8, clip_on=False)
-    for axes, quantity in zip(panels, PAPER, strict=True):
-        axes.set_yscale("log")
-        axes.set_ylabel(quantity)
-        axes.axhline(1, color=INK, linewidth=0.6)
-    panels[-1].set_xlabel(f"share of the update applied, % ({count(rows[0]['seeds'])})")
-    figure.legend(handles=[*key, key_of_paper()], loc="outside lower center", ncols=4)
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(5, 3))[:, 0]
+    panels = above.subplots(len(MOMENTS), len(layers), sharex=True, squeeze=False)
+    for line, moment in zip(panels, MOMENTS.values(), strict=True):
+        for axes, layer in zip(line, layers, strict=True):
+            mine = [row for row in rows if (row["layer"], row["moment"], row["shown"]) == (layer, moment, 1)]
+            channels = [f"channel {c}" for c in range(CHANNELS) if mine[0][f"channel {c}"] is not None]
+            values = np.array([[row[name] for name in channels] for row in mine], float).T
+            values = np.ma.masked_invalid(values)  # too large a step overflows
+            most = float(np.abs(values).max()) if values.count() else 1.0
+            picture = axes.imshow(
+                values,
+                cmap="PuOr_r",
+                norm=SymLogNorm(max(most / 1e4, 1e-3), vmin=-most, vmax=most),
+                aspect="auto",
+                interpolation="none",
+                origin="lower",
+                extent=(-2.5, 102.5, -0.5, len(channels) - 0.5),
+            )
+            axes.grid(False)
+            axes.set_title(f"layer {layer}: {moment}s", loc="left", fontsize=9)
+            bar = above.colorbar(picture, ax=axes, fraction=0.08, ticks=[-most, 0, most])
+            bar.ax.set_yticklabels([_power(-most), "0", _power(most)], fontsize=8)
+            bar.ax.minorticks_off()
+        line[0].set_ylabel("channel")
+    panels[-1, len(layers) // 2].set_xlabel("share of the update applied, %")
+    axes = below.subplots()
+    means = [row for row in rows if row["moment"] == "mean"]
+    seeds = sorted({row["seed"] for row in means})
+    for layer in layers:
+        colour, marker = LOOK[layer]
+        for seed in seeds:
+            mine = [row for row in means if (row["layer"], row["seed"]) == (layer, seed)]
+            style = dict(marker=marker, markersize=4) if mine[0]["shown"] else dict(linewidth=0.7, alpha=0.7)
+            axes.plot(100 * np.array(column(mine, "part")), column(mine, "largest"), color=colour, **style)
+        axes.plot(100, PAPER[layer], "D", color=colour, markerfacecolor="none", markersize=8, clip_on=False)
+    axes.axhline(1, color=INK, linewidth=0.6)
+    axes.set(yscale="log", ylabel="largest |mean|", xlabel=f"share of the update applied, % ({count(len(seeds))})")
+    key = [Line2D([], [], color=LOOK[k][0], marker=LOOK[k][1], label=f"layer {k}") for k in layers]
+    below.legend(handles=[*key, key_of_paper()], loc="outside lower center", ncols=4)
     return figure
+
+
+def _power(value: float) -> str:
+    """-3e8: one digit."""
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{value:.1f}" if abs(value) < 100 else f"{mantissa}e{int(exponent)}"

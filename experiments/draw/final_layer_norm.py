@@ -1,4 +1,4 @@
-"""Section 4: what nets with no, one and all batch norms bear as a learning rate, and what accuracy they reach."""
+"""Section 4: the largest stable learning rate and the accuracy with no, one and all batch norms."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -6,15 +6,15 @@ from matplotlib.figure import Figure
 from . import INK, SERIES, Rows
 
 CAPTION = (
-    "Left: the largest learning rate that is borne, geometric mean and range over seeds; an arrow marks a limit beyond "
-    "all rates tried. Right: test accuracy of the last epoch, mean and standard deviation over seeds, at the learning "
-    "rate given; hollow: the paper's."
+    "Left: the largest stable learning rate, geometric mean and range over seeds. An arrow marks a limit outside of "
+    "the rates tried. Right: test accuracy of the last epoch, mean and standard deviation over seeds, at the learning "
+    "rate written at the axis. Hollow: the paper's values."
 )
 NETS = {"none": ("none", SERIES[1]), "final": ("one, at the end", SERIES[2]), "batch": ("everywhere", SERIES[0])}
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """For each net its limit and its accuracy, where there are runs of them."""
+    """The limit and the accuracy of each network, if it was run."""
     rows = []
     for norm in NETS:
         found = results.each("limit", label=f"limit-{norm}")
@@ -31,7 +31,7 @@ def tables(spec, results) -> dict[str, Rows]:
 
 
 def draw(rows: Rows) -> Figure:
-    """Two panels over where batch norm is."""
+    """Two panels, with the place of batch norm to the right."""
     figure = Figure(figsize=(5.4, 3.6))
     left, right = figure.subplots(1, 2)
     for at, (norm, (_, colour)) in enumerate(NETS.items()):
@@ -42,7 +42,7 @@ def draw(rows: Rows) -> Figure:
         right.errorbar(at, row["test accuracy"], row["spread"], fmt="o", color=colour, capsize=3)
         right.plot(at, row["paper"], "D", color=colour, markerfacecolor="none", markersize=8)
         right.annotate(row["run"].partition("-")[2], (at, 3), ha="center", color=INK, fontsize=9)
-    left.set(yscale="log", ylabel="largest learning rate borne")
+    left.set(yscale="log", ylabel="largest stable learning rate")
     right.set(ylabel="test accuracy, %", ylim=(0, 101))
     for axes in (left, right):
         axes.set_xticks(range(len(NETS)), [text.replace(", ", ",\n") for text, _ in NETS.values()])

@@ -8,16 +8,16 @@ from matplotlib.figure import Figure
 from . import INK, NETS, Rows, column, count
 
 CAPTION = (
-    "Density of the entries of layer 55's gradient, all seeds and batches together, up to the 99.9% quantile of their "
-    "magnitude; logarithmic upwards. Mind the scales: the axis below is hundreds of times as wide. Dotted: the range "
-    "of the paper's axis."
+    "Density of the entries of layer 55's gradient over all seeds and batches, up to the 99.9 % quantile of their "
+    "magnitude. The vertical axes are logarithmic. The scales differ: the lower horizontal axis is much wider. Dotted: "
+    "the range of the paper's axis."
 )
 PAPER_RANGE = {"batch": 0.04, "none": 4.0}
 STEPS = 80  # bars from end to end, at most
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """The density bar by bar; and what the histogram is of."""
+    """The density bar by bar, and the moments of every seed."""
     bars, moments = [], []
     layer = spec.runs[0].layers[0]
     for norm in NETS:
@@ -35,7 +35,7 @@ def tables(spec, results) -> dict[str, Rows]:
 
 
 def _bars(counts: np.ndarray, edges: np.ndarray) -> Rows:
-    """Bars as wide as the logarithmic bins where those are wide, else of several bins; out to the 99.9% quantile."""
+    """Bars up to the 99.9 % quantile. Where the logarithmic bins are narrow, a bar joins several."""
     middle = len(counts) // 2
     beyond = counts[middle + 1 :] + counts[:middle][::-1]  # by magnitude
     inside = np.searchsorted(np.cumsum(beyond), 0.999 * beyond.sum())
@@ -58,7 +58,7 @@ def _bars(counts: np.ndarray, edges: np.ndarray) -> Rows:
 
 
 def draw(rows: Rows) -> Figure:
-    """Two panels, each with its own scale."""
+    """Two panels with a scale each."""
     figure = Figure(figsize=(5.4, 5))
     nets = [norm for norm in NETS if column(rows, "density", norm=norm)]
     for axes, norm in zip(figure.subplots(len(nets), 1, squeeze=False)[:, 0], nets, strict=True):

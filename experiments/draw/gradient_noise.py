@@ -1,4 +1,4 @@
-"""Equation 2: the noise of a mini-batch's gradient over the batch's size."""
+"""Equation 2: the noise of a mini-batch's gradient over the batch size."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -6,20 +6,20 @@ from matplotlib.figure import Figure
 from . import INK, SERIES, Rows, column
 
 CAPTION = (
-    "E |g_B - g|^2 times |B|, over its own value for single images, C: by equation 2 at most one, and one where images "
-    "are drawn independently. Mean and standard deviation over seeds. In training mode there is no C: over the value "
-    "for the largest batch. Dotted: what drawing without repetition should give."
+    "E |g_B - g|^2 times |B|, over its value C for single images. By equation 2 this is at most one, and it is one if "
+    "images are drawn independently. Mean and standard deviation over seeds. C is not defined in training mode, and "
+    "the value of the largest batch takes its place. Dotted: the theory, also for drawing without replacement."
 )
 NETS = {
     "none": ("without batch norm", "s"),
     "batch": ("batch norm, frozen", "o"),
-    "unrepeated": ("frozen, no repetition", "^"),
+    "unrepeated": ("frozen, without replacement", "^"),
     "training": ("batch norm, training mode", "v"),
 }
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """For each net and batch size: the noise, and |B| times it in units of C, with the spread over seeds."""
+    """The noise for each network and batch size, and |B| times it over C, with the spread over seeds."""
     rows = []
     for label in NETS:
         runs = results.where(label=label)
@@ -37,7 +37,7 @@ def tables(spec, results) -> dict[str, Rows]:
 
 
 def draw(rows: Rows) -> Figure:
-    """|B| noise / C by batch size, a marker a net."""
+    """|B| noise / C by batch size, a marker for each network."""
     figure = Figure(figsize=(5.4, 3.8))
     axes = figure.add_subplot()
     for (label, (text, marker)), colour in zip(NETS.items(), SERIES[1::-1] + SERIES[2:], strict=False):

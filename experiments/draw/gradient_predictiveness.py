@@ -6,15 +6,16 @@ from matplotlib.figure import Figure
 from . import INK, NETS, Rows, band, column, key_of_nets, ranged
 
 CAPTION = (
-    "How much the gradient has changed after a step of size a, relative to its norm. Lines: median over seeds; bands: "
-    "all seeds. Dotted: a change by half, which bounds the reach. Values above 100 are drawn there."
+    "The change of the gradient after a step of size a, over its norm. Lines: median over seeds. Bands: all seeds. "
+    "Dotted: a change by half, which defines the reach. Values above 100 are drawn at 100. The panels have scales of "
+    "their own."
 )
 HIGHEST = 100
 QUANTITIES = {"predictiveness": "change", "smoothness": "smoothness"}
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """Change and effective smoothness at each rate: median and range over seeds."""
+    """Change and effective smoothness at each step size: median and range over seeds."""
     rows = []
     for norm in NETS:
         runs = results.where(norm=norm)
@@ -28,10 +29,10 @@ def tables(spec, results) -> dict[str, Rows]:
 
 
 def draw(rows: Rows) -> Figure:
-    """The change, a panel a mini-batch; both axes logarithmic."""
+    """The change, a panel for each mini-batch. Both axes are logarithmic."""
     figure = Figure(figsize=(5.4, 5))
     numbers = sorted({row["mini-batch"] for row in rows})
-    panels = figure.subplots(len(numbers), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(numbers), 1, sharex=True, squeeze=False)[:, 0]
     for axes, number in zip(panels, numbers, strict=True):
         for norm, (_, colour, marker) in NETS.items():
             mine = [

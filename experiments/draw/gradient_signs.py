@@ -9,15 +9,15 @@ from matplotlib.lines import Line2D
 from . import GRID, INK, NETS, Rows, column, count
 
 CAPTION = (
-    "a/b by layer. Filled markers: ratio of averages, geometric mean and standard deviation over seeds; hollow: the "
-    "paper's. Bars: single weights of all seeds (Appendix J). Dotted: what N independent signs would give."
+    "a/b by layer. Filled markers: ratio of averages, geometric mean and standard deviation over seeds. Hollow: the "
+    "paper's values. Bars: single weights of all seeds (Appendix J). Dotted: the value for N independent signs."
 )
 QUANTILES = (5, 25, 50, 75, 95)
 SAMPLES = 10  # weights listed for each layer
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """The layers' averages and the distribution of a/b over their weights; and some weights one by one."""
+    """The averages of the layers, the distribution of a/b over their weights, and a sample of the weights."""
     layers = spec.runs[0].layers
     averages, weights = [], []
     for norm in NETS:
@@ -38,7 +38,7 @@ def _averages(spec, runs, norm: str, index: int, layer: int) -> dict[str, object
     row["a/(b sqrt N)"] = row["a/b"] / np.sqrt(count)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.concatenate([(run.at("abs_sum", layer) / np.abs(run.at("sum", layer))).ravel() for run in runs])
-    dead = np.isnan(ratios)  # 0/0: a weight between dead channels, no summand of which differs from zero
+    dead = np.isnan(ratios)  # 0/0: a weight between dead channels. All its summands are zero.
     for quantile in QUANTILES:
         row[f"weights' a/b {quantile}%"] = np.percentile(ratios[~dead], quantile)
     row["dead weights"] = int(dead.sum())
@@ -64,7 +64,7 @@ def _weights(run, norm: str, layer: int) -> Rows:
 
 
 def draw(rows: Rows) -> Figure:
-    """a/b on a logarithmic axis: bars for weights, filled markers for averages, hollow ones for the paper's."""
+    """a/b on a logarithmic axis: bars for weights, filled markers for averages, hollow ones for the paper."""
     figure = Figure(figsize=(5.4, 3.9))
     axes = figure.add_subplot()
     layers = sorted({row["layer"] for row in rows})

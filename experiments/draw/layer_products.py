@@ -1,4 +1,4 @@
-"""Beyond the paper: singular values of products of a network's convolutions, before and after training."""
+"""Beyond the paper: singular values of products of the convolutions of a network, before and after training."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -6,15 +6,15 @@ from matplotlib.figure import Figure
 from . import INK, SERIES, Rows, column
 
 CAPTION = (
-    "Singular values in ascending order, for products of 1, 3 and 5 successive convolutions: at initialisation, after "
-    "training, and Theorem 1's (dotted). Means over seeds of the logarithm."
+    "Singular values in ascending order, for products of 1, 3 and 5 successive convolutions, at initialisation and "
+    "after training. Dotted: Theorem 1. Means over seeds of the logarithm."
 )
 WHENS = {"init": ("at initialisation", SERIES[0]), "trained": ("after training", SERIES[1])}
 FACTORS = (1, 3, 5)
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """The singular value below which a share of them lies; distances and condition numbers."""
+    """The quantiles of the singular values, and distances and condition numbers."""
     values, summary = [], []
     for when in WHENS if results.runs else ():
         for m in range(1, len(spec.runs[0].layers) + 1):
@@ -36,7 +36,7 @@ def tables(spec, results) -> dict[str, Rows]:
 
 
 def draw(rows: Rows) -> Figure:
-    """A panel for each number of factors: s over the share below it."""
+    """A panel for each number of factors: the quantile s over the share below it."""
     figure = Figure(figsize=(5.4, 3.8))
     panels = figure.subplots(1, len(FACTORS), sharey=True)
     for axes, m in zip(panels, FACTORS, strict=True):

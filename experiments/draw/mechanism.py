@@ -9,20 +9,20 @@ from matplotlib.lines import Line2D
 from . import INK, NETS, Rows, column, count
 
 CAPTION = (
-    "a/b by layer, geometric mean and standard deviation over seeds: as it is (full), with the input's channel means "
-    "taken out (half full), and the gradient's (hollow). Dotted: what N independent signs would give."
+    "a/b by layer, geometric mean and standard deviation over seeds: unchanged (full), without the channel means of "
+    "the input (half full), and without those of the gradient (hollow). Dotted: the value for N independent signs."
 )
-FILLS: dict[str, Literal["full", "left", "none"]] = {"": "full", "input": "left", "gradient": "none"}
+FILLS: dict[str, Literal["full", "left", "none"]] = {"nothing": "full", "input": "left", "gradient": "none"}
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """For each layer and variant a, b, their ratio and a/(b sqrt N): geometric means, and the ratio's spread."""
+    """Geometric means of a, b, a/b and a/(b sqrt N) for each layer and variant, and the spread of a/b."""
     rows = []
     for planned in spec.runs:
         centred = planned.options["centred"]
         runs = results.where(norm=planned.norm, centred=centred)
         for layer in planned.layers if runs else ():
-            row = {"norm": planned.norm, "centred": centred, "layer": layer, "seeds": len(runs)}
+            row = {"norm": planned.norm, "centred": centred or "nothing", "layer": layer, "seeds": len(runs)}
             row["summands"] = int(runs[0].at("count", layer))
             for name in ("a", "b", "a/b", "a/(b sqrt N)"):
                 logs = np.log([run.at(name, layer).item() for run in runs])
@@ -34,7 +34,7 @@ def tables(spec, results) -> dict[str, Rows]:
 
 
 def draw(rows: Rows) -> Figure:
-    """a/b on a logarithmic axis, the variants of a layer side by side."""
+    """a/b on a logarithmic axis. The variants of a layer are side by side."""
     figure = Figure(figsize=(5.4, 3.9))
     axes = figure.add_subplot()
     layers = sorted({row["layer"] for row in rows})

@@ -6,19 +6,19 @@ from matplotlib.figure import Figure
 from . import INK, NETS, Rows, column, key_of_nets, key_of_paper
 
 CAPTION = (
-    "Lines: averages over channels and seeds. Bands: standard deviation over channels; error bars: over seeds; hollow "
-    "markers: the paper's. Dotted: a new stage begins. Layer 110 is the classifier."
+    "Lines: averages over channels and seeds. Bands: standard deviation over channels. Error bars: standard deviation "
+    "over seeds. Hollow: the paper's values. Dotted: a new stage begins. Layer 110 is the classifier."
 )
 QUANTITIES = {"ln_std": "ln std", "ln_abs_mean": "ln |mean|"}
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """One table: see by_layer."""
+    """One table, see by_layer."""
     return {"moments_by_depth": by_layer(spec, results)}
 
 
 def by_layer(spec, results) -> Rows:
-    """For each layer the average over channels: its mean and spread over seeds; and the spread over channels."""
+    """For each layer the average over channels with its mean and spread over seeds, and the spread over channels."""
     rows = []
     for norm in NETS:
         runs = results.where(norm=norm)
@@ -36,7 +36,7 @@ def by_layer(spec, results) -> Rows:
 
 
 def draw(rows: Rows) -> Figure:
-    """Two panels over the layer's number; bands over channels, error bars over seeds, hollow markers the paper's."""
+    """Two panels over the layers: bands over channels, error bars over seeds, hollow markers for the paper."""
     figure = Figure(figsize=(5.4, 5.6))
     panels = figure.subplots(2, 1, sharex=True)
     for axes, (name, label) in zip(panels, QUANTITIES.items(), strict=True):
@@ -45,7 +45,7 @@ def draw(rows: Rows) -> Figure:
                 np.array(column(rows, key, norm=norm), float)
                 for key in ("layer", name, f"{name} over seeds", f"{name} over channels", f"{name} paper")
             )
-            # The classifier, last, is a layer of another kind: beside the line, not on it.
+            # The last one, the classifier, is a layer of another kind and not on the line.
             for part, style in ((slice(-1), marker + "-"), (slice(-1, None), marker)):
                 x, y = layer[part], ours[part]
                 band = (y - channels[part], y + channels[part])
@@ -62,5 +62,5 @@ def draw(rows: Rows) -> Figure:
     panels[-1].set_xticks(sorted({row["layer"] for row in rows}))
     panels[-1].set_xlabel("layer")
     fewest = min(row["seeds"] for row in rows)
-    figure.legend(handles=[*key_of_nets(fewest), key_of_paper()], loc="outside lower center", ncols=3)
+    figure.legend(handles=[*key_of_nets(fewest), key_of_paper()], loc="outside lower center", ncols=2)
     return figure

@@ -1,20 +1,28 @@
-"""Beyond the paper: lr C / |B| along the runs of Figure 1."""
+"""Beyond the paper: lr C / |B| during the runs of Figure 1."""
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from . import SERIES, Rows, column
+from . import INK, SERIES, Rows, column
 
 CAPTION = (
-    "Above: C, the batch size times the variance of the gradient, along training. Below: lr C / |B|, the noise of a "
-    "step over the step size. Geometric means and ranges over seeds; the learning rate drops at 50 and 75 %."
+    "Above: C, the batch size times the variance of the gradient, during training. Below: lr C / |B|, the noise of a "
+    "step over the step size. Geometric means and ranges over seeds. Dotted: drops of the learning rate, at 50 and 75 "
+    "% of training."
 )
 QUANTITIES = {"C": "C", "lr C / |B|": "lr C / |B|"}
+TEXTS = {
+    "batch-0.1": "batch norm, lr 0.1",
+    "batch-0.003": "batch norm, lr 0.003",
+    "batch-0.0001": "batch norm, lr 0.0001",
+    "none-0.0001": "no batch norm, lr 0.0001",
+}
 MARKERS = "o^vs"
+DROPS = (0.5, 0.75)
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """A row a measurement."""
+    """A row for each measurement."""
     rows = []
     for run in spec.runs:
         done = [one for one in results.where(label=run.label) if len(one.at("step"))]
@@ -28,7 +36,7 @@ def tables(spec, results) -> dict[str, Rows]:
 
 
 def draw(rows: Rows) -> Figure:
-    """Two panels over the step, all axes logarithmic."""
+    """Two panels over the step. All axes are logarithmic."""
     figure = Figure(figsize=(5.4, 5.8))
     labels = list(dict.fromkeys(row["run"] for row in rows))
     for axes, (name, text) in zip(figure.subplots(2, 1, sharex=True), QUANTITIES.items(), strict=True):
@@ -37,8 +45,10 @@ def draw(rows: Rows) -> Figure:
                 np.array(column(rows, key, run=label), float) for key in ("step", name, f"{name} low", f"{name} high")
             )
             axes.fill_between(step + 1, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(step + 1, mean, marker=marker, color=colour, linewidth=1.2, label=label)
+            axes.plot(step + 1, mean, marker=marker, color=colour, linewidth=1.2, label=TEXTS[label])
+        for share in DROPS:  # the last step is always measured
+            axes.axvline(share * (max(column(rows, "step")) + 1) + 1, color=INK, linestyle=":", linewidth=1)
         axes.set(xscale="log", yscale="log", ylabel=text)
     axes.set_xlabel("step, from 1")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

@@ -1,39 +1,56 @@
 """Figure 6: the gradient at the logits, image by image."""
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from . import NETS, Rows, column
 
 CAPTION = (
-    "B dL/dlogits of seed 0, a row for each image of the batch and a column for each class: orange pushes a logit "
-    "down, purple up. A full orange column is a class that the network gives to nearly all images with certainty."
+    "Above: B dL/dlogits, a row for each image of the batch and a column for each class. Orange entries reduce a logit "
+    "and purple ones raise it. A full orange column is a class to which the network assigns nearly all images with "
+    "certainty. The seed is the one whose largest column mean with batch norm is nearest to the median. Below: the "
+    "largest of the ten column means for every seed, with the seed of the maps as a larger marker."
 )
+ORDER = ("none", "batch")  # as in the paper's figure
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """The gradients of the first seed, times the batch; and how uneven those of each seed are."""
-    pictures, seeds = [], []
+    """The gradients of one seed times the batch, and the largest column mean, entropy and cosine of every seed."""
+    classes, pictures, seeds = 10, [], []
+    shown = _typical(results)
     for norm in NETS:
-        runs = results.where(norm=norm)
-        for image, gradient in enumerate(runs[0].at("gradient") * len(runs[0].at("gradient")) if runs else ()):
-            row = {"norm": norm, "image": image}
-            pictures.append(row | {f"class {k}": value for k, value in enumerate(gradient)})
-        seeds += [
-            {"norm": norm, "seed": run.config["seed"]}
-            | {name: run.at(name).item() for name in ("largest column mean", "entropy", "cosine")}
-            for run in runs
-        ]
+        for run in results.where(norm=norm):
+            seed, gradient = run.config["seed"], run.at("gradient") * len(run.at("gradient"))
+            row = {"norm": norm, "seed": seed, "shown": int(seed == shown)}
+            largest = run.at("largest column mean").item()
+            pictures.append(row | {"image": -1, "largest": largest} | {f"class {k}": None for k in range(classes)})
+            seeds.append(
+                {"norm": norm, "seed": seed, "largest column mean": largest}
+                | {name: run.at(name).item() for name in ("entropy", "cosine")}
+            )
+            for image, values in enumerate(gradient) if seed == shown else ():
+                values = {f"class {k}": value for k, value in enumerate(values)}
+                pictures.append(row | {"image": image, "largest": None} | values)
     return {"output_gradients": pictures, "output_gradients_seeds": seeds}
 
 
+def _typical(results) -> int | None:
+    """The seed with the value nearest to the median with batch norm."""
+    runs = results.where(norm="batch") or results.where(norm="none")
+    values = [run.at("largest column mean").item() for run in runs]
+    return runs[int(np.argmin(np.abs(np.array(values) - np.median(values))))].config["seed"] if runs else None
+
+
 def draw(rows: Rows) -> Figure:
-    """Two pictures side by side in one scale of colours, from -1 to 1."""
-    figure = Figure(figsize=(5.4, 4.8))
-    nets = [norm for norm in NETS if column(rows, "image", norm=norm)]
+    """Two heat maps with one colour scale from -1 to 1, and the seeds below."""
+    figure = Figure(figsize=(5.4, 6.2))
+    maps = [row for row in rows if row["image"] >= 0]
+    nets = [norm for norm in ORDER if column(maps, "image", norm=norm)]
     classes = [key for key in rows[0] if key.startswith("class")]
-    panels = figure.subplots(1, len(nets), sharey=True, squeeze=False)[0]
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(4, 1.4))[:, 0]
+    panels = above.subplots(1, len(nets), sharey=True, squeeze=False)[0]
     for axes, norm in zip(panels, nets, strict=True):
-        values = [[row[key] for key in classes] for row in rows if row["norm"] == norm]
+        values = [[row[key] for key in classes] for row in maps if row["norm"] == norm]
         picture = axes.imshow(
             values, cmap="PuOr_r", vmin=-1, vmax=1, aspect="auto", interpolation="none", origin="lower"
         )
@@ -41,6 +58,14 @@ def draw(rows: Rows) -> Figure:
         axes.set_xlabel("class")
         axes.set_xticks(range(len(classes)))
         axes.grid(False)
-    panels[0].set_ylabel("image")
-    figure.colorbar(picture, ax=panels, label="B dL/dlogits", fraction=0.06)
+    panels[0].set_ylabel(f"image (seed {maps[0]['seed']})")
+    above.colorbar(picture, ax=panels, label="B dL/dlogits", fraction=0.06)
+    axes = below.subplots()
+    for place, norm in enumerate(reversed(nets)):
+        _, colour, marker = NETS[norm]
+        mine = [row for row in rows if row["image"] < 0 and row["norm"] == norm]
+        axes.plot(column(mine, "largest"), [place] * len(mine), marker, color=colour, alpha=0.6)
+        axes.plot(column(mine, "largest", shown=1), [place], marker, color=colour, markersize=9)
+    axes.set_yticks(range(len(nets)), [NETS[norm][0] for norm in reversed(nets)])
+    axes.set(xlim=(0, 1.02), ylim=(-0.6, len(nets) - 0.4), xlabel="largest column mean of B dL/dlogits")
     return figure

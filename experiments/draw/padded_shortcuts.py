@@ -1,4 +1,4 @@
-"""Figure 5 with padding shortcuts, drawn as Figure 5 is."""
+"""Figure 5 with padding shortcuts, in the form of Figure 5."""
 
 from . import Rows
 from .moments_by_depth import by_layer, draw
@@ -6,11 +6,11 @@ from .moments_by_depth import by_layer, draw
 __all__ = ["CAPTION", "draw", "tables"]
 
 CAPTION = (
-    "As the figure before, but with padding shortcuts. With batch norm ours no longer fall back where a stage begins "
-    "(dotted), as the paper's (hollow) do."
+    "The same as Figure 5, but with padding shortcuts. With batch norm our values do not fall back where a stage "
+    "begins (dotted). The paper's values (hollow) do."
 )
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """One table, as Figure 5's."""
+    """One table, see by_layer."""
     return {"padded_shortcuts": by_layer(spec, results)}

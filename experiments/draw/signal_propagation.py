@@ -1,20 +1,24 @@
-"""Variance of the signal and share of the branch, block by block."""
+"""Variance of the activations and share of the branch, block by block."""
+
+from typing import Literal
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from . import INK, NETS, Rows, band, column, key_of_nets, ranged
+from . import INK, NETS, Rows, band, column, count, ranged
 
 CAPTION = (
     "After each residual block, averaged over channels: the variance of the output, its squared channel mean, and the "
-    "variance of the branch over that of the skip path. Lines: median over seeds; bands: all seeds. Dotted: a new "
+    "variance of the branch over that of the skip path. Lines: median over seeds. Bands: all seeds. Dotted: a new "
     "stage begins."
 )
+LINES: dict[str, Literal["-", "--"]] = {"batch": "-", "none": "--"}
 QUANTITIES = {"variance": "variance", "mean square": "squared mean", "branch over skip": "branch / skip"}
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """For each block, named by its last layer, over seeds."""
+    """Median and range over seeds for each block, which has the number of its last layer."""
     rows = []
     for norm in NETS:
         runs = results.where(norm=norm)
@@ -30,17 +34,22 @@ def tables(spec, results) -> dict[str, Rows]:
 
 
 def draw(rows: Rows) -> Figure:
-    """Three panels over the layer's number, logarithmic upwards."""
+    """Three panels over the layers. The vertical axes are logarithmic."""
     figure = Figure(figsize=(5.4, 6.4))
     panels = figure.subplots(3, 1, sharex=True)
     for axes, (name, label) in zip(panels, QUANTITIES.items(), strict=True):
         for norm, (_, colour, _) in NETS.items():
             mine = [row for row in rows if row["norm"] == norm]
-            band(axes, column(mine, "layer"), mine, name, "-" if norm == "batch" else "--", colour)
+            band(axes, column(mine, "layer"), mine, name, LINES[norm], colour)
         for stage in (37.5, 73.5):
             axes.axvline(stage, color=INK, linestyle=":", linewidth=1)
         axes.set_yscale("log")
         axes.set_ylabel(label)
     panels[-1].set_xlabel("layer")
-    figure.legend(handles=key_of_nets(min(row["seeds"] for row in rows)), loc="outside lower center", ncols=2)
+    seeds = count(min(row["seeds"] for row in rows))
+    key = [
+        Line2D([], [], color=NETS[norm][1], linestyle=line, label=f"{NETS[norm][0]}, {seeds}")
+        for norm, line in LINES.items()
+    ]
+    figure.legend(handles=key, loc="outside lower center", ncols=2)
     return figure

@@ -206,7 +206,7 @@ def _norm_of(conv: str) -> str:
 def _before(conv: str) -> str:
     """The norm layer whose output a block's second convolution reads."""
     if not conv.endswith("conv2"):
-        raise ValueError(f"{conv} does not read the output of one norm layer alone: choose a block's second")
+        raise ValueError(f"{conv} is not a block's second convolution, the only one that reads a norm layer's output")
     return conv.replace("conv2", "norm1")
 
 

@@ -1,22 +1,22 @@
-"""The words in which an experiment is written down: :class:`Spec`, :class:`Run`, :class:`Claim` and its checks."""
+"""The classes in which an experiment is described: :class:`Spec`, :class:`Run`, :class:`Claim` and its checks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-# By what they can show. Only "reduced" and "full" are held against claims: the others show that everything runs.
+# From the cheapest to the paper's own. Claims are judged only at "reduced" and "full". The others show that all runs.
 SCALES = ("smoke", "quick", "reduced", "full")
 JUDGED = ("reduced", "full")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration, repeated for seeds 0, 1, ...: what to build, what to feed it, what to measure."""
+    """One configuration, repeated for seeds 0, 1, ...: the network, its input, and the measured quantities."""
 
     label: str  # names the run's folder
-    procedure: str  # the file of experiments/procedures/ that does it
+    procedure: str  # the file of experiments/procedures/ that measures
     norm: str = "batch"
-    quantities: tuple[str, ...] = ()  # what to measure, where the procedure leaves a choice
+    quantities: tuple[str, ...] = ()  # what to measure, if the procedure has a choice
     layers: tuple[int, ...] = ()  # in the paper's numbering
     depth: int = 110
     shortcut: str = "projection"
@@ -24,10 +24,10 @@ class Run:
     kernels: str = "bnkern"
     batch: int = 128
     seeds: int = 10
-    options: dict = field(default_factory=dict)  # the procedure's own: numbers, words and lists of them
+    options: dict = field(default_factory=dict)  # of the procedure: numbers, strings and lists of them
 
     def but(self, **changes: object) -> "Run":
-        """The same run but for ``changes``: of fields, and by any other name of ``options``."""
+        """The same run with ``changes``: of fields, and of ``options`` for every other name."""
         own: dict[str, Any] = {name: value for name, value in changes.items() if name in self.__dataclass_fields__}
         options = {name: value for name, value in changes.items() if name not in own}
         return replace(self, **own | {"options": self.options | own.get("options", {}) | options})
@@ -53,7 +53,7 @@ def reduced(**changes: object) -> Callable[[Run], dict]:
 
 @dataclass(frozen=True)
 class Check:
-    """When a number counts as the paper's: ``text`` for the reader, ``holds`` for the number."""
+    """The condition that a number must meet: ``text`` for the reader, ``holds`` for the number."""
 
     text: str
     holds: Callable[[float], bool]
@@ -61,7 +61,7 @@ class Check:
 
 def within_factor(paper: float, factor: float) -> Check:
     """At most ``factor`` times larger or smaller than the paper's."""
-    return Check(f"within {factor:g}x of the paper's", lambda ours: paper / factor <= ours <= paper * factor)
+    return Check(f"within a factor of {factor:g} of the paper's", lambda ours: paper / factor <= ours <= paper * factor)
 
 
 def within(paper: float, distance: float) -> Check:
@@ -85,7 +85,7 @@ def below(high: float) -> Check:
 
 
 class Measured(Protocol):
-    """What a claim asks of an experiment's results; experiments/results.py has them, and says what each gives."""
+    """The methods of an experiment's results that claims use. They are documented in experiments/results.py."""
 
     def each(self, quantity: str, layer: int | None = None, **config: object) -> list: ...
 
@@ -103,20 +103,37 @@ def each(quantity: str, layer: int | None = None, **config: object) -> Callable[
     return lambda results: results.each(quantity, layer, **config)
 
 
+NETWORKS = {  # for the reader, by Run.norm or by the first part of a label
+    "batch": "batch norm",
+    "none": "no batch norm",
+    "final": "one batch norm",
+    "fixup": "Fixup",
+    "layer": "layer norm",
+    "group": "group norm",
+    "instance": "instance norm",
+}
+
+
+def at_rate(label: str) -> str:
+    """A label of a norm and a learning rate for the reader: "batch norm at lr 0.1"."""
+    norm, _, rate = label.partition("-")
+    return f"{NETWORKS[norm]} at lr {rate}"
+
+
 @dataclass(frozen=True)
 class Claim:
     """One number of the paper and ours.
 
-    ``ours`` takes the experiment's results (experiments/results.py) and gives one number a seed; their mean,
-    arithmetic or geometric, is checked. Without a check the numbers are only shown.
+    ``ours`` takes the experiment's results (experiments/results.py) and returns one number for each seed. Their
+    arithmetic or geometric mean is checked. Without a check the numbers are only shown.
     """
 
     text: str
     ours: Callable[[Measured], list]  # floats, or results.Value where a number may be a bound
-    paper: float | None = None  # as the paper prints it, or as read off its figure; None where it gives no number
+    paper: float | None = None  # as the paper prints it, or as read off its figure; None if it gives no number
     check: Check | None = None
     mean: str = "arithmetic"
-    given: str = ""  # how the paper gives its number, where it is not as Spec.given says
+    given: str = ""  # how the paper gives this number, if not as Spec.given says
 
 
 @dataclass(frozen=True)
@@ -126,19 +143,23 @@ class Spec:
     title: str
     of: str  # its place in the paper
     order: float  # its place in the report
+    headline: str  # the text of the claim whose number stands in the report's first table
     shows: str  # what the paper shows
-    method: str  # what exactly is computed, and what is done otherwise than there, if anything
+    method: str  # what is computed at scale "full", and how it differs from the paper
     claims: tuple[Claim, ...]
     runs: tuple[Run, ...]  # at scale "full": the paper's own settings, where the paper has the experiment
-    # What other scales change (Run.but): the same of every run, or a function of it; None: nothing runs at that scale.
+    # What other scales change (Run.but): the same for every run, or a function of it. None: nothing runs at that scale.
     smaller: dict[str, dict | Callable[[Run], dict] | None] = field(default_factory=dict)
-    minutes: dict[str, float] = field(default_factory=dict)  # by scale: all seeds, on two cores of the log's machine
+    reduction: dict[str, str] = field(default_factory=dict)  # by scale: what ``smaller`` changes, for the reader
+    # By scale, for all seeds: two cores with AVX-512. Up to scale quick, and where nothing is trained, the proportions
+    # are those of the published runs, and the sum is the time of `make reproduce` on the machine of docs/LOG.md.
+    minutes: dict[str, float] = field(default_factory=dict)
     images: bool = True  # whether it needs CIFAR-10
     paper: dict = field(default_factory=dict)  # the paper's values, for the tables and the figure
     remark: str = ""  # what came out otherwise than expected, or beyond the paper
     given: str = "printed"  # how the paper gives the claims' numbers: "printed", "read off" a figure, "derived" by us
     beyond: bool = False  # an experiment that the paper does not have
-    thresholds: str = ""  # when those of the checks were set and from what, where it differs from report.THRESHOLDS
+    thresholds: str = ""  # when the thresholds were set and from what, if not as report.READING says
 
     def scale(self, asked: str) -> str:
         """The scale that serves ``asked``: the next larger one that differs, or "full"."""

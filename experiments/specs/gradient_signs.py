@@ -1,9 +1,9 @@
-"""Table 1 and Appendix J: without batch norm the summands of a weight's gradient agree in sign."""
+"""Table 1 and Appendix J: without batch norm, the summands of a weight's gradient agree in sign."""
 
 from . import Claim, Run, Spec, between, within_factor
 
 LAYERS = (18, 54, 90)
-NETS = {"batch": "with batch norm", "none": "without"}
+NETS = {"batch": "with batch norm", "none": "without batch norm"}
 PAPER = {  # quantity, norm: one value a layer
     ("a/b", "batch"): (251.8, 112.8, 40.7),
     ("a/b", "none"): (1.7, 2.6, 2.1),
@@ -13,13 +13,13 @@ PAPER = {  # quantity, norm: one value a layer
     ("b", "none"): (3.6e-5, 8.4e-5, 1.2e-4),
     ("a/(b sqrt N)", "batch"): (0.70, 0.62, 0.45),  # these two from the printed a/b
     ("a/(b sqrt N)", "none"): (0.0047, 0.014, 0.023),
-    ("median a/b of single weights", "batch"): (None, None, None),  # Appendix J was not at hand
+    ("median a/b of single weights", "batch"): (None, None, None),  # the text of Appendix J was not available
     ("median a/b of single weights", "none"): (None, None, None),
 }
 
 
 def check(quantity: str, norm: str, paper: float | None):
-    """Of a and b the order of magnitude; of their ratio, which the paper argues from, more."""
+    """For a and b the order of magnitude. The paper argues from their ratio, so its check is stricter."""
     if paper is None:
         return None
     if quantity == "a/b":
@@ -42,23 +42,24 @@ SPEC = Spec(
     title="Do the summands of a gradient agree in sign?",
     of="Table 1 and Appendix J",
     order=5.1,
-    shows="The gradient of a convolution's weight is a sum over images and places. a is the mean of the summands' "
-    "absolute values, b the absolute value of their mean, both averaged over the layer's weights. At initialisation "
-    "with batch norm a/b is 40 to 250: the summands cancel. Without, it is about 2: they agree in sign, and "
-    "gradients are large in a few directions.",
-    method="ResNet-110 with projection shortcuts and Xavier-normal weights, before any step; a batch of 128 "
-    "standardised training images, network and batch drawn anew for each seed, the same two with and without batch "
-    "norm. d = dy[b,o,x,y] I[b,i,x+x',y+y'] with dy at the convolution's own output; sums over the N = B H W "
-    "summands are divided by N, and a/b is the ratio of averages. Recorded by the probe weight_gradient_signs, whose "
-    "float32 sums differ from float64 ones by less than 1e-8 of a and b. Means over seeds are geometric.",
+    headline="a/b, layer 18, with batch norm",
+    shows="The gradient of a convolution's weight is a sum over images and positions. a is the mean of the summands' "
+    "absolute values and b is the absolute value of their mean, both averaged over the weights of the layer. At "
+    "initialisation with batch norm a/b is 40 to 250, so the summands cancel. Without batch norm a/b is about 2: the "
+    "summands agree in sign, and gradients are large in a few directions.",
+    method="ResNet-110 with projection shortcuts and Xavier-normal weights, before any step. Each seed draws a "
+    "network and a batch of 128 standardised training images. Both networks of a seed have the same weights and "
+    "batch. d = dy[b,o,x,y] I[b,i,x+x',y+y'] with dy at the output of the convolution. Sums over the N = B H W "
+    "summands are divided by N, and a/b is the ratio of averages. The probe weight_gradient_signs records them. Its "
+    "float32 sums differ from float64 sums by less than 1e-8 of a and b. Means over seeds are geometric.",
     claims=tuple(claim(*key, *at) for key in PAPER for at in zip(LAYERS, PAPER[key], strict=True)),
     runs=tuple(Run(norm, "at_init", norm, ("gradient_signs",), LAYERS) for norm in NETS),
     smaller={"smoke": {"batch": 2, "seeds": 1}},
-    minutes={"full": 0.6},
+    minutes={"full": 0.58},
     paper=PAPER,
-    remark="Independent signs would give an a/b of about sqrt N. With batch norm a/b is 0.4 to 0.65 of that: its fall "
-    "with depth is mostly that of the resolution. The share of signs that agree, |sum sign d| over the number of "
-    "nonzero d, is not higher without batch norm than with it (last column of the data). The gradient before a batch "
-    "norm sums to zero over each channel, so that the mean of I drops out of the sum; how much of the contrast that "
-    "explains is asked next.",
+    remark="Independent signs would give an a/b of about sqrt N. With batch norm a/b is 0.4 to 0.65 of that, so its "
+    "fall with depth is mostly the fall of the resolution. The share of signs that agree, |sum sign d| over the "
+    "number of nonzero d, is not higher without batch norm than with it (last column of the data). The gradient "
+    "before a batch norm sums to zero over each channel, so the mean of I drops out of the sum. The next experiment "
+    "measures how much of the contrast this explains.",
 )

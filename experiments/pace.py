@@ -1,0 +1,98 @@
+"""Estimates of the time that runs take: the shares of an experiment's runs, and the time that is left.
+
+The specs state minutes for each experiment on two cores. How much slower another machine is differs between
+experiments, so every finished run corrects the estimate of its experiment, of its procedure, and of all others.
+"""
+
+import math
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from bnkern.train.resnet import ResNet
+
+from .specs import Run
+
+REFERENCE = 0.041  # seconds of the step that step_seconds takes, on the machine of the specs' minutes
+
+
+def work(run: Run) -> float:
+    """The work of a run, as a multiple of the unit of its procedure. Runs of one experiment are compared by it."""
+    options = run.options
+    if "epochs" in options and run.procedure in ("training", "layer_products"):
+        return run.depth * max(1, options["epochs"]) * options.get("images", 50_000) * len(options.get("lrs", [0]))
+    if run.procedure == "noise":
+        images = sum(min(options["most"] * size, options["budget"]) for size in options["sizes"])
+        return images + options["images"] * (options["mode"] == "frozen")
+    if run.procedure == "theory":
+        return max(options["factors"]) * options.get("size", 80) ** 3
+    return options.get("batches", 1)
+
+
+def shares(runs: Iterable[Run]) -> dict[str, float]:
+    """The share that one seed of each run has in the time of all runs and seeds, by label."""
+    weights = {run.label: (work(run), run.seeds) for run in runs}
+    whole = sum(weight * seeds for weight, seeds in weights.values())
+    return {label: weight / whole for label, (weight, _) in weights.items()}
+
+
+def step_seconds(device: torch.device) -> float:
+    """The seconds of a training step of a ResNet-8 with 128 images: the better of two, after one to warm up."""
+    torch.manual_seed(0)
+    network = ResNet(8, "batch").to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.rand(128, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(128, device=device) % 10
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        F.cross_entropy(network(images), labels).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+class Kind(NamedTuple):
+    """What the pace of a run depends on."""
+
+    procedure: str
+    experiment: str
+
+
+class Pace:
+    """Seconds per expected second, by the runs that have finished.
+
+    The pace of an experiment is that of its finished runs, with the pace of its procedure as if it were one more run.
+    The pace of a procedure is the geometric mean over its experiments and the pace of everything, each counting once.
+    The pace of everything is the geometric mean over the experiments and ``start``, the estimate before any run, which
+    counts ``START`` times: a step that takes a second says less than an experiment that takes minutes.
+    """
+
+    START = 0.25
+
+    def __init__(self, start: float = 1.0) -> None:
+        self._start = start
+        self._expected: dict[Kind, list[float]] = {}
+        self._seconds: dict[Kind, float] = {}
+
+    def add(self, kind: Kind, expected: float, seconds: float) -> None:
+        """A run has finished that was expected to take ``expected`` seconds."""
+        self._expected.setdefault(kind, []).append(expected)
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + max(seconds, 1e-3)
+
+    def of(self, kind: Kind) -> float:
+        """The pace to be expected of the next runs of a kind."""
+        whole = self._mean(self._seconds, self._start, self.START)
+        pace = self._mean([one for one in self._seconds if one.procedure == kind.procedure], whole, 1)
+        if kind not in self._seconds:
+            return pace
+        expected = self._expected[kind]
+        typical = sum(expected) / len(expected)
+        return (self._seconds[kind] + pace * typical) / (sum(expected) + typical)
+
+    def _mean(self, kinds: Iterable[Kind], prior: float, weight: float) -> float:
+        logs = [math.log(self._seconds[kind] / sum(self._expected[kind])) for kind in kinds]
+        return math.exp((sum(logs) + weight * math.log(prior)) / (len(logs) + weight))

@@ -1,0 +1,274 @@
+"""What the report contains of one experiment: verdict, claims, tables and the conditions of its runs.
+
+A section is built from the results of runs, or from the record of an earlier report. The record of a published report
+keeps an experiment in the report if its runs are not on this machine.
+"""
+
+import csv
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import draw, drawer, spec
+from .results import Finding, Results, Value, configuration, find, judge, judged, verdict
+from .specs import SCALES, Spec
+
+IMAGES = {"cifar10": "CIFAR-10", "synthetic": "synthetic images", "none": "no images"}
+COMMANDS = ("repeat", "to run it")  # the facts that are commands
+JUDGEMENTS = ("held", "held in part", "did not hold")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One experiment, ready to be written."""
+
+    name: str
+    spec: Spec
+    scale: str
+    data: str
+    verdict: str
+    findings: list[Finding]
+    tables: dict[str, draw.Rows]
+    facts: dict[str, str]  # the conditions of the runs, by label
+    runs: list[dict]  # label, seed, date and seconds of each run; the seconds are None where they are not known
+
+    @property
+    def headline(self) -> Finding:
+        """The finding whose number stands in the first table."""
+        [found] = [finding for finding in self.findings if finding.claim.text == self.spec.headline]
+        return found
+
+    @property
+    def outcome(self) -> str:
+        """The verdict, and the number of claims behind it."""
+        checked = [finding for finding in self.findings if finding.claim.check and finding.values]
+        count = f"{sum(finding.held is True for finding in checked)} of {len(checked)} claims"
+        if self.verdict == "incomplete":
+            return f"{self.verdict} ({count} so far)"
+        return f"{self.verdict} ({count})" if self.verdict in JUDGEMENTS else self.verdict
+
+    @property
+    def kind(self) -> str:
+        """The group that the report's tally counts it in."""
+        if self.verdict in ("shown", "not run"):
+            return self.verdict
+        if self.spec.beyond:
+            return "beyond the paper"
+        return "as in the paper" if self.scale == "full" else self.scale
+
+    @property
+    def n(self) -> str:
+        """The scale and the number of seeds."""
+        if not self.runs:
+            return ""
+        labels = [run["label"] for run in self.runs]
+        counts = [labels.count(label) for label in set(labels)]
+        least, most = min(counts), max(counts)
+        scale = self.scale
+        if scale == "full":
+            scale = "beyond the paper" if self.spec.beyond else "as in the paper"
+        return f"{scale}, n\u00a0=\u00a0{least}" + (f" to {most}" if most > least else "")
+
+    @property
+    def reduction(self) -> str:
+        """What differs from scale full, "" if nothing does."""
+        return self.spec.reduction.get(self.scale, "")
+
+    @property
+    def caution(self) -> str:
+        """What limits the numbers, "" if nothing does."""
+        if self.data == "synthetic":
+            return "Synthetic images instead of CIFAR-10. These numbers only show that everything runs."
+        if self.scale in ("smoke", "quick"):
+            scale = self.scale.capitalize()
+            return f"{scale} scale. These numbers only show that everything runs. No claim is judged by them."
+        return "Reduced scale." if self.scale == "reduced" else ""
+
+    @property
+    def rank(self) -> tuple[bool, bool, int]:
+        """Of two sections on one experiment the one with the higher rank says more."""
+        known = self.scale in SCALES
+        return bool(self.runs), self.data != "synthetic", SCALES.index(self.scale) if known else -1
+
+
+# ------------------------------------------------------------------------------------------------ from runs
+
+
+def of_results(name: str, results: Results, out: Path) -> Section:
+    """The section on the results in ``out``."""
+    about = spec(name)
+    outcome, findings = judge(about, results)
+    tables = drawer(name).tables(about, results) if results.runs else {}
+    runs = [
+        {
+            "label": run.config["label"],
+            "seed": run.config["seed"],
+            "date": run.env["started"][:10],
+            "seconds": run.env["seconds"],
+        }
+        for run in results.runs
+    ]
+    facts = _facts(name, about, results, out)
+    return Section(name, about, results.scale, results.data, outcome, findings, tables, facts, runs)
+
+
+def _facts(name: str, about: Spec, results: Results, out: Path) -> dict[str, str]:
+    """The conditions of the runs, each once if all runs agree, and else as a list."""
+    if not results.runs:
+        return {"to run it": _command(name, "full", "")}
+
+    def all_of(value) -> str:
+        return "; ".join(sorted({str(value(run.env)) for run in results.runs}))
+
+    prefix = f"{results.scale}-*" + ("-synthetic" if results.data == "synthetic" else "")
+    failed = len(list((out / name).glob(f"{prefix}/error.txt")))
+    seeds = sorted({run.config["seed"] for run in results.runs})
+    counts = {run.label: len(results.where(label=run.label)) for run in about.runs}
+    measured = {
+        "runs": ", ".join(f"{label}: {count}" for label, count in counts.items())
+        + f"; seeds {_span(seeds)}"
+        + (f"; {failed} failed" if failed else "")
+        + (f"; {results.stale} with another configuration left out" if results.stale else ""),
+        "date": all_of(lambda env: env["started"][:10]),
+        "commit": all_of(lambda env: env["commit"] + (" with changes" if env["dirty"] else "")),
+        "duration": _duration(sum(run.env["seconds"] for run in results.runs)),
+        "machine": all_of(lambda env: f"{env['device']}, {env['cpu']}, {env['threads']} threads, {env['system']}"),
+        "kernels": all_of(lambda env: f"bnkern backend {env['backend']}"),
+        "versions": all_of(lambda env: ", ".join(f"{k} {v}" for k, v in env["versions"].items())),
+    }
+    return _conditions(name, about, results.scale, results.data, measured)
+
+
+def _conditions(name: str, about: Spec, scale: str, data: str, measured: dict[str, str]) -> dict[str, str]:
+    return {
+        "scale": f"{scale}, {IMAGES[data]}",
+        **({"thresholds": about.thresholds} if about.thresholds else {}),
+        **measured,
+        "repeat": _command(name, scale, data),
+    }
+
+
+def _command(name: str, scale: str, data: str) -> str:
+    return f"python -m experiments run {name} --scale {scale}" + " --data synthetic" * (data == "synthetic")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s in all"
+    return f"{seconds / 60:.0f} min in all" if seconds < 5400 else f"{seconds / 3600:.1f} h in all"
+
+
+def _span(seeds: list[int]) -> str:
+    """0 to 9 if none is missing, and else a list."""
+    first, last = seeds[0], seeds[-1]
+    return f"{first} to {last}" if last - first + 1 == len(seeds) > 2 else ", ".join(map(str, seeds))
+
+
+# ------------------------------------------------------------------------------------------------ from a record
+
+
+def record(section: Section) -> dict:
+    """The section for programs, and for :func:`of_record`. Its tables are the CSV files that it names."""
+    return {
+        "name": section.name,
+        "title": section.spec.title,
+        "of": section.spec.of,
+        "verdict": section.verdict,
+        "kind": section.kind,
+        "scale": section.scale,
+        "data": section.data,
+        "configuration": fingerprint(section.name, section.spec, section.scale, section.data),
+        "headline": section.spec.headline,
+        "remark": section.spec.remark,
+        "caution": section.caution,
+        "reduction": section.reduction,
+        "facts": section.facts,
+        "runs": section.runs,
+        "claims": [
+            {
+                "claim": finding.claim.text,
+                "paper": finding.claim.paper,
+                "ours": plain(finding.mean) if finding.values else None,
+                "mean": finding.claim.mean,
+                "spread": plain(finding.spread) if finding.values else None,
+                "given": finding.claim.given or section.spec.given,
+                "values": [plain(value.number) for value in finding.values],
+                "bounds": [value.bound for value in finding.values],
+                "check": finding.claim.check.text if finding.claim.check else None,
+                "held": finding.held,
+                "passing": finding.passing,
+            }
+            for finding in section.findings
+        ],
+        "tables": list(section.tables),
+    }
+
+
+def of_record(told: dict, folder: Path) -> Section | None:
+    """The section of a record in the folder of a report, judged by the spec as it is now.
+
+    None if nothing was run for it, or if the spec has another configuration or other claims by now.
+    """
+    name, scale, data = told["name"], told["scale"], told["data"]
+    about = spec(name)
+    checks = [claim.check.text if claim.check else None for claim in about.claims]
+    if (
+        not told["runs"]
+        or told["configuration"] != fingerprint(name, about, scale, data)
+        or [claim["check"] for claim in told["claims"]] != checks
+    ):
+        return None
+    findings = [
+        find(
+            claim, [Value(float(n), b) for n, b in zip(was["values"], was["bounds"], strict=True)], judged(scale, data)
+        )
+        for claim, was in zip(about.claims, told["claims"], strict=True)
+    ]
+    outcome = verdict(findings, True, judged(scale, data))
+    tables = {table: read_csv(folder / "data" / f"{table}.csv") for table in told["tables"]}
+    own = ("scale", "thresholds", "repeat")
+    measured = {label: fact for label, fact in told["facts"].items() if label not in own}
+    facts = _conditions(name, about, scale, data, measured)
+    return Section(name, about, scale, data, outcome, findings, tables, facts, told["runs"])
+
+
+def fingerprint(name: str, about: Spec, scale: str, data: str) -> str:
+    """Changes with the configuration of any run, but not with the number of seeds. "" if there are no runs."""
+    planned = about.at(scale) if scale in SCALES else ()
+    configs = [configuration(name, about, run, scale, data, 0) for run in planned]
+    return hashlib.sha1(json.dumps(configs, sort_keys=True).encode()).hexdigest()[:12] if configs else ""
+
+
+def plain(value: object) -> object:
+    """A Python number in place of numpy's, and a string in place of what JSON does not have (nan and inf)."""
+    value = value.item() if hasattr(value, "item") else value
+    return str(value) if isinstance(value, float) and value - value != 0 else value
+
+
+# ------------------------------------------------------------------------------------------------ tables as CSV
+
+
+def write_csv(file: Path, rows: draw.Rows) -> None:
+    """Numbers to six digits. Figures are drawn from the file, so that they can be repeated from it."""
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            values = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+
+
+def read_csv(file: Path) -> draw.Rows:
+    """The rows of a table: numbers as numbers, empty cells as None, other cells as text."""
+    with file.open(newline="") as stream:
+        return [{key: _value(cell) for key, cell in row.items()} for row in csv.DictReader(stream)]
+
+
+def _value(cell: str) -> object:
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell or None
