@@ -118,7 +118,7 @@ struct ArrayVec : Registers<A> {
   }
   BNKERN_INLINE ArrayVec magnitude() const {
     ArrayVec v;
-    const Bits sign = (Bits)(Register{} + A(-0.0));  // -0 is the sign bit alone
+    const Bits sign = (Bits)(-Register{});  // -0 is the sign bit alone
     for (int k = 0; k < kCount; ++k) v.part[k] = (Register)((Bits)part[k] & ~sign);
     return v;
   }
