@@ -1,10 +1,10 @@
-// One logical vector of 16 lanes, whatever the machine: one AVX-512 register, two AVX2 registers or
-// a plain array. All kernels are written on it once, so that every instruction set gives the same bits.
+// One logical vector of 16 lanes on every machine: one AVX-512 register, two AVX2 registers or a plain
+// array. All kernels use it, so every instruction set gives the same bits.
 //
 //   Vec<float>, Vec<double>   16 accumulator lanes
 //   Mask                      16 booleans, to and from 16 bits
 //
-// What memory holds, and how it is read and written, is in storage.h.
+// storage.h has the types of values in memory, and loads and stores of them.
 #pragma once
 
 #include <cstdint>
@@ -72,13 +72,13 @@ struct ArrayVec {
     for (int i = 0; i < kLanes; ++i) a.lane[i] = bnkern::fma(a.lane[i], b.lane[i], c.lane[i]);
     return a;
   }
-  // Where not (v <= 0): NaN passes, as in torch's threshold_backward.
+  // The lanes with not (v <= 0). NaN is among them, as in torch's threshold_backward.
   BNKERN_INLINE Mask above_zero() const {
     Mask m;
     for (int i = 0; i < kLanes; ++i) m.lane[i] = !(lane[i] <= A(0));
     return m;
   }
-  // Where not (v >= 0): NaN passes.
+  // The lanes with not (v >= 0). NaN is among them.
   BNKERN_INLINE Mask below_zero() const {
     Mask m;
     for (int i = 0; i < kLanes; ++i) m.lane[i] = !(lane[i] >= A(0));
@@ -94,7 +94,8 @@ struct ArrayVec {
     for (int i = 0; i < kLanes; ++i) v.lane[i] = std::fabs(lane[i]);
     return v;
   }
-  // Counts, which are never -0: plus b where d is above zero, below zero, or zero, and plus the sign of d. NaN is none.
+  // For counts, which are never -0: adds b in the lanes where d is above zero, below zero, or zero, or adds the sign of
+  // d. NaN is none of these.
 #define BNKERN_COUNT(name, condition)                                                                     \
   BNKERN_INLINE ArrayVec name(ArrayVec d, ArrayVec b) const {                                             \
     ArrayVec v;                                                                                           \
@@ -254,17 +255,17 @@ struct VecOf<float> {
 template <class A>
 using Vec = typename VecOf<A>::type;
 
-// Where a vector is an array, unrolled code is long and the compiler slow over it: less of it is made there.
+// Whether a vector is an array. Unrolled code is then long and slow to compile, so kernels unroll less.
 template <class A>
 constexpr bool kArrayVec = std::is_same_v<Vec<A>, ArrayVec<A>>;
 
-// Lanes below n.
+// A mask of the lanes below n.
 template <class V>
 BNKERN_INLINE typename V::Mask first_lanes(int n) {
   return V::Mask::from_bits(static_cast<std::uint16_t>((1 << n) - 1));
 }
 
-// Sum of the lanes by a fixed tree, and the least and largest of them.
+// Reduce the lanes in a fixed tree: their sum, the smallest and the largest of them.
 template <class A, class F>
 BNKERN_INLINE A fold(Vec<A> v, F f) {
   A lane[kLanes];
