@@ -1,7 +1,7 @@
-"""The functions of the compiled module (csrc/bind.cpp, csrc/call, csrc/cuda/bind_cuda.cpp), for type checkers.
+"""The functions of the compiled module (csrc/bind.cpp, csrc/call), for type checkers.
 
-Those of C's calling convention take their arguments by position. None for a result means that the operands are not
-such as the kernels read; nothing was written then.
+Functions with C's calling convention take their arguments by position. If the result is None, the kernels cannot read
+the operands, and nothing was written.
 """
 
 from types import ModuleType
@@ -69,7 +69,7 @@ def augment(
     /,
 ) -> None: ...
 
-# ---- csrc/cuda/bind_cuda.cpp: in builds with CUDA alone
+# ---- csrc/bind.cpp, only in builds with CUDA
 
 def cuda_device(
     index: int, *, multiprocessors: int, shared_bytes: int, threads: int, clusters: bool, single_read_from: int

@@ -1,4 +1,4 @@
-// The native module: what it was built as, the pool of memory, and the functions of csrc/call.
+// The native module: information about the build, the memory pool, and the functions of csrc/call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -28,7 +28,7 @@ std::vector<std::string> words(const char* text) {
   return {std::istream_iterator<std::string>(in), {}};
 }
 
-// What this very file was compiled as; `python -m bnkern` shows it.
+// The compiler, instruction sets and CUDA architectures of this build, for `python -m bnkern`.
 py::dict build_info() {
   py::dict info;
 #ifdef __clang__
@@ -59,22 +59,22 @@ void raise_if(const std::string& error) {
 void add_cuda_functions(py::module_& m) {
   using bnkern::CudaWorkspace;
   using Address = std::uintptr_t;
-  const auto at = [](Address address) { return reinterpret_cast<void*>(address); };
+  const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
   m.def(
       "cuda_device",
       [](int index, int multiprocessors, int shared_bytes, int threads, bool clusters, std::int64_t single_read_from) {
-        bnkern::know_cuda_device(index, {multiprocessors, shared_bytes, threads, clusters}, single_read_from);
+        bnkern::register_cuda_device(index, {multiprocessors, shared_bytes, threads, clusters}, single_read_from);
       },
       py::arg("index"), py::kw_only(), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("threads"),
       py::arg("clusters"), py::arg("single_read_from"),
-      "What plans for the device of that index depend on (CudaDevice in csrc/cuda/kernels.h), and the least bytes of a "
-      "tensor whose calls are one kernel. Before the first call.");
+      "Sets the properties of the device of that index on which plans depend (CudaDevice in csrc/cuda/kernels.h), and "
+      "the least size in bytes of a tensor whose calls are one kernel. Call it before the first call of batch norm.");
   m.def(
       "cuda_merge",
-      [at](int dtype, Address count, Address mean, Address m2, Address merged_count, Address merged_mean,
-           Address merged_m2, std::int64_t rows, std::int64_t channels, std::uintptr_t stream) {
-        raise_if(bnkern::cuda_merge({static_cast<bnkern::DType>(dtype), at(count), at(mean), at(m2), at(merged_count),
-                                     at(merged_mean), at(merged_m2), rows, channels},
+      [pointer](int dtype, Address count, Address mean, Address m2, Address merged_count, Address merged_mean,
+                Address merged_m2, std::int64_t rows, std::int64_t channels, std::uintptr_t stream) {
+        raise_if(bnkern::cuda_merge({static_cast<bnkern::DType>(dtype), pointer(count), pointer(mean), pointer(m2),
+                                     pointer(merged_count), pointer(merged_mean), pointer(merged_m2), rows, channels},
                                     stream));
       },
       "merge on the current CUDA device; see CudaMerge in csrc/cuda/kernels.h.",
@@ -82,15 +82,15 @@ void add_cuda_functions(py::module_& m) {
   m.def(
       "cuda_workspace",
       [](std::uintptr_t stream) {
-        CudaWorkspace found;
+        CudaWorkspace result;
         raise_if(bnkern::with_workspace("cuda_workspace", stream, {0, 1}, [&](const CudaWorkspace& workspace) {
-          found = workspace;
+          result = workspace;
           return std::string();
         }));
-        return std::array<std::int64_t, 3>{reinterpret_cast<std::int64_t>(found.data),
-                                           bnkern::signal_bytes(found.size.groups), found.size.bytes};
+        return std::array<std::int64_t, 3>{reinterpret_cast<std::int64_t>(result.data),
+                                           bnkern::signal_bytes(result.size.groups), result.size.bytes};
       },
-      "Address of a stream's workspace, bytes of its signals, bytes behind them: for tests, which write to the latter.",
+      "The address of a stream's workspace, the bytes of its signals, and the bytes behind them, to which tests write.",
       py::call_guard<py::gil_scoped_release>());
 }
 
@@ -104,7 +104,7 @@ void launch_cuda(Backward&, PyObject*, const dlpack::Device&) { refuse(); }
 #endif
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "bnkern's compiled kernels, called with torch's tensors, and linked to no library of torch.";
+  m.doc() = "bnkern's compiled kernels. They take torch's tensors, but do not link to a library of torch.";
   if (!bnkern::add_calls(m.ptr()) || !bnkern::add_cpu_functions(m.ptr())) throw py::error_already_set();
   m.def("build_info", &build_info, "Compiler, instruction sets, CUDA version or None, CUDA architectures.");
   m.def("isa", [] { return bnkern::cpu_kernels().isa; }, "The instruction set of the CPU kernels on this machine.");
@@ -119,10 +119,13 @@ PYBIND11_MODULE(_native, m) {
             bnkern::keeps_strides(static_cast<int>(shape.size()), shape.data(), strides.data(), layout.shape.rows);
         return py::make_tuple(rows, n, c, s, layout.outer, layout.inner, keeps);
       },
-      "How the kernels see a tensor: rows, N, C, S, two strides, and whether results have its own strides; or None.");
-  m.def("pool_idle", &bnkern::pool_idle, "Bytes of freed results kept for the next ones.");
+      "The layout in which kernels read a tensor: rows, N, C, S, two strides, and whether results have its own "
+      "strides. "
+      "None if two strides do not describe it.");
+  m.def("pool_idle", &bnkern::pool_idle, "Bytes of freed results that are kept for new results.");
   m.def("pool_limit", &bnkern::pool_limit,
-        "How many bytes may be kept: BNKERN_POOL_MB, or an eighth of memory (the container's, where it has less).");
+        "The largest number of bytes to keep: BNKERN_POOL_MB, or an eighth of the memory (of the container, if it has "
+        "less).");
   m.def("pool_clear", &bnkern::pool_clear, "Returns the kept bytes to the system.");
 #ifdef BNKERN_CUDA
   add_cuda_functions(m);

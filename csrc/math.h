@@ -1,6 +1,6 @@
-// The arithmetic of batch norm, the only copy: for scalars and 16-lane vectors, on the host and in
-// CUDA. Multiply-adds are written out as fma, since contraction is off everywhere: the backward then
-// recomputes the forward's mask bit for bit. Formulas: bnkern/backends/reference/batch_norm.py.
+// The only copy of batch norm's arithmetic, for scalars and 16-lane vectors, on the host and in CUDA.
+// Contraction is off everywhere, and multiply-adds are explicit calls of fma. So the backward recomputes
+// the forward's mask bit for bit. The formulas are those of bnkern/backends/reference/batch_norm.py.
 #pragma once
 
 #ifndef __CUDACC__
@@ -26,8 +26,8 @@ BNKERN_HD double fma(double a, double b, double c) {
 #endif
 }
 
-// The lesser and the greater of a new value and the extreme so far, in this order: a new value that is NaN is ignored,
-// because every comparison with NaN is false.
+// The minimum and the maximum. Return b if a is NaN, because every comparison with NaN is false. Pass a new value as a
+// and the running extreme as b to ignore NaNs.
 template <class T>
 BNKERN_HD T least(T a, T b) {
   return a < b ? a : b;
@@ -44,7 +44,8 @@ struct Moments {
   T m2;  // sum of (x - mean)^2
 };
 
-// Chan, Golub and LeVeque 1979: part b joins part a, b holding `share` of their values, and weight = a.count * share.
+// Joins part b to part a (Chan, Golub and LeVeque 1979). `share` is b's share of all values, and weight is
+// a.count * share.
 template <class T>
 BNKERN_HD void chan_join(T* mean, T* m2, T b_mean, T b_m2, T share, T weight) {
   const T delta = b_mean - *mean;
@@ -52,7 +53,7 @@ BNKERN_HD void chan_join(T* mean, T* m2, T b_mean, T b_m2, T share, T weight) {
   *m2 = fma(delta * delta, weight, *m2 + b_m2);
 }
 
-// The same of parts that know their counts. One of count zero is the identity on either side.
+// The same for parts with counts. A part of count zero changes nothing.
 template <class T>
 BNKERN_HD Moments<T> chan_merge(Moments<T> a, Moments<T> b) {
   if (b.count == T(0)) return a;
@@ -62,8 +63,8 @@ BNKERN_HD Moments<T> chan_merge(Moments<T> a, Moments<T> b) {
   return {count, a.mean, a.m2};
 }
 
-// Many parts at once, whose means are distances from one pivot: what each holds of the sums of these distances and of
-// their squares just adds up. For doubles, which lose nothing by it until the pivot lies 1e6 sigma off.
+// For many parts whose means are relative to one pivot: the sums of the distances from the pivot, and of their squares.
+// They can simply be added. Use doubles, which stay accurate unless the pivot is more than 1e6 sigma from the mean.
 struct PivotSums {
   double first, second;
 };
@@ -73,16 +74,16 @@ BNKERN_HD PivotSums pivot_sums(Moments<double> part) {
 }
 BNKERN_HD Moments<double> moments_of(double count, PivotSums sums) {
   const double mean = sums.first / count, m2 = fma(-sums.first, mean, sums.second);
-  return {count, mean, m2 < 0 ? 0 : m2};  // below zero by rounding only; NaN stays
+  return {count, mean, m2 < 0 ? 0 : m2};  // rounding may make it negative; NaN stays NaN
 }
 
-// Beside them, sums of (x - mean)^3 and (x - mean)^4.
+// The sums of (x - mean)^3 and (x - mean)^4.
 template <class T>
 struct HigherMoments {
   T m3, m4;
 };
 
-// Those of two parts joined: the pairwise formulas of Pebay 2008.
+// The higher moments of two parts together, by the pairwise formulas of Pebay 2008.
 template <class T>
 BNKERN_HD HigherMoments<T> pebay_merge(Moments<T> a, HigherMoments<T> of_a, Moments<T> b, HigherMoments<T> of_b) {
   if (b.count == T(0)) return of_a;
@@ -109,7 +110,7 @@ BNKERN_HD V scale_shift(V xhat, V weight, V bias) {
   return fma(xhat, weight, bias);
 }
 
-// dx of the training mode; mean_dy = sum dy / M, mean_dy_xhat = sum dy * xhat / M, scale = weight * invstd.
+// dx in training mode. mean_dy = sum dy / M, mean_dy_xhat = sum dy * xhat / M, scale = weight * invstd.
 template <class V>
 BNKERN_HD V input_gradient(V dy, V xhat, V mean_dy, V mean_dy_xhat, V scale) {
   return (dy - fma(xhat, mean_dy_xhat, mean_dy)) * scale;

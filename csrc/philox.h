@@ -1,5 +1,5 @@
 // Philox4x32-10, a counter-based random number generator: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as
-// easy as 1, 2, 3", SC 2011. Its twins: philox in bnkern/backends/reference/images.py, and triton's own.
+// easy as 1, 2, 3", SC 2011. The same generator is in bnkern/backends/reference/images.py and in Triton itself.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ BNKERN_HD Philox philox(std::uint64_t key, Philox counter) {
   return counter;
 }
 
-// A word as a number below n, each of probability 1 / n to within 2^-32.
+// Maps a word to a number below n. Each number has the probability 1 / n to within 2^-32.
 BNKERN_HD std::uint32_t below(std::uint32_t n, std::uint32_t word) {
   return static_cast<std::uint32_t>(std::uint64_t{word} * n >> 32);
 }

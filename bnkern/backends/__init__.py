@@ -1,12 +1,13 @@
-"""Which kernels serve a call: one table, :func:`choose`, with :func:`use_backend` to force and :func:`explain` to see.
+"""The choice of the kernels for a call: :func:`choose` has the table, :func:`use_backend` forces a backend, and
+:func:`explain` shows the choice.
 
-A backend is a module with the functions of ``reference``, all with its signatures, which ``protocol`` has as types:
-``forward`` and ``backward`` of whole calls, the phases ``moments merge normalize grad_sums grad_input`` where it has
-kernels for them one by one, and ``refuses(device, dtype) -> str | None``: why it cannot serve such an input. One with
-``try_forward`` checks the arguments of a call itself, and returns None where they need the slow checks.
+A backend is a module with the functions and signatures of ``reference``; ``protocol`` has them as types. These are
+``forward`` and ``backward`` for whole calls, the phases ``moments merge normalize grad_sums grad_input``, and
+``refuses(device, dtype) -> str | None``, which returns the reason why the backend cannot serve such an input. A backend
+may also have ``try_forward``. It checks the arguments of a call itself, and returns None if they need the slow checks.
 
-A ``device`` is a ``torch.device`` or its name. The GPUs of a machine may differ, so every choice is made and remembered
-for one device with its index; "cuda" without an index is the current device.
+A ``device`` is a ``torch.device`` or its name. The GPUs of a machine may differ, so every choice is made and cached for
+one device with its index. "cuda" without an index means the current device.
 """
 
 import contextlib
@@ -21,13 +22,14 @@ import torch
 
 from .protocol import Backend, ConvolutionBackend, ImageBackend, WinogradBackend
 
-# The table: for each device, the backends in order of preference. The first that does not refuse serves. On CUDA
-# devices that is CUDA C++: on an H200 a training step takes 0.87 of its time with Triton's kernels, and a call a third
-# of the host's. Triton has float64, convolutions' sums and images, and comes first where a block has little shared
-# memory, as on most GPUs that are not a data centre's: the CUDA kernels need it to record, and were measured with it.
+# The table has the backends of each device in order of preference. The first one that does not refuse serves the call.
+# On CUDA devices this is CUDA C++: on an H200 a training step takes 0.87 of its time with Triton's kernels, and a call
+# takes a third of the host time. Triton has float64, the sums of convolutions and images. It comes first if a block has
+# little shared memory, as on most GPUs that are not made for data centres. The CUDA kernels need this memory to record,
+# and were measured on devices that have it.
 NAMES = ("cuda", "triton", "cpu", "reference")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-ROOM = 160 << 10  # bytes that a block can ask for; records of rows take up to 159 KB
+ROOM = 160 << 10  # bytes of shared memory that a block must be able to have; records of rows take up to 159 KB
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -36,8 +38,8 @@ def _order(device: torch.device) -> tuple[str, ...]:
     order = PREFERENCE.get(device.type, ("reference",))
     if device.type != "cuda" or not torch.cuda.is_available():
         return order
-    found = torch.cuda.get_device_properties(device)
-    if found.shared_memory_per_block_optin >= ROOM:  # type: ignore[attr-defined]  # torch's stub lacks it
+    properties = torch.cuda.get_device_properties(device)
+    if properties.shared_memory_per_block_optin >= ROOM:  # type: ignore[attr-defined]  # torch's stub lacks it
         return order
     return ("triton", *(name for name in order if name != "triton"))
 
@@ -46,8 +48,8 @@ _CPU = torch.device("cpu")
 
 
 def _indexed(device: torch.device | str) -> torch.device:
-    """The device with its index, which the device of a tensor has already."""
-    if device == _CPU:  # first, since this is in every call, and reading a device's type costs more than comparing it
+    """The device with its index. The device of a tensor always has it."""
+    if device == _CPU:  # This comes first because every call runs it, and to read a device's type costs more.
         return device
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
@@ -61,7 +63,7 @@ def _checked(name: str) -> str:
     return name
 
 
-# The forced backend, "" for the table's choice. One per process, so that the backward's threads see it too.
+# The forced backend, or "" for the table's choice. It is global, so that it applies in the backward's threads too.
 _forced = _checked(os.environ["BNKERN_BACKEND"]) if os.environ.get("BNKERN_BACKEND") else ""
 
 
@@ -74,9 +76,9 @@ def forced() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend ("cpu", "triton", "cuda" or "reference") for all calls within, in every thread.
 
-    A call that it cannot serve raises and says why; what it has no kernels of at all ("cuda": ``augment`` and
-    ``conv_grad_signs``) is left to the table. The backward of a call runs on the backend of its forward, also after the
-    block. ``BNKERN_BACKEND`` in the environment does the same for a whole process.
+    If it cannot serve a call, an error with the reason is raised. For a function that it does not have at all ("cuda"
+    has no ``augment`` and no ``conv_grad_signs``) the table is used. The backward of a call runs on the backend of its
+    forward, also after the block. ``BNKERN_BACKEND`` in the environment does the same for a whole process.
     """
     global _forced
     before, _forced = _forced, _checked(name)
@@ -96,7 +98,7 @@ def _load(name: str) -> Backend | str:
 
 
 def _loaded(name: str) -> Backend:
-    """The module of a backend that is not unavailable."""
+    """The module of an available backend."""
     module = _load(name)
     assert not isinstance(module, str), module
     return module
@@ -124,12 +126,14 @@ def choose(
 @overload
 def choose(name: str, device: torch.device | str, dtype: torch.dtype, function: Literal["augment"]) -> ImageBackend: ...
 def choose(name: str, device: torch.device | str, dtype: torch.dtype, function: str | None = None) -> Backend:
-    """The backend module for tensors of this device and dtype: the named one, or for "" the table's first that can.
+    """The backend module for tensors of this device and dtype.
 
-    ``function``: what is to be called, where not every backend has it (``augment``, ``conv_grad_signs``: "cuda" has
-    batch norm alone). One that is named and has no such kernels leaves the call to the table.
+    It is the named backend or, for the name "", the first one of the table that can serve. ``function`` is the function
+    to call, if not every backend has it (``augment``, ``conv_grad_signs``; "cuda" has batch norm alone). If the named
+    backend does not have it, the table is used.
 
-    Raises RuntimeError where a named backend cannot serve. Falling back to the reference warns, once a device.
+    Raises RuntimeError if a named backend cannot serve. If the table ends at the reference, a warning is issued once
+    for each device.
     """
     return _choose(name, _indexed(device), dtype, function)
 
@@ -149,15 +153,15 @@ def _choose(name: str, device: torch.device, dtype: torch.dtype, function: str |
             reason = f"it has no {function}"
         if reason is None:
             if candidate == "reference":
-                why = "; ".join(reasons) or f"no backend has kernels for device {device.type!r}"
-                warnings.warn(f"bnkern uses its slow reference for {device} {dtype}: {why}", stacklevel=4)
+                cause = "; ".join(reasons) or f"no backend has kernels for device {device.type!r}"
+                warnings.warn(f"bnkern uses its slow reference for {device} {dtype}: {cause}", stacklevel=4)
             return _loaded(candidate)
         reasons.append(f"{candidate}: {reason}")
     raise AssertionError("the reference serves everything")
 
 
 def explain(device: torch.device | str, dtype: torch.dtype) -> str:
-    """The table for such an input, one backend a line: which serves it, and why not the others."""
+    """The table for such an input. Each line has a backend, and whether it serves the input or why it does not."""
     chosen = None
     lines = []
     device = _indexed(device)

@@ -1,6 +1,6 @@
-"""Which code of the native module a GPU runs, from the list of architectures that the module was compiled for.
+"""The code of the native module that a GPU runs, from the list of architectures that the module was compiled for.
 
-An entry is spelled as in CMake: "90" is machine code and PTX, "90-real" machine code alone, "90-virtual" PTX alone.
+Entries are written as in CMake: "90" is machine code and PTX, "90-real" only machine code, "90-virtual" only PTX.
 Sources: CUDA C++ Programming Guide, "Compute Capability and Application Compatibility", and NVIDIA's description of
 architecture-specific ("90a") and family-specific ("100f") targets.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 Capability = tuple[int, int]
 
 _ENTRY = re.compile(r"(\d+)(\d)([af]?)(-real|-virtual)?")
-# Integrated GPUs (Jetson): machine code is not exchanged between them and the other GPUs of their major capability.
+# Integrated GPUs (Jetson). They do not run machine code for other GPUs of their major capability, and vice versa.
 _INTEGRATED = {(7, 2), (8, 7), (10, 1)}
 
 
@@ -28,12 +28,12 @@ def _ptx_runs(compiled: Capability, suffix: str, device: Capability) -> bool:
 
 
 def serving(device: Capability, architectures: Iterable[str]) -> Capability | None:
-    """The capability that the code was compiled for which a GPU of capability ``device`` runs, or None.
+    """The capability of the compiled code that a GPU of capability ``device`` runs, or None if it runs none.
 
-    Machine code serves later minor capabilities of the same major one, and comes first; PTX serves every later
-    capability. ``__CUDA_ARCH__`` in the kernels is that of the result, not of the device.
+    Machine code runs on later minor capabilities of the same major capability, and is preferred. PTX runs on every
+    later capability. ``__CUDA_ARCH__`` in the kernels is the returned capability, not the device's.
 
-    Raises ValueError for an entry that is no architecture.
+    Raises ValueError for an entry that is not an architecture.
     """
     machine_code, ptx = [], []
     for entry in architectures:

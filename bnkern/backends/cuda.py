@@ -1,12 +1,12 @@
-"""The C++/CUDA kernels (csrc/cuda), by the native module.
+"""The C++/CUDA kernels (csrc/cuda), called through the native module.
 
 They serve float32, bfloat16 and float16. Tensors that two strides describe are read in place, others are copied once
-to the dense form of their layout. Formulas are those of ``reference``. Calls go to torch's current stream of the
-tensors' device, results come from torch's caching allocator, and nothing waits for the device.
+to the dense form of their layout. Formulas are those of ``reference``. Calls run on torch's current stream of the
+tensors' device. Results come from torch's caching allocator. No function waits for the device.
 
-A record takes one small launch more, which joins the blocks' parts. Only rows (channels_last, N x C) whose channels are
-no multiple of 8, or that are not aligned to 16 bytes, are read once more for it. RuntimeError where a block has too
-little shared memory to record rows (142 to 159 KB of it for 512 threads).
+A record needs one more small launch, which joins the blocks' parts. Rows (channels_last, N x C) are read once more for
+it only if their number of channels is not a multiple of 8 or they are not aligned to 16 bytes. RuntimeError if a block
+has too little shared memory to record rows (142 to 159 KB for 512 threads).
 """
 
 import functools
@@ -29,11 +29,11 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     if not hasattr(_native, "cuda_device"):
         return "the native module was built without CUDA"
     if torch.cuda.is_available() and _serving(torch.cuda.get_device_properties(device)) is None:
-        found = torch.cuda.get_device_properties(device)
+        properties = torch.cuda.get_device_properties(device)
         return (
             f"the native module was built for {' '.join(_ARCHITECTURES)}, and the code of none of these runs on "
-            f"{found.name}, whose capability is {found.major}.{found.minor}: build it with "
-            f"BNKERN_CUDA_ARCHS={found.major}{found.minor}"
+            f"{properties.name}, whose capability is {properties.major}.{properties.minor}: build it with "
+            f"BNKERN_CUDA_ARCHS={properties.major}{properties.minor}"
         )
     if dtype is torch.float64:
         return "it has no float64 kernels, the Triton backend has"
@@ -48,7 +48,7 @@ _ARCHITECTURES = _native.build_info()["cuda_archs"]
 
 
 def _serving(properties) -> architectures.Capability | None:
-    """The capability that the code was compiled for which a device of these properties runs, or None."""
+    """The capability of the compiled code that a device with these properties runs, or None."""
     return architectures.serving((properties.major, properties.minor), _ARCHITECTURES)
 
 
@@ -56,31 +56,31 @@ def _serving(properties) -> architectures.Capability | None:
 
 
 class Rule(NamedTuple):
-    """When a call is one kernel that keeps on chip what it reads, instead of two that each read it."""
+    """When a call is one kernel that keeps its input on the chip, instead of two kernels that each read it."""
 
     single_read_from: int  # bytes of one tensor
     source: str
 
 
-# By the name of the device model; "" is for every other model. benchmarks/norm/bench_strategies.py measures both
+# By the name of the device model, with "" for all other models. benchmarks/norm/bench_strategies.py measures both
 # strategies.
 RULES = {"": Rule(0, "rule of thumb: one kernel for every size")}
 
 
 def introduce(index: int, single_read_from: int | None = None) -> None:
-    """Tell the native module what its plans for a device depend on: ``CudaDevice`` in csrc/cuda/kernels.h.
+    """Registers a device with the native module, with the properties of ``CudaDevice`` in csrc/cuda/kernels.h.
 
-    ``single_read_from``: a :class:`Rule`'s, instead of the device's own.
+    ``single_read_from`` replaces the value of the device's :class:`Rule`.
     """
-    found = torch.cuda.get_device_properties(index)
-    rule, served = RULES.get(found.name, RULES[""]), _serving(found)
+    properties = torch.cuda.get_device_properties(index)
+    rule, compiled = RULES.get(properties.name, RULES[""]), _serving(properties)
     _native.cuda_device(
         index,
-        multiprocessors=found.multi_processor_count,
-        shared_bytes=found.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
+        multiprocessors=properties.multi_processor_count,
+        shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
         threads=512,
-        # PTX for an earlier capability has no cluster instructions, also where the device that runs it has them.
-        clusters=served is not None and served >= (9, 0),
+        # PTX for an earlier capability has no cluster instructions, even if the device has them.
+        clusters=compiled is not None and compiled >= (9, 0),
         single_read_from=rule.single_read_from if single_read_from is None else single_read_from,
     )
 
@@ -92,10 +92,10 @@ _introduce_once = functools.cache(introduce)
 
 
 def _with_memory(function: Callable) -> Callable:
-    """``function``, once more after torch's cache was emptied where CUDA has no memory for a stream's workspace.
+    """``function``, which is called again after torch's cache is emptied if CUDA has no memory for a workspace.
 
-    The workspace is not torch's, whose allocator may hold all that is free. torch too returns that before it raises
-    torch.OutOfMemoryError, as this does.
+    The workspace does not come from torch's allocator, which may hold all free memory. Torch itself also empties this
+    cache before it raises torch.OutOfMemoryError.
     """
 
     @functools.wraps(function)
@@ -128,9 +128,9 @@ grad_input = _with_memory(native.grad_input)
 
 
 def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One (count, mean [C], M2 [C]) from K of them, as :func:`bnkern.backends.reference.merge`, in one launch.
+    """Merges K times (count, mean [C], M2 [C]) into one, as :func:`bnkern.backends.reference.merge`, in one launch.
 
-    means and m2s are contiguous, float32 or float64. Raises RuntimeError with CUDA's words.
+    means and m2s are contiguous, float32 or float64. Raises RuntimeError with CUDA's message.
     """
     count = counts.to(means.dtype)
     merged_count, merged_mean, merged_m2 = (

@@ -1,4 +1,4 @@
-"""How every kernel sees a tensor: a choice of two layouts, made from sizes and strides alone.
+"""The two layouts in which kernels read a tensor. Sizes and strides alone decide between them.
 
 A batch-norm tensor has N samples, C channels and S positions per channel (S = 1 for N x C input).
 
@@ -7,8 +7,8 @@ planes  (NCHW)           each (n, c) is a run of S elements of unit stride;
 rows    (channels_last,  each of the M = N * S rows is a run of C elements of unit stride;
          N x C, S = 1)   element (m, c) lies at m * outer + c, and inner is 1.
 
-Views whose outer strides are arbitrary (slices of the batch or of the channels, expanded batches) are addressed
-in place. Any other stride pattern is copied once, by :func:`addressed`, to the dense form of its layout.
+Views with arbitrary outer strides (slices of the batch or of the channels, expanded batches) are read in place. A
+tensor with any other stride pattern is copied once, by :func:`addressed`, to the dense form of its layout.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
     s: int
 
     @property
-    def count(self) -> int:  # type: ignore[override]  # hides tuple.count, which nobody needs of a layout
+    def count(self) -> int:  # type: ignore[override]  # hides tuple.count, which no code uses
         """M = N * S, the number of values per channel."""
         return self.n * self.s
 
@@ -35,8 +35,8 @@ class Layout(NamedTuple):
     def mask_shape(self) -> tuple[int, ...]:
         """Shape of the activation's mask, one bit per element, least significant bit first.
 
-        rows: flat over M * C, so that any number of channels packs tightly. planes: [N, C, ceil(S / 8)], so that
-        each plane begins a byte of its own and whoever writes a plane owns all of its bytes.
+        rows: flat over M * C, so there are no unused bits between rows. planes: [N, C, ceil(S / 8)], so each plane
+        begins at a new byte, and all bytes of a plane are written by the thread that writes the plane.
         """
         if self.rows:
             return ((self.count * self.c + 7) // 8,)
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
 
 def layout(x: Tensor) -> Layout:
-    """The layout of ``x`` [N, C, ...]: rows when the channel has unit stride or there is one position per channel."""
+    """The layout of ``x`` [N, C, ...]: rows if the channel has unit stride or there is one position per channel."""
     n, c = x.shape[0], x.shape[1]
     s = 1
     for size in x.shape[2:]:
@@ -53,8 +53,8 @@ def layout(x: Tensor) -> Layout:
 
 
 def strides(x: Tensor, rows: bool) -> tuple[int, int] | None:
-    """(outer, inner) element strides of ``x`` in the given layout, or None where it cannot be addressed so."""
-    if not rows and x.is_contiguous():  # the usual cases, without a loop
+    """(outer, inner) element strides of ``x`` in the given layout, or None if two strides do not describe it."""
+    if not rows and x.is_contiguous():  # the usual cases need no loop
         return x.stride(0), x.stride(1)
     if rows and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x.shape[1], 1
@@ -62,10 +62,10 @@ def strides(x: Tensor, rows: bool) -> tuple[int, int] | None:
 
 
 def _folded(shape: tuple[int, ...], stride: tuple[int, ...], rows: bool) -> tuple[int, int] | None:
-    """:func:`strides` of any tensor of these sizes and strides."""
+    """:func:`strides` of a tensor with these sizes and strides."""
     if rows and shape[1] > 1 and stride[1] != 1:
         return None
-    # Fold the axes that must form one evenly strided run: the positions of a plane, or all rows.
+    # Fold the axes that must form one run with a constant stride: the positions of a plane, or all rows.
     axes: Sequence[int] = (0, *range(2, len(shape))) if rows else range(2, len(shape))
     step: int | None
     expected: int | None
@@ -95,7 +95,7 @@ def dense_strides(x: Tensor, rows: bool) -> tuple[int, ...]:
 
 
 def output_strides(x: Tensor, rows: bool) -> tuple[int, ...]:
-    """The strides of outputs and gradients for x: its own where it is dense, so that its memory format stays."""
+    """The strides of outputs and gradients for x: its own if it is dense, so that results keep its memory format."""
     if x.is_contiguous() or (rows and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x.stride()
     like = torch.empty_like(x, device="meta")
@@ -113,14 +113,14 @@ def empty_like(x: Tensor, rows: bool) -> Tensor:
 
 
 def addressed(t: Tensor, rows: bool) -> Tensor:
-    """``t`` itself where the kernels can address it in this layout, else a dense copy (the only copy ever made)."""
+    """``t`` itself if the kernels can read it in this layout, otherwise a dense copy. There are no other copies."""
     return t if strides(t, rows) is not None else dense(t, rows).copy_(t)
 
 
 def formats_conflict(x: Tensor, other: Tensor) -> bool:
-    """Whether ``other`` has the other memory format: it is addressable in the other layout and not in that of ``x``.
+    """Whether ``other`` has the other memory format: two strides describe it in the other layout, but not in that of x.
 
-    Reads sizes and strides alone, so that it works on the tensors of vmap, which do not tell their memory format.
+    It reads only sizes and strides, so it works for tensors of vmap, which do not report their memory format.
     """
     rows = layout(x).rows
     if layout(other).rows == rows or other.numel() == 0:
@@ -130,5 +130,5 @@ def formats_conflict(x: Tensor, other: Tensor) -> bool:
 
 
 def relaid(t: Tensor, rows: bool) -> Tensor:
-    """``t``, copied to the dense form of the given layout where it is not in it, by plain differentiable torch."""
+    """``t``, or a dense copy in the given layout if ``t`` is not dense in it. Differentiable, in plain torch."""
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if rows else t.contiguous()

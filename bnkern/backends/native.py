@@ -1,10 +1,10 @@
-"""Batch norm by the native module, for CPU and CUDA tensors: the functions of a backend, and what C++ needs of torch.
+"""Batch norm of CPU and CUDA tensors by the native module: the functions of a backend, and torch's names for C++.
 
-``bnkern._native`` reads a call's tensors, checks them, makes the results and runs the kernels (csrc/call). It declines,
-by returning None, what it cannot read: an empty batch, for which the reference serves; tensors that two strides do not
-describe, which are copied once to the dense form of their layout; subclasses.
+``bnkern._native`` reads a call's tensors, checks them, makes the results and runs the kernels (csrc/call). It returns
+None for calls that it cannot read. These are empty batches, which the reference serves; tensors that two strides do not
+describe, which are copied once to the dense form of their layout; and subclasses.
 
-The native module must be imported after torch, which brings the OpenMP runtime that both then share.
+The native module must be imported after torch, so that both use the OpenMP runtime that torch loads.
 """
 
 import functools
@@ -21,9 +21,9 @@ from .activations import ACTIVATIONS
 from .calls import BackwardCall, Forward, ForwardCall, Gradients, Sums
 from .layout import dense, layout, strides
 
-# ------------------------------------------------------------------------------- by their names, for _native.connect
+# ------------------------------------------------------------------------------- read by _native.connect, by name
 
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # whose instances are tensors and nothing else
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # the types that C++ reads; subclasses may change the meaning of a tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int64, torch.int32)
 is_neg = Tensor.is_neg
 from_dlpack = torch.from_dlpack
@@ -37,28 +37,28 @@ _DEVICE_TYPES = {"cpu": 1, "cuda": 2}  # DLPack's
 
 
 def current_stream(t: Tensor) -> int:
-    """The current stream of a CUDA tensor's device, where the exchange table does not tell it."""
+    """The current stream of a CUDA tensor's device, if the exchange table has no function for it."""
     return torch._C._cuda_getCurrentRawStream(t.device.index)
 
 
 def describe(t: Tensor) -> tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]] | None:
-    """Address, device type and index, dtype, shape and strides; None where ``t`` has no elements in memory.
+    """Address, device type and index, dtype, shape and strides; None if ``t`` has no elements in memory.
 
-    For a torch without the exchange table.
+    It is used if torch has no exchange table.
     """
-    kind, dtype = _DEVICE_TYPES.get(t.device.type), _CODES.get(t.dtype)
-    if kind is None or dtype is None or t.layout is not torch.strided:
+    device_type, dtype = _DEVICE_TYPES.get(t.device.type), _CODES.get(t.dtype)
+    if device_type is None or dtype is None or t.layout is not torch.strided:
         return None
     try:
         address = t.data_ptr()
     except RuntimeError:  # a tensor of a functorch transform
         return None
-    return address, kind, t.device.index or 0, dtype, tuple(t.shape), t.stride()
+    return address, device_type, t.device.index or 0, dtype, tuple(t.shape), t.stride()
 
 
 @functools.lru_cache(maxsize=4096)
 def output_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
-    """:func:`bnkern.backends.layout.output_strides` for a tensor of these sizes and strides."""
+    """:func:`bnkern.backends.layout.output_strides` for a tensor with these sizes and strides."""
     x = torch.empty_strided(shape, stride, device="meta")
     return layouts.output_strides(x, layout(x).rows)
 
@@ -72,19 +72,19 @@ def _connect() -> bool:
 READS_TABLE = _connect()  # whether tensors are read through the exchange table
 
 # ------------------------------------------------------------------------------------------------- readable operands
-# C++ declines none of these: what it returns for them is not None.
+# C++ reads all operands that these functions return, so its result for them is not None.
 
 OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
 
 def _readable(t: OptionalTensor, rows: bool) -> OptionalTensor:
-    """``t`` itself where the kernels can read it in this layout, else a dense copy."""
+    """``t`` itself if the kernels can read it in this layout, otherwise a dense copy."""
     if t is None:
         return None
     t = plain(t)
-    found = strides(t, rows)
-    narrow = rows and t.device.type == "cpu" and t.shape[1] % 16 and found is not None and found[0] != t.shape[1]
-    return dense(t, rows).copy_(t) if found is None or narrow else t
+    step = strides(t, rows)
+    narrow = rows and t.device.type == "cpu" and t.shape[1] % 16 and step is not None and step[0] != t.shape[1]
+    return dense(t, rows).copy_(t) if step is None or narrow else t
 
 
 def _vector(v: OptionalTensor) -> OptionalTensor:
@@ -118,19 +118,19 @@ def _readable_backward(call: BackwardCall) -> BackwardCall:
 
 
 def try_forward(call: ForwardCall) -> Forward | None:
-    """:func:`forward` of a call that nobody has validated, or None where it is not plainly a valid batch norm."""
+    """:func:`forward` of a call that was not validated. None if the short check does not find it valid."""
     return _native.forward(call, False)
 
 
 def forward(call: ForwardCall) -> Forward:
-    """moments and normalize as one: y, mean, invstd, mask. Running statistics and counter change in place."""
+    """moments and normalize together: y, mean, invstd, mask. Updates running statistics and counter in place."""
     if not call.x.numel():
         return reference.forward(call)
     return _native.forward(call, True) or cast(Forward, _native.forward(_readable_forward(call), True))
 
 
 def backward(call: BackwardCall) -> Gradients:
-    """grad_sums and grad_input as one: (dx, dweight, dbias, dresidual), each where ``call.needs`` says so."""
+    """grad_sums and grad_input together: (dx, dweight, dbias, dresidual), or None for those not in ``call.needs``."""
     if not call.x.numel():
         return reference.backward(call)
     return _native.backward(call) or cast(Gradients, _native.backward(_readable_backward(call)))
@@ -140,17 +140,17 @@ def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     """Count, mean [C] and M2 [C] of x."""
     if not x.numel():
         return reference.moments(x)
-    found = _native.moments(x) or _native.moments(_readable(x, layout(x).rows))
-    return layout(x).count, *cast("tuple[Tensor, Tensor]", found)
+    results = _native.moments(x) or _native.moments(_readable(x, layout(x).rows))
+    return layout(x).count, *cast("tuple[Tensor, Tensor]", results)
 
 
 def normalize(call: ForwardCall, mean: Tensor | None, invstd: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """y and, where the call saves one, its mask."""
+    """y, and its mask if the call saves one."""
     if not call.x.numel():
         return reference.normalize(call, mean, invstd)
-    found = _native.normalize(call, mean, invstd)
-    found = found or _native.normalize(_readable_forward(call), _vector(mean), _vector(invstd))
-    return cast("tuple[Tensor, Tensor | None]", found)
+    results = _native.normalize(call, mean, invstd)
+    results = results or _native.normalize(_readable_forward(call), _vector(mean), _vector(invstd))
+    return cast("tuple[Tensor, Tensor | None]", results)
 
 
 def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
@@ -161,13 +161,13 @@ def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
 
 
 def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
-    """dx and the residual's gradient, where needed; ``sums`` is (sum g, sum g * xhat, M), or None in eval mode."""
+    """dx and the residual's gradient, if needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode."""
     if not call.x.numel():
         return reference.grad_input(call, sums)
     sum_dy, sum_dy_xhat, count = (None, None, 0) if sums is None else sums
     own = layout(call.x).count
-    if sums is not None and count != own:  # other ranks' values are in the sums; the kernel divides by its own count
+    if sums is not None and count != own:  # the sums include other ranks' values; the kernel divides by its own count
         sum_dy, sum_dy_xhat = sums[0] * (own / count), sums[1] * (own / count)
-    found = _native.grad_input(call, sum_dy, sum_dy_xhat)
-    found = found or _native.grad_input(_readable_backward(call), _vector(sum_dy), _vector(sum_dy_xhat))
-    return cast("tuple[Tensor | None, Tensor | None]", found)
+    results = _native.grad_input(call, sum_dy, sum_dy_xhat)
+    results = results or _native.grad_input(_readable_backward(call), _vector(sum_dy), _vector(sum_dy_xhat))
+    return cast("tuple[Tensor | None, Tensor | None]", results)

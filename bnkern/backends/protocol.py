@@ -1,7 +1,7 @@
-"""What a backend is to its callers: the functions of its module, as types.
+"""The functions of a backend's module, as types for its callers.
 
-Every backend has those of :class:`Backend`; what only some have is in the others, and :func:`bnkern.backends.choose`
-finds one by the function's name.
+Every backend has the functions of :class:`Backend`. The other classes have functions that only some backends have;
+:func:`bnkern.backends.choose` selects a backend by the function's name.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Backend(Protocol):
 
 
 class ConvolutionBackend(Backend, Protocol):
-    """One that also forms the sums over the summands of a convolution's weight gradient."""
+    """A backend that also computes the sums over the summands of a convolution's weight gradient."""
 
     def conv_grad_signs(
         self, x: Tensor, dy: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, wanted: Flags
@@ -49,7 +49,7 @@ class ConvolutionBackend(Backend, Protocol):
 
 
 class ImageBackend(Backend, Protocol):
-    """One that also makes batches of CIFAR images."""
+    """A backend that also makes batches of CIFAR images."""
 
     def augment(
         self,
@@ -68,7 +68,7 @@ class ImageBackend(Backend, Protocol):
 
 
 class WinogradBackend(Backend, Protocol):
-    """One with a convolution of its own: the CPU's."""
+    """A backend with its own convolution, which is the CPU's."""
 
     def conv_grad_signs(
         self,

@@ -1,22 +1,23 @@
-"""What the kernels record beside their results, in the same pass over memory: the rows of each record, by name.
+"""The records that kernels compute beside their results, in the same pass over memory: the names of their rows.
 
-A record is a float64 tensor [rows, C] that the caller provides and a kernel fills; float64 holds every count exactly.
-Kernels see values as stored, after rounding, so that a slow reading of the tensors agrees: exactly in counts, to
-rounding in sums. The formulas are :func:`activation`, :func:`gradient` and :func:`affine` of ``reference``.
+A record is a float64 tensor [rows, C] that the caller provides and a kernel fills. float64 holds every count exactly.
+Kernels record values as they are stored, after rounding. So a computation from the stored tensors gives the same
+counts, and the same sums to within rounding. The formulas are :func:`activation`, :func:`gradient` and :func:`affine`
+of ``reference``.
 """
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-# Of a norm layer's input x: count, mean, sums of powers 2 to 4 of x - mean, least and largest value that is not NaN;
-# of its output y: how many are above zero.
+# For a norm layer's input x: count, mean, sums of powers 2 to 4 of x - mean, least and largest value without NaN. For
+# its output y: the number of values above zero.
 ACTIVATION = ("count", "mean", "m2", "m3", "m4", "min", "max", "active")
 
-# Of dx, the gradient at a norm layer's input (the convolution's output).
+# For dx, the gradient at a norm layer's input (the convolution's output).
 GRADIENT = ("count", "sum", "abs_sum", "square_sum", "positive", "negative", "zero")
 
-# Of the summands of the affine parameters' gradients: g for the bias, g * xhat for the weight.
+# For the summands of the affine parameters' gradients, which are g for the bias and g * xhat for the weight.
 AFFINE = (
     "bias_sum",
     "bias_abs_sum",
@@ -36,9 +37,9 @@ def fill_empty_activation(record: Tensor) -> None:
 
 
 class Records(NamedTuple):
-    """Where one call of a norm layer records (``bnkern.backends.records``): float64 [rows, C], None where not wanted.
+    """The buffers of the records of one call of a norm layer: float64 [rows, C], or None for a record not requested.
 
-    ``mirrors`` are further places for the same numbers, where several recordings watch one layer.
+    ``mirrors`` are further buffers for the same numbers, if several recordings include the layer.
     """
 
     activation: Tensor | None = None

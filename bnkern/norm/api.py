@@ -1,8 +1,8 @@
-"""Batch norm with fused ReLU and residual add: the public functions, and the choice of the way a call takes.
+"""Batch norm with fused ReLU and residual add: the public functions, and the choice of the code that serves a call.
 
-There are four ways. Plain eager calls go straight to a backend (:mod:`bnkern.norm.autograd`). Calls that torch.compile,
-export, a mode or a tensor subclass must see go through the operator (:mod:`bnkern.norm.op`). torch.func's vmap and grad
-fold members into channels (:mod:`bnkern.norm.vmap`). Traces in eval mode record torch's own operators.
+There are four cases. Plain eager calls go directly to a backend (:mod:`bnkern.norm.autograd`). Calls that
+torch.compile, export, a mode or a tensor subclass must record use the operator (:mod:`bnkern.norm.op`). torch.func's
+vmap and grad fold members into channels (:mod:`bnkern.norm.vmap`). Traces in eval mode record torch's own operators.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ def batch_norm(
     num_batches_tracked: Tensor | None = None,
     records: "Records | None" = None,
 ) -> Tensor:
-    """``act(batch_norm(input) + residual)`` in one fused operation; ``F.batch_norm`` where neither is given.
+    """``act(batch_norm(input) + residual)`` in one fused operation. Without both it is ``F.batch_norm``.
 
     Per channel c over the M = N * S values of the batch:
 
@@ -41,45 +41,46 @@ def batch_norm(
         y    = act(weight * (x - mean) / sqrt(var + eps) + bias + residual)
         running = (1 - momentum) * running + momentum * batch, the variance unbiased (M - 1)
 
-    Arithmetic and statistics are float32 for float32, bfloat16 and float16 input, float64 for float64 input; the
+    Arithmetic and statistics are float32 for float32, bfloat16 and float16 input, and float64 for float64 input. The
     sum is rounded once, to the dtype of ``input``, before the activation.
 
     Args:
-        input: [N, C, ...] of 2 to 5 or more dimensions; float32, bfloat16, float16 or float64. NCHW, channels_last,
-            and views of them whose samples, channels or rows are strided are read in place; other strides are
+        input: [N, C, ...] with 2 or more dimensions; float32, bfloat16, float16 or float64. NCHW, channels_last, and
+            views of them with strided samples, channels or rows are read in place. Tensors with other strides are
             copied once to the dense form of their layout.
-        running_mean: [C], updated in place in training; given together with running_var, or None.
+        running_mean: [C], updated in place in training. Give both running_mean and running_var, or None for both.
         running_var: [C], as running_mean.
         weight: [C] or None.
         bias: [C] or None, independent of weight.
         training: normalise by the batch's statistics (True) or the running ones (False).
         momentum: weight of the batch in the running statistics; None for the cumulative mean, 1 / counter.
-        eps: added to the variance; positive in training, as torch asks since 2.10, and not negative otherwise (torch
-            2.10 and 2.11 ask for a positive one there too).
+        eps: added to the variance. It must be positive in training, as in torch since 2.10, and not negative otherwise
+            (torch 2.10 and 2.11 require a positive value there too).
         residual: a tensor of the shape, dtype and device of ``input``, added before the activation. It is read in
-            place where its memory format is that of ``input``. A residual in the other format (contiguous beside
-            channels_last, or the reverse) is first copied to the format of ``input``, which costs one more read and
-            write of the residual, and its gradient is copied back, which costs as much. Its shape is not broadcast
-            and its dtype not promoted.
+            place if it has the memory format of ``input``. A residual in the other format (contiguous with a
+            channels_last input, or the reverse) is first copied to the format of ``input``, which costs one more read
+            and write of the residual. Its gradient is copied back, which costs the same. Its shape is not broadcast,
+            and its dtype is not promoted.
         act: None or "relu".
-        num_batches_tracked: int64 scalar counter, raised by one in training when given; needed by momentum None.
-        records: where the kernels write what they record, in the same pass (:mod:`bnkern.probes` gives it); the results
-            keep their bits.
+        num_batches_tracked: int64 scalar counter, increased by one in training if it is given. Required if momentum is
+            None.
+        records: buffers for the records that the kernels write in the same pass (from :mod:`bnkern.probes`). The
+            results keep their bits.
 
     Vectors of size C have the dtype of ``input``, or float32 for bfloat16 and float16 input.
 
     Returns:
-        y, of the shape, dtype and memory format of ``input``. Differentiable in input, weight, bias and residual,
-        each gradient in the memory format of its tensor (under torch.compile the format of the residual's gradient is
-        the compiler's choice until autograd accumulates it into a leaf, as for torch's own addition);
-        a second time, and in forward mode (torch.func.jvp, dual tensors), through the reference formula. torch.func's
-        vmap and grad run the kernels, an ensemble's members folded into the channels (:mod:`bnkern.norm.vmap`),
-        unless running statistics are to be updated: then the reference formula serves. Saved for backward: input,
-        weight, bias, two vectors, and with residual and ReLU one bit per element.
+        y, with the shape, dtype and memory format of ``input``. It is differentiable in input, weight, bias and
+        residual, and each gradient has the memory format of its tensor. (Under torch.compile the compiler chooses the
+        format of the residual's gradient until autograd accumulates it into a leaf, as for torch's own addition.)
+        Second derivatives and forward mode (torch.func.jvp, dual tensors) use the reference formula. torch.func's vmap
+        and grad run the kernels, with the members of an ensemble folded into the channels (:mod:`bnkern.norm.vmap`).
+        If they must update running statistics, they use the reference formula. Input, weight, bias and two vectors are
+        saved for backward, and with residual and ReLU also one bit per element.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; names it. Nothing was written by then.
-        RuntimeError: a forced backend cannot serve the call; says why.
+        TypeError, ValueError: an argument is not as described above. The message names it. Nothing has been written.
+        RuntimeError: a forced backend cannot serve the call. The message has the reason.
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
@@ -109,9 +110,9 @@ def add_act(
 ) -> Tensor:
     """``act(x + residual)`` by the kernels of :func:`batch_norm` without normalisation.
 
-    x and residual are as ``input`` and ``residual`` there, and so is ``records``; the sum is rounded once, before the
-    activation. A residual in another memory format than x is copied once, as there. Differentiable in both. Raises
-    TypeError or ValueError naming the argument that is wrong.
+    x, residual and ``records`` are as ``input``, ``residual`` and ``records`` of :func:`batch_norm`. The sum is rounded
+    once, before the activation. A residual in another memory format than x is copied once. The result is differentiable
+    in x and residual. Raises TypeError or ValueError with the name of the wrong argument.
     """
     node = context.fx_node(add_act, x, (residual, act), {})
     if node is not None:
@@ -134,8 +135,8 @@ class Moments(NamedTuple):
 def channel_moments(x: Tensor) -> Moments:
     """Mean and biased variance of each channel of x [N, C, ...] over all other axes, in one pass over memory.
 
-    mean = sum x / M and var = sum (x - mean)^2 / M, float32 (float64 for float64 input), by sums of distances
-    from a value near the mean, merged with Chan's formula. Not differentiable: the results carry no graph. Raises
+    mean = sum x / M and var = sum (x - mean)^2 / M, in float32 (float64 for float64 input). They are computed from sums
+    of distances from a value near the mean, and merged with Chan's formula. The results are not differentiable. Raises
     TypeError or ValueError, and RuntimeError under torch.jit.trace, which would record the results as constants.
     """
     check_tensors("channel_moments", x)
@@ -147,17 +148,17 @@ def channel_moments(x: Tensor) -> Moments:
 
 
 def explain(input: Tensor, *args: object, **kwargs: object) -> str:
-    """Which backend serves ``batch_norm(input, ...)`` here, and why not the others, as a table.
+    """The backend that serves ``batch_norm(input, ...)``, and why the others do not, as a table.
 
-    The device type and dtype of input decide. ``residual`` and ``act`` are checked where they are given by name; other
+    The device and dtype of input decide. ``residual`` and ``act`` are checked if they are passed by name. Other
     arguments are ignored. Raises TypeError or ValueError as :func:`batch_norm` does.
     """
-    check_tensors("explain", input, kwargs.get("residual"), kwargs.get("act"))  # type: ignore[arg-type]  # tells types
+    check_tensors("explain", input, kwargs.get("residual"), kwargs.get("act"))  # type: ignore[arg-type]  # checks types
     return backends.explain(input.device, input.dtype)
 
 
 def _dispatch(call: ForwardCall, records: Records | None) -> Tensor:
-    """A valid call, by the way that its context asks for."""
+    """Serves a valid call in the way that its context requires."""
     call = autograd.with_residual_in_format(call)
     if context.is_transformed():
         return _transformed(call)
@@ -167,7 +168,7 @@ def _dispatch(call: ForwardCall, records: Records | None) -> Tensor:
 
 
 def _transformed(call: ForwardCall) -> Tensor:
-    """A call within torch.func's transforms or forward-mode differentiation."""
+    """Serves a call within torch.func's transforms or forward-mode differentiation."""
     if vmap.serves(call):
         return vmap.batch_norm(call, backends.forced())
     mean = call.running_mean
@@ -176,5 +177,5 @@ def _transformed(call: ForwardCall) -> Tensor:
             "batch_norm: vmap maps over input but not over running_mean and running_var, which cannot take every "
             "member's update; make the module with track_running_stats=False, or call it in eval mode"
         )
-    # Forward mode, and running statistics under torch.func: the reference formula, as for double backward.
+    # Forward mode, and running statistics under torch.func, use the reference formula, as does double backward.
     return reference.forward(call)[0]

@@ -15,10 +15,10 @@ from . import context
 
 
 def try_batch_norm(call: ForwardCall, records: Records | None) -> Tensor | None:
-    """:func:`batch_norm` of a call that nobody has validated, in plain eager mode.
+    """:func:`batch_norm` of a call that was not validated, in plain eager mode.
 
-    None, before anything is written, where the backend does not find it plainly valid in the same read in which it
-    takes the call's tensors.
+    The backend checks the call while it reads the tensors. Returns None, before anything is written, if this short
+    check does not find the call valid.
     """
     x = call.x
     for t in call[:4]:
@@ -46,7 +46,7 @@ def batch_norm(call: ForwardCall, records: Records | None) -> Tensor:
 
 
 class _Declined(RuntimeError):
-    """The backend did not take the call."""
+    """The backend returned None for the call."""
 
 
 def _run(
@@ -61,16 +61,16 @@ def _run(
     if needs_grad:
         y = _apply(x, weight, bias, residual, call, backend, forward, records)
     else:
-        y = _taken(forward(call))[0]
+        y = _accepted(forward(call))[0]
         if records is not None:
             records.forward_written()
     if call.training:
-        # The kernels write through addresses, of which autograd's version counters know nothing.
+        # The kernels write through addresses, which does not change autograd's version counters.
         torch.autograd.graph.increment_version([t for t in (running_mean, running_var, counter) if t is not None])
     return y
 
 
-def _taken(results: Forward | None) -> Forward:
+def _accepted(results: Forward | None) -> Forward:
     if results is None:
         raise _Declined("batch_norm: a defect of bnkern: its kernels cannot read a call that its checks accept")
     return results
@@ -81,7 +81,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, call, backend, forward, records):
-        y, mean, invstd, mask = _taken(forward(call))
+        y, mean, invstd, mask = _accepted(forward(call))
         if records is not None:
             records.forward_written()
         ctx.save_for_backward(x, weight, bias, mean, invstd, mask)
@@ -101,15 +101,15 @@ class _BatchNorm(torch.autograd.Function):
             grads = backend.backward(BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, training, needs))
         else:
             dy = dy.resolve_neg()
-            wanted = (records.gradient, records.affine)
-            call = BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, training, needs, *wanted)
+            requested = (records.gradient, records.affine)
+            call = BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, training, needs, *requested)
             grads = backend.backward(call)
             records.backward_written()
         return (*grads, None, None, None, None)
 
 
-# What Function.apply does where no transform is active and no tensor has outlived one, as here. Finding that out takes
-# Function.apply 2 us.
+# Function.apply calls this if no transform is active and no tensor has outlived one, which is the case here. To check
+# this takes Function.apply 2 us.
 _apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
@@ -117,18 +117,18 @@ _apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
 def with_residual_in_format(call: ForwardCall) -> ForwardCall:
-    """The call with its residual as the kernels read it: itself, or a copy where its memory format is not that of x."""
+    """The call with a residual that the kernels can read: itself, or a copy if its memory format is not that of x."""
     x, residual = call.x, call.residual
     if residual is None or residual.stride() == x.stride() or not formats_conflict(x, residual):
         return call
     rows = layout(x).rows
-    # torch.compile traces no Function that has a forward mode.
+    # torch.compile does not trace a Function with a forward mode.
     residual = relaid(residual, rows) if torch.compiler.is_compiling() else _Relaid.apply(residual, rows)
     return ForwardCall(x, call.weight, call.bias, residual, *call[4:])
 
 
 class _Relaid(torch.autograd.Function):
-    """A copy in the given layout of a tensor that has the other one. Its gradient is copied back to that other one."""
+    """A copy, in the given layout, of a tensor in the other layout. Its gradient is copied back to the other layout."""
 
     generate_vmap_rule = True
 

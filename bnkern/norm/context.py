@@ -1,6 +1,6 @@
-"""In what context batch norm is called: plain eager mode, or under something that must see the call.
+"""The context of a call of batch norm: plain eager mode, or a trace, mode or transform that must record the call.
 
-torch offers no public way to ask most of these questions; all of torch's private names that they take are here.
+torch has no public functions for most of these checks. All private names of torch that they need are in this file.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 def is_plain_eager() -> bool:
     """Whether no compilation, export, trace, dispatch or function mode, transform or forward-mode level is active.
 
-    Under torch.jit.trace the result of a call that is not recorded would become a constant of the graph.
+    Under torch.jit.trace the result of a call that is not recorded becomes a constant of the graph.
     """
     return not (
         torch.compiler.is_compiling()
@@ -30,17 +30,17 @@ def is_plain_eager() -> bool:
 
 
 def is_recorded() -> bool:
-    """Whether the call goes into a graph that may later run with inputs that require gradients where these do not."""
+    """Whether the call is recorded in a graph. Its inputs may require gradients later even if they do not now."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def is_plain(t: Tensor) -> bool:
-    """Whether the values of ``t`` are what lies in its memory: no subclass, no lazy negation, no zeros never stored."""
+    """Whether the memory of ``t`` has its values. Not so for subclasses, lazy negation, and zeros without storage."""
     return type(t) in PLAIN and not t.is_neg() and not t._is_zerotensor()
 
 
 def is_direct(*tensors: Tensor | None) -> bool:
-    """Whether a backend may be called with these tensors, without passing through an operator.
+    """Whether a backend may be called directly with these tensors, without an operator.
 
     Only plain tensors on a real device have an address.
     """
@@ -48,9 +48,9 @@ def is_direct(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform (grad, jvp, vmap) or forward-mode differentiation must see into the call.
+    """Whether a torch.func transform (grad, jvp, vmap) or forward-mode differentiation must transform the call.
 
-    They see through plain torch alone: an operator's registered backward is unknown to them.
+    They can only transform plain torch, because they do not use an operator's registered backward.
     """
     if torch.compiler.is_compiling():
         return False
@@ -78,13 +78,13 @@ def is_mapped(t: Tensor) -> bool:
 
 
 def is_batched(t: Tensor) -> bool:
-    """Whether ``t`` stands for several tensors: a gradient that vmap or ``is_grads_batched`` maps over."""
+    """Whether ``t`` represents several tensors: a gradient that vmap or ``is_grads_batched`` maps over."""
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
 
 
 def unwrapped(t: OptionalTensor) -> OptionalTensor:
-    """The tensor within ``t`` where that has outlived the transform which wrapped it, else ``t`` itself."""
+    """The tensor in a wrapper ``t`` that has outlived its transform, otherwise ``t`` itself."""
     return None if t is None else torch._C._functorch.unwrap_if_dead(t)
 
 
@@ -98,7 +98,7 @@ def grad_needed(*tensors: Tensor | None) -> bool:
 
 
 def fx_node(function: Callable, x: object, args: tuple, kwargs: dict) -> fx.Proxy | None:
-    """The call ``function(x, *args, **kwargs)`` as one node where torch.fx.symbolic_trace gave ``x``, else None."""
+    """The call ``function(x, *args, **kwargs)`` as one node if ``x`` comes from torch.fx.symbolic_trace, else None."""
     if isinstance(x, fx.Proxy):
         return x.tracer.create_proxy("call_function", function, (x, *args), kwargs)
     return None

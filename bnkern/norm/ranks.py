@@ -1,10 +1,10 @@
-"""Batch norm over the joint batch of several ranks: a backend's phases, with two places between them where ranks meet.
+"""Batch norm over the joint batch of several ranks: a backend's phases, with two collectives between them.
 
     moments | gather: (count, mean, M2) of all ranks, merged in rank order | normalize
     grad_sums | reduce: (sum g, sum g * xhat) added over the ranks | grad_input
 
-The collectives follow the group's own backend: gloo for CPU tensors, nccl for CUDA. They are not torch's functional
-ones: of those, one that Ctrl-C interrupts before it is waited for stays in a registry, which keeps gloo's threads alive
+The collectives use the group's own backend: gloo for CPU tensors, nccl for CUDA. They are not torch's functional
+collectives. If Ctrl-C interrupts one of those before its wait, it stays in a registry, which keeps gloo's threads alive
 until the process ends.
 """
 
@@ -19,7 +19,7 @@ from ..backends.reference import update_running
 
 
 def ranks_of(process_group: "dist.ProcessGroup | None" = None) -> tuple[str, int] | None:
-    """Name and number of ranks of the group, by default of all processes; None where there is only one."""
+    """Name and number of ranks of the group (by default the group of all processes). None if there is only one rank."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = process_group or dist.group.WORLD
@@ -30,9 +30,9 @@ def ranks_of(process_group: "dist.ProcessGroup | None" = None) -> tuple[str, int
 def forward(
     kernels: Backend, call: ForwardCall, group: str, ranks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """As a backend's forward in training, and the count of all ranks' values per channel as fifth result.
+    """As a backend's forward in training. The fifth result is the number of all ranks' values per channel.
 
-    Where the ranks have no value at all the running statistics stay; one value in all counts as variance 0.
+    If the ranks have no values at all, the running statistics do not change. If they have one value, the variance is 0.
     """
     count, mean, m2 = gather_moments(kernels, *kernels.moments(call.x), group, ranks)
     invstd = torch.rsqrt(m2 / count.clamp(min=1) + call.eps)
@@ -42,16 +42,16 @@ def forward(
 
 
 def backward(kernels: Backend, call: BackwardCall, group: str, count: Tensor) -> Gradients:
-    """As a backend's backward; dweight and dbias are this rank's share, which DistributedDataParallel averages."""
+    """As a backend's backward. dweight and dbias are this rank's share, and DistributedDataParallel averages them."""
     need_x, need_weight, need_bias, need_residual = call.needs
     dx = dweight = dbias = dresidual = joint = None
     if call.needs_sums:
         sum_dy, sum_dy_xhat = kernels.grad_sums(call)
         dbias = sum_dy.to(call.bias.dtype) if need_bias and call.bias is not None else None
-        # A copy, since no two results share memory.
+        # A copy, because results must not share memory.
         dweight = sum_dy_xhat.to(call.weight.dtype, copy=True) if need_weight and call.weight is not None else None
     if need_x:
-        # The kernels divide by a count that the host knows, this rank's own; the scaled sums correct for that.
+        # The kernels divide by this rank's own count, which is known on the host. The scaled sums correct for that.
         own = max(layout(call.x).count, 1)
         scale = own / count.clamp(min=1).to(sum_dy.dtype)
         joint_dy, joint_dy_xhat = reduce_sums(sum_dy, sum_dy_xhat, group)
@@ -64,9 +64,9 @@ def backward(kernels: Backend, call: BackwardCall, group: str, count: Tensor) ->
 def gather_moments(
     kernels: Backend, count: int, mean: Tensor, m2: Tensor, group: str, ranks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One (count, mean [C], M2 [C]) of all ranks' own, the same bits on each. The count is a tensor from here on."""
+    """Merges the (count, mean [C], M2 [C]) of all ranks, with the same bits on each. The result's count is a tensor."""
     channels, dtype = mean.shape[0], mean.dtype
-    # The integer travels as bits: float32 would round counts beyond 2^24.
+    # The bits of the integer are sent, because float32 would round counts above 2^24.
     bits = torch.full((1,), count, dtype=torch.int64, device=mean.device).view(dtype)
     packed = torch.cat((mean, m2, bits))
     gathered = packed.new_empty(ranks, len(packed))
@@ -85,5 +85,5 @@ def reduce_sums(sum_dy: Tensor, sum_dy_xhat: Tensor, group: str) -> tuple[Tensor
 
 def _resolve(group: str) -> "dist.ProcessGroup":
     """The group of that name. The operator takes the name, since a schema has no process groups."""
-    # In C++, by the name that ranks_of gives. Not every torch has the type of names.
+    # It is resolved in C++, by the name from ranks_of. Not every version of torch has the type of names.
     return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]

@@ -24,23 +24,25 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None = None,
     records: Records | None = None,
 ) -> Tensor:
-    """:func:`bnkern.batch_norm` in training, by the mean and variance over the batches of all ranks of a group.
+    """:func:`bnkern.batch_norm` in training, with the mean and variance over the batches of all ranks of a group.
 
-    Every rank must call, with the same number of channels, dtype and arguments that require grad; N and S may differ,
-    and an empty batch (N = 0) takes part. All ranks get the same bits of mean, variance and running statistics.
-    Gradients are those of the sum of all ranks' losses; those of weight and bias are this rank's share of it, as in
-    torch.nn.SyncBatchNorm: DistributedDataParallel averages them.
+    Every rank must call it, with the same number of channels, the same dtype and the same arguments that require grad.
+    N and S may differ, and a batch may be empty (N = 0). All ranks get the same bits of mean, variance and running
+    statistics. Gradients are those of the sum of all ranks' losses. The gradients of weight and bias are this rank's
+    share of it, as in torch.nn.SyncBatchNorm, and DistributedDataParallel averages them.
 
-    One all_gather of [2C + 2] numbers forward, one all_reduce of [2C] backward where input requires grad. Where the
-    ranks have no value at all the running statistics stay; one value in all counts as variance 0.
+    The forward has one all_gather of [2C + 2] numbers. The backward has one all_reduce of [2C] numbers if input
+    requires grad. If the ranks have no values at all, the running statistics do not change. If they have one value, the
+    variance is 0.
 
     Args:
-        group: name and size of the group, from :func:`ranks_of`; the others are those of :func:`bnkern.batch_norm`.
-        records: as there, of this rank's own values.
+        group: name and size of the group, from :func:`ranks_of`. The other arguments are as in
+            :func:`bnkern.batch_norm`.
+        records: as in :func:`bnkern.batch_norm`, for this rank's own values.
 
     Raises:
         TypeError, ValueError: as :func:`bnkern.batch_norm`. A rank that raises leaves the others waiting.
-        RuntimeError: within a torch.func transform or forward-mode differentiation, and in double backward.
+        RuntimeError: in a torch.func transform or forward-mode differentiation, and in double backward.
 
     Source: as :func:`bnkern.batch_norm`; merging by Chan, Golub and LeVeque 1979.
     """
@@ -50,7 +52,7 @@ def sync_batch_norm(
     check_call("sync_batch_norm", call, joint=True)
     if context.is_transformed():
         raise RuntimeError(
-            "sync_batch_norm: statistics across ranks cannot be seen through by torch.func transforms or forward-mode "
+            "sync_batch_norm: statistics across ranks do not support torch.func transforms and forward-mode "
             "differentiation; use a batch norm of one process there"
         )
     return op.batch_norm(with_residual_in_format(call), records, group)

@@ -1,4 +1,4 @@
-// The native module's functions that take torch's tensors.
+// The functions of the native module that take torch's tensors.
 #pragma once
 
 #include <Python.h>
@@ -10,11 +10,12 @@ namespace bnkern {
 struct Forward;
 struct Backward;
 
-// Add the functions of batch_norm.cpp and convolution.cpp to the module. They set a Python error where they fail.
+// Add the functions of batch_norm.cpp and convolution.cpp to the module. They return false and set a Python error if
+// they fail.
 bool add_calls(PyObject* module);
 bool add_cpu_functions(PyObject* module);
 
-// Queues a call of tensors on a CUDA device; `x` is one of them.
+// Queues a call whose tensors are on a CUDA device. `x` is one of these tensors.
 void launch_cuda(Forward& p, PyObject* x, const dlpack::Device& device);
 void launch_cuda(Backward& p, PyObject* x, const dlpack::Device& device);
 

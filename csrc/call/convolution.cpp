@@ -1,4 +1,4 @@
-// The CPU's convolution kernels, and batches of images, from torch's tensors.
+// Calls of the CPU's convolution and image kernels with torch's tensors.
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -17,7 +17,7 @@ namespace {
   throw PythonError();
 }
 
-// A tensor on the CPU of that type and number of axes.
+// Reads a tensor on the CPU with this dtype and number of axes. Throws a TypeError for any other object.
 Tensor operand(PyObject* object, const char* name, const char* expected, dlpack::DataType type, int ndim) {
   Tensor t;
   if (!read(object, t) || t.device.type != dlpack::kCpu || !(t.dtype == type) || t.ndim != ndim) refuse(name, expected);
@@ -40,8 +40,8 @@ std::array<std::int64_t, 2> pair(PyObject* object, const char* name) {
   return values;
 }
 
-// conv3x3(x, weight, flipped) -> y: x float32 in channels_last. Flipped: by the weight turned by 180 degrees, its first
-// two axes exchanged.
+// conv3x3(x, weight, flipped) -> y, for float32 in channels_last. If `flipped`, the weight is rotated by 180 degrees,
+// and its first two axes are exchanged.
 PyObject* conv3x3(PyObject* const* args) {
   constexpr const char* kInput = "a float32 tensor [N, I, H, W] on the CPU, dense in channels_last";
   constexpr const char* kWeight = "a float32 tensor [O, I, 3, 3] on the CPU that fits the input";
@@ -95,8 +95,8 @@ bool read_image(const Tensor& t, Image& image) {
   return true;
 }
 
-// conv_grad_signs(x, dy, kernel, stride, padding, wanted, winograd) -> (sum, abs_sum, sign_sum, nonzero), or None where
-// the strides of x or dy cannot be taken.
+// conv_grad_signs(x, dy, kernel, stride, padding, wanted, winograd) -> (sum, abs_sum, sign_sum, nonzero), or None if
+// the kernels cannot read the strides of x or dy.
 PyObject* conv_grad_signs(PyObject* const* args) {
   ConvGradSigns p{};
   Tensor x, dy;
@@ -130,8 +130,8 @@ PyObject* conv_grad_signs(PyObject* const* args) {
   return tuple_of(results);
 }
 
-// augment(images, labels, chosen, table, out, labels_out, random, seed, epoch): see Augment in params.h. `chosen` says
-// which of the images make the batch.
+// augment(images, labels, chosen, table, out, labels_out, random, seed, epoch): see Augment in params.h. `chosen` has
+// the indices of the batch's images.
 PyObject* augment(PyObject* const* args) {
   const Tensor images = operand(args[0], "augment: images", "uint8 [n, 3, 32, 32]", dlpack::kUInt8, 4);
   const Tensor labels = operand(args[1], "augment: labels", "int64 [n]", dlpack::kInt64, 1);
@@ -146,9 +146,9 @@ PyObject* augment(PyObject* const* args) {
   const Tensor labels_out = operand(args[5], "augment: labels_out", "int64 [B]", dlpack::kInt64, 1);
   const bool rows = !is_contiguous(out);
   const std::int64_t count = out.shape[0];
-  const auto is_picture = [](const Tensor& t) { return t.shape[1] == 3 && t.shape[2] == 32 && t.shape[3] == 32; };
-  if (!is_picture(images) || !is_contiguous(images)) refuse("augment: images", "uint8 [n, 3, 32, 32], contiguous");
-  if (!is_picture(out) || (rows && !is_channels_last(out))) refuse("augment: out", "dense, [B, 3, 32, 32]");
+  const auto has_images = [](const Tensor& t) { return t.shape[1] == 3 && t.shape[2] == 32 && t.shape[3] == 32; };
+  if (!has_images(images) || !is_contiguous(images)) refuse("augment: images", "uint8 [n, 3, 32, 32], contiguous");
+  if (!has_images(out) || (rows && !is_channels_last(out))) refuse("augment: out", "dense, [B, 3, 32, 32]");
   if (table.shape[0] != 3 || table.shape[1] != 256 || !is_contiguous(table)) refuse("augment: table", "[3, 256]");
   if (labels.shape[0] != images.shape[0] || !is_contiguous(labels)) refuse("augment: labels", "int64 [n], contiguous");
   if (chosen.shape[0] != count || !is_contiguous(chosen)) refuse("augment: chosen", "int64 [B], contiguous");
@@ -179,9 +179,10 @@ PyObject* augment(PyObject* const* args) {
 bool add_cpu_functions(PyObject* module) {
   static PyMethodDef methods[] = {
       method<conv3x3, 3>("conv3x3", "conv3x3(x, weight, flipped) -> y; see Conv3x3 in csrc/cpu/cpu.h."),
-      method<conv_grad_signs, 7>("conv_grad_signs",
-                                 "conv_grad_signs(x, dy, kernel, stride, padding, wanted, winograd) -> four tensors, "
-                                 "each where wanted; None where strides cannot be read."),
+      method<conv_grad_signs, 7>(
+          "conv_grad_signs",
+          "conv_grad_signs(x, dy, kernel, stride, padding, wanted, winograd) -> four tensors, or "
+          "None for each that is not requested. Returns None if it cannot read the strides."),
       method<augment, 9>("augment",
                          "augment(images, labels, chosen, table, out, labels_out, random, seed, epoch): a batch of "
                          "CIFAR images; see Augment in csrc/params.h."),

@@ -5,8 +5,8 @@
 
 namespace bnkern {
 
-// What plans for the device of that index depend on, and from how many bytes of a tensor on a call is one kernel rather
-// than two (Strategy in kernels.h). Once for each device, with the GIL, before its first call.
-void know_cuda_device(int index, const CudaDevice& device, std::int64_t single_read_from);
+// Registers the properties of a device on which plans depend, and the least size in bytes of a tensor whose calls are
+// one kernel instead of two (Strategy in kernels.h). Call it with the GIL, once for each device, before its first call.
+void register_cuda_device(int index, const CudaDevice& device, std::int64_t single_read_from);
 
 }  // namespace bnkern

@@ -9,14 +9,15 @@
 namespace bnkern::dlpack {
 namespace {
 
-// From this size on memory comes from the pool; malloc keeps smaller blocks in reach by itself.
+// The least size of memory from the pool. Malloc itself keeps smaller blocks for reuse.
 constexpr std::size_t kPooledBytes = 256 << 10;
 constexpr std::size_t kAlignment = 64;
 
-// What a tensor keeps alive: in one piece of memory this, its sizes and strides, and a small one's elements.
+// A tensor keeps this alive. One piece of memory has this struct, the sizes and strides, and the elements of a small
+// tensor.
 struct Owner {
   Managed managed;
-  PoolBlock block;  // a large one's elements
+  PoolBlock block;  // the elements of a large tensor
 };
 
 void give_back(Managed* managed) {

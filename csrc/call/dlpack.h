@@ -1,6 +1,6 @@
-// What is needed of DLPack's ABI (version 1): how a tensor is described, how memory of our own becomes torch's tensor,
-// and the table of functions by which torch's tensors are read and made from C. No header of torch or DLPack is
-// needed: the ABI is stable within a major version.
+// The required part of DLPack's ABI (version 1): the description of a tensor, the structure that turns own memory into
+// a tensor of torch, and the table of C functions that read and make torch's tensors. No header of torch or DLPack is
+// needed, because the ABI is stable within a major version.
 #pragma once
 
 #include <cstdint>
@@ -35,21 +35,21 @@ struct Managed {
   std::uint64_t flags;
   Tensor tensor;
 };
-// What torch.Tensor.__dlpack_c_exchange_api__ holds (a capsule), or __c_dlpack_exchange_api__ (an address): functions
+// The table in torch.Tensor.__dlpack_c_exchange_api__ (a capsule) or __c_dlpack_exchange_api__ (an address). Functions
 // return 0, or -1 with a Python error set.
 struct ExchangeApi {
   Version version;
   void* previous;
   void* allocator;
   void* managed_from_object;
-  int (*object_from_managed)(Managed*, void** object);  // takes the tensor over
+  int (*object_from_managed)(Managed*, void** object);  // takes ownership of the tensor
   int (*view_of_object)(void* object, Tensor*);         // valid as long as the object; may be null
   int (*current_stream)(std::int32_t device_type, std::int32_t device_id, void** stream);  // may be null
 };
 
 constexpr Version kVersion{1, 0};
 constexpr const char* kCapsule = "dltensor_versioned";
-#ifdef BNKERN_CUDA_ON_CPU  // tests/backends/cuda_on_cpu: CUDA's kernels take the tensors of the CPU
+#ifdef BNKERN_CUDA_ON_CPU  // tests/backends/cuda_on_cpu: tensors on the CPU go to the CUDA kernels
 constexpr std::int32_t kCpu = -1, kCuda = 1;
 #else
 constexpr std::int32_t kCpu = 1, kCuda = 2;
@@ -57,11 +57,12 @@ constexpr std::int32_t kCpu = 1, kCuda = 2;
 constexpr std::uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4;
 constexpr DataType kFloat32{kFloat, 32, 1}, kFloat64{kFloat, 64, 1}, kUInt8{kUInt, 8, 1}, kInt64{kInt, 64, 1},
     kInt32{kInt, 32, 1};
-// By the codes of dtype.h, then those of masks, counters and counts: DTYPES of bnkern/backends/native.py.
+// In the order of the codes of dtype.h, followed by the types of masks, counters and counts. It is the same order as in
+// DTYPES of bnkern/backends/native.py.
 constexpr DataType kTypes[] = {kFloat32, {kBFloat, 16, 1}, {kFloat, 16, 1}, kFloat64, kUInt8, kInt64, kInt32};
 
-// An uninitialised tensor on the CPU, of memory aligned to 64 bytes: a large one's from the pool, which the deleter
-// gives it back to. Throws std::bad_alloc.
+// Makes an uninitialised tensor on the CPU, aligned to 64 bytes. The memory of a large tensor comes from the pool, and
+// the deleter returns it there. Throws std::bad_alloc.
 Managed* empty(DataType dtype, std::int32_t ndim, const std::int64_t* shape, const std::int64_t* strides);
 
 }  // namespace bnkern::dlpack

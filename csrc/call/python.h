@@ -1,4 +1,4 @@
-// What is needed of Python's C API: owned references, errors, and functions of a module.
+// Helpers for Python's C API: owned references, errors, and functions of a module.
 #pragma once
 
 #include <Python.h>
@@ -32,14 +32,14 @@ class Object {
   PyObject* object_ = nullptr;
 };
 
-struct PythonError {};  // thrown where a Python error is set already
+struct PythonError {};  // thrown after a Python error was set
 
 inline Object checked(PyObject* object) {
   if (!object) throw PythonError();
   return Object(object);
 }
 
-// Other Python threads run while a kernel does.
+// Releases the GIL, so other Python threads run at the same time.
 class Released {
  public:
   Released() : state_(PyEval_SaveThread()) {}
@@ -50,18 +50,18 @@ class Released {
   PyThreadState* const state_;
 };
 
-// Runs a kernel while other Python threads run. This is a separate function because benchmarks/tools/instructions.py
-// counts instructions between its entry and its return.
+// Runs a kernel without the GIL. It is not inlined, because benchmarks/tools/instructions.py counts instructions
+// between its entry and its return.
 template <class Call>
 [[gnu::noinline]] void run_released(void (*kernel)(const Call&), const Call& call) {
   {
     const Released others;
     kernel(call);
   }
-  asm volatile("");  // so that this function returns, and does not end in a jump
+  asm volatile("");  // prevents a tail call, so the function ends with a return
 }
 
-// The objects as a tuple, None where there is none.
+// The objects as a tuple. An empty Object becomes None.
 template <std::size_t size>
 PyObject* tuple_of(Object (&objects)[size]) {
   Object tuple = checked(PyTuple_New(size));
@@ -72,10 +72,10 @@ PyObject* tuple_of(Object (&objects)[size]) {
   return tuple.release();
 }
 
-// A function of a module with `count` positional arguments. Exceptions become Python's.
+// A module function with `count` positional arguments. It converts C++ exceptions into Python errors.
 template <PyObject* (*body)(PyObject* const*), Py_ssize_t count>
-PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  if (given != count) return PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", count, given);
+PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t size) {
+  if (size != count) return PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", count, size);
   try {
     return body(args);
   } catch (const PythonError&) {

@@ -5,7 +5,7 @@
 namespace bnkern {
 namespace {
 
-// What connect() took from Python: references that are never given back.
+// The objects that connect() read from Python. Their references are never released.
 struct Torch {
   const dlpack::ExchangeApi* table = nullptr;
   PyObject *plain_types, *is_neg, *describe, *from_dlpack, *empty_strided, *dtypes, *output_strides, *get_num_threads,
@@ -14,7 +14,7 @@ struct Torch {
 
 struct Name {
   const char* name;
-  PyObject* Torch::* place;
+  PyObject* Torch::* member;
 };
 constexpr Name kNames[] = {
     {"PLAIN_TYPES", &Torch::plain_types},
@@ -30,14 +30,14 @@ constexpr Name kNames[] = {
     {"BackwardCall", &Torch::backward_call},
 };
 
-// The table as torch offers it: in a capsule, or, before December 2025, by its address. Null where it is neither.
-const dlpack::ExchangeApi* table_of(PyObject* offered) {
+// The table of torch, from a capsule or, before December 2025, from an address. Null if the object is neither of them.
+const dlpack::ExchangeApi* table_of(PyObject* object) {
   constexpr const char* kCapsule = "dlpack_exchange_api";
   const void* pointer = nullptr;
-  if (PyCapsule_IsValid(offered, kCapsule))
-    pointer = PyCapsule_GetPointer(offered, kCapsule);
-  else if (PyLong_CheckExact(offered))
-    pointer = PyLong_AsVoidPtr(offered);
+  if (PyCapsule_IsValid(object, kCapsule))
+    pointer = PyCapsule_GetPointer(object, kCapsule);
+  else if (PyLong_CheckExact(object))
+    pointer = PyLong_AsVoidPtr(object);
   const auto* const table = static_cast<const dlpack::ExchangeApi*>(pointer);
   const bool usable = table && table->version.major == dlpack::kVersion.major && table->view_of_object;
   return usable ? table : nullptr;
@@ -53,13 +53,13 @@ std::int64_t integer(PyObject* tuple, Py_ssize_t i) { return PyLong_AsLongLong(P
 
 // native.describe(tensor) -> (address, device type, device index, dtype's code, shape, strides), or None.
 bool read_in_python(PyObject* object, Tensor& tensor) {
-  const Object found = checked(PyObject_CallOneArg(torch.describe, object));
-  if (found.get() == Py_None) return false;
+  const Object description = checked(PyObject_CallOneArg(torch.describe, object));
+  if (description.get() == Py_None) return false;
   PyObject *shape, *strides;
   Py_ssize_t address;
   int type, index, code;
-  if (!PyArg_ParseTuple(found.get(), "niiiO!O!", &address, &type, &index, &code, &PyTuple_Type, &shape, &PyTuple_Type,
-                        &strides))
+  if (!PyArg_ParseTuple(description.get(), "niiiO!O!", &address, &type, &index, &code, &PyTuple_Type, &shape,
+                        &PyTuple_Type, &strides))
     throw PythonError();
   tensor.data = reinterpret_cast<void*>(address);
   tensor.device = {type, index};
@@ -75,7 +75,7 @@ bool read_in_python(PyObject* object, Tensor& tensor) {
 }
 
 void give_back(PyObject* capsule) {
-  if (!PyCapsule_IsValid(capsule, dlpack::kCapsule)) return;  // taken over: torch has renamed it
+  if (!PyCapsule_IsValid(capsule, dlpack::kCapsule)) return;  // torch owns the tensor, and has renamed the capsule
   auto* const managed = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
   managed->deleter(managed);
 }
@@ -113,9 +113,9 @@ void check_type(PyObject* call, PyObject* type) {
 }  // namespace
 
 PyObject* connect(PyObject* const* args) {
-  for (const auto& [name, place] : kNames) torch.*place = checked(PyObject_GetAttrString(args[0], name)).release();
-  const Object offered = checked(PyObject_GetAttrString(args[0], "exchange_table"));
-  torch.table = table_of(offered.get());
+  for (const auto& [name, member] : kNames) torch.*member = checked(PyObject_GetAttrString(args[0], name)).release();
+  const Object table = checked(PyObject_GetAttrString(args[0], "exchange_table"));
+  torch.table = table_of(table.get());
   if (PyErr_Occurred()) throw PythonError();
   return PyBool_FromLong(torch.table != nullptr);
 }
@@ -127,10 +127,10 @@ bool read(PyObject* object, Tensor& tensor) {
   if (!torch.table) return read_in_python(object, tensor);
   dlpack::Tensor view;
   if (torch.table->view_of_object(object, &view) != 0) {
-    PyErr_Clear();  // sparse, meta, of a transform
+    PyErr_Clear();  // a sparse or meta tensor, or one of a transform
     return false;
   }
-  if (!view.data) return false;  // empty, or zeros that are not stored
+  if (!view.data) return false;  // an empty tensor, or zeros without storage
   tensor.data = static_cast<char*>(view.data) + view.byte_offset;
   tensor.device = view.device, tensor.dtype = view.dtype, tensor.ndim = view.ndim;
   tensor.shape = view.shape, tensor.strides = view.strides;
@@ -139,9 +139,9 @@ bool read(PyObject* object, Tensor& tensor) {
 
 bool negated(PyObject* tensor) {
   if (tensor == Py_None) return false;
-  const Object answer(PyObject_Vectorcall(torch.is_neg, &tensor, 1, nullptr));
-  if (!answer.get()) PyErr_Clear();
-  return answer.get() != Py_False;
+  const Object is_neg(PyObject_Vectorcall(torch.is_neg, &tensor, 1, nullptr));
+  if (!is_neg.get()) PyErr_Clear();
+  return is_neg.get() != Py_False;
 }
 
 Object make(PyObject* like, const dlpack::Device& device, dlpack::DataType type, int ndim, const std::int64_t* shape,
@@ -151,11 +151,12 @@ Object make(PyObject* like, const dlpack::Device& device, dlpack::DataType type,
     data = managed->tensor.data;
     return adopt(managed);
   }
-  Object made = make_in_torch(like, type, ndim, shape, strides);
+  Object object = make_in_torch(like, type, ndim, shape, strides);
   Tensor tensor;
-  if (!read(made.get(), tensor)) throw std::runtime_error("torch.empty_strided gave a tensor that cannot be read");
+  if (!read(object.get(), tensor))
+    throw std::runtime_error("torch.empty_strided returned a tensor that cannot be read");
   data = tensor.data;
-  return made;
+  return object;
 }
 
 Object output_strides(const Tensor& t) {

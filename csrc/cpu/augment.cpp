@@ -1,5 +1,5 @@
-// augment: a batch of images in one pass. Each is found by its number, moved and mirrored by its own random words,
-// and every pixel looked up in the table of normalised values, so that all devices give the same bits.
+// augment: a batch of images in one pass. An image is selected by its index, and is cropped and flipped by its own
+// random words. Each pixel is replaced by its entry in a table of normalised values, so all devices give the same bits.
 #include <cstring>
 #include <type_traits>
 
@@ -10,11 +10,12 @@ namespace bnkern::BNKERN_ISA {
 namespace {
 
 constexpr int kChannels = 3, kSide = 32, kPad = 4, kPlane = kSide * kSide, kImage = kChannels * kPlane;
-constexpr std::uint32_t kStream = 1;        // of the generator: crops and flips
-constexpr std::int64_t kThreadImages = 16;  // fewer are not worth another thread
-constexpr std::int64_t kAhead = 64;         // bytes in a line of the cache
+constexpr std::uint32_t kStream = 1;        // the generator's stream of crops and flips
+constexpr std::int64_t kThreadImages = 16;  // the least number of images for one more thread
+constexpr std::int64_t kCacheLine = 64;     // bytes
 
-// The window of an image, within kPad zeros on every side, that begins `down` and `right`.
+// Copies a window of an image that has kPad zeros on every side. The window begins at row `down` and column `right` of
+// the padded image.
 void crop(const std::uint8_t* image, int down, int right, bool flip, std::uint8_t* window) {
   std::uint8_t row[kSide + 2 * kPad] = {};
   for (int c = 0; c < kChannels; ++c) {
@@ -35,7 +36,7 @@ void crop(const std::uint8_t* image, int down, int right, bool flip, std::uint8_
 }
 
 template <class T>
-void look_up(const std::uint8_t* pixels, const T* table, bool rows, T* out) {
+void normalise(const std::uint8_t* pixels, const T* table, bool rows, T* out) {
   const int pixel = rows ? kChannels : 1, plane = rows ? 1 : kPlane;
   for (int i = 0; i < kPlane; ++i)
     for (int c = 0; c < kChannels; ++c) out[i * pixel + c * plane] = table[c * 256 + pixels[c * kPlane + i]];
@@ -44,14 +45,14 @@ void look_up(const std::uint8_t* pixels, const T* table, bool rows, T* out) {
 template <class T>
 void augment_as(const Augment& p) {
   const T* const table = static_cast<const T*>(p.table);
-  const std::int64_t enough = 1 + p.count / kThreadImages;
-  const int threads = enough < p.threads ? static_cast<int>(enough) : p.threads;
+  const std::int64_t useful_threads = 1 + p.count / kThreadImages;
+  const int threads = useful_threads < p.threads ? static_cast<int>(useful_threads) : p.threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (std::int64_t i = 0; i < p.count; ++i) {
     const std::int64_t index = p.chosen[i];
     const std::uint8_t* pixels = p.images + index * kImage;
     if (i + 1 < p.count)
-      for (std::int64_t k = 0; k < kImage; k += kAhead) __builtin_prefetch(p.images + p.chosen[i + 1] * kImage + k);
+      for (std::int64_t k = 0; k < kImage; k += kCacheLine) __builtin_prefetch(p.images + p.chosen[i + 1] * kImage + k);
     std::uint8_t window[kImage];
     if (p.random) {
       const auto [w] = philox(p.seed, {{p.epoch, static_cast<std::uint32_t>(index), kStream, 0}});
@@ -59,7 +60,7 @@ void augment_as(const Augment& p) {
       crop(pixels, down, right, w[2] >> 31, window);
       pixels = window;
     }
-    look_up(pixels, table, p.rows, static_cast<T*>(p.out) + i * kImage);
+    normalise(pixels, table, p.rows, static_cast<T*>(p.out) + i * kImage);
     p.labels_out[i] = p.labels[index];
   }
 }

@@ -1,9 +1,9 @@
-// Bit planes of a tensor: which values of a channel are present (not zero), and which are negative, 64 positions a
-// word.
+// Bit planes of a tensor: one of the values of a channel that are present (not zero), and one of those that are
+// negative, with 64 positions in a word.
 //
-// Positions are in the order (row, image, column), each row of a block filled up to whole words with zeros: kernel
-// row p then is an offset of p rows in a plane of x, and no bit is ever shifted. With a stride along rows x's rows
-// form stride_h planes, one for each remainder of the row.
+// Positions are in the order (row, image, column), and each row of a block is filled up to whole words with zeros.
+// Kernel row p is then an offset of p rows in a plane of x, so it needs no shift of bits. With a stride along rows, the
+// rows of x form stride_h planes, one for each remainder of the row.
 #pragma once
 
 #include "conv.h"
@@ -13,11 +13,11 @@ namespace bnkern::BNKERN_ISA {
 
 using Bits = std::uint64_t;
 constexpr std::int64_t kWordBits = 64;
-constexpr std::int64_t kWords = 8;        // what a plane's length is a multiple of
-constexpr std::int64_t kAheadImages = 2;  // how many images' rows ahead memory is called for
+constexpr std::int64_t kWords = 8;           // the length of a plane is a multiple of this
+constexpr std::int64_t kPrefetchImages = 2;  // the prefetch distance, in rows of one image
 
-// Whether there are vpermi2b and vgf2p8affineqb, which the compiler is not told of either.
-inline bool turns_natively() {
+// Whether the machine has vpermi2b and vgf2p8affineqb. They too are written in assembly.
+inline bool has_native_transpose() {
 #if defined(__AVX512F__)
   static const bool native =
       with_extensions() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
@@ -28,11 +28,12 @@ inline bool turns_natively() {
 }
 
 #if defined(__AVX512F__)
-// turn() by them: eight positions' bytes, last first, are an 8 x 8 matrix of bits, transposed by one multiplication;
-// that leaves a byte of each channel for every eight positions.
-BNKERN_INLINE void turn_natively(const std::uint16_t* positions, Bits* words) {
+// transpose_bits() with these instructions. The bytes of eight positions, the last position first, are an 8 x 8 matrix
+// of bits. One multiplication transposes it, which gives one byte of each channel for every eight positions.
+BNKERN_INLINE void transpose_bits_native(const std::uint16_t* positions, Bits* words) {
   const __m512i first = _mm512_loadu_si512(positions), second = _mm512_loadu_si512(positions + 32);
-  // Byte t of group g is at 2 (8 g + 7 - t) of both registers, byte g of channel t then at 8 g + t.
+  // Byte t of group g is at 2 (8 g + 7 - t) in both registers. After the transposition byte g of channel t is at
+  // 8 g + t.
   const __m512i groups =
       _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(0x0101010101010101));
   __m512i low = _mm512_add_epi8(_mm512_slli_epi64(groups, 4), _mm512_set1_epi64(0x00020406080a0c0e));
@@ -50,8 +51,8 @@ BNKERN_INLINE void turn_natively(const std::uint16_t* positions, Bits* words) {
 }
 #endif
 
-// 64 positions' bits, one per channel, to 16 channels' words.
-BNKERN_INLINE void turn(const std::uint16_t* positions, Bits* words) {
+// Transposes the bits of 64 positions, one bit for each of 16 channels, into one word for each channel.
+BNKERN_INLINE void transpose_bits(const std::uint16_t* positions, Bits* words) {
 #if defined(__AVX512F__)
   const __m512i first = _mm512_loadu_si512(positions), second = _mm512_loadu_si512(positions + 32);
   for (int half = 0; half < 2; ++half) {
@@ -61,13 +62,13 @@ BNKERN_INLINE void turn(const std::uint16_t* positions, Bits* words) {
   }
 #elif defined(__AVX2__)
   for (int half = 0; half < 2; ++half) {
-    // 32 positions' bytes; packing goes within halves of registers, so that quarters are put back in order.
+    // The bytes of 32 positions. Packing works within each half of a register, so the quarters are reordered after it.
     const auto bytes = [&](const std::uint16_t* from) {
-      const auto one = [&](int k) {
+      const auto load_bytes = [&](int k) {
         const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
         return half ? _mm256_srli_epi16(v, 8) : _mm256_and_si256(v, _mm256_set1_epi16(255));
       };
-      return _mm256_permute4x64_epi64(_mm256_packus_epi16(one(0), one(16)), 0xd8);
+      return _mm256_permute4x64_epi64(_mm256_packus_epi16(load_bytes(0), load_bytes(16)), 0xd8);
     };
     __m256i first = bytes(positions), second = bytes(positions + 32);
     for (int bit = 7; bit >= 0; --bit) {
@@ -81,7 +82,7 @@ BNKERN_INLINE void turn(const std::uint16_t* positions, Bits* words) {
   for (int c = 0; c < kLanes; ++c) words[c] = 0;
   for (int block = 0; block < 8; ++block)
     for (int half = 0; half < 2; ++half) {
-      // An 8 x 8 matrix of bits, byte by byte, is transposed by exchanging blocks of 1, 2 and 4.
+      // Transposes an 8 x 8 matrix of bits, one byte per row, by exchanging blocks of 1, 2 and 4.
       Bits m = 0;
       for (int k = 0; k < 8; ++k) m |= static_cast<Bits>(positions[8 * block + k] >> 8 * half & 255) << 8 * k;
       const auto exchange = [&](int shift, Bits mask) {
@@ -96,15 +97,15 @@ BNKERN_INLINE void turn(const std::uint16_t* positions, Bits* words) {
 #endif
 }
 
-BNKERN_INLINE void turn([[maybe_unused]] bool natively, const std::uint16_t* positions, Bits* words) {
+BNKERN_INLINE void transpose_bits([[maybe_unused]] bool native, const std::uint16_t* positions, Bits* words) {
 #if defined(__AVX512F__)
-  if (natively) return turn_natively(positions, words);
+  if (native) return transpose_bits_native(positions, words);
 #endif
-  turn(positions, words);
+  transpose_bits(positions, words);
 }
 
-// Planes of one tensor over a block, [channel][tap][remainder][row][word], those of present values first, then those
-// of negative ones. A tap is a column of the kernel, a remainder one of the row modulo the stride.
+// The planes of one tensor over a block, [channel][tap][remainder][row][word]. The planes of present values come first,
+// then those of negative values. A tap is a column of the kernel. A remainder is that of the row by the stride.
 struct Planes {
   std::int64_t channels, taps, remainders, rows, row_words;
   std::int64_t plane() const { return round_up(rows * row_words, kWords); }
@@ -114,43 +115,47 @@ struct Planes {
   }
 };
 
-// Where the planes' rows and columns lie in the tensor: row r of a remainder is row (first_row + r * row_step +
-// remainder), column w of a tap is column (w * column_step + tap - padding).
+// The rows and columns of the tensor that belong to the planes. Row r of a remainder is row (first_row + r * row_step +
+// remainder), and column w of a tap is column (w * column_step + tap - padding).
 struct Lattice {
   std::int64_t first_row, row_step, column_step, padding, columns, read_columns;
 };
 
-// Words of scratch for one row of 16 channels: see `turned` below.
-constexpr std::int64_t turned_size(std::int64_t row_words, std::int64_t taps) {
+// Words of scratch for one row of 16 channels: see `transposed` below.
+constexpr std::int64_t transposed_size(std::int64_t row_words, std::int64_t taps) {
   return (row_words + 2) * kLanes + row_words * taps;
 }
 
-struct Found {
+// Whether a block has a NaN, and whether it has a negative value.
+struct Contents {
   bool nan, negative;
 };
 
-// Channels [first, first + planes.channels) of t over the images of a block. `all`: NaN is present too. Planes of
-// negative values are whole only where there is one. `values` [read_columns][16], `marks` and `turned`, of
-// turned_size(), are scratch.
+// Makes the planes of channels [first, first + planes.channels) of t over the images of a block. `with_nan`: NaN counts
+// as present. The planes of negative values are written only if there is a negative value. `values` [read_columns][16],
+// `marks`, and `transposed` of transposed_size() words are scratch.
 //
-// Where a convolution keeps the width, the tap that starts where the image does has just the image's columns, so that
-// they are marked in place, and another tap is the same plane moved along, with zeros where it would meet the next
-// image. Moving 64 columns at once is cheaper than turning them again.
+// If a convolution keeps the width, the tap without an offset reads exactly the image's columns, which are marked in
+// place. The plane of every other tap is the same plane shifted, with zeros in place of the columns of the next image.
+// To shift 64 columns at once is cheaper than to transpose them again.
 template <class T>
-Found make_planes(const Image& t, const Rectangle& block, const Lattice& lattice, const Planes& planes,
-                  std::int64_t first, bool all, Bits* out, Accumulator<T>* values, std::uint16_t* marks, Bits* turned) {
+Contents make_planes(const Image& t, const Rectangle& block, const Lattice& lattice, const Planes& planes,
+                     std::int64_t first, bool with_nan, Bits* out, Accumulator<T>* values, std::uint16_t* marks,
+                     Bits* transposed) {
   using A = Accumulator<T>;
   const std::int64_t run = planes.row_words * kWordBits, filled = block.images * lattice.columns;
   std::uint16_t *const column_marks = marks, *const runs = marks + 2 * lattice.read_columns;
-  const bool move = lattice.column_step == 1 && t.w == lattice.columns && planes.taps < kWordBits;
-  const bool natively = turns_natively();
-  const std::int64_t first_made = move ? lattice.padding : 0, end_made = move ? first_made + 1 : planes.taps;
-  const std::int64_t padding = move ? 0 : lattice.padding, read_columns = move ? t.w : lattice.read_columns;
-  // A row's words of 16 channels, and zeros before and after; then for each tap the columns that do not leave an image.
-  Bits *const words = turned + kLanes, *const inside = words + (planes.row_words + 1) * kLanes;
-  std::fill(turned, words, Bits{0});
+  const bool shift_taps = lattice.column_step == 1 && t.w == lattice.columns && planes.taps < kWordBits;
+  const bool native = has_native_transpose();
+  const std::int64_t first_made = shift_taps ? lattice.padding : 0;
+  const std::int64_t end_made = shift_taps ? first_made + 1 : planes.taps;
+  const std::int64_t padding = shift_taps ? 0 : lattice.padding, read_columns = shift_taps ? t.w : lattice.read_columns;
+  // The words of a row for 16 channels, with zeros before and after them. Then, for each tap, the columns that are
+  // inside of their image.
+  Bits *const words = transposed + kLanes, *const inside = words + (planes.row_words + 1) * kLanes;
+  std::fill(transposed, words, Bits{0});
   std::fill(inside - kLanes, inside + planes.taps * planes.row_words, Bits{0});
-  for (std::int64_t tap = 0; move && tap < planes.taps; ++tap)
+  for (std::int64_t tap = 0; shift_taps && tap < planes.taps; ++tap)
     for (std::int64_t k = 0; k < filled; ++k) {
       const std::int64_t column = k % lattice.columns + tap - lattice.padding;
       const Bits is_inside = column >= 0 && column < lattice.columns;
@@ -160,7 +165,7 @@ Found make_planes(const Image& t, const Rectangle& block, const Lattice& lattice
   bool any_negative = false;
   for (std::int64_t tap = 0; tap < 2 * planes.taps; ++tap)
     std::fill(runs + tap * run + filled, runs + (tap + 1) * run, std::uint16_t{0});
-  // What a plane has beyond its rows.
+  // Clears the words of each plane behind its rows.
   for (std::int64_t k = planes.rows * planes.row_words; k < planes.plane(); ++k)
     for (std::int64_t plane = 0; plane < planes.channels * planes.taps * planes.remainders; ++plane)
       out[plane * planes.plane() + k] = 0;
@@ -169,7 +174,8 @@ Found make_planes(const Image& t, const Rectangle& block, const Lattice& lattice
   for (std::int64_t c = 0; c < planes.channels; c += kLanes) {
     const std::int64_t width = std::min<std::int64_t>(kLanes, planes.channels - c);
     const unsigned own = (1u << width) - 1;
-    // First what is above zero and what is below, NaN being both; once a row is read, what they say, many at a time.
+    // First mark the values above zero and those below zero; NaN is marked as both. When a row is complete, settle()
+    // turns these marks into present and negative, many at a time.
     const auto mark = [&](std::int64_t k, Vec<A> v) {
       present[k] = v.above_zero().bits();
       negative[k] = v.below_zero().bits();
@@ -180,7 +186,7 @@ Found make_planes(const Image& t, const Rectangle& block, const Lattice& lattice
         const unsigned above = present[k] & own, below = negative[k] & own;
         nan |= above & below;
         is_negative |= below & ~above;
-        present[k] = static_cast<std::uint16_t>(all ? above | below : above ^ below);
+        present[k] = static_cast<std::uint16_t>(with_nan ? above | below : above ^ below);
         negative[k] = static_cast<std::uint16_t>(below & ~above);
       }
       any_nan |= nan, row_negative |= is_negative;
@@ -190,10 +196,10 @@ Found make_planes(const Image& t, const Rectangle& block, const Lattice& lattice
         row_negative = 0;
         const std::int64_t row = lattice.first_row + r * lattice.row_step + remainder;
         for (std::int64_t image = 0; image < block.images; ++image) {
-          const std::int64_t then = image + kAheadImages;  // in the order in which rows are read
-          const Ahead ahead = Ahead::of<T>(t, block.image + then % block.images, first + c,
-                                           row + then / block.images * lattice.row_step, -padding);
-          if (move) {
+          const std::int64_t next = image + kPrefetchImages;  // in the order in which rows are read
+          const Prefetch ahead = Prefetch::of<T>(t, block.image + next % block.images, first + c,
+                                                 row + next / block.images * lattice.row_step, -padding);
+          if (shift_taps) {
             present = runs + first_made * run + image * lattice.columns;
             negative = present + planes.taps * run;
           }
@@ -207,19 +213,19 @@ Found make_planes(const Image& t, const Rectangle& block, const Lattice& lattice
               std::fill(marked + end, marked + read_columns, std::uint16_t{0});
             }
             for (std::int64_t k = begin; k < end; ++k) {
-              ahead.call_at(k * ahead.column);  // which call(k) comes to where channels lie side by side
+              ahead.prefetch_at(k * ahead.line);  // the same as prefetch(k), because channels have unit stride
               mark(k, load(from + (k - begin) * t.stride_w));
             }
-            if (!move) settle(present, negative, begin, end);
+            if (!shift_taps) settle(present, negative, begin, end);
           } else {
             pack_row<T>(t, block.image + image, row, padding, read_columns, first + c, width, false, values);
             for (std::int64_t k = 0; k < read_columns; ++k) {
-              ahead.call(k);
+              ahead.prefetch(k);
               mark(k, Vec<A>::load(values + k * width));
             }
-            if (!move) settle(present, negative, 0, read_columns);
+            if (!shift_taps) settle(present, negative, 0, read_columns);
           }
-          for (std::int64_t sign = 0; !move && sign < 2; ++sign)
+          for (std::int64_t sign = 0; !shift_taps && sign < 2; ++sign)
             for (std::int64_t tap = first_made; tap < end_made; ++tap) {
               const std::uint16_t* const from = column_marks + sign * read_columns + tap;
               std::uint16_t* const to = runs + (sign * planes.taps + tap) * run + image * lattice.columns;
@@ -229,8 +235,8 @@ Found make_planes(const Image& t, const Rectangle& block, const Lattice& lattice
                 for (std::int64_t w = 0; w < lattice.columns; ++w) to[w] = from[w * lattice.column_step];
             }
         }
-        if (move) settle(runs + first_made * run, runs + (planes.taps + first_made) * run, 0, filled);
-        if (row_negative && !any_negative) {  // the first: rows before it have none, and so have others after it
+        if (shift_taps) settle(runs + first_made * run, runs + (planes.taps + first_made) * run, 0, filled);
+        if (row_negative && !any_negative) {  // the first row with one: clears the rows without negative values
           std::fill_n(out + planes.size(), planes.size(), Bits{0});
           any_negative = true;
         }
@@ -239,10 +245,10 @@ Found make_planes(const Image& t, const Rectangle& block, const Lattice& lattice
             Bits* const to = out + sign * planes.size() + r * planes.row_words;
             for (std::int64_t word = 0; word < planes.row_words; ++word) {
               Bits* const from = words + word * kLanes;
-              turn(natively, runs + (sign * planes.taps + tap) * run + word * kWordBits, from);
+              transpose_bits(native, runs + (sign * planes.taps + tap) * run + word * kWordBits, from);
               for (std::int64_t k = 0; k < width; ++k) to[planes.offset(c + k, tap, remainder) + word] = from[k];
             }
-            for (std::int64_t other = 0; move && other < planes.taps; ++other) {
+            for (std::int64_t other = 0; shift_taps && other < planes.taps; ++other) {
               const std::int64_t shift = std::abs(other - tap);
               for (std::int64_t word = 0; shift && word < planes.row_words; ++word) {
                 const Bits* const from = words + word * kLanes;

@@ -1,9 +1,9 @@
-// What the parts of conv_grad_signs share: the geometry of a convolution, how its positions are cut up, and how pieces
-// of x and dy are packed. conv_sums.cpp and conv3x3_gradient.cpp form the sums, conv_signs.cpp the signs and counts,
-// and conv_grad_signs.cpp runs them.
+// Shared by the files of conv_grad_signs: the geometry of a convolution, the division of its positions, and the packing
+// of x and dy. conv_sums.cpp and conv3x3_gradient.cpp compute the sums, conv_signs.cpp computes signs and counts, and
+// conv_grad_signs.cpp runs them.
 //
-// A chunk is a rectangle of images x rows of dy; partial results are made per chunk and joined in order. A block is
-// a rectangle within a chunk, small enough that its packed values stay in the caches. Both depend on shapes alone.
+// A chunk is a rectangle of images x rows of dy. Each chunk has a partial result, and these are joined in order. A
+// block is a rectangle within a chunk. Its packed values fit into the caches. Both depend on shapes alone.
 #pragma once
 
 #include <algorithm>
@@ -17,56 +17,59 @@
 namespace bnkern::BNKERN_ISA {
 
 constexpr std::int64_t kMostChunks = 32;
-constexpr std::int64_t kPartialBytes = 32 << 20;  // of one result's partials, unless a single chunk has more
+constexpr std::int64_t kPartialBytes = 32 << 20;  // limit for the partials of one result if there are several chunks
 
 // A rectangle of images and rows.
 struct Rectangle {
   std::int64_t image, images, row, rows;
 };
 
-// Even pieces of a rectangle, of `images` x `rows` at most.
+// The division of a rectangle into pieces of at most `images` x `rows`.
 struct Pieces {
-  Rectangle whole;
+  Rectangle rectangle;
   std::int64_t images, rows;
-  std::int64_t by_row() const { return divide_up(whole.rows, rows); }
-  std::int64_t count() const { return divide_up(whole.images, images) * by_row(); }
+  std::int64_t row_pieces() const { return divide_up(rectangle.rows, rows); }
+  std::int64_t count() const { return divide_up(rectangle.images, images) * row_pieces(); }
   Rectangle operator[](std::int64_t k) const {
-    const std::int64_t i = k / by_row() * images, r = k % by_row() * rows;
-    return {whole.image + i, std::min(images, whole.images - i), whole.row + r, std::min(rows, whole.rows - r)};
+    const std::int64_t i = k / row_pieces() * images, r = k % row_pieces() * rows;
+    return {rectangle.image + i, std::min(images, rectangle.images - i), rectangle.row + r,
+            std::min(rows, rectangle.rows - r)};
   }
 };
 
-// About `wanted` pieces: of whole images where there are enough.
-inline Pieces split(const Rectangle& whole, std::int64_t wanted) {
-  const std::int64_t images = divide_up(whole.images, std::clamp<std::int64_t>(wanted, 1, whole.images));
-  const std::int64_t by_row = wanted / divide_up(whole.images, images);
-  return {whole, images, divide_up(whole.rows, std::clamp<std::int64_t>(by_row, 1, whole.rows))};
+// Divides a rectangle into about `count` pieces. They are whole images if there are at least `count` images.
+inline Pieces split(const Rectangle& rectangle, std::int64_t count) {
+  const std::int64_t images = divide_up(rectangle.images, std::clamp<std::int64_t>(count, 1, rectangle.images));
+  const std::int64_t row_pieces = count / divide_up(rectangle.images, images);
+  return {rectangle, images, divide_up(rectangle.rows, std::clamp<std::int64_t>(row_pieces, 1, rectangle.rows))};
 }
 
-// The chunks of a convolution: each of `least` positions or more, and their partials of `bytes` each bounded.
+// The chunks of a convolution. A chunk has at least `least` positions, if there are as many. Its partial result has
+// `bytes` bytes, and kPartialBytes limits those of all chunks.
 inline Pieces chunks_of(const ConvGradSigns& p, std::int64_t least, std::int64_t bytes) {
   const std::int64_t positions = p.dy.n * p.dy.h * p.dy.w;
   return split({0, p.dy.n, 0, p.dy.h}, std::min({kMostChunks, positions / least, kPartialBytes / bytes}));
 }
 
-// The blocks of a chunk: of `positions` or fewer, but a row at least.
+// The blocks of a chunk. A block has at most `positions` positions, but at least one row.
 inline Pieces blocks_of(const ConvGradSigns& p, const Rectangle& chunk, std::int64_t positions) {
   const std::int64_t rows = std::max<std::int64_t>(positions / p.dy.w, 1);
   if (rows < chunk.rows) return {chunk, 1, divide_up(chunk.rows, divide_up(chunk.rows, rows))};
   return {chunk, std::min(rows / chunk.rows, chunk.images), chunk.rows};
 }
 
-// The rows of x that `rows` rows of dy meet, and the columns that all of its columns meet, the padding's included.
+// The number of rows of x that belong to `rows` rows of dy, and of columns that belong to all columns of dy. Both
+// include the padding.
 inline std::int64_t x_rows(const ConvGradSigns& p, std::int64_t rows) { return (rows - 1) * p.stride_h + p.kernel_h; }
 inline std::int64_t x_columns(const ConvGradSigns& p) { return (p.dy.w - 1) * p.stride_w + p.kernel_w; }
 
-// How many outputs a task takes: all, unless chunks alone would leave threads idle. Changes no bits.
+// The number of outputs of a task: all outputs if there are at least as many chunks as threads. It changes no bits.
 inline std::int64_t outputs_per_task(const ConvGradSigns& p, std::int64_t chunks) {
   const std::int64_t parts = divide_up(2 * p.threads, chunks);
   return chunks >= p.threads ? p.dy.c : round_up(divide_up(p.dy.c, parts), kLanes);
 }
 
-// Memory from the pool, handed out in pieces.
+// Owns a block of memory from the pool.
 class PoolSpace {
  public:
   explicit PoolSpace(std::int64_t bytes) : block_(pool_take(static_cast<std::size_t>(bytes))) {}
@@ -78,6 +81,7 @@ class PoolSpace {
   PoolBlock block_;
 };
 
+// Returns room for `count` values at `space`, and moves `space` behind it.
 template <class A>
 BNKERN_INLINE A* take(char*& space, std::int64_t count) {
   A* const piece = reinterpret_cast<A*>(space);
@@ -112,7 +116,7 @@ BNKERN_INLINE void convert(const T* from, std::int64_t count, bool absolute, Acc
   for (; i < count; ++i) to[i] = absolute ? magnitude(widen(from[i])) : widen(from[i]);
 }
 
-// A block of at most 16 channels x 16 columns, from unit stride along columns to unit stride along channels.
+// Transposes a block of at most 16 channels x 16 columns, from unit stride along columns to unit stride along channels.
 template <class T>
 BNKERN_INLINE void transpose(const T* from, std::int64_t step, int channels, int columns, bool absolute,
                              Accumulator<T>* to, std::int64_t pitch) {
@@ -121,11 +125,11 @@ BNKERN_INLINE void transpose(const T* from, std::int64_t step, int channels, int
     const auto first = [](int n) { return static_cast<__mmask16>((1 << n) - 1); };
     __m512 a[16], b[16];
     for (int i = 0; i < 16; ++i) {
-      const __mmask16 some = i < channels ? first(columns) : 0;
+      const __mmask16 mask = i < channels ? first(columns) : 0;
       if constexpr (std::is_same_v<T, float>)
-        a[i] = _mm512_maskz_loadu_ps(some, from + i * step);
+        a[i] = _mm512_maskz_loadu_ps(mask, from + i * step);
       else
-        a[i] = widen(_mm256_maskz_loadu_epi16(some, from + i * step), static_cast<T*>(nullptr)).v;
+        a[i] = widen(_mm256_maskz_loadu_epi16(mask, from + i * step), static_cast<T*>(nullptr)).v;
     }
     if (absolute)
       for (int i = 0; i < 16; ++i) a[i] = _mm512_abs_ps(a[i]);
@@ -133,14 +137,14 @@ BNKERN_INLINE void transpose(const T* from, std::int64_t step, int channels, int
       b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
       b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
     }
-    // Of rows 4k to 4k + 3, the columns that are i modulo 4.
+    // Collects the columns that are i modulo 4 from rows 4k to 4k + 3.
     for (int k = 0; k < 16; k += 4)
       for (int i = 0; i < 2; ++i) {
         const __m512d lo = _mm512_castps_pd(b[k + i]), hi = _mm512_castps_pd(b[k + i + 2]);
         a[k + 2 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
         a[k + 2 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
       }
-    // Quarters of registers are put in place.
+    // Moves the quarters of the registers to their positions.
     for (int i = 0; i < 4; ++i) {
       const auto pick = [](__m512 v, __m512 w, auto which) {
         return _mm512_shuffle_f32x4(v, w, decltype(which)::value);
@@ -166,8 +170,8 @@ BNKERN_INLINE void transpose(const T* from, std::int64_t step, int channels, int
     }
 }
 
-// `columns` columns of one row of an image, channels [channel, channel + width): out [columns][width], where column k
-// is the image's column k - padding, or zeros outside the image.
+// Packs `columns` columns of one row of an image, for channels [channel, channel + width), into out [columns][width].
+// Column k is column k - padding of the image. Outside the image it is zero.
 template <class T>
 BNKERN_INLINE void pack_row(const Image& t, std::int64_t image, std::int64_t row, std::int64_t padding,
                             std::int64_t columns, std::int64_t channel, std::int64_t width, bool absolute,
@@ -196,29 +200,31 @@ BNKERN_INLINE void pack_row(const Image& t, std::int64_t image, std::int64_t row
                 to + i * width + c, width);
 }
 
-// Calls for memory ahead of its use, a line of 16 floats of 16 channels at a time, column by column of a row.
-struct Ahead {
+// Prefetches a row of an image for 16 channels, one cache line at a time. A line has 16 floats: 16 channels of one
+// column if channels have unit stride, otherwise 16 columns of one channel.
+struct Prefetch {
   const char* row;
-  std::int64_t column, columns;  // bytes from one column to the next, or one channel's run, and from 16 to the next 16
+  std::int64_t line, group;  // bytes from one line to the next, and from one group of 16 lines to the next
   template <class T>
-  static BNKERN_INLINE Ahead of(const Image& t, std::int64_t image, std::int64_t channel, std::int64_t row,
-                                std::int64_t column) {
+  static BNKERN_INLINE Prefetch of(const Image& t, std::int64_t image, std::int64_t channel, std::int64_t row,
+                                   std::int64_t column) {
     constexpr std::int64_t item = sizeof(T);
-    const std::int64_t offset =
-        image * t.stride_n + channel * t.stride_c + row * t.stride_h + column * t.stride_w;  // may lie outside
+    const std::int64_t offset = image * t.stride_n + channel * t.stride_c + row * t.stride_h +
+                                column * t.stride_w;  // may be outside of the tensor
     return {reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(t.data) + item * offset),
             item * (t.stride_c == 1 ? t.stride_w : t.stride_c), item * 16 * t.stride_w};
   }
-  BNKERN_INLINE void call(std::int64_t k) const { call_at((k & 15) * column + (k >> 4) * columns); }
-  BNKERN_INLINE void call_at(std::int64_t offset) const {
+  BNKERN_INLINE void prefetch(std::int64_t k) const { prefetch_at((k & 15) * line + (k >> 4) * group); }
+  BNKERN_INLINE void prefetch_at(std::int64_t offset) const {
     __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(row) + offset), 0, 2);
   }
 };
 
 // ------------------------------------------------------------------------------------------------------ parts
 
-// Some of the results. Tasks take pieces of x and dy in the order of memory; they may run in any order, each on a
-// thread with a scratch of its own. join() makes the results of what they leave, all threads of a region sharing it.
+// Computes one or more of the results. A task processes a piece of x and dy. Tasks are numbered in memory order, may
+// run in any order, and need scratch memory of their own. join() combines the partial results of all tasks. All threads
+// of a parallel region call it and divide its loop among them.
 class Summation {
  public:
   virtual ~Summation() = default;
@@ -228,7 +234,8 @@ class Summation {
   virtual void join() = 0;
 };
 
-// Each forms those of its results that are not null; the last the sum, or where `absolute` the absolute sum.
+// Each computes those of its results that are not null. The last one computes the sum, or the absolute sum if
+// `absolute`.
 std::unique_ptr<Summation> conv_sums(const ConvGradSigns& p);
 std::unique_ptr<Summation> conv_signs(const ConvGradSigns& p);
 std::unique_ptr<Summation> conv3x3_gradient(const ConvGradSigns& p, bool absolute);

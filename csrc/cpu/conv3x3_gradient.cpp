@@ -1,8 +1,8 @@
-// The gradient of the weight of such a convolution as conv3x3.cpp makes, and the sum of its summands' magnitudes:
-// F(2 x 2, 3 x 3) once more, of x and dy or of their magnitudes.
+// The weight gradient of the convolution of conv3x3.cpp, and the sum of the magnitudes of its summands. Both use
+// F(2 x 2, 3 x 3), for x and dy or for their magnitudes.
 //
-// Bands are joined in chunks. Within a band a place's sums are chains of fma over its tiles, bands are added within a
-// chunk, chunks in double.
+// A chunk is a sequence of bands. Within a band each sum is a chain of fma over the tiles. The sums of bands are added
+// within a chunk, and those of chunks in double.
 #include "winograd.h"
 
 namespace bnkern::BNKERN_ISA {
@@ -10,18 +10,18 @@ namespace {
 
 using V = Vec<float>;
 
-constexpr std::int64_t kLeastTiles = 256;  // of a chunk
+constexpr std::int64_t kLeastTiles = 256;  // the least number of tiles in a chunk
 
-// A dy A' of a tile, of which only the left column or the upper row may be there. The last column and row of A have
-// their signs turned, which to_weights makes up for.
+// Computes A dy A' for a tile. Its right column and its lower row may be outside of the image. The last row and column
+// of the result are stored with the opposite sign, which to_weights corrects.
 template <bool kAbsolute>
 BNKERN_INLINE void gradient_tile(const float* dy, std::int64_t column, std::int64_t row, bool right, bool lower,
                                  float* out, std::int64_t pitch) {
-  const auto at = [&](bool there, std::int64_t offset) {
-    const V value = there ? V::load(dy + offset) : V::all(0);
+  const auto load = [&](bool exists, std::int64_t offset) {
+    const V value = exists ? V::load(dy + offset) : V::all(0);
     return kAbsolute ? magnitude(value) : value;
   };
-  const V a = at(true, 0), b = at(right, column), d = at(lower, row), e = at(right && lower, row + column);
+  const V a = load(true, 0), b = load(right, column), d = load(lower, row), e = load(right && lower, row + column);
   const auto store = [&](int k, V left, V right) {
     left.store(out + 4 * k * pitch), (left + right).store(out + (4 * k + 1) * pitch);
     (left - right).store(out + (4 * k + 2) * pitch), right.store(out + (4 * k + 3) * pitch);
@@ -29,7 +29,7 @@ BNKERN_INLINE void gradient_tile(const float* dy, std::int64_t column, std::int6
   store(0, a, b), store(1, a + d, b + e), store(2, a - d, b - e), store(3, d, e);
 }
 
-// The same of a row of tiles.
+// The same for a row of tiles.
 template <bool kAbsolute>
 void gradient_tiles(const Bands& bands, std::int64_t row, const float* dy, std::int64_t channels, float* out,
                     std::int64_t pitch) {
@@ -47,7 +47,7 @@ void gradient_tiles(const Bands& bands, std::int64_t row, const float* dy, std::
     }
 }
 
-// Inputs by tiles times tiles by outputs, of one place, added to sums [inputs][outputs].
+// Adds the matrix product of one element, inputs by tiles times tiles by outputs, to sums [inputs][outputs].
 template <int kInputs, int kVectors>
 BNKERN_INLINE void add_product(const float* x, std::int64_t inputs, const float* dy, std::int64_t outputs,
                                std::int64_t tiles, float* to) {
@@ -76,9 +76,9 @@ BNKERN_INLINE void add_product(const float* x, std::int64_t inputs, const float*
     }
 }
 
-// G' s G of all sums of a chunk: to partial [9][inputs][outputs].
+// Computes G' s G for all sums of a chunk, and stores it in partial [9][inputs][outputs].
 void to_weights(const float* sums, std::int64_t size, float* partial) {
-  const auto gather = [](V a, V b, V c, V d, V* to) {
+  const auto times_g = [](V a, V b, V c, V d, V* to) {
     const V inner = V::all(0.5f) * (b + c);
     to[0] = a + inner, to[1] = V::all(0.5f) * (b - c), to[2] = inner - d;
   };
@@ -86,11 +86,11 @@ void to_weights(const float* sums, std::int64_t size, float* partial) {
     V rows[4][3];
     for (int i = 0; i < 4; ++i) {
       const float* const from = sums + 4 * i * size + k;
-      gather(V::load(from), V::load(from + size), V::load(from + 2 * size), V::load(from + 3 * size), rows[i]);
+      times_g(V::load(from), V::load(from + size), V::load(from + 2 * size), V::load(from + 3 * size), rows[i]);
     }
     for (int j = 0; j < 3; ++j) {
       V column[3];
-      gather(rows[0][j], rows[1][j], rows[2][j], rows[3][j], column);
+      times_g(rows[0][j], rows[1][j], rows[2][j], rows[3][j], column);
       for (int i = 0; i < 3; ++i) column[i].store(partial + (3 * i + j) * size + k);
     }
   }
@@ -112,7 +112,7 @@ class Conv3x3Gradient final : public Summation {
   std::int64_t tasks() const override { return chunks_; }
 
   std::int64_t scratch_bytes() const override {
-    return (zeros() + kPlaces * (bands_.pitch(p_.x.c) + bands_.pitch(p_.dy.c) + size_)) *
+    return (zeros() + kElements * (bands_.pitch(p_.x.c) + bands_.pitch(p_.dy.c) + size_)) *
            static_cast<std::int64_t>(sizeof(float));
   }
 
@@ -122,10 +122,10 @@ class Conv3x3Gradient final : public Summation {
     const float *const x = static_cast<const float*>(p_.x.data), *const dy = static_cast<const float*>(p_.dy.data);
     float* const zero = reinterpret_cast<float*>(scratch);
     float* const x_tiles = zero + zeros();
-    float* const dy_tiles = x_tiles + kPlaces * x_pitch;
-    float* const sums = dy_tiles + kPlaces * dy_pitch;
+    float* const dy_tiles = x_tiles + kElements * x_pitch;
+    float* const sums = dy_tiles + kElements * dy_pitch;
     std::memset(zero, 0, zeros() * sizeof(float));
-    std::memset(sums, 0, kPlaces * size_ * sizeof(float));
+    std::memset(sums, 0, kElements * size_ * sizeof(float));
     const std::int64_t end = (chunk + 1) * bands_.count() / chunks_;
     for (std::int64_t band = chunk * bands_.count() / chunks_; band < end; ++band) {
       const std::int64_t first = bands_.first(band), last = bands_.last(band);
@@ -137,14 +137,14 @@ class Conv3x3Gradient final : public Summation {
         gradient(bands_, row, dy, outputs, dy_tiles + tile * outputs, dy_pitch);
       }
       const std::int64_t next = std::min(band + 1, bands_.count() - 1);
-      const RowsAhead x_ahead(bands_, next, x, inputs), dy_ahead(bands_, next, dy, outputs);
-      for (int place = 0; place < kPlaces; ++place) {
-        x_ahead.call(place), dy_ahead.call(place);
+      const BandPrefetch next_x(bands_, next, x, inputs), next_dy(bands_, next, dy, outputs);
+      for (int element = 0; element < kElements; ++element) {
+        next_x.prefetch(element), next_dy.prefetch(element);
         for (std::int64_t i = 0; i < inputs; i += kInputs)
           for (std::int64_t o = 0; o < outputs; o += kVectors * kLanes)
-            add_product<kInputs, kVectors>(x_tiles + place * x_pitch + i, inputs, dy_tiles + place * dy_pitch + o,
+            add_product<kInputs, kVectors>(x_tiles + element * x_pitch + i, inputs, dy_tiles + element * dy_pitch + o,
                                            outputs, (last - first) * bands_.across,
-                                           sums + place * size_ + i * outputs + o);
+                                           sums + element * size_ + i * outputs + o);
       }
     }
     to_weights(sums, size_, partials_ + chunk * 9 * size_);
@@ -174,7 +174,7 @@ class Conv3x3Gradient final : public Summation {
   const Bands bands_;
   const std::int64_t size_, chunks_;
   const PoolSpace pool_;
-  float* const partials_;  // [chunk][place of the kernel][input][output]
+  float* const partials_;  // [chunk][tap of the kernel][input][output]
 };
 
 }  // namespace

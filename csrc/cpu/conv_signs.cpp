@@ -1,13 +1,13 @@
-// The sign sum and the number of nonzero summands of a convolution's weight gradient, by bits and their count.
+// The sign sum and the number of nonzero summands of a convolution's weight gradient, computed with bit planes.
 //
-// Each channel of dy, and each channel of x once per kernel column, is a pair of bit planes over positions: which
-// values are present (not zero), and which are negative. A summand is present where both factors are, and negative
-// where one of them is, so that per weight
+// Each channel of dy, and each channel of x once per kernel column, has two bit planes over positions: one of the
+// values that are present (not zero), and one of the negative values. A summand is present if both factors are present,
+// and negative if exactly one of them is negative. So for each weight
 //
 //   nonzero = bits(present_dy & present_x),   sign_sum = nonzero - 2 bits((negative_dy ^ negative_x) & both present)
 //
-// NaN is present for `nonzero` and absent for `sign_sum`; a block that holds one is counted a second time. Where a
-// block of x has nothing below zero, which is so behind a ReLU, no planes of negative values are made or looked at.
+// NaN is present for `nonzero` and absent for `sign_sum`, so a block with a NaN is counted twice. If a block of x has
+// no negative value, as after a ReLU, the planes of its negative values are neither made nor read.
 #include <omp.h>
 
 #include "bit_planes.h"
@@ -15,15 +15,16 @@
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-constexpr std::int64_t kLeastPositions = 2048;   // of a chunk
-constexpr std::int64_t kBlockPositions = 8192;   // of a block
-constexpr std::int64_t kBlockBytes = 768 << 10;  // of a block's planes
+constexpr std::int64_t kLeastPositions = 2048;   // the least number of positions in a chunk
+constexpr std::int64_t kBlockPositions = 8192;   // the largest number of positions in a block
+constexpr std::int64_t kBlockBytes = 768 << 10;  // the largest size of a block's planes
 
-// ------------------------------------------------------------------------------- counting bits, many at once
+// ------------------------------------------------------------------------------- counting bits of a vector
 
-// kWide words of bits, or as many counters, to which `count` adds how many bits are set.
+// A vector of kWide words of bits, or of as many counters. `count` adds the number of set bits to the counters.
 #if defined(__AVX512F__)
-// kNative: by vpopcntq, which not every machine with the rest of AVX-512 has, and the compiler is not told of.
+// kNative: counts with vpopcntq. Not every machine with AVX-512 has it, so it is written in assembly, and the compiler
+// cannot use it elsewhere.
 template <bool kNative>
 struct WideBits {
   static constexpr int kWide = 8;
@@ -49,7 +50,7 @@ struct WideBits {
     v = _mm512_add_epi64(v, counts);
   }
   BNKERN_INLINE std::int64_t total() const { return _mm512_reduce_add_epi64(v); }
-  // The totals of eight.
+  // The totals of eight vectors of counters.
   static BNKERN_INLINE void totals(const WideBits* counters, std::int64_t* to) {
     __m512i pairs[4], fours[2];
     for (int k = 0; k < 4; ++k) {
@@ -112,7 +113,8 @@ struct PlainBits {
 
 // ---------------------------------------------------------------------------------------------------- counting
 
-// One operand's planes of present values for some channels, `step` apart; those of negative ones lie `negative` on.
+// The planes of an operand's present values. `step` is the distance between channels, and `negative` the distance to
+// the planes of negative values.
 struct Operand {
   const Bits* present;
   std::int64_t step, negative;
@@ -126,11 +128,12 @@ BNKERN_INLINE void totals(const Wide* counters, std::int64_t* to) {
     for (int k = 0; k < kCount; ++k) to[k] = counters[k].total();
 }
 
-// Results lie tile by tile, so that a tile's are added at once: [four outputs][two channels][kernel row][column][4][2].
+// Results are stored tile by tile, so those of a tile are contiguous: [four outputs][two channels][kernel row][column]
+// [4][2].
 constexpr std::int64_t kTileOutputs = 4, kTileChannels = 2, kTileSize = 8;
 
-// Adds to a tile of sign_sum and of nonzero, where they are not null. kAlike: all outputs have the same values present,
-// as they do where no gradient is zero; what is present then is counted once. kPositive: x has nothing below zero.
+// Adds to a tile of sign_sum and of nonzero if they are not null. kAlike: the same values are present in all outputs,
+// as without zeros in the gradient, and they are counted once. kPositive: x has no negative value.
 template <class Wide, bool kAlike, bool kPositive, int kO, int kI>
 BNKERN_INLINE void count_tile(const Operand& dy, const Operand& x, std::int64_t words, std::int32_t* sign_sum,
                               std::int32_t* nonzero) {
@@ -166,28 +169,28 @@ BNKERN_INLINE void count_tile(const Operand& dy, const Operand& x, std::int64_t 
     nonzeros[k] = static_cast<std::int32_t>(counts[k % (kCounted * kI)]);
     sign_sums[k] = nonzeros[k] - 2 * static_cast<std::int32_t>(differences[k]);
   }
-  const auto add = [](const std::int32_t* found, std::int32_t* results) __attribute__((always_inline)) {
-    for (int k = 0; k < kO * kI; ++k) results[k / kI * kTileChannels + k % kI] += found[k];
+  const auto add = [](const std::int32_t* summands, std::int32_t* results) __attribute__((always_inline)) {
+    for (int k = 0; k < kO * kI; ++k) results[k / kI * kTileChannels + k % kI] += summands[k];
   };
   if (nonzero) add(nonzeros, nonzero);
   if (sign_sum) add(sign_sums, sign_sum);
 }
 
-// Tiles of some outputs, `step` from one four outputs' results to the next.
+// Counts the tiles of several outputs. `step` is the distance between the results of one four outputs and the next.
 template <class Wide, bool kAlike, bool kPositive, int kI>
 void count_outputs(const Operand& dy, const Operand& x, std::int64_t words, std::int64_t outputs, std::int64_t step,
                    std::int32_t* sign_sum, std::int32_t* nonzero) {
-  const auto at = [](std::int32_t* results, std::int64_t offset) { return results ? results + offset : nullptr; };
+  const auto tile = [](std::int32_t* results, std::int64_t offset) { return results ? results + offset : nullptr; };
   std::int64_t o = 0, offset = 0;
   for (; o + kTileOutputs <= outputs; o += kTileOutputs, offset += step)
     count_tile<Wide, kAlike, kPositive, kTileOutputs, kI>({dy.present + o * dy.step, dy.step, dy.negative}, x, words,
-                                                          at(sign_sum, offset), at(nonzero, offset));
+                                                          tile(sign_sum, offset), tile(nonzero, offset));
   for (; o < outputs; ++o, offset += kTileChannels)
     count_tile<Wide, kAlike, kPositive, 1, kI>({dy.present + o * dy.step, dy.step, dy.negative}, x, words,
-                                               at(sign_sum, offset), at(nonzero, offset));
+                                               tile(sign_sum, offset), tile(nonzero, offset));
 }
 
-// Adds a block's counts, to results of as many outputs as dy's planes have.
+// Adds the counts of a block to the results, for the outputs of dy's planes.
 template <class Wide>
 void count_block(const ConvGradSigns& p, const Planes& x_planes, const Planes& dy_planes, const Bits* x, const Bits* dy,
                  bool positive, std::int32_t* sign_sum, std::int32_t* nonzero) {
@@ -223,7 +226,7 @@ CountBlock best_count() {
   return count_block<PlainBits>;
 }
 
-// ------------------------------------------------------------------------------------------------------ the part
+// ------------------------------------------------------------------------------------------------------ summation
 
 template <class T>
 class ConvSigns final : public Summation {
@@ -239,7 +242,7 @@ class ConvSigns final : public Summation {
         chunks_(chunks_of(p, kLeastPositions, size_ * static_cast<std::int64_t>(sizeof(std::int32_t)))),
         outputs_(outputs_per_task(p, chunks_.count())),
         pool_(2 * (chunks_.count() * size_ * static_cast<std::int64_t>(sizeof(std::int32_t)) + 64)) {
-    // A position's bits in all planes; what rows are filled up with does not count.
+    // The bits of a position in all planes, without the padding of rows to whole words.
     const std::int64_t position_bits = 2 * (p.x.c * p.kernel_w * std::min(p.stride_h, p.kernel_h) + p.dy.c);
     positions_ = std::min(kBlockPositions, 8 * kBlockBytes / position_bits);
     for (std::int64_t k = 0; k < chunks_.count(); ++k) {
@@ -248,7 +251,7 @@ class ConvSigns final : public Summation {
       const std::int64_t words = x_planes(block).row_words;
       x_size_ = std::max(x_size_, 2 * x_planes(block).size() + kWords);  // the last plane is read in whole vectors
       dy_size_ = std::max(dy_size_, 2 * dy_planes(block, outputs_).size());
-      turned_size_ = std::max(turned_size_, turned_size(words, p.kernel_w));
+      transposed_size_ = std::max(transposed_size_, transposed_size(words, p.kernel_w));
       marks_size_ = std::max(marks_size_, 2 * x_columns(p) + 2 * p.kernel_w * words * kWordBits);
     }
     values_size_ = std::max(x_columns(p), p.dy.w) * kLanes + kLanes;
@@ -260,7 +263,7 @@ class ConvSigns final : public Summation {
   std::int64_t tasks() const override { return chunks_.count() * divide_up(p_.dy.c, outputs_); }
 
   std::int64_t scratch_bytes() const override {
-    return static_cast<std::int64_t>((x_size_ + dy_size_ + turned_size_) * sizeof(Bits) + values_size_ * sizeof(A) +
+    return static_cast<std::int64_t>((x_size_ + dy_size_ + transposed_size_) * sizeof(Bits) + values_size_ * sizeof(A) +
                                      marks_size_ * sizeof(std::uint16_t)) +
            320;
   }
@@ -269,7 +272,7 @@ class ConvSigns final : public Summation {
     static const CountBlock count = best_count();
     Bits* const x = take<Bits>(scratch, x_size_);
     Bits* const dy = take<Bits>(scratch, dy_size_);
-    Bits* const turned = take<Bits>(scratch, turned_size_);
+    Bits* const transposed = take<Bits>(scratch, transposed_size_);
     A* const values = take<A>(scratch, values_size_);
     std::uint16_t* const marks = take<std::uint16_t>(scratch, marks_size_);
     const std::int64_t parts = divide_up(p_.dy.c, outputs_), chunk = task / parts, output = task % parts * outputs_;
@@ -286,12 +289,13 @@ class ConvSigns final : public Summation {
       const Lattice x_lattice{
           block.row * p_.stride_h - p_.padding_h, p_.stride_h, p_.stride_w, p_.padding_w, p_.dy.w, x_columns(p_)};
       const Lattice dy_lattice{block.row, 1, 1, 0, p_.dy.w, p_.dy.w};
-      const auto count_once = [&](bool all, std::int32_t* signs, std::int32_t* nonzeros) {
-        const Found in_x = make_planes<T>(p_.x, block, x_lattice, of_x, 0, all, x, values, marks, turned);
-        const Found in_dy = make_planes<T>(p_.dy, block, dy_lattice, of_dy, output, all, dy, values, marks, turned);
-        if (!in_dy.negative) std::fill_n(dy + of_dy.size(), of_dy.size(), Bits{0});
-        const bool any_nan = in_x.nan || in_dy.nan;
-        count(p_, of_x, of_dy, x, dy, !in_x.negative, signs, any_nan && !all ? nullptr : nonzeros);
+      const auto count_once = [&](bool with_nan, std::int32_t* signs, std::int32_t* nonzeros) {
+        const Contents x_has = make_planes<T>(p_.x, block, x_lattice, of_x, 0, with_nan, x, values, marks, transposed);
+        const Contents dy_has =
+            make_planes<T>(p_.dy, block, dy_lattice, of_dy, output, with_nan, dy, values, marks, transposed);
+        if (!dy_has.negative) std::fill_n(dy + of_dy.size(), of_dy.size(), Bits{0});
+        const bool any_nan = x_has.nan || dy_has.nan;
+        count(p_, of_x, of_dy, x, dy, !x_has.negative, signs, any_nan && !with_nan ? nullptr : nonzeros);
         return any_nan;
       };
       if (count_once(false, sign_sum, nonzero) && nonzero) count_once(true, nullptr, nonzero);
@@ -330,11 +334,11 @@ class ConvSigns final : public Summation {
   }
 
   const ConvGradSigns p_;
-  const std::int64_t area_, fours_, pairs_, size_;  // of a kernel; of tiles, and of a chunk's partial result
+  const std::int64_t area_, fours_, pairs_, size_;  // of a kernel; the numbers of tiles; of a chunk's partial result
   const Pieces chunks_;
   const std::int64_t outputs_;  // of a task
   const PoolSpace pool_;
-  std::int64_t positions_ = 0, x_size_ = 0, dy_size_ = 0, turned_size_ = 0, marks_size_ = 0, values_size_ = 0;
+  std::int64_t positions_ = 0, x_size_ = 0, dy_size_ = 0, transposed_size_ = 0, marks_size_ = 0, values_size_ = 0;
   std::int32_t *sign_sum_, *nonzero_;  // partial results by chunk
 };
 

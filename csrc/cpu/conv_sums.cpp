@@ -1,10 +1,10 @@
 // The weight gradient of a convolution and its absolute sum, as sums of outer products.
 //
-// Channels of x go along the vector's lanes: with `width` of them side by side in packed rows, the values that a
-// whole row of the kernel meets at one position, kernel_w x width of them, lie in one run. A tile holds the sums of
-// such a run for some outputs in registers while it walks over a block's positions: per vector of x and output one
-// broadcast value of dy and one fma. Each sum is one chain of fmas, so no cut into tiles and no width of registers
-// changes its bits: chains run over a block, blocks are added within a chunk, chunks in double.
+// The lanes of a vector are channels of x. Packed rows have `width` channels side by side. So the values of one row of
+// the kernel at one position, kernel_w x width of them, are contiguous: they are a run. A tile keeps the sums of a run
+// for several outputs in registers, and iterates over the positions of a block. It needs one broadcast value of dy and
+// one fma per vector of x and output. Each sum is one chain of fmas over a block, so its bits depend neither on the
+// tiles nor on the width of registers. The sums of blocks are added within a chunk, and those of chunks in double.
 #include <omp.h>
 
 #include <type_traits>
@@ -14,18 +14,19 @@
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-constexpr std::int64_t kLeastPositions = 512;    // of a chunk
-constexpr std::int64_t kBlockPositions = 256;    // the length of a chain; what L1 holds of a group of channels
-constexpr std::int64_t kBlockBytes = 512 << 10;  // of packed values: what L2 holds
+constexpr std::int64_t kLeastPositions = 512;    // the least number of positions in a chunk
+constexpr std::int64_t kBlockPositions = 256;    // the longest chain; L1 can hold a group's values of as many positions
+constexpr std::int64_t kBlockBytes = 512 << 10;  // packed values of a block, which L2 can hold
 
-// How many vectors of x and how many outputs a tile has: as many sums as there are registers.
+// The number of vectors of x and of outputs in a tile. The registers limit the number of sums.
 #if defined(__AVX512F__)
 constexpr int kVectors = 3, kOutputs = 8;
 #else
 constexpr int kVectors = 1, kOutputs = 4;
 #endif
 
-// Channels of x in groups, and where their sums lie in a chunk's partial result: [group][kernel row][output][run].
+// The groups of channels of x, and the positions of their sums in a chunk's partial result: [group][kernel row][output]
+// [run].
 struct Groups {
   std::int64_t channels, width, count, rows, outputs, kernel_w;
   std::int64_t width_of(std::int64_t g) const { return std::min(width, channels - g * width); }
@@ -41,21 +42,21 @@ Groups groups_of(const ConvGradSigns& p) {
   return {p.x.c, width, divide_up(p.x.c, width), p.kernel_h, p.dy.c, p.kernel_w};
 }
 
-// Where a tile's operands lie, position by position: strides of x and dy over images, rows and columns of dy; and
-// what it calls for from memory on the way, one line a position.
+// How a tile iterates over positions: strides of x and dy over images, rows and columns of dy, and the lines to
+// prefetch, one for each position.
 template <class A>
 struct Walk {
   std::int64_t images, rows, columns;
   std::int64_t x_image, x_row, x_column;
   std::int64_t dy_image, dy_row, dy_column;
-  std::int64_t magnitudes;  // how far behind dy its magnitudes lie, where both sums are wanted
-  Ahead ahead;
-  std::int64_t ahead_image, ahead_row;  // in bytes
+  std::int64_t magnitudes;  // the offset from dy to its magnitudes, if both sums are requested
+  Prefetch prefetch;
+  std::int64_t prefetch_image, prefetch_row;  // in bytes
 };
 
-// Which sums a tile makes: one, by whatever operands it is given, or both. Most inputs of convolutions come from a
-// ReLU: where a block's x has nothing below zero it is its own magnitude. That holds for -0.0 too, whose products
-// change no bit of a sum that starts at +0.
+// The sums that a tile computes: one sum of its operands, or both sums. Most inputs of convolutions come from a ReLU.
+// If a block of x has no negative value, x is its own magnitude. This includes -0.0, because its products change no bit
+// of a sum that starts at +0.
 enum class Sums { kOne, kBoth, kBothOfPositive };
 
 template <class A, int kV, int kO, Sums kSums>
@@ -68,18 +69,18 @@ void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* s
     for (int v = 0; v < kV; ++v) sums[o][v] = abs_sums[o][v] = Vec<A>::all(0);
   for (std::int64_t image = 0; image < walk.images; ++image)
     for (std::int64_t row = 0; row < walk.rows; ++row) {
-      const A* from = x + image * walk.x_image + row * walk.x_row;
-      const A* by = dy + image * walk.dy_image + row * walk.dy_row;
-      Ahead ahead = walk.ahead;
-      ahead.row += image * walk.ahead_image + row * walk.ahead_row;
-      for (std::int64_t column = 0; column < walk.columns; ++column, from += walk.x_column, by += walk.dy_column) {
-        ahead.call(column);
+      const A* x_at = x + image * walk.x_image + row * walk.x_row;
+      const A* dy_at = dy + image * walk.dy_image + row * walk.dy_row;
+      Prefetch next = walk.prefetch;
+      next.row += image * walk.prefetch_image + row * walk.prefetch_row;
+      for (std::int64_t column = 0; column < walk.columns; ++column, x_at += walk.x_column, dy_at += walk.dy_column) {
+        next.prefetch(column);
         Vec<A> values[kV];
 #pragma GCC unroll 16
-        for (int v = 0; v < kV; ++v) values[v] = Vec<A>::load(from + v * kLanes);
+        for (int v = 0; v < kV; ++v) values[v] = Vec<A>::load(x_at + v * kLanes);
 #pragma GCC unroll 16
         for (int o = 0; o < kO; ++o) {
-          const Vec<A> g = Vec<A>::all(by[o]);
+          const Vec<A> g = Vec<A>::all(dy_at[o]);
 #pragma GCC unroll 16
           for (int v = 0; v < kV; ++v) sums[o][v] = fma(g, values[v], sums[o][v]);
         }
@@ -89,7 +90,7 @@ void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* s
             for (int v = 0; v < kV; ++v) values[v] = magnitude(values[v]);
 #pragma GCC unroll 16
           for (int o = 0; o < kO; ++o) {
-            const Vec<A> g = Vec<A>::all(by[walk.magnitudes + o]);
+            const Vec<A> g = Vec<A>::all(dy_at[walk.magnitudes + o]);
 #pragma GCC unroll 16
             for (int v = 0; v < kV; ++v) abs_sums[o][v] = fma(g, values[v], abs_sums[o][v]);
           }
@@ -109,7 +110,7 @@ void tile(const Walk<A>& walk, const A* x, const A* dy, std::int64_t pitch, A* s
     }
 }
 
-// All sums of a run for `outputs` outputs, by tiles of kO outputs, then of half as many for the rest.
+// Adds all sums of a run for `outputs` outputs. Tiles have kO outputs, and half as many, repeatedly, for the rest.
 template <class A, int kV, int kO, Sums kSums>
 void tiles(const Walk<A>& walk, const A* x, const A* dy, std::int64_t outputs, std::int64_t pitch, A* sum, A* abs_sum) {
   std::int64_t o = 0;
@@ -135,7 +136,7 @@ void run_of_sums(const Walk<A>& walk, const A* x, const A* dy, std::int64_t outp
   }
 }
 
-// Whether any of the values, whole vectors of them, is below zero or NaN.
+// Whether any of the values is below zero or NaN. `count` is a multiple of 16, or values behind it can be read.
 template <class A>
 bool below_zero(const A* x, std::int64_t count) {
   for (std::int64_t i = 0; i < count; i += kLanes)
@@ -143,8 +144,8 @@ bool below_zero(const A* x, std::int64_t count) {
   return false;
 }
 
-// Adds a block's sums to those of its chunk, for outputs [output, output + outputs). While it computes it calls for
-// the x of the block that is `next`.
+// Adds a block's sums to those of its chunk, for outputs [output, output + outputs). Meanwhile it prefetches the x of
+// the block `next`.
 template <class T>
 void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& block, const Rectangle& next,
                std::int64_t output, std::int64_t outputs, Accumulator<T>* sum, Accumulator<T>* abs_sum,
@@ -152,7 +153,8 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
   using A = Accumulator<T>;
   const bool both = sum && abs_sum, absolute = !sum;
   const std::int64_t positions = block.images * block.rows * p.dy.w;
-  // dy is read where it lies if it is as the tiles read it; and its magnitudes are made once, not in every tile.
+  // dy is read in place if it has the dtype and strides that tiles read. Its magnitudes are computed once, not in each
+  // tile.
   const bool dy_in_place = std::is_same_v<T, A> && p.dy.stride_c == 1 && !absolute && !both;
   const std::int64_t magnitudes = both ? positions * outputs : 0;
   for (std::int64_t o = 0; o < outputs && !dy_in_place; o += kLanes) {
@@ -177,10 +179,10 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
         for (std::int64_t row = 0; row < rows; ++row, to += columns * width)
           pack_row<T>(p.x, block.image + image, block.row * p.stride_h - p.padding_h + row, p.padding_w, columns,
                       g * groups.width, width, absolute, to);
-      std::fill_n(to, kLanes, A(0));  // the last run ends within a vector
+      std::fill_n(to, kLanes, A(0));  // the last vector of the last run may extend behind it
       positive = both && !below_zero(x, to - x);
     }
-    std::int64_t part = 0;  // of stride_h x stride_w lines to call for at each position
+    std::int64_t part = 0;  // which of stride_h x stride_w lines to prefetch at each position
     for (std::int64_t k = 0; k < p.kernel_h; ++k)
       for (std::int64_t o = 0; o < outputs; o += kLanes, ++part) {
         const std::int64_t dy_width = std::min<std::int64_t>(kLanes, outputs - o);
@@ -193,10 +195,10 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
         walk.dy_row = dy_in_place ? p.dy.stride_h : p.dy.w * dy_width;
         walk.dy_column = dy_in_place ? p.dy.stride_w : dy_width;
         walk.magnitudes = magnitudes;
-        walk.ahead = Ahead::of<T>(p.x, next.image, g * groups.width, next_row + part / p.stride_w % p.stride_h,
-                                  part % p.stride_w * p.dy.w);
-        walk.ahead_image = static_cast<std::int64_t>(sizeof(T)) * p.x.stride_n;
-        walk.ahead_row = static_cast<std::int64_t>(sizeof(T)) * p.x.stride_h * p.stride_h;
+        walk.prefetch = Prefetch::of<T>(p.x, next.image, g * groups.width, next_row + part / p.stride_w % p.stride_h,
+                                        part % p.stride_w * p.dy.w);
+        walk.prefetch_image = static_cast<std::int64_t>(sizeof(T)) * p.x.stride_n;
+        walk.prefetch_row = static_cast<std::int64_t>(sizeof(T)) * p.x.stride_h * p.stride_h;
         const A* const x_first = x_in_place ? static_cast<const A*>(p.x.data) + block.image * p.x.stride_n +
                                                   (block.row * p.stride_h + k) * p.x.stride_h + g * groups.width
                                             : x + k * columns * width;
@@ -214,7 +216,8 @@ void add_block(const ConvGradSigns& p, const Groups& groups, const Rectangle& bl
   }
 }
 
-// The chunks' partial results joined in order: result [O, I, kernel_h, kernel_w]. All threads of a region share it.
+// Joins the partial results of chunks in order into result [O, I, kernel_h, kernel_w]. All threads of a parallel region
+// call it and divide its loop among them.
 template <class A>
 void join_partials(const ConvGradSigns& p, const Groups& groups, const A* partials, std::int64_t chunks, A* result) {
   const std::int64_t size = groups.size(), rows = groups.count * p.kernel_h;
@@ -248,7 +251,7 @@ class ConvSums final : public Summation {
         outputs_(outputs_per_task(p, chunks_.count())),
         pool_(((p.sum != nullptr) + (p.abs_sum != nullptr)) *
               (chunks_.count() * groups_.size() * static_cast<std::int64_t>(sizeof(A)) + 64)) {
-    // What a position takes in packed form; rows of x that two blocks share do not count.
+    // The packed size of a position, without the rows of x that two blocks share.
     const std::int64_t bytes = (p.x.c * p.stride_h * p.stride_w + p.dy.c) * static_cast<std::int64_t>(sizeof(A));
     positions_ = std::min(kBlockPositions, kBlockBytes / bytes);
     for (std::int64_t k = 0; k < chunks_.count(); ++k) {

@@ -1,4 +1,5 @@
-// Picks the instruction set, once, at the first call. Compiled for the baseline: it must run anywhere.
+// Chooses the instruction set once, at the first call. This file is compiled for the baseline, so it runs on every
+// machine.
 #include <cstdlib>
 #include <stdexcept>
 
@@ -9,7 +10,7 @@ namespace {
 
 struct Candidate {
   CpuKernels kernels;
-  bool runs_here;
+  bool supported;
 };
 
 CpuKernels choose() {
@@ -33,13 +34,14 @@ CpuKernels choose() {
       {BNKERN_KERNELS(generic), true},
   };
 #undef BNKERN_KERNELS
-  const char* const asked = std::getenv("BNKERN_ISA");
+  const char* const requested = std::getenv("BNKERN_ISA");
   for (const Candidate& candidate : candidates) {
-    if (asked && *asked && std::string(asked) != candidate.kernels.isa) continue;
-    if (candidate.runs_here) return candidate.kernels;
-    if (asked && *asked) throw std::runtime_error(std::string("BNKERN_ISA=") + asked + ": this machine cannot run it");
+    if (requested && *requested && std::string(requested) != candidate.kernels.isa) continue;
+    if (candidate.supported) return candidate.kernels;
+    if (requested && *requested)
+      throw std::runtime_error(std::string("BNKERN_ISA=") + requested + ": this machine cannot run it");
   }
-  throw std::runtime_error(std::string("BNKERN_ISA=") + asked +
+  throw std::runtime_error(std::string("BNKERN_ISA=") + requested +
                            ": this build has avx512, avx2 (on x86-64) and generic");
 }
 
@@ -47,8 +49,8 @@ CpuKernels choose() {
 
 bool with_extensions() {
   static const bool allowed = [] {
-    const char* const asked = std::getenv("BNKERN_EXTENSIONS");
-    return !asked || std::string(asked) != "0";
+    const char* const setting = std::getenv("BNKERN_EXTENSIONS");
+    return !setting || std::string(setting) != "0";
   }();
   return allowed;
 }

@@ -1,11 +1,13 @@
-// Runs the tiles of the phases over threads, joins partial results in tile order, and turns them into the
-// coefficients of the next phase. The order of work may differ with threads and size; no result does.
+// Distributes the tiles of the phases over threads, and joins partial results in tile order. The coefficients of the
+// next phase are computed from them. The order of work may depend on the number of threads and on the size. The results
+// do not.
 //
-// Two ways to go, with the same bits:
-//   by channel   a thread takes a whole channel through both phases: the second reads it from the thread's
-//                own cache. Planes, where there are channels enough to keep all threads busy.
-//   in step      all threads share the tiles of a batch of groups, phase by phase, the second phase from
-//                the last tile to the first. Rows, whose channels lie side by side, and planes of few channels.
+// There are two schedules, with the same bits:
+//   by channel   A thread computes both phases of a whole channel. The second phase reads the channel from the thread's
+//                own cache. This is for planes with enough channels to keep all threads busy.
+//   in step      All threads share the tiles of a batch of groups, first in one phase and then in the other. The second
+//                phase runs from the last tile to the first. This is for rows, whose channels are adjacent in memory,
+//                and for planes with few channels.
 #pragma once
 
 #include <omp.h>
@@ -19,13 +21,13 @@
 
 namespace bnkern::BNKERN_ISA {
 
-constexpr std::int64_t kThreadElements = 16384;  // less than this is not worth another thread
-constexpr std::int64_t kStreamBytes = 24 << 20;  // results larger than this are stored past the caches
-constexpr std::int64_t kJoinChannels = 32;       // rows: how many channels one thread joins at a time
-constexpr std::int64_t kPlaneBytes = 256;        // shorter planes are better read in memory order
-constexpr std::int64_t kBatchBytes = 8 << 20;    // what a batch of groups may hold, to be found in cache again
+constexpr std::int64_t kThreadElements = 16384;  // the least number of elements for one more thread
+constexpr std::int64_t kStreamBytes = 24 << 20;  // larger results are stored past the caches
+constexpr std::int64_t kJoinChannels = 32;       // rows: the number of channels that one thread joins at a time
+constexpr std::int64_t kPlaneBytes = 256;        // shorter planes are read faster in memory order
+constexpr std::int64_t kBatchBytes = 8 << 20;    // the largest batch of groups that stays in cache between the phases
 
-// One block of memory, handed out in pieces.
+// One block of memory. take() returns consecutive pieces of it.
 class Workspace {
  public:
   explicit Workspace(std::int64_t bytes)
@@ -76,29 +78,29 @@ void join_sums(int rows, std::int64_t channels, const Rows<double>& total, const
     for (std::int64_t c = 0; c < channels; ++c) total[r][c] += part[r][c];
 }
 
-// ---- the two ways through two phases
+// ---- the two schedules of two phases
 
-// The numbers that a phase gives for each channel, added up over all tiles: `rows` of them, none where it gives none.
+// The sums over all tiles that a phase computes for each channel. There are `rows` of them, possibly none.
 struct Totals {
   int rows = 0;
   Rows<double> values;
 };
 
-// What run() needs to know of a call of two phases, which derives from this. `measure` takes a partial result of each
-// tile; `apply` is the second phase, whose coefficients are made of the totals. Either may be absent. Beside its
-// result a tile adds to sums of type A, a record's, which the tiles of a block share.
+// The base class of a call of two phases, for run(). `measure` computes the partial result of a tile. `apply` is the
+// second phase, and its coefficients are computed from the totals. Either phase may be absent. A tile also adds to the
+// sums of a record, which have type A and are shared by the tiles of a block.
 //
 //   void measure(group, tile, Rows<double> out, Rows<A> sums)   a tile's partial result, and its part of a record
 //   void join(channels, before, total, count, tile)             adds the result of a tile of `count` values per channel
-//                                                               to the total of the tiles before, of `before` values
-//   void finish(group)                                          coefficients of the group, from its totals
+//                                                               to the total of the previous tiles, of `before` values
+//   void finish(group)                                          computes the group's coefficients from its totals
 //   void apply(group, tile, Rows<A> sums)                       the second phase
-//   void close(group)                                           after it, with the totals of its sums
+//   void close(group)                                           runs after it, with the totals of its sums
 template <class T>
 struct Phases {
   using A = Accumulator<T>;
   Partition part;
-  std::int64_t element_bytes;  // that both phases read and write, per element
+  std::int64_t element_bytes;  // read and written by both phases, per element
   bool applying;
   int max_threads;
   Totals measured, measured_sums, applied_sums;
@@ -108,7 +110,7 @@ struct Phases {
   Rows<double> total_of(const Totals& totals, std::int64_t group) const { return totals.values.at(group * part.group); }
 };
 
-// Each thread takes whole channels through both phases.
+// Each thread computes both phases of whole channels.
 template <class P>
 void run_by_channel(P& phases, int threads) {
   using A = typename P::A;
@@ -152,7 +154,7 @@ class InStep {
         pitch_(batch_ * part_.group),
         block_(phases.measured_sums.rows || phases.applied_sums.rows ? part_.tiles_per_block : 1),
         blocks_(divide_up(part_.tiles, block_)),
-        sums_rows_(std::max(phases.measured_sums.rows, phases.applied_sums.rows)),  // one phase after the other
+        sums_rows_(std::max(phases.measured_sums.rows, phases.applied_sums.rows)),  // the phases reuse the memory
         space_(Workspace::bytes<double>(phases.measured.rows * pitch_ * part_.tiles) +
                Workspace::bytes<A>(sums_rows_ * pitch_ * blocks_)),
         parts_(space_.template take<double>(phases.measured.rows * pitch_ * part_.tiles)),
@@ -172,7 +174,7 @@ class InStep {
   }
 
  private:
-  // Batches of groups that fit a cache, unless all is small anyway.
+  // The number of groups in a batch. A batch fits into a cache, or has all groups if the tensors are small.
   static std::int64_t batch_of(const P& phases) {
     const Partition& part = phases.part;
     const bool two_phases = phases.measuring() && phases.applying;
@@ -181,7 +183,8 @@ class InStep {
     return std::min(std::max<std::int64_t>(kBatchBytes / group_bytes, 1), part.groups);
   }
 
-  // Partial results lie tile by tile, row by row, groups side by side; a record's sums block by block.
+  // Partial results are stored as [tile][row][group][channel], and the sums of a record as
+  // [block][row][group][channel].
   Rows<double> part_of(std::int64_t tile, std::int64_t group) const {
     return {parts_ + tile * phases_.measured.rows * pitch_ + group * part_.group, pitch_};
   }
@@ -213,7 +216,7 @@ class InStep {
     }
   }
 
-  // Channels are joined apart, since rows have few groups: the threads share those of one.
+  // Rows have few groups, so threads share the channels of a group.
   void join_all(std::int64_t from, std::int64_t groups) {
     const std::int64_t pieces = divide_up(part_.group, kJoinChannels);
 #pragma omp for schedule(static)
@@ -243,7 +246,8 @@ class InStep {
     const bool measured = phases_.measuring();
 #pragma omp for schedule(static)
     for (std::int64_t unit = 0; unit < groups * blocks_; ++unit) {
-      // After measuring, the last tiles first: they are still in cache. Within a tile memory order is kept.
+      // After measure_all the last tiles come first, because they are still in cache. Within a tile the order is that
+      // of memory.
       const std::int64_t index = measured ? blocks_ - 1 - unit / groups : unit / groups, group = unit % groups;
       const Rows<A> sums = cleared_sums(phases_.applied_sums, index, from, group);
       const std::int64_t end = std::min((index + 1) * block_, part_.tiles);
@@ -268,18 +272,18 @@ class InStep {
   A* const parts_of_sums_;
 };
 
-// Both phases over all tiles.
+// Runs both phases over all tiles.
 template <class P>
 void run(P& phases) {
   Partition& part = phases.part;
-  const std::int64_t enough = 1 + phases.elements() / kThreadElements;
-  const int threads = enough < phases.max_threads ? static_cast<int>(enough) : phases.max_threads;
+  const std::int64_t useful_threads = 1 + phases.elements() / kThreadElements;
+  const int threads = useful_threads < phases.max_threads ? static_cast<int>(useful_threads) : phases.max_threads;
   part.by_channel = !part.shape.rows && phases.measuring() && phases.applying && part.groups >= threads &&
                     part.shape.s * phases.element_bytes >= kPlaneBytes &&
                     (part.groups % threads == 0 || part.groups >= 4 * threads);
   if (part.by_channel) return run_by_channel(phases, threads);
   InStep<P> in_step(phases);
-  // A thread alone needs no team: each of a team's barriers is a system call, even where no thread waits.
+  // A single thread runs without an OpenMP team. Every barrier of a team is a system call, even if no thread waits.
   if (threads == 1 && !omp_in_parallel()) return in_step.run_all();
 #pragma omp parallel num_threads(threads)
   in_step.run_all();
@@ -287,7 +291,7 @@ void run(P& phases) {
 
 // ---- from wide channels to channels
 
-// The wide channels that hold values of one channel: first, first + step, ... below end.
+// The wide channels with values of one channel: first, first + step, ... below end.
 struct Columns {
   std::int64_t first, end, step;
 };
@@ -297,7 +301,7 @@ template <class F>
 void for_channels(const Partition& part, std::int64_t group, F f) {
   const std::int64_t c0 = group * part.group;
   const std::int64_t c1 = c0 + part.group < part.width ? c0 + part.group : part.width;
-  const bool wide = part.width != part.shape.c;  // then there is one group
+  const bool wide = part.width != part.shape.c;  // if true, there is one group
   for (std::int64_t c = c0; c < (wide ? part.shape.c : c1); ++c)
     f(c, Columns{c, wide ? part.width : c + 1, part.shape.c});
 }
@@ -307,7 +311,7 @@ void set_all(A* array, const Columns& columns, A value) {
   for (std::int64_t v = columns.first; v < columns.end; v += columns.step) array[v] = value;
 }
 
-// Row after row of a record [rows, C], for channel c.
+// Writes all rows of a record [rows, C] for channel c.
 inline void write_record(double* record, std::int64_t channels, std::int64_t c, std::initializer_list<double> rows) {
   for (const double value : rows) {
     record[c] = value;
@@ -315,7 +319,7 @@ inline void write_record(double* record, std::int64_t channels, std::int64_t c, 
   }
 }
 
-// The sum of one row over the wide channels of a channel.
+// The sum of one row of totals over the wide channels of a channel.
 inline double add_up(const double* row, const Columns& columns) {
   double sum = 0;
   for (std::int64_t v = columns.first; v < columns.end; v += columns.step) sum += row[v];

@@ -1,15 +1,15 @@
-// moments: count, mean and M2 of a tile from sums about a value m near its mean; nothing is ever raw-squared.
+// moments: count, mean and M2 of a tile, from sums about a value m near its mean. Only differences from m are squared.
 //
 //   d = sum (x - m),   q = sum (x - m)^2   ->   mean = m + d / n,   M2 = q - d^2 / n
 //
-// m is the mean of a sample, a few values from all over the tile, so that the tile is read once. The subtraction loses
-// digits only where m is many sigma from the mean, and the sums tell: q = M2 + n (m - mean)^2. Where q > kFar M2 the
-// tile is looked at again, with the mean just found for m. That mean is near enough whatever the values are: of a tile
-// a sample of the part f has M2 >= f n (m - mean)^2 by itself (Chan's formula), so the first m was off by
-// sigma / sqrt(f) at most, and d / n corrects it to within rounding.
+// m is the mean of a sample, which is a few values from all parts of the tile. So one pass over the tile is enough. The
+// subtraction loses digits only if m is many sigma from the mean, and the sums show this: q = M2 + n (m - mean)^2. If
+// q > kFar M2 there is a second pass over the tile, whose m is the mean of the first pass. This mean is accurate enough
+// for all values. A sample that is the part f of a tile implies M2 >= f n (m - mean)^2 (Chan's formula), so the error
+// of the first m is at most sigma / sqrt(f), and d / n corrects it to within rounding.
 //
-// A record's third and fourth moments, least and largest value ride along: with t and f the sums of (x - m)^3 and
-// (x - m)^4, and e = d / n,  M3 = t - e (3 q - 2 e d),  M4 = f - e (4 t - e (6 q - 3 e d)).
+// A record's third and fourth moments and its extremes are computed in the same pass. With t and f the sums of
+// (x - m)^3 and (x - m)^4, and e = d / n,  M3 = t - e (3 q - 2 e d),  M4 = f - e (4 t - e (6 q - 3 e d)).
 #include <limits>
 
 #include "sums.h"
@@ -17,22 +17,22 @@
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-constexpr double kFar = 4;             // q / M2 beyond this: m is more than sqrt(3) sigma from the mean
-constexpr std::int64_t kOneIn = 16;    // the sample is one in so many, of a span's pairs of vectors or of rows
-constexpr std::int64_t kAhead = 8192;  // rows: how many bytes ahead to call for memory
+constexpr double kFar = 4;                     // if q / M2 is larger, m is more than sqrt(3) sigma from the mean
+constexpr std::int64_t kOneIn = 16;            // the sample is one in 16 of a span's pairs of vectors, or of rows
+constexpr std::int64_t kPrefetchBytes = 8192;  // rows: the prefetch distance
 
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
-// The sums about m become moments about the mean.
-BNKERN_INLINE void give_higher(double count, double error, double square, double cube, double fourth, double* m3,
-                               double* m4) {
+// Computes M3 and M4 from the sums about m.
+BNKERN_INLINE void higher_moments(double count, double error, double square, double cube, double fourth, double* m3,
+                                  double* m4) {
   const double e = error / count;
   *m3 = cube - e * (3 * square - 2 * (e * error));
   *m4 = fourth - e * (4 * cube - e * (6 * square - 3 * (e * error)));
 }
 
-// ---- planes: one channel, whose sums stay in registers
+// ---- planes: a tile has one channel, and its sums stay in registers
 
 template <class A>
 struct TileSums {
@@ -45,38 +45,38 @@ BNKERN_INLINE Accumulator<T> sample_mean(const Partition& part, const View& x, s
   using A = Accumulator<T>;
   using V = Vec<A>;
   V sums[2] = {V::all(0), V::all(0)};
-  std::int64_t seen = 0;
+  std::int64_t sampled = 0;
   for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
     const T* p = at<const T>(part, x, span);
     constexpr int pair = 2 * kLanes;
     std::int64_t i = 0;
-    for (; i + pair <= span.length; i += kOneIn * pair, seen += pair) {
+    for (; i + pair <= span.length; i += kOneIn * pair, sampled += pair) {
       V values[2];
       load_two(p + i, values);
       sums[0] = sums[0] + values[0], sums[1] = sums[1] + values[1];
     }
-    if (i == 0) {  // a short span, seen whole
+    if (i == 0) {  // all values of a short span
       for (; i < span.length; i += kLanes)
         sums[0] = sums[0] + load_some(p + i, static_cast<int>(span.length - i < kLanes ? span.length - i : kLanes));
-      seen += span.length;
+      sampled += span.length;
     }
   });
-  return static_cast<A>(sum<A>(sums[0] + sums[1]) / static_cast<A>(seen));
+  return static_cast<A>(sum<A>(sums[0] + sums[1]) / static_cast<A>(sampled));
 }
 
 template <class T, bool record>
-__attribute__((noinline)) TileSums<Accumulator<T>> look_at_planes(const Partition& part, const View& x,
-                                                                  std::int64_t group, std::int64_t tile,
-                                                                  Accumulator<T> center) {
+__attribute__((noinline)) TileSums<Accumulator<T>> pass_over_planes(const Partition& part, const View& x,
+                                                                    std::int64_t group, std::int64_t tile,
+                                                                    Accumulator<T> center) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   const V shift = V::all(center);
-  V errors[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};  // four, to hide the latency of an addition
+  V errors[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};  // four sums hide the latency of an addition
   V squares[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
   V cubes[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
   V fourths[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
   V lows[2] = {V::all(kInfinity<A>), V::all(kInfinity<A>)}, highs[2] = {V::all(-kInfinity<A>), V::all(-kInfinity<A>)};
-  const auto look = [&](int k, V value, V delta) __attribute__((always_inline)) {
+  const auto add_higher = [&](int k, V value, V delta) __attribute__((always_inline)) {
     compactly<A>([&]() __attribute__((always_inline)) {
       const V square = delta * delta;
       cubes[k] = fma(square, delta, cubes[k]);
@@ -89,7 +89,7 @@ __attribute__((noinline)) TileSums<Accumulator<T>> look_at_planes(const Partitio
     const V delta = value - shift;
     errors[k] = errors[k] + delta;
     squares[k] = fma(delta, delta, squares[k]);
-    if constexpr (record) look(k, value, delta);
+    if constexpr (record) add_higher(k, value, delta);
   };
   const std::int64_t next = next_tile(part, x);
   for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
@@ -97,11 +97,11 @@ __attribute__((noinline)) TileSums<Accumulator<T>> look_at_planes(const Partitio
     std::int64_t i = 0;
     for (; i + 4 * kLanes <= span.length; i += 4 * kLanes)
       for (int k = 0; k < 4; k += 2) {
-        const T* const here = p + i + k * kLanes;
+        const T* const from = p + i + k * kLanes;
         V values[2];
-        load_two(here, values);
-        __builtin_prefetch(here + next);
-        if constexpr (sizeof(T) >= 4) __builtin_prefetch(here + kLanes + next);
+        load_two(from, values);
+        __builtin_prefetch(from + next);
+        if constexpr (sizeof(T) >= 4) __builtin_prefetch(from + kLanes + next);
         add(k, values[0]), add(k + 1, values[1]);
       }
     for (; i + kLanes <= span.length; i += kLanes) add(0, load(p + i));
@@ -110,7 +110,7 @@ __attribute__((noinline)) TileSums<Accumulator<T>> look_at_planes(const Partitio
       const V delta = (load_some(p + i, n) - shift).keep(first_lanes<V>(n));
       errors[1] = errors[1] + delta;
       squares[1] = fma(delta, delta, squares[1]);
-      if constexpr (record) look(1, load_some(p + i, n, p[i]), delta);
+      if constexpr (record) add_higher(1, load_some(p + i, n, p[i]), delta);
     }
   });
   TileSums<A> sums{};
@@ -130,24 +130,24 @@ void planes_tile(const Partition& part, const View& x, std::int64_t group, std::
   using A = Accumulator<T>;
   const double count = static_cast<double>(tile_count(part, tile));
   A center = sample_mean<T>(part, x, group, tile);
-  TileSums<A> sums = look_at_planes<T, record>(part, x, group, tile, center);
+  TileSums<A> sums = pass_over_planes<T, record>(part, x, group, tile, center);
   const auto m2 = [&] { return sums.square - sums.error * (sums.error / count); };
   if (sums.square > kFar * m2()) {
     center = static_cast<A>(center + sums.error / count);
-    sums = look_at_planes<T, record>(part, x, group, tile, center);
+    sums = pass_over_planes<T, record>(part, x, group, tile, center);
   }
   *out[kMean] = center + sums.error / count;
   *out[kM2] = m2();
   if constexpr (record) {
-    give_higher(count, sums.error, sums.square, sums.cube, sums.fourth, out[kM3], out[kM4]);
+    higher_moments(count, sums.error, sums.square, sums.cube, sums.fourth, out[kM3], out[kM4]);
     *out[kMin] = sums.low, *out[kMax] = sums.high;
   }
 }
 
-// ---- rows: every lane has a channel of its own, so the sums are arrays over the group's channels
+// ---- rows: every lane is a channel, so the sums are arrays over the group's channels
 
-// Rows of a tile, and where those lie that are read after it. kVectors: of 16 channels taken at once, 2 where load_two
-// gains something; the sums are in its order then.
+// The rows of a tile, and the distance to the tile that is read next. kVectors is the number of vectors of 16 channels
+// that are loaded at once. It is 2 if load_two is faster than two loads; the sums then have the order of load_two.
 template <class T, int kVectors>
 struct TileRows {
   using V = Vec<Accumulator<T>>;
@@ -155,7 +155,7 @@ struct TileRows {
   const T* p;
   std::int64_t stride, count, channels, next;
 
-  // The sample is one row in so many: eight rows or more, and all of a few.
+  // The sample is one row in one_in(): at least eight rows, and all rows of a small tile.
   BNKERN_INLINE std::int64_t one_in() const {
     if (count < 32) return 1;
     return count < 64 ? 4 : count < 128 ? 8 : kOneIn;
@@ -174,14 +174,14 @@ struct ColumnSums {
   A *shifts, *errors, *squares, *cubes, *fourths, *lows, *highs;
 };
 
-// m of every channel. Its sums, and all others, are zero before.
+// Computes m of every channel. All sums must be zero before.
 template <class T, int kVectors>
 BNKERN_INLINE void sample_rows(TileRows<T, kVectors> rows, Accumulator<T>* shifts) {
   using A = Accumulator<T>;
   using V = Vec<A>;
-  const std::int64_t one_in = rows.one_in(), seen = divide_up(rows.count, one_in);
+  const std::int64_t one_in = rows.one_in(), sampled = divide_up(rows.count, one_in);
   std::int64_t r = 0;
-  for (; r + 4 <= seen; r += 4)
+  for (; r + 4 <= sampled; r += 4)
     for (std::int64_t c = 0; c < rows.channels; c += rows.kStep) {
       V x0[kVectors], x1[kVectors], x2[kVectors], x3[kVectors];
       rows.load(r * one_in, c, x0), rows.load((r + 1) * one_in, c, x1);
@@ -191,7 +191,7 @@ BNKERN_INLINE void sample_rows(TileRows<T, kVectors> rows, Accumulator<T>* shift
         (V::load(to) + ((x0[k] + x1[k]) + (x2[k] + x3[k]))).store(to);
       }
     }
-  for (; r < seen; ++r)
+  for (; r < sampled; ++r)
     for (std::int64_t c = 0; c < rows.channels; c += rows.kStep) {
       V values[kVectors];
       rows.load(r * one_in, c, values);
@@ -200,13 +200,13 @@ BNKERN_INLINE void sample_rows(TileRows<T, kVectors> rows, Accumulator<T>* shift
         (V::load(to) + values[k]).store(to);
       }
     }
-  const V share = V::all(A(1) / static_cast<A>(seen));
+  const V share = V::all(A(1) / static_cast<A>(sampled));
   for (std::int64_t c = 0; c < rows.channels; c += kLanes) (V::load(shifts + c) * share).store(shifts + c);
 }
 
-// Adds up all columns, four rows at a time: one load and store of a sum serves four values.
+// Adds up all columns, four rows at a time, so each sum is loaded and stored once for four values.
 template <bool record, class T, int kVectors>
-__attribute__((noinline)) void look_at_rows(TileRows<T, kVectors> rows, ColumnSums<Accumulator<T>> sums) {
+__attribute__((noinline)) void pass_over_rows(TileRows<T, kVectors> rows, ColumnSums<Accumulator<T>> sums) {
   using A = Accumulator<T>;
   using V = Vec<A>;
   if constexpr (record)
@@ -238,9 +238,11 @@ __attribute__((noinline)) void look_at_rows(TileRows<T, kVectors> rows, ColumnSu
       largest(value, V::load(sums.highs + c)).store(sums.highs + c);
     }
   };
-  // Memory is called for in its own order, which the hardware's prefetchers follow, and the next tile's sample as well.
-  const std::int64_t run = rows.stride == rows.channels ? rows.count * rows.stride : rows.channels;  // without a gap
-  const T* ahead = rows.p + divide_up(kAhead, rows.channels * static_cast<std::int64_t>(sizeof(T))) * rows.stride;
+  // Prefetch in the order of addresses, because the hardware prefetchers follow that order. Prefetch the sample of the
+  // next tile too.
+  const std::int64_t run = rows.stride == rows.channels ? rows.count * rows.stride : rows.channels;  // without gaps
+  const T* ahead =
+      rows.p + divide_up(kPrefetchBytes, rows.channels * static_cast<std::int64_t>(sizeof(T))) * rows.stride;
   const T* run_end = ahead + run;
   std::int64_t r = 0;
   for (; r + 4 <= rows.count; r += 4) {
@@ -277,7 +279,7 @@ void whole_rows(TileRows<T, kVectors> rows, Rows<double> out) {
   };
   const ColumnSums<A> sums = sums_from(0);
   sample_rows(rows, sums.shifts);
-  look_at_rows<record>(rows, sums);
+  pass_over_rows<record>(rows, sums);
 
   using V = Vec<A>;
   const double count = static_cast<double>(rows.count), share = 1 / count;
@@ -295,7 +297,7 @@ void whole_rows(TileRows<T, kVectors> rows, Rows<double> out) {
     }
     TileRows<T, kVectors> columns = rows;
     columns.p += begin, columns.channels = rows.kStep;
-    look_at_rows<record>(columns, sums_from(begin));
+    pass_over_rows<record>(columns, sums_from(begin));
   }
   if constexpr (kVectors == 2)
     for (A* two = all; two < all + arrays * channels; two += rows.kStep) put_in_order<T>(two);
@@ -307,7 +309,8 @@ void whole_rows(TileRows<T, kVectors> rows, Rows<double> out) {
   }
   if constexpr (record)
     for (std::int64_t c = 0; c < channels; ++c) {
-      give_higher(count, sums.errors[c], sums.squares[c], sums.cubes[c], sums.fourths[c], out[kM3] + c, out[kM4] + c);
+      higher_moments(count, sums.errors[c], sums.squares[c], sums.cubes[c], sums.fourths[c], out[kM3] + c,
+                     out[kM4] + c);
       out[kMin][c] = sums.lows[c], out[kMax][c] = sums.highs[c];
     }
 }
@@ -319,7 +322,7 @@ void rows_tile(const Partition& part, const View& x, std::int64_t group, std::in
   const std::int64_t row = tile * part.rows_per_tile < part.rows ? tile * part.rows_per_tile : part.rows;
   const T* p = at<const T>(part, x, Span{row, row < part.rows ? group * part.group : 0, 0, 0, 0});
 
-  if (row >= part.rows) {  // the leftover: one value per channel, and perhaps no whole vector
+  if (row >= part.rows) {  // the leftover has one value per channel, and may be shorter than a vector
     for (std::int64_t c = 0; c < channels; ++c) out[kMean][c] = widen(p[c]), out[kM2][c] = 0;
     if constexpr (record)
       for (std::int64_t c = 0; c < channels; ++c) {

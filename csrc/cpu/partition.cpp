@@ -1,4 +1,4 @@
-// The cut of a tensor: tiles.h.
+// The partition of a tensor, see tiles.h.
 #include <algorithm>
 
 #include "tiles.h"
@@ -6,9 +6,9 @@
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-constexpr std::int64_t kRowTiles = 64;    // rows: about so many tiles, unless they would be too small or too large
-constexpr std::int64_t kBlockRows = 512;  // rows: at most so many under one of a record's sums
-constexpr std::int64_t kBlocks = 16;      // rows: about as few blocks as there should be at least
+constexpr std::int64_t kRowTiles = 64;    // rows: about this number of tiles, unless they are too small or too large
+constexpr std::int64_t kBlockRows = 512;  // rows: the largest number of rows in one of a record's sums
+constexpr std::int64_t kBlocks = 16;      // rows: about the least number of blocks, if there are as many tiles
 
 // The smallest factor that makes c a multiple of 16.
 std::int64_t factor_to_16(std::int64_t c) {
@@ -32,13 +32,14 @@ Partition make_partition(const Shape& shape, bool dense) {
     const std::int64_t elements = part.count() * shape.c;
     part.rows = dense ? elements / part.width : part.count();
     part.leftover = dense ? elements % part.width : 0;
-    // Tiles up to what the second-level cache holds, so that joining them, whose cost goes with channels, stays cheap.
+    // A tile may have up to the size of the second-level cache. The cost to join tiles grows with the number of
+    // channels, and large tiles keep it small.
     const std::int64_t tile = std::clamp(elements / kRowTiles, 2 * kTileElements, 8 * kTileElements);
     part.rows_per_tile = tile / part.group < 8 ? 8 : tile / part.group;
     part.tiles = divide_up(part.rows, part.rows_per_tile) + (part.leftover > 0);
-    // As long a sum as in a large tensor's tile, but blocks enough for many threads.
-    const std::int64_t most = kBlockRows / part.rows_per_tile, few = part.tiles / kBlocks;
-    part.tiles_per_block = std::max<std::int64_t>(1, std::min(most, few));
+    // A block's sums are as long as those of a tile of a large tensor, but there are enough blocks for many threads.
+    const std::int64_t by_rows = kBlockRows / part.rows_per_tile, by_blocks = part.tiles / kBlocks;
+    part.tiles_per_block = std::max<std::int64_t>(1, std::min(by_rows, by_blocks));
   } else {
     part.width = part.groups = shape.c;
     part.group = 1;

@@ -18,17 +18,17 @@ constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
 struct Pool {
   std::mutex mutex;
-  std::vector<PoolBlock> idle;  // the longest unused first
+  std::vector<PoolBlock> idle;  // in the order of their last use
   std::size_t idle_bytes = 0;
 };
 
-// Never destroyed: tensors may outlive static objects at exit.
+// Never destroyed, because tensors may outlive static objects at exit.
 Pool& pool() {
   static Pool* const the_pool = new Pool;
   return *the_pool;
 }
 
-// Sizes are rounded up by at most an eighth, so that blocks of nearly equal requests serve one another.
+// Sizes are rounded up by at most an eighth, so that a block can be reused for a request of nearly the same size.
 std::size_t size_class(std::size_t bytes) {
   std::size_t step = 4096;
   while (step * 16 < bytes) step *= 2;
@@ -46,15 +46,15 @@ PoolBlock map(std::size_t size) {
   const std::uintptr_t end = begin + mapped;
   if (end > aligned + size) munmap(reinterpret_cast<void*>(aligned + size), end - aligned - size);
   void* const data = reinterpret_cast<void*>(aligned);
-  if (size >= kHugePage) madvise(data, size, MADV_HUGEPAGE);  // advice: where refused, small pages serve
+  if (size >= kHugePage) madvise(data, size, MADV_HUGEPAGE);  // only advice: small pages work too
   return {data, size};
 }
 
-// The machine's memory, or the container's where it has less.
+// The memory of the machine, or of the container if it has less.
 std::size_t memory() {
   const auto machine =
       static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::size_t>(sysconf(_SC_PAGE_SIZE));
-  std::size_t container = 0;  // the file says "max" where there is no limit: nothing is read then
+  std::size_t container = 0;  // the file contains "max" if there is no limit; reading a number from it then fails
   if (std::ifstream("/sys/fs/cgroup/memory.max") >> container && container < machine) return container;
   return machine;
 }
@@ -75,12 +75,12 @@ PoolBlock pool_take(std::size_t bytes) {
   Pool& p = pool();
   {
     const std::lock_guard lock(p.mutex);
-    // The most recently used first: it is the likeliest to be in a cache still.
-    const auto found =
+    // Prefer the most recently used block, which is most likely still in a cache.
+    const auto match =
         std::find_if(p.idle.rbegin(), p.idle.rend(), [&](const PoolBlock& block) { return block.size == size; });
-    if (found != p.idle.rend()) {
-      const PoolBlock block = *found;
-      p.idle.erase(std::next(found).base());
+    if (match != p.idle.rend()) {
+      const PoolBlock block = *match;
+      p.idle.erase(std::next(match).base());
       p.idle_bytes -= block.size;
       return block;
     }

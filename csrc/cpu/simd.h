@@ -1,10 +1,10 @@
-// One logical vector of 16 lanes, whatever the machine: one AVX-512 register, two AVX2 registers, or an array of the
-// compiler's vector types. All kernels are written on it once, so that every instruction set gives the same bits.
+// One logical vector of 16 lanes on every machine: one AVX-512 register, two AVX2 registers, or an array of the
+// compiler's vector types. All kernels use it, so every instruction set gives the same bits.
 //
 //   Vec<float>, Vec<double>   16 accumulator lanes
 //   Mask                      16 booleans, to and from 16 bits
 //
-// What memory holds, and how it is read and written, is in storage.h.
+// storage.h has the types of values in memory, and loads and stores of them.
 #pragma once
 
 #include <cstdint>
@@ -103,11 +103,11 @@ struct ArrayVec : Registers<A> {
     for (int k = 0; k < kCount; ++k) c.part[k] = multiply_add(a.part[k], b.part[k], c.part[k]);
     return c;
   }
-  // Where not (v <= 0): NaN passes, as in torch's threshold_backward.
+  // The lanes with not (v <= 0). NaN is among them, as in torch's threshold_backward.
   BNKERN_INLINE Mask above_zero() const {
     return mask_of([](Register v) __attribute__((always_inline)) { return ~(v <= 0); });
   }
-  // Where not (v >= 0): NaN passes.
+  // The lanes with not (v >= 0). NaN is among them.
   BNKERN_INLINE Mask below_zero() const {
     return mask_of([](Register v) __attribute__((always_inline)) { return ~(v >= 0); });
   }
@@ -122,7 +122,8 @@ struct ArrayVec : Registers<A> {
     for (int k = 0; k < kCount; ++k) v.part[k] = (Register)((Bits)part[k] & ~sign);
     return v;
   }
-  // Counts, which are never -0: plus b where d is above zero, below zero, or zero, and plus the sign of d. NaN is none.
+  // For counts, which are never -0: adds b in the lanes where d is above zero, below zero, or zero, or adds the sign of
+  // d. NaN is none of these.
 #define BNKERN_COUNT(name, condition)                                                                          \
   BNKERN_INLINE ArrayVec name(ArrayVec d, ArrayVec b) const {                                                  \
     return *this + b.keep(d.mask_of([](Register v) __attribute__((always_inline)) { return v condition 0; })); \
@@ -289,17 +290,18 @@ struct VecOf<float> {
 template <class A>
 using Vec = typename VecOf<A>::type;
 
-// A vector of several parts takes more code, and the compiler more time: fewer instances are compiled for it.
+// Whether a vector has several parts of the compiler's types. Its code is longer and slower to compile, so fewer
+// instances are compiled and kernels unroll less.
 template <class A>
 constexpr bool kArrayVec = std::is_same_v<Vec<A>, ArrayVec<A>>;
 
-// Lanes below n.
+// A mask of the lanes below n.
 template <class V>
 BNKERN_INLINE typename V::Mask first_lanes(int n) {
   return V::Mask::from_bits(static_cast<std::uint16_t>((1 << n) - 1));
 }
 
-// Sum of the lanes by a fixed tree, and the least and largest of them.
+// Reduce the lanes in a fixed tree: their sum, the smallest and the largest of them.
 template <class A, class F>
 BNKERN_INLINE A fold(Vec<A> v, F f) {
   A lane[kLanes];

@@ -1,5 +1,5 @@
-// Sums that normalize, grad_sums and grad_input take beside their results if the call has a record, and the loop of the
-// two phases that write.
+// The sums that normalize, grad_sums and grad_input compute beside their results if the call has a record, and the loop
+// of the two phases that write a tensor.
 #pragma once
 
 #include <utility>
@@ -8,9 +8,9 @@
 
 namespace bnkern::BNKERN_ISA {
 
-// Without vector instructions (vectors are arrays) a record is made by a second pass over a tile, which is still in
-// cache, and f is a function that is called rather than inlined: inlining 16 scalar lanes would multiply the code's
-// size. The order of additions is the same.
+// Without vector instructions (vectors are arrays) a record is computed in a second pass over the tile, which is still
+// in cache, and f is called instead of inlined. To inline 16 scalar lanes would multiply the size of the code. The
+// order of additions is the same.
 template <class F>
 __attribute__((noinline)) void called(F f) {
   f();
@@ -23,8 +23,8 @@ BNKERN_INLINE void compactly(F f) {
     f();
 }
 
-// R sums by lane. A plane keeps them in registers for the whole tile; rows keep them in memory, beside the channels,
-// and load 16 channels' at a time. Counts are exact: far fewer than 2^24 values meet in a lane.
+// R sums for each lane. Planes keep them in registers for the whole tile. Rows keep them in memory, one per channel,
+// and load those of 16 channels at a time. Counts are exact, because a lane adds far fewer than 2^24 values.
 template <class A, int R>
 struct Sums {
   using V = Vec<A>;
@@ -50,7 +50,7 @@ struct Sums {
   }
 
  private:
-  // f(0), f(1), ... spelled out: an index that varies would keep row[] in memory.
+  // Calls f(0), f(1), ... without a loop, because a variable index would keep row[] in memory.
   template <class F>
   static BNKERN_INLINE void each(F f) {
     [&]<int... r>(std::integer_sequence<int, r...>)
@@ -58,7 +58,7 @@ struct Sums {
   }
 };
 
-// Adds up a tile vector by vector: visit(span) gives the function that adds n lanes from i on, add(tally, i, n).
+// Adds up a tile vector by vector. visit(span) returns the function that adds the n lanes from i on: add(tally, i, n).
 template <class Tally, bool rows, class A, class Visit>
 BNKERN_INLINE void second_look(const Partition& part, std::int64_t group, std::int64_t tile, const Rows<A>& sums,
                                Visit visit) {
@@ -74,7 +74,7 @@ BNKERN_INLINE void second_look(const Partition& part, std::int64_t group, std::i
   if constexpr (!rows) tally.fold(sums);
 }
 
-// The same of what was written to `view`.
+// Adds up the values of a tile that were written to `view`.
 template <class T, class Tally>
 void second_look_at(const Partition& part, const View& view, std::int64_t group, std::int64_t tile,
                     const Rows<Accumulator<T>>& sums) {
@@ -88,21 +88,22 @@ void second_look_at(const Partition& part, const View& view, std::int64_t group,
                   : second_look<Tally, false>(part, group, tile, sums, visit);
 }
 
-// Writes the spans of a tile. Place(part, t, k, span) is one: write(i) and write_some(i, n) write 16 lanes, or n, from
-// i on, to `written`, and give them back; where `record`, Tally, some Sums, adds them: add(value, one).
+// Writes the spans of a tile. Place(part, t, k, span) is one span. Its write(i) and write_some(i, n) write 16 or n
+// lanes, from i on, to `written`, and return them. With `record` they are added to Tally, which is a kind of Sums, by
+// add(value, one).
 template <class Place, class Tally, bool rows, bool record, class T>
 BNKERN_INLINE void write_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                               const View& written, std::int64_t group, std::int64_t tile,
                               const Rows<Accumulator<T>>& sums) {
   using A = Accumulator<T>;
   using V = Vec<A>;
-  const auto write_span = [&](const Span& span, auto look) __attribute__((always_inline)) {
+  const auto write_span = [&](const Span& span, auto visit) __attribute__((always_inline)) {
     const Place place(part, t, k, span);
     std::int64_t i = 0;
-    for (; i + kLanes <= span.length; i += kLanes) look(i, place.write(i), kLanes);
+    for (; i + kLanes <= span.length; i += kLanes) visit(i, place.write(i), kLanes);
     if (i < span.length) {
       const int n = static_cast<int>(span.length - i);
-      look(i, place.write_some(i, n), n);
+      visit(i, place.write_some(i, n), n);
     }
   };
   const auto add = [](Tally& tally, const Packed<T>& written, int n) __attribute__((always_inline)) {
@@ -128,8 +129,9 @@ BNKERN_INLINE void write_tile(const Partition& part, const Tensors<T>& t, const 
         tally.store(sums, i);
       });
     };
-    // Written as without a record, and looked at again in the first-level cache, which takes far fewer registers than
-    // four rows at once. What is stored past the caches is added on its way.
+    // Writes rows as without a record, and adds them up in a second pass, while they are in the first-level cache. This
+    // needs far fewer registers than to write and add four rows at once. Values that are stored past the caches are
+    // added when they are written.
     const auto four = [&](const Span* spans) __attribute__((always_inline)) {
       if (t.stream) {
         for (int r = 0; r < 4; ++r) one(spans[r]);

@@ -1,6 +1,6 @@
-// Winograd's F(2 x 2, 3 x 3): 2 x 2 outputs of a 3 x 3 convolution of stride 1 from 4 x 4 inputs by 16 products where
-// the definition takes 36 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016). With g the
-// weight, d the inputs and y the outputs of a tile, sums over channels left out:
+// Winograd's F(2 x 2, 3 x 3): 2 x 2 outputs of a 3 x 3 convolution of stride 1, computed from 4 x 4 inputs with 16
+// products. The definition needs 36 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016). Let g
+// be the weight, d the inputs and y the outputs of a tile. Without the sums over channels:
 //
 //   y = A' [(G g G') . (B' d B)] A,   and so for gradients   dg = G' [(B' d B) . (A dy A')] G,
 //
@@ -9,8 +9,9 @@
 //        0 -1  1  0        1/2 -1/2  1/2
 //        0  1  0 -1        0    0    1
 //
-// Each of the 16 places of a tile is a matrix product on its own, of tiles by channels. Factors of all tiles of a band,
-// some rows of tiles, lie as [place][tile][channel]. Every sum's order depends on shapes alone.
+// Each of the 16 elements of a transformed tile has a matrix product of its own, of tiles by channels. A band is a
+// number of rows of tiles. Its factors are stored as [element][tile][channel]. The order of every sum depends on shapes
+// alone.
 #pragma once
 
 #include <algorithm>
@@ -22,43 +23,43 @@
 
 namespace bnkern::BNKERN_ISA {
 
-constexpr int kPlaces = 16;              // of a tile
-constexpr std::int64_t kBandTiles = 16;  // or the next whole row of tiles; buffers have room for a multiple of it
+constexpr int kElements = 16;            // of a transformed tile
+constexpr std::int64_t kBandTiles = 16;  // the least number of tiles in a band; buffers have room for a multiple of it
 
 inline void check_channels(std::int64_t inputs, std::int64_t outputs) {
   if (inputs % kLanes || outputs % kLanes) throw std::invalid_argument("conv3x3: channels must be multiples of 16");
 }
 
-// Images cut into bands of whole rows of tiles, a band's tiles numbered row by row.
+// The division of images into bands of whole rows of tiles. The tiles of a band are numbered row by row.
 struct Bands {
   std::int64_t n, h, w;
   std::int64_t across, down;  // tiles of an image
-  std::int64_t rows;          // of tiles in a band; they may be of several images
+  std::int64_t rows;          // rows of tiles in a band, which may belong to several images
   Bands(std::int64_t n, std::int64_t h, std::int64_t w)
       : n(n), h(h), w(w), across(divide_up(w, 2)), down(divide_up(h, 2)), rows(divide_up(kBandTiles, across)) {}
   std::int64_t count() const { return divide_up(n * down, rows); }
-  std::int64_t tiles() const { return round_up(rows * across, kBandTiles); }  // with those that fill up a group
+  std::int64_t tiles() const { return round_up(rows * across, kBandTiles); }  // including those that fill up a group
   std::int64_t first(std::int64_t band) const { return band * rows; }
   std::int64_t last(std::int64_t band) const { return std::min(n * down, (band + 1) * rows); }
-  // From one place to the next in a buffer of so many channels: not a power of two, which would put the places of a
-  // tile into the same few sets of a cache.
+  // The distance between two elements of a tile in a buffer with this number of channels. It is not a power of two,
+  // because then all elements of a tile would share a few sets of the cache.
   std::int64_t pitch(std::int64_t channels) const { return tiles() * channels + kLanes; }
 };
 
-// Calls for the images' rows that a band's tiles are of, a 16th of them for each place of the band before.
-class RowsAhead {
+// Prefetches the rows of the images that belong to a band, a 16th of them during each element of the previous band.
+class BandPrefetch {
  public:
-  RowsAhead(const Bands& bands, std::int64_t band, const float* images, std::int64_t channels) {
+  BandPrefetch(const Bands& bands, std::int64_t band, const float* images, std::int64_t channels) {
     const std::int64_t row = bands.w * channels, all = bands.n * bands.h;
-    const auto at = [&](std::int64_t tiles) {  // the first row of the images that is below so many rows of tiles
-      return std::min(all, tiles / bands.down * bands.h + tiles % bands.down * 2);
+    const auto image_row = [&](std::int64_t tile_row) {  // the first row of a row of tiles, over all images
+      return std::min(all, tile_row / bands.down * bands.h + tile_row % bands.down * 2);
     };
-    const std::int64_t first = at(bands.first(band)), last = at(bands.last(band));
+    const std::int64_t first = image_row(bands.first(band)), last = image_row(bands.last(band));
     from_ = reinterpret_cast<const char*>(images + first * row);
     bytes_ = (last - first) * row * static_cast<std::int64_t>(sizeof(float));
   }
-  BNKERN_INLINE void call(int place) const {
-    for (std::int64_t k = bytes_ * place / kPlaces; k < bytes_ * (place + 1) / kPlaces; k += 64)
+  BNKERN_INLINE void prefetch(int element) const {
+    for (std::int64_t k = bytes_ * element / kElements; k < bytes_ * (element + 1) / kElements; k += 64)
       __builtin_prefetch(from_ + k, 0, 2);
   }
 
@@ -67,7 +68,8 @@ class RowsAhead {
   std::int64_t bytes_;
 };
 
-// B' d B of a row of tiles: `row` of all images' rows of tiles, to the tiles from `out` on. `zeros` is a row of zeros.
+// Computes B' d B for a row of tiles, and stores it from the tile at `out` on. `row` counts the rows of tiles of all
+// images. `zeros` is a row of zeros.
 template <bool kAbsolute>
 BNKERN_INLINE void input_tiles(const Bands& bands, std::int64_t row, const float* x, std::int64_t channels,
                                const float* zeros, float* out, std::int64_t pitch) {
@@ -78,34 +80,34 @@ BNKERN_INLINE void input_tiles(const Bands& bands, std::int64_t row, const float
     rows[i] =
         top + i >= 0 && top + i < bands.h ? x + (row / bands.down * bands.h + top + i) * bands.w * channels : zeros;
   const auto column = [&](std::int64_t w, std::int64_t c, V* to) {  // B' d
-    const auto at = [&](int i) {
+    const auto load = [&](int i) {
       const V value = V::load(rows[i] + w * channels + c);
       return kAbsolute ? magnitude(value) : value;
     };
-    const V a = at(0), b = at(1), d = at(2), e = at(3);
+    const V a = load(0), b = load(1), d = load(2), e = load(3);
     to[0] = a - d, to[1] = b + d, to[2] = d - b, to[3] = b - e;
   };
   for (std::int64_t c = 0; c < channels; c += kLanes) {
-    V before[4], here[4], after[4], last[4];
-    for (int i = 0; i < 4; ++i) before[i] = V::all(0);
-    column(0, c, here);
+    V first[4], second[4], third[4], fourth[4];  // B' d of the tile's four columns
+    for (int i = 0; i < 4; ++i) first[i] = V::all(0);
+    column(0, c, second);
     float* to = out + c;
     for (std::int64_t tile = 0; tile < bands.across; ++tile, to += channels) {
       const std::int64_t w = 2 * tile + 1;
       if (w + 1 < bands.w) {
-        column(w, c, after);
-        column(w + 1, c, last);
+        column(w, c, third);
+        column(w + 1, c, fourth);
       } else {
-        for (int i = 0; i < 4; ++i) after[i] = last[i] = V::all(0);
-        if (w < bands.w) column(w, c, after);
+        for (int i = 0; i < 4; ++i) third[i] = fourth[i] = V::all(0);
+        if (w < bands.w) column(w, c, third);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        (before[i] - after[i]).store(to + 4 * i * pitch);
-        (here[i] + after[i]).store(to + (4 * i + 1) * pitch);
-        (after[i] - here[i]).store(to + (4 * i + 2) * pitch);
-        (here[i] - last[i]).store(to + (4 * i + 3) * pitch);
-        before[i] = after[i], here[i] = last[i];
+        (first[i] - third[i]).store(to + 4 * i * pitch);
+        (second[i] + third[i]).store(to + (4 * i + 1) * pitch);
+        (third[i] - second[i]).store(to + (4 * i + 2) * pitch);
+        (second[i] - fourth[i]).store(to + (4 * i + 3) * pitch);
+        first[i] = third[i], second[i] = fourth[i];
       }
     }
   }

@@ -1,4 +1,4 @@
-// The two calls, by layout, with the workspace of their stream.
+// Dispatches the two calls by layout, and provides the workspace of their stream.
 #include "kernels.h"
 #include "workspaces.h"
 
@@ -9,9 +9,9 @@ template <class P>
 std::string refusal(const char* name, const P& p, WorkspaceSize needed) {
   const std::string prefix = std::string(name) + ": ";
   if (p.call.dtype == DType::kFloat64) return prefix + "the CUDA kernels take float32, bfloat16 and float16";
-  const WorkspaceSize given = p.workspace.size;
-  if (given.groups >= needed.groups && given.bytes >= needed.bytes) return {};
-  return prefix + "the workspace has " + std::to_string(given.bytes) + " bytes for " + std::to_string(given.groups) +
+  const WorkspaceSize size = p.workspace.size;
+  if (size.groups >= needed.groups && size.bytes >= needed.bytes) return {};
+  return prefix + "the workspace has " + std::to_string(size.bytes) + " bytes for " + std::to_string(size.groups) +
          " groups, and must have " + std::to_string(needed.bytes) + " for " + std::to_string(needed.groups);
 }
 
@@ -25,13 +25,13 @@ WorkspaceSize backward_workspace(const CudaBackward& p) {
 }
 
 std::string forward_within(const CudaForward& p, std::uintptr_t stream) {
-  const std::string why = refusal("forward", p, forward_workspace(p));
-  if (!why.empty()) return why;
+  const std::string reason = refusal("forward", p, forward_workspace(p));
+  if (!reason.empty()) return reason;
   return p.call.shape.rows ? rows_forward(p, stream) : planes_forward(p, stream);
 }
 std::string backward_within(const CudaBackward& p, std::uintptr_t stream) {
-  const std::string why = refusal("backward", p, backward_workspace(p));
-  if (!why.empty()) return why;
+  const std::string reason = refusal("backward", p, backward_workspace(p));
+  if (!reason.empty()) return reason;
   return p.call.shape.rows ? rows_backward(p, stream) : planes_backward(p, stream);
 }
 

@@ -14,22 +14,22 @@
 
 namespace bnkern {
 
-// Called by all threads of `expected` blocks that are all resident: nobody goes on before all have come. One of them
-// is the `first`. The word's upper bit turns over each time and the rest returns to zero, so it needs no clearing.
+// A barrier for all threads of `expected` blocks, which must all be resident. Exactly one block passes `first`. Each
+// barrier flips the upper bit of the word and returns the other bits to zero, so the word needs no clearing.
 BNKERN_DEVICE void barrier_of_blocks(unsigned* word, unsigned expected, bool first) {
   __syncthreads();
   if (expected == 1) return;
   if (threadIdx.x == 0) {
-    constexpr unsigned kTurn = 0x80000000u;
-    const unsigned before = add_acquire_release(word, first ? kTurn - (expected - 1) : 1u);
-    while (((before ^ load_acquire(word)) & kTurn) == 0) {
+    constexpr unsigned kPhase = 0x80000000u;
+    const unsigned before = add_acquire_release(word, first ? kPhase - (expected - 1) : 1u);
+    while (((before ^ load_acquire(word)) & kPhase) == 0) {
     }
   }
   __syncthreads();
 }
 
-// Called by all threads of `expected` blocks, in any order, resident or not: true in the one that comes last, which
-// sees what all others published. The word is zero before and after.
+// All threads of `expected` blocks call this, in any order, resident or not. It returns true in the block that arrives
+// last, which can then read the results that the others wrote before. The word is zero before and after.
 BNKERN_DEVICE bool last_of_blocks(unsigned* word, unsigned expected) {
   __syncthreads();
   if (expected == 1) return true;
@@ -41,7 +41,7 @@ BNKERN_DEVICE bool last_of_blocks(unsigned* word, unsigned expected) {
   return __syncthreads_or(last) != 0;
 }
 
-// Two numbers per channel from each of several blocks: part k of channel c.
+// The partial results of blocks, two numbers for each part k and channel c.
 struct alignas(8) Pair {
   float first, second;
 };

@@ -1,4 +1,4 @@
-// What launches need of the CUDA runtime on the host.
+// The host functions of launch.h that call the CUDA runtime.
 #include "launch.h"
 
 #include <mutex>
@@ -32,7 +32,7 @@ cudaError_t allow_shared_memory(const void* kernel) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (allowed->count({kernel, device})) return cudaSuccess;
   }
-  // Without the lock, since CUDA may load the kernel first. Two threads may both get here, and set the same value.
+  // No lock here, because CUDA may have to load the kernel first. If two threads get here, both set the same value.
   cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (error != cudaSuccess) return error;

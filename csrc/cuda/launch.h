@@ -1,7 +1,7 @@
-// The only way a kernel is launched, and the words kernels use that are not C++: a .cu file includes no other CUDA
-// header. Compiled by nvcc they mean the GPU. Compiled by the host compiler they mean tests/backends/cuda_on_cpu, which
-// runs every thread of a kernel as a fiber: the sources are the same, and every word that is PTX below has its twin
-// there, as has every function of the CUDA runtime that launch.cu and workspaces.cu call.
+// The only functions that launch a kernel, and the device functions that are not C++. A .cu file includes no other CUDA
+// header. nvcc compiles these functions for the GPU. The host compiler compiles them for tests/backends/cuda_on_cpu,
+// which runs every thread of a kernel as a fiber. The sources are the same. Every function in PTX below has a host
+// version there, and so has every function of the CUDA runtime that launch.cu and workspaces.cu call.
 #pragma once
 
 #include <cstddef>
@@ -22,24 +22,24 @@ namespace bnkern {
 // ------------------------------------------------------------------------------------------------- on the host
 
 struct Launch {
-  const char* name;  // of the phase, for the error text
+  const char* name;  // name of the phase, for error messages
   dim3 blocks;
   dim3 threads;
   std::size_t shared_bytes;
   std::uintptr_t stream;  // a cudaStream_t of the current device
-  unsigned cluster = 1;   // blocks of a cluster, neighbours along x
+  unsigned cluster = 1;   // number of blocks in a cluster, adjacent along x
 };
 
-// "name: CUDA's words", or "" where nothing went wrong.
+// "name: CUDA's message", or "" if there is no error.
 std::string error_text(const char* name, cudaError_t error);
 
-// Lets a kernel have as much dynamic shared memory as a block of the current device can get. It is set once for each
-// kernel and device: a limit that fits one launch would be lowered by the next, perhaps by another thread's before
-// this one is queued. Kernels have no static shared memory, which would count towards it.
+// Allows a kernel the largest dynamic shared memory that a block of the current device can have. It is set once for
+// each kernel and device. With a limit for each launch, another thread could lower the limit before this launch is
+// queued. Kernels have no static shared memory, which would count towards the limit.
 cudaError_t allow_shared_memory(const void* kernel);
 
 namespace detail {
-// What must be set before a kernel is queued with so much shared memory.
+// Sets the attributes that a kernel needs before it is queued.
 inline cudaError_t prepare(const Launch& settings, const void* kernel) {
   return settings.shared_bytes > (48 << 10) ? allow_shared_memory(kernel) : cudaSuccess;
 }
@@ -70,20 +70,20 @@ cudaError_t queue(const Launch& settings, bool cooperative, void (*kernel)(Param
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
-  if (error != cudaSuccess) cudaGetLastError();  // the error is reported here, not by whoever asks CUDA next
+  if (error != cudaSuccess) cudaGetLastError();  // clears the error, so that later calls do not report it again
   return error;
 }
 }  // namespace detail
 
-// Queues kernel(args...) and returns at once: "" or why it could not be queued. What goes wrong while
-// the kernel runs is reported by the stream's next synchronisation, as for any kernel.
+// Queues kernel(args...) and returns at once. It returns "", or the reason why the kernel could not be queued. Errors
+// of the running kernel are reported by the next synchronisation of the stream, as for any kernel.
 template <class... Params, class... Args>
 std::string launch(const Launch& settings, void (*kernel)(Params...), Args&&... args) {
   return error_text(settings.name, detail::queue(settings, false, kernel, std::forward<Args>(args)...));
 }
 
-// The same with all blocks resident at once, so that they may wait for one another. False, and nothing queued, where
-// the device cannot hold them now: under a process's share of it that may be fewer than it holds alone.
+// The same with all blocks resident at once, so they may wait for each other. Returns false, and queues nothing, if the
+// device cannot hold them all now. A process that has a share of the device may have fewer resident blocks.
 template <class... Params, class... Args>
 bool launch_resident(const Launch& settings, std::string* error, void (*kernel)(Params...), Args&&... args) {
   const cudaError_t code = detail::queue(settings, true, kernel, std::forward<Args>(args)...);
@@ -92,7 +92,7 @@ bool launch_resident(const Launch& settings, std::string* error, void (*kernel)(
   return true;
 }
 
-// The same in clusters. False, and nothing queued, where the device has no room for one.
+// The same in clusters. Returns false, and queues nothing, if the device has no room for a cluster.
 template <class... Params, class... Args>
 bool launch_clusters(const Launch& settings, std::string* error, void (*kernel)(Params...), Args&&... args) {
   const cudaError_t code = detail::queue(settings, false, kernel, std::forward<Args>(args)...);
@@ -137,7 +137,7 @@ bool launch_clusters(const Launch& settings, std::string* error, void (*kernel)(
 
 // ------------------------------------------------------------------------------------------------- in a kernel
 
-// What a thread loads or stores at once.
+// 16 bytes, which a thread loads or stores at once.
 struct alignas(16) Words {
   std::uint32_t word[4];
 };
@@ -149,7 +149,8 @@ extern __shared__ Words bnkern_shared[];
 #define BNKERN_DEVICE inline
 #endif
 
-// The block's shared memory, as many bytes as its launch asked for: the one way to it. It begins with noise.
+// The block's shared memory, of the size that its launch requested. Kernels use no other way to access it. Its initial
+// contents are undefined.
 template <class A>
 BNKERN_DEVICE A* shared_memory(std::size_t offset = 0) {
 #ifdef __CUDACC__
@@ -159,7 +160,7 @@ BNKERN_DEVICE A* shared_memory(std::size_t offset = 0) {
 #endif
 }
 
-// 16 bytes of a tensor that this kernel does not write; they are not kept in the first-level cache.
+// Loads 16 bytes of a tensor that this kernel does not write. They are not kept in the first-level cache.
 BNKERN_DEVICE Words load_words(const void* p) {
 #ifdef __CUDACC__
   Words v;
@@ -174,7 +175,7 @@ BNKERN_DEVICE Words load_words(const void* p) {
 
 BNKERN_DEVICE void store_words(void* p, Words v) { *static_cast<Words*>(p) = v; }
 
-// Two values rounded to nearest even; the first in the lower half.
+// Two values, rounded to nearest even. The first one is in the lower half.
 BNKERN_DEVICE std::uint32_t pack_two(float first, float second, BFloat16*) {
 #ifdef __CUDACC__
   std::uint32_t two;
@@ -212,7 +213,7 @@ BNKERN_DEVICE float widen(Float16 value) {
 #endif
 }
 
-// ---- order between blocks: for exchange.h alone
+// ---- memory order between blocks, only for exchange.h
 
 BNKERN_DEVICE unsigned add_acquire_release(unsigned* word, unsigned value) {
 #ifdef __CUDACC__
@@ -224,7 +225,7 @@ BNKERN_DEVICE unsigned add_acquire_release(unsigned* word, unsigned value) {
 #endif
 }
 
-// To be asked again and again, until it changes.
+// For a loop that reads a word until it changes.
 BNKERN_DEVICE unsigned load_acquire(const unsigned* word) {
 #ifdef __CUDACC__
   unsigned value;
@@ -235,7 +236,7 @@ BNKERN_DEVICE unsigned load_acquire(const unsigned* word) {
 #endif
 }
 
-// A cluster's blocks: all of its threads wait for each other, and see what the others wrote to shared memory before.
+// A barrier for all threads of a cluster. After it they can read what the others wrote to shared memory before it.
 BNKERN_DEVICE void cluster_barrier() {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900
@@ -246,14 +247,14 @@ BNKERN_DEVICE void cluster_barrier() {
 #endif
 }
 
-// Where block `rank` of this cluster keeps what this block keeps at p, in shared memory.
+// The address in the shared memory of block `rank` of this cluster that corresponds to p in this block's shared memory.
 template <class A>
 BNKERN_DEVICE A* of_cluster_block(A* p, unsigned rank) {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900
-  A* there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
-  return there;
+  A* remote;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(p), "r"(rank));
+  return remote;
 #else
   return p;
 #endif
@@ -262,7 +263,7 @@ BNKERN_DEVICE A* of_cluster_block(A* p, unsigned rank) {
 #endif
 }
 
-// Which block of its cluster this one is: clusters lie along x.
+// The index of this block in its cluster. Clusters are along x.
 BNKERN_DEVICE unsigned cluster_rank() {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900

@@ -1,6 +1,5 @@
-// merge: several (count, mean, M2) -> one, by Chan's formula in the order of the rows. One thread per
-// channel: neighbours read neighbouring channels, and the order is the same on every run.
-// Compiled by every CUDA build.
+// merge: several (count, mean, M2) -> one, by Chan's formula in the order of the rows. Each thread has one channel. So
+// adjacent threads read adjacent channels, and the order of the rows is the same in every run.
 #include "../math.h"
 #include "kernels.h"
 #include "launch.h"
@@ -28,7 +27,7 @@ __global__ void merge_kernel(CudaMerge p) {
 
 std::string cuda_merge(const CudaMerge& p, std::uintptr_t stream) {
   if (p.channels == 0) return {};
-  // Small blocks: with few channels every block should find a multiprocessor of its own.
+  // Blocks are small, so that with few channels each block has a multiprocessor of its own.
   constexpr unsigned kThreads = 64;
   const auto blocks = static_cast<unsigned>((p.channels + kThreads - 1) / kThreads);
   const Launch settings{"merge", blocks, kThreads, 0, stream};

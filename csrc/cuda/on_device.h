@@ -1,9 +1,9 @@
-// The thread's current CUDA device, without a header of CUDA.
+// Sets the thread's current CUDA device, without a header of CUDA.
 #pragma once
 
 namespace bnkern {
 
-// Makes a device the thread's current one for as long as this lives. Errors are those of the calls that follow.
+// Makes a device the thread's current device while the object exists. If this fails, the following calls report it.
 class OnDevice {
  public:
   explicit OnDevice(int device);
@@ -11,7 +11,7 @@ class OnDevice {
   OnDevice(const OnDevice&) = delete;
 
  private:
-  int before_ = -1;  // the device to return to, where it is another
+  int before_ = -1;  // the previous device, if it is another one
 };
 
 }  // namespace bnkern

@@ -1,4 +1,4 @@
-// Joins the parts of records. A warp takes a channel: its lanes take the parts in turn, and a tree joins the lanes.
+// Joins the parts of records. Each warp has one channel. Its lanes take the parts in turn, and a tree joins the lanes.
 #include "records.h"
 
 namespace bnkern {
@@ -6,10 +6,10 @@ namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu, kLanes = 32;
 
-// Row `row` of all parts, joined: in the warp's first lane.
+// Joins row `row` of all parts. The result is in the first lane of the warp.
 template <class Sums>
 BNKERN_DEVICE double join_parts(const RecordParts& parts, int count, int row, std::int64_t channel) {
-  double all = Sums().row[row];  // of nothing
+  double all = Sums().row[row];  // the value without any part
   for (int k = static_cast<int>(threadIdx.x); k < count; k += int(kLanes))
     all = joined<Sums>(row, parts.at(k, row, channel), all);
 #pragma unroll
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kLanes) fold_activation_kernel(Forward p, Reco
 #pragma unroll
   for (int r = 0; r < kCentre; ++r) row[r] = join_parts<ActivationSums>(parts, count, r, c);
   if (threadIdx.x != 0) return;
-  // From the centre to the mean, by the binomial theorem: sum d = n * delta.
+  // Moves the sums from the centre to the mean by the binomial theorem, with sum d = n * delta.
   const double n = static_cast<double>(p.shape.n * p.shape.s), delta = row[kSum1] / n;
   const double m2 = fma(-row[kSum1], delta, row[kSum2]);
   const double m3 = fma(delta, fma(2 * delta, row[kSum1], -3 * row[kSum2]), row[kSum3]);
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kLanes) fold_activation_kernel(Forward p, Reco
   for (int r = 0; r < 8; ++r) p.record[r * p.shape.c + c] = values[r];
 }
 
-// Parts of GRADIENT, of AFFINE, or of both.
+// Joins the parts of GRADIENT, of AFFINE, or of both.
 __global__ void __launch_bounds__(kLanes) fold_sums_kernel(Backward p, RecordSpace space, int count) {
   const std::int64_t c = blockIdx.x, channels = p.shape.c;
   const bool writes = threadIdx.x == 0;

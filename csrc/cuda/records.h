@@ -1,15 +1,16 @@
-// What kernels record beside their results (bnkern/backends/records.py). A thread adds up what it has in hand, a block
-// its threads' sums: that is a part, one row after the other, in the workspace. One small launch behind the others
-// joins the parts, in their order, and writes the record. Sums of g and of g * xhat are the phase's own, and no part's.
+// The records that kernels write beside their results (bnkern/backends/records.py). A thread adds up its own values,
+// and a block adds up the sums of its threads. The sums of a block are a part. Parts are stored in the workspace, one
+// row after the other. One small launch after the others joins the parts in order and writes the record. The sums of g
+// and of g * xhat are results of the phase itself, so parts do not have them.
 #pragma once
 
 #include "device.h"
 
 namespace bnkern {
 
-// Rows of a part. Of x: sums of d^1 to d^4 for distances d from the channel's centre, the least and the largest value,
-// how many of y are above zero, and that centre. Of dx: GRADIENT but for its count. Of the summands: AFFINE but for
-// its two sums.
+// The rows of a part. For x: the sums of d^1 to d^4 for distances d from the channel's centre, the least and the
+// largest value, the number of values of y above zero, and the centre. For dx: the rows of GRADIENT without the count.
+// For the summands: the rows of AFFINE without the two sums.
 enum ActivationRow { kSum1, kSum2, kSum3, kSum4, kLeast, kLargest, kActive, kCentre, kActivationRows };
 enum GradientRow { kSum, kAbsolute, kSquares, kPositive, kNegative, kZero, kGradientRows };
 enum AffineRow { kBiasAbs, kBiasSigns, kBiasNonzero, kWeightAbs, kWeightSigns, kWeightNonzero, kAffineRows };
@@ -23,7 +24,7 @@ struct RecordParts {
   }
 };
 
-// In the workspace, behind what calls without records need.
+// The parts' memory in the workspace, behind the memory that calls without records need.
 struct RecordSpace {
   RecordParts activation, gradient, affine;
 };
@@ -50,11 +51,11 @@ RecordSpace record_space(const Call& p, const CudaWorkspace& memory, std::int64_
   }
 }
 
-// Joins so many parts and writes the records. What the phase itself knows of them is written by save_sums().
+// Joins `parts` parts and writes the records. save_sums() writes those rows that are results of the phase itself.
 std::string fold_records(const Forward& p, const RecordSpace& space, int parts, std::uintptr_t stream);
 std::string fold_records(const Backward& p, const RecordSpace& space, int parts, std::uintptr_t stream);
 
-// ---- of a few values, a tile's of one channel, before they join the thread's sums
+// ---- the sums of a few values, those of one channel in a tile, before they are added to the thread's sums
 
 struct ActivationSums {
   float row[kCentre];
@@ -105,7 +106,7 @@ struct AffineSums {
   }
 };
 
-// Joins a value of a row of some of these Sums to another: only what is least or largest is not added.
+// Joins two values of a row of Sums. The least and the largest value are compared, and all others are added.
 template <class Sums, class A>
 BNKERN_DEVICE A joined(int row, A a, A b) {
   if constexpr (std::is_same_v<Sums, ActivationSums>) {

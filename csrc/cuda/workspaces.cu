@@ -13,13 +13,15 @@
 namespace bnkern {
 namespace {
 
-// Of a call outside of captures: so much that hardly any network needs more. Of a captured one: 512 bytes of signals.
+// The smallest workspaces. Outside of captures it is large enough for almost all networks. In a capture it is 512 bytes
+// of signals.
 constexpr WorkspaceSize kLeastOwn{1024, 1 << 20}, kLeastCaptured{32, 0};
 
 bool holds(const WorkspaceSize& size, const WorkspaceSize& needed) {
   return size.groups >= needed.groups && size.bytes >= needed.bytes;
 }
-// What replaces a workspace that is too small, in powers of two, so that few calls of a network need another one.
+// The size of the workspace that replaces one that is too small. It is in powers of two, so that few calls of a network
+// need a new workspace.
 WorkspaceSize enlarged(const WorkspaceSize& old, const WorkspaceSize& needed, const WorkspaceSize& least) {
   const auto power = [](std::int64_t a, std::int64_t b, std::int64_t c) {
     return static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(std::max({a, b, c}))));
@@ -27,7 +29,8 @@ WorkspaceSize enlarged(const WorkspaceSize& old, const WorkspaceSize& needed, co
   return {power(old.groups, needed.groups, least.groups), power(old.bytes, needed.bytes, least.bytes)};
 }
 
-// Allocation is no part of a capture, be it this thread's or another's, and does not spoil it.
+// While this object exists, the thread may allocate memory during a capture, its own or another thread's, without
+// invalidating it. The allocation is not captured.
 class OutsideOfCaptures {
  public:
   OutsideOfCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -48,8 +51,8 @@ cudaError_t clear_signals(const CudaWorkspace& workspace, cudaStream_t stream) {
   return cudaMemsetAsync(workspace.data, 0, signal_bytes(workspace.size.groups), stream);
 }
 
-// Workspaces of graphs that are gone. CUDA returns them on a thread of its own, perhaps when the process ends, where it
-// must not be called: hence a lock that is never held during a call of CUDA, and an object that is never destroyed.
+// The workspaces of destroyed graphs. CUDA returns them on a thread of its own, possibly when the process ends. That
+// thread must not call CUDA. So the lock is never held during a call of CUDA, and the object is never destroyed.
 class Returned {
  public:
   static Returned& of_all_devices() {
@@ -60,14 +63,14 @@ class Returned {
     const std::lock_guard<std::mutex> lock(mutex_);
     of_device_[device].push_back(workspace);
   }
-  // The first that holds as much. False where there is none.
+  // Takes the first one that is large enough. Returns false if there is none.
   bool take(int device, WorkspaceSize needed, CudaWorkspace* workspace) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto& all = of_device_[device];
-    const auto found = std::find_if(all.begin(), all.end(), [&](const auto& w) { return holds(w.size, needed); });
-    if (found == all.end()) return false;
-    *workspace = *found;
-    all.erase(found);
+    const auto match = std::find_if(all.begin(), all.end(), [&](const auto& w) { return holds(w.size, needed); });
+    if (match == all.end()) return false;
+    *workspace = *match;
+    all.erase(match);
     return true;
   }
 
@@ -76,23 +79,23 @@ class Returned {
   std::map<int, std::vector<CudaWorkspace>> of_device_;
 };
 
-struct OfGraph {
+struct GraphWorkspace {
   int device;
   CudaWorkspace workspace;
 };
 void give_back(void* data) {
-  const auto* const of_graph = static_cast<OfGraph*>(data);
-  Returned::of_all_devices().add(of_graph->device, of_graph->workspace);
-  delete of_graph;
+  const auto* const owned = static_cast<GraphWorkspace*>(data);
+  Returned::of_all_devices().add(owned->device, owned->workspace);
+  delete owned;
 }
 
-// From here on the graph owns the workspace, also where this fails.
+// Makes the graph the owner of the workspace. If this fails, the workspace goes to the returned ones.
 cudaError_t give_to_graph(cudaGraph_t graph, int device, const CudaWorkspace& workspace) {
-  auto* const of_graph = new OfGraph{device, workspace};
+  auto* const owned = new GraphWorkspace{device, workspace};
   cudaUserObject_t object;
-  if (const auto error = cudaUserObjectCreate(&object, of_graph, give_back, 1, cudaUserObjectNoDestructorSync);
+  if (const auto error = cudaUserObjectCreate(&object, owned, give_back, 1, cudaUserObjectNoDestructorSync);
       error != cudaSuccess) {
-    give_back(of_graph);
+    give_back(owned);
     return error;
   }
   const cudaError_t error = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
@@ -106,7 +109,7 @@ class Stream {
 
   std::mutex& launches() { return launches_; }
 
-  // At least the needed workspace, for the call that is queued next. Called with the lock.
+  // Provides a workspace of at least the needed size for the call that is queued next. The caller holds the lock.
   cudaError_t provide(WorkspaceSize needed, CudaWorkspace* workspace) {
     cudaStreamCaptureStatus status;
     unsigned long long capture = 0;
@@ -130,7 +133,7 @@ class Stream {
   }
 
   cudaError_t provide_captured(WorkspaceSize needed, unsigned long long capture, cudaGraph_t graph) {
-    if (capture != capture_) captured_ = {}, capture_ = capture;  // no two captures have the same number
+    if (capture != capture_) captured_ = {}, capture_ = capture;  // every capture has another number
     if (holds(captured_.size, needed)) return cudaSuccess;
     const WorkspaceSize size = enlarged(captured_.size, needed, kLeastCaptured);
     CudaWorkspace fresh;
@@ -146,7 +149,7 @@ class Stream {
   const cudaStream_t stream_;
   std::mutex launches_;
   CudaWorkspace own_{}, captured_{};
-  unsigned long long capture_ = 0;  // whose captured_ is
+  unsigned long long capture_ = 0;  // the capture to which captured_ belongs
 };
 
 Stream& stream_of(int device, cudaStream_t stream) {
@@ -168,7 +171,7 @@ std::string with_workspace(const char* name, std::uintptr_t stream, WorkspaceSiz
   const std::lock_guard<std::mutex> lock(own.launches());
   error = own.provide(needed, &workspace);
   if (error == cudaErrorMemoryAllocation) {
-    cudaGetLastError();  // reported here
+    cudaGetLastError();  // clears the error, which is reported here
     throw std::bad_alloc();
   }
   return error == cudaSuccess ? queue(workspace) : error_text(name, error);

@@ -1,16 +1,17 @@
-"""What specs name as procedures: each takes a run's configuration and the data, and gives what it measured.
+"""The procedures that specs name. Each takes the configuration of a run and the data, and returns the measurements.
 
-A procedure is a file here with a function ``measure(config, data, device, folder, tick)``; its file's name is its own.
+A procedure is a file of this package with a function ``measure(config, data, device, folder, tick)``. The file's name
+is the name of the procedure.
 
-    config  the run as ``config.json`` has it: the fields of specs.Run (its seed in ``seed``)
-    data    CIFAR-10 on the CPU, or made-up images; None where the spec needs no images
-    device  where to compute
-    folder  the run's own, for what must survive an interruption, such as checkpoints: a run that is done again after
-            one finds there what it left, unless its configuration changed
-    tick    call it with the share of the run that is done, and what comes next
+    config  the run as it is in ``config.json``: the fields of specs.Run, with its seed as ``seed``
+    data    CIFAR-10 on the CPU, or synthetic images; None if the spec needs no images
+    device  the device that computes
+    folder  the folder of the run, for files that must survive an interruption, such as checkpoints. A run that is
+            started again after an interruption has these files, unless its configuration changed.
+    tick    a function to call with the share of the run that is done, and the text of the next step
 
-It returns {file: {name: array}}, written as ``probes/<file>.npz``. Names of what belongs to a layer end in "/" and its
-number. An exception is a failed run; a network that diverges is a result.
+It returns {file: {name: array}}, which is written as ``probes/<file>.npz``. The name of an array that belongs to a
+layer ends in "/" and the layer's number. An exception means a failed run. A network that diverges is a result.
 """
 
 import importlib
@@ -30,7 +31,7 @@ Procedure = Callable[[dict, Cifar10 | None, torch.device, Path, Tick], dict[str,
 
 
 def build(config: dict) -> ResNet:
-    """The fresh network of a run, drawn from its seed."""
+    """The network of a run before training. Its weights are drawn with the run's seed."""
     torch.manual_seed(config["seed"])
     return ResNet(config["depth"], config["norm"], config["shortcut"], config["kernels"], init=config["init"])
 

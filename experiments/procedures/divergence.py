@@ -1,4 +1,4 @@
-"""Activations while the update that makes training diverge is applied bit by bit."""
+"""Activations at points along the update that makes training diverge."""
 
 import contextlib
 import os
@@ -21,15 +21,17 @@ from .at_init import layer_names
 
 
 def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tick: Tick) -> dict[str, Arrays]:
-    """Channel moments at the configured layers' outputs at ``options["parts"]`` + 1 points between two parameters.
+    """Channel moments of the configured layers' outputs at ``options["parts"]`` + 1 points along one update.
 
-    A network is trained at ``options["lr"]``, as the paper's Figure 1 is, until a mini-batch's loss is above 1e3 after
-    step 0. With theta0 and theta1 the parameters before and after the update that came before that loss, all are set
-    to theta0 + p (theta1 - theta0), p = 0 .. 1, in float64, and fed that mini-batch, batch norm in training mode.
+    A network is trained at ``options["lr"]``, as in the paper's Figure 1, until the loss of a mini-batch after step 0
+    is above 1e3. Let theta0 and theta1 be the parameters before and after the update that precedes this loss. The
+    parameters are set to theta0 + p (theta1 - theta0) for p from 0 to 1, in float64. For each p the network computes
+    the loss of that mini-batch, with batch norm in training mode.
 
-    Returns ``part`` [points], ``loss`` [points], ``step`` (whose loss was too large), and by layer ``mean/<layer>`` and
-    ``var/<layer>`` [points, C], ``largest mean/<layer>`` = max |mean| over channels at p = 1, and
-    ``half way/<layer>``, the p from which on max |mean| is at least half of that, between points by a straight line.
+    Returns ``part`` [points], ``loss`` [points] and ``step``, the step with the loss above 1e3. For each layer it
+    returns ``mean/<layer>`` and ``var/<layer>`` [points, C]; ``largest mean/<layer>``, which is max |mean| over
+    channels at p = 1; and ``half way/<layer>``, the p from which on max |mean| is at least half of that value, with
+    linear interpolation between points.
 
     Raises:
         RuntimeError: training did not diverge within ``options["epochs"]`` epochs.
@@ -42,7 +44,7 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
         data=data.source,
         lr=options["lr"],
         epochs=options["epochs"],
-        log_every=1,  # looks at every step
+        log_every=1,  # checks the loss of every step
     )
     tick(0, "training until it diverges")
     training = folder / "training"
@@ -50,8 +52,8 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
         outcome = train(run, training, data, device)
     if outcome.diverged is None:
         raise RuntimeError(f"training at lr {options['lr']} did not diverge in {outcome.steps} steps")
-    found = checkpoint.read(training / "diverged.pt")
-    images, labels = (found["batches"]["shown"][name].to(device) for name in ("images", "labels"))
+    state = checkpoint.read(training / "diverged.pt")
+    images, labels = (state["batches"]["shown"][name].to(device) for name in ("images", "labels"))
     network = build(config).to(device, torch.float64)
     layers = layer_names(network, config["layers"])
     norms = {number: name.replace("conv", "norm") for number, name in layers.items()}
@@ -64,7 +66,7 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
         for part in parts:
             tick(0.2 + 0.8 * part, f"{part:.0%} of the update")
             for name, parameter in network.named_parameters():
-                before, after = (found[which][name].to(parameter) for which in ("before", "after"))
+                before, after = (state[which][name].to(parameter) for which in ("before", "after"))
                 parameter.copy_(before + part * (after - before))
             losses.append(loss_of(network(images.double()), labels).item())
             recording.step()
@@ -88,7 +90,7 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
 
 
 def _half_way(values: np.ndarray, parts: np.ndarray) -> float:
-    """Where values rise for the last time past half of the last one."""
+    """The part at which the values rise above half of the last value for the last time."""
     half = values[-1] / 2
     below = np.flatnonzero(values < half)
     if not len(below):

@@ -1,7 +1,8 @@
-"""Products of random matrices: Theorem 1, singular values drawn, and condition numbers beyond float64's own digits.
+"""Products of random matrices: Theorem 1, singular values of samples, and condition numbers above 10^16.
 
-X is a product of M square factors with independent N(0, 1/N) entries, x the square of a singular value of X: an
-eigenvalue of X^T X. For N to infinity its distribution is Fuss and Catalan's (the paper's equation 5).
+X is a product of M square factors with independent N(0, 1/N) entries. x is the square of a singular value of X, that
+is, an eigenvalue of X^T X. For N to infinity its distribution is the Fuss-Catalan distribution (the paper's equation
+5).
 """
 
 import math
@@ -14,16 +15,16 @@ import torch
 
 from . import Arrays, Tick
 
-NODES = 8192  # of the curves that stand for Theorem 1
-NEAR_ZERO = (0.02, 0.2)  # the shares of the values between which the blow-up's exponent is read off a sample
-SHOWN = 400  # points of a density that are kept
+NODES = 8192  # nodes of the curves of Theorem 1
+NEAR_ZERO = (0.02, 0.2)  # the exponent near 0 is fitted to the values between these shares of a sample
+SHOWN = 400  # number of points of a density in the results
 
 
 def measure(config: dict, data: None, device: torch.device, folder: Path, tick: Tick) -> dict[str, Arrays]:
     """One of the quantities ``density``, ``products`` and ``conditions``, for the options' ``factors``."""
-    [what] = config["quantities"]
-    found = {"density": _density, "products": _products, "conditions": _conditions}[what](config, tick)
-    return {what: {name: np.asarray(value) for name, value in found.items()}}
+    [quantity] = config["quantities"]
+    results = {"density": _density, "products": _products, "conditions": _conditions}[quantity](config, tick)
+    return {quantity: {name: np.asarray(value) for name, value in results.items()}}
 
 
 # ------------------------------------------------------------------------------------------------ Theorem 1
@@ -35,14 +36,14 @@ def edge(factors: int) -> float:
 
 
 def theorem(factors: int, nodes: int = NODES) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x rising from 0 to the edge, the density at it, and the share of values below it: [nodes - 1] each.
+    """x from 0 to the edge in increasing order, the density at x, and the share of values below x: [nodes - 1] each.
 
     With phi in (0, pi / (M + 1)) and s_k = sin(k phi), the paper's equation 5 is x = s_(M+1)^(M+1) / (s_1 s_M^M) and
-    density = s_1^2 s_M^(M-1) / (pi s_(M+1)^M). The share is integrated over phi, where the integrand density dx/dphi
-    is smooth; over x it is not.
+    density = s_1^2 s_M^(M-1) / (pi s_(M+1)^M). The share is integrated over phi, because the integrand density dx/dphi
+    is smooth in phi. As a function of x the integrand is not smooth.
     """
     m = factors
-    phi = np.linspace(np.pi / (m + 1), 0, nodes, endpoint=False)  # x rises as phi falls; 0 and the edge left out
+    phi = np.linspace(np.pi / (m + 1), 0, nodes, endpoint=False)  # x rises as phi falls
     one, last, next_ = np.sin(phi), np.sin(m * phi), np.sin((m + 1) * phi)
     next_[0] = 0.0  # sin(pi), exactly
     with np.errstate(divide="ignore"):
@@ -56,9 +57,9 @@ def theorem(factors: int, nodes: int = NODES) -> tuple[np.ndarray, np.ndarray, n
 
 
 def distance(values: np.ndarray, factors: int) -> float:
-    """Kolmogorov's distance between a sample of x and Theorem 1: the largest difference of the shares below."""
+    """Kolmogorov's distance between a sample of x and Theorem 1: the largest difference of the shares below a value."""
     x, _, share = theorem(factors)
-    ordered, power = np.sort(values), 1 / (factors + 1)  # in x^power shares rise evenly, from 0 on
+    ordered, power = np.sort(values), 1 / (factors + 1)  # near 0 the share is about linear in x^power
     expected = np.interp(ordered**power, x**power, share, right=1.0)
     count = len(ordered)
     steps = np.arange(count + 1) / count
@@ -66,9 +67,9 @@ def distance(values: np.ndarray, factors: int) -> float:
 
 
 def exponent(values: np.ndarray) -> float:
-    """The exponent with which a sample's density of x rises towards 0, from its small values.
+    """The exponent e of a density c x^e near 0, fitted to the small values of a sample of x.
 
-    A density c x^e has the share c / (e + 1) x^(e + 1) below x: e + 1 is the slope of ln share over ln x.
+    Such a density has the share c / (e + 1) x^(e + 1) below x, so e + 1 is the slope of ln share over ln x.
     """
     ordered = np.sort(values)
     share = (np.arange(len(ordered)) + 0.5) / len(ordered)
@@ -77,15 +78,15 @@ def exponent(values: np.ndarray) -> float:
 
 
 def _density(config: dict, tick: Tick) -> Arrays:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for m in config["options"]["factors"]:
         x, density, share = theorem(m)
-        kept = np.unique(np.linspace(1, len(x) - 1, SHOWN).astype(int))
-        middle = (x[1:] + x[:-1]) / 2  # of each step, for the moments
-        found |= {
-            f"x/{m}": x[kept],
-            f"density/{m}": density[kept],
-            f"share/{m}": share[kept],
+        indices = np.unique(np.linspace(1, len(x) - 1, SHOWN).astype(int))
+        middle = (x[1:] + x[:-1]) / 2  # the middle of each step, for the moments
+        results |= {
+            f"x/{m}": x[indices],
+            f"density/{m}": density[indices],
+            f"share/{m}": share[indices],
             f"mass/{m}": share[-1],
             f"m1/{m}": middle @ np.diff(share),
             f"m2/{m}": middle**2 @ np.diff(share),
@@ -93,26 +94,26 @@ def _density(config: dict, tick: Tick) -> Arrays:
             f"edge over e (M + 1/2)/{m}": edge(m) / (math.e * (m + 0.5)),
             f"exponent/{m}": math.log(density[2] / density[1]) / math.log(x[2] / x[1]),  # at the smallest x
         }
-    return found
+    return results
 
 
-# ------------------------------------------------------------------------------------------------ drawn products
+# ------------------------------------------------------------------------------------------------ sampled products
 
 
 def _factors(config: dict) -> np.ndarray:
-    """The factors of one draw: [M, N, N], entries N(0, 1/N)."""
+    """The factors of one sample: [M, N, N], with entries N(0, 1/N)."""
     n, most = config["options"]["size"], max(config["options"]["factors"])
     return np.random.default_rng(config["seed"]).standard_normal((most, n, n)) / math.sqrt(n)
 
 
 def _products(config: dict, tick: Tick) -> Arrays:
-    wanted = config["options"]["factors"]
-    found: dict[str, Any] = {}
+    counts = config["options"]["factors"]
+    results: dict[str, Any] = {}
     for m, product, inverse in products(_factors(config)):
-        if m in wanted:
-            tick((m - 1) / max(wanted), f"{m} factors")
+        if m in counts:
+            tick((m - 1) / max(counts), f"{m} factors")
             s = np.linalg.svd(product, compute_uv=False)
-            found |= {
+            results |= {
                 f"s/{m}": s,
                 f"largest/{m}": s[0],
                 f"first bin/{m}": (s < math.sqrt(edge(m)) / 50).mean() * 10_000,
@@ -121,20 +122,21 @@ def _products(config: dict, tick: Tick) -> Arrays:
                 f"exponent/{m}": exponent(s**2),
                 f"log10 kappa/{m}": math.log10(s[0]) + log_norm(inverse),
             }
-    return found
+    return results
 
 
 # ------------------------------------------------------------------------------------------------ condition numbers
 
 
 def products(factors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """m, X = F_m .. F_1 and X^-1 for m = 1, 2, ..., each accumulated by itself, of square factors [M, N, N].
+    """m, X = F_m .. F_1 and X^-1 for m = 1, 2, ..., from square factors [M, N, N]. X and X^-1 are accumulated apart.
 
-    kappa(X) = |X| |X^-1| in the spectral norm, beyond 10^16 too: rounding spoils the smallest singular value of a
-    product X once kappa comes near 10^16, but never its largest, and 1 / smallest is the largest of X^-1. That is
-    multiplied up from solves with single factors, X_m^-1 = X_(m-1)^-1 F_m^-1, whose own condition is moderate. The
-    relative error is a few units of rounding times the largest kappa(F_k), times |A^-1| |B^-1| / |A^-1 B^-1| where the
-    product is split in two: moderate, unless factors are made to cancel.
+    This gives kappa(X) = |X| |X^-1| in the spectral norm, also above 10^16. Rounding spoils the smallest singular value
+    of a product X if kappa is near 10^16, but never the largest. 1 / smallest is the largest singular value of X^-1.
+    X^-1 is accumulated by solves with single factors, X_m^-1 = X_(m-1)^-1 F_m^-1, and the condition of a single factor
+    is moderate. The relative error is a few units of rounding, times the largest kappa(F_k), times
+    |A^-1| |B^-1| / |A^-1 B^-1| for a product that is split in two. The last term is moderate unless factors are
+    constructed to cancel.
     """
     product = inverse = np.eye(factors.shape[1])
     for m, factor in enumerate(factors, start=1):
@@ -149,12 +151,13 @@ def log_norm(matrix: np.ndarray) -> float:
 
 
 def lyapunov_slope(size: int) -> float:
-    """What log10 kappa gains per factor in the limit of many, for N(0, 1/N) entries: (psi(N/2) - psi(1/2)) / 2 ln 10.
+    """The increase of log10 kappa per factor, in the limit of many factors with N(0, 1/N) entries.
 
-    The exponents of products of Gaussian matrices are (ln(2/N) + psi(k/2)) / 2, k = 1 .. N (Newman, "The distribution
-    of Lyapunov exponents: exact results for random matrices", 1986); psi is the digamma function.
+    It is (psi(N/2) - psi(1/2)) / (2 ln 10). The exponents of products of Gaussian matrices are
+    (ln(2/N) + psi(k/2)) / 2, k = 1 .. N (Newman, "The distribution of Lyapunov exponents: exact results for random
+    matrices", 1986). psi is the digamma function.
     """
-    half = -np.euler_gamma - 2 * math.log(2)  # psi(1/2); psi(x + 1) = psi(x) + 1/x leads on from there or from psi(1)
+    half = -np.euler_gamma - 2 * math.log(2)  # psi(1/2); the rest by psi(x + 1) = psi(x) + 1/x from psi(1/2) or psi(1)
     if size % 2:
         top = half + sum(2 / k for k in range(1, size - 1, 2))
     else:
@@ -163,17 +166,17 @@ def lyapunov_slope(size: int) -> float:
 
 
 def _conditions(config: dict, tick: Tick) -> Arrays:
-    wanted = config["options"]["factors"]
-    found: dict[str, Any] = {}
+    counts = config["options"]["factors"]
+    results: dict[str, Any] = {}
     kappas: list[float] = []
     for m, product, inverse in products(_factors(config)):
-        if m in wanted:
-            tick((m - 1) / max(wanted), f"{m} factors")
+        if m in counts:
+            tick((m - 1) / max(counts), f"{m} factors")
             s = np.linalg.svd(product, compute_uv=False)
             kappas.append(math.log10(s[0]) + log_norm(inverse))
-            plain = math.log10(s[0] / s[-1]) if s[-1] else math.inf  # what the product's own svd makes of it
-            found |= {f"log10 kappa/{m}": kappas[-1], f"plain log10 kappa/{m}": plain}
-    slope, start = np.polyfit(wanted, kappas, 1)
-    rest = np.array(kappas) - slope * np.array(wanted) - start
+            plain = math.log10(s[0] / s[-1]) if s[-1] else math.inf  # from the singular values of the product alone
+            results |= {f"log10 kappa/{m}": kappas[-1], f"plain log10 kappa/{m}": plain}
+    slope, start = np.polyfit(counts, kappas, 1)
+    residual = np.array(kappas) - slope * np.array(counts) - start
     limit = lyapunov_slope(config["options"]["size"])
-    return found | {"slope": slope, "straightness": 1 - rest.var() / np.var(kappas), "limit": limit}
+    return results | {"slope": slope, "straightness": 1 - residual.var() / np.var(kappas), "limit": limit}

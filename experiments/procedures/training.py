@@ -1,4 +1,4 @@
-"""Training runs by bnkern.train, resumed from their checkpoints; divergence is a result."""
+"""Training runs of bnkern.train, which continue from their checkpoints. Divergence is a result, not an error."""
 
 import dataclasses
 import math
@@ -19,33 +19,33 @@ from bnkern.train.runlog import outcome, rows
 
 from . import Arrays, Tick
 
-OWN = ("lrs", "images", "tests", "noise")  # options of this procedure; the others are bnkern.train's settings
+OWN = ("lrs", "images", "tests", "noise")  # the options of this procedure; all others are settings of bnkern.train
 
 
 def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tick: Tick) -> dict[str, Arrays]:
-    """What came of a training run with the options as settings, on the first ``images`` of the training set or on all.
+    """The results of a training run with the options as settings, on the first ``images`` training images or on all.
 
-    Accuracies are of the first ``tests`` test images, or of all.
+    Accuracies are measured on the first ``tests`` test images, or on all.
 
-    With ``lrs`` one short run for each of these learning rates: see :func:`_limits`. With ``noise``, a number of
-    times, the noise of the gradient is measured along the run: see :class:`_Noise`.
+    With ``lrs`` there is one short run for each of these learning rates, see :func:`_limits`. With ``noise`` the noise
+    of the gradient is measured that many times during the run, see :class:`_Noise`.
     """
     options = config["options"]
     data = subset(data, options)
     if "lrs" in options:
         return {"limits": _limits(config, data, device, folder, tick)}
     settings = settings_of(config, data, device)
-    heard = listener(settings, data, tick, options.get("noise", 0))
-    loop.train(settings, folder / "train", data, device, probes=heard)
-    found = {"training": curves(folder / "train", settings.epochs)}
-    if isinstance(heard, _Noise):
-        found["noise"] = heard.arrays(folder / "train")
-    forget(folder)
-    return found
+    probes = listener(settings, data, tick, options.get("noise", 0))
+    loop.train(settings, folder / "train", data, device, probes=probes)
+    results = {"training": curves(folder / "train", settings.epochs)}
+    if isinstance(probes, _Noise):
+        results["noise"] = probes.arrays(folder / "train")
+    delete_checkpoints(folder)
+    return results
 
 
 def subset(data: Cifar10, options: dict) -> Cifar10:
-    """The same set with the first ``images`` for training and ``tests`` for tests, or all."""
+    """The data set with only the first ``images`` training images and the first ``tests`` test images, or with all."""
     train, test = (
         Split(*(t[: options.get(name)] for t in split))
         for name, split in (("images", data.train), ("tests", data.test))
@@ -54,45 +54,45 @@ def subset(data: Cifar10, options: dict) -> Cifar10:
 
 
 def settings_of(config: dict, data: Cifar10, device: torch.device, **changes: object) -> Config:
-    """The run as bnkern.train states it: in channels_last on the CPU, where that is faster."""
+    """The run as a Config of bnkern.train. On the CPU it uses channels_last, which is faster there."""
     own = {name: config[name] for name in ("seed", "depth", "norm", "shortcut", "init", "kernels", "batch")}
     own |= {name: value for name, value in config["options"].items() if name not in OWN}
-    last = device.type == "cpu"
-    rare = {"evaluate_every": max(1, own.get("epochs", 165) // 8), "checkpoint_every": 200}
-    return Config(config["label"], data=data.source, channels_last=last, **rare | own | changes)
+    channels_last = device.type == "cpu"
+    intervals = {"evaluate_every": max(1, own.get("epochs", 165) // 8), "checkpoint_every": 200}
+    return Config(config["label"], data=data.source, channels_last=channels_last, **intervals | own | changes)
 
 
-def forget(folder: Path) -> None:
-    """Removes the checkpoints of finished runs in a folder, which weigh more than all else."""
+def delete_checkpoints(folder: Path) -> None:
+    """Deletes the checkpoints of finished runs in a folder. They take more space than all other files."""
     for name in ("checkpoint*.pt", "diverged.pt"):
         for file in folder.glob(f"**/{name}"):
             file.unlink()
 
 
 def curves(folder: Path, epochs: int) -> Arrays:
-    """Accuracies in percent by the share of training done (NaN where not evaluated), and how it ended.
+    """Accuracies in percent by the share of training done (NaN where not evaluated), and the outcome of the run.
 
-    Of the share before the first drop of the learning rate, the last evaluation is taken.
+    The accuracy before the first drop of the learning rate is the last one that was evaluated in the first half.
     """
-    ended = outcome(folder)
-    told = [row for row in rows(folder) if row["event"] == "epoch"]
-    share = np.array([(row["epoch"] + 1) / epochs for row in told])
+    end = outcome(folder)
+    logged = [row for row in rows(folder) if row["event"] == "epoch"]
+    share = np.array([(row["epoch"] + 1) / epochs for row in logged])
     train, test = (
-        np.array([100 * row.get(name, math.nan) for row in told]) for name in ("train_accuracy", "test_accuracy")
+        np.array([100 * row.get(name, math.nan) for row in logged]) for name in ("train_accuracy", "test_accuracy")
     )
     early = test[(share <= 0.5) & np.isfinite(test)]
-    found = {
+    results = {
         "share": share,
         "train curve": train,
         "test curve": test,
-        "test accuracy": _percent(ended.test_accuracy) if ended.diverged is None else math.nan,
-        "train accuracy": _percent(ended.train_accuracy) if ended.diverged is None else math.nan,
-        "best test accuracy": _percent(ended.best_test_accuracy),
+        "test accuracy": _percent(end.test_accuracy) if end.diverged is None else math.nan,
+        "train accuracy": _percent(end.train_accuracy) if end.diverged is None else math.nan,
+        "best test accuracy": _percent(end.best_test_accuracy),
         "test accuracy before the first drop": early[-1] if len(early) else math.nan,
-        "diverged": float(ended.diverged is not None),
-        "steps": ended.steps,
+        "diverged": float(end.diverged is not None),
+        "steps": end.steps,
     }
-    return {name: np.asarray(value, float) for name, value in found.items()}
+    return {name: np.asarray(value, float) for name, value in results.items()}
 
 
 def _percent(share: float | None) -> float:
@@ -100,12 +100,12 @@ def _percent(share: float | None) -> float:
 
 
 def listener(config: Config, data: Cifar10, tick: Tick, noise: int = 0) -> "_Listener":
-    """What to give bnkern.train as probes: it tells ``tick``, and measures ``noise`` so many times along the run."""
+    """The ``probes`` argument for bnkern.train. It calls ``tick``, and measures the noise ``noise`` times."""
     return _Noise(config, data, tick, noise) if noise else _Listener(config, data, tick)
 
 
 class _Listener:
-    """What bnkern.train calls its probes: here a reader of its progress, which decides nothing on the host."""
+    """The probes of bnkern.train, used to report its progress. It decides nothing on the host (``on_device``)."""
 
     on_device = True
 
@@ -130,65 +130,68 @@ class _Listener:
         pass
 
     def flush(self, wait: bool = False) -> None:
-        if told := rows(self.out.parent):
-            self.tick(told[-1]["step"] / self.steps, f"{self.name}, step {told[-1]['step']} of {self.steps}")
+        if logged := rows(self.out.parent):
+            self.tick(logged[-1]["step"] / self.steps, f"{self.name}, step {logged[-1]['step']} of {self.steps}")
 
 
 # ------------------------------------------------------------------------------------------------ usable rates
 
 
 def _limits(config: dict, data: Cifar10, device: torch.device, folder: Path, tick: Tick) -> Arrays:
-    """Which of ``lrs`` a network bears: one epoch at each, a run of its own, without drops.
+    """The learning rates among ``lrs`` that a network can use. Each rate has a run of its own: one epoch, no drops.
 
-    ``survived``: no loss was over 1e3 or not finite. ``learned``: and the mean loss of the last quarter is below the
-    first loss and below that of guessing, ln 10. ``limit`` and ``learning limit``: log10 of the largest such rate.
-    ``limit bound`` and ``learning limit bound`` are 1 where that is the largest rate tried, so that the limit is at
-    least this; -1 where no rate served, so that it is below the smallest one tried, which then stands as the limit.
+    ``survived``: every loss was finite and at most 1e3. ``learned``: the run survived, and the mean loss of its last
+    quarter is below the first loss and below ln 10, the loss of a guess. ``limit`` and ``learning limit``: log10 of
+    the largest rate that survived, and of the largest one that learned.
+
+    ``limit bound`` and ``learning limit bound`` are 1 if that rate is the largest one tried. The limit is then at
+    least this rate. They are -1 if no rate can be used. The limit is then below the smallest rate tried, which is
+    returned in its stead. Otherwise they are 0.
     """
     rates = sorted(config["options"]["lrs"])
-    data = subset(data, {"tests": 1})  # nobody looks at the accuracy
+    data = subset(data, {"tests": 1})  # the accuracy is not used
     survived, learned = [], []
     for done, rate in enumerate(rates):
         tick(done / len(rates), f"learning rate {rate:g}")
         settings = settings_of(config, data, device, lr=rate, drops=(), log_every=1, checkpoint_every=10**6)
-        place = folder / f"lr-{rate:g}"
-        loop.train(settings, place, data, device)
-        losses = [float(row["loss"]) for row in rows(place) if row["event"] == "train"]
-        survived.append(outcome(place).diverged is None)
+        rate_folder = folder / f"lr-{rate:g}"
+        loop.train(settings, rate_folder, data, device)
+        losses = [float(row["loss"]) for row in rows(rate_folder) if row["event"] == "train"]
+        survived.append(outcome(rate_folder).diverged is None)
         learned.append(survived[-1] and teaches(losses))
-    forget(folder)
+    delete_checkpoints(folder)
 
-    found: dict[str, Any] = {"lrs": rates, "survived": survived, "learned": learned}
+    results: dict[str, Any] = {"lrs": rates, "survived": survived, "learned": learned}
     for name, usable in (("limit", survived), ("learning limit", learned)):
-        found[name], found[f"{name} bound"] = largest(rates, usable)
-    return {name: np.asarray(value, float) for name, value in found.items()}
+        results[name], results[f"{name} bound"] = largest(rates, usable)
+    return {name: np.asarray(value, float) for name, value in results.items()}
 
 
 def largest(rates: list[float], usable: list[bool]) -> tuple[float, int]:
-    """log10 of the largest usable of the rising rates, and its bound as :func:`_limits` has it."""
-    served = [rate for rate, good in zip(rates, usable, strict=True) if good]
-    if not served:
+    """log10 of the largest usable rate, and its bound as in :func:`_limits`. The rates are in increasing order."""
+    usable_rates = [rate for rate, is_usable in zip(rates, usable, strict=True) if is_usable]
+    if not usable_rates:
         return math.log10(rates[0]), -1
-    return math.log10(served[-1]), 1 if served[-1] == rates[-1] else 0
+    return math.log10(usable_rates[-1]), 1 if usable_rates[-1] == rates[-1] else 0
 
 
 def teaches(losses: list[float]) -> bool:
-    """Whether the last quarter's mean is below the first loss, and below that of guessing among ten classes."""
+    """Whether the last quarter's mean is below the first loss, and below the loss of a guess among ten classes."""
     return bool(np.mean(losses[-max(1, len(losses) // 4) :]) < min(losses[0], math.log(10)))
 
 
-# ------------------------------------------------------------------------------------------------ noise along the way
+# ------------------------------------------------------------------------------------------------ noise during training
 
 
 class _Noise(_Listener):
-    """Measures C, the variance of the gradient times the batch's size, so many times along a run, evenly in ln step.
+    """Measures C, the variance of the gradient times the batch size, a number of times in a run, evenly in ln step.
 
-    At those steps ``PARTS`` more batches of the run's own size, from an epoch far away, are passed through the network
-    as it stands, in training mode; gradients and running statistics are put back. The probe ``gradient_noise_scale``
-    does the sums.
+    At those steps ``PARTS`` additional batches of the run's own size pass through the network in training mode. They
+    come from epochs that training does not reach. Gradients and running statistics are restored afterwards. The probe
+    ``gradient_noise_scale`` computes the sums.
     """
 
-    PARTS, ELSEWHERE = 8, 2**31
+    PARTS, FIRST_EPOCH = 8, 2**31
     on_device = False
 
     def __init__(self, config: Config, data: Cifar10, tick: Tick, times: int) -> None:
@@ -199,7 +202,8 @@ class _Noise(_Listener):
     def __call__(self, network: nn.Module, out: Path, step: int) -> "_Noise":
         super().__call__(network, out, step)
         out.mkdir(exist_ok=True)
-        device, kind = next(network.parameters()).device, torch.channels_last if self.config.channels_last else None
+        device = next(network.parameters()).device
+        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
         self.batches = Batches(
             Split(*(t.to(device) for t in self.data.train)),
             self.config.batch,
@@ -207,15 +211,15 @@ class _Noise(_Listener):
             self.data.mean,
             self.data.std,
             augment=self.config.augment,
-            memory_format=kind or torch.contiguous_format,
+            memory_format=memory_format,
         )
-        self.taken = step
+        self.steps_done = step
         return self
 
     def step(self, loss: Tensor) -> None:
-        if self.taken in self.due:
-            self._measure(self.taken)
-        self.taken += 1
+        if self.steps_done in self.due:
+            self._measure(self.steps_done)
+        self.steps_done += 1
 
     def _measure(self, step: int) -> None:
         network = self.network
@@ -225,32 +229,33 @@ class _Noise(_Listener):
         with TemporaryDirectory() as out:
             with record(network, ["gradient_noise_scale"], out=out) as recording:
                 for part in range(self.PARTS):
-                    images, labels = self.batches.at(self.ELSEWHERE + step, part % len(self.batches))
+                    images, labels = self.batches.at(self.FIRST_EPOCH + step, part % len(self.batches))
                     (F.cross_entropy(network(images), labels) / self.PARTS).backward()
                 recording.step()
-            found = load(out)["gradient_noise_scale"][""]
-        np.savez(self.out / f"noise-{step:07d}.npz", step=step, **found)  # type: ignore[arg-type]
+            recorded = load(out)["gradient_noise_scale"][""]
+        np.savez(self.out / f"noise-{step:07d}.npz", step=step, **recorded)  # type: ignore[arg-type]
         for parameter, gradient in zip(network.parameters(), gradients, strict=True):
             parameter.grad = gradient
         for name, t in network.named_buffers():
             t.copy_(statistics[name])
 
     def arrays(self, folder: Path) -> Arrays:
-        """By measurement: ``step``, ``C`` = |B| times the variance, ``|g|^2``, and ``lr C / |B|``."""
+        """For each measurement: ``step``, ``C`` = |B| times the variance, ``|g|^2``, and ``lr C / |B|``."""
         size, steps = self.config.batch, outcome(folder).steps
-        told = [dict(np.load(file)) for file in sorted((folder / "probes").glob("noise-*.npz"))]
-        told = [row for row in told if row["step"] <= steps]
-        step, noise, square = (np.array([row[name].item() for row in told]) for name in ("step", "noise", "square"))
-        rates = np.array([learning_rate(self.config, int(at), self.steps) for at in step])
+        measured = [dict(np.load(file)) for file in sorted((folder / "probes").glob("noise-*.npz"))]
+        measured = [row for row in measured if row["step"] <= steps]
+        step, noise, square = (np.array([row[name].item() for row in measured]) for name in ("step", "noise", "square"))
+        rates = np.array([learning_rate(self.config, int(number), self.steps) for number in step])
         early = step < self.config.drops[0] * self.steps if self.config.drops else step >= 0
-        felt = rates * noise
-        found = {
+        scaled = rates * noise
+        last = scaled[early][-1]
+        results = {
             "step": step,
             "C": noise * size,
             "|g|^2": square,
-            "lr C / |B|": felt,
+            "lr C / |B|": scaled,
             "C before the first drop": noise[early][-1] * size,
-            "lr C / |B| before the first drop": felt[early][-1],
-            "log10 lr C / |B| before the first drop": math.log10(felt[early][-1]) if felt[early][-1] > 0 else -math.inf,
+            "lr C / |B| before the first drop": last,
+            "log10 lr C / |B| before the first drop": math.log10(last) if last > 0 else -math.inf,
         }
-        return {name: np.asarray(value, float) for name, value in found.items()}
+        return {name: np.asarray(value, float) for name, value in results.items()}

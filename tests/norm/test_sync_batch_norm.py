@@ -320,8 +320,8 @@ def test_errors(ranks: Ranks) -> None:
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     expected = [
         "double backward across ranks is not supported",
-        "cannot be seen through by torch.func transforms",
-        "cannot be seen through by torch.func transforms",
+        "do not support torch.func transforms",
+        "do not support torch.func transforms",
         "expected at least 2D input (got 1D input)",
         "number of input channels should be non-zero",
         "must have one element per channel of input, shape [2], got [3]",

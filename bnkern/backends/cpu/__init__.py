@@ -1,8 +1,8 @@
-"""The C++ CPU kernels (csrc/cpu), by the native module.
+"""The C++ CPU kernels (csrc/cpu), called through the native module.
 
-They read planes with unit stride within a plane, and rows that are dense or have a multiple of 16 channels; any other
-tensor is copied once to the dense form of its layout. Formulas are those of ``reference``. Large results lie in memory
-that earlier results gave back: fresh pages cost more than the kernel.
+They read planes with unit stride within a plane, and rows that are dense or have a multiple of 16 channels. Any other
+tensor is copied once to the dense form of its layout. Formulas are those of ``reference``. Large results reuse memory
+of freed results, because fresh pages cost more than the kernel.
 """
 
 import torch
@@ -45,7 +45,7 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def release_memory() -> None:
-    """Return to the system the memory kept of freed results (at most BNKERN_POOL_MB, default an eighth of it)."""
+    """Returns the memory of freed results to the system: at most BNKERN_POOL_MB, by default an eighth of the memory."""
     _native.pool_clear()
 
 
@@ -62,7 +62,7 @@ def augment(
     first: int,
     random: bool,
 ) -> None:
-    """One batch of an epoch into ``out`` and ``labels_out``. Raises IndexError where the order has no such batch."""
+    """Writes one batch of an epoch to ``out`` and ``labels_out``. Raises IndexError if the order has no such batch."""
     batch = position.item()
     if not 0 <= batch < len(order) // size:
         raise IndexError(f"position must be 0 to {len(order) // size - 1}, got {batch}")

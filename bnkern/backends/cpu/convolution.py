@@ -1,4 +1,4 @@
-"""The CPU's kernels for convolutions: sums over the summands of a weight's gradient, and Conv2d's own 3 x 3."""
+"""The CPU's convolution kernels: sums over the summands of a weight's gradient, and Conv2d's own 3 x 3 convolution."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -22,9 +22,9 @@ def conv_grad_signs(
     *,
     winograd: bool = False,
 ) -> Results:
-    """Sum, absolute sum, sign sum and number of nonzero summands of a convolution's weight gradient, where wanted.
+    """Sum, absolute sum, sign sum and number of nonzero summands of a convolution's weight gradient, where ``wanted``.
 
-    ``winograd``: the two sums come by Winograd's F(2 x 2, 3 x 3), of such a convolution as ``conv3x3``.
+    ``winograd``: the two sums are computed with Winograd's F(2 x 2, 3 x 3). The convolution must be one of ``conv3x3``.
     """
     if not (x.numel() and dy.numel()):
         shape = (dy.shape[1], x.shape[1], *kernel_size)
@@ -32,18 +32,19 @@ def conv_grad_signs(
         zeros = (torch.zeros(shape, dtype=t) if want else None for t, want in zip(dtypes, wanted, strict=True))
         sum, abs_sum, sign_sum, nonzero = zeros
         return sum, abs_sum, sign_sum, nonzero
-    how = (kernel_size, stride, padding, wanted, winograd)
-    # Images are read where channels or columns have unit stride; others are copied.
+    options = (kernel_size, stride, padding, wanted, winograd)
+    # Images are read in place if channels or columns have unit stride. Otherwise they are copied.
     x, dy = plain(x), plain(dy)
-    found = _native.conv_grad_signs(x, dy, *how) or _native.conv_grad_signs(x.contiguous(), dy.contiguous(), *how)
-    return cast(Results, found)  # contiguous images are not declined
+    results = _native.conv_grad_signs(x, dy, *options)
+    results = results or _native.conv_grad_signs(x.contiguous(), dy.contiguous(), *options)
+    return cast(Results, results)  # never None for contiguous images
 
 
 def conv3x3(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor:
-    """The convolution of x [N, I, H, W], float32 in channels_last, by weight [O, I, 3, 3], of stride and padding 1.
+    """The convolution of x [N, I, H, W], float32 in channels_last, with weight [O, I, 3, 3], stride 1 and padding 1.
 
-    ``flipped``: by the weight [I, O, 3, 3] turned by 180 degrees instead, which is the gradient of a convolution's
-    input. By Winograd's F(2 x 2, 3 x 3); I and O are multiples of 16.
+    ``flipped``: the weight is [I, O, 3, 3] and is rotated by 180 degrees. This computes the input gradient of a
+    convolution. Uses Winograd's F(2 x 2, 3 x 3). I and O must be multiples of 16.
     """
     return _native.conv3x3(plain(x), plain(weight), flipped)
 
@@ -51,12 +52,12 @@ def conv3x3(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor:
 def prefers_own_gradient(
     x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], groups: int
 ) -> bool:
-    """Whether these kernels are the faster ones for the backward of such a convolution.
+    """Whether these kernels are faster than torch's for the backward of such a convolution.
 
-    A table of what was measured (docs/log/2026-11.md): float32 in channels_last, 16 input channels or more. By
-    Winograd's form where :func:`prefers_winograd` says so; with AVX-512 any other kernel beyond 1 x 1 too, whose weight
-    gradient takes ``conv_grad_signs`` 0.77 to 1.00 times as long as oneDNN. Elsewhere it is slower (the 3-channel stem
-    1.4 times, bfloat16) or was not measured.
+    The rule follows measurements (docs/log/2026-11.md). It accepts float32 in channels_last with a multiple of 16 input
+    channels, if :func:`prefers_winograd` is true. With AVX-512 it also accepts every other kernel larger than 1 x 1,
+    for which ``conv_grad_signs`` takes 0.77 to 1.00 times as long as oneDNN for the weight gradient. Other cases are
+    slower (the stem with 3 channels 1.4 times, bfloat16), or were not measured.
     """
     return (
         x.dtype is torch.float32
@@ -74,10 +75,11 @@ def prefers_own_gradient(
 def prefers_winograd(
     x: Tensor, outputs: int, kernel_size: Sequence[int], stride: tuple[int, int], padding: tuple[int, int]
 ) -> bool:
-    """Whether such a convolution, of what :func:`prefers_own_gradient` accepts, goes by F(2 x 2, 3 x 3).
+    """Whether to use F(2 x 2, 3 x 3) for a convolution that :func:`prefers_own_gradient` accepts.
 
-    Measured with AVX-512 and AVX2: 1.1 to 2.7 times oneDNN's speed; slower with less than some hundred tiles of 2 x 2,
-    or with so many channels that the transformed weight outgrows the second-level cache.
+    It was measured with AVX-512 and AVX2, and has 1.1 to 2.7 times oneDNN's speed. It is slower with less than a few
+    hundred tiles of 2 x 2, or if there are so many channels that the transformed weight does not fit into the
+    second-level cache.
     """
     n, inputs, h, w = x.shape
     return (

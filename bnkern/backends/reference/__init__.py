@@ -1,6 +1,6 @@
-"""Every kernel's specification, in plain torch: a backend that serves all devices and dtypes, accurate and slow.
+"""The specification of every kernel in plain torch: a backend for all devices and dtypes, which is accurate and slow.
 
-Arithmetic is float64 for float64 input and float32 otherwise; called with float64 input it is the truth of the tests.
+Arithmetic is float64 for float64 input and float32 otherwise. The tests compare all kernels with it in float64.
 """
 
 import torch
@@ -48,5 +48,5 @@ __all__ = [
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot serve such an input, or None: plain torch serves them all."""
+    """Always None, because plain torch serves every input."""
     return None

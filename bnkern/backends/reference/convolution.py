@@ -1,4 +1,4 @@
-"""The sums over the summands of a convolution's weight gradient, in plain torch: the specification of the kernels."""
+"""The sums over the summands of a convolution's weight gradient in plain torch, as a specification of the kernels."""
 
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
@@ -14,15 +14,15 @@ def conv_grad_signs(
     padding: tuple[int, int],
     wanted: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Of a convolution's weight gradient: sum, absolute sum, sign sum and number of its summands d, where ``wanted``.
+    """Sum, absolute sum, sign sum and number of nonzero summands of a convolution's weight gradient, where ``wanted``.
 
-    The gradient of weight K[o, i, p, q] sums, over images n and output places (h, w) ::
+    The gradient of weight K[o, i, p, q] sums, over images n and output positions (h, w) ::
 
         d = dy[n, o, h, w] * x[n, i, h * stride + p - padding, w * stride + q - padding]
 
-    with zeros on the padding. Each d is one product, so |d| = |dy| |x| and sign d = sign dy * sign x: each result is
-    the weight gradient of other operands. sum and abs_sum have the accumulator's dtype; sign_sum and nonzero are exact,
-    int32. A NaN has sign 0 and is not zero; signs and zeros are those of the factors (0 * inf counts as zero).
+    with zeros in the padding. Each d is one product, so |d| = |dy| |x| and sign d = sign dy * sign x. So each result is
+    the weight gradient for other operands. sum and abs_sum have the accumulator's dtype. sign_sum and nonzero are exact
+    and int32. A NaN has sign 0 and is not zero. Signs and zeros are those of the factors (0 * inf counts as zero).
 
     x [N, I, H, W], dy [N, O, H', W'] of one dtype, any strides; each result [O, I, *kernel_size].
     Source: Bjorck et al., "Understanding Batch Normalization", 2018, equation 4 and Table 1.

@@ -1,16 +1,16 @@
-"""Batches of CIFAR images for training, and the random numbers behind them: the specification of the kernels."""
+"""Batches of CIFAR images for training and their random numbers in plain torch, as a specification of the kernels."""
 
 import torch
 from torch import Tensor
 
-PAD = 4  # zeros on every side of an image before a window of its own size is cut out
+PAD = 4  # an image gets so many zeros on every side before a window of its own size is cropped
 WORD = 2**32 - 1
-# What random words are drawn for: the third word of Philox's counter.
+# The streams of random words: the third word of Philox's counter.
 ORDER, CROP, VALIDATION = 0, 1, 2
 
 
 def words(seed: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
-    """The low and the high word of 64 bits: a seed as Philox's key."""
+    """The low and the high word of a 64-bit seed, which are Philox's key."""
     return seed & WORD, seed >> 32 & WORD
 
 
@@ -29,7 +29,7 @@ def philox(key: tuple, counter: tuple) -> tuple:
 
 
 def _product(a: int, b: int | Tensor) -> tuple:
-    """The high and the low word of a * b, by halves of b, since int64 does not hold the product."""
+    """The high and the low word of a * b. It uses the halves of b, because int64 cannot hold the product."""
     upper, lower = a * (b >> 16), a * (b & 0xFFFF)
     return upper + (lower >> 16) >> 16, ((upper & 0xFFFF) << 16) + lower & WORD
 
@@ -47,7 +47,7 @@ def augment(
     first: int,
     random: bool,
 ) -> None:
-    """One batch of an epoch: gathered, cropped, flipped, normalised; its labels beside it.
+    """One batch of an epoch, gathered, cropped, flipped and normalised, and its labels.
 
     With i = order[position * size + first + k], for k below the B of ``out``, and (w0, w1, w2, _) =
     philox(words(seed), (epoch, i, CROP, 0)):
@@ -56,15 +56,16 @@ def augment(
         pixel = images[i] within PAD zeros on every side, at (c, y + down, x' + right), x' = 31 - x if flip else x
         out[k, c, y, x] = table[c, pixel]                  labels_out[k] = labels[i]
 
-    Each of the 9 offsets has the probability 1/9 to within 2^-32. Without ``random`` down = right = PAD and nothing
-    is flipped. A position that is no whole batch of the order gives NaN and labels of -1: it is read on the device,
-    where nothing can be raised without waiting for it.
+    Each of the 9 offsets has the probability 1/9 to within 2^-32. Without ``random`` down = right = PAD, and no image
+    is flipped. If the order has no whole batch at the position, images are NaN and labels are -1. No error is raised,
+    because the position is read on the device.
 
     Args:
         images: uint8 [n, 3, 32, 32], contiguous. labels: int64 [n].
         order: int64 [n], a permutation. state: int64 [2], the bits of the seed, and the epoch below 2^32.
-        position: int64 scalar: which batch of ``size`` images; ``first`` is where in it this part begins.
-        table: [3, 256], what becomes of each value of each channel, floating point.
+        position: int64 scalar, the number of the batch of ``size`` images. ``first``: the index in the batch at which
+            this part begins.
+        table: [3, 256], the normalised value of each byte for each channel, floating point.
         out: [B, 3, 32, 32] of the table's dtype, dense or channels_last, written. labels_out: int64 [B], written.
     """
     seed, epoch = state

@@ -1,4 +1,4 @@
-"""``augment``: a batch of images gathered, cropped, flipped and normalised in one launch; no phase of batch norm."""
+"""``augment``: a batch of images, gathered, cropped, flipped and normalised in one launch."""
 
 import triton.language as tl
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from ..layout import layout
 from .common import kernel, launch
 
-# A program makes a third of an image, as it lies in memory: with one image a program, 128 would leave a GPU idle.
+# A program makes a third of an image, in memory order. With one program per image, 128 images would leave a GPU idle.
 BLOCK = 1024
 
 
@@ -30,9 +30,9 @@ def augment_kernel(
 
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.where(rows != 0, element % 3, element // 1024)
-    place = tl.where(rows != 0, element // 3, element % 1024)
-    x = place % 32
-    y = place // 32 + down - 4
+    pixel_index = tl.where(rows != 0, element // 3, element % 1024)
+    x = pixel_index % 32
+    y = pixel_index // 32 + down - 4
     x = tl.where(flip, 31 - x, x) + right - 4
     inside = exists & (y >= 0) & (y < 32) & (x >= 0) & (x < 32)
     pixel = tl.load(images_ptr + index * 3072 + (channel * 1024 + y * 32 + x), mask=inside, other=0)
@@ -56,7 +56,7 @@ def augment(
     first: int,
     random: bool,
 ) -> None:
-    """One batch of an epoch into ``out`` and ``labels_out``; ``position`` is read on the device."""
+    """Writes one batch of an epoch to ``out`` and ``labels_out``. ``position`` is read on the device."""
     launch(
         augment_kernel, (len(out), 3 * 1024 // BLOCK), out.device,
         images, labels, order, state, position, table, out, labels_out,

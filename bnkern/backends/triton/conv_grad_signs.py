@@ -1,16 +1,16 @@
 """``conv_grad_signs``: a convolution's weight gradient, and the absolute, sign and nonzero sums of its summands.
 
-An implicit matrix product: columns (one per weight of an output channel) by output channels, summed over positions
-(images and output places). A program takes BLOCK_N columns of BLOCK_M outputs and a run of ``share`` blocks of
-positions; each block of x and dy is loaded once and feeds every sum that is asked for. The runs' partial results are
-added in their order by ``fold_kernel``. Nothing that decides the order of summation depends on which sums those are,
-so the gradient has the same bits alone and with the others.
+It is an implicit matrix product of columns (one per weight of an output channel) and output channels, summed over
+positions (images and output positions). A program computes BLOCK_N columns of BLOCK_M outputs for a run of ``share``
+blocks of positions. Each block of x and dy is loaded once and is used for every requested sum. ``fold_kernel`` adds the
+runs' partial results in order. The order of summation does not depend on which sums are requested, so the gradient has
+the same bits alone and with the others.
 
-Sums have the accumulator's dtype: of halves they are products of tensor cores, of float32 and float64 products in
-full precision (fused multiply-adds, or the tensor cores' float64 where the compiler has them). Signs and counts are
-int8 products with int32 accumulators: exact.
+Sums have the accumulator's dtype. For float16 and bfloat16 tensor cores compute the products. For float32 and float64
+they are in full precision (fused multiply-adds, or float64 on tensor cores if the compiler supports it). Signs and
+counts are int8 products with int32 accumulators, which are exact.
 
-What has run on hardware, and what has not: docs/design.md.
+docs/design.md says which kernels have run on hardware.
 """
 
 from functools import lru_cache
@@ -25,7 +25,7 @@ from ..layout import addressed, layout, strides
 from ..reference import accumulator
 from .common import INT32_OFFSETS, PROGRAMS, kernel, launch
 
-PARTS, ELEMENTS = 64, 32  # the block that a program of the fold adds at a time
+PARTS, ELEMENTS = 64, 32  # the block that a program of fold_kernel adds at a time
 
 
 @kernel
@@ -37,7 +37,7 @@ def conv_grad_signs_kernel(
     ROWS: tl.constexpr, X_VECTOR: tl.constexpr, DY_VECTOR: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One row of partial sums, [outputs, columns], per split. A sum whose pointer is None is not formed.
+    """One row of partial sums [outputs, columns] for each split. A sum whose pointer is None is not computed.
 
     Blocks are loaded with their contiguous axis last: [K, channels] in rows, [channels, K] in planes.
     """
@@ -51,14 +51,14 @@ def conv_grad_signs_kernel(
     else:
         i, offset = column // offsets, column % offsets
     p, q = offset // kernel_width, offset % kernel_width
-    # Below the image for every row: one comparison then tells padding and idle columns alike.
+    # Idle columns get a row below the image, so that one comparison masks both the padding and idle columns.
     below = tl.where(column < columns, p, height + padding_height)
     first = tl.program_id(2)
     if WIDE:
         first, output, i, p = first.to(tl.int64), output.to(tl.int64), i.to(tl.int64), p.to(tl.int64)
     first *= share * BLOCK_K
     last = tl.minimum(first + share * BLOCK_K, positions)
-    # A position (n, h, w) is a number with three digits, to which each step adds BLOCK_K: no division in the loop.
+    # A position (n, h, w) is a number with three digits, and each step adds BLOCK_K. So the loop needs no division.
     coord = first + tl.arange(0, BLOCK_K)
     n = coord // (out_height * out_width)
     h = (coord // out_width % out_height).to(tl.int32)
@@ -81,7 +81,7 @@ def conv_grad_signs_kernel(
             in_run, in_outputs = (coord < last)[None, :], (output < outputs)[:, None]
             x_at = corner[None, :] + (i * x_inner + p * width + q)[:, None]
             row, col = top[None, :] + below[:, None], left[None, :] + q[:, None]
-        # As unsigned numbers, negative ones are beyond any size.
+        # As unsigned numbers, negative coordinates are larger than any size.
         in_height, in_width = row.to(tl.uint32) < height.to(tl.uint32), col.to(tl.uint32) < width.to(tl.uint32)
         x = load(x_ptr, x_at, in_height, in_width, X_VECTOR)
         dy = load(dy_ptr, dy_at, in_run, in_outputs, DY_VECTOR)
@@ -89,7 +89,7 @@ def conv_grad_signs_kernel(
             x = tl.trans(x)
         else:
             dy = tl.trans(dy)
-        # Counts come first: in this order nothing spills.
+        # Counts come first, because registers do not spill in this order.
         if sign_sum_ptr is not None:
             sign_total = tl.dot(sign(x), sign(dy), sign_total, out_dtype=tl.int32)
         if nonzero_ptr is not None:
@@ -118,8 +118,8 @@ def conv_grad_signs_kernel(
 
 @triton.jit
 def load(ptr, offsets, valid, also, VECTOR: tl.constexpr):
-    """Values at these offsets, zero where not ``valid & also``. VECTOR neighbours of the last axis lie together,
-    aligned to 16 bytes, and are valid or not as one. (These hints are lost on what is not computed here.)"""
+    """The values at these offsets, or zero where not ``valid & also``. VECTOR adjacent elements of the last axis are
+    contiguous, aligned to 16 bytes, and all valid or all invalid. (The hints apply only to values computed here.)"""
     pointers, valid = ptr + offsets, valid & also
     if VECTOR > 1:
         pointers = tl.multiple_of(tl.max_contiguous(pointers, (1, VECTOR)), (1, 16))
@@ -129,7 +129,7 @@ def load(ptr, offsets, valid, also, VECTOR: tl.constexpr):
 
 @triton.jit
 def widened(v):
-    """float16 and bfloat16 as float32: the interpreter has no arithmetic of bfloat16, and a GPU's costs the same."""
+    """float16 and bfloat16 as float32. The interpreter has no bfloat16 arithmetic, and on a GPU both cost the same."""
     return v if v.dtype == tl.float64 else v.to(tl.float32)
 
 
@@ -140,14 +140,14 @@ def magnitude(v):
 
 @triton.jit
 def sign(v):
-    """-1, 0 or 1 as int8; 0 of NaN."""
+    """-1, 0 or 1 as int8. It is 0 for NaN."""
     wide = widened(v)
     return tl.where(wide > 0, 1, tl.where(wide < 0, -1, 0)).to(tl.int8)
 
 
 @triton.jit
 def nonzero(v):
-    """0 or 1 as int8; 1 of NaN."""
+    """0 or 1 as int8. It is 1 for NaN."""
     return (widened(v) != 0).to(tl.int8)
 
 
@@ -156,7 +156,7 @@ def fold_kernel(
     sums_ptr, abs_sums_ptr, sign_sums_ptr, nonzeros_ptr, sum_ptr, abs_sum_ptr, sign_sum_ptr, nonzero_ptr,
     parts, size, PARTS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """The parts [parts, size] of each sum added in their order: a tree over each block, the blocks one by one."""
+    """Adds the parts [parts, size] of each sum in order: a tree within a block, and the blocks one by one."""
     if sums_ptr is not None:
         fold(0, sums_ptr, sum_ptr, parts, size, PARTS, ELEMENTS)
     if abs_sums_ptr is not None:
@@ -169,7 +169,7 @@ def fold_kernel(
 
 @triton.jit
 def fold(which, parts_ptr, total_ptr, parts, size, PARTS: tl.constexpr, ELEMENTS: tl.constexpr):
-    """One of the sums, by the programs whose it is."""
+    """Adds the parts of sum number ``which``, in the programs with this number."""
     if tl.program_id(1) == which:
         element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
         total = tl.zeros((ELEMENTS,), total_ptr.dtype.element_ty)
@@ -181,7 +181,7 @@ def fold(which, parts_ptr, total_ptr, parts, size, PARTS: tl.constexpr, ELEMENTS
 
 
 class Blocks(NamedTuple):
-    """How many outputs, columns and positions a program takes at a time."""
+    """The numbers of outputs, columns and positions that a program computes at a time."""
 
     m: int
     n: int
@@ -189,11 +189,11 @@ class Blocks(NamedTuple):
 
 
 def blocks(by_channels: bool, itemsize: int, outputs: int) -> Blocks:
-    """The largest whose operands, addresses and four accumulators fit into the registers of every GPU.
+    """The largest blocks whose operands, addresses and four accumulators fit into the registers of every GPU.
 
-    Addresses of x are few where it is read ``by_channels``, eight at once. Halves take 32 positions at a time, not 64:
-    with 64, abs_sum beside sum was wrong by a fifth, and not the same in every run, on an H200 under triton 3.6.0;
-    either of the two alone was right. Why is not known.
+    x needs few addresses if it is read ``by_channels``, eight channels at once. float16 and bfloat16 use 32 positions
+    at a time and not 64. With 64 positions, abs_sum computed together with sum was wrong by a fifth, and differed
+    between runs, on an H200 with triton 3.6.0. Either of the two alone was right. The cause is not known.
     """
     if itemsize > 2:
         return Blocks(16, (64 if by_channels else 32) * 4 // itemsize, 32)
@@ -202,7 +202,7 @@ def blocks(by_channels: bool, itemsize: int, outputs: int) -> Blocks:
 
 @lru_cache(maxsize=4096)
 def partition(block: Blocks, outputs: int, columns: int, positions: int, programs: int) -> tuple[tuple[int, ...], int]:
-    """The grid (blocks of columns, of outputs, splits) and the blocks of positions in a split, from these alone."""
+    """The grid (blocks of columns, blocks of outputs, splits) and the number of blocks of positions in a split."""
     units = triton.cdiv(columns, block.n), triton.cdiv(outputs, block.m)
     run = triton.cdiv(positions, block.k)
     share = triton.cdiv(run, max(1, min(programs // (units[0] * units[1]), run)))
@@ -217,15 +217,16 @@ def conv_grad_signs(
     padding: tuple[int, int],
     wanted: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """sum, abs_sum, sign_sum and nonzero, each [O, I, *kernel_size], as ``reference.conv_grad_signs``; two launches.
+    """sum, abs_sum, sign_sum and nonzero, each [O, I, *kernel_size], as ``reference.conv_grad_signs``, in two launches.
 
-    In the memory format of x. A dy in the other format, and what is dense in neither, is copied first. In planes
-    (NCHW) x is read one by one, since a kernel's offset moves it against 16-byte vectors; 1 x 1 kernels excepted.
+    Results have the memory format of x. A dy in the other format, and tensors that are dense in neither format, are
+    copied first. In planes (NCHW) the elements of x are loaded one by one, because a kernel's offset breaks the
+    alignment to 16 bytes. 1 x 1 kernels have no offset.
     """
     like, acc = layout(x), accumulator(x.dtype)
     (_, inputs, height, width), (outputs, *out_size) = x.shape, dy.shape[1:]
-    places, offsets = out_size[0] * out_size[1], kernel_size[0] * kernel_size[1]
-    positions, columns = dy.shape[0] * places, inputs * offsets
+    plane, offsets = out_size[0] * out_size[1], kernel_size[0] * kernel_size[1]
+    positions, columns = dy.shape[0] * plane, inputs * offsets
     shape = (outputs, *kernel_size, inputs) if like.rows else (outputs, inputs, *kernel_size)
     dtypes = [dtype if want else None for dtype, want in zip((acc, acc, torch.int32, torch.int32), wanted, strict=True)]
 
@@ -240,9 +241,9 @@ def conv_grad_signs(
     if not any(wanted):
         return (None,) * 4
     x, dy = addressed(x, like.rows), addressed(dy, like.rows)
-    same_places = kernel_size == (1, 1) and stride == (1, 1) and padding == (0, 0)
-    # In planes wider types would spill.
-    x_vector = vector(x, like.rows) if like.rows or (same_places and x.element_size() == 2) else 1
+    same_positions = kernel_size == (1, 1) and stride == (1, 1) and padding == (0, 0)
+    # In planes registers would spill for types of more than 2 bytes.
+    x_vector = vector(x, like.rows) if like.rows or (same_positions and x.element_size() == 2) else 1
     block = blocks(like.rows and x_vector > 1, x.element_size(), outputs)
     grid, share = partition(block, outputs, columns, positions, PROGRAMS)
     wide = max(reach(x, like.rows), reach(dy, like.rows), positions + share * block.k) > INT32_OFFSETS
@@ -250,7 +251,7 @@ def conv_grad_signs(
     launch(
         conv_grad_signs_kernel, grid, x.device, x, dy, *parts, *strides(x, like.rows), *strides(dy, like.rows),
         inputs, height, width, outputs, *out_size, positions, *kernel_size, *stride, *padding,
-        block.k // places, block.k // out_size[1] % out_size[0], block.k % out_size[1], share,
+        block.k // plane, block.k // out_size[1] % out_size[0], block.k % out_size[1], share,
         ROWS=like.rows, X_VECTOR=x_vector, DY_VECTOR=vector(dy, like.rows),
         WIDE=wide, BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k,
     )  # fmt: skip
@@ -266,14 +267,14 @@ def conv_grad_signs(
 
 
 def vector(t: Tensor, rows: bool) -> int:
-    """8 where every line of eight elements begins at 16 bytes, else 1."""
+    """8 if every group of eight elements is aligned to 16 bytes, otherwise 1."""
     outer, inner = strides(t, rows)
     step = outer | t.shape[1] if rows else outer | inner | t.shape[2] * t.shape[3]
     return 8 if step % 8 == 0 and t.data_ptr() % 16 == 0 else 1
 
 
 def reach(t: Tensor, rows: bool) -> int:
-    """One more than the largest offset of an element of ``t``."""
+    """The largest offset of an element of ``t``, plus one."""
     n, c, height, width = t.shape
     outer, inner = strides(t, rows)
     if rows:

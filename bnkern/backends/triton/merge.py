@@ -1,4 +1,4 @@
-"""Phase ``merge``: several (count, mean, M2) to one by Chan's formula, and what a forward pass makes of it."""
+"""Phase ``merge``: several (count, mean, M2) to one by Chan's formula, and the statistics of a forward pass."""
 
 import torch
 import triton
@@ -15,7 +15,7 @@ PARTS, CHANNELS = 32, 16  # the block that a program merges at a time
 
 @triton.jit
 def chan(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """Chan, Golub and LeVeque: (count, mean, M2) of a and b together. A part of zero count changes nothing."""
+    """(count, mean, M2) of a and b together, by Chan, Golub and LeVeque. A part with count zero changes nothing."""
     count = count_a + count_b
     delta = mean_b - mean_a
     part = count_b / tl.maximum(count, 1.0)
@@ -24,9 +24,9 @@ def chan(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 @triton.jit
 def merged(counts_ptr, means_ptr, m2s_ptr, parts, channel, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
-    """All parts of the channels [CHANNELS], in their order: a tree over each block, the blocks one by one.
+    """Merges all parts of the channels [CHANNELS] in order: a tree within a block, and the blocks one by one.
 
-    The count returned is exact, in the dtype of the counts; the formula's own is per channel and rounded.
+    The returned count is exact and has the dtype of the counts. The formula uses a rounded count per channel.
     """
     ACC: tl.constexpr = means_ptr.dtype.element_ty
     exact = tl.zeros((), counts_ptr.dtype.element_ty)
@@ -62,7 +62,7 @@ def merge_kernel(
 
 
 def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One (count, mean [C], M2 [C]) from K of them: counts [K], means and m2s [K, C], in the order given."""
+    """Merges counts [K], means [K, C] and m2s [K, C] in order into one (count, mean [C], M2 [C])."""
     counts, means, m2s = counts.contiguous(), means.contiguous(), m2s.contiguous()
     parts, channels = means.shape
     count, (mean, m2) = counts.new_empty(()), means.new_empty((2, channels))
@@ -79,7 +79,7 @@ def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, T
 
 @triton.jit
 def divide(a, b):
-    """a / b as IEEE rounds it."""
+    """a / b, rounded as in IEEE 754."""
     if b.dtype == tl.float64:
         return a / b
     else:
@@ -88,7 +88,7 @@ def divide(a, b):
 
 @triton.jit
 def inverse_root(v):
-    """1 / sqrt(v), both as IEEE rounds them."""
+    """1 / sqrt(v), with both operations rounded as in IEEE 754."""
     if v.dtype == tl.float64:
         return 1.0 / tl.sqrt(v)
     else:
@@ -101,18 +101,19 @@ def statistics_kernel(
     parts_ptr, record_ptr, parts, channels, total, momentum: tl.float64, eps: tl.float64,
     training, has_running, cumulative, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """mean and invstd of the parts, or of the running statistics where there are no parts; updates the latter.
+    """mean and invstd from the parts, or from the running statistics if there are no parts. Parts update the latter.
 
-    A cumulative momentum is 1 / counter, which one program may then read and raise; else it is raised by the first.
-    With ``record_ptr`` a second line of programs folds the record, and begins the tallies in its last row.
+    The first program increments the counter. A cumulative momentum is 1 / counter, and then there is one program that
+    reads and increments it. With ``record_ptr`` a second row of programs joins the parts of the record, and sets the
+    tallies in its last row to zero.
     """
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
-    if record_ptr is not None:  # noqa: SIM102 (known when compiling; the other is not)
+    if record_ptr is not None:  # noqa: SIM102 (only this condition is known at compile time)
         if tl.program_id(1) == 1:
             for first in range(tl.program_id(0) * CHANNELS, channels, tl.num_programs(0) * CHANNELS):
                 channel = first + tl.arange(0, CHANNELS)
                 fold_moments(parts_ptr, record_ptr, total, parts, channel, channels, PARTS, CHANNELS)
-                zero = tl.zeros((CHANNELS,), tl.float64)  # of all bits 0, as the integer
+                zero = tl.zeros((CHANNELS,), tl.float64)  # all bits are 0, as for the integer 0
                 tl.store(record_ptr + 7 * channels + channel, zero, mask=channel < channels)
             return
     share = momentum
@@ -137,16 +138,17 @@ def statistics_kernel(
         tl.store(mean_ptr + channel, mean, mask=valid)
         tl.store(invstd_ptr + channel, inverse_root(var + tl.full((CHANNELS,), eps, ACC)), mask=valid)
     if tracked_ptr is not None:
-        tl.debug_barrier()  # no thread raises the counter before all have read it
+        tl.debug_barrier()  # all threads must read the counter before one increments it
         if (training != 0) & (tl.program_id(0) == 0):
             tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
 
 
 def statistics(parts: tuple[Tensor, ...] | None, count: int, call: ForwardCall) -> tuple[Tensor, Tensor]:
-    """mean and invstd [C] of partial moments of ``count`` values, with which the running statistics are updated.
+    """mean and invstd [C] from partial moments of ``count`` values, which also update the running statistics.
 
-    Without parts: those of the running statistics, which then stay as they are. ``call.record`` [8, C], of which the
-    parts must hold parts, is filled but for the last row, which becomes 0; without parts it is left alone.
+    Without parts they come from the running statistics, which are not changed. If there is a ``call.record`` [8, C],
+    the parts must include the parts of the record. It is filled, except for its last row, which becomes 0. Without
+    parts it is not written.
     """
     running_mean, record = call.running_mean, call.record
     training, has_running = parts is not None, running_mean is not None

@@ -1,4 +1,4 @@
-"""Phase ``moments``: count, mean and M2 of every channel, by local two-pass sums merged with Chan's formula."""
+"""Phase ``moments``: count, mean and M2 of every channel, from two-pass sums of tiles, merged with Chan's formula."""
 
 import torch
 import triton
@@ -14,9 +14,9 @@ from .records import about, owned, write_part
 
 @triton.jit
 def no_moments(ACC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr):
-    """What lanes know before their first value: count, pivot, mean, M2 and, for records, M3, M4, least, largest.
+    """The state of lanes before their first value: count, pivot, mean, M2 and, for records, M3, M4, least, largest.
 
-    Lanes of an octet share a count unless a line may end within, or one of the rows that it is made of.
+    The lanes of an octet share one count, unless a line, or one of the rows in a line, may end within an octet.
     """
     COUNTED: tl.constexpr = 1 if (ROWS and not FLAT) or ALIGN == 8 else 8
     zero = tl.zeros((GROUP, 8), ACC)
@@ -26,8 +26,8 @@ def no_moments(ACC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FLAT:
 
 @triton.jit
 def counted(line, octet, valid, lines, length, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr):
-    """Which lanes have a value, [GROUP, 1] where that is the same for those of an octet, else ``valid``."""
-    if ROWS and not FLAT:  # lanes beyond the last channel may count: their results are dropped
+    """Whether lanes have a value: [GROUP, 1] if it is the same for all lanes of an octet, otherwise ``valid``."""
+    if ROWS and not FLAT:  # lanes beyond the last channel may count, because their results are not stored
         return line < lines
     elif ALIGN == 8:
         return (line < lines) & (octet * 8 < length * ALIGN)
@@ -37,10 +37,10 @@ def counted(line, octet, valid, lines, length, ROWS: tl.constexpr, FLAT: tl.cons
 
 @triton.jit
 def add_tile(lanes, xs, valid, tile_count, UNROLL: tl.constexpr, RECORD: tl.constexpr):
-    """The moments of lanes that have seen the values ``xs`` of a tile as well, UNROLL each, where ``valid``.
+    """Adds the values ``xs`` of a tile, UNROLL for each lane, to the moments of the lanes, where ``valid``.
 
-    They are about the first value that a lane sees, its pivot, so that they are small numbers however large the mean,
-    and zero in a constant channel.
+    Means are relative to the first value of a lane, its pivot. So they are small even if the mean is large, and zero in
+    a constant channel.
     """
     count, pivot, mean, m2, m3, m4, least, largest = lanes
     tile_mean = tl.zeros_like(mean)
@@ -59,7 +59,7 @@ def add_tile(lanes, xs, valid, tile_count, UNROLL: tl.constexpr, RECORD: tl.cons
             tile_m3 = tl.fma(square, deviation, tile_m3)
             tile_m4 = tl.fma(square, square, tile_m4)
             value = xs[u].to(mean.dtype)
-            least = tl.where(valid[u] & (value < least), value, least)  # NaN is neither
+            least = tl.where(valid[u] & (value < least), value, least)  # ignores NaN, as does the next line
             largest = tl.where(valid[u] & (value > largest), value, largest)
     total, middle, m2_of_both = chan(count, mean, m2, tile_count, tile_mean, tile_m2)
     if RECORD:
@@ -72,7 +72,7 @@ def add_tile(lanes, xs, valid, tile_count, UNROLL: tl.constexpr, RECORD: tl.cons
 
 @triton.jit
 def join_lanes(lanes, WIDTH: tl.constexpr, RECORD: tl.constexpr):
-    """All lanes of each of WIDTH channels into one: its count, a centre, the mean's distance from it, and the rest."""
+    """Joins the lanes of each of WIDTH channels: count, a centre, the mean relative to the centre, and the rest."""
     count, pivot, mean, m2, m3, m4, least, largest = lanes
     LANES: tl.constexpr = mean.numel // WIDTH
     count = tl.reshape(tl.broadcast_to(count, mean.shape), (LANES, WIDTH))
@@ -95,7 +95,8 @@ def join_lanes(lanes, WIDTH: tl.constexpr, RECORD: tl.constexpr):
 
 @triton.jit
 def write_moments(parts_ptr, joined, part, channel, channels, valid):
-    """The first seven rows of a part of ``records.ACTIVATION``. The mean is not rounded: M3 would feel it."""
+    """Writes the first seven rows of a part of ``records.ACTIVATION``. The mean is not rounded, because rounding would
+    change M3."""
     count, centre, mean, m2, m3, m4, least, largest = joined
     mean = centre.to(tl.float64) + mean.to(tl.float64)
     write_part(parts_ptr, (count, mean, m2, m3, m4, least, largest), 0, 8, part, channel, channels, valid)
@@ -108,7 +109,7 @@ def moments_kernel(
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One row of partial (count, mean, M2) per split; with ``parts_ptr`` a part of the record as well."""
+    """One row of partial (count, mean, M2) for each split and, with ``parts_ptr``, a part of the record."""
     ACC: tl.constexpr = means_ptr.dtype.element_ty
     RECORD: tl.constexpr = parts_ptr is not None
     first = tl.program_id(1) * share
@@ -139,7 +140,7 @@ def moments_kernel(
 
 
 def partial_moments(x: Tensor, recording: bool = False) -> tuple[Tensor, ...]:
-    """Counts [K], means [K, C] and M2s [K, C] of the K parts into which the partition cuts each channel of x.
+    """Counts [K], means [K, C] and M2s [K, C] of the K parts into which the partition divides each channel of x.
 
     If ``recording`` also the parts [K, 8, C] of ``records.ACTIVATION``, without their last row.
     """

@@ -1,11 +1,11 @@
-"""What the kernels record: how the parts that their programs write are joined into a record.
+"""The parts of records that the programs of kernels write, and how they are joined into a record.
 
-Parts are float64 tensors [K, rows, C]. They are added in the order of their numbers, a tree over each block, the
-blocks one by one, so that nothing depends on which program ended first. Only the count of what is above zero is
-added by atomics, on integers.
+Parts are float64 tensors [K, rows, C]. They are added in the order of their numbers, in a tree within a block and then
+block by block. So the result does not depend on which program ended first. Only the count of values above zero is
+added with atomics, on integers.
 
-The fold of a record runs in a kernel that is launched anyway, as programs beside those that do its work; where none
-is, in one of two small ones here: one more launch for ``record`` without batch statistics, one for
+If possible, additional programs of a kernel that is launched anyway join the parts. In two cases there is no such
+kernel, and one of the two small kernels of this file is launched: for ``record`` without batch statistics, and for
 ``record_gradient``.
 """
 
@@ -17,8 +17,8 @@ from ..records import GRADIENT
 from .common import kernel, launch
 
 PARTS, CHANNELS = 32, 16  # the block that a program adds at a time
-# A tally of a channel: how many values are above zero and, from this bit on, how many parts have told theirs.
-TOLD = tl.constexpr(40)
+# A tally of a channel has the number of values above zero and, from this bit on, the number of parts that were added.
+PARTS_BIT = tl.constexpr(40)
 
 
 # -------------------------------------------------------------------------------- one program's part of a record
@@ -26,9 +26,9 @@ TOLD = tl.constexpr(40)
 
 @triton.jit
 def owned(channels, WIDTH: tl.constexpr, FLAT: tl.constexpr):
-    """A program's columns [WIDTH]: the parts that they are, their channels, and which exist.
+    """A program's columns [WIDTH]: their parts, their channels, and whether they exist.
 
-    FLAT: a line is eight rows, and so holds eight parts of each channel.
+    FLAT: a line is eight rows, so it has eight parts of each channel.
     """
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     if FLAT:
@@ -47,22 +47,23 @@ def write_part(parts_ptr, values, first, rows, part, channel, channels, valid):
 
 @triton.jit
 def columns_sum(values, WIDTH: tl.constexpr):
-    """The lanes [GROUP, 8] of each of a program's columns [WIDTH], added."""
+    """Adds the lanes [GROUP, 8] of each of a program's columns [WIDTH]."""
     return tl.sum(tl.reshape(values, (values.numel // WIDTH, WIDTH)), 0)
 
 
 @triton.jit
 def tell(tally_ptr, record_ptr, counted, parts, channel, valid):
-    """Adds a part to its channels' tallies, which begin at 0; whoever completes one writes the count in its place.
+    """Adds a part to the tallies of its channels, which begin at 0. The program that adds the last part replaces the
+    tally with the count.
 
-    Integers make the same sum in any order, and the sum itself says when it is complete, so nothing is waited for.
+    The sum of integers does not depend on the order, and a tally shows whether it is complete, so no program waits.
     ``tally_ptr`` and ``record_ptr`` are one row of the record, as int64 and as float64.
     """
-    one = tl.full(counted.shape, 1, tl.int64) << TOLD
-    told = one + counted.to(tl.int64)
-    total = tl.atomic_add(tally_ptr + channel, told, mask=valid, sem="relaxed") + told
+    one = tl.full(counted.shape, 1, tl.int64) << PARTS_BIT
+    summand = one + counted.to(tl.int64)
+    total = tl.atomic_add(tally_ptr + channel, summand, mask=valid, sem="relaxed") + summand
     count = total & (one - 1)
-    tl.store(record_ptr + channel, count.to(tl.float64), mask=valid & ((total >> TOLD) == parts))
+    tl.store(record_ptr + channel, count.to(tl.float64), mask=valid & ((total >> PARTS_BIT) == parts))
 
 
 # ------------------------------------------------------------------------------------------- all parts of a record
@@ -70,11 +71,11 @@ def tell(tally_ptr, record_ptr, counted, parts, channel, valid):
 
 @triton.jit
 def about(count, m2, m3, m4, delta):
-    """sum d^3 and sum d^4, d being the distances from a centre that lies ``delta`` below the mean.
+    """sum d^3 and sum d^4, where d are the distances from a centre that is ``delta`` below the mean.
 
-    m2, m3 and m4 are the same sums about the mean. The binomial theorem, with sum (d - delta) = 0: parts brought to
-    one centre just add. Source: Pebay, "Formulas for robust, one-pass parallel computation of covariances and
-    arbitrary-order statistical moments", 2008.
+    m2, m3 and m4 are the sums about the mean. This is the binomial theorem, with sum (d - delta) = 0. The sums of parts
+    about the same centre can be added. Source: Pebay, "Formulas for robust, one-pass parallel computation of
+    covariances and arbitrary-order statistical moments", 2008.
     """
     squares = delta * delta * count
     third = tl.fma(delta, tl.fma(m2, 3.0, squares), m3)
@@ -83,7 +84,7 @@ def about(count, m2, m3, m4, delta):
 
 @triton.jit
 def block(parts_ptr, row, rows, first, parts, channel, channels, PARTS: tl.constexpr):
-    """A row [PARTS, CHANNELS] of the parts from ``first`` on; 0 where there is none."""
+    """A row of the parts from ``first`` on, [PARTS, CHANNELS]. It is 0 for parts and channels that do not exist."""
     part = (first + tl.arange(0, PARTS))[:, None]
     valid = (part < parts) & (channel < channels)[None, :]
     offsets = (part.to(tl.int64) * rows + row) * channels + channel[None, :]
@@ -94,7 +95,7 @@ def block(parts_ptr, row, rows, first, parts, channel, channels, PARTS: tl.const
 def fold_row(
     parts_ptr, row, rows, record_ptr, to, parts, channel, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """Row ``to`` of a record: row ``row`` of all parts, added."""
+    """Writes row ``to`` of a record, which is the sum of row ``row`` of all parts."""
     total = tl.zeros((CHANNELS,), tl.float64)
     for first in range(0, parts, PARTS):
         total += tl.sum(block(parts_ptr, row, rows, first, parts, channel, channels, PARTS), 0)
@@ -105,7 +106,7 @@ def fold_row(
 def fold_moments(
     parts_ptr, record_ptr, count, parts, channel, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """The first seven rows of ``records.ACTIVATION``: parts brought to the mean of all ``count`` values."""
+    """Writes the first seven rows of ``records.ACTIVATION``, about the mean of all ``count`` values."""
     valid = channel < channels
     count = tl.full((CHANNELS,), count, tl.float64)
     mean = tl.zeros((CHANNELS,), tl.float64)
@@ -148,7 +149,7 @@ def activation_kernel(
 
 
 def fold_activation(parts: Tensor, record: Tensor, count: int) -> None:
-    """``record`` [8, C] of its parts [K, 8, C], of ``count`` values per channel together."""
+    """Fills ``record`` [8, C] from its parts [K, 8, C], which have ``count`` values per channel together."""
     grid = (triton.cdiv(parts.shape[2], CHANNELS), 2)
     launch(
         activation_kernel, grid, parts.device, parts, record, len(parts), parts.shape[2], count,
@@ -160,7 +161,7 @@ def fold_activation(parts: Tensor, record: Tensor, count: int) -> None:
 def gradient_kernel(
     parts_ptr, record_ptr, parts, channels, count, PARTS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """A row per program; that of the count is the same everywhere, and not in the parts."""
+    """Each program writes one row. The count is the same for all channels, and parts do not have it."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row, rows = tl.program_id(1), tl.num_programs(1)
     if row == 0:
@@ -170,7 +171,7 @@ def gradient_kernel(
 
 
 def fold_gradient(parts: Tensor, record: Tensor, count: int) -> None:
-    """``record`` [7, C] of ``count`` values per channel, from its parts [K, 6, C]: all rows but the count."""
+    """Fills ``record`` [7, C] for ``count`` values per channel, from its parts [K, 6, C], which lack the count."""
     grid = (triton.cdiv(parts.shape[2], CHANNELS), len(GRADIENT))
     launch(
         gradient_kernel, grid, parts.device, parts, record, len(parts), parts.shape[2], count,

@@ -20,6 +20,6 @@ PyObject* native_module() {
   return module;
 }
 void know_device(const bnkern::CudaDevice* device, std::int64_t single_read_from) {
-  bnkern::know_cuda_device(0, *device, single_read_from);
+  bnkern::register_cuda_device(0, *device, single_read_from);
 }
 }
