@@ -1,13 +1,14 @@
-// Storage types and the one switch from a run-time dtype code to them.
+// The storage types, and the only switch from a dtype code at run time to a storage type.
 #pragma once
 
 #include <cstdint>
 
-// Functions for the host and for CUDA.
+// Marks functions that are compiled for the host and for CUDA.
 #ifdef __CUDACC__
 #define BNKERN_HD __host__ __device__ __forceinline__
 #else
-// Always inlined, so that no copy compiled for one instruction set is ever linked into another's.
+// These functions are always inlined. Otherwise the linker could use a copy that was compiled for one instruction set
+// in the code of another.
 #define BNKERN_HD __attribute__((always_inline)) inline
 #endif
 
@@ -34,7 +35,7 @@ struct AccumulatorOf<double> {
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
-// Calls f with a null pointer of the storage type: with_dtype(d, [&](auto* t) { using T = ...; }).
+// Calls f with a null pointer to the storage type: with_dtype(d, [&](auto* t) { using T = ...; }).
 template <class F>
 __attribute__((always_inline)) inline void with_dtype(DType dtype, F f) {
   switch (dtype) {
