@@ -1,5 +1,5 @@
-// Where and how an activation changes values. Forward and backward ask the packed value z, which is the one that is
-// stored or would be, so that they cannot disagree.
+// The activations. Forward and backward both test z after it was rounded to the storage type, so both compute the same
+// mask.
 #pragma once
 
 #include "../params.h"
@@ -7,7 +7,7 @@
 
 namespace bnkern::BNKERN_ISA {
 
-// z, or a gradient at z, after an activation; `positive`: not (z <= 0). Lanes: Vec or Packed.
+// Applies an activation to z, or to the gradient at z. `positive` is the mask of not (z <= 0). Lanes is Vec or Packed.
 template <class Lanes, class Mask>
 BNKERN_INLINE Lanes activate(Activation act, Lanes lanes, Mask positive) {
   switch (act) {

@@ -1,4 +1,4 @@
-// grad_sums and grad_input over all tiles, and the coefficients between them.
+// grad_sums and grad_input over all tiles. Adds up the partial sums, and computes the coefficients of grad_input.
 #include "cpu.h"
 #include "drive.h"
 

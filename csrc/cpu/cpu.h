@@ -1,4 +1,4 @@
-// What the CPU part offers to bind.cpp: the kernels of the instruction set chosen at run time.
+// The interface of the CPU kernels, whose instruction set is chosen at run time.
 #pragma once
 
 #include <string>
@@ -7,8 +7,8 @@
 
 namespace bnkern {
 
-// conv3x3: x [N, I, H, W] and y [N, O, H, W], float32, dense in channels_last, I and O multiples of 16; the weight's
-// strides are free, and may be negative.
+// A call of conv3x3. x is [N, I, H, W] and y is [N, O, H, W]. Both are float32 and contiguous in channels_last, and I
+// and O are multiples of 16. The weight may have any strides, also negative ones.
 struct Conv3x3 {
   const float* x;
   std::int64_t n, inputs, outputs, h, w;
@@ -27,15 +27,15 @@ struct CpuKernels {
   void (*conv3x3)(const Conv3x3&);
 };
 
-// The best that this machine runs, or the one named by BNKERN_ISA in the environment ("avx512", "avx2",
-// "generic"). Throws std::runtime_error where a named one cannot run here.
+// The kernels of the best instruction set of this machine, or of the one that BNKERN_ISA names in the environment
+// ("avx512", "avx2" or "generic"). Throws std::runtime_error if the machine or the build does not have that one.
 const CpuKernels& cpu_kernels();
 
-// Whether instructions may be used that not every machine with such a set has: not with BNKERN_EXTENSIONS=0, by which
-// the others are tested.
+// Whether kernels may use instructions that only some machines with the instruction set have. BNKERN_EXTENSIONS=0
+// forbids them, so that the tests can run the code for the other machines.
 bool with_extensions();
 
-// One definition per instruction set, from the same sources. The tensors must not be empty.
+// Each instruction set has its own definitions, compiled from the same sources. The tensors must not be empty.
 #define BNKERN_DECLARE_ISA(isa)                 \
   namespace isa {                               \
   void forward(const Forward& p);               \

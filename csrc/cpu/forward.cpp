@@ -1,4 +1,4 @@
-// moments and normalize over all tiles: how partial moments are joined, and the coefficients made of them.
+// moments and normalize over all tiles. Joins the partial moments, and computes the coefficients from them.
 #include <cmath>
 #include <limits>
 
@@ -9,9 +9,10 @@ namespace bnkern::BNKERN_ISA {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr std::int64_t kActiveRow = 7;  // of a record; the others are written from the first on
+constexpr std::int64_t kActiveRow =
+    7;  // the row of a record that normalize computes; moments computes the rows before it
 
-// Joins a tile's (mean, M2) to those of the tiles before it.
+// Joins (mean, M2) of a tile to those of the previous tiles.
 void join_moments(std::int64_t channels, double before, const Rows<double>& total, double count,
                   const Rows<double>& tile) {
   if (before == 0) {
@@ -19,14 +20,15 @@ void join_moments(std::int64_t channels, double before, const Rows<double>& tota
     std::memcpy(total[kM2], tile[kM2], channels * sizeof(double));
     return;
   }
-  // chan_merge with its ratio of counts, the same for all channels, taken out of the loop.
+  // The same formula as chan_merge. The ratio of counts is the same for all channels, so it is computed before the
+  // loop.
   const double share = count / (before + count), weight = before * share;
   for (std::int64_t c = 0; c < channels; ++c) {
     chan_join(&total[kMean][c], &total[kM2][c], tile[kMean][c], tile[kM2][c], share, weight);
   }
 }
 
-// The rows that a record has besides, before join_moments() changes mean and M2.
+// Joins the rows that only a record needs. Call it before join_moments(), which changes the mean and M2 that it reads.
 void join_higher(std::int64_t channels, double before, const Rows<double>& total, double count,
                  const Rows<double>& tile) {
   if (before == 0) {
@@ -48,7 +50,7 @@ void join_higher(std::int64_t channels, double before, const Rows<double>& total
   for (std::int64_t c = 0; c < channels; ++c) total[kMax][c] = largest(tile[kMax][c], total[kMax][c]);
 }
 
-// How many values wide channel v saw.
+// The number of values of wide channel v.
 double values_of(const Partition& part, std::int64_t v) {
   if (!part.shape.rows) return static_cast<double>(part.count());
   return static_cast<double>(part.rows + (v < part.leftover));
@@ -112,7 +114,7 @@ class ForwardPhases : public Phases<T> {
         }
         all = chan_merge(all, column);
       }
-      const double m2 = all.m2 < 0 ? 0 : all.m2;  // rounding only; NaN stays
+      const double m2 = all.m2 < 0 ? 0 : all.m2;  // rounding may make it negative; NaN stays NaN
       if (record_) {
         const double m4 = higher.m4 < 0 ? 0 : higher.m4;
         write_record(p_.record, p_.shape.c, c, {all.count, all.mean, m2, higher.m3, m4, low, high});
@@ -148,7 +150,7 @@ class ForwardPhases : public Phases<T> {
     write(running, c, read(running, c, 0.0) * (1 - momentum_) + batch * momentum_);
   }
 
-  // Without moments: the statistics that the call brings, the running ones, or none.
+  // For a call without moments. Uses the running statistics, the statistics of the call, or none.
   void use_given_statistics() {
     for (std::int64_t group = 0; group < this->part.groups; ++group)
       for_channels(this->part, group, [&](std::int64_t c, const Columns& columns) {
@@ -174,8 +176,8 @@ class ForwardPhases : public Phases<T> {
   }
 
   const Forward& p_;
-  // A record's moments ride in the phase moments. Where that does not run they are taken of a tile right before it is
-  // normalised, as one phase, which then counts as measuring.
+  // The phase moments computes the moments of a record. In a call with a record but without moments (as_one_), the
+  // first phase computes the moments of a tile and then normalises the tile. Such a call has no second phase.
   const bool record_, as_one_;
   const std::int64_t width_;
   Workspace space_;

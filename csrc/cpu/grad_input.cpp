@@ -1,6 +1,6 @@
-// grad_input: dx = weight * invstd * (g - sum g / M - xhat * sum g xhat / M), or weight * invstd * g in eval
-// mode, and the residual's gradient g. One read of dy and x, one write each. For a record, sums and counts of
-// signs of dx, as stored.
+// grad_input computes dx = weight * invstd * (g - sum g / M - xhat * sum g xhat / M), or weight * invstd * g in eval
+// mode, and the gradient g of the residual. It reads dy and x once, and writes each result once. For a record it also
+// computes sums of dx and the numbers of its positive, negative and zero values, all of dx as it is stored.
 #include "gradient.h"
 #include "sums.h"
 
@@ -21,7 +21,7 @@ struct InputSums : Sums<A, kRecordedGradInputRows> {
   }
 };
 
-// A span of the tensors read and written.
+// One span of all tensors that the phase reads and writes.
 template <MaskSource source, class Channel, class T>
 struct InputSpan {
   using A = Accumulator<T>;

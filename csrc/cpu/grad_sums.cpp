@@ -1,12 +1,13 @@
-// grad_sums: sum g and sum g * xhat per channel, the gradients of bias and weight. One read of dy and x. For a
-// record, absolute sums and counts of signs of the summands g and g * xhat.
+// grad_sums computes sum g and sum g * xhat of each channel, which are the gradients of bias and weight. It reads dy
+// and x once. For a record it also computes the absolute sums, the sums of signs and the numbers of zeros of the
+// summands g and g * xhat.
 #include "gradient.h"
 #include "sums.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-// What a record adds to the two sums.
+// The sums that a record needs in addition to sum g and sum g * xhat.
 template <class A>
 struct SummandSizes : Sums<A, kRecordedGradSumsRows> {
   using V = Vec<A>;
@@ -68,7 +69,7 @@ BNKERN_INLINE void planes_tile(const Partition& part, const Tensors<T>& t, const
   if constexpr (record) sizes.fold(sizes_out);
 }
 
-// Sums are arrays over the group's channels.
+// Every lane is a channel, so the sums are arrays over the group's channels.
 template <MaskSource source, class Channel, bool record, class T>
 BNKERN_INLINE void rows_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                              std::int64_t group, std::int64_t tile, Rows<double> out, Rows<Accumulator<T>> sizes_out) {

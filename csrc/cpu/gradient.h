@@ -1,4 +1,4 @@
-// What grad_sums and grad_input share: g, the gradient before the activation.
+// Computes g, the gradient before the activation, for grad_sums and grad_input.
 #pragma once
 
 #include "activation.h"
@@ -6,10 +6,10 @@
 
 namespace bnkern::BNKERN_ISA {
 
-// Where the mask of positive z comes from. kAny: decided at run time.
+// The source of the mask of positive z. With kAny it is chosen at run time.
 enum class MaskSource { kNone, kSaved, kRecomputed, kAny };
 
-// g and xhat at element i of a span; n lanes of them where n < 16, zeros in the others.
+// g and xhat of the n lanes from element i of a span. If n < 16, the other lanes are zero.
 template <MaskSource source, class Channel, class T>
 struct Gradient {
   using A = Accumulator<T>;
@@ -35,13 +35,14 @@ struct Gradient {
   BNKERN_INLINE V xhat(std::int64_t i, int n = kLanes) const {
     __builtin_prefetch(x + i + x_ahead);
     if (n == kLanes) return standardize(load(x + i), mean[i], invstd[i]);
-    return standardize(load_some(x + i, n), mean[i], invstd[i]).keep(first_lanes<V>(n));  // -mean * invstd may overflow
+    // The other lanes are cleared, because (0 - mean) * invstd may overflow.
+    return standardize(load_some(x + i, n), mean[i], invstd[i]).keep(first_lanes<V>(n));
   }
   BNKERN_INLINE V g(std::int64_t i, V xhat, int n = kLanes) const {
     __builtin_prefetch(dy + i + dy_ahead);
     return before_activation(i, xhat, n, n == kLanes ? load(dy + i) : load_some(dy + i, n));
   }
-  // The same as stored. ReLU's are values of dy and zeros, which need no rounding.
+  // g as it is stored. With ReLU its values are values of dy or zero, so they need no rounding.
   BNKERN_INLINE Packed<T> stored_g(std::int64_t i, V xhat) const {
     __builtin_prefetch(dy + i + dy_ahead);
     return before_activation(i, xhat, kLanes, Packed<T>::read(dy + i));
@@ -59,8 +60,8 @@ struct Gradient {
   }
 };
 
-// Calls f.template operator()<MaskSource, Channel>() for this call's mask and layout. For vectors of several parts one
-// instance serves all masks, at the cost of a branch per vector.
+// Calls f.template operator()<MaskSource, Channel>() for this call's mask and layout. If a vector has several parts of
+// the compiler's types, one instance serves all masks. This costs a branch for each vector.
 template <class A, class T, class F>
 BNKERN_INLINE void with_mask_source(const Partition& part, const Tensors<T>& t, F f) {
   const auto with_channel = [&]<class Channel>() __attribute__((always_inline)) {

@@ -1,5 +1,5 @@
-// normalize: y = act(round(weight * ((x - mean) * invstd) + bias + residual)) and the mask's bits, one
-// read of x and the residual, one write of y. For a record, how many y are above zero.
+// normalize computes y = act(round(weight * ((x - mean) * invstd) + bias + residual)) and the bits of the mask. It
+// reads x and the residual once, and writes y once. For a record it also counts the values of y above zero.
 #include "activation.h"
 #include "sums.h"
 
@@ -12,7 +12,7 @@ struct OutputSums : Sums<A, kRecordedNormalizeRows> {
   BNKERN_INLINE void add(V y, V one) { this->row[kActive] = this->row[kActive].plus_where_positive(y, one); }
 };
 
-// A span of the tensors read and written.
+// One span of all tensors that the phase reads and writes.
 template <class Channel, class T>
 struct OutputSpan {
   using A = Accumulator<T>;

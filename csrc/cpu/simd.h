@@ -1,10 +1,10 @@
-// One logical vector of 16 lanes on every machine: one AVX-512 register, two AVX2 registers, or an array of the
-// compiler's vector types. All kernels use it, so every instruction set gives the same bits.
+// A vector of 16 lanes for every machine. It is one AVX-512 register, two AVX2 registers, or an array of the compiler's
+// vector types. All kernels use it, so every instruction set gives the same bits.
 //
 //   Vec<float>, Vec<double>   16 accumulator lanes
 //   Mask                      16 booleans, to and from 16 bits
 //
-// storage.h has the types of values in memory, and loads and stores of them.
+// storage.h has the types of values in memory, and their loads and stores.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ constexpr int kLanes = 16;
 inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
 
-// ------------------------------------------- parts by the compiler's vector types: any machine, and double
+// ------------------------------------------- arrays of the compiler's vector types, for any machine and for double
 
 #if defined(__AVX512F__)
 constexpr int kRegisterBytes = 64;
@@ -36,8 +36,8 @@ constexpr int kRegisterBytes = 32;
 constexpr int kRegisterBytes = 16;
 #endif
 
-// 16 lanes in registers of the machine. Loops over single lanes would be unrolled and joined again by the compiler,
-// which takes it twice to three times as long and gives slower code.
+// 16 lanes as registers of the machine. With loops over single lanes the compiler would unroll the loops and join the
+// lanes again. This takes two to three times as long to compile, and the code is slower.
 template <class A>
 struct Registers {
   typedef A Register __attribute__((vector_size(kRegisterBytes)));
@@ -122,8 +122,8 @@ struct ArrayVec : Registers<A> {
     for (int k = 0; k < kCount; ++k) v.part[k] = (Register)((Bits)part[k] & ~sign);
     return v;
   }
-  // For counts, which are never -0: adds b in the lanes where d is above zero, below zero, or zero, or adds the sign of
-  // d. NaN is none of these.
+  // For counts, which are never -0. They add b in the lanes where d is above zero, below zero, or zero, or they add the
+  // sign of d. NaN is none of these.
 #define BNKERN_COUNT(name, condition)                                                                          \
   BNKERN_INLINE ArrayVec name(ArrayVec d, ArrayVec b) const {                                                  \
     return *this + b.keep(d.mask_of([](Register v) __attribute__((always_inline)) { return v condition 0; })); \
@@ -290,7 +290,7 @@ struct VecOf<float> {
 template <class A>
 using Vec = typename VecOf<A>::type;
 
-// Whether a vector has several parts of the compiler's types. Its code is longer and slower to compile, so fewer
+// Whether a vector is an array of the compiler's vector types. Its code is longer and slower to compile, so fewer
 // instances are compiled and kernels unroll less.
 template <class A>
 constexpr bool kArrayVec = std::is_same_v<Vec<A>, ArrayVec<A>>;
@@ -301,7 +301,7 @@ BNKERN_INLINE typename V::Mask first_lanes(int n) {
   return V::Mask::from_bits(static_cast<std::uint16_t>((1 << n) - 1));
 }
 
-// Reduce the lanes in a fixed tree: their sum, the smallest and the largest of them.
+// Reduce the lanes in a fixed tree to their sum, their minimum or their maximum.
 template <class A, class F>
 BNKERN_INLINE A fold(Vec<A> v, F f) {
   A lane[kLanes];

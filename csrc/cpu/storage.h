@@ -1,9 +1,9 @@
-// Values as stored: how they become lanes and lanes become them.
+// Conversion between the values of a tensor in memory and vectors of 16 lanes.
 //
-//   Packed<T>                 16 values as stored, rounded to nearest even as torch does; wide() gives their lanes
-//   load<T>, load_some<T>     from storage; the second only the first n lanes, zeros or a given value in the others
-//   load_two<T>               32 values in an order that is quick to make; put_in_order<T> undoes it
-//   put<T>, put_some<T>       to storage
+//   Packed<T>                 16 values of storage type, rounded to nearest even as in torch; wide() returns their
+//   lanes load<T>, load_some<T>     load 16 values, or the first n with zeros or a given value in the other lanes
+//   load_two<T>               loads 32 values in an order that is fast to produce; put_in_order<T> restores the order
+//   put<T>, put_some<T>       store 16 values, or the first n
 #pragma once
 
 #include "../dtype.h"
@@ -50,7 +50,7 @@ BNKERN_INLINE __m256i bfloat16_bits(__m256 a) {
   return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
 }
 BNKERN_INLINE HalfLanes narrow(FloatVec a, BFloat16*) {
-  // packus works within 128-bit halves; the permutation puts the quarters back in order.
+  // packus works within 128-bit halves. The permutation restores the order of the quarters.
   const __m256i packed = _mm256_packus_epi32(bfloat16_bits(a.lo), bfloat16_bits(a.hi));
   return _mm256_permute4x64_epi64(packed, 0xd8);
 }
@@ -71,13 +71,13 @@ BNKERN_INLINE std::uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// One value at a time: channel vectors, and the machines without vector conversions.
+// Conversions of one value, for channel vectors and for machines without vector conversions.
 BNKERN_INLINE float widen(BFloat16 h) { return bits_to_float(std::uint32_t{h.bits} << 16); }
 BNKERN_INLINE float widen(Float16 h) {
   const std::uint32_t sign = (h.bits & 0x8000u) << 16, exponent = h.bits >> 10 & 31u, digits = h.bits & 0x3ffu;
   if (exponent == 31) return bits_to_float(sign | 0x7f800000u | digits << 13);
   if (exponent) return bits_to_float(sign | (exponent + 112) << 23 | digits << 13);
-  const float tiny = static_cast<float>(digits) * 0x1p-24f;  // subnormal: exact
+  const float tiny = static_cast<float>(digits) * 0x1p-24f;  // a subnormal value, converted exactly
   return sign ? -tiny : tiny;
 }
 BNKERN_INLINE float widen(float value) { return value; }
@@ -91,11 +91,11 @@ BNKERN_INLINE void narrow(float value, Float16* out) {
   const std::uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
   std::uint32_t half;
   if (size > 0x7f800000u) {
-    half = 0x7e00u | (size >> 13 & 0x3ffu);  // NaN, made quiet, the upper payload kept: as F16C does
+    half = 0x7e00u | (size >> 13 & 0x3ffu);  // a quiet NaN that keeps the upper bits of the payload, as in F16C
   } else if (size >= 0x477ff000u) {
     half = 0x7c00u;  // rounds to infinity
   } else if (size < 0x38800000u) {
-    // Subnormal: the addition aligns the digits with those of 0.5 and rounds to nearest even.
+    // The result is subnormal. The addition aligns its digits with those of 0.5 and rounds to nearest even.
     half = float_to_bits(bits_to_float(size) + 0.5f) - 0x3f000000u;
   } else {
     half = (size - 0x38000000u + 0xfffu + (size >> 13 & 1)) >> 13;
@@ -110,9 +110,9 @@ BNKERN_INLINE void narrow(double value, double* out) { *out = value; }
 BNKERN_INLINE Vec<float> load(const float* p) { return Vec<float>::load(p); }
 BNKERN_INLINE Vec<double> load(const double* p) { return Vec<double>::load(p); }
 
-// A vector as memory holds it. above_zero() is where not (value <= 0), so that NaN is included.
+// A vector in its form in memory. above_zero() is the mask of not (value <= 0), which includes NaN.
 template <class T>
-struct Packed {  // float and double: stored as they are
+struct Packed {  // float and double are stored without conversion
   using V = Vec<T>;
   V v;
   static BNKERN_INLINE Packed of(V v) { return {v}; }
@@ -139,8 +139,9 @@ struct PackedHalf {
   BNKERN_INLINE void store(T* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h); }
   BNKERN_INLINE void stream(T* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), h); }
   BNKERN_INLINE Vec<float> wide() const { return widen(h, static_cast<T*>(nullptr)); }
-  // As signed integers the stored values above zero are above zero, and so is a NaN without sign. Rounding to
-  // bfloat16 makes no other; float16 keeps a NaN's sign.
+  // Compares the stored bits as signed integers. They are above zero for a value above zero, and for a NaN whose sign
+  // bit is 0. Rounding to bfloat16 gives only such NaNs. Rounding to float16 keeps the sign bit of a NaN, so float16
+  // needs a second comparison.
 #if defined(__AVX512F__)
   BNKERN_INLINE Mask512 above_zero() const {
     __mmask16 m = _mm256_cmpgt_epi16_mask(h, _mm256_setzero_si256());
@@ -215,7 +216,7 @@ struct Packed<Float16> : PackedHalf<Float16> {
   BNKERN_INLINE Packed keep(Vec<float>::Mask m) const { return {PackedHalf<Float16>::keep(m)}; }
 };
 
-// Up to 16 values, by pieces whose sizes the compiler knows.
+// Copies up to 16 values in pieces whose sizes are known at compile time.
 template <class T>
 BNKERN_INLINE void copy_some(T* to, const T* from, int n) {
 #pragma GCC unroll 5
@@ -242,7 +243,8 @@ BNKERN_INLINE Vec<Accumulator<T>> load_some(const T* p, int n, T others = T{}) {
   return load(lanes);
 }
 
-// bfloat16: those at even places, then those at odd ones, since a shift and a mask tell pairs apart.
+// For bfloat16, to[0] gets the values at even indices and to[1] those at odd indices, because one shift and one AND
+// separate a pair.
 template <class T>
 BNKERN_INLINE void load_two(const T* p, Vec<Accumulator<T>>* to) {
   if constexpr (!std::is_same_v<T, BFloat16>) {
@@ -274,7 +276,7 @@ BNKERN_INLINE void put_in_order(A* values) {
   }
 }
 
-// Where a result goes: past the caches, to the first n lanes, or plainly.
+// Store a result: past the caches or through them, or only its first n lanes.
 template <class T>
 BNKERN_INLINE void put(T* p, Packed<T> packed, bool past_cache) {
   past_cache ? packed.stream(p) : packed.store(p);

@@ -1,12 +1,14 @@
-// How a tensor is cut up. The cut depends on shape and density alone, never on the number of threads:
-// partial results are computed per tile and joined in tile order, so the bits are the same on every run.
+// The partition of a tensor. It depends only on the shape and on whether the tensors are dense, never on the number of
+// threads. Partial results are computed for each tile and joined in the order of tiles, so every run gives the same
+// bits.
 //
-// A group is what shares one loop over tiles: one channel (planes) or a stretch of channels (rows).
-// A tile is a piece of a group along N and S: of planes about kTileElements long, so that a second look at it
-// finds it in the first-level cache, of rows some times that. A span is a contiguous run within a tile.
+// A group is a set of adjacent channels that share one loop over tiles. It has one channel (planes) or several (rows).
+// A tile is a part of a group along N and S. A tile of planes has about kTileElements elements, so a second pass over
+// it reads from the first-level cache. A tile of rows is several times larger. A span is a contiguous run in a tile.
 //
-// Dense rows are seen as flat memory in "wide" rows of lcm(C, 16) elements or a multiple: every span is
-// then whole vectors and whole mask bytes for any C, and the wide channels are folded onto the C at the end.
+// Dense rows are read as flat memory in "wide" rows of lcm(C, 16) elements or a multiple of it. So for any C every span
+// of a wide row consists of whole vectors and of whole bytes of the mask. At the end the results of the wide channels
+// are reduced to those of the C channels.
 #pragma once
 
 #include <cstdlib>
@@ -17,27 +19,28 @@
 namespace bnkern::BNKERN_ISA {
 
 constexpr std::int64_t kTileElements = 8192;
-constexpr std::int64_t kGroupChannels = 256;  // rows: 1 KB of fp32 per span, accumulators stay in L1
-constexpr std::int64_t kWideRow = 128;        // rows narrower than this are joined
+constexpr std::int64_t kGroupChannels =
+    256;                                // rows: a span has 1 KB of fp32, and the accumulators fit into the L1 cache
+constexpr std::int64_t kWideRow = 128;  // the least width of dense rows; narrower rows are joined to wide rows
 
 struct Partition {
   Shape shape;
-  bool dense;                                           // rows only: all tensors are without gaps
-  std::int64_t width;                                   // channels, or wide channels, in memory order
-  std::int64_t group;                                   // of them, how many form a group
+  bool dense;                                           // rows only: no tensor has gaps
+  std::int64_t width;                                   // the number of channels, or of wide channels
+  std::int64_t group;                                   // the number of them in a group
   std::int64_t groups, tiles;                           // the grid: groups x tiles
   std::int64_t planes_per_tile, spans_per_plane, span;  // planes
-  std::int64_t rows, leftover, rows_per_tile;           // rows; leftover elements follow the last whole row
-  std::int64_t tiles_per_block;                         // how many tiles share a record's sums
-  bool by_channel;  // the order in which threads take tiles (drive.h): it matters to prefetching alone
+  std::int64_t rows, leftover, rows_per_tile;           // rows; `leftover` elements follow the last whole wide row
+  std::int64_t tiles_per_block;                         // the number of tiles that share the sums of a record
+  bool by_channel;  // the schedule (drive.h); tiles depend on it only for their prefetch distances
 
   std::int64_t count() const { return shape.n * shape.s; }
 };
 
-// Needs a non-empty shape. Rows that are not dense must have C divisible by 16.
+// The shape must not be empty. If rows are not dense, C must be a multiple of 16.
 Partition make_partition(const Shape& shape, bool dense);
 
-// A contiguous run of elements: where it starts in any tensor of the partition.
+// A contiguous run of elements. The indices give its start in every tensor of the partition.
 struct Span {
   std::int64_t n, c, s;  // planes: sample, channel, position; rows: (wide) row, (wide) channel, 0
   std::int64_t length;
@@ -73,7 +76,8 @@ BNKERN_INLINE void for_spans(const Partition& part, std::int64_t group, std::int
   }
 }
 
-// The same for rows, four at a time where there are as many: one load and store of a channel's sums serves four.
+// The same for rows. Calls four(spans) for every four rows, and one(span) for each row of the rest. With four rows at a
+// time, the sums of a channel are loaded and stored once for four values.
 template <class Four, class One>
 BNKERN_INLINE void for_rows(const Partition& part, std::int64_t group, std::int64_t tile, Four four, One one) {
   Span waiting[4];
@@ -85,7 +89,7 @@ BNKERN_INLINE void for_rows(const Partition& part, std::int64_t group, std::int6
   for (int r = 0; r < count; ++r) one(waiting[r]);
 }
 
-// How many values of each channel of the group a tile holds.
+// The number of values that a tile has of each channel of the group.
 BNKERN_INLINE std::int64_t tile_count(const Partition& part, std::int64_t tile) {
   if (part.shape.rows) {
     const std::int64_t left = part.rows - tile * part.rows_per_tile;
@@ -96,7 +100,7 @@ BNKERN_INLINE std::int64_t tile_count(const Partition& part, std::int64_t tile) 
   return (planes < part.planes_per_tile ? planes : part.planes_per_tile) * (length < part.span ? length : part.span);
 }
 
-// How many channels of the group a tile covers: all of them, but for the leftover of wide rows.
+// The number of channels of the group in a tile. It is smaller than the group only in the leftover of wide rows.
 BNKERN_INLINE std::int64_t tile_channels(const Partition& part, std::int64_t group, std::int64_t tile) {
   if (!part.shape.rows) return 1;
   if (tile * part.rows_per_tile >= part.rows) return part.leftover;
@@ -104,23 +108,23 @@ BNKERN_INLINE std::int64_t tile_channels(const Partition& part, std::int64_t gro
   return part.width - c < part.group ? part.width - c : part.group;
 }
 
-// Per-channel numbers, each array `width` long.
+// The coefficients of each channel. Each array has `width` elements.
 template <class A>
 struct Coefficients {
   A *mean, *invstd, *weight, *bias;
   A *mean_dy, *mean_dy_xhat, *scale;  // backward
 };
 
-// What tiles of the four phases read and write; the functions are in <phase>.cpp.
+// The tensors that the tiles of the four phases read and write. The functions are in <phase>.cpp.
 template <class T>
 struct Tensors {
   View x, residual, y, dy, dx, dresidual;
   std::uint8_t* mask;
   Activation act;
-  bool training, stream;  // stream: results are too large for the caches, store past them
+  bool training, stream;  // stream: the results are too large for the caches and are stored past them
 };
 
-// Numbers per channel: row r of channel c at data[r * pitch + c].
+// Several values for each channel. The value of row r of channel c is data[r * pitch + c].
 template <class D>
 struct Rows {
   D* data = nullptr;
@@ -129,14 +133,15 @@ struct Rows {
   BNKERN_INLINE Rows at(std::int64_t channel) const { return {data + channel, pitch}; }
 };
 
-// What a tile gives of tile_channels() channels: the numbers that make the results in `out`, and with `record`, which
-// changes no bit of them, in `out` or `sums` what a record wants besides. Rows add to `sums`, whole vectors of them:
-// several tiles share them, since each holds few values of many channels. Planes write them, one tile at a time.
+// The values that a tile function computes for each of tile_channels() channels. `out` receives the values from which
+// the results are computed. With `record`, `out` or `sums` also receives the values that only a record needs. This does
+// not change a bit of the results. A tile of rows adds whole vectors to `sums`, because several tiles share them: a
+// tile of rows has few values of many channels. A tile of planes overwrites its `sums`.
 //
 //                out                                    sums
 //   moments      kMean, kM2; record: kM3 to kMax
 //   normalize                                           kActive
-//   grad_sums    kSumDy, kSumDyXhat                     kOfDy and kOfDyXhat: kAbsSum, kSignSum, kZeros of summands
+//   grad_sums    kSumDy, kSumDyXhat                     kOfDy and kOfDyXhat: kAbsSum, kSignSum, kZeros of the summands
 //   grad_input                                          kDxSum to kDxZero
 constexpr int kMean = 0, kM2 = 1, kMomentsRows = 2, kM3 = 2, kM4 = 3, kMin = 4, kMax = 5, kRecordedMomentsRows = 6;
 constexpr int kActive = 0, kRecordedNormalizeRows = 1;
@@ -160,7 +165,8 @@ void grad_input_tile(const Partition&, const Tensors<T>&, const Coefficients<Acc
 
 #define BNKERN_FOR_STORAGE_TYPES(macro) macro(float) macro(BFloat16) macro(Float16) macro(double)
 
-// The coefficients at element i of a span: one channel for all (planes) or one per element (rows).
+// The coefficients at element i of a span. All elements of a span have the same channel (planes), or each has its own
+// (rows).
 template <class A>
 struct PlaneChannel {
   Vec<A> value;
@@ -188,7 +194,7 @@ BNKERN_INLINE void store_bits(std::uint8_t* mask, std::int64_t i, std::uint16_t 
     std::memcpy(mask + i / 8, &bits, 2);
 }
 
-// A thread's scratch memory, grown where asked for and kept: accumulators of the rows' tiles.
+// Memory of a thread for the accumulators of tiles of rows. It grows on demand and is kept until the thread ends.
 struct Scratch {
   void* data = nullptr;
   std::size_t size = 0;
@@ -207,18 +213,18 @@ inline A* zeroed_scratch(std::int64_t count) {
   return static_cast<A*>(scratch.data);
 }
 
-// How many elements ahead to call for memory while streaming through a view. The hardware's prefetchers stop at
-// every 4 KB page, and do not follow from one plane of a channel to the next, which lies far away. An address past
-// the end is harmless.
+// Prefetch distance in elements for a pass over a view. The hardware prefetchers stop at every 4 KB page. They do not
+// continue from one plane of a channel to the next, which is far away in memory. A prefetch past the end of the view is
+// harmless.
 template <class T>
 BNKERN_INLINE std::int64_t read_ahead(const Partition& part, const View& view) {
   constexpr std::int64_t kPage = 4096, kAhead = 2048;
-  if (part.shape.rows) return 4 * (part.dense ? part.width : view.outer);  // rows are read by fours
+  if (part.shape.rows) return 4 * (part.dense ? part.width : view.outer);  // four rows are read at a time
   if (part.shape.s * static_cast<std::int64_t>(sizeof(T)) <= kPage) return part.by_channel ? view.outer : view.inner;
   return kAhead / static_cast<std::int64_t>(sizeof(T));
 }
 
-// From a place in a tile to the same place in the tile that the thread reads next.
+// Distance in elements from a position in a tile to the same position in the tile that the thread reads next.
 BNKERN_INLINE std::int64_t next_tile(const Partition& part, const View& view) {
   if (part.shape.rows)
     return part.groups > 1 ? part.group : part.rows_per_tile * (part.dense ? part.width : view.outer);
@@ -226,7 +232,7 @@ BNKERN_INLINE std::int64_t next_tile(const Partition& part, const View& view) {
   return part.spans_per_plane > 1 ? part.span : part.planes_per_tile * view.outer;
 }
 
-// Streaming stores need their full alignment.
+// Streaming stores require an address that is a multiple of their size. A null pointer counts as aligned.
 template <class T>
 BNKERN_INLINE bool streamable(const T* p) {
   return reinterpret_cast<std::uintptr_t>(p) % (kLanes * sizeof(T)) == 0;
