@@ -9,8 +9,7 @@ namespace bnkern::BNKERN_ISA {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr std::int64_t kActiveRow =
-    7;  // the row of a record that normalize computes; moments computes the rows before it
+constexpr std::int64_t kActiveRow = 7;  // the row of a record from normalize; the rows before it are from moments
 
 // Joins (mean, M2) of a tile to those of the previous tiles.
 void join_moments(std::int64_t channels, double before, const Rows<double>& total, double count,
@@ -20,8 +19,7 @@ void join_moments(std::int64_t channels, double before, const Rows<double>& tota
     std::memcpy(total[kM2], tile[kM2], channels * sizeof(double));
     return;
   }
-  // The same formula as chan_merge. The ratio of counts is the same for all channels, so it is computed before the
-  // loop.
+  // The formula of chan_merge. The ratio of counts is the same for all channels, so it is computed before the loop.
   const double share = count / (before + count), weight = before * share;
   for (std::int64_t c = 0; c < channels; ++c) {
     chan_join(&total[kMean][c], &total[kM2][c], tile[kMean][c], tile[kM2][c], share, weight);

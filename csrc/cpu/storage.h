@@ -1,7 +1,7 @@
 // Conversion between the values of a tensor in memory and vectors of 16 lanes.
 //
-//   Packed<T>                 16 values of storage type, rounded to nearest even as in torch; wide() returns their
-//   lanes load<T>, load_some<T>     load 16 values, or the first n with zeros or a given value in the other lanes
+//   Packed<T>                 16 values, rounded to nearest even as in torch; wide() returns their lanes
+//   load<T>, load_some<T>     load 16 values, or the first n with zeros or a given value in the other lanes
 //   load_two<T>               loads 32 values in an order that is fast to produce; put_in_order<T> restores the order
 //   put<T>, put_some<T>       store 16 values, or the first n
 #pragma once

@@ -19,9 +19,8 @@
 namespace bnkern::BNKERN_ISA {
 
 constexpr std::int64_t kTileElements = 8192;
-constexpr std::int64_t kGroupChannels =
-    256;                                // rows: a span has 1 KB of fp32, and the accumulators fit into the L1 cache
-constexpr std::int64_t kWideRow = 128;  // the least width of dense rows; narrower rows are joined to wide rows
+constexpr std::int64_t kGroupChannels = 256;  // rows: a span has 1 KB of fp32, and the L1 cache holds the accumulators
+constexpr std::int64_t kWideRow = 128;        // the least width of dense rows; narrower rows are joined to wide rows
 
 struct Partition {
   Shape shape;
@@ -232,7 +231,7 @@ BNKERN_INLINE std::int64_t next_tile(const Partition& part, const View& view) {
   return part.spans_per_plane > 1 ? part.span : part.planes_per_tile * view.outer;
 }
 
-// Streaming stores require an address that is a multiple of their size. A null pointer counts as aligned.
+// Whether streaming stores may be used. The address must be a multiple of the size of 16 values, or null.
 template <class T>
 BNKERN_INLINE bool streamable(const T* p) {
   return reinterpret_cast<std::uintptr_t>(p) % (kLanes * sizeof(T)) == 0;
