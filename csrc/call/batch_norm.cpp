@@ -1,8 +1,8 @@
-// Batch norm from a call of bnkern/backends/calls.py to the kernels: the one way in, for every device.
+// Batch norm from a call of bnkern/backends/calls.py to the kernels, for every device.
 //
-// Each function reads the call's tensors once, and in the same read decides whether it can take them. If not it returns
-// None before anything is written or allocated: Python then finds out what is wrong, or makes the operands readable
-// (bnkern/backends/native.py). Results are torch's tensors.
+// Each function reads the tensors of its call once, and checks at the same time whether the kernels support them. If
+// not, it returns None before it writes or allocates anything. Then Python raises an error, calls the reference, or
+// makes dense copies of the operands (bnkern/backends/native.py). Results are tensors of torch.
 #include <algorithm>
 #include <stdexcept>
 
@@ -14,7 +14,7 @@
 namespace bnkern {
 namespace {
 
-// A call's fields by their names.
+// The fields of a call by their names.
 template <class Field>
 class Fields {
  public:
@@ -34,7 +34,7 @@ dlpack::DataType type_of(DType dtype) { return dlpack::kTypes[static_cast<int>(d
 
 // ---------------------------------------------------------------------------------------------- operands
 
-// The input of a call, and what every other operand is held against.
+// The input of a call. The other operands are checked against it.
 class Input {
  public:
   bool read_from(PyObject* object) {
@@ -56,7 +56,7 @@ class Input {
   bool on_cpu() const { return tensor_.device.type == dlpack::kCpu; }
   View view() const { return {tensor_.data, layout_.outer, layout_.inner}; }
 
-  // A tensor of the same sizes and dtype, in the same layout, or None.
+  // Reads a tensor of the same sizes and dtype in the same layout, or None.
   bool read_alike(PyObject* object, View& view) const {
     view = {};
     if (object == Py_None) return true;
@@ -72,7 +72,8 @@ class Input {
     return true;
   }
 
-  // A contiguous vector of the input's dtype, or of float32 where that is bfloat16 or float16, or None.
+  // Reads a contiguous vector with one value per channel, or None. Its dtype is that of the input, or float32 if the
+  // input is bfloat16 or float16.
   bool read_channels(PyObject* object, ChannelVector& vector) const {
     vector = {};
     if (object == Py_None) return true;
@@ -86,7 +87,7 @@ class Input {
     return true;
   }
 
-  // A contiguous tensor of that many elements of that type, or None.
+  // Reads a contiguous tensor with this number of elements of this type, or None.
   template <class T>
   bool read_run(PyObject* object, dlpack::DataType type, std::int64_t elements, T*& data) const {
     data = nullptr;
@@ -112,7 +113,7 @@ class Input {
   bool readable(const Tensor& t, Layout& layout) const {
     return view_layout(t.ndim, t.shape, t.strides, layout) && reachable(layout);
   }
-  // The CPU kernels read rows that are dense or have a multiple of 16 channels.
+  // The CPU kernels support rows without gaps, and rows whose number of channels is a multiple of 16.
   bool reachable(const Layout& layout) const {
     const Shape& shape = layout.shape;
     return !on_cpu() || !shape.rows || shape.c % 16 == 0 || layout.outer == shape.c;
@@ -130,7 +131,7 @@ class Results {
  public:
   explicit Results(const Input& x) : x_(x) {}
 
-  // A tensor of the input's sizes and dtype, in its memory format.
+  // Makes a tensor of the input's sizes and dtype in its memory format.
   View alike(Object& result) {
     const Tensor& t = x_.tensor();
     View view{nullptr, x_.view().outer, x_.view().inner};
@@ -148,7 +149,7 @@ class Results {
     return run(result, type_of(dtype), size);
   }
   void* statistic(Object& result) { return channels(result, x_.accumulator()); }
-  // Layout.mask_shape of layout.py.
+  // Makes a mask, whose shape is Layout.mask_shape of layout.py.
   std::uint8_t* mask(Object& result) {
     const Shape& shape = x_.shape();
     if (shape.rows)
@@ -201,7 +202,7 @@ double number(PyObject* object) {
   return value;
 }
 
-// The activation named by a field, none for None. False where there is no such activation.
+// Reads the activation that a field names. None means no activation. Returns false if there is no such activation.
 bool read_activation(PyObject* act, Activation& result) {
   result = Activation::none;
   if (act == Py_None) return true;
@@ -215,7 +216,8 @@ bool read_activation(PyObject* act, Activation& result) {
 
 // ---------------------------------------------------------------------------------------------- the forward
 
-// Whether a call that nobody has validated is plainly a valid batch norm, as check_call of validation.py has it.
+// Whether a call that was not validated is certainly valid by the rules of check_call in validation.py. If this returns
+// false, the call may be valid or not.
 bool plainly_valid(PyObject* call, const Fields<F>& field, const Input& x) {
   PyObject *const momentum = field[F::momentum], *const eps = field[F::eps];
   const bool training = field(F::training), tracked = field[F::running_mean] != Py_None;
@@ -230,7 +232,7 @@ bool plainly_valid(PyObject* call, const Fields<F>& field, const Input& x) {
   return std::none_of(&PyTuple_GET_ITEM(call, 0), &PyTuple_GET_ITEM(call, 0) + 7, negated);
 }
 
-// Everything of `p` that is not a result or a statistic. False where an operand cannot be taken.
+// Reads the operands that forward and normalize share. Returns false if one is not supported.
 bool read_forward(const Fields<F>& field, Input& x, Forward& p) {
   if (!x.read_from(field[F::x]) || !x.read_channels(field[F::weight], p.weight) ||
       !x.read_channels(field[F::bias], p.bias) || !x.read_alike(field[F::residual], p.residual) ||
@@ -244,7 +246,7 @@ bool has_mask(const Fields<F>& field, const Forward& p) {
   return field(F::save_mask) && p.act != Activation::none && p.residual;
 }
 
-// forward(call, validated) -> (y, mean, invstd, mask), or None. A call that is not validated must be plainly valid.
+// forward(call, validated) -> (y, mean, invstd, mask), or None. A call that was not validated must be plainly_valid().
 PyObject* forward(PyObject* const* args) {
   check_forward_call(args[0]);
   const Fields<F> field(args[0]);
@@ -312,7 +314,7 @@ Needs needs_of(PyObject* needs) {
   return {need(0), need(1), need(2), need(3)};
 }
 
-// Everything of `p` that is not a result. False where an operand cannot be taken.
+// Reads the operands that all functions of the backward share. Returns false if one is not supported.
 bool read_backward(const Fields<B>& field, Input& x, Backward& p) {
   if (!x.read_from(field[B::x]) || field[B::dy] == Py_None || !x.read_alike(field[B::dy], p.dy) ||
       !x.read_channels(field[B::weight], p.weight) || !x.read_channels(field[B::bias], p.bias) ||
@@ -341,7 +343,7 @@ PyObject* backward(PyObject* const* args) {
   if (need.weight) p.dweight = {results.channels(found[1], p.weight.dtype), p.weight.dtype};
   if (need.bias) p.dbias = {results.channels(found[2], p.bias.dtype), p.bias.dtype};
   if (need.residual) p.dresidual = results.alike(found[3]);
-  // Without dx nothing is centred, and without sums there is nothing to centre by.
+  // Only dx needs the batch statistics' terms. If dx is not requested, skip them and the sums that they need.
   p.training = field(B::training) && need.x;
   p.sums = need.weight || need.bias || p.training || p.record_affine;
   p.input = need.x || need.residual;
@@ -393,7 +395,7 @@ Object words(std::initializer_list<const char*> names) {
   return tuple;
 }
 
-// fields() -> the names of ForwardCall's fields, of BackwardCall's and of the activations, as C++ has them
+// fields() -> the names of the fields of ForwardCall and BackwardCall and of the activations, as C++ defines them
 PyObject* fields(PyObject* const*) {
 #define BNKERN_NAME(name) #name,
   Object lists[] = {words({BNKERN_FORWARD_FIELDS(BNKERN_NAME)}), words({BNKERN_BACKWARD_FIELDS(BNKERN_NAME)}),
