@@ -1,4 +1,4 @@
-// What the kernels share: octets of a tensor, channel vectors, sums over a block, and how sums become statistics.
+// Functions of all batch norm kernels: octets of a tensor, channel vectors, sums over a block, and statistics.
 #pragma once
 
 #include <type_traits>
@@ -10,16 +10,16 @@ namespace bnkern {
 
 // --------------------------------------------------------------------------------------------------- octets
 //
-// Eight neighbours in memory, as stored: one byte of the mask, and one or two loads of 16 bytes.
+// Eight adjacent values of storage type. They have one byte of the mask, and are read by one or two loads of 16 bytes.
 
 template <class T>
 struct Octet {
-  static constexpr int kWords = sizeof(T) / 2;  // Words, of 16 bytes each
+  static constexpr int kWords = sizeof(T) / 2;  // the number of Words, of 16 bytes each
   Words words[kWords];
 
   BNKERN_DEVICE float operator[](int j) const;
   static BNKERN_DEVICE Octet of(const float (&value)[8]);
-  BNKERN_DEVICE void clear(int j);  // value j becomes +0
+  BNKERN_DEVICE void clear(int j);  // sets value j to +0
   static BNKERN_DEVICE Octet load(const T* p) {
     Octet octet;
 #pragma unroll
@@ -77,10 +77,10 @@ BNKERN_DEVICE void Octet<T>::clear(int j) {
   }
 }
 
-// The mask's bit of a value z as stored. NaN counts as positive, as in torch's ReLU.
+// The bit of the mask for a value z, rounded to the storage type. NaN counts as positive, as in torch's ReLU.
 BNKERN_DEVICE bool positive(float stored) { return !(stored <= 0); }
 
-// Applies an activation to value j of an octet, a z that is not positive or the gradient there.
+// Applies an activation to value j of an octet. The value is a z that is not positive, or the gradient at such a z.
 template <class T>
 BNKERN_DEVICE void activate(Activation act, Octet<T>* octet, int j) {
   switch (act) {
@@ -103,7 +103,7 @@ BNKERN_DEVICE T activate(Activation act, T) {
   __builtin_unreachable();
 }
 
-// Eight values z after the activation, and their mask.
+// Applies an activation to eight values z, and returns their mask.
 template <class T>
 BNKERN_DEVICE unsigned activate(Activation act, Octet<T>* octet) {
   unsigned bits = 0;
@@ -117,7 +117,7 @@ BNKERN_DEVICE unsigned activate(Activation act, Octet<T>* octet) {
   return bits;
 }
 
-// Eight gradients before the activation, given the mask.
+// Computes eight gradients before the activation from those after it and the mask.
 template <class T>
 BNKERN_DEVICE void activate_gradient(Activation act, Octet<T>* octet, unsigned bits) {
 #pragma unroll
@@ -125,7 +125,7 @@ BNKERN_DEVICE void activate_gradient(Activation act, Octet<T>* octet, unsigned b
     if (!(bits >> j & 1)) activate(act, octet, j);
 }
 
-// One value at a time, where octets do not fit.
+// Rounds one value, for kernels that do not use octets.
 template <class T>
 BNKERN_DEVICE T narrow(float value) {
   if constexpr (sizeof(T) == 4) {
@@ -163,12 +163,12 @@ BNKERN_DEVICE void write(const ChannelVector& v, std::int64_t c, double value) {
   }
 }
 
-// Accumulators, [C]; absent ones have one value for all channels.
+// Reads a vector of the accumulator type, [C]. If it is null, all channels have the value `absent`.
 BNKERN_DEVICE float read(const void* v, std::int64_t c, float absent) {
   return v ? static_cast<const float*>(v)[c] : absent;
 }
 
-// What an element is normalised by.
+// The coefficients by which an element is normalised.
 struct alignas(16) Affine {
   float mean, invstd, weight, bias;
 };
@@ -180,7 +180,7 @@ BNKERN_DEVICE float normalized(float x, const Affine& coefficients) {
   return scale_shift(standardize(x, coefficients.mean, coefficients.invstd), coefficients.weight, coefficients.bias);
 }
 
-// The mask of eight values or one, recomputed as in the forward.
+// The mask of eight values or of one. It repeats the arithmetic of the forward, so the bits are the same.
 template <class T, class Values, int W>
 BNKERN_DEVICE unsigned recomputed_mask(const Values& x, const Affine (&coefficients)[W]) {
   if constexpr (W == 1) {
@@ -197,7 +197,7 @@ BNKERN_DEVICE unsigned recomputed_mask(const Values& x, const Affine (&coefficie
   }
 }
 
-// dx of an element; `mean` are the means of g and of g * xhat, looked at in training.
+// dx of an element. `mean` has the means of g and of g * xhat, and is read only in training mode.
 BNKERN_DEVICE float gradient_of_input(const Backward& p, float g, float x, const Affine& coefficients, Pair mean) {
   const float scale = coefficients.weight * coefficients.invstd;
   if (!p.training) return g * scale;
@@ -206,9 +206,9 @@ BNKERN_DEVICE float gradient_of_input(const Backward& p, float g, float x, const
 
 // ------------------------------------------------------------------------------------------ sums over a block
 
-// For each of `width` channels the sum of `parts` pairs, in double and in one fixed order: pair(k, c) gives part k of
-// channel c, done(c, sums) is called by one thread for each channel. `scratch` has room for one PivotSums per thread.
-// Every thread of the block calls this; width is at most their number.
+// Computes the sum of `parts` pairs for each of `width` channels, in double and in a fixed order. pair(k, c) returns
+// part k of channel c, and one thread for each channel calls done(c, sums). `scratch` has room for one PivotSums per
+// thread. Every thread of the block must call this function. `width` is at most the number of threads.
 template <class GivePair, class Done>
 BNKERN_DEVICE void sum_over_block(int width, int parts, PivotSums* scratch, GivePair pair, Done done) {
   constexpr int kMostChains = 16;
@@ -239,18 +239,19 @@ BNKERN_DEVICE void sum_over_block(int width, int parts, PivotSums* scratch, Give
 
 // ------------------------------------------------------------------------------------------------- workspace
 
-constexpr int kGroups = 4096;  // of blocks that exchange parts, at most
+constexpr int kGroups = 4096;  // the largest number of groups of blocks that exchange parts
 
-// Signals, then parts, then one pair per channel.
+// The signals, then the parts, then one pair per channel.
 struct Workspace {
-  unsigned *counting, *barriers, *arrivals;  // [1], of all groups together; [groups]
+  unsigned *counting, *barriers, *arrivals;  // [1] for all groups together; [groups]; [groups]
   Partials parts;
   Pair* totals;
 };
 inline std::int64_t pairs_bytes(std::int64_t parts, std::int64_t channels) {
   return (parts + 1) * channels * static_cast<std::int64_t>(sizeof(Pair));
 }
-// Where the parts begin. It depends on the memory, not on the call: a word that was a part's is never a signal later.
+// The address of the parts. It depends only on the workspace, not on the call, so a word that was written as data of a
+// part is never used as a signal later.
 inline char* behind_signals(const CudaWorkspace& memory) {
   return static_cast<char*>(memory.data) + signal_bytes(memory.size.groups);
 }
@@ -259,7 +260,7 @@ inline Workspace lay_out(const CudaWorkspace& memory, std::int64_t parts, std::i
   Pair* const pairs = reinterpret_cast<Pair*>(behind_signals(memory));
   return {words, words + 1, words + 1 + memory.size.groups, {pairs, channels}, pairs + parts * channels};
 }
-// Blocks that are alone in their group need no signals.
+// A block that is alone in its group needs no signals.
 inline WorkspaceSize workspace_size(std::int64_t groups, std::int64_t parts, std::int64_t channels,
                                     std::int64_t record_bytes) {
   return {parts > 1 ? groups : 0, pairs_bytes(parts, channels) + record_bytes};
@@ -267,20 +268,21 @@ inline WorkspaceSize workspace_size(std::int64_t groups, std::int64_t parts, std
 
 // ------------------------------------------------------------------------------------------------ statistics
 
-// The share of this batch in the running statistics. Read before update_counter().
+// The weight of this batch in the running statistics. Call it before update_counter(), which changes the counter.
 BNKERN_DEVICE double momentum_of(const Forward& p) {
   return p.cumulative && p.counter ? 1.0 / static_cast<double>(*p.counter + 1) : p.momentum;
 }
 
-// Called by all threads of one block of each of `groups` groups, after momentum_of(): one of them counts the batch.
-// Where the others read the counter, the last one.
+// Counts the batch. All threads of one block of each of `groups` groups call this after momentum_of(). One thread
+// increments the counter. If the momentum depends on the counter, this is a thread of the last block to arrive, because
+// then all blocks have read it.
 BNKERN_DEVICE void update_counter(const Forward& p, const Workspace& space, unsigned group, unsigned groups) {
   if (!p.counter) return;
   const bool counts = p.cumulative ? last_of_blocks(space.counting, groups) : group == 0;
   if (counts && threadIdx.x == 0) ++*p.counter;
 }
 
-// What a channel's values give: mean and M2, or invstd where they are normalised; the running statistics.
+// The statistics of a channel: the mean, and invstd in a call with normalize, or M2 otherwise.
 struct Statistics {
   float mean, spread;
 };
@@ -298,7 +300,8 @@ BNKERN_DEVICE void save_statistics(const Forward& p, std::int64_t c, const Momen
   write(p.running_var, c, var * (1 - momentum) + all.m2 / (all.count - 1) * momentum);
 }
 
-// Of a forward without moments: the given statistics, or those that the running ones stand for, or none.
+// The statistics for normalize. If the call has no moments but has running statistics, they are computed from those.
+// Otherwise they are read from mean and spread. If these are null, the normalisation is the identity.
 BNKERN_DEVICE Statistics given_statistics(const Forward& p, std::int64_t c) {
   if (!p.moments && p.running_mean) {
     const double var = read(p.running_var, c, 0.0f);
@@ -307,8 +310,9 @@ BNKERN_DEVICE Statistics given_statistics(const Forward& p, std::int64_t c) {
   return {read(p.mean, c, 0.0f), read(p.spread, c, 1.0f)};
 }
 
-// A value of the channel to take distances from, so that they are small numbers however large the mean: the middle one
-// of three, since about an outlier all others would be large. value(k) is the first, one in between and the last.
+// The median of three values of a channel. Distances from it are small numbers even if the mean is large. A single
+// value could be an outlier, and then all distances would be large. value(0), value(1) and value(2) are the first
+// value, one in the middle and the last.
 template <class F>
 BNKERN_DEVICE float middle_of(F value) {
   const float a = value(0), b = value(1), c = value(2);
@@ -316,7 +320,7 @@ BNKERN_DEVICE float middle_of(F value) {
   return largest(least(a, b), least(high, c));
 }
 
-// The sums of a channel as the parameters' gradients.
+// Saves the sums of a channel, which are the gradients of its parameters.
 BNKERN_DEVICE void save_sums(const Backward& p, std::int64_t c, PivotSums sums) {
   if (p.sum_dy) static_cast<float*>(p.sum_dy)[c] = static_cast<float>(sums.first);
   if (p.sum_dy_xhat) static_cast<float*>(p.sum_dy_xhat)[c] = static_cast<float>(sums.second);
@@ -330,7 +334,7 @@ BNKERN_DEVICE Pair means_of(const Backward& p, PivotSums sums) {
   const double count = static_cast<double>(p.shape.n * p.shape.s);
   return {static_cast<float>(sums.first / count), static_cast<float>(sums.second / count)};
 }
-// Those that grad_sums left in the workspace, or of the sums that were given.
+// The means that grad_sums stored in the workspace, or those of the sums that the call has.
 BNKERN_DEVICE Pair given_means(const Backward& p, const Pair* totals, std::int64_t c) {
   if (!p.training) return {0, 0};
   return p.sums ? totals[c] : means_of(p, {read(p.sum_dy, c, 0.0f), read(p.sum_dy_xhat, c, 0.0f)});
@@ -341,7 +345,7 @@ BNKERN_DEVICE Pair given_means(const Backward& p, const Pair* totals, std::int64
 template <class P>
 using Pointee = std::remove_pointer_t<P>;
 
-// with_dtype() without float64.
+// with_dtype() for the types of the CUDA kernels, which do not support float64.
 template <class F>
 auto with_half_or_float(DType dtype, F f) {
   switch (dtype) {

@@ -39,8 +39,8 @@ struct CudaDevice {
 };
 
 // Either two kernels that each read x, or one kernel that keeps on the chip as much of x as fits, until the statistics
-// are known. The blocks of the one kernel meet at a barrier, of all blocks or of a cluster. If the device cannot hold
-// all blocks of the one kernel at once, two kernels compute the same bits.
+// are known. The blocks of a group, or of a cluster, wait for each other at a barrier in the one kernel. If the device
+// cannot hold all blocks of the one kernel at once, two kernels compute the same bits.
 enum class Strategy : int { kTwoKernels = 0, kSingleRead = 1 };
 
 // Memory that the calls on one stream use in sequence (workspaces.h). It begins with the signals (exchange.h) of

@@ -1,8 +1,11 @@
-// How kernels walk a tensor in planes. A channel is N planes of S neighbours. Eight neighbours are an octet, the last
-// of a plane perhaps not whole. Each channel is cut into parts, a block each, a part into tiles of a few octets for
-// every thread, one block's width apart, so that neighbours go to neighbouring threads. Which octet goes to whom
-// depends on sizes and the cut alone; only the width of an access depends on alignment.
-// Offsets have 64 bits everywhere, at one instruction an octet; octets of a channel are counted in 31.
+// The partition of a tensor in planes among blocks and threads. A channel has N planes of S adjacent elements. Eight
+// adjacent elements are an octet, and the last octet of a plane may have fewer. A channel is divided into parts, and
+// each block processes one part. A part is divided into tiles, of which every thread has a few octets. Neighbouring
+// threads have adjacent octets, so the octets of one thread are as far apart as the block has threads. The octets of a
+// thread depend only on the sizes and the partition. Only the width of an access depends on alignment.
+//
+// Offsets have 64 bits everywhere, which costs one instruction for each octet. The index of an octet in its channel has
+// 31 bits.
 #pragma once
 
 #include <algorithm>
@@ -14,16 +17,16 @@
 
 namespace bnkern {
 
-// Octets of a thread in a tile: 64 bytes of each tensor.
+// The number of octets of a thread in a tile. They are 64 bytes of each tensor.
 constexpr int octets_of(std::size_t itemsize) { return itemsize == 4 ? 2 : 4; }
 template <class T>
 constexpr int kOctets = octets_of(sizeof(T));
 
 constexpr int kMostThreads = 512;
-constexpr int kMostParts = 8;    // of a cluster: every device that has them runs so many
-constexpr int kReserved = 1024;  // bytes of shared memory before the tiles that are held
+constexpr int kMostParts = 8;    // the largest cluster that every device with clusters supports
+constexpr int kReserved = 1024;  // bytes of shared memory before the held tiles
 
-// n / d by a multiplication, exact for n < 2^31 (Granlund and Montgomery 1994).
+// Computes n / d by a multiplication. It is exact for n < 2^31 (Granlund and Montgomery 1994).
 struct Divider {
   std::uint32_t divisor, multiplier, shift;
 
@@ -39,25 +42,25 @@ struct Divider {
 };
 
 struct Planes {
-  Divider per_plane;  // octets
+  Divider per_plane;  // the number of octets of a plane
   std::int64_t length;
-  std::uint32_t octets;  // of a channel
-  int parts, tiles;      // of a channel, of a part
-  int held;              // tiles of a part that stay on chip between two phases: the last, and the first of the others
-  int step;              // elements that one access moves: 16 bytes of them, 4, or 1
+  std::uint32_t octets;  // the number of octets of a channel
+  int parts, tiles;      // the parts of a channel, and the tiles of a part
+  int held;  // the tiles of a part that stay on the chip: the last in registers, the first held - 1 in shared memory
+  int step;  // the elements of one access: 16 bytes of them, 4, or 1
 
-  // Whether the tile's values wait in shared memory for the second phase.
+  // Whether the tile is held in shared memory for the second phase.
   BNKERN_DEVICE bool shared(int tile) const { return tile + 1 < held && tile + 1 < tiles; }
 };
 
-// Where an octet lies, and how many elements it has: none behind the channel's end.
+// The position of an octet and its number of elements. An octet past the end of the channel has none.
 struct OctetCoord {
   std::int64_t n, first;
-  std::uint32_t octet;  // within the plane
+  std::uint32_t octet;  // its index in the plane
   int elements;
 };
 
-// A thread's octets of a tile.
+// The positions of a thread's octets of a tile.
 template <class T>
 struct OctetCoords {
   OctetCoord of[kOctets<T>];
@@ -77,13 +80,13 @@ struct OctetCoords {
   }
 };
 
-// The mask's byte of an octet.
+// The index of an octet's byte in the mask.
 BNKERN_DEVICE std::int64_t mask_byte(const Planes& planes, std::int64_t channels, int channel,
                                      const OctetCoord& coord) {
   return (coord.n * channels + channel) * planes.per_plane.divisor + coord.octet;
 }
 
-// Calls f(constant) with the elements per access, so that a tile branches about it once.
+// Calls f(constant) with the number of elements of an access, so that each tile has only one branch for it.
 template <class T, class F>
 BNKERN_DEVICE void with_step(int step, F f) {
   constexpr int kVector = 16 / sizeof(T);
@@ -100,7 +103,7 @@ struct alignas(8) TwoWords {
   std::uint32_t word[2];
 };
 
-// The octet at `from`, zeros behind its elements, which are a multiple of kStep.
+// Loads the octet at `from`. Its number of elements is a multiple of kStep, and the other values are zero.
 template <int kStep, class T>
 BNKERN_DEVICE Octet<T> load_octet(const T* from, int elements) {
   Octet<T> octet{};
@@ -162,7 +165,7 @@ struct Tile {
         store_octet<width.value>(address<T>(view, channel, coords.of[u]), octets[u], coords.of[u].elements);
     });
   }
-  // To and from shared memory: slot by slot, 16 bytes of each thread of the block beside each other.
+  // Store the octets to shared memory, and load them. In a slot, the 16 bytes of neighbouring threads are adjacent.
   BNKERN_DEVICE void keep(int slot) const {
 #pragma unroll
     for (int u = 0; u < kOctets<T>; ++u)
@@ -183,7 +186,7 @@ struct Tile {
   }
 };
 
-// ---- between threads: trees in a fixed order, the result in the first thread
+// ---- reductions of threads by trees in a fixed order; the first thread has the result
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -198,7 +201,7 @@ BNKERN_DEVICE Moments<float> merge_warp(Moments<float> mine) {
   return mine;
 }
 
-// sum g and sum g * xhat.
+// The same for sum g and sum g * xhat.
 BNKERN_DEVICE Pair merge_warp(Pair mine) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) {
@@ -208,17 +211,17 @@ BNKERN_DEVICE Pair merge_warp(Pair mine) {
   return mine;
 }
 
-// What a block's threads tell each other, before the tiles in shared memory. A is Moments<float> or Pair.
+// Values that the threads of a block exchange, in shared memory before the tiles. A is Moments<float> or Pair.
 template <class A>
 struct Exchange {
   A warps[kMostThreads / 32];
-  Pair part;    // of this block, for the others of its cluster
-  Pair result;  // of the channel, for all threads
+  Pair part;    // the part of this block, which the other blocks of its cluster read
+  Pair result;  // the result of the channel, which all threads read
 };
-constexpr int kExchanged = 256;  // bytes; the rest of what is reserved is for records
+constexpr int kExchanged = 256;  // bytes; the rest of the kReserved bytes is for records
 static_assert(sizeof(Exchange<Moments<float>>) <= kExchanged);
 
-// Of all threads of the block, which come in whole warps.
+// Reduces the values of all threads of the block, which must have whole warps.
 template <class A>
 BNKERN_DEVICE A merge_block(A mine) {
   A* const warps = shared_memory<Exchange<A>>()->warps;
@@ -229,7 +232,7 @@ BNKERN_DEVICE A merge_block(A mine) {
   return mine;
 }
 
-// ---- records: a thread's sums, all of one channel
+// ---- records: the sums of a thread, which has values of one channel only
 
 template <class Sums>
 struct ThreadRecord {
@@ -240,10 +243,11 @@ struct ThreadRecord {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) sums.row[r] = joined<Sums>(r, addend.row[r], sums.row[r]);
   }
-  // The block's part: a tree over lanes, then the warps in their order. Called by all its threads.
+  // Computes the block's part by a tree over the lanes of each warp, and then over the warps in their order. All
+  // threads must call it.
   BNKERN_DEVICE void publish(const RecordParts& parts, int part, int channel) const {
     double* const warps = shared_memory<double>(kExchanged);
-    constexpr int kWarps = kMostThreads / 32, kAtOnce = 4;  // rows that there is room for
+    constexpr int kWarps = kMostThreads / 32, kAtOnce = 4;  // the number of rows that fit into shared memory at once
     static_assert(kExchanged + kWarps * kAtOnce * sizeof(double) <= kReserved);
     double row[kRows];
 #pragma unroll
@@ -272,16 +276,18 @@ struct ThreadRecord {
   }
 };
 
-// ---- on the host: how a channel is cut up
+// ---- on the host: the partition of a channel
 
 struct Cut {
-  bool single;  // both phases as one launch, the parts of a channel a cluster; else two launches
+  bool single;  // one launch for both phases, in which the parts of a channel are a cluster, instead of two launches
   int threads, parts, tiles, held;
 };
 
-// As many parts as give every multiprocessor a block, none under 512 octets, and more where a part would not fit on
-// chip. Where clusters would leave most of the device idle and cannot hold the channel either: two kernels, more parts.
-// A rule of thumb until it is measured. `tensors` are read in the first phase, which a call without sums has not.
+// Makes the partition. For one launch, the number of parts is doubled until there are blocks for more than 5/8 of the
+// multiprocessors and a part fits on the chip. It stops at kMostParts, or if a part has no more than kLeast octets. If
+// the parts still do not fit and there are blocks for less than half of the multiprocessors, two kernels with more
+// parts run instead. This is a rule of thumb that has not been tuned by measurements. `sums` is whether the call has
+// the first phase, and `tensors` is the number of tensors that this phase reads.
 inline Cut cut_planes(const Shape& shape, std::size_t itemsize, int tensors, const CudaDevice& device,
                       Strategy strategy, bool sums) {
   const std::int64_t octets = shape.n * ((shape.s + 7) / 8), each = octets_of(itemsize);
@@ -311,14 +317,14 @@ inline Cut cut_planes(const Shape& shape, std::size_t itemsize, int tensors, con
       parts *= 2;
     if (fits(parts) || 2 * shape.c * parts >= device.multiprocessors) return cut(true, threads_of(parts), parts);
   }
-  constexpr int kBlocks = 4;  // of a multiprocessor, where there is work for so many
+  constexpr int kBlocks = 4;  // the number of blocks of a multiprocessor, if there is enough work
   const int threads = std::min(256, most);
   const std::int64_t tiles = tiles_of(1, threads);
   const std::int64_t share = std::max<std::int64_t>(1, tiles * shape.c / (kBlocks * device.multiprocessors));
   return cut(false, threads, sums && shape.c > kGroups ? 1 : (tiles + share - 1) / share);
 }
 
-// How a call's tensors are walked; null views are passed over.
+// The parameters of the kernels for a call's tensors. Null views are ignored.
 inline Planes planes_of(const Shape& shape, std::size_t itemsize, const Cut& cut, std::initializer_list<View> views) {
   const std::int64_t per_plane = (shape.s + 7) / 8;
   std::uint64_t steps = shape.s, addresses = 0;
@@ -340,12 +346,12 @@ inline Planes planes_of(const Shape& shape, std::size_t itemsize, const Cut& cut
                          : 1};
 }
 
-// Shared memory of a block that holds `held` tiles of so many tensors, the last of them in registers.
+// The shared memory of a block that holds `held` tiles of each of `tensors` tensors, the last one in registers.
 inline std::size_t shared_of(const Cut& cut, int held, std::size_t itemsize, int tensors) {
   return kReserved + std::size_t(held - 1) * cut.threads * octets_of(itemsize) * 8 * itemsize * tensors;
 }
 
-// What no kernel here can do, or "".
+// Returns "", or the reason why the kernels do not support a call.
 inline std::string refused(const char* name, const Shape& shape, DType dtype, const Cut& cut) {
   if (dtype == DType::kFloat64) return std::string(name) + ": there are no float64 kernels";
   if (shape.n * ((shape.s + 7) / 8) > INT32_MAX || shape.c * cut.parts > INT32_MAX)

@@ -1,24 +1,26 @@
-// Planes, backward: grad_sums, grad_input, or both in one launch that reads dy and x once as far as they fit on chip.
+// grad_sums and grad_input over planes: each alone, and both in one launch. The one launch reads the part of dy and x
+// that fits on the chip only once.
 //
-// Sums run over a thread's octets in order, over lanes and warps by trees, over parts in double in their order. Where
-// both phases are one launch the parts of a channel are a cluster, whose blocks read each other's partial results; else
-// the last block of a channel to arrive adds them up. The order is the same, and so are the bits.
-// Compiled by every CUDA build and run on the host by the tests.
+// The sums are added first over a thread's octets in order, and then by trees over lanes, warps and parts. If both
+// phases are one launch, the parts of a channel are a cluster, whose blocks read each other's partial results.
+// Otherwise the last block of a channel to arrive adds up the parts. The order is the same, and so are the bits.
+//
+// Every CUDA build compiles this file, and the tests run it on the host.
 #include "planes.h"
 
 namespace bnkern {
 namespace {
 
-// What the gradient is centred and scaled by.
+// The means that are subtracted from the gradient, and its scale.
 struct Centre {
   float mean_dy, mean_dy_xhat, scale;
 };
 
-// A thread's octets of a tile of dy and, where it is needed, x.
+// A thread's octets of a tile of dy, and of x if it is needed.
 template <class T>
 struct Incoming {
   Tile<T> dy, x;
-  unsigned bits[kOctets<T>] = {};  // of the saved mask
+  unsigned bits[kOctets<T>] = {};  // the bits of the saved mask
 
   BNKERN_DEVICE void load(const Backward& p, const Planes& planes, bool with_x, int channel,
                           const OctetCoords<T>& coords) {
@@ -41,7 +43,7 @@ struct Incoming {
     x.find(2 * tile + 1);
   }
 
-  // g, the gradient before the activation, and xhat.
+  // Returns g, the gradient before the activation, and computes xhat.
   BNKERN_DEVICE Octet<T> before_activation(const Backward& p, int u, const Affine& coefficients,
                                            float (&xhat)[8]) const {
     Octet<T> g = dy.octets[u];
@@ -73,7 +75,8 @@ BNKERN_DEVICE void add_tile(Pair& total, const Backward& p, const Incoming<T>& i
     float sum[2] = {0, 0}, product[2] = {0, 0};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      if (j >= coords.of[u].elements) continue;  // there g is 0, and 0 * xhat is not where that is Inf or NaN
+      // g is 0 past the elements, but 0 * xhat is not 0 if xhat is Inf or NaN.
+      if (j >= coords.of[u].elements) continue;
       sum[j % 2] += g[j];
       product[j % 2] = fma(g[j], xhat[j], product[j % 2]);
     }
@@ -82,7 +85,7 @@ BNKERN_DEVICE void add_tile(Pair& total, const Backward& p, const Incoming<T>& i
   }
 }
 
-// The record of the parameters' gradients: the summands of a tile.
+// Adds the summands of a tile to the record of the parameters' gradients.
 template <class T>
 BNKERN_DEVICE void add_tile(ThreadRecord<AffineSums>& record, const Backward& p, const Incoming<T>& in,
                             const OctetCoords<T>& coords, const Affine& coefficients) {
@@ -97,7 +100,7 @@ BNKERN_DEVICE void add_tile(ThreadRecord<AffineSums>& record, const Backward& p,
   }
   record.add(addend);
 }
-// The record of dx: a tile as stored.
+// Adds a tile of dx, with its values as they are stored, to the record of dx.
 template <class T>
 BNKERN_DEVICE void add_tile(ThreadRecord<GradientSums>& record, const OctetCoords<T>& coords, const Tile<T>& dx) {
   GradientSums addend;
@@ -133,7 +136,7 @@ template <class T, bool kSums, bool kInput, bool kRecord>
 __global__ void __launch_bounds__(kMostThreads)
     planes_backward_kernel(Backward p, Planes planes, Workspace space, RecordSpace records) {
   constexpr bool kSingle = kSums && kInput;
-  // A second launch goes backwards, since what the first read last is in cache.
+  // The second launch visits blocks in reverse order, because the data that the first launch read last is in the cache.
   const unsigned block = kSums ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
   const int channel = static_cast<int>(block / planes.parts), part = static_cast<int>(block % planes.parts);
   using Shared = Exchange<Pair>;
@@ -222,7 +225,8 @@ __global__ void __launch_bounds__(kMostThreads)
       write_tiles([](const OctetCoords<T>&, const Tile<T>&) {});
     }
   }
-  if (kSingle && planes.parts > 1) cluster_barrier();  // nobody leaves while another may read what it published
+  // A block must not exit while another block of the cluster may still read its shared memory.
+  if (kSingle && planes.parts > 1) cluster_barrier();
 }
 
 template <class T>
@@ -253,7 +257,7 @@ std::string backward(const CudaBackward& p, std::uintptr_t stream) {
   settings.cluster = 1;
   Backward second = call;
   if (call.sums) {
-    if (!second.sum_dy) {  // room for the totals behind the parts
+    if (!second.sum_dy) {  // the sums are stored in the workspace, behind the parts
       second.sum_dy = space.totals;
       second.sum_dy_xhat = reinterpret_cast<float*>(space.totals) + call.shape.c;
     }

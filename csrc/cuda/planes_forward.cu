@@ -1,10 +1,13 @@
-// Planes, forward: moments, normalize, or both in one launch that reads x once as far as it fits on chip.
+// moments and normalize over planes: each alone, and both in one launch. The one launch reads the part of x that fits
+// on the chip only once.
 //
-// Moments are local two-pass sums about one value of the channel, the pivot, a tile of a thread at a time, joined by
-// Chan's formula: over the thread's tiles in order, over lanes and warps by trees, over parts by one more. Where both
-// phases are one launch the parts of a channel are a cluster, whose blocks read each other's partial results; else the
-// last block of a channel to arrive joins them. The trees are the same, and so are the bits.
-// Compiled by every CUDA build and run on the host by the tests.
+// The moments of a thread's tile are computed in two passes over its registers, relative to one value of the channel,
+// the pivot. Chan's formula joins them, first over the thread's tiles in order, then by trees over lanes, warps and
+// parts. If both phases are one launch, the parts of a channel are a cluster, whose blocks read each other's partial
+// results. Otherwise the last block of a channel to arrive joins the parts. The trees are the same, and so are the
+// bits.
+//
+// Every CUDA build compiles this file, and the tests run it on the host.
 #include "planes.h"
 
 namespace bnkern {
@@ -19,7 +22,7 @@ BNKERN_DEVICE float pivot_of(const View& x, const Shape& shape, int channel) {
   });
 }
 
-// The tile's values about `pivot`: their moments, joined to `total`.
+// Computes the moments of the tile's values relative to `pivot`, and joins them to `total`.
 template <class T>
 BNKERN_DEVICE void add_tile(Moments<float>& total, const Tile<T>& tile, const OctetCoords<T>& coords, float pivot) {
   float sum = 0;
@@ -45,7 +48,7 @@ BNKERN_DEVICE void add_tile(Moments<float>& total, const Tile<T>& tile, const Oc
   total = chan_merge(total, Moments<float>{static_cast<float>(count), mean, squares[0] + squares[1]});
 }
 
-// How many values part k of a channel has.
+// The number of values of a part.
 template <class T>
 BNKERN_DEVICE float count_of(const Planes& planes, int part) {
   const auto before = [&](int parts) {
@@ -58,7 +61,8 @@ BNKERN_DEVICE float count_of(const Planes& planes, int part) {
   return static_cast<float>(before(part + 1) - before(part));
 }
 
-// All parts of a channel, of which part k's (mean, M2) about the pivot is published(k): by the first warp.
+// Joins all parts of a channel. published(k) returns (mean, M2) of part k, with the mean relative to the pivot. All
+// threads of the first warp must call it, and the first thread has the result.
 template <class T, class F>
 BNKERN_DEVICE Moments<double> merge_parts(const Forward& p, const Planes& planes, float pivot, F published) {
   Moments<float> mine{0, 0, 0};
@@ -70,7 +74,7 @@ BNKERN_DEVICE Moments<double> merge_parts(const Forward& p, const Planes& planes
   return {static_cast<double>(p.shape.n * p.shape.s), static_cast<double>(pivot) + mine.mean, mine.m2};
 }
 
-// Writes y and the mask; y is as stored.
+// Writes y and the mask. `y` receives the values as they are stored.
 template <class T>
 BNKERN_DEVICE void normalize_tile(const Forward& p, const Planes& planes, int channel, const OctetCoords<T>& coords,
                                   const Tile<T>& x, const Affine& coefficients, Tile<T>& y) {
@@ -94,7 +98,7 @@ BNKERN_DEVICE void normalize_tile(const Forward& p, const Planes& planes, int ch
   y.store(p.y, channel, planes.step, coords);
 }
 
-// The record of a tile of x and y.
+// Adds a tile of x and y to a record.
 template <class T>
 BNKERN_DEVICE void add_tile(ThreadRecord<ActivationSums>& record, const OctetCoords<T>& coords, const Tile<T>& x,
                             const Tile<T>& y, float centre) {
@@ -105,7 +109,7 @@ BNKERN_DEVICE void add_tile(ThreadRecord<ActivationSums>& record, const OctetCoo
     for (int j = 0; j < 8; ++j)
       if (j < coords.of[u].elements) {
         addend.add_powers(x.octets[u][j] - centre);
-        record.sums.add_rest(x.octets[u][j], y.octets[u][j] > 0);  // exact, so that a tile needs none of its own
+        record.sums.add_rest(x.octets[u][j], y.octets[u][j] > 0);  // exact, so no partial sums for the tile are needed
       }
   record.add(addend);
 }
@@ -114,7 +118,7 @@ template <class T, bool kMoments, bool kNormalize, bool kRecord>
 __global__ void __launch_bounds__(kMostThreads)
     planes_forward_kernel(Forward p, Planes planes, Workspace space, RecordParts parts) {
   constexpr bool kSingle = kMoments && kNormalize;
-  // A second launch goes backwards, since what the first read last is in cache.
+  // The second launch visits blocks in reverse order, because the data that the first launch read last is in the cache.
   const unsigned block = kMoments ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
   const int channel = static_cast<int>(block / planes.parts), part = static_cast<int>(block % planes.parts);
   using Shared = Exchange<Moments<float>>;
@@ -133,7 +137,7 @@ __global__ void __launch_bounds__(kMostThreads)
     }
     total = merge_block(total);
     if (threadIdx.x == 0) shared->part = {total.mean, total.m2};
-    bool joins = true;  // this block joins the parts
+    bool joins = true;  // whether this block joins the parts
     if constexpr (kSingle) {
       planes.parts > 1 ? cluster_barrier() : __syncthreads();
     } else {
@@ -183,7 +187,7 @@ __global__ void __launch_bounds__(kMostThreads)
       }
     };
     if constexpr (kRecord) {
-      // The batch's mean where this call found it.
+      // The mean of the batch if this call computes it, otherwise the pivot.
       const float centre = p.moments ? mean : pivot_of<T>(p.x, p.shape, channel);
       ThreadRecord<ActivationSums> record;
       write_tiles([&](const OctetCoords<T>& coords, const Tile<T>& y) { add_tile(record, coords, x, y, centre); });
@@ -193,7 +197,8 @@ __global__ void __launch_bounds__(kMostThreads)
       write_tiles([](const OctetCoords<T>&, const Tile<T>&) {});
     }
   }
-  if (kSingle && planes.parts > 1) cluster_barrier();  // nobody leaves while another may read what it published
+  // A block must not exit while another block of the cluster may still read its shared memory.
+  if (kSingle && planes.parts > 1) cluster_barrier();
 }
 
 template <class T>
@@ -229,7 +234,7 @@ std::string forward(const CudaForward& p, std::uintptr_t stream) {
     if (!error.empty() || !call.normalize) return error;
   }
   Forward second = call;
-  if (call.moments) second.running_mean = {};  // the batch's statistics were saved
+  if (call.moments) second.running_mean = {};  // normalize then uses the batch statistics that moments saved
   settings.name = "normalize";
   const auto kernel =
       record ? planes_forward_kernel<T, false, true, true> : planes_forward_kernel<T, false, true, false>;

@@ -1,10 +1,13 @@
-// Rows [M, C], channels side by side, as blocks see them.
+// The partition of a tensor in row layout, [M, C] with adjacent channels, among blocks and threads.
 //
-// A block owns a group of channels and a split of the rows, `rows_per_split` consecutive ones. Its threads form lanes
-// of `columns` threads: a thread stays with the W channels of its column, 8 or 1, so that sums are its own, and
-// takes every lanes-th row. UNROLL of its rows are a tile; their loads are all in flight before the first is used.
-// Eight channels at a time need C, strides and addresses to be multiples of whole octets; any other tensor is read one
-// element at a time, and what is written of it is written by flat octets of memory, which own their mask bytes.
+// A block processes a group of channels and a split of the rows, which is `rows_per_split` consecutive rows. Its
+// threads form lanes of `columns` threads each. A thread processes the W channels of its column (8 or 1), so it can
+// keep their sums, and every lanes-th row of the split. A tile of a thread is UNROLL of its rows. All loads of a tile
+// are issued before the first value is used.
+//
+// W = 8 requires that C is a multiple of 8, and that strides and addresses are multiples of 16 bytes. Other tensors are
+// read one element at a time. Their elementwise results are written by threads that process eight consecutive elements
+// regardless of their channels, because such an octet has its own byte of the mask.
 #pragma once
 
 #include <algorithm>
@@ -16,26 +19,26 @@ namespace bnkern {
 
 struct RowsPlan {
   std::int64_t rows, rows_per_split;
-  int channels, width;         // width: channels of a group, the last of which may have fewer
-  int columns, lanes;          // threads of a block: columns * lanes
-  int groups, splits;          // blocks: splits x groups
-  int tiles, tiles_in_shared;  // of a split; a single-read kernel holds one more in registers
-  int tile_bytes;              // of a thread's tile
+  int channels, width;         // width: the channels of a group; the last group may have fewer
+  int columns, lanes;          // a block has columns * lanes threads
+  int groups, splits;          // the grid has splits x groups blocks
+  int tiles, tiles_in_shared;  // of a thread; a single-read kernel also holds one tile outside tiles_in_shared
+  int tile_bytes;              // the size of a thread's tile
 
   BNKERN_HD int threads() const { return columns * lanes; }
 };
 
-// How many rows of a thread are in flight: 64 bytes of each of one tensor, or 32 of each of two.
+// The number of rows in a thread's tile. With 8 channels it has 64 bytes of one tensor, or 32 bytes of each of two.
 template <class T, int tensors>
 constexpr int kUnroll = 16 / static_cast<int>(sizeof(T)) / 2 / tensors;
 
-constexpr int kBlocksPerProcessor = 3;          // of the two-kernel strategy
-constexpr int kGroupOctets = 8;                 // at most: 128 bytes of half-precision channels
-constexpr int kGroupElements = 64;              // the same, read one by one
-constexpr std::int64_t kFewPartials = 4 << 10;  // bytes that every block may well read of the others
+constexpr int kBlocksPerProcessor = 3;          // in the two-kernel strategy
+constexpr int kGroupOctets = 8;                 // the largest group: 128 bytes of half-precision channels
+constexpr int kGroupElements = 64;              // the same for channels that are read one at a time
+constexpr std::int64_t kFewPartials = 4 << 10;  // bytes of parts that every block may read at little cost
 
-// What a block keeps in shared memory: pairs of its threads' sums, room to add them up, what its channels are
-// normalised or centred by, and tiles.
+// The shared memory of a block: the pairs of sums of its threads, scratch memory for their reduction, the coefficients
+// or means of its channels, and tiles.
 struct RowsShared {
   Pair* pairs;         // [W, threads + 2]
   PivotSums* scratch;  // [threads]
@@ -53,12 +56,13 @@ struct RowsShared {
     of_channel = shared_memory<Affine>(pairs_bytes(threads) + threads * sizeof(PivotSums));
     tiles = shared_memory<Words>(fixed_bytes(threads, width));
   }
-  // The pair of channel j of a thread. Neighbouring threads write neighbouring pairs, and by the two more between the
-  // channels, neighbouring channels are read from different banks.
+  // The pair of channel j of a thread. Neighbouring threads write adjacent pairs. The padding of two pairs after each
+  // channel puts neighbouring channels into different banks.
   BNKERN_DEVICE Pair& pair(int j, int thread) const { return pairs[j * (blockDim.x + 2) + thread]; }
 };
 
-// `octets`: threads take 8 channels. `unroll` as in kUnroll; `tile_bytes`: a thread's tile on chip.
+// Makes the partition. With `octets` a thread processes 8 channels. `unroll` is kUnroll, and `tile_bytes` is the size
+// of a thread's tile in shared memory.
 inline RowsPlan rows_plan(const Shape& shape, const CudaDevice& device, bool single_read, bool octets, int unroll,
                           int tile_bytes) {
   RowsPlan plan{};
@@ -66,7 +70,8 @@ inline RowsPlan rows_plan(const Shape& shape, const CudaDevice& device, bool sin
   plan.channels = static_cast<int>(shape.c);
   plan.tile_bytes = tile_bytes;
   const int per_thread = octets ? 8 : 1;
-  const int threads = single_read ? device.threads : std::max(device.threads / 2, 32);  // two blocks beside each other
+  // Two blocks of the two-kernel strategy fit on a multiprocessor.
+  const int threads = single_read ? device.threads : std::max(device.threads / 2, 32);
   const std::int64_t columns_of_all = shape.c / per_thread;
   const std::int64_t blocks = std::int64_t{device.multiprocessors} * (single_read ? 1 : kBlocksPerProcessor);
   const auto cut = [&](std::int64_t columns) {
@@ -75,14 +80,15 @@ inline RowsPlan rows_plan(const Shape& shape, const CudaDevice& device, bool sin
     plan.lanes = threads / plan.columns;
     plan.groups = static_cast<int>(divide_up(columns_of_all, columns));
     const std::int64_t splits = plan.groups > kGroups ? 1 : std::max<std::int64_t>(1, blocks / plan.groups);
-    // Work for every thread, and as much for every block.
+    // Splits are not made much shorter than one row per lane. The rows are divided evenly among the splits.
     plan.rows_per_split = std::max<std::int64_t>(divide_up(plan.rows, splits), plan.lanes);
     plan.rows_per_split = divide_up(plan.rows, divide_up(plan.rows, plan.rows_per_split));
     plan.splits = static_cast<int>(divide_up(plan.rows, plan.rows_per_split));
   };
   const std::int64_t most = std::min(octets ? kGroupOctets : kGroupElements, threads / per_thread);
   cut(std::min(columns_of_all, most));
-  // In a single read every block reads the parts of its group: where these are many, narrower groups have fewer.
+  // In the single-read strategy every block reads all parts of its group. If these are large compared with the block's
+  // own data, the groups are made narrower, because then each has fewer splits.
   while (single_read && octets && plan.columns > 2) {
     const std::int64_t parts = plan.splits * plan.width * static_cast<std::int64_t>(sizeof(Pair));
     const std::int64_t own = divide_up(plan.rows_per_split, unroll) * plan.columns * tile_bytes;
@@ -102,8 +108,9 @@ BNKERN_HD std::size_t shared_bytes(const RowsPlan& plan) {
          static_cast<std::size_t>(plan.tiles_in_shared) * plan.threads() * plan.tile_bytes;
 }
 
-// What a block of a kernel that records needs besides: its threads' sums. A thread's lie side by side, an odd number of
-// words from the next thread's, so that neighbours use different banks and an address is one for all of a thread's.
+// The additional shared memory of a block that computes a record: the sums of its threads. The sums of a thread are
+// adjacent, so one base address serves all of them. The distance between two threads is an odd number of words, so
+// neighbouring threads use different banks.
 template <class Sums, int W>
 constexpr int kTallied = static_cast<int>(sizeof(Sums) / sizeof(float)) * W | 1;
 template <class Sums, int W>
@@ -111,8 +118,8 @@ std::size_t tally_bytes(const RowsPlan& plan) {
   return std::size_t{kTallied<Sums, W>} * plan.threads() * sizeof(float);
 }
 
-// Makes room for such a tally beside what a block keeps: fewer tiles are held, and the cut, and so the bits, stay. Says
-// why there is none.
+// Makes room for these sums in the shared memory of a block, which then holds fewer tiles. The partition stays the
+// same, and so do the bits. Returns "" or the reason why there is not enough memory.
 inline std::string make_room(RowsPlan* plan, std::size_t tally, const CudaDevice& device) {
   const std::int64_t fixed = RowsShared::fixed_bytes(plan->threads(), plan->width) + tally;
   const std::int64_t room = device.shared_bytes - fixed, tile = plan->threads() * plan->tile_bytes;
@@ -123,11 +130,11 @@ inline std::string make_room(RowsPlan* plan, std::size_t tally, const CudaDevice
   return {};
 }
 
-// Where a thread of a block works.
+// The channels and rows of a thread.
 struct RowsCoord {
   int split, group, column, lane;
-  std::int64_t channel;     // the first of its W
-  std::int64_t begin, end;  // rows of the split; none where there is no such channel
+  std::int64_t channel;     // the first of its W channels; active() is false if it does not exist
+  std::int64_t begin, end;  // the rows of the split
   int lanes;
 
   BNKERN_DEVICE RowsCoord(const RowsPlan& plan, int split, int group, int per_thread)
@@ -140,7 +147,7 @@ struct RowsCoord {
         end(begin + plan.rows_per_split < plan.rows ? begin + plan.rows_per_split : plan.rows),
         lanes(plan.lanes) {}
   BNKERN_DEVICE bool active(const RowsPlan& plan) const { return channel < plan.channels; }
-  // The first row of a tile, and how many of its `unroll` rows there are.
+  // The first row of a tile. valid_rows() is the number of its `unroll` rows that exist.
   BNKERN_DEVICE std::int64_t row(int tile, int unroll) const {
     return begin + std::int64_t(tile) * unroll * lanes + lane;
   }
@@ -149,14 +156,14 @@ struct RowsCoord {
     if (row + std::int64_t(unroll - 1) * lanes < end) return unroll;
     return static_cast<int>((end - row + lanes - 1) / lanes);
   }
-  // How many rows of the split a lane takes.
+  // The number of rows of the split that a lane processes.
   BNKERN_DEVICE int taken(int by_lane) const {
     const std::int64_t all = end - begin;
     return static_cast<int>(all / lanes) + (by_lane < all % lanes);
   }
 };
 
-// Calls f(tile, its first row, its valid rows) for a thread's tiles from `first` on, or from the last one down to it.
+// Calls f(tile, its first row, its valid rows) for a thread's tiles from `first` to the last, or in the reverse order.
 template <bool backwards, class F>
 BNKERN_DEVICE void for_tiles(const RowsPlan& plan, const RowsCoord& coord, int first, int unroll, F f) {
   for (int i = first; i < plan.tiles; ++i) {
@@ -166,8 +173,8 @@ BNKERN_DEVICE void for_tiles(const RowsPlan& plan, const RowsCoord& coord, int f
   }
 }
 
-// The tiles that a single-read kernel holds in shared memory, `first` to plan.tiles_in_shared, each of kRows rows of
-// kTensors tensors. Neighbouring threads have neighbouring octets.
+// The tiles that a single-read kernel holds in shared memory. These are the tiles from `first` to plan.tiles_in_shared,
+// each with kRows rows of kTensors tensors. The octets of neighbouring threads are adjacent.
 template <class T, int kRows, int kTensors>
 struct HeldTiles {
   Words* tiles;
@@ -178,7 +185,8 @@ struct HeldTiles {
   }
 };
 
-// Joins a block's threads: part(lane, pair) of each thread's pair of a channel, done(channel, sums).
+// Joins the pairs of a block's threads. part(lane, pair) converts a thread's pair to sums that can be added. One thread
+// calls done(channel, sums) for each channel.
 template <int W, class Part, class Done>
 BNKERN_DEVICE void join_threads(const RowsPlan& plan, int group, const RowsShared& shared, Part part, Done done) {
   const std::int64_t first = std::int64_t(group) * plan.width;
@@ -191,7 +199,8 @@ BNKERN_DEVICE void join_threads(const RowsPlan& plan, int group, const RowsShare
       });
 }
 
-// Joins the blocks of a group, once their parts are there: part(split, channel), done(channel of the group, sums).
+// Joins the parts of the blocks of a group. All blocks must have written them. part(split, channel) returns a part as
+// sums that can be added. One thread calls done(channel within the group, sums) for each channel.
 template <class Part, class Done>
 BNKERN_DEVICE void join_blocks(const RowsPlan& plan, int group, const RowsShared& shared, Part part, Done done) {
   const std::int64_t first = std::int64_t(group) * plan.width;
@@ -203,13 +212,13 @@ BNKERN_DEVICE void join_blocks(const RowsPlan& plan, int group, const RowsShared
       });
 }
 
-// How many rows split k has.
+// The number of rows of split k.
 BNKERN_DEVICE double rows_of(const RowsPlan& plan, int k) {
   const std::int64_t left = plan.rows - k * plan.rows_per_split;
   return static_cast<double>(left < plan.rows_per_split ? left : plan.rows_per_split);
 }
 
-// Whether all these can be read by octets.
+// Whether octets of all these views can be loaded at once. Null views are ignored.
 inline bool by_octets(const Shape& shape, DType dtype, std::initializer_list<View> views) {
   const std::int64_t step = dtype == DType::kFloat32 ? 4 : 8;  // elements of 16 bytes
   return shape.c % 8 == 0 && std::all_of(views.begin(), views.end(), [&](const View& view) {
@@ -222,8 +231,8 @@ struct RowsCut {
   RowsPlan plan;
   bool octets, single;
 };
-// `single`: both phases are requested, and one kernel may do them. Two kernels are simpler where far more must be read
-// again than a block holds.
+// `single` means that both phases are requested and may be one kernel. One kernel is used if threads can read octets
+// and a block can hold at least one in eight of its tiles. Otherwise one kernel would read most of the data twice too.
 template <class T, int kTensors>
 RowsCut cut_rows(const Shape& shape, const CudaDevice& device, bool octets, bool single) {
   constexpr int kTile = kUnroll<T, kTensors>;
@@ -235,13 +244,13 @@ RowsCut cut_rows(const Shape& shape, const CudaDevice& device, bool octets, bool
   return {rows_plan(shape, device, false, octets, kTile, kTileBytes), octets, false};
 }
 
-// The blocks of a kernel over flat octets.
+// The grid of a kernel that processes eight consecutive elements at a time, regardless of their channels.
 inline dim3 flat_blocks(const Shape& shape, const CudaDevice& device) {
   const std::int64_t wanted = divide_up(divide_up(shape.n * shape.s * shape.c, 8), device.threads);
   return {static_cast<unsigned>(std::min<std::int64_t>(wanted, 8 * device.multiprocessors)), 1, 1};
 }
 
-// A thread's W neighbours, as stored.
+// W adjacent values of storage type.
 template <class T, int W>
 struct Vector;
 template <class T>
@@ -255,8 +264,8 @@ struct Vector<T, 1> {
   static BNKERN_DEVICE Vector load(const T* p) { return {*p}; }
 };
 
-// The sums of a thread's W channels that a record is made of. They live in shared memory, where no other thread looks
-// at them until publish(): registers have no room for so many. add(j, sums) joins those of a few values of channel j.
+// The sums of a record for a thread's W channels. They are in shared memory, because there are not enough registers. No
+// other thread reads them before publish(). add(j, sums) joins the sums of a few values of channel j.
 template <class Sums, int W>
 struct Tally {
   float* mine;
@@ -273,7 +282,7 @@ struct Tally {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) at(row, j) = joined<Sums>(row, addend.row[row], at(row, j));
   }
-  // The block's part: its lanes joined in their order. Called by all its threads.
+  // Joins the block's lanes in their order and stores the result as the block's part. All threads must call it.
   BNKERN_DEVICE void publish(const RowsPlan& plan, const RowsCoord& coord, const RecordParts& parts) const {
     __syncthreads();
     const std::int64_t first = std::int64_t(coord.group) * plan.width;

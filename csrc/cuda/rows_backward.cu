@@ -1,4 +1,5 @@
-// grad_sums and grad_input over rows: each alone, and both as one kernel that reads dy and x once.
+// grad_sums and grad_input over rows: each alone, and both in one kernel. The one kernel reads the part of dy and x
+// that fits on the chip only once.
 #include "rows.h"
 
 namespace bnkern {
@@ -9,7 +10,7 @@ struct ThreadSums {
   float dy[W], dy_xhat[W];
 };
 
-// g, the gradient before the activation, and x: a tile of each.
+// A tile of g, the gradient before the activation, and of x. load() sets g to dy, and mask() computes g from it.
 template <class T, int W, int UNROLL>
 struct GradientTile {
   Vector<T, W> g[UNROLL], x[UNROLL];
@@ -61,8 +62,8 @@ BNKERN_DEVICE void add_tile(ThreadSums<W>* sums, const GradientTile<T, W, UNROLL
   }
 }
 
-// The same with the summands' record. Channel after channel, so that no more than one's values are in registers; the
-// sums have the bits they have without.
+// The same with the record of the summands. It processes one channel after the other, so only the record's sums of one
+// channel are in registers. The two sums have the same bits as without a record.
 template <class T, int W, int UNROLL>
 BNKERN_DEVICE void add_tile(ThreadSums<W>* sums, const Tally<AffineSums, W>& tally,
                             const GradientTile<T, W, UNROLL>& tile, const Affine (&coefficients)[W], int valid_rows) {
@@ -81,7 +82,7 @@ BNKERN_DEVICE void add_tile(ThreadSums<W>* sums, const Tally<AffineSums, W>& tal
     tally.add(j, addend);
   }
 }
-// The record of dx: a tile as stored.
+// Adds a tile of dx, with its values as they are stored, to the record of dx.
 template <class Values, int W, int UNROLL>
 BNKERN_DEVICE void add_tile(const Tally<GradientSums, W>& tally, const Values (&dx)[UNROLL], int valid_rows) {
   if (valid_rows == 0) return;
@@ -106,7 +107,7 @@ BNKERN_DEVICE void read_affine(const Backward& p, const RowsPlan& plan, const Ro
   }
 }
 
-// Adds up the block's threads and publishes its part.
+// Adds up the sums of the block's threads and stores the block's part.
 template <int W>
 BNKERN_DEVICE void publish_sums(const RowsPlan& plan, const RowsCoord& coord, const RowsShared& shared,
                                 const Partials& parts, const ThreadSums<W>& sums) {
@@ -119,7 +120,8 @@ BNKERN_DEVICE void publish_sums(const RowsPlan& plan, const RowsCoord& coord, co
       });
 }
 
-// Adds up all blocks' parts of a group, once they are there. done(c, sums) is called for each of its channels.
+// Adds up the parts of all blocks of a group, which must have written them. One thread calls done(c, sums) for each
+// channel.
 template <class Done>
 BNKERN_DEVICE void join_sums(const RowsPlan& plan, int group, const RowsShared& shared, const Partials& parts,
                              Done done) {
@@ -166,7 +168,7 @@ __global__ void __launch_bounds__(512, 1)
   });
 }
 
-// dx and the residual's gradient of octets of rows from `row` on. `dx` keeps the octets for a record, if there is one.
+// Writes dx and the gradient of the residual for octets of rows from `row` on. For a record, `dx` receives the octets.
 template <class T, bool kRecord, int UNROLL>
 BNKERN_DEVICE void write_tile(const Backward& p, const RowsCoord& coord, const Affine (&coefficients)[8],
                               const Pair (&centre)[8], const GradientTile<T, 8, UNROLL>& tile, std::int64_t row,
@@ -220,7 +222,8 @@ __global__ void __launch_bounds__(512, 1)
   }
 }
 
-// The record of rows that octets do not fit, which are written by flat octets: dx once more, channel by channel.
+// Computes the record of tensors whose rows cannot be read by octets. rows_grad_input_flat_kernel writes dx of such
+// tensors, and its threads do not have a fixed channel. So this kernel reads dx again.
 template <class T>
 __global__ void __launch_bounds__(512, 1)
     rows_gradient_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, RecordParts parts) {
@@ -238,7 +241,8 @@ __global__ void __launch_bounds__(512, 1)
   tally.publish(plan, coord, parts);
 }
 
-// Rows that octets do not fit: eight neighbours in the order of memory without gaps, whatever their channels.
+// For tensors whose rows cannot be read by octets. A thread processes eight consecutive elements regardless of their
+// channels, because they have one byte of the mask.
 template <class T>
 __global__ void __launch_bounds__(512, 1)
     rows_grad_input_flat_kernel(const __grid_constant__ Backward p, Workspace space) {
@@ -266,8 +270,8 @@ __global__ void __launch_bounds__(512, 1)
   }
 }
 
-// Both phases: what a block reads it keeps, one tile in registers and others in shared memory; what does not fit it
-// reads again. The blocks of a group meet in between.
+// Both phases. A thread holds its first tile in registers and the next tiles in shared memory. It reads the tiles that
+// do not fit a second time. The blocks of a group wait for each other at a barrier between the phases.
 template <class T, bool kRecord>
 __global__ void __launch_bounds__(512, 1)
     rows_backward_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, Workspace space,
@@ -275,9 +279,10 @@ __global__ void __launch_bounds__(512, 1)
   constexpr int kTile = kUnroll<T, 2>;
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 8);
   const RowsShared shared(plan.width);
-  // The first tile is held in registers, unless a record takes these; then it is in shared memory too.
+  // The first tile is held in registers. With a record it is held in shared memory, because the record needs the
+  // registers.
   constexpr int kFirst = kRecord ? 0 : 1;
-  const HeldTiles<T, kTile, 2> held{shared.tiles, kFirst};  // g and x
+  const HeldTiles<T, kTile, 2> held{shared.tiles, kFirst};  // tensor 0 is g, and tensor 1 is x
   Affine coefficients[8];
   read_affine(p, plan, coord, coefficients);
   ThreadSums<8> sums{};
@@ -378,7 +383,8 @@ std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
   const std::size_t first_tile = std::size_t(plan.threads()) * plan.tile_bytes;
   const std::size_t tally = octets ? tally_bytes<AffineSums, 8>(plan) : tally_bytes<AffineSums, 1>(plan);
   if (record) {
-    // Where the one kernel finds no room for its record, two kernels with the same cut do, and give the same bits.
+    // If the one kernel has not enough shared memory for its record, two kernels with the same partition run instead.
+    // They give the same bits.
     single = single && make_room(&plan, tally + first_tile, p.device).empty();
     if (std::string why = make_room(&plan, tally, p.device); !single && !why.empty()) return why;
   }

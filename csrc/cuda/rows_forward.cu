@@ -1,14 +1,15 @@
-// moments and normalize over rows: each alone, and both as one kernel that reads x once.
+// moments and normalize over rows: each alone, and both in one kernel. The one kernel reads the part of x that fits on
+// the chip only once.
 //
-// The mean and M2 of a thread's tile are found by two passes over its registers and joined to those of its earlier
-// tiles by Chan's formula, all as distances from the block's first row, so that they are small numbers however large
-// the mean. Threads, then blocks, are joined in a fixed order.
+// The mean and M2 of a thread's tile are computed in two passes over its registers. Chan's formula joins them to those
+// of the thread's previous tiles. All values are taken as distances from the first row of the block's split, so they
+// are small numbers even if the mean is large. Threads and then blocks are joined in a fixed order.
 #include "rows.h"
 
 namespace bnkern {
 namespace {
 
-// Of the rows a thread has seen, by channel, as distances from `pivot`.
+// The moments of the rows that a thread has read, for each of its channels. `mean` is relative to `pivot`.
 template <int W>
 struct ThreadMoments {
   float count, pivot[W], mean[W], m2[W];
@@ -24,7 +25,7 @@ BNKERN_DEVICE ThreadMoments<W> no_moments(const Forward& p, const RowsPlan& plan
   return none;
 }
 
-// The values of a tile that are there, the first `valid_rows`; the others are not read.
+// Loads the first `valid_rows` rows of a tile. The other rows do not exist.
 template <class T, int W, int UNROLL>
 BNKERN_DEVICE void load_tile(Vector<T, W> (&tile)[UNROLL], const View& view, const RowsCoord& coord, std::int64_t row,
                              int valid_rows) {
@@ -59,7 +60,7 @@ BNKERN_DEVICE void add_tile(ThreadMoments<W>* partial, const Vector<T, W> (&tile
   partial->count = count;
 }
 
-// Joins the block's threads and publishes its part.
+// Joins the block's threads and stores the block's part.
 template <class T, int W>
 BNKERN_DEVICE void publish_moments(const Forward& p, const RowsPlan& plan, const RowsCoord& coord,
                                    const RowsShared& shared, const Partials& parts, const ThreadMoments<W>& partial) {
@@ -77,7 +78,8 @@ BNKERN_DEVICE void publish_moments(const Forward& p, const RowsPlan& plan, const
       });
 }
 
-// Joins all blocks' parts of a group, once they are there. done(c, moments) is called for each of its channels.
+// Joins the parts of all blocks of a group, which must have written them. One thread calls done(c, moments) for each
+// channel.
 template <class Done>
 BNKERN_DEVICE void join_moments(const RowsPlan& plan, int group, const RowsShared& shared, const Partials& parts,
                                 Done done) {
@@ -94,7 +96,7 @@ BNKERN_DEVICE void join_moments(const RowsPlan& plan, int group, const RowsShare
       });
 }
 
-// Joins a group and keeps what it gives. Called by all threads of one block for each group.
+// Joins the parts of a group and saves its statistics. All threads of one block of each group call this.
 BNKERN_DEVICE void finish_moments(const Forward& p, const RowsPlan& plan, int group, const RowsShared& shared,
                                   const Workspace& space) {
   const double momentum = momentum_of(p);
@@ -121,7 +123,8 @@ __global__ void __launch_bounds__(512, 1)
   if (last_of_blocks(space.arrivals + coord.group, plan.splits)) finish_moments(p, plan, coord.group, shared, space);
 }
 
-// What distances of a channel's values are taken from for a record: the batch's mean where this call found it.
+// The value from which a record takes the distances of a channel's values. It is the mean of the batch if this call
+// computes it, and otherwise the median of three values.
 template <class T>
 BNKERN_DEVICE float centre_of(const Forward& p, const RowsPlan& plan, std::int64_t channel, float mean) {
   if (p.moments) return mean;
@@ -129,7 +132,7 @@ BNKERN_DEVICE float centre_of(const Forward& p, const RowsPlan& plan, std::int64
   return middle_of([&](int k) { return widen(first[(plan.rows - 1) * k / 2 * p.x.outer]); });
 }
 
-// A record of x and y: the sums, and the centres, which the parts hold as well.
+// The record of x and y. It has the sums and the centres, which are also stored in the parts.
 template <class T, int W>
 struct ActivationTally {
   Tally<ActivationSums, W> sums;
@@ -142,7 +145,7 @@ struct ActivationTally {
 #pragma unroll
     for (int j = 0; j < W; ++j) centre[j] = centre_of<T>(p, plan, coord.channel + j, coefficients[j].mean);
   }
-  // Of a tile, whose rows have the bits `active[u]` of what is above zero.
+  // Adds a tile. Bit j of active[u] is whether value j of row u of y is above zero.
   template <int UNROLL>
   BNKERN_DEVICE void add(const Vector<T, W> (&x)[UNROLL], const unsigned (&active)[UNROLL], int valid_rows) const {
     if (valid_rows == 0) return;
@@ -163,7 +166,8 @@ struct ActivationTally {
   }
 };
 
-// y, and the mask's byte, of octets of rows from `row` on. active: what is above zero of each, where there is a record.
+// Writes y and the bytes of the mask for octets of rows from `row` on. For a record, `active` receives the bits of the
+// values of y above zero.
 template <class T, bool kRecord, int UNROLL>
 BNKERN_DEVICE void write_tile(const Forward& p, const RowsCoord& coord, const Affine (&coefficients)[8],
                               const Vector<T, 8> (&tile)[UNROLL], std::int64_t row, int valid_rows,
@@ -197,7 +201,8 @@ BNKERN_DEVICE void write_tile(const Forward& p, const RowsCoord& coord, const Af
   }
 }
 
-// Blocks and tiles go backwards: what the moments kernel read last is still in the second-level cache.
+// Blocks and tiles are visited in reverse order, because the data that the moments kernel read last is still in the
+// second-level cache.
 template <class T, bool kRecord>
 __global__ void __launch_bounds__(512, 1)
     rows_normalize_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan, RecordParts parts) {
@@ -233,7 +238,8 @@ __global__ void __launch_bounds__(512, 1)
   }
 }
 
-// The record of rows that octets do not fit, which are written by flat octets: x and y once more, channel by channel.
+// Computes the record of tensors whose rows cannot be read by octets. rows_normalize_flat_kernel writes y of such
+// tensors, and its threads do not have a fixed channel. So this kernel reads x and y again.
 template <class T>
 __global__ void __launch_bounds__(512, 1)
     rows_activation_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan,
@@ -254,7 +260,8 @@ __global__ void __launch_bounds__(512, 1)
   tally.publish(plan, coord, parts);
 }
 
-// Rows that octets do not fit: eight neighbours in the order of memory without gaps, whatever their channels.
+// For tensors whose rows cannot be read by octets. A thread processes eight consecutive elements regardless of their
+// channels, because they have one byte of the mask.
 template <class T>
 __global__ void __launch_bounds__(512, 1) rows_normalize_flat_kernel(const __grid_constant__ Forward p) {
   const std::int64_t c = p.shape.c, all = p.shape.n * p.shape.s * c;
@@ -288,8 +295,8 @@ __global__ void __launch_bounds__(512, 1) rows_normalize_flat_kernel(const __gri
   }
 }
 
-// Both phases: what a block reads it keeps, one tile in registers and others in shared memory; what does not fit it
-// reads again. The blocks of a group meet in between.
+// Both phases. A thread holds its first tile in registers and the next tiles in shared memory. It reads the tiles that
+// do not fit a second time. The blocks of a group wait for each other at a barrier between the phases.
 template <class T, bool kRecord>
 __global__ void __launch_bounds__(512, 1)
     rows_forward_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan, Workspace space,
@@ -316,7 +323,8 @@ __global__ void __launch_bounds__(512, 1)
       if (u < valid_rows) held(t, u, 0) = tile[u];
   });
   publish_moments<T>(p, plan, coord, shared, space.parts, partial);
-  // Whatever can be read before the barrier is: the thread that joins channel t of the group knows the rest of it.
+  // Everything that does not depend on other blocks is read before the barrier. Thread t joins channel t of the group,
+  // so it reads the weight and the bias of this channel here.
   const std::int64_t own = std::int64_t(coord.group) * plan.width + threadIdx.x;
   const bool joins = static_cast<int>(threadIdx.x) < plan.width && own < plan.channels, keeps = coord.split == 0;
   Affine of_own{};
