@@ -21,13 +21,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
-# The parts after the build: arguments of python -m, and a limit in seconds.
 QUICKLY = ["--no-compile", "--budget=0.05"]
 SAMPLED = ["--sample=8", "--junitxml={out}/tests.xml"]  # of 27,000 tests, most of which compile Triton kernels
 OF_CUDA = "tests/backends/cuda/test_gpu.py"
 TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer; racecheck checks only shared memory
 SHORT = ["pytest", "-q", "-m", "gpu", OF_CUDA, "-k", "test_every_strategy and bf16", "-p", "no:cacheprovider"]
-PARTS = {
+PARTS = {  # after the build: arguments of python -m, and a limit in seconds
     "machine": (["bnkern", "--json"], 30),
     "cuda-tests": (["pytest", "-q", "-m", "gpu and not slow", OF_CUDA, "--junitxml={out}/cuda-tests.xml"], 120),
     "tests": (
@@ -62,7 +61,7 @@ PARTS = {
 
 
 def missing() -> list[str]:
-    """What is missing on this machine, without which nothing can be checked."""
+    """The tools and packages that this machine lacks and that every check needs."""
     lacks = [tool for tool in ("nvcc", "cmake", "ninja") if not shutil.which(tool)]
     if not importlib.util.find_spec("torch"):
         return [*lacks, f"torch (for {sys.executable})"]
@@ -71,7 +70,7 @@ def missing() -> list[str]:
     if not torch.version.cuda:
         lacks.append(f"a torch built with CUDA (this is {torch.__version__})")
     elif not torch.cuda.is_available():
-        lacks.append("an NVIDIA GPU (torch finds none)")
+        lacks.append("an NVIDIA GPU (torch.cuda.is_available() is False)")
     return lacks
 
 
@@ -98,8 +97,8 @@ def command(name: str, out: Path) -> list[str]:
 
 
 def run(name: str, command: list[str], out: Path, env: dict[str, str], seconds: float) -> dict:
-    """Runs one part, prints its output and writes it to a log. Stops the part when its time is over."""
-    # A background job ignores SIGINT, and its children would inherit this.
+    """Runs one part, prints its output and writes it to a log. Stops the part when its time limit is reached."""
+    # A background job ignores SIGINT, and its child processes would inherit this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print(f"\n== {name}, at most {seconds:.0f} s: {' '.join(command)}", flush=True)
     start = time.perf_counter()
@@ -107,7 +106,7 @@ def run(name: str, command: list[str], out: Path, env: dict[str, str], seconds: 
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        timer = threading.Timer(seconds, process.send_signal, [signal.SIGINT])  # pytest then prints its tables and ends
+        timer = threading.Timer(seconds, process.send_signal, [signal.SIGINT])  # pytest prints its tables and exits
         killer = threading.Timer(seconds + 10, process.kill)
         for clock in (timer, killer):
             clock.start()
@@ -127,7 +126,7 @@ def main() -> int:
     parser.add_argument("--wheels", type=Path, help="folder with wheels of packages that are missing here")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check", help="folder for logs and JSON")
     parser.add_argument("--parts", default=",".join(["build", *PARTS]), help="comma-separated: %(default)s")
-    parser.add_argument("--minutes", type=float, default=9, help="for all parts together (%(default)g)")
+    parser.add_argument("--minutes", type=float, default=9, help="time limit for all parts together (%(default)g)")
     args = parser.parse_args()
     requested = args.parts.split(",")
     if unknown := set(requested) - {"build", *PARTS}:

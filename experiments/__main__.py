@@ -97,20 +97,20 @@ def main(words: list[str] | None = None) -> int:
     demo_parser.add_argument(
         "--out", type=Path, default=Path("results/demo"), help="folder of the demo (default: results/demo)"
     )
-    asked = parser.parse_args(words)
+    arguments = parser.parse_args(words)
 
-    if asked.command == "list":
+    if arguments.command == "list":
         _list()
         return 0
-    if asked.command == "demo":
+    if arguments.command == "demo":
         from .demo import demo  # torch and matplotlib are loaded here
 
-        return demo(asked.data, asked.device, asked.out, asked.scale)
+        return demo(arguments.data, arguments.device, arguments.out, arguments.scale)
     status = 0
-    if asked.command in ("run", "reproduce"):
-        every = asked.command == "reproduce" or "all" in asked.names
-        wanted = names() if every else list(dict.fromkeys(asked.names))
-        for name in wanted:
+    if arguments.command in ("run", "reproduce"):
+        every = arguments.command == "reproduce" or "all" in arguments.names
+        selected = names() if every else list(dict.fromkeys(arguments.names))
+        for name in selected:
             if name not in names():
                 near = difflib.get_close_matches(name, names(), n=1, cutoff=0)
                 run_parser.error(
@@ -118,29 +118,29 @@ def main(words: list[str] | None = None) -> int:
                 )
         from .run import INTERRUPTED, run  # torch is loaded here, and not for list and report
 
-        kept = PUBLISHED / RUNS if getattr(asked, "published", False) else None
-        scale = "quick" if asked.command == "reproduce" else asked.scale
+        kept = PUBLISHED / RUNS if getattr(arguments, "published", False) else None
+        scale = "quick" if arguments.command == "reproduce" else arguments.scale
         status = run(
-            wanted, scale, asked.data, asked.device, asked.seeds, asked.out, asked.resume, kept,
-            finished=_growing(asked.out) if asked.command == "reproduce" else None,
+            selected, scale, arguments.data, arguments.device, arguments.seeds, arguments.out, arguments.resume, kept,
+            finished=_growing(arguments.out) if arguments.command == "reproduce" else None,
         )  # fmt: skip
-        if asked.command == "run" or status == INTERRUPTED:
+        if arguments.command == "run" or status == INTERRUPTED:
             return status
     from .report import gather, publish, report  # matplotlib is loaded here
 
-    published = PUBLISHED if getattr(asked, "published", False) else None
+    published = PUBLISHED if getattr(arguments, "published", False) else None
     try:
-        sections = gather(asked.out, getattr(asked, "scale", None), published)
-        page = report(sections, asked.out)
+        sections = gather(arguments.out, getattr(arguments, "scale", None), published)
+        page = report(sections, arguments.out)
     except OSError as error:
-        print(f"The report cannot be written: {error.strerror or error} ({asked.out})", file=sys.stderr)
+        print(f"The report cannot be written: {error.strerror or error} ({arguments.out})", file=sys.stderr)
         return 1
     print(f"report: {page}")
-    return publish(sections, asked.out) if getattr(asked, "publish", False) else status
+    return publish(sections, arguments.out) if getattr(arguments, "publish", False) else status
 
 
 def _growing(out: Path) -> Callable[[str], None]:
-    """A function that writes the report after each experiment, for the runner."""
+    """Returns a function for the runner that writes the report after each experiment."""
     from .report import gather, report
 
     def written(experiment: str) -> None:
@@ -151,7 +151,7 @@ def _growing(out: Path) -> Callable[[str], None]:
 
 
 def _list() -> None:
-    """A line for each experiment: name, place in the paper, minutes by scale, question."""
+    """Prints a line for each experiment: name, place in the paper, time by scale, title."""
     scales = SCALES[1:]
     print(f"{'name':<24} {'of the paper':<52} " + " ".join(f"{scale:>7}" for scale in scales) + "  question")
     for name in names():

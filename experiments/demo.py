@@ -1,8 +1,8 @@
 """The demo: Table 1 of the paper on one seed, and a probe of two short training runs, as numbers and as one figure.
 
 ``python -m experiments demo`` takes a minute or two on two cores. Everything is written to ``<out>/<data>/``, where
-``data`` is "cifar10" or "synthetic": the runs of ``gradient_signs`` as ``python -m experiments run`` leaves them, the
-two recordings, and ``demo.png``.
+``data`` is "cifar10" or "synthetic": the runs of ``gradient_signs``, with the same files as those of
+``python -m experiments run``, the two recordings, and ``demo.png``.
 """
 
 import os
@@ -37,7 +37,7 @@ def demo(data: str | None, device: str | None, out: Path, scale: str = "full") -
 
     Args:
         data: as for bnkern.train.cifar10.load. If it is not given and CIFAR-10 is not available, synthetic images are
-            used instead, and a message says so.
+            used instead, and a message is printed.
         device: torch's name. The default is "cuda" if there is a GPU, and else "cpu".
         out: folder of the results.
         scale: "full", or "smoke" for a test on a few images.
@@ -46,21 +46,21 @@ def demo(data: str | None, device: str | None, out: Path, scale: str = "full") -
         the exit status: 0; that of the runner if Table 1 was not measured; 1 if the data are missing.
     """
     began = time.perf_counter()
-    asked = data or os.environ.get("BNKERN_DATA")
+    requested = data or os.environ.get("BNKERN_DATA")
     try:
-        images = cifar10.load(asked)
+        images = cifar10.load(requested)
     except cifar10.DataError as error:
         print(error, file=sys.stderr)
-        if asked:
+        if requested:
             return 1
-        images, asked = cifar10.synthetic(), "synthetic"
+        images, requested = cifar10.synthetic(), "synthetic"
     out = out / images.source
     if images.source == "synthetic":
         print("The images are synthetic, not CIFAR-10: the numbers below are not comparable with the paper's.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     print("\nStep 1 of 2: Table 1 of the paper, on a fresh ResNet-110 with and without batch norm", flush=True)
-    if status := run([TABLE], scale, asked, device, seeds=1, out=out):
+    if status := run([TABLE], scale, requested, device, seeds=1, out=out):
         return status
     rows = drawer(TABLE).tables(spec(TABLE), read(out / TABLE, spec(TABLE), scale))[TABLE]
     print(_table(rows))
@@ -96,7 +96,7 @@ def _training(
     """A few steps of SGD under a probe, and for each step the spread of the inputs of the last norm layer."""
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
-    model = ResNet(depth, norm).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stub lacks it
+    model = ResNet(depth, norm).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stub
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     network, losses = draw.NETS[norm][0], []
     with record(model, [PROBE], out=folder) as recorder:

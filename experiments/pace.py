@@ -1,7 +1,7 @@
-"""Estimates of the time that runs take: the shares of an experiment's runs, and the time that is left.
+"""Estimates of the time that runs take: the shares of the runs of an experiment, and the time that is left.
 
-The specs state minutes for each experiment on two cores. How much slower another machine is differs between
-experiments, so every finished run corrects the estimate of its experiment, of its procedure, and of all others.
+The specs state minutes for each experiment on two cores. The ratio to the time on another machine differs between
+experiments. Every finished run therefore corrects the estimate of its experiment, of its procedure, and of all others.
 """
 
 import math
@@ -20,7 +20,7 @@ REFERENCE = 0.041  # seconds of the step that step_seconds takes, on the machine
 
 
 def work(run: Run) -> float:
-    """The work of a run, as a multiple of the unit of its procedure. Runs of one experiment are compared by it."""
+    """The work of a run in the unit of its procedure. It serves to compare the runs of one experiment."""
     options = run.options
     if "epochs" in options and run.procedure in ("training", "layer_products"):
         return run.depth * max(1, options["epochs"]) * options.get("images", 50_000) * len(options.get("lrs", [0]))
@@ -40,7 +40,7 @@ def shares(runs: Iterable[Run]) -> dict[str, float]:
 
 
 def step_seconds(device: torch.device) -> float:
-    """The seconds of a training step of a ResNet-8 with 128 images: the better of two, after one to warm up."""
+    """The seconds of a training step of a ResNet-8 with 128 images: the faster of two steps, after one to warm up."""
     torch.manual_seed(0)
     network = ResNet(8, "batch").to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.rand(128, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
@@ -56,19 +56,19 @@ def step_seconds(device: torch.device) -> float:
 
 
 class Kind(NamedTuple):
-    """What the pace of a run depends on."""
+    """The properties that determine the pace of a run."""
 
     procedure: str
     experiment: str
 
 
 class Pace:
-    """Seconds per expected second, by the runs that have finished.
+    """The ratio of measured to expected seconds, from the finished runs.
 
-    The pace of an experiment is that of its finished runs, with the pace of its procedure as if it were one more run.
-    The pace of a procedure is the geometric mean over its experiments and the pace of everything, each counting once.
-    The pace of everything is the geometric mean over the experiments and ``start``, the estimate before any run, which
-    counts ``START`` times: a step that takes a second says less than an experiment that takes minutes.
+    The pace of an experiment is that of its finished runs and of one more run, which has the pace of the procedure.
+    The pace of a procedure is the geometric mean over its experiments and the overall pace, each with weight 1.
+    The overall pace is the geometric mean over the experiments and ``start``, the estimate before any run. Its
+    weight is ``START``, because a step that takes a second predicts less than an experiment that takes minutes.
     """
 
     START = 0.25
@@ -79,12 +79,12 @@ class Pace:
         self._seconds: dict[Kind, float] = {}
 
     def add(self, kind: Kind, expected: float, seconds: float) -> None:
-        """A run has finished that was expected to take ``expected`` seconds."""
+        """Adds a finished run that took ``seconds`` and was expected to take ``expected`` seconds."""
         self._expected.setdefault(kind, []).append(expected)
         self._seconds[kind] = self._seconds.get(kind, 0.0) + max(seconds, 1e-3)
 
     def of(self, kind: Kind) -> float:
-        """The pace to be expected of the next runs of a kind."""
+        """The expected pace of the next runs of a kind."""
         whole = self._mean(self._seconds, self._start, self.START)
         pace = self._mean([one for one in self._seconds if one.procedure == kind.procedure], whole, 1)
         if kind not in self._seconds:

@@ -12,12 +12,12 @@ from .sections import COMMANDS, Section
 from .specs import Spec
 
 CLASSES = {"held": "held", "held in part": "part", "did not hold": "not"}
-FOLDED = 12  # with more checked claims than this, groups of similar ones are folded
+FOLDED = 12  # if there are more checked claims, groups of similar claims are folded
 
 
 @dataclass(frozen=True)
 class Front:
-    """What stands before the experiments, except for the table of results."""
+    """The content before the experiments, without the table of results."""
 
     title: str
     lead: str
@@ -28,7 +28,7 @@ class Front:
 
 
 def html(front: Front, parts: dict[str, list[Section]], figures: dict[str, str]) -> str:
-    """The page. ``figures`` has the SVG files by the experiment's name."""
+    """The page. ``figures`` maps the name of an experiment to its SVG file."""
     style, inlined = (Path(__file__).parent / "report.css").read_text(), Figures()
     links = " · ".join(f'<a href="{escape(where)}">{escape(text)}</a>' for text, where in front.links.items())
     body = [
@@ -57,13 +57,13 @@ SETS = "Date and commit of the results"
 
 def paragraphs(s: Section) -> list[tuple[str, str]]:
     """The text of a section: labels and paragraphs."""
-    told = {
+    texts = {
         "Background" if s.spec.beyond else "The paper": s.spec.shows,
         "Method": s.spec.method,
         "Reduced here": s.reduction,
         "Remark": s.spec.remark,
     }
-    return [(label, text) for label, text in told.items() if text]
+    return [(label, text) for label, text in texts.items() if text]
 
 
 def _id(heading: str) -> str:
@@ -88,7 +88,7 @@ def _short_place(about: Spec) -> str:
 
 
 def _results(parts: dict[str, list[Section]]) -> str:
-    """The first table: a row for each experiment, with the number that matters most."""
+    """The first table: a row for each experiment, with its headline number."""
     rows = []
     for part, members in parts.items():
         rows.append(f'<tr class="chapter"><th colspan="5">{escape(part)}</th></tr>')
@@ -146,7 +146,7 @@ def _section(s: Section, figure: str | None, inlined: "Figures") -> str:
 
 
 def _checked(findings: list[Finding], about: Spec) -> str:
-    """The checked claims. Groups of similar ones are folded if there are many, and open if one of them fails."""
+    """The checked claims. If there are many, groups of similar claims are folded, except those with a failed claim."""
     groups = words.grouped(findings) if len(findings) > FOLDED else [findings]
     lines: list[str] = []
     plain: list[Finding] = []
@@ -162,10 +162,10 @@ def _checked(findings: list[Finding], about: Spec) -> str:
         means = [f.mean for f in group]
         title = words.group_title([f.claim.text for f in group])
         count = f"{held} of {len(group)} held" if any(f.held is not None for f in group) else f"{len(group)} shown"
-        told = f"{words.number(min(means))} to {words.number(max(means))}"
+        interval = f"{words.number(min(means))} to {words.number(max(means))}"
         style = "not" if failed else "held" if held else "soft"
         lines.append(
-            f'<details class="group"{" open" * failed}><summary>{escape(title)}: ours {told}, '
+            f'<details class="group"{" open" * failed}><summary>{escape(title)}: ours {interval}, '
             f'<span class="{style}">{count}</span></summary>{_findings(group, about)}</details>'
         )
     return "\n".join([*lines, _findings(plain, about)] if plain else lines)
@@ -192,7 +192,7 @@ def _badge(section: Section) -> str:
 
 
 def _shared(markers: re.Match) -> str:
-    """Markers that are alike, with their class on a group around them."""
+    """Markers that share one class, inside a group that has the class. Other markers are unchanged."""
     classes = set(re.findall(r'class="(\w+)"', markers[1]))
     if len(classes) != 1 or markers[1].count("<use") == 1:
         return markers[1]
@@ -201,14 +201,14 @@ def _shared(markers: re.Match) -> str:
 
 
 class Figures:
-    """SVG files for the page. Equal styles of all figures become one class: this and rounding halve the page."""
+    """SVG files for the page. Equal styles of all figures become one class. This and rounding halve the page."""
 
     def __init__(self) -> None:
         self._classes: dict[str, str] = {}
         self._count = 0
 
     def inline(self, svg: str) -> str:
-        """A figure without its prologue and its white background, in the page's colours, with ids of its own."""
+        """A figure without its prologue and its white background, with classes for its styles and with unique ids."""
         self._count += 1
         prefix = f"i{self._count}_"
         svg = svg[svg.index("<svg") :]
@@ -219,18 +219,18 @@ class Figures:
         svg = draw.rounded(svg, 1)
         svg = re.sub(r' d="([^"]*)"', lambda path: ' d="' + re.sub(r"\s*([MLCQz])\s*", r"\1", path[1]) + '"', svg)
         svg = re.sub(rf' clip-path="[^"]*"(?= style="[^"]*{draw.GRID})', "", svg)  # the grid ends at the axes
-        svg = re.sub(r'style="([^"]*)"', lambda found: f'class="{self._class(found[1])}"', svg)
+        svg = re.sub(r'style="([^"]*)"', lambda match: f'class="{self._class(match[1])}"', svg)
         svg = re.sub(r"((?:<use [^>]*/>)+)(?=</g>)", _shared, svg.replace("xlink:href", "href"))
         svg = svg.replace('"title description"', f'"{prefix}title {prefix}description"')
         ids = {name: f"{prefix}{k}" for k, name in enumerate(dict.fromkeys(re.findall(r'\bid="(\w+)"', svg)))}
         ids |= {name: prefix + name for name in ("title", "description")}
-        return re.sub(r'(\bid="|url\(#|href="#)(\w+)', lambda found: found[1] + ids[found[2]], svg)
+        return re.sub(r'(\bid="|url\(#|href="#)(\w+)', lambda match: match[1] + ids[match[2]], svg)
 
     def _class(self, style: str) -> str:
         return self._classes.setdefault(style, f"f{len(self._classes)}")
 
     def css(self) -> str:
-        """The classes."""
+        """The CSS rules of the classes."""
         colours = {draw.INK: "currentColor", draw.GRID: "var(--grid)"}
         colours |= {colour: f"var(--{name})" for name, colour in draw.COLOURS.items()}
         lines = "".join(f".{name}{{{style}}}\n" for style, name in self._classes.items())

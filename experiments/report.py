@@ -1,7 +1,7 @@
 """The report: for every experiment the claims, the paper's numbers and ours, the verdict, the figure, and the command.
 
-The same content in three files: ``report.html``, one page with its figures; ``report.md``; ``report.json`` for
-programs. ``figures/`` and ``data/`` are beside them. The same results give the same bytes.
+Three files have the same content: ``report.html``, one page with its figures; ``report.md``; and ``report.json`` for
+programs. ``figures/`` and ``data/`` are in the same folder. The same results give the same bytes.
 """
 
 import json
@@ -66,25 +66,25 @@ PARTS = {  # of the paper, by the lowest Spec.order that belongs to each
 
 
 def gather(out: Path, scale: str | None = None, published: Path | None = None) -> list[Section]:
-    """A section for each experiment, on the results in ``out`` of one scale or of each experiment's largest.
+    """A section for each experiment, on its results in ``out`` of the given scale, or else of its largest scale.
 
-    With ``published``, a folder that :func:`publish` has filled, its training runs are added to the results. An
-    experiment whose published report says more than the results in ``out`` is taken from there as it stands.
+    ``published`` is a folder that :func:`publish` has filled. Its training runs are added to the results. An
+    experiment is taken from its report if the results there have a higher rank than those in ``out``.
     """
     sections = []
-    told = _records(published) if published else {}
+    records = _records(published) if published else {}
     for name in names():
         kept = published / RUNS / name if published else None
         section = of_results(name, read(out / name, spec(name), scale, kept), out)
-        if published and name in told and scale in (None, told[name]["scale"]):
-            before = of_record(told[name], published)
+        if published and name in records and scale in (None, records[name]["scale"]):
+            before = of_record(records[name], published)
             section = before if before and before.rank > section.rank else section
         sections.append(section)
     return sections
 
 
 def _records(folder: Path) -> dict[str, dict]:
-    """The records of a report by the experiment's name; none if there is no report."""
+    """The records of a report by the experiment's name. It is empty if there is no report."""
     file = folder / "report.json"
     return {one["name"]: one for one in json.loads(file.read_text())["experiments"]} if file.exists() else {}
 
@@ -92,8 +92,8 @@ def _records(folder: Path) -> dict[str, dict]:
 def report(sections: list[Section], out: Path, keep: bool = False) -> Path:
     """Writes the report, its figures and its CSV files to ``out``. Returns the path of the page.
 
-    With ``keep``, a figure is drawn only if its data have changed. This is for a report that grows: drawing all figures
-    takes longer than some experiments.
+    With ``keep``, a figure is drawn only if its data have changed. This is for a report that is written after every
+    experiment, because drawing all figures takes longer than some experiments.
     """
     before = {file.name: file.read_bytes() for file in (out / "data").glob("*.csv")} if keep else {}
     for folder in ("figures", "data"):
@@ -174,10 +174,10 @@ def repository(folder: Path) -> str:
 
 def parts(sections: list[Section]) -> dict[str, list[Section]]:
     """The sections under the headings of :data:`PARTS`."""
-    told: dict[str, list[Section]] = {}
+    groups: dict[str, list[Section]] = {}
     for section in sections:
-        told.setdefault(PARTS[max(order for order in PARTS if order <= section.spec.order)], []).append(section)
-    return told
+        groups.setdefault(PARTS[max(order for order in PARTS if order <= section.spec.order)], []).append(section)
+    return groups
 
 
 HEADLINES = {  # by Section.kind
@@ -190,16 +190,16 @@ HEADLINES = {  # by Section.kind
 
 
 def tally(sections: list[Section]) -> list[str]:
-    """The number of experiments by verdict, a sentence for each kind."""
-    told = []
+    """The number of experiments by verdict, in one sentence for each kind."""
+    sentences = []
     for kind, headline in HEADLINES.items():
         verdicts = [section.verdict for section in sections if section.kind == kind]
         counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]
         if kind in ("not run", "shown"):
             counts = [str(len(verdicts))]
         if verdicts:
-            told.append(f"{headline}: {', '.join(counts)}.")
-    return told
+            sentences.append(f"{headline}: {', '.join(counts)}.")
+    return sentences
 
 
 def run_sets(sections: list[Section]) -> list[tuple[str, str, str, list[str]]]:
@@ -234,7 +234,7 @@ def _markdown(sections: list[Section], out: Path) -> str:
     lists = {"What is reduced": [*SCALES, *_reductions(sections)], "Deviations from the paper": DEVIATIONS}
     for head, lines in (lists | {"How to read the tables": READING}).items():
         text += [f"## {head}", "", *(f"- {line}" for line in lines), ""]
-    sets = [[date, commit, scale, ", ".join(found)] for date, commit, scale, found in run_sets(sections)]
+    sets = [[date, commit, scale, ", ".join(experiments)] for date, commit, scale, experiments in run_sets(sections)]
     text += ["## Date and commit of the results", ""]
     text += _table(["date", "commit", "scale", "experiments"], sets)
     for s in sections:

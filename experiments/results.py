@@ -27,7 +27,7 @@ class Value(NamedTuple):
     bound: int | None = 0
 
     def less(self, other: "Value") -> "Value":
-        """The difference."""
+        """The difference of the two numbers."""
         return Value(self.number - other.number, _combined(self.bound, other.bound))
 
     def over(self, other: "Value") -> "Value":
@@ -55,7 +55,7 @@ class Finished:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything that was measured, by name. A quantity of a layer is named ``<quantity>/<layer>``."""
+        """All measured arrays by name. The name is ``<quantity>/<layer>`` if the quantity belongs to a layer."""
         arrays: dict[str, np.ndarray] = {}
         for file in sorted((self.folder / "probes").glob("*.npz")):
             with np.load(file) as stored:
@@ -67,8 +67,10 @@ class Finished:
         return self.arrays[quantity if layer is None else f"{quantity}/{layer}"]
 
     def value(self, quantity: str, layer: int | None = None) -> Value:
-        """The quantity, averaged over channels if it has any, and its bound from the array "<quantity> bound" if there
-        is one."""
+        """The quantity, averaged over channels if it has any, and its bound.
+
+        The bound is read from the array "<quantity> bound", if there is one.
+        """
         name = f"{quantity} bound" + ("" if layer is None else f"/{layer}")
         bound = int(self.arrays[name]) if name in self.arrays else 0
         return Value(float(np.mean(self.at(quantity, layer))), bound)
@@ -89,7 +91,7 @@ class Results:
     stale: int = 0  # the number of runs that were left out, see read
 
     def where(self, **config: object) -> list[Finished]:
-        """The runs whose config or options have these values, by seed."""
+        """The runs whose config or options have these values, in the order of their seeds."""
         return [run for run in self.runs if all((run.config | run.config["options"])[k] == config[k] for k in config)]
 
     def each(self, quantity: str, layer: int | None = None, **config: object) -> list[Value]:
@@ -123,18 +125,18 @@ class Results:
 
 def configuration(experiment: str, about: Spec, run: Run, scale: str, data: str, seed: int) -> dict:
     """Everything that determines what one run measures. This is the content of its ``config.json``."""
-    asked = asdict(run) | {"experiment": experiment, "scale": scale, "data": data if about.images else "none"}
-    del asked["seeds"]
-    return json.loads(json.dumps(asked | {"seed": seed}))  # so that it equals what is read back
+    content = asdict(run) | {"experiment": experiment, "scale": scale, "data": data if about.images else "none"}
+    del content["seeds"]
+    return json.loads(json.dumps(content | {"seed": seed}))  # so that it equals the content of the file
 
 
 def finished(folder: Path) -> Iterator[Finished]:
     """The finished runs in the folder of one experiment, by label and seed, of any configuration."""
-    found = []
+    runs = []
     for done in folder.glob("*/DONE"):
         config, env = (json.loads((done.parent / f"{name}.json").read_text()) for name in ("config", "env"))
-        found.append(Finished(done.parent, config, env))
-    yield from sorted(found, key=lambda run: (run.config["label"], run.config["seed"]))
+        runs.append(Finished(done.parent, config, env))
+    yield from sorted(runs, key=lambda run: (run.config["label"], run.config["seed"]))
 
 
 def read(folder: Path, about: Spec, scale: str | None = None, kept: Path | None = None) -> Results:
@@ -147,12 +149,12 @@ def read(folder: Path, about: Spec, scale: str | None = None, kept: Path | None 
     groups: dict[tuple[bool, int, str], list[Finished]] = {}
     stale = 0
     for run in runs.values():
-        at, data, seed = (run.config[name] for name in ("scale", "data", "seed"))
-        planned = about.at(at) if at in SCALES else ()
-        if run.config not in (configuration(folder.name, about, one, at, data, seed) for one in planned):
+        own_scale, data, seed = (run.config[name] for name in ("scale", "data", "seed"))
+        planned = about.at(own_scale) if own_scale in SCALES else ()
+        if run.config not in (configuration(folder.name, about, one, own_scale, data, seed) for one in planned):
             stale += 1
-        elif scale is None or at == about.scale(scale):
-            groups.setdefault((data != "synthetic", SCALES.index(at), data), []).append(run)
+        elif scale is None or own_scale == about.scale(scale):
+            groups.setdefault((data != "synthetic", SCALES.index(own_scale), data), []).append(run)
     if not groups:
         return Results(scale or "none", "none", (), stale)
     best = max(groups)
@@ -186,7 +188,7 @@ class Finding:
 def find(claim: Claim, ours: Iterable[Value | float], judged: bool) -> Finding:
     """One claim judged by our values, one for each seed.
 
-    A mean over values of which one is not finite never holds. A bound neither holds nor is refuted.
+    If one of the values is not finite, the claim does not hold. If the mean is only a bound, the claim is undecided.
     """
     values = tuple(value if isinstance(value, Value) else Value(float(value)) for value in ours)
     if not values:
@@ -215,7 +217,8 @@ def _holds(claim: Claim, number: float) -> bool:
 def verdict(findings: list[Finding], ran: bool, judged: bool) -> str:
     """ "held", "held in part" or "did not hold"; "not run"; "shown" if the results are not judged.
 
-    "incomplete" while runs are missing that a checked claim needs. A claim that is undecided has not held.
+    The verdict is "incomplete" while runs are missing that a checked claim needs. "held" requires that no checked claim
+    is undecided.
     """
     if not ran:
         return "not run"

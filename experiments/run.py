@@ -3,7 +3,7 @@
 A run has the folder ``<out>/<experiment>/<scale>-<label>-seed<k>/`` with ``config.json`` (its configuration),
 ``env.json`` (machine and versions), ``probes/<file>.npz`` (the measurements), other files of its procedure, and
 ``DONE``, which is written last. A folder without DONE belongs to a run that was interrupted or has failed. After a
-failure ``error.txt`` has the error. The run is repeated from what its procedure kept.
+failure ``error.txt`` has the error. The next command repeats the run, from the state that its procedure has saved.
 """
 
 import os
@@ -46,7 +46,7 @@ class Planned:
 
     @property
     def kind(self) -> Kind:
-        """What its pace depends on."""
+        """The properties that determine its pace."""
         return Kind(self.config["procedure"], self.config["experiment"])
 
     def finished(self) -> bool:
@@ -58,20 +58,20 @@ def plan(
     experiments: list[str], scale: str, data: str, seeds: int | None, out: Path, kept: Path | None = None
 ) -> list[Planned]:
     """All runs of the experiments: every configuration of their specs at that scale, for seeds 0, 1, ..."""
-    wanted = []
+    planned_runs = []
     for experiment in experiments:
         about = spec(experiment)
-        at = about.scale(scale)
-        runs = about.at(at)
+        own_scale = about.scale(scale)
+        runs = about.at(own_scale)
         share = shares(runs)
         for run in runs:
             for seed in range(seeds or run.seeds):
-                config = configuration(experiment, about, run, at, data, seed)
-                name = f"{at}-{run.label}-seed{seed}" + "-synthetic" * (config["data"] == "synthetic")
-                there = kept / experiment / name if kept else None
-                seconds = 60 * about.minutes.get(at, 1) * share[run.label]
-                wanted.append(Planned(out / experiment / name, config, seconds, there))
-    return wanted
+                config = configuration(experiment, about, run, own_scale, data, seed)
+                name = f"{own_scale}-{run.label}-seed{seed}" + "-synthetic" * (config["data"] == "synthetic")
+                kept_folder = kept / experiment / name if kept else None
+                seconds = 60 * about.minutes.get(own_scale, 1) * share[run.label]
+                planned_runs.append(Planned(out / experiment / name, config, seconds, kept_folder))
+    return planned_runs
 
 
 def run(
@@ -88,14 +88,14 @@ def run(
     """Executes the runs that are not finished. A run that fails is recorded and does not stop the others.
 
     Args:
-        experiments: names.
+        experiments: names of experiments.
         scale: one of specs.SCALES.
         data: as for bnkern.train.cifar10.load. The default at scale "smoke" is "synthetic".
         device: torch's name. The default is "cuda" if there is a GPU, and else "cpu".
-        seeds: the number of seeds, instead of that of each configuration.
+        seeds: the number of seeds, instead of the number in each configuration.
         out: the folder of the results.
         resume: keep finished runs. Otherwise they are repeated.
-        kept: another folder, by experiment, whose finished runs are not repeated.
+        kept: another folder with a subfolder for each experiment, whose finished runs are not repeated.
         finished: called with an experiment's name after its last run.
 
     Returns:
@@ -103,13 +103,13 @@ def run(
     """
     data = data or os.environ.get("BNKERN_DATA") or ("synthetic" if scale == "smoke" else None)
     kind = "synthetic" if data == "synthetic" else "cifar10"
-    wanted = plan(experiments, scale, kind, seeds, out, kept)
-    todo = [planned for planned in wanted if not (resume and planned.finished())]
+    all_runs = plan(experiments, scale, kind, seeds, out, kept)
+    todo = [planned for planned in all_runs if not (resume and planned.finished())]
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pace = Pace(step_seconds(on) / REFERENCE if todo and scale != "smoke" else 1.0)
     expected = sum(planned.seconds * pace.of(planned.kind) for planned in todo)
     about = f", about {duration(expected)} on this machine" if todo and scale != "smoke" else ""
-    print(f"{len(wanted)} runs: {len(wanted) - len(todo)} finished before, {len(todo)} to do{about}", flush=True)
+    print(f"{len(all_runs)} runs: {len(all_runs) - len(todo)} finished before, {len(todo)} to do{about}", flush=True)
     if not todo:
         return 0
     try:
@@ -119,8 +119,8 @@ def run(
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        done = sum(planned.finished() for planned in wanted)
-        print(f"\nStopped: {done} of {len(wanted)} runs are finished. The same command continues.", file=sys.stderr)
+        done = sum(planned.finished() for planned in all_runs)
+        print(f"\nStopped: {done} of {len(all_runs)} runs are finished. The same command continues.", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:  # a full disk, a folder that cannot be written
         print(f"Stopped: {error.strerror or error} ({out}). The same command continues.", file=sys.stderr)
@@ -181,7 +181,7 @@ def _run_one(planned: Planned, images: cifar10.Cifar10 | None, device: torch.dev
 class Progress:
     """The progress of all runs and of the present one: bars on a terminal, and else a line for each run.
 
-    Both state the time that is left. It is what the runs are expected to take at the pace of those before them.
+    Both state the expected time that is left. It is estimated from the pace of the finished runs.
     """
 
     def __init__(self, todo: list[Planned], pace: Pace) -> None:
@@ -207,7 +207,7 @@ class Progress:
         self._show()
 
     def tick(self, share: float, what: str) -> None:
-        """``share`` of the run is done, and ``what`` comes next."""
+        """Shows that ``share`` of the run is done, and that ``what`` is next."""
         self.share = share
         self.run.set_postfix_str(what, refresh=False)
         self.run.update(share - self.run.n)
@@ -228,11 +228,11 @@ class Progress:
             self.runs.write(f"{planned.name}: {outcome}", file=sys.stderr)
 
     def left(self) -> float:
-        """Seconds."""
+        """The expected time that is left, in seconds."""
         expected = [planned.seconds * self.pace.of(planned.kind) for planned in self.todo[self.done :]]
         if not expected:
             return 0.0
-        # What the present run has taken replaces its expectation as its share grows.
+        # As the share of the present run grows, its measured time replaces its expected time.
         present = (1 - self.share) * expected[0] + (time.perf_counter() - self.started)
         return (1 - self.share) * present + sum(expected[1:])
 
@@ -244,7 +244,7 @@ class Progress:
 
 
 def duration(seconds: float, exact: bool = False) -> str:
-    """For a reader: 40 s, 12 min, 3.5 h."""
+    """The duration as text: 40 s, 12 min, 3.5 h."""
     if seconds < 90:
         return f"{seconds:.1f} s" if exact else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,7 +1,7 @@
-"""What the report contains of one experiment: verdict, claims, tables and the conditions of its runs.
+"""The report on one experiment: verdict, claims, tables and the conditions of its runs.
 
 A section is built from the results of runs, or from the record of an earlier report. The record of a published report
-keeps an experiment in the report if its runs are not on this machine.
+is used if the runs of an experiment are not on this machine.
 """
 
 import csv
@@ -21,7 +21,7 @@ JUDGEMENTS = ("held", "held in part", "did not hold")
 
 @dataclass(frozen=True)
 class Section:
-    """One experiment, ready to be written."""
+    """The content of the report on one experiment."""
 
     name: str
     spec: Spec
@@ -31,17 +31,17 @@ class Section:
     findings: list[Finding]
     tables: dict[str, draw.Rows]
     facts: dict[str, str]  # the conditions of the runs, by label
-    runs: list[dict]  # label, seed, date and seconds of each run; the seconds are None where they are not known
+    runs: list[dict]  # label, seed, date and seconds of each run; the seconds are None if they are not known
 
     @property
     def headline(self) -> Finding:
-        """The finding whose number stands in the first table."""
-        [found] = [finding for finding in self.findings if finding.claim.text == self.spec.headline]
-        return found
+        """The finding whose number is in the first table."""
+        [headline] = [finding for finding in self.findings if finding.claim.text == self.spec.headline]
+        return headline
 
     @property
     def outcome(self) -> str:
-        """The verdict, and the number of claims behind it."""
+        """The verdict, and the number of claims that it depends on."""
         checked = [finding for finding in self.findings if finding.claim.check and finding.values]
         count = f"{sum(finding.held is True for finding in checked)} of {len(checked)} claims"
         if self.verdict == "incomplete":
@@ -50,7 +50,7 @@ class Section:
 
     @property
     def kind(self) -> str:
-        """The group that the report's tally counts it in."""
+        """The group of the report's tally to which it belongs."""
         if self.verdict in ("shown", "not run"):
             return self.verdict
         if self.spec.beyond:
@@ -72,12 +72,12 @@ class Section:
 
     @property
     def reduction(self) -> str:
-        """What differs from scale full, "" if nothing does."""
+        """The differences from scale full, or "" if there are none."""
         return self.spec.reduction.get(self.scale, "")
 
     @property
     def caution(self) -> str:
-        """What limits the numbers, "" if nothing does."""
+        """The limits of the numbers, or "" if there are none."""
         if self.data == "synthetic":
             return "Synthetic images instead of CIFAR-10. These numbers only show that everything runs."
         if self.scale in ("smoke", "quick"):
@@ -87,7 +87,7 @@ class Section:
 
     @property
     def rank(self) -> tuple[bool, bool, int]:
-        """Of two sections on one experiment the one with the higher rank says more."""
+        """Of two sections on one experiment, the one with the higher rank has the more informative results."""
         known = self.scale in SCALES
         return bool(self.runs), self.data != "synthetic", SCALES.index(self.scale) if known else -1
 
@@ -114,7 +114,7 @@ def of_results(name: str, results: Results, out: Path) -> Section:
 
 
 def _facts(name: str, about: Spec, results: Results, out: Path) -> dict[str, str]:
-    """The conditions of the runs, each once if all runs agree, and else as a list."""
+    """The conditions of the runs. Each is stated once if all runs agree, and else as a list."""
     if not results.runs:
         return {"to run it": _command(name, "full", "")}
 
@@ -160,7 +160,7 @@ def _duration(seconds: float) -> str:
 
 
 def _span(seeds: list[int]) -> str:
-    """0 to 9 if none is missing, and else a list."""
+    """The seeds as text: "0 to 9" if none is missing, and else a list."""
     first, last = seeds[0], seeds[-1]
     return f"{first} to {last}" if last - first + 1 == len(seeds) > 2 else ", ".join(map(str, seeds))
 
@@ -169,7 +169,7 @@ def _span(seeds: list[int]) -> str:
 
 
 def record(section: Section) -> dict:
-    """The section for programs, and for :func:`of_record`. Its tables are the CSV files that it names."""
+    """The section as data for programs and for :func:`of_record`. It names the CSV files of its tables."""
     return {
         "name": section.name,
         "title": section.spec.title,
@@ -205,43 +205,43 @@ def record(section: Section) -> dict:
     }
 
 
-def of_record(told: dict, folder: Path) -> Section | None:
-    """The section of a record in the folder of a report, judged by the spec as it is now.
+def of_record(entry: dict, folder: Path) -> Section | None:
+    """The section of a record in the folder of a report, judged by the present spec.
 
-    None if nothing was run for it, or if the spec has another configuration or other claims by now.
+    None if the record has no runs, or if its configuration or its checks are not those of the present spec.
     """
-    name, scale, data = told["name"], told["scale"], told["data"]
+    name, scale, data = entry["name"], entry["scale"], entry["data"]
     about = spec(name)
     checks = [claim.check.text if claim.check else None for claim in about.claims]
     if (
-        not told["runs"]
-        or told["configuration"] != fingerprint(name, about, scale, data)
-        or [claim["check"] for claim in told["claims"]] != checks
+        not entry["runs"]
+        or entry["configuration"] != fingerprint(name, about, scale, data)
+        or [claim["check"] for claim in entry["claims"]] != checks
     ):
         return None
     findings = [
         find(
             claim, [Value(float(n), b) for n, b in zip(was["values"], was["bounds"], strict=True)], judged(scale, data)
         )
-        for claim, was in zip(about.claims, told["claims"], strict=True)
+        for claim, was in zip(about.claims, entry["claims"], strict=True)
     ]
     outcome = verdict(findings, True, judged(scale, data))
-    tables = {table: read_csv(folder / "data" / f"{table}.csv") for table in told["tables"]}
+    tables = {table: read_csv(folder / "data" / f"{table}.csv") for table in entry["tables"]}
     own = ("scale", "thresholds", "repeat")
-    measured = {label: fact for label, fact in told["facts"].items() if label not in own}
+    measured = {label: fact for label, fact in entry["facts"].items() if label not in own}
     facts = _conditions(name, about, scale, data, measured)
-    return Section(name, about, scale, data, outcome, findings, tables, facts, told["runs"])
+    return Section(name, about, scale, data, outcome, findings, tables, facts, entry["runs"])
 
 
 def fingerprint(name: str, about: Spec, scale: str, data: str) -> str:
-    """Changes with the configuration of any run, but not with the number of seeds. "" if there are no runs."""
+    """A hash of the configurations of all runs, without the number of seeds. "" if there are no runs."""
     planned = about.at(scale) if scale in SCALES else ()
     configs = [configuration(name, about, run, scale, data, 0) for run in planned]
     return hashlib.sha1(json.dumps(configs, sort_keys=True).encode()).hexdigest()[:12] if configs else ""
 
 
 def plain(value: object) -> object:
-    """A Python number in place of numpy's, and a string in place of what JSON does not have (nan and inf)."""
+    """The value as JSON can store it: a Python number for a numpy number, and a string for nan and inf."""
     value = value.item() if hasattr(value, "item") else value
     return str(value) if isinstance(value, float) and value - value != 0 else value
 
@@ -250,7 +250,7 @@ def plain(value: object) -> object:
 
 
 def write_csv(file: Path, rows: draw.Rows) -> None:
-    """Numbers to six digits. Figures are drawn from the file, so that they can be repeated from it."""
+    """Writes a table, with numbers to six digits. Figures are drawn from the file, so they can be repeated from it."""
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()

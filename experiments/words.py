@@ -6,11 +6,11 @@ import re
 from .results import Finding
 from .specs import Spec
 
-GIVEN = {"printed": "{}", "read off": "≈ {}", "derived": "({})"}  # how the paper's numbers are written
+GIVEN = {"printed": "{}", "read off": "≈ {}", "derived": "({})"}  # formats of the paper's numbers
 
 
 def number(value: object) -> str:
-    """Three digits, and "-" for a missing value."""
+    """The number with three digits, or "-" for a missing value."""
     if value is None:
         return "-"
     if not isinstance(value, float) or not math.isfinite(value):
@@ -21,14 +21,14 @@ def number(value: object) -> str:
 
 
 def _short(value: float, digits: int = 6) -> str:
-    """0.85, 7.5e-5: at most this many digits, and no trailing zeros."""
+    """The number with at most this many digits and no trailing zeros, for example 0.85 or 7.5e-5."""
     if value and not 1e-3 <= abs(value) < 10 ** min(digits, 5):
         return re.sub(r"\.?0*e\+?(-?)0*", r"e\1", f"{value:.{digits - 1}e}")
     return f"{value:.{digits}g}"
 
 
 def paper(finding: Finding, spec: Spec) -> str:
-    """The paper's number: with its own digits if it is printed, and three digits if it was read off or derived."""
+    """The paper's number. It keeps its digits if it is printed, and has three if it was read off or derived."""
     claim, given = finding.claim, finding.claim.given or spec.given
     if claim.paper is None:
         return "–" if spec.beyond else "not available"
@@ -36,14 +36,14 @@ def paper(finding: Finding, spec: Spec) -> str:
 
 
 def sign(finding: Finding) -> str:
-    """Whether the claim held."""
+    """A text that states whether the claim held."""
     if finding.held is None:
         return "– undecided" if finding.undecided else "shown"
     return "✓ held" if finding.held else "✗ not held"
 
 
 def seeds(finding: Finding) -> str:
-    """How many seeds pass the check by themselves."""
+    """The number of seeds that pass the check by themselves, as text."""
     return f"{finding.passing} of {len(finding.values)}" if finding.held is not None else ""
 
 
@@ -66,7 +66,7 @@ def ours(finding: Finding) -> tuple[str, str]:
 
 
 def check(finding: Finding) -> str:
-    """The condition of the claim, "" if it has none."""
+    """The condition of the claim, or "" if it has none."""
     return finding.claim.check.text if finding.claim.check else ""
 
 
@@ -77,7 +77,7 @@ def group_title(texts: list[str]) -> str:
 
 
 def grouped(findings: list[Finding]) -> list[list[Finding]]:
-    """Runs of neighbours whose texts differ in one and the same part between commas."""
+    """Groups of consecutive findings. The texts of a group differ only in one part between commas."""
     groups: list[list[Finding]] = []
     for finding in findings:
         if groups and _alike([one.claim.text for one in [*groups[-1], finding]]):

@@ -1,8 +1,8 @@
 """The activations that batch norm computes in the same pass: value and gradient of each, in torch.
 
-An activation is the identity where z > 0 or z is NaN, and linear where z <= 0. So one bit per element, z > 0 or NaN,
-is all that the backward needs of z. The kernels have the same list, in the same order: ``csrc/params.h`` names them,
-``csrc/cpu/activation.h``, ``csrc/cuda/device.h`` and ``backends/triton/common.py`` compute them.
+An activation is the identity where z > 0 or z is NaN, and linear where z <= 0. The backward therefore needs only one
+bit of each z: whether z is positive or NaN. The kernels have the same list in the same order: ``csrc/params.h`` names
+the activations, and ``csrc/cpu/activation.h``, ``csrc/cuda/device.h`` and ``backends/triton/common.py`` compute them.
 """
 
 from collections.abc import Callable
@@ -26,12 +26,12 @@ _CODES = {name: code for code, name in enumerate(ACTIVATIONS, start=1)}
 
 
 def code(act: str | None) -> int:
-    """The number by which kernels know an activation; 0 for none."""
+    """The number of an activation in the kernels, or 0 for None."""
     return 0 if act is None else _CODES[act]
 
 
 def check(name: str, act: str | None) -> None:
-    """Raises a ValueError in the name of the function or class ``name`` for an activation that does not exist."""
+    """Raises a ValueError if the activation does not exist. The message begins with ``name``."""
     if act is not None and act not in ACTIVATIONS:
         names = " or ".join(f'"{known}"' for known in ACTIVATIONS)
         raise ValueError(f"{name}: act must be None or {names}, got {act!r}")

@@ -1,7 +1,8 @@
-"""The arguments of batch norm's forward and backward, each written down once, in the order in which all code has them.
+"""The arguments of batch norm's forward and backward. Each is defined once, in the order that all code uses.
 
-The public functions make a call; the operator's schema is generated from its fields; the reference and every backend
-take it; ``csrc/call`` reads the same fields by position. A new argument of batch norm is a new field here.
+The public functions construct a call. The operator's schema is generated from its fields. The reference and every
+backend take it as their argument, and ``csrc/call`` reads the same fields by position. A new argument of batch norm is
+a new field here.
 """
 
 from typing import NamedTuple
@@ -12,27 +13,27 @@ from torch import Tensor
 class ForwardCall(NamedTuple):
     """One forward: ``y = act(weight * (x - mean) * invstd + bias + residual)`` per channel.
 
-    In training the statistics are those of the batch, and the running statistics and the counter are updated in place;
-    otherwise they are the running ones, and without those x is not normalised at all (the identity).
+    In training the statistics are those of the batch, and the running statistics and the counter are updated in place.
+    Otherwise they are the running statistics. Without running statistics x is not normalised (the identity).
     """
 
     x: Tensor  # [N, C, ...]
-    weight: Tensor | None = None  # [C], as the next four; of x's dtype, or float32 for bfloat16 and float16
+    weight: Tensor | None = None  # [C], as all vectors; of x's dtype, or float32 for bfloat16 and float16
     bias: Tensor | None = None
     residual: Tensor | None = None  # of x's shape and dtype
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
-    num_batches_tracked: Tensor | None = None  # int64 scalar, raised by one in training
+    num_batches_tracked: Tensor | None = None  # int64 scalar, incremented in training
     training: bool = True
     momentum: float | None = 0.1  # None: the cumulative mean, 1 / num_batches_tracked
     eps: float = 1e-5
     act: str | None = None  # a name of activations.ACTIVATIONS
-    save_mask: bool = False  # return the activation's mask, which exists with a residual only
-    record: Tensor | None = None  # float64 [8, C], filled with the rows records.ACTIVATION in the same pass
+    save_mask: bool = False  # return the activation's mask; there is none without a residual
+    record: Tensor | None = None  # float64 [8, C]; the same pass writes the rows records.ACTIVATION
 
     @property
     def normalizes(self) -> bool:
-        """Whether there are statistics; without them normalisation is the identity."""
+        """Whether there are statistics. Without them normalisation is the identity."""
         return self.training or self.running_mean is not None
 
     @property
@@ -42,27 +43,27 @@ class ForwardCall(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
-    """The backward of a :class:`ForwardCall`: gradients of x, weight, bias and residual, each where ``needs`` says so.
+    """The backward of a :class:`ForwardCall`: those gradients of x, weight, bias and residual that ``needs`` requests.
 
-    mean [C], invstd [C] and mask are what the forward returned.
+    mean [C], invstd [C] and mask are results of the forward.
     """
 
     dy: Tensor  # of x's shape and dtype
     x: Tensor
     weight: Tensor | None = None
     bias: Tensor | None = None
-    mean: Tensor | None = None  # None, as invstd: the identity
+    mean: Tensor | None = None  # mean and invstd are None for the identity
     invstd: Tensor | None = None
-    mask: Tensor | None = None  # None with an activation: recomputed from x
+    mask: Tensor | None = None  # if it is None and there is an activation, it is recomputed from x
     act: str | None = None
     training: bool = True
     needs: tuple[bool, bool, bool, bool] = (True, True, True, True)
-    record_gradient: Tensor | None = None  # float64 [7, C], filled with records.GRADIENT where dx is needed
+    record_gradient: Tensor | None = None  # float64 [7, C], filled with records.GRADIENT if dx is needed
     record_affine: Tensor | None = None  # float64 [8, C], filled with records.AFFINE unless this is the identity
 
     @property
     def needs_sums(self) -> bool:
-        """Whether the per-channel sums are needed: for parameters, for dx in training or for their record."""
+        """Whether the per-channel sums are needed: for parameters, for dx in training, or for the record AFFINE."""
         need_x, need_weight, need_bias, _ = self.needs
         recorded = self.record_affine is not None and self.mean is not None
         return need_weight or need_bias or (need_x and self.training) or recorded
@@ -70,4 +71,4 @@ class BackwardCall(NamedTuple):
 
 Forward = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # y, mean, invstd, mask
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias, dresidual
-Sums = tuple[Tensor, Tensor, int]  # sum g [C], sum g * xhat [C], and the number of values per channel they belong to
+Sums = tuple[Tensor, Tensor, int]  # sum g [C], sum g * xhat [C], and the number of summands per channel

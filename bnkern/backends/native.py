@@ -65,7 +65,7 @@ def output_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int
 
 def _connect() -> bool:
     if _native.fields() != (ForwardCall._fields, BackwardCall._fields, tuple(ACTIVATIONS)):
-        raise ImportError("bnkern._native was built from other sources than this package: build it again")
+        raise ImportError("bnkern._native was built from other sources than this package; build it again")
     return _native.connect(sys.modules[__name__])
 
 
@@ -123,14 +123,14 @@ def try_forward(call: ForwardCall) -> Forward | None:
 
 
 def forward(call: ForwardCall) -> Forward:
-    """moments and normalize together: y, mean, invstd, mask. Updates running statistics and counter in place."""
+    """``moments`` and ``normalize``: y, mean, invstd, mask. Updates running statistics and counter in place."""
     if not call.x.numel():
         return reference.forward(call)
     return _native.forward(call, True) or cast(Forward, _native.forward(_readable_forward(call), True))
 
 
 def backward(call: BackwardCall) -> Gradients:
-    """grad_sums and grad_input together: (dx, dweight, dbias, dresidual), or None for those not in ``call.needs``."""
+    """``grad_sums`` and ``grad_input``: (dx, dweight, dbias, dresidual), with None for those not in ``call.needs``."""
     if not call.x.numel():
         return reference.backward(call)
     return _native.backward(call) or cast(Gradients, _native.backward(_readable_backward(call)))
@@ -145,7 +145,7 @@ def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
 
 
 def normalize(call: ForwardCall, mean: Tensor | None, invstd: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """y, and its mask if the call saves one."""
+    """y, and its mask if the call requests one."""
     if not call.x.numel():
         return reference.normalize(call, mean, invstd)
     results = _native.normalize(call, mean, invstd)

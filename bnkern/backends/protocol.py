@@ -17,7 +17,7 @@ Pair = tuple[int, int]
 
 
 class Backend(Protocol):
-    """Batch norm: whole calls, and their phases one by one. ``reference`` documents the functions."""
+    """Batch norm: forward, backward and their single phases. ``reference`` documents the functions."""
 
     __name__: str
 
@@ -68,7 +68,7 @@ class ImageBackend(Backend, Protocol):
 
 
 class WinogradBackend(Backend, Protocol):
-    """A backend with its own convolution, which is the CPU's."""
+    """A backend with its own convolution. Only the CPU's backend has one."""
 
     def conv_grad_signs(
         self,

@@ -52,7 +52,7 @@ def batch_norm(
         running_var: [C], as running_mean.
         weight: [C] or None.
         bias: [C] or None, independent of weight.
-        training: normalise by the batch's statistics (True) or the running ones (False).
+        training: normalise by the batch's statistics (True) or by the running statistics (False).
         momentum: weight of the batch in the running statistics; None for the cumulative mean, 1 / counter.
         eps: added to the variance. It must be positive in training, as in torch since 2.10, and not negative otherwise
             (torch 2.10 and 2.11 require a positive value there too).
@@ -98,7 +98,7 @@ def batch_norm(
         {"residual": residual, "act": act, "num_batches_tracked": num_batches_tracked},
     )
     if node is not None:
-        return node  # type: ignore[return-value]  # a Proxy stands for the result
+        return node  # type: ignore[return-value]  # the result is a Proxy
     if torch.jit.is_tracing() and not training:  # a trace in training records bnkern's operator
         return op.eval_in_torch(call)
     check_call("batch_norm", call)
@@ -174,8 +174,8 @@ def _transformed(call: ForwardCall) -> Tensor:
     mean = call.running_mean
     if call.training and mean is not None and context.is_mapped(call.x) and not context.is_mapped(mean):
         raise RuntimeError(
-            "batch_norm: vmap maps over input but not over running_mean and running_var, which cannot take every "
-            "member's update; make the module with track_running_stats=False, or call it in eval mode"
+            "batch_norm: vmap maps over input but not over running_mean and running_var, which cannot store the update "
+            "of every member; make the module with track_running_stats=False, or call it in eval mode"
         )
     # Forward mode, and running statistics under torch.func, use the reference formula, as does double backward.
     return reference.forward(call)[0]

@@ -72,12 +72,12 @@ def _run(
 
 def _accepted(results: Forward | None) -> Forward:
     if results is None:
-        raise _Declined("batch_norm: a defect of bnkern: its kernels cannot read a call that its checks accept")
+        raise _Declined("batch_norm: this is a defect of bnkern: the kernels cannot read a call that the checks accept")
     return results
 
 
 class _BatchNorm(torch.autograd.Function):
-    """A backend's forward and backward, and for double backward the reference formula."""
+    """A backend's forward and backward. Double backward uses the reference formula."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, call, backend, forward, records):
@@ -108,8 +108,8 @@ class _BatchNorm(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
-# Function.apply calls this if no transform is active and no tensor has outlived one, which is the case here. To check
-# this takes Function.apply 2 us.
+# Function.apply calls this if no transform is active and no tensor has outlived one. Both conditions hold here, and
+# the checks in Function.apply would take 2 us.
 _apply = super(torch.autograd.Function, _BatchNorm).apply
 
 

@@ -1,15 +1,16 @@
-"""The operator that torch.compile, export, fake tensors and modes see: one functional forward and its backward.
+"""The operator that torch.compile, export, fake tensors and modes record: one functional forward and its backward.
 
-The operator writes nothing in place. It returns the new running statistics, which the caller copies back, so that
-functionalisation has nothing to undo. Absent results are tensors of no elements, since an operator cannot return None.
+The operator writes nothing in place. It returns the new running statistics and the caller copies them back, so
+functionalisation has nothing to undo. Absent results are tensors without elements, because an operator cannot return
+None.
 
-Its arguments are the fields of :class:`ForwardCall` up to ``record``, and those of :class:`Extra`. With a group the
-statistics and the backward's sums are those of all its ranks (:mod:`bnkern.norm.ranks`).
+The arguments are the fields of :class:`ForwardCall` up to ``record``, and those of :class:`Extra`. With a group, the
+statistics and the sums of the backward are those of all its ranks (:mod:`bnkern.norm.ranks`).
 
-``torch._decomp`` has a decomposition of the forward in eval mode into torch's operators, which torch.onnx.export uses
-and ``ExportedProgram.run_decompositions(torch._decomp.get_decompositions([op]))`` applies on request; torch.compile
-and torch.export keep the operator. torch.jit.trace records torch's operators in eval mode and the operator in training,
-and torch.fx.symbolic_trace records the call.
+``torch._decomp`` has a decomposition of the forward in eval mode into torch's operators. torch.onnx.export uses it, and
+``ExportedProgram.run_decompositions(torch._decomp.get_decompositions([op]))`` applies it on request. torch.compile and
+torch.export keep the operator. torch.jit.trace records torch's operators in eval mode and the operator in training.
+torch.fx.symbolic_trace records the call.
 """
 
 import os
@@ -31,22 +32,22 @@ from . import context, ranks
 
 
 class Extra(NamedTuple):
-    """What the forward operator takes after a call's own arguments."""
+    """The arguments of the forward operator that follow those of the call."""
 
-    backend: str  # the forced backend's name, or "" for the table's choice; the backward gets the same
-    group: str = ""  # the name of the process group whose ranks are normalised together, or "" for this process alone
+    backend: str  # the forced backend's name, or "" for the table's choice; also for the backward
+    group: str = ""  # the name of the process group with joint statistics, or "" for this process alone
     ranks: int = 1
     record: bool = False  # whether to return the record ACTIVATION
-    record_gradient: Tensor | None = None  # where the backward writes its records
+    record_gradient: Tensor | None = None  # the buffers of the records of the backward
     record_affine: Tensor | None = None
 
 
 class BackwardExtra(NamedTuple):
-    """What the backward operator takes after a call's own arguments."""
+    """The arguments of the backward operator that follow those of the call."""
 
     backend: str
     group: str = ""
-    # The number of values per channel on all ranks, int64; with a group.
+    # The number of values per channel on all ranks, int64. None without a group.
     count: Tensor | None = None  # type: ignore[assignment]  # hides tuple.count
     record_gradient: bool = False
     record_affine: bool = False
@@ -75,7 +76,7 @@ _SCHEMA_VALUES = {"": '""', None: "None", False: "False", 1: "1"}
 def _arguments(
     call: type[ForwardCall] | type[BackwardCall], fields: tuple[str, ...], extra: type[Extra] | type[BackwardExtra]
 ) -> str:
-    """The schema of an operator's arguments. Only those of ``extra`` have defaults."""
+    """The schema of the arguments of an operator. Only the arguments of ``extra`` have defaults."""
     words = [f"{_SCHEMA_TYPES[call.__annotations__[name]]} {name}" for name in fields]
     for name, kind in extra.__annotations__.items():
         default = f"={_SCHEMA_VALUES[extra._field_defaults[name]]}" if name in extra._field_defaults else ""
@@ -96,22 +97,22 @@ _library.define(
 
 
 def batch_norm(call: ForwardCall, records: Records | None, group: tuple[str, int] = ("", 1)) -> Tensor:
-    """y of a valid call through the operator. Running statistics and records are written afterwards, by copies."""
+    """y of a valid call through the operator. Then copies the new running statistics and records to their buffers."""
     if records is not None and records.mirrors and torch.compiler.is_compiling():
-        raise RuntimeError("several recordings of one layer at once are for eager calls, not for torch.compile")
+        raise RuntimeError("torch.compile does not support several recordings of one layer at once; eager calls do")
     saved = context.grad_needed(call.x, call.weight, call.bias, call.residual) or context.is_recorded()
     save_mask = call.act is not None and call.residual is not None and saved
-    wanted = (None, None, None) if records is None else (records.activation, records.gradient, records.affine)
+    buffers = (None, None, None) if records is None else (records.activation, records.gradient, records.affine)
     y, _, _, _, new_mean, new_var, new_counter, _, activation = torch.ops.bnkern.batch_norm_forward(
-        *call[:-2], save_mask, backends.forced(), *group, wanted[0] is not None, *wanted[1:]
+        *call[:-2], save_mask, backends.forced(), *group, buffers[0] is not None, *buffers[1:]
     )
     if call.training:
         running = (call.running_mean, call.running_var, call.num_batches_tracked)
         for buffer, value in zip(running, (new_mean, new_var, new_counter), strict=True):
             if buffer is not None:
                 buffer.copy_(value)
-    if wanted[0] is not None:
-        wanted[0].copy_(activation)
+    if buffers[0] is not None:
+        buffers[0].copy_(activation)
     if records is not None and records.mirrors:
         records.forward_written()
         if y.grad_fn is not None:
@@ -138,9 +139,9 @@ def _or_none(t: Tensor) -> Tensor | None:
     return t if t.numel() else None
 
 
-def _record(x: Tensor, rows: tuple[str, ...], wanted: bool) -> Tensor:
-    """Where a kernel writes its record [rows, C]; no elements where none is wanted."""
-    return x.new_empty((len(rows), x.shape[1]) if wanted else 0, dtype=torch.float64)
+def _record(x: Tensor, rows: tuple[str, ...], requested: bool) -> Tensor:
+    """A buffer for the record [rows, C] of a kernel. It has no elements if the record is not requested."""
+    return x.new_empty((len(rows), x.shape[1]) if requested else 0, dtype=torch.float64)
 
 
 def _forward(*arguments):
@@ -181,11 +182,11 @@ def _forward_fake(*arguments):
 
 
 def _allow_in_inductor() -> None:
-    """Register the operator with Inductor as one to be called, although it also has a decomposition.
+    """Registers the operator with Inductor as one to be called, although it also has a decomposition.
 
-    Inductor does so by itself, but where the environment variable CI is set, as on GitHub's runners, it first raises
-    for an operator of which torch knows a decomposition. Its module takes a second to import, so this waits until a
-    graph is traced, when Inductor has imported it.
+    Inductor does this itself, unless the environment variable CI is set, as on GitHub's runners. It then raises an
+    error for an operator that has a decomposition. The import of Inductor's module takes a second, so the operator is
+    registered when a graph is traced. Inductor has imported the module by then.
     """
     lowering = sys.modules.get("torch._inductor.lowering") if os.environ.get("CI") else None
     op = torch.ops.bnkern.batch_norm_forward.default
@@ -202,11 +203,11 @@ def _backward(*arguments):
     x = call.x
     gradient, affine = _record(x, GRADIENT, extra.record_gradient), _record(x, AFFINE, extra.record_affine)
     records = (gradient if extra.record_gradient else None, affine if extra.record_affine else None)
-    need_x, need_weight, need_bias, need_residual = call.needs  # a list, as an operator gets it
+    need_x, need_weight, need_bias, need_residual = call.needs  # an operator receives a list
     call = BackwardCall(*call[:9], (need_x, need_weight, need_bias, need_residual), records[0], records[1])
     kernels = backends.choose(extra.backend, x.device, x.dtype)
     if extra.group:
-        assert extra.count is not None, "a forward with a group returns the count"
+        assert extra.count is not None, "the backward with a group requires the count that the forward returned"
         grads = ranks.backward(kernels, call, extra.group, extra.count)
     else:
         grads = kernels.backward(call)
@@ -237,34 +238,34 @@ def _setup_context(ctx, inputs, output):
     ctx.lacks_mask = call.act is not None and call.residual is not None and not call.save_mask
     ctx.save_for_backward(call.x, call.weight, call.bias, mean, invstd, mask, count)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # y alone has a gradient; no zeros for the rest
+    ctx.set_materialize_grads(False)  # only y has a gradient, so no zeros for the others
 
 
 def _autograd(ctx, dy, *_):
     if ctx.lacks_mask:
         raise RuntimeError(
             "batch_norm: this graph was recorded where no gradient was needed and keeps no activation mask for the "
-            "backward; record it with an input or parameter that requires a gradient"
+            "backward; record the graph with an input or parameter that requires a gradient"
         )
     x, weight, bias, *saved = ctx.saved_tensors
     mean, invstd, mask, count = map(_or_none, saved)
     needs, extra = ctx.needs_input_grad[:4], ctx.extra
-    places = (extra.record_gradient, extra.record_affine)  # to be written, so they are not among the saved tensors
-    flags = [place is not None and there for place, there in zip(places, (needs[0], mean is not None), strict=True)]
+    buffers = (extra.record_gradient, extra.record_affine)  # they are written, so they are not saved tensors
+    flags = [buffer is not None and need for buffer, need in zip(buffers, (needs[0], mean is not None), strict=True)]
     *grads, gradient, affine = torch.ops.bnkern.batch_norm_backward(
         dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs, extra.backend, extra.group, count, *flags
     )
-    for place, record, flag in zip(places, (gradient, affine), flags, strict=True):
+    for buffer, record, flag in zip(buffers, (gradient, affine), flags, strict=True):
         if flag:
-            place.copy_(record)
+            buffer.copy_(record)
     others = [None] * (len(_FORWARD) + len(Extra._fields) - 4)
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *others)
 
 
 def _no_second_derivative(ctx, *_):
     raise RuntimeError(
-        "batch_norm: double backward across ranks is not supported, nor is it through the operator that torch.compile "
-        "and dispatch modes use; eager calls within one process have it"
+        "batch_norm: double backward across ranks is not supported, nor is double backward through the operator that "
+        "torch.compile and dispatch modes use; eager calls within one process support it"
     )
 
 
@@ -272,7 +273,7 @@ def _no_second_derivative(ctx, *_):
 
 
 def eval_in_torch(call: ForwardCall) -> Tensor:
-    """y of a call in eval mode by torch's operators, rounded once as the kernels round."""
+    """y of a call in eval mode by torch's operators, rounded once, as in the kernels."""
     x, weight, bias, residual, running_mean, running_var, *_ = call
     y = x if residual is None and running_mean is None else x.to(accumulator(x.dtype))
     if running_mean is not None:
@@ -290,7 +291,7 @@ def eval_in_torch(call: ForwardCall) -> Tensor:
 def _decomposition(*arguments):
     call, extra = _split(arguments)
     if call.training or extra.record:
-        return NotImplemented  # the operator stays: exporters are for inference
+        return NotImplemented  # the operator is kept: exporters are for inference
     x, acc = call.x, accumulator(call.x.dtype)
     y = eval_in_torch(call)
     mean, invstd, empty = x.new_empty(0, dtype=acc), x.new_empty(0, dtype=acc), x.new_empty(0)
@@ -301,8 +302,8 @@ def _decomposition(*arguments):
     return y, mean, invstd, mask, *running, x.new_empty(0, dtype=torch.int64), _record(x, ACTIVATION, False)
 
 
-# FakeTensorMode takes a decomposition in place of the fake kernel where sizes are symbolic, unless the operator stands
-# in the table of meta kernels too.
+# If sizes are symbolic, FakeTensorMode uses a decomposition instead of the fake kernel, unless the operator is also in
+# the table of meta kernels.
 register_decomposition(torch.ops.bnkern.batch_norm_forward.default, type="meta")(_forward_fake)
 
 for _name, _implementation, _fake in (

@@ -1,4 +1,4 @@
-"""The rules of batch norm's arguments, and the words in which a broken one is reported."""
+"""The checks of the arguments of batch norm, and their error messages."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from ..backends.calls import ForwardCall
 
 
 def check_tensors(name: str, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> None:
-    """Input, residual and activation of the function ``name``."""
+    """Checks input, residual and activation of the function ``name``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: input must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in backends.DTYPES:
@@ -37,9 +37,9 @@ def check_tensors(name: str, x: Tensor, residual: Tensor | None = None, act: str
 
 
 def check_call(name: str, call: ForwardCall, *, joint: bool = False) -> None:
-    """All arguments of a batch norm.
+    """Checks all arguments of a batch norm.
 
-    ``joint``: ranks of a distributed run add their values, so that one value per channel is enough here.
+    ``joint``: the statistics include the values of other ranks, so one value per channel is enough on this rank.
     """
     x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, *_ = call
     check_tensors(name, x, residual, act)
@@ -47,7 +47,7 @@ def check_call(name: str, call: ForwardCall, *, joint: bool = False) -> None:
         raise TypeError(f"{name}: training must be True or False, got {training!r}")
     if (running_mean is None) != (running_var is None):
         missing, given = ("running_mean", "running_var") if running_mean is None else ("running_var", "running_mean")
-        raise ValueError(f"{name}: {missing} must be given too, since {given} is; both or neither")
+        raise ValueError(f"{name}: {missing} must be given, because {given} is given; pass both or neither")
     if not training and running_mean is None:
         raise ValueError(f"{name}: running_mean and running_var must be given when training=False")
     if not isinstance(eps, (float, int)) or isinstance(eps, bool):
@@ -64,7 +64,7 @@ def check_call(name: str, call: ForwardCall, *, joint: bool = False) -> None:
             _check_vector(f"{name}: {argument}", vector, x)
     for argument, vector in running.items():
         if vector is not None and not vector.is_contiguous():
-            raise ValueError(f"{name}: {argument} must be contiguous, since it is updated in place")
+            raise ValueError(f"{name}: {argument} must be contiguous, because it is updated in place")
     if counter is not None:
         if not isinstance(counter, Tensor) or counter.dtype is not torch.int64 or counter.numel() != 1:
             raise TypeError(f"{name}: num_batches_tracked must be an int64 tensor of one element or None")

@@ -1,10 +1,12 @@
-"""Batch norm for torch.func's grad and vmap: by the kernels, the members of an ensemble folded into the channels.
+"""Batch norm for torch.func's grad and vmap, by the kernels: the members of an ensemble are folded into the channels.
 
 vmap maps one batch norm over B members. Channels are independent in batch norm, so B members of C channels are one
-batch norm of B * C channels: x [B, N, C, ...] becomes [N, B * C, ...] in the memory format of its members, a copy
-unless they lie so already; tensors that members share are repeated. Results are views of the folded ones.
+batch norm of B * C channels. x [B, N, C, ...] becomes [N, B * C, ...] in the memory format of its members. This is a
+copy, unless x has this order in memory already. Tensors that the members share are repeated. The results are views of
+the folded results.
 
-The backward takes the sign of z from y, whose sign is the same, and is itself differentiable by the reference formula.
+The backward reads the sign of z from y, which has the same sign. The backward is differentiable by the reference
+formula.
 """
 
 import torch
@@ -18,17 +20,17 @@ from . import context, op  # noqa: F401 (op registers the operators)
 
 
 def serves(call: ForwardCall) -> bool:
-    """Whether this module can take the call: no forward mode is active, and no running statistics are updated."""
+    """Whether this module can serve the call: no forward mode is active, and no running statistics are updated."""
     return not context.is_forward_mode() and call.training == (call.running_mean is None)
 
 
 def batch_norm(call: ForwardCall, backend: str) -> Tensor:
-    """y of a call that updates nothing: by the batch's statistics, or by the running ones where given."""
+    """y of a call that updates nothing. Uses the running statistics if they are given, else those of the batch."""
     return _Forward.apply(*call[:6], call.eps, call.act, backend)[0]
 
 
 def _fold(t: Tensor | None, axis: int | None, members: int, rows: bool) -> Tensor | None:
-    """Members' tensors [N, C, ...] as one [N, B * C, ...], their vectors [C] as one [B * C]; None stays None."""
+    """The members' tensors [N, C, ...] as one [N, B * C, ...], or their vectors [C] as one [B * C]. None stays None."""
     if t is None:
         return None
     t = t.expand(members, *t.shape) if axis is None else t.movedim(axis, 0)
@@ -40,7 +42,7 @@ def _fold(t: Tensor | None, axis: int | None, members: int, rows: bool) -> Tenso
 
 
 def _unfold(t: Tensor, members: int) -> tuple[Tensor, int]:
-    """The members' tensors, and the axis that tells them apart."""
+    """The members' tensors as one tensor, and its axis of the members."""
     axis = min(t.dim() - 1, 1)
     return t.unflatten(axis, (members, -1)), axis
 
@@ -48,7 +50,10 @@ def _unfold(t: Tensor, members: int) -> tuple[Tensor, int]:
 def _mapped(
     function: type[torch.autograd.Function], info, in_dims: tuple, arguments: tuple, tensors: int, x: int
 ) -> tuple[tuple, tuple]:
-    """A vmap rule: the function of the folded tensors, which come first among the arguments; x gives the layout."""
+    """A vmap rule: applies the function to the folded tensors.
+
+    The first ``tensors`` arguments are tensors. Argument number ``x`` determines the layout.
+    """
     axis = in_dims[x]
     rows = layout(arguments[x] if axis is None else arguments[x].select(axis, 0)).rows
     folded = [
@@ -95,7 +100,7 @@ class _Forward(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """dx, dweight and dbias from g, the gradient before the activation. Absent weights are ones, biases zeros."""
+    """dx, dweight and dbias from g, the gradient before the activation. An absent weight is 1, an absent bias 0."""
 
     @staticmethod
     def forward(g, x, weight, bias, mean, invstd, training, eps, backend):

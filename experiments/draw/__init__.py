@@ -1,7 +1,8 @@
-"""The style of all figures, and what the drawers share. Needs only numpy and matplotlib.
+"""The style of all figures, and the shared functions of the drawers. Needs only numpy and matplotlib.
 
-A drawer is a module of two functions and a text. ``tables(spec, results)`` returns named tables, each a list of rows.
-The first has every number of the figure, and ``draw(rows)`` draws the figure from its rows. CAPTION explains it.
+A drawer is a module with two functions and a text. ``tables(spec, results)`` returns named tables, each a list of rows.
+The first table has every number of the figure. ``draw(rows)`` draws the figure from its rows. CAPTION explains the
+figure.
 """
 
 import re
@@ -17,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-Rows = list[dict[str, Any]]  # the name of a column says what it contains
+Rows = list[dict[str, Any]]  # the name of a column describes its content
 
-# The palette of Okabe and Ito, which can be told apart with every kind of colour vision. Markers differ too.
+# The palette of Okabe and Ito, whose colours are distinct for every kind of colour vision. Markers differ too.
 INK, GRID = "#1a1c20", "#c9ccd3"
 COLOURS = {
     "blue": "#0072b2",
@@ -29,19 +30,19 @@ COLOURS = {
     "orange": "#e69f00",
     "sky": "#56b4e9",
 }
-SERIES = tuple(COLOURS[name] for name in ("blue", "vermilion", "green", "purple", "sky"))  # of more than two
+SERIES = tuple(COLOURS[name] for name in ("blue", "vermilion", "green", "purple", "sky"))  # for more than two lines
 NETS = {"batch": ("with batch norm", COLOURS["blue"], "o"), "none": ("without batch norm", COLOURS["vermilion"], "s")}
 
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
-    "axes.facecolor": "none",  # the figure's background is the only one
+    "axes.facecolor": "none",  # only the figure has a background
     "axes.grid": True,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.constrained_layout.use": True,
-    "figure.figsize": (5.4, 3.6),  # inches; on a phone the page scrolls a figure sideways
+    "figure.figsize": (5.4, 3.6),  # inches; on a phone the page scrolls a figure horizontally
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "grid.color": GRID,
@@ -51,7 +52,7 @@ STYLE = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "savefig.transparent": False,
-    "svg.fonttype": "none",  # text stays text: smaller files, and screen readers can read it
+    "svg.fonttype": "none",  # text is stored as text: files are smaller, and screen readers can read it
     "svg.hashsalt": "bnkern",  # the same ids on every run
     "text.color": INK,
     "xtick.color": INK,
@@ -64,7 +65,7 @@ def save(draw: Callable[[Rows], Figure], rows: Rows, stem: Path, title: str, des
 
     ``title`` and ``description`` are for screen readers.
     """
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # it asks for the literal names
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # the stub requires literal names
         figure = draw(rows)
         for axes in figure.axes:
             for axis in (axes.xaxis, axes.yaxis):
@@ -73,7 +74,7 @@ def save(draw: Callable[[Rows], Figure], rows: Rows, stem: Path, title: str, des
         file = stem.with_suffix(".svg")
         figure.savefig(file, metadata={"Date": None, "Creator": None})
         file.write_text(_smaller(_described(file.read_text(), title, description)))
-        figure.set_layout_engine("none")  # the layout is kept and not computed again
+        figure.set_layout_engine("none")  # keep the layout and do not compute it again
         figure.savefig(stem.with_suffix(".png"), dpi=160, metadata={"Software": None})
 
 
@@ -85,7 +86,7 @@ def _described(svg: str, title: str, description: str) -> str:
 
 
 def _smaller(svg: str) -> str:
-    """Half the file: coordinates in hundredths of a point, and no ids, groups and indentation without a purpose."""
+    """The figure at half the size: coordinates in hundredths of a point, without unused ids, groups and indentation."""
     svg = rounded(svg, 2)
     svg = re.sub(r'<g id="(?!patch_1")[\w.]+"', "<g", svg)
     svg = re.sub(r'(<image [^>]*?) id="\w+"', r"\1", svg)  # equal images have equal ids
@@ -96,17 +97,17 @@ def _smaller(svg: str) -> str:
 
 
 def rounded(svg: str, digits: int) -> str:
-    """The figure with at most so many decimals in the attributes of its elements. Its text does not change."""
+    """The figure with at most ``digits`` decimals in the attributes of its elements. Its text does not change."""
 
-    def number(found: re.Match) -> str:
-        return f"{float(found[0]):.{digits}f}".rstrip("0").rstrip(".")
+    def number(match: re.Match) -> str:
+        return f"{float(match[0]):.{digits}f}".rstrip("0").rstrip(".")
 
     longer = rf"-?\d+\.\d{{{digits + 1},}}"
     return re.sub(r"<(?:path|use|text|image|g|rect|circle)\b[^>]*>", lambda tag: re.sub(longer, number, tag[0]), svg)
 
 
 def _label_powers(axis: Axis) -> None:
-    """Labels at powers of ten, or at 1, 2 and 5 times them if the axis spans few. A drawer's own ticks stay."""
+    """Sets labels at powers of ten, or at 1, 2 and 5 times them if the axis spans few. Keeps the ticks of a drawer."""
     if isinstance(axis.get_major_locator(), FixedLocator):
         return
     axis.set_minor_locator(NullLocator())
@@ -117,7 +118,7 @@ def _label_powers(axis: Axis) -> None:
 
 
 def column(rows: Rows, name: str, **where: object) -> list:
-    """One column, of the rows that have these values."""
+    """One column of the rows that have these values."""
     return [row[name] for row in rows if all(row[key] == value for key, value in where.items())]
 
 
@@ -130,19 +131,19 @@ def band(axes, x, rows: Rows, name: str, style: str, colour: str) -> None:
 
 
 def ranged(name: str, values: np.ndarray) -> dict[str, float]:
-    """What ``band`` draws of one number per seed: the median, the minimum and the maximum."""
+    """The columns that ``band`` draws, from one number per seed: the median, the minimum and the maximum."""
     return {name: np.median(values), f"{name} low": np.min(values), f"{name} high": np.max(values)}
 
 
 def living(name: str, values: np.ndarray, dead: np.ndarray) -> dict[str, float]:
-    """The same as ``ranged`` for the seeds that are not dead. nan if all are dead."""
+    """The same as ``ranged`` for the seeds that are not dead. The values are nan if all seeds are dead."""
     return (
         ranged(name, values[~dead]) if not dead.all() else dict.fromkeys((name, f"{name} low", f"{name} high"), np.nan)
     )
 
 
 def count(seeds: int) -> str:
-    """1 seed, 2 seeds."""
+    """The number of seeds as text: "1 seed", "2 seeds"."""
     return f"{seeds} seed{'s' * (seeds != 1)}"
 
 

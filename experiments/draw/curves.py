@@ -8,13 +8,13 @@ from matplotlib.lines import Line2D
 
 from . import INK, SERIES, Rows, column
 
-MARKERS = 25  # on a curve, at most: a run has up to 2,400 epochs
+MARKERS = 25  # at most on a curve, because a run has up to 2,400 epochs
 CHANCE = 10.0  # percent, with ten classes
 CURVES = {"test curve": "test accuracy, %", "train curve": "train accuracy, %"}
 
 
 def of_runs(results, labels: list[str], paper: dict[str, float]) -> tuple[Rows, Rows]:
-    """Means and spreads over the seeds that did not diverge: a row for each evaluation, and one for each run's end."""
+    """Means and spreads over the seeds that did not diverge: a row for each evaluation and for each run's end."""
     curves, ends = [], []
     for label in labels:
         runs = results.where(label=label)
@@ -39,7 +39,7 @@ def _spread(name: str, values: list[float]) -> dict[str, float | np.floating]:
 
 
 def panels(rows: Rows, styles: dict[str, tuple[str, int, str]]) -> Figure:
-    """A panel each for test and train accuracy. ``styles``: text, number of the colour, and marker by run.
+    """One panel for test and one for train accuracy. ``styles`` has text, number of the colour, and marker by run.
 
     The axes span the curves. The paper's values are drawn if they are within the axes.
     """
@@ -51,10 +51,10 @@ def panels(rows: Rows, styles: dict[str, tuple[str, int, str]]) -> Figure:
             share, mean, spread = (
                 np.array(column(rows, key, run=label), float) for key in ("share", name, f"{name} spread")
             )
-            seen = np.isfinite(mean)
-            if not seen.any():
+            finite = np.isfinite(mean)
+            if not finite.any():
                 continue
-            x, y, width = 100 * share[seen], mean[seen], spread[seen]
+            x, y, width = 100 * share[finite], mean[finite], spread[finite]
             axes.fill_between(x, y - width, y + width, color=SERIES[colour], alpha=0.18, linewidth=0)
             every = -(-len(x) // MARKERS)
             axes.plot(x, y, marker=marker, markevery=every, markersize=3.5, color=SERIES[colour], linewidth=1.2)
@@ -83,7 +83,7 @@ def panels(rows: Rows, styles: dict[str, tuple[str, int, str]]) -> Figure:
 
 
 def _limits(rows: Rows) -> tuple[float, float]:
-    """The range of all curves with a margin of 3 points, and at least the accuracy of guessing."""
+    """The range of all curves with a margin of 3 points. It includes the accuracy of guessing."""
     values = np.array([column(rows, name) for name in CURVES], float)
     values = values[np.isfinite(values)]
     return min(values.min(initial=CHANCE), CHANCE) - 3, min(values.max(initial=CHANCE) + 3, 101)

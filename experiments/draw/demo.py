@@ -14,10 +14,10 @@ def draw(rows: Rows) -> Figure:
     left, right = figure.subplots(1, 2)
     layers = sorted({row["layer"] for row in table})
     for norm, (_, colour, marker) in NETS.items():
-        at = np.arange(len(layers))
-        left.plot(at - 0.1, column(table, "a/b", norm=norm), marker, color=colour)
+        positions = np.arange(len(layers))
+        left.plot(positions - 0.1, column(table, "a/b", norm=norm), marker, color=colour)
         paper = column(table, "a/b paper", norm=norm)
-        left.plot(at + 0.1, paper, "D", color=colour, markerfacecolor="none", markersize=8)
+        left.plot(positions + 0.1, paper, "D", color=colour, markerfacecolor="none", markersize=8)
         band(right, column(steps, "step", norm=norm), [row for row in steps if row["norm"] == norm], "sd", "-", colour)
     left.set_yscale("log")
     left.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])

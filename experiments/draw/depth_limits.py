@@ -45,12 +45,12 @@ def draw(rows: Rows) -> Figure:
     for norm, (_, colour, marker) in NETS.items():
         for name, shift in zip(LIMITS, (0.985, 1.015), strict=True):
             mine = [row for row in rows if row["norm"] == norm]
-            found = [row for row in mine if not row[f"{name} above all"] and not row[f"{name} below all"]]
+            inside = [row for row in mine if not row[f"{name} above all"] and not row[f"{name} below all"]]
             hollow: dict[str, Any] = {} if name == "limit" else {"markerfacecolor": "none"}
-            if found:
-                depth = np.array([row["depth"] for row in found], float) * shift
+            if inside:
+                depth = np.array([row["depth"] for row in inside], float) * shift
                 mean, low, high = (
-                    10.0 ** np.array([row[key] for row in found]) for key in (name, f"{name} low", f"{name} high")
+                    10.0 ** np.array([row[key] for row in inside]) for key in (name, f"{name} low", f"{name} high")
                 )
                 style: dict[str, Any] = dict(
                     fmt=marker + ("-" if name == "limit" else ":"), color=colour, capsize=2, linewidth=1.2

@@ -49,7 +49,7 @@ def draw(rows: Rows) -> Figure:
             mine = [row for row in rows if (row["layer"], row["moment"], row["shown"]) == (layer, moment, 1)]
             channels = [f"channel {c}" for c in range(CHANNELS) if mine[0][f"channel {c}"] is not None]
             values = np.array([[row[name] for name in channels] for row in mine], float).T
-            values = np.ma.masked_invalid(values)  # too large a step overflows
+            values = np.ma.masked_invalid(values)  # values overflow if the step is too large
             most = float(np.abs(values).max()) if values.count() else 1.0
             picture = axes.imshow(
                 values,
@@ -85,6 +85,6 @@ def draw(rows: Rows) -> Figure:
 
 
 def _power(value: float) -> str:
-    """-3e8: one digit."""
+    """The number with one digit, for example -3e8."""
     mantissa, exponent = f"{value:.0e}".split("e")
     return f"{value:.1f}" if abs(value) < 100 else f"{mantissa}e{int(exponent)}"

@@ -17,8 +17,8 @@ def tables(spec, results) -> dict[str, Rows]:
     """The limit and the accuracy of each network, if it was run."""
     rows = []
     for norm in NETS:
-        found = results.each("limit", label=f"limit-{norm}")
-        limits, bounds = [value.number for value in found], {value.bound for value in found}
+        values = results.each("limit", label=f"limit-{norm}")
+        limits, bounds = [value.number for value in values], {value.bound for value in values}
         label = next(label for label in spec.paper if label.startswith(norm))
         accuracies = [run.at("test accuracy").item() for run in results.where(label=label)]
         row = {"batch norm": norm, "run": label, "seeds": len(accuracies), "paper": spec.paper[label]}
@@ -34,14 +34,14 @@ def draw(rows: Rows) -> Figure:
     """Two panels, with the place of batch norm to the right."""
     figure = Figure(figsize=(5.4, 3.6))
     left, right = figure.subplots(1, 2)
-    for at, (norm, (_, colour)) in enumerate(NETS.items()):
+    for position, (norm, (_, colour)) in enumerate(NETS.items()):
         [row] = [row for row in rows if row["batch norm"] == norm]
         middle, low, high = (10 ** row[name] for name in ("limit", "limit low", "limit high"))
         marker = {0: "o", 1: "^", -1: "v"}[row["bound"]]
-        left.errorbar(at, middle, [[middle - low], [high - middle]], fmt=marker, color=colour, capsize=3)
-        right.errorbar(at, row["test accuracy"], row["spread"], fmt="o", color=colour, capsize=3)
-        right.plot(at, row["paper"], "D", color=colour, markerfacecolor="none", markersize=8)
-        right.annotate(row["run"].partition("-")[2], (at, 3), ha="center", color=INK, fontsize=9)
+        left.errorbar(position, middle, [[middle - low], [high - middle]], fmt=marker, color=colour, capsize=3)
+        right.errorbar(position, row["test accuracy"], row["spread"], fmt="o", color=colour, capsize=3)
+        right.plot(position, row["paper"], "D", color=colour, markerfacecolor="none", markersize=8)
+        right.annotate(row["run"].partition("-")[2], (position, 3), ha="center", color=INK, fontsize=9)
     left.set(yscale="log", ylabel="largest stable learning rate")
     right.set(ylabel="test accuracy, %", ylim=(0, 101))
     for axes in (left, right):

@@ -13,11 +13,11 @@ CAPTION = (
     "the range of the paper's axis."
 )
 PAPER_RANGE = {"batch": 0.04, "none": 4.0}
-STEPS = 80  # bars from end to end, at most
+STEPS = 80  # the maximum number of bars
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """The density bar by bar, and the moments of every seed."""
+    """The density of each bar, and the moments of every seed."""
     bars, moments = [], []
     layer = spec.runs[0].layers[0]
     for norm in NETS:
@@ -35,9 +35,9 @@ def tables(spec, results) -> dict[str, Rows]:
 
 
 def _bars(counts: np.ndarray, edges: np.ndarray) -> Rows:
-    """Bars up to the 99.9 % quantile. Where the logarithmic bins are narrow, a bar joins several."""
+    """Bars up to the 99.9 % quantile. Where the logarithmic bins are narrow, several bins form one bar."""
     middle = len(counts) // 2
-    beyond = counts[middle + 1 :] + counts[:middle][::-1]  # by magnitude
+    beyond = counts[middle + 1 :] + counts[:middle][::-1]  # entries by magnitude
     inside = np.searchsorted(np.cumsum(beyond), 0.999 * beyond.sum())
     reach = edges[middle + 2 + inside]
     kept = np.flatnonzero(np.abs(edges) <= reach)
@@ -58,7 +58,7 @@ def _bars(counts: np.ndarray, edges: np.ndarray) -> Rows:
 
 
 def draw(rows: Rows) -> Figure:
-    """Two panels with a scale each."""
+    """Two panels, each with its own scale."""
     figure = Figure(figsize=(5.4, 5))
     nets = [norm for norm in NETS if column(rows, "density", norm=norm)]
     for axes, norm in zip(figure.subplots(len(nets), 1, squeeze=False)[:, 0], nets, strict=True):

@@ -19,7 +19,7 @@ NETS = {
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """The noise for each network and batch size, and |B| times it over C, with the spread over seeds."""
+    """The noise for each network and batch size, and |B| noise / C, with the spread over seeds."""
     rows = []
     for label in NETS:
         runs = results.where(label=label)

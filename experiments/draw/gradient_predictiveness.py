@@ -19,11 +19,11 @@ def tables(spec, results) -> dict[str, Rows]:
     rows = []
     for norm in NETS:
         runs = results.where(norm=norm)
-        for at in runs[0].config["options"]["at"] if runs else ():
+        for batch in runs[0].config["options"]["at"] if runs else ():
             for k, rate in enumerate(runs[0].at("rates")):
-                row = {"norm": norm, "mini-batch": at, "a": rate, "seeds": len(runs)}
+                row = {"norm": norm, "mini-batch": batch, "a": rate, "seeds": len(runs)}
                 for name, text in QUANTITIES.items():
-                    row |= ranged(text, np.array([run.at(name, at)[k] for run in runs]))
+                    row |= ranged(text, np.array([run.at(name, batch)[k] for run in runs]))
                 rows.append(row)
     return {"gradient_predictiveness": rows}
 

@@ -13,7 +13,7 @@ CAPTION = (
     "paper's values. Bars: single weights of all seeds (Appendix J). Dotted: the value for N independent signs."
 )
 QUANTILES = (5, 25, 50, 75, 95)
-SAMPLES = 10  # weights listed for each layer
+SAMPLES = 10  # the number of weights listed for each layer
 
 
 def tables(spec, results) -> dict[str, Rows]:
@@ -69,16 +69,16 @@ def draw(rows: Rows) -> Figure:
     axes = figure.add_subplot()
     layers = sorted({row["layer"] for row in rows})
     for shift, (norm, (_, colour, marker)) in zip((-0.16, 0.16), NETS.items(), strict=True):
-        at = np.array([layers.index(layer) for layer in column(rows, "layer", norm=norm)]) + shift
+        positions = np.array([layers.index(layer) for layer in column(rows, "layer", norm=norm)]) + shift
         low, first, median, third, high = (column(rows, f"weights' a/b {q}%", norm=norm) for q in QUANTILES)
-        axes.vlines(at + 0.07, low, high, colors=colour, linewidth=1)
-        axes.vlines(at + 0.07, first, third, colors=colour, linewidth=6, alpha=0.55)
-        axes.plot(at + 0.07, median, "_", color=INK, markersize=8, markeredgewidth=1.5)
+        axes.vlines(positions + 0.07, low, high, colors=colour, linewidth=1)
+        axes.vlines(positions + 0.07, first, third, colors=colour, linewidth=6, alpha=0.55)
+        axes.plot(positions + 0.07, median, "_", color=INK, markersize=8, markeredgewidth=1.5)
         ratio, spread = (np.array(column(rows, name, norm=norm), float) for name in ("a/b", "a/b spread"))
         errors = [ratio - ratio / spread, ratio * spread - ratio]
-        axes.errorbar(at - 0.07, ratio, errors, fmt=marker, color=colour, capsize=2, linewidth=1)
+        axes.errorbar(positions - 0.07, ratio, errors, fmt=marker, color=colour, capsize=2, linewidth=1)
         paper = column(rows, "a/b paper", norm=norm)
-        axes.plot(at - 0.07, paper, "D", color=colour, markerfacecolor="none", markersize=8)
+        axes.plot(positions - 0.07, paper, "D", color=colour, markerfacecolor="none", markersize=8)
     roots = [np.sqrt(column(rows, "summands", layer=layer)[0]) for layer in layers]
     middle = np.arange(len(layers))
     axes.hlines(roots, middle - 0.4, middle + 0.4, colors=INK, linestyles=":", linewidth=1)

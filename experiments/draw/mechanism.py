@@ -34,7 +34,7 @@ def tables(spec, results) -> dict[str, Rows]:
 
 
 def draw(rows: Rows) -> Figure:
-    """a/b on a logarithmic axis. The variants of a layer are side by side."""
+    """a/b on a logarithmic axis. The variants of a layer are drawn side by side."""
     figure = Figure(figsize=(5.4, 3.9))
     axes = figure.add_subplot()
     layers = sorted({row["layer"] for row in rows})

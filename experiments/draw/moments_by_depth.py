@@ -13,7 +13,7 @@ QUANTITIES = {"ln_std": "ln std", "ln_abs_mean": "ln |mean|"}
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """One table, see by_layer."""
+    """One table, see :func:`by_layer`."""
     return {"moments_by_depth": by_layer(spec, results)}
 
 
@@ -45,7 +45,7 @@ def draw(rows: Rows) -> Figure:
                 np.array(column(rows, key, norm=norm), float)
                 for key in ("layer", name, f"{name} over seeds", f"{name} over channels", f"{name} paper")
             )
-            # The last one, the classifier, is a layer of another kind and not on the line.
+            # The last layer is the classifier. It is of another kind and not on the line.
             for part, style in ((slice(-1), marker + "-"), (slice(-1, None), marker)):
                 x, y = layer[part], ours[part]
                 band = (y - channels[part], y + channels[part])

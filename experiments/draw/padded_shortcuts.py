@@ -12,5 +12,5 @@ CAPTION = (
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """One table, see by_layer."""
+    """One table, see :func:`.moments_by_depth.by_layer`."""
     return {"padded_shortcuts": by_layer(spec, results)}

@@ -18,7 +18,7 @@ QUANTITIES = {"variance": "variance", "mean square": "squared mean", "branch ove
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """Median and range over seeds for each block, which has the number of its last layer."""
+    """Median and range over seeds for each block. A block is listed under the number of its last layer."""
     rows = []
     for norm in NETS:
         runs = results.where(norm=norm)

@@ -15,7 +15,7 @@ CAPTION = (
     "in the limit of many factors."
 )
 DENSITIES, DRAWN, BINS = (1, 2, 3, 5), (1, 3, 5), 50
-CUT = 0.6  # of the densities, which diverge
+CUT = 0.6  # the end of the axis of the densities, which diverge
 
 
 def tables(spec, results) -> dict[str, Rows]:
@@ -29,7 +29,7 @@ def tables(spec, results) -> dict[str, Rows]:
         s = np.concatenate([run.at("s", m) for run in products])
         edges = np.linspace(0, theory[0].at("edge of s", m).item(), BINS + 1)
         share = np.interp(edges**2, theory[0].at("x", m), theory[0].at("share", m), left=0.0, right=1.0)
-        counts = np.histogram(s, [*edges[:-1], np.inf])[0]  # a few lie above the theorem's edge
+        counts = np.histogram(s, [*edges[:-1], np.inf])[0]  # a few values are above the theorem's edge
         bins = zip(edges[:-1], edges[1:], counts, np.diff(share) * len(s), strict=True)
         points += [_point("histogram", m, (low + high) / 2, count, expected) for low, high, count, expected in bins]
     for m in products[0].config["options"]["factors"] if products else ():

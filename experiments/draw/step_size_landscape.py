@@ -21,10 +21,10 @@ def tables(spec, results) -> dict[str, Rows]:
     rows = []
     for norm in NETS:
         runs = results.where(norm=norm)
-        for at in runs[0].config["options"]["at"] if runs else ():
-            relative, dead = (np.array([run.at(name, at) for run in runs]) for name in ("relative", "dead"))
+        for batch in runs[0].config["options"]["at"] if runs else ():
+            relative, dead = (np.array([run.at(name, batch) for run in runs]) for name in ("relative", "dead"))
             for k, rate in enumerate(runs[0].at("rates")):
-                row = {"norm": norm, "mini-batch": at, "a": rate, "seeds": len(runs), "dead": int(dead[:, k].sum())}
+                row = {"norm": norm, "mini-batch": batch, "a": rate, "seeds": len(runs), "dead": int(dead[:, k].sum())}
                 rows.append(row | living("relative loss", relative[:, k], dead[:, k]))
     return {"step_size_landscape": rows}
 

@@ -1,7 +1,8 @@
-"""The five phases of batch norm in plain torch: the specification that every other backend is held against.
+"""The five phases of batch norm in plain torch: the specification with which every other backend is compared.
 
-Accurate rather than fast. Arithmetic is float64 for float64 input and float32 otherwise; called with float64
-input it is the truth of the tests. Symbols: x [N, C, ...] input, M = N * S values per channel, and per channel
+The code is accurate rather than fast. Arithmetic is float64 for float64 input and float32 otherwise. The tests use its
+results for float64 input as exact values. Symbols: x [N, C, ...] is the input with M = N * S values per channel, and
+per channel
 
     mean   = sum x / M                        M2      = sum (x - mean)^2
     invstd = 1 / sqrt(M2 / M + eps)           xhat    = (x - mean) * invstd
@@ -9,8 +10,8 @@ input it is the truth of the tests. Symbols: x [N, C, ...] input, M = N * S valu
     g      = dy * act'(z), by the mask z > 0  dbias   = sum g,  dweight = sum g * xhat
     dx     = weight * invstd * (g - dbias / M - xhat * dweight / M)
 
-round() is the rounding to the dtype of x. The mask is set where not (round(z) <= 0), so that NaN passes, as in
-torch's threshold_backward. ``mean`` and ``invstd`` None mean identity normalisation, xhat = x.
+round() is the rounding to the dtype of x. The mask is set where not (round(z) <= 0), so a NaN passes, as in torch's
+threshold_backward. If ``mean`` and ``invstd`` are None, normalisation is the identity: xhat = x.
 
 Source: Ioffe and Szegedy 2015, algorithm 1 and section 3; merging by Chan, Golub and LeVeque 1979.
 """
@@ -29,7 +30,7 @@ def _axes(x: Tensor) -> list[int]:
 
 
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:
-    """A [C] vector shaped to broadcast against x, in x's accumulator dtype."""
+    """The vector v [C] in a shape that broadcasts against x, in the accumulator dtype of x."""
     return v.to(accumulator(x.dtype)).view(1, -1, *[1] * (x.dim() - 2))
 
 
@@ -37,7 +38,7 @@ def _per_channel(v: Tensor, x: Tensor) -> Tensor:
 
 
 def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Count, mean [C] and M2 [C] of x, by two passes."""
+    """Count, mean [C] and M2 [C] of x, in two passes."""
     acc, count = x.to(accumulator(x.dtype)), layout(x).count
     if count == 0:
         zero = acc.new_zeros(x.shape[1])
@@ -48,10 +49,10 @@ def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
 
 
 def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One (count, mean [C], M2 [C]) from K of them: counts [K], means and m2s [K, C], in the order given.
+    """Merges K parts, counts [K], means and m2s [K, C], in their order into one (count, mean [C], M2 [C]).
 
     Chan: n = na + nb, d = mb - ma, mean = ma + d * nb / n, M2 = M2a + M2b + d^2 * na * nb / n.
-    A part of zero count changes nothing.
+    A part with count 0 changes nothing.
     """
     count, mean, m2 = torch.zeros_like(counts[:1]), torch.zeros_like(means[0]), torch.zeros_like(m2s[0])
     for k in range(counts.shape[0]):
@@ -66,7 +67,7 @@ def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def normalize(call: ForwardCall, mean: Tensor | None, invstd: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """y = act(round(weight * ((x - mean) * invstd) + bias + residual)) and, where the call saves one, its mask.
+    """y = act(round(weight * ((x - mean) * invstd) + bias + residual)), and its mask if the call requests one.
 
     ``call.record`` is filled with :func:`activation` of x and y.
     """
@@ -96,9 +97,9 @@ def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
 
 
 def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
-    """dx and the residual's gradient g, where needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
+    """dx and the residual's gradient g, if needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
 
-    ``call.record_gradient`` is filled with :func:`gradient` of dx, where dx is needed.
+    ``call.record_gradient`` is filled with :func:`gradient` of dx if dx is needed.
     """
     x, mean, invstd = call.x, call.mean, call.invstd
     need_x, _, _, need_residual = call.needs
@@ -123,8 +124,8 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
 def forward(call: ForwardCall) -> Forward:
     """y, mean, invstd and the mask. In training the running statistics and the counter are updated in place.
 
-    Not training: normalises by the running statistics, or by nothing at all (identity) where they are None.
-    An empty batch leaves the running statistics alone and returns mean 0 and invstd 0.
+    In eval mode it normalises by the running statistics, or is the identity if they are None. An empty batch does not
+    change the running statistics. Its mean and invstd are 0.
     """
     acc = accumulator(call.x.dtype)
     mean = invstd = None
@@ -141,8 +142,8 @@ def forward(call: ForwardCall) -> Forward:
 def update_running(call: ForwardCall, count: int | Tensor, mean: Tensor, m2: Tensor) -> None:
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance M2 / (M - 1), in place.
 
-    The counter, where given, goes up by one first; momentum None stands for 1 / counter, the cumulative mean. Without
-    any value (count 0) the running statistics stay. A count that is a tensor is not read by the host.
+    The counter, if given, is first increased by one. Momentum None means 1 / counter, the cumulative mean. If the count
+    is 0, the running statistics do not change. The host does not read a count that is a tensor.
     """
     counter = call.num_batches_tracked
     if counter is not None:
@@ -153,7 +154,7 @@ def update_running(call: ForwardCall, count: int | Tensor, mean: Tensor, m2: Ten
     if call.momentum is not None:
         share = call.momentum
     else:
-        assert counter is not None, "momentum None asks for num_batches_tracked"
+        assert counter is not None, "momentum None requires num_batches_tracked"
         share = 1.0 / counter.to(mean.dtype)
     if isinstance(count, Tensor):
         share = (count > 0).to(mean.dtype) * share
@@ -167,7 +168,7 @@ def update_running(call: ForwardCall, count: int | Tensor, mean: Tensor, m2: Ten
 
 
 def backward(call: BackwardCall) -> Gradients:
-    """(dx, dweight, dbias, dresidual), each only where ``call.needs`` says so."""
+    """(dx, dweight, dbias, dresidual), with None for those that ``call.needs`` does not request."""
     need_x, need_weight, need_bias, need_residual = call.needs
     dx = dweight = dbias = dresidual = sums = None
     if call.needs_sums:
@@ -184,10 +185,10 @@ def backward(call: BackwardCall) -> Gradients:
 
 
 def differentiable_backward(call: BackwardCall, eps: float) -> Gradients:
-    """``backward`` as a differentiable function of dy, x and weight: what double backward differentiates.
+    """``backward`` as a differentiable function of dy, x and weight, for double backward.
 
-    In training the statistics are recomputed from x, since the second derivative runs through them. The sign of z
-    is constant almost everywhere and is treated as a constant.
+    In training the statistics are recomputed from x, because the second derivative includes their derivatives. The sign
+    of z is constant almost everywhere and is treated as a constant.
     """
     dy, x, weight, bias, mean, invstd, mask, act, training, needs, *_ = call
     if mask is None and act is not None:
@@ -215,8 +216,9 @@ def differentiable_backward(call: BackwardCall, eps: float) -> Gradients:
 def activation(x: Tensor, y: Tensor) -> Tensor:
     """The rows ``records.ACTIVATION`` [8, C] of an input x and the output y computed from it.
 
-    Per channel count M, mean = sum x / M, m_k = sum (x - mean)^k for k = 2, 3, 4, the least and largest x that is not
-    NaN (inf and -inf where there is none), and the number of y > 0. An empty batch has mean and m_k 0.
+    The rows are, per channel: count M, mean = sum x / M, m_k = sum (x - mean)^k for k = 2, 3, 4, the smallest and the
+    largest x that is not NaN (inf and -inf if there is none), and the number of y > 0. An empty batch has mean and m_k
+    0.
     """
     wide, axes, count = x.double(), _axes(x), layout(x).count
     mean = wide.sum(axes) / max(count, 1)
@@ -232,8 +234,11 @@ def activation(x: Tensor, y: Tensor) -> Tensor:
 
 
 def gradient(dx: Tensor) -> Tensor:
-    """The rows ``records.GRADIENT`` [7, C] of dx: per channel count, sum, sum of absolute values, of squares, and how
-    many values are above, below and equal to zero (a NaN is none of these)."""
+    """The rows ``records.GRADIENT`` [7, C] of dx.
+
+    They are, per channel: count, sum, sum of absolute values, sum of squares, and the numbers of values that are above,
+    below and equal to zero. A NaN is in none of these numbers.
+    """
     wide, axes = dx.double(), _axes(dx)
     sums = [wide.sum(axes), wide.abs().sum(axes), wide.square().sum(axes)]
     signs = [(dx > 0).sum(axes), (dx < 0).sum(axes), (dx == 0).sum(axes)]
@@ -241,8 +246,11 @@ def gradient(dx: Tensor) -> Tensor:
 
 
 def affine(call: BackwardCall) -> Tensor:
-    """The rows ``records.AFFINE`` [8, C]: of the summands d = g (bias) and d = g * xhat (weight), in the accumulator's
-    dtype, per channel sum d, sum |d|, sum sign d and the number of d != 0. A NaN has sign 0 and counts as nonzero."""
+    """The rows ``records.AFFINE`` [8, C] of the summands d = g (bias) and d = g * xhat (weight).
+
+    For each of them and per channel: sum d, sum |d|, sum sign d and the number of d != 0. The summands have the
+    accumulator's dtype. A NaN has sign 0 and counts as nonzero.
+    """
     x, g = call.x, _masked(call)
     rows = []
     for d in (g, g * _xhat(x, call.mean, call.invstd)):
@@ -271,7 +279,7 @@ def _pre_activation(
 
 
 def _masked(call: BackwardCall) -> Tensor:
-    """g, the gradient before the activation. Without a saved mask z is recomputed and rounded as in the forward."""
+    """g, the gradient before the activation. If no mask was saved, z is recomputed and rounded as in the forward."""
     x = call.x
     g = call.dy.to(accumulator(x.dtype))
     if call.act is None:
@@ -284,7 +292,7 @@ def _masked(call: BackwardCall) -> Tensor:
 
 
 def pack_mask(positive: Tensor, like: Layout) -> Tensor:
-    """Boolean [N, C, ...] to the mask's bytes (``Layout.mask_shape``), least significant bit first."""
+    """Packs a boolean [N, C, ...] into the bytes of the mask (``Layout.mask_shape``), least significant bit first."""
     bits = positive.movedim(1, -1).reshape(1, -1) if like.rows else positive.reshape(like.n * like.c, like.s)
     bits = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.shape[1] % 8))
     bits = bits.view(bits.shape[0], bits.shape[1] // 8, 8)
@@ -293,7 +301,7 @@ def pack_mask(positive: Tensor, like: Layout) -> Tensor:
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask's bytes back to boolean [N, C, ...], for the layout of x."""
+    """Unpacks the bytes of the mask to a boolean [N, C, ...], in the layout of x."""
     rows, n, c, s = layout(x)
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits = (mask.unsqueeze(-1) >> shifts) & 1

@@ -1,17 +1,17 @@
-"""What the kernels share: how a tensor is cut into tiles, how a tile is addressed, the arithmetic, the launch.
+"""Shared parts of the kernels: the partition of a tensor into tiles, the addresses, the arithmetic and the launch.
 
-Both layouts are lines of contiguous elements: in ``rows`` a line is one row and holds the C channels, in planes it
-is one sample's plane of one channel and holds the S positions. Eight neighbours of a line form an octet: one byte
-of the mask, and whole 16-byte vectors. A group is one such vector per thread: GROUP octets, arranged as lines
-of OCTETS octets each. A tile is UNROLL groups, one below the other or, where lines are few and long, ``beside``
-each other; their loads are all in flight before the first value is used. Tiles are two-dimensional, [GROUP, 8],
-because the compiler then has one choice of layout only: whole vectors to neighbouring threads.
+Both layouts consist of lines of contiguous elements. In ``rows`` a line is one row with the C channels. In planes it is
+the plane of one channel of one sample, with the S positions. Eight neighbours of a line form an octet, which is one
+byte of the mask and a whole number of 16-byte vectors. A group is one such vector per thread: GROUP octets, arranged as
+lines of OCTETS octets each. A tile has UNROLL groups. They are below each other or, if lines are few and long,
+``beside`` each other. All loads of a tile are in flight before the first value is used. Tiles are two-dimensional,
+[GROUP, 8], because the compiler then has only one choice of layout: whole vectors for neighbouring threads.
 
-A program owns one channel (planes) or OCTETS * 8 channels (rows) and ``share`` consecutive tiles of them, so that
-a few channels still fill a large GPU. Kernels that work element by element have a third way to see rows where they
-cannot be read by vectors: ``FLAT``, all of memory as one line, so that any number of channels packs its mask bytes.
-Where they record sums of each channel as well, a line is eight rows (``ROWS`` and ``FLAT``): whole mask bytes again,
-and a lane stays with its channel.
+A program computes one channel (planes) or OCTETS * 8 channels (rows) of ``share`` consecutive tiles, so that a few
+channels also fill a large GPU. Pointwise kernels have a third layout, for rows that cannot be read as vectors: ``FLAT``
+makes all of memory one line, so that mask bytes are whole for any number of channels. If such a kernel also records
+sums of each channel, a line is eight rows (``ROWS`` and ``FLAT``). Mask bytes are then whole too, and a lane has the
+same channel in all tiles.
 """
 
 import inspect
@@ -29,27 +29,28 @@ from ..reference import accumulator
 WARPS = 4
 GROUP_BYTES = WARPS * 32 * 16
 UNROLL = 4
-# One stage, since loops without dot products gain nothing from more; contraction off: only tl.fma rounds once.
+# One stage, because loops without dot products gain nothing from more. Contraction is off: only tl.fma rounds once.
 OPTIONS = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
-# Programs wanted: 4 on each of 132 multiprocessors. A constant, since the partition fixes the order of summation.
+# The desired number of programs: 4 on each of 132 multiprocessors. It is a constant because the partition determines
+# the order of summation.
 PROGRAMS = 4 * 132
-# Offsets beyond this take 64 bits; the margin is for the idle lanes of the last tile.
+# Larger offsets require 64 bits. The margin is for the idle lanes of the last tile.
 INT32_OFFSETS = 2**31 - 2**20
 
 # ------------------------------------------------------------------------------------------------ on the host
 
 
 def kernel(fn):
-    """``triton.jit``, specialised on dtypes and constants alone: ALIGN says all that is worth knowing of integers.
+    """``triton.jit``, specialised only on dtypes and constants. The constant ALIGN replaces specialisation on integers.
 
-    Flags are integers, since the interpreter takes no booleans.
+    Flags are integers, because the interpreter does not accept booleans.
     """
     names = [name for name, p in inspect.signature(fn).parameters.items() if p.annotation is not tl.constexpr]
     return triton.jit(fn, do_not_specialize=names, do_not_specialize_on_alignment=names)
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **constants) -> None:
-    """Launch on the current stream of ``device``."""
+    """Launches on the current stream of ``device``."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, device, *args, **constants)
@@ -59,9 +60,9 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **constan
 def channel_vectors(
     x: Tensor, mean: Tensor | None, invstd: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[list[Tensor], tuple[int, int, int]]:
-    """mean, invstd, weight and bias as the kernels take them, and whether statistics, weight and bias are given.
+    """The arguments mean, invstd, weight and bias of the kernels, and whether statistics, weight and bias are given.
 
-    One that is not given is never read; another stands in for it, so that no kernel is compiled for its absence.
+    A vector that is not given is replaced by another one, which is not read. So no kernel is compiled for its absence.
     """
     present = (int(mean is not None), int(weight is not None), int(bias is not None))
     if mean is None:
@@ -75,16 +76,16 @@ def channel_vectors(
 
 
 class Plan(NamedTuple):
-    """How a kernel walks its tensors: its grid, and the integers and constants it takes."""
+    """The partition of the tensors of a kernel: its grid, and its integer and constant arguments."""
 
     grid: tuple[int, int]
     strides: list[int]  # outer, inner of each tensor
-    sizes: tuple[int, ...]  # lines (single rows, where one is eight), length, channels, tiles, share, spans, beside
+    sizes: tuple[int, ...]  # lines (rows, if a line is eight rows), length, channels, tiles, share, spans, beside
     constants: dict[str, int | bool]
 
     @property
     def parts(self) -> int:
-        """Into how many parts the values of a channel are cut."""
+        """The number of parts into which the values of a channel are divided."""
         return self.grid[1] * (8 if self.constants["ROWS"] and self.constants["FLAT"] else 1)
 
 
@@ -93,15 +94,15 @@ def plan(
 ) -> Plan:
     """The plan for ``tensors`` of one shape and dtype in one layout, with per-channel ``vectors``.
 
-    ``pointwise``: no channel is reduced, unless for a record if ``recording``.
+    ``pointwise``: the kernel reduces no channel, except for a record if ``recording``.
 
-    ALIGN is 8 or 4 where every address, stride and line is a multiple of so many elements, else 1. ``length`` and
-    the strides are passed in units of it, which is how the compiler knows, and so vectorises.
+    ALIGN is 8 or 4 if every address, stride and line length is a multiple of that many elements, else 1. ``length``
+    and the strides are passed in units of ALIGN, from which the compiler infers that it can vectorise.
     """
     lines, length = (like.count, like.c) if like.rows else (like.n, like.s)
     itemsize = tensors[0].element_size()
     pairs = [strides(t, like.rows) for t in tensors]
-    step = length  # its lowest set bit is that of the least aligned number or'ed into it
+    step = length  # the bitwise or of length and strides, whose lowest set bit is the least of theirs
     for outer, inner in pairs:
         step |= outer if like.rows else outer | inner
     pointer = 0
@@ -118,7 +119,7 @@ def plan(
     rows = like.rows and (octuple or not flat)
     if flat:
         lines, length = (-(-lines // 8), length * 8) if octuple else (1, lines * length)
-    # One element at a time, a thread has eight loads in flight in one group already.
+    # If elements are loaded one by one (ALIGN 1), a thread has eight loads in flight with a single group.
     unroll = UNROLL if align > 1 else UNROLL // 2 if octuple or not flat else 1
     if pointwise and recording:
         unroll = max(unroll // 2, 1)  # a record takes registers, and results do not depend on the tiles
@@ -134,10 +135,10 @@ def plan(
 def partition(
     rows: bool, flat: bool, lines: int, length: int, channels: int, itemsize: int, unroll: int
 ) -> tuple[tuple[int, int], tuple[int, int, int, int], int, int]:
-    """(units, splits) of the grid, (tiles, share, spans, beside), GROUP and OCTETS: a fixed rule from these sizes.
+    """(units, splits) of the grid, (tiles, share, spans, beside), GROUP and OCTETS. They depend on these sizes only.
 
-    Planes are read 512 or, where that leaves fewer lanes idle, 64 elements at a time, tiny ones 16; rows are read
-    by 64 channels, or as many as there are, so that no sector is read twice.
+    In planes a line of a tile has 512 elements, or 64 if this leaves fewer lanes idle, or 16 if planes are tiny. In
+    rows it has 64 channels, or 32 or 16 if there are no more, so that no sector is read twice.
     """
     group = GROUP_BYTES // itemsize // 8
     if flat:
@@ -148,7 +149,7 @@ def partition(
         shapes = [(octets, beside) for octets in ((64, 8) if length > 16 else (2,)) for beside in (0, 1)]
 
     def tiles_of(octets: int, beside: int) -> tuple[int, int, int]:
-        """Tiles down the lines, spans along them, and the lanes that all these tiles have."""
+        """The number of tiles down the lines, of spans along the lines, and of lanes in all these tiles."""
         below, across = (1, unroll) if beside else (unroll, 1)
         tall, broad = below * group // octets, across * octets * 8
         down, spans = -(-lines // tall), -(-length // broad)
@@ -182,13 +183,13 @@ def locate(
 
 @triton.jit
 def position(octet):
-    """Place in the line, [GROUP, 8], of each element of the octets."""
+    """The position in its line, [GROUP, 8], of each element of the octets."""
     return octet * 8 + tl.arange(0, 8)[None, :]
 
 
 @triton.jit
 def inside(line, octet, lines, length, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr):
-    """Which elements of the octets, [GROUP, 8], are the tensor's."""
+    """Whether each element of the octets, [GROUP, 8], belongs to the tensor."""
     if ROWS and FLAT:
         line = line * 8 + position(octet) // channels
     return (line < lines) & (position(octet) < length * ALIGN)
@@ -196,7 +197,7 @@ def inside(line, octet, lines, length, channels, ROWS: tl.constexpr, FLAT: tl.co
 
 @triton.jit
 def channel_of(octet, length, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr):
-    """The channel of each element, [GROUP, 8], and whether there is one; in planes one channel for them all."""
+    """The channel of each element, [GROUP, 8], and whether it exists. In planes all elements have one channel."""
     if ROWS or FLAT:
         coord = position(octet)
         return coord % channels if FLAT else coord, coord < length * ALIGN
@@ -208,7 +209,7 @@ def channel_of(octet, length, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, 
 def addresses(
     ptr, outer, inner, line, octet, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip
-    """Where the elements [GROUP, 8] lie. Strides are in units of ALIGN."""
+    """The addresses of the elements [GROUP, 8]. Strides are in units of ALIGN."""
     coord = position(octet)
     if ROWS and FLAT:
         offsets = (line * 8 + coord // channels) * outer + coord % channels
@@ -226,7 +227,10 @@ def addresses(
 def mask_addresses(
     mask_ptr, line, octet, lines, length, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip
-    """Where the mask bytes [GROUP, 1] of the octets lie, and which their line has. Single rows: ALIGN must be 8."""
+    """The addresses of the mask bytes [GROUP, 1] of the octets, and whether they are in bounds.
+
+    If a line is a single row, ALIGN must be 8.
+    """
     octets = (length * ALIGN + 7) // 8
     if ROWS and FLAT:
         in_bounds = (octet < octets) & (line * 8 + octet * 8 // channels < lines)
@@ -239,7 +243,7 @@ def mask_addresses(
 
 @triton.jit
 def per_channel(ptr, present, default, channel, valid, ROWS: tl.constexpr, ALIGN: tl.constexpr):
-    """A per-channel vector's values at ``channel``, or ``default`` where the vector is not ``present``."""
+    """The values of a per-channel vector at ``channel``, or ``default`` if the vector is not ``present``."""
     pointers = ptr + channel
     if ROWS and ALIGN == 8:
         pointers = tl.multiple_of(pointers, (1, 16))
@@ -248,7 +252,7 @@ def per_channel(ptr, present, default, channel, valid, ROWS: tl.constexpr, ALIGN
 
 @triton.jit
 def affine(vectors, present, channel, valid, ROWS: tl.constexpr, ALIGN: tl.constexpr):
-    """mean, invstd, weight and bias at ``channel``; 0, 1, 1 and 0 where they are not given."""
+    """mean, invstd, weight and bias at ``channel``, or 0, 1, 1 and 0 if they are not given."""
     mean = per_channel(vectors[0], present[0], 0.0, channel, valid, ROWS, ALIGN)
     invstd = per_channel(vectors[1], present[0], 1.0, channel, valid, ROWS, ALIGN)
     weight = per_channel(vectors[2], present[1], 1.0, channel, valid, ROWS, ALIGN).to(mean.dtype)
@@ -258,8 +262,8 @@ def affine(vectors, present, channel, valid, ROWS: tl.constexpr, ALIGN: tl.const
 
 @triton.jit
 def activate(value, positive, act):
-    """A value z, or a gradient at z, after activation number ``act`` (activations.code); ``positive``: not (z <= 0)."""
-    below = 0.0  # relu, the only activation
+    """z, or a gradient at z, after the activation with the code ``act``. ``positive`` is not (z <= 0)."""
+    below = 0.0  # ReLU, the only activation
     return tl.where(positive | (act == 0), value, below)
 
 
@@ -268,10 +272,10 @@ def gated(
     dy, xhat, weight, bias, mask_ptr, act, line, octet, lines, length, channels, valid, STORED: tl.constexpr,
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """g, the gradient before the activation: by the saved mask, or by z as the forward computed it."""
+    """g, the gradient before the activation, from the saved mask, or from z, recomputed as in the forward."""
     if mask_ptr is None:
         positive = (tl.fma(xhat, weight, bias).to(STORED).to(xhat.dtype) <= 0) == 0
-    elif ROWS and not FLAT and ALIGN < 8:  # octets of the mask begin anywhere in a row
+    elif ROWS and not FLAT and ALIGN < 8:  # an octet of the mask may begin anywhere in a row
         bit = line * channels + position(octet)
         byte = tl.load(mask_ptr + bit // 8, mask=valid, other=0)
         positive = ((byte >> (bit % 8).to(tl.uint8)) & 1) != 0

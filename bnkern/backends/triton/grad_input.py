@@ -27,7 +27,7 @@ from .records import columns_sum, fold_gradient, owned, write_part
 
 @triton.jit
 def mean_gradients(sums, count, training, channel, valid, ROWS: tl.constexpr, ALIGN: tl.constexpr):
-    """sum g / M and sum g * xhat / M at ``channel``; 0 in eval mode."""
+    """sum g / M and sum g * xhat / M at ``channel``, or 0 in eval mode."""
     total = per_channel(sums[0], training, 0.0, channel, valid, ROWS, ALIGN)
     dot = per_channel(sums[1], training, 0.0, channel, valid, ROWS, ALIGN)
     count = count.to(total.dtype)
@@ -43,7 +43,7 @@ def grad_input_kernel(
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """With ``parts_ptr`` also parts of the record of dx, as it is stored."""
+    """With ``parts_ptr`` it also writes parts of the record of dx, which is that of the stored (rounded) values."""
     STORED: tl.constexpr = x_ptr.dtype.element_ty
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     vectors = (mean_ptr, invstd_ptr, weight_ptr, bias_ptr)
@@ -83,7 +83,7 @@ def grad_input_kernel(
                 dys[u].to(ACC), xhat, weight, bias, mask_ptr, act, line, octet, lines, length, channels, valid,
                 STORED, ROWS, FLAT, ALIGN,
             )  # fmt: skip
-            # In eval mode an infinite x must not meet the zero sums.
+            # In eval mode the sums are 0. Their product with an infinite xhat would be NaN.
             dx = tl.where(training != 0, g - tl.fma(xhat, mean_dot, mean_g), g) * (weight * invstd)
             pointers = addresses(dx_ptr, dx_outer, dx_inner, line, octet, channels, ROWS, FLAT, ALIGN)
             tl.store(pointers, dx, mask=valid & (need_dx != 0))
@@ -113,9 +113,9 @@ def grad_input_kernel(
 
 
 def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
-    """dx and the residual's gradient g, where needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
+    """dx and the residual's gradient g, if needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
 
-    ``call.record_gradient`` is filled, by a second launch, where dx is needed.
+    A second launch fills ``call.record_gradient`` if dx is needed.
     """
     dy, x, mask = call.dy, call.x, call.mask
     need_dx, _, _, need_dresidual = call.needs

@@ -12,12 +12,12 @@ from ..reference import accumulator
 from .common import addresses, affine, channel_of, channel_vectors, gated, kernel, launch, locate, plan, position
 from .records import columns_sum, fold_row, owned, write_part
 
-PARTS, CHANNELS = 32, 16  # the block that a program of the fold adds at a time
+PARTS, CHANNELS = 32, 16  # the block that a program of fold_kernel adds at a time
 
 
 @triton.jit
 def sign(v):
-    """1, -1 or 0, which NaN has as well."""
+    """1, -1 or 0. The sign of NaN is 0."""
     return (v > 0).to(tl.int32) - (v < 0).to(tl.int32)
 
 
@@ -29,7 +29,7 @@ def grad_sums_kernel(
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One row of partial sums per split; with ``parts_ptr`` a part of the record as well."""
+    """Writes one row of partial sums per split, and with ``parts_ptr`` also a part of the record."""
     STORED: tl.constexpr = x_ptr.dtype.element_ty
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     first = tl.program_id(1) * share
@@ -65,7 +65,7 @@ def grad_sums_kernel(
                 STORED, ROWS, FLAT, ALIGN,
             )  # fmt: skip
             total += g
-            # An idle lane has g = 0, but its xhat may overflow.
+            # An idle lane has g = 0, but its xhat may overflow, and the product would be NaN.
             dot = tl.fma(g, tl.where(valid, xhat, 0.0), dot)
             if parts_ptr is not None:
                 absolute += tl.abs(g)
@@ -75,7 +75,7 @@ def grad_sums_kernel(
                 absolute_dot += tl.abs(summand)
                 dot_signs += sign(summand)
                 dot_nonzero += (summand != 0).to(tl.int32)
-    # All lanes of a channel into one.
+    # Add all lanes of a channel.
     WIDTH: tl.constexpr = OCTETS * 8 if ROWS else 1
     total = tl.sum(tl.reshape(total, (GROUP * 8 // WIDTH, WIDTH)), 0)
     dot = tl.sum(tl.reshape(dot, (GROUP * 8 // WIDTH, WIDTH)), 0)
@@ -100,7 +100,10 @@ def fold_kernel(
     sums_ptr, dots_ptr, sum_ptr, dot_ptr, parts_ptr, record_ptr, parts, channels,
     PARTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The parts added in their order: a tree over each block, the blocks one by one. More programs, the record's."""
+    """Adds the parts in a fixed order: a tree over each block, then the blocks one by one.
+
+    Further programs (axis 1 of the grid) add the rows of the record.
+    """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     if record_ptr is not None:
         row = tl.program_id(1) - 1

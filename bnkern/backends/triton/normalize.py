@@ -30,11 +30,11 @@ def normalize_kernel(
     x_ptr, residual_ptr, y_ptr, mask_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, parts_ptr, tally_ptr, row_ptr,
     x_outer, x_inner, residual_outer, residual_inner, y_outer, y_inner,
     lines, length, channels, tiles, share, spans, beside,
-    has_statistics, has_weight, has_bias, has_residual, act, told,
+    has_statistics, has_weight, has_bias, has_residual, act, part_count,
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """With ``tally_ptr`` the record's count above zero as well; with ``parts_ptr`` parts of the whole record."""
+    """With ``tally_ptr`` also counts z > 0 for the record. With ``parts_ptr`` writes parts of the whole record."""
     STORED: tl.constexpr = y_ptr.dtype.element_ty
     RECORD: tl.constexpr = parts_ptr is not None or tally_ptr is not None
     vectors = (mean_ptr, invstd_ptr, weight_ptr, bias_ptr)
@@ -91,15 +91,15 @@ def normalize_kernel(
             write_moments(parts_ptr, join_lanes(lanes, WIDTH, 1), part, channel, channels, in_bounds)
             write_part(parts_ptr, (active,), 7, 8, part, channel, channels, in_bounds)
         else:
-            tell(tally_ptr, row_ptr, active, told, channel, in_bounds)
+            tell(tally_ptr, row_ptr, active, part_count, channel, in_bounds)
 
 
 def normalize(
     call: ForwardCall, mean: Tensor | None, invstd: Tensor | None, tallied: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """y and, where the call saves one, the mask.
+    """y, and its mask if the call requests one.
 
-    ``call.record`` is filled, by a second launch; if ``tallied``, only its last row, which must be 0, by this one.
+    A second launch fills ``call.record``. If ``tallied``, the first launch fills only its last row, which must be 0.
     """
     x, residual, record = call.x, call.residual, call.record
     like = layout(x)
@@ -113,16 +113,16 @@ def normalize(
     z = x if residual is None else addressed(residual, like.rows)
     vectors, present = channel_vectors(x, mean, invstd, call.weight, call.bias)
     walk = plan(like, [x, z, y], vectors, pointwise=True, recording=record is not None)
-    told = walk.parts
+    part_count = walk.parts
     parts = tally = row = None
     if record is not None and tallied:
         row = record[-1]
         tally = row.view(torch.int64)
     elif record is not None:
-        parts = torch.empty((told, 8, like.c), dtype=torch.float64, device=x.device)
+        parts = torch.empty((part_count, 8, like.c), dtype=torch.float64, device=x.device)
     launch(
         normalize_kernel, walk.grid, x.device, x, z, y, mask, *vectors, parts, tally, row,
-        *walk.strides, *walk.sizes, *present, int(residual is not None), code(call.act), told,
+        *walk.strides, *walk.sizes, *present, int(residual is not None), code(call.act), part_count,
         **walk.constants,
     )  # fmt: skip
     if parts is not None:
