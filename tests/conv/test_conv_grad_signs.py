@@ -338,7 +338,7 @@ def test_malformed_calls() -> None:
         ("padding", "valid", TypeError, "padding must be an int or a pair of ints, got 'valid'"),
         ("wanted", "sum", TypeError, "wanted must be a collection of names, got 'sum'"),
         ("wanted", None, TypeError, "wanted must be a collection of names, got None"),
-        ("wanted", ["sum", "signs"], ValueError, "out of sum, abs_sum, sign_sum, nonzero; got 'signs'"),
+        ("wanted", ["sum", "signs"], ValueError, "among sum, abs_sum, sign_sum, nonzero; got 'signs'"),
     ]:
         with pytest.raises(error) as caught:
             bnkern.conv2d_grad_signs(**{**good, argument: wrong})

@@ -162,7 +162,7 @@ def test_command_line_ends_in_order_after_an_interrupt(tmp_path: Path) -> None:
         for rank in ranks:
             rank.send_signal(signal.SIGINT)
         errors = assert_ended(ranks, 130)
-    assert all("goes on from the last checkpoints" in error for error in errors)
+    assert all("continues from the last checkpoints" in error for error in errors)
 
 
 RECORDING = f"""{THREADS}

@@ -261,10 +261,9 @@ def affine(vectors, present, channel, valid, ROWS: tl.constexpr, ALIGN: tl.const
 
 
 @triton.jit
-def activate(value, positive, act):
-    """z, or a gradient at z, after the activation with the code ``act``. ``positive`` is not (z <= 0)."""
-    below = 0.0  # ReLU, the only activation
-    return tl.where(positive | (act == 0), value, below)
+def activate(value, below, act):
+    """z, or a gradient at z, after the activation with the code ``act``. ``below``: act is not 0, and z <= 0."""
+    return tl.where(below, 0.0, value)  # ReLU, the only activation
 
 
 @triton.jit
@@ -274,13 +273,13 @@ def gated(
 ):  # fmt: skip
     """g, the gradient before the activation, from the saved mask, or from z, recomputed as in the forward."""
     if mask_ptr is None:
-        positive = (tl.fma(xhat, weight, bias).to(STORED).to(xhat.dtype) <= 0) == 0
+        below = (act != 0) & (tl.fma(xhat, weight, bias).to(STORED).to(xhat.dtype) <= 0)
     elif ROWS and not FLAT and ALIGN < 8:  # an octet of the mask may begin anywhere in a row
         bit = line * channels + position(octet)
         byte = tl.load(mask_ptr + bit // 8, mask=valid, other=0)
-        positive = ((byte >> (bit % 8).to(tl.uint8)) & 1) != 0
+        below = ((byte >> (bit % 8).to(tl.uint8)) & 1) == 0
     else:
         pointers, in_bounds = mask_addresses(mask_ptr, line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
         byte = tl.load(pointers, mask=(line < lines) & in_bounds, other=0)
-        positive = ((byte >> tl.arange(0, 8)[None, :].to(tl.uint8)) & 1) != 0
-    return activate(dy, positive, act)
+        below = ((byte >> tl.arange(0, 8)[None, :].to(tl.uint8)) & 1) == 0
+    return activate(dy, below, act)

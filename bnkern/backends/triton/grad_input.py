@@ -136,7 +136,7 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
     parts = None if record is None else torch.empty((walk.parts, 6, like.c), dtype=torch.float64, device=x.device)
     flags = (code(call.act), int(sums is not None), int(need_dx), int(need_dresidual))
     launch(
-        grad_input_kernel, walk.grid, x.device, dy, x, *written, mask, *vectors, total, dot,
+        grad_input_kernel, walk.grid, x.device, dy, x, *written, mask if call.act else None, *vectors, total, dot,
         parts, *walk.strides, *walk.sizes, *present, count, *flags, **walk.constants,
     )  # fmt: skip
     if record is not None:

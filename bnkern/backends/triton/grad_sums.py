@@ -139,7 +139,7 @@ def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
     total, dot = (torch.empty(like.c, dtype=acc, device=x.device) for _ in range(2))
     parts = None if record is None else torch.empty((walk.parts, 8, like.c), dtype=torch.float64, device=x.device)
     launch(
-        grad_sums_kernel, walk.grid, x.device, dy, x, mask, *vectors, sums, dots, parts,
+        grad_sums_kernel, walk.grid, x.device, dy, x, mask if call.act else None, *vectors, sums, dots, parts,
         *walk.strides, *walk.sizes, *present, code(call.act), **walk.constants,
     )  # fmt: skip
     launch(

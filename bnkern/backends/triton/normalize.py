@@ -65,14 +65,14 @@ def normalize_kernel(
                 mean, invstd, weight, bias = affine(vectors, present, channel, valid, ROWS, ALIGN)
             xhat = (xs[u].to(mean.dtype) - mean) * invstd
             z = (tl.fma(xhat, weight, bias) + residuals[u].to(mean.dtype)).to(STORED).to(mean.dtype)
-            positive = (z <= 0) == 0  # true for NaN
+            below = z <= 0  # false for NaN
             pointers = addresses(y_ptr, y_outer, y_inner, line, octet, channels, ROWS, FLAT, ALIGN)
-            y = activate(z, positive, act)
+            y = activate(z, (act != 0) & below, act)
             tl.store(pointers, y, mask=valid)
             if RECORD:
                 active += (valid & (z > 0)).to(tl.int32)
             if mask_ptr is not None:
-                bits = tl.where(valid & positive, 1 << tl.arange(0, 8)[None, :], 0)
+                bits = tl.where(valid & (below == 0), 1 << tl.arange(0, 8)[None, :], 0)
                 byte = tl.sum(bits, 1, keep_dims=True).to(tl.uint8)
                 pointers, in_bounds = mask_addresses(mask_ptr, line, octet, lines, length, channels, ROWS, FLAT, ALIGN)
                 tl.store(pointers, byte, mask=(line < lines) & in_bounds)
