@@ -2,7 +2,7 @@
 // current device, and returns "" or the reason why it could not. It does not wait for the device, and it allocates
 // nothing but workspaces.
 //
-// A file of kernels has three parts. The plan is a plain struct with the partition of a tensor. It depends on shape,
+// A file of kernels has three parts. The plan is a plain struct that says how a tensor is divided. It depends on shape,
 // strides, dtype, strategy and device alone. The kernels are __global__ templates over the storage type, which take the
 // call, the plan and their part of the workspace by value. The last part is the function that is declared here.
 //
@@ -30,7 +30,7 @@ struct CudaMerge {
 };
 std::string cuda_merge(const CudaMerge& p, std::uintptr_t stream);
 
-// The properties of a device on which partitions may depend. Equal properties give equal bits.
+// The properties of a device on which plans may depend. Equal properties give equal bits.
 struct CudaDevice {
   int multiprocessors;
   int shared_bytes;  // the limit for a block

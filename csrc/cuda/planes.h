@@ -1,8 +1,8 @@
-// The partition of a tensor in planes among blocks and threads. A channel has N planes of S adjacent elements. Eight
-// adjacent elements are an octet, and the last octet of a plane may have fewer. A channel is divided into parts, and
-// each block processes one part. A part is divided into tiles, of which every thread has a few octets. Neighbouring
-// threads have adjacent octets, so the octets of one thread are as far apart as the block has threads. The octets of a
-// thread depend only on the sizes and the partition. Only the width of an access depends on alignment.
+// The plan of a tensor in planes: how it is divided among blocks and threads. A channel has N planes of S adjacent
+// elements. Eight adjacent elements are an octet, and the last octet of a plane may have fewer. A channel is divided
+// into parts, and each block processes one part. A part is divided into tiles, of which every thread has a few octets.
+// Neighbouring threads have adjacent octets, so the octets of one thread are as far apart as the block has threads. The
+// octets of a thread depend only on the sizes and the plan. Only the width of an access depends on alignment.
 //
 // Offsets have 64 bits everywhere, which costs one instruction for each octet. The index of an octet in its channel has
 // 31 bits.
@@ -276,20 +276,20 @@ struct ThreadRecord {
   }
 };
 
-// ---- on the host: the partition of a channel
+// ---- on the host: the plan of a channel
 
-struct Cut {
+struct PlanesPlan {
   bool single;  // one launch for both phases, in which the parts of a channel are a cluster, instead of two launches
   int threads, parts, tiles, held;
 };
 
-// Makes the partition. For one launch, the number of parts is doubled until there are blocks for more than 5/8 of the
+// Makes the plan. For one launch, the number of parts is doubled until there are blocks for more than 5/8 of the
 // multiprocessors and a part fits on the chip. It stops at kMostParts, or if a part has no more than kLeast octets. If
 // the parts still do not fit and there are blocks for less than half of the multiprocessors, two kernels with more
 // parts run instead. This is a rule of thumb that has not been tuned by measurements. `sums` is whether the call has
 // the first phase, and `tensors` is the number of tensors that this phase reads.
-inline Cut cut_planes(const Shape& shape, std::size_t itemsize, int tensors, const CudaDevice& device,
-                      Strategy strategy, bool sums) {
+inline PlanesPlan plan_planes(const Shape& shape, std::size_t itemsize, int tensors, const CudaDevice& device,
+                              Strategy strategy, bool sums) {
   const std::int64_t octets = shape.n * ((shape.s + 7) / 8), each = octets_of(itemsize);
   constexpr std::int64_t kLeast = 512;
   const int most = std::min(kMostThreads, device.threads);
@@ -305,27 +305,28 @@ inline Cut cut_planes(const Shape& shape, std::size_t itemsize, int tensors, con
     return 1 + (device.shared_bytes - kReserved) / static_cast<int>(threads * each * 8 * itemsize * tensors);
   };
   const auto fits = [&](std::int64_t parts) { return tiles_of(parts, threads_of(parts)) <= room(threads_of(parts)); };
-  const auto cut = [&](bool single, int threads, std::int64_t parts) {
+  const auto plan = [&](bool single, int threads, std::int64_t parts) {
     const std::int64_t tiles = tiles_of(parts, threads);
-    return Cut{single, threads, static_cast<int>(parts), static_cast<int>(tiles),
-               static_cast<int>(std::min<std::int64_t>(tiles, room(threads)))};
+    return PlanesPlan{single, threads, static_cast<int>(parts), static_cast<int>(tiles),
+                      static_cast<int>(std::min<std::int64_t>(tiles, room(threads)))};
   };
   if (sums && strategy == Strategy::kSingleRead && device.clusters && shape.c <= kGroups) {
     std::int64_t parts = 1;
     while (parts < kMostParts && octets > parts * kLeast &&
            !(8 * shape.c * parts > 5 * device.multiprocessors && fits(parts)))
       parts *= 2;
-    if (fits(parts) || 2 * shape.c * parts >= device.multiprocessors) return cut(true, threads_of(parts), parts);
+    if (fits(parts) || 2 * shape.c * parts >= device.multiprocessors) return plan(true, threads_of(parts), parts);
   }
   constexpr int kBlocks = 4;  // the number of blocks of a multiprocessor, if there is enough work
   const int threads = std::min(256, most);
   const std::int64_t tiles = tiles_of(1, threads);
   const std::int64_t share = std::max<std::int64_t>(1, tiles * shape.c / (kBlocks * device.multiprocessors));
-  return cut(false, threads, sums && shape.c > kGroups ? 1 : (tiles + share - 1) / share);
+  return plan(false, threads, sums && shape.c > kGroups ? 1 : (tiles + share - 1) / share);
 }
 
 // The parameters of the kernels for a call's tensors. Null views are ignored.
-inline Planes planes_of(const Shape& shape, std::size_t itemsize, const Cut& cut, std::initializer_list<View> views) {
+inline Planes planes_of(const Shape& shape, std::size_t itemsize, const PlanesPlan& plan,
+                        std::initializer_list<View> views) {
   const std::int64_t per_plane = (shape.s + 7) / 8;
   std::uint64_t steps = shape.s, addresses = 0;
   for (const View& view : views)
@@ -338,23 +339,23 @@ inline Planes planes_of(const Shape& shape, std::size_t itemsize, const Cut& cut
   return {Divider::of(per_plane),
           shape.s,
           static_cast<std::uint32_t>(shape.n * per_plane),
-          cut.parts,
-          cut.tiles,
-          cut.held,
+          plan.parts,
+          plan.tiles,
+          plan.held,
           allows(vector) ? vector
           : allows(4)    ? 4
                          : 1};
 }
 
 // The shared memory of a block that holds `held` tiles of each of `tensors` tensors, the last one in registers.
-inline std::size_t shared_of(const Cut& cut, int held, std::size_t itemsize, int tensors) {
-  return kReserved + std::size_t(held - 1) * cut.threads * octets_of(itemsize) * 8 * itemsize * tensors;
+inline std::size_t shared_of(const PlanesPlan& plan, int held, std::size_t itemsize, int tensors) {
+  return kReserved + std::size_t(held - 1) * plan.threads * octets_of(itemsize) * 8 * itemsize * tensors;
 }
 
 // Returns "", or the reason why the kernels do not support a call.
-inline std::string refused(const char* name, const Shape& shape, DType dtype, const Cut& cut) {
+inline std::string refused(const char* name, const Shape& shape, DType dtype, const PlanesPlan& plan) {
   if (dtype == DType::kFloat64) return std::string(name) + ": there are no float64 kernels";
-  if (shape.n * ((shape.s + 7) / 8) > INT32_MAX || shape.c * cut.parts > INT32_MAX)
+  if (shape.n * ((shape.s + 7) / 8) > INT32_MAX || shape.c * plan.parts > INT32_MAX)
     return std::string(name) + ": a channel of more than 2^31 octets, or too many channels";
   return {};
 }

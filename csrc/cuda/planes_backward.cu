@@ -232,22 +232,22 @@ __global__ void __launch_bounds__(kMostThreads)
 template <class T>
 std::string backward(const CudaBackward& p, std::uintptr_t stream) {
   const Backward& call = p.call;
-  const Cut cut = cut_planes(call.shape, sizeof(T), 2, p.device, p.strategy, call.sums);
-  const Planes planes = planes_of(call.shape, sizeof(T), cut, {call.dy, call.x, call.dx, call.dresidual});
-  if (std::string reason = refused("planes", call.shape, call.dtype, cut); !reason.empty()) return reason;
-  const Workspace space = lay_out(p.workspace, cut.parts, call.shape.c);
+  const PlanesPlan plan = plan_planes(call.shape, sizeof(T), 2, p.device, p.strategy, call.sums);
+  const Planes planes = planes_of(call.shape, sizeof(T), plan, {call.dy, call.x, call.dx, call.dresidual});
+  if (std::string reason = refused("planes", call.shape, call.dtype, plan); !reason.empty()) return reason;
+  const Workspace space = lay_out(p.workspace, plan.parts, call.shape.c);
   Launch settings{"grad_sums and grad_input",
-                  static_cast<unsigned>(cut.parts * call.shape.c),
-                  static_cast<unsigned>(cut.threads),
-                  shared_of(cut, cut.held, sizeof(T), 2),
+                  static_cast<unsigned>(plan.parts * call.shape.c),
+                  static_cast<unsigned>(plan.threads),
+                  shared_of(plan, plan.held, sizeof(T), 2),
                   stream,
-                  static_cast<unsigned>(cut.parts)};
-  const RecordSpace records = record_space(call, p.workspace, cut.parts);
+                  static_cast<unsigned>(plan.parts)};
+  const RecordSpace records = record_space(call, p.workspace, plan.parts);
   const bool of_sums = records_affine(call), of_input = records_gradient(call), record = of_sums || of_input;
   const auto with_record = [&](std::string error) {
-    return error.empty() && record ? fold_records(call, records, cut.parts, stream) : error;
+    return error.empty() && record ? fold_records(call, records, plan.parts, stream) : error;
   };
-  if (call.sums && call.input && cut.single) {
+  if (call.sums && call.input && plan.single) {
     std::string error;
     const auto kernel =
         record ? planes_backward_kernel<T, true, true, true> : planes_backward_kernel<T, true, true, false>;
@@ -287,9 +287,9 @@ std::string planes_backward(const CudaBackward& p, std::uintptr_t stream) {
 }
 
 WorkspaceSize planes_backward_workspace(const CudaBackward& p) {
-  const Cut cut =
-      cut_planes(p.call.shape, p.call.dtype == DType::kFloat32 ? 4 : 2, 2, p.device, p.strategy, p.call.sums);
-  return workspace_size(p.call.shape.c, cut.parts, p.call.shape.c, record_bytes(p.call, cut.parts));
+  const PlanesPlan plan =
+      plan_planes(p.call.shape, p.call.dtype == DType::kFloat32 ? 4 : 2, 2, p.device, p.strategy, p.call.sums);
+  return workspace_size(p.call.shape.c, plan.parts, p.call.shape.c, record_bytes(p.call, plan.parts));
 }
 
 }  // namespace bnkern

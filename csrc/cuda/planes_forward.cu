@@ -204,22 +204,22 @@ __global__ void __launch_bounds__(kMostThreads)
 template <class T>
 std::string forward(const CudaForward& p, std::uintptr_t stream) {
   const Forward& call = p.call;
-  const Cut cut = cut_planes(call.shape, sizeof(T), 1, p.device, p.strategy, call.moments);
-  const Planes planes = planes_of(call.shape, sizeof(T), cut, {call.x, call.residual, call.y});
-  if (std::string reason = refused("planes", call.shape, call.dtype, cut); !reason.empty()) return reason;
-  const Workspace space = lay_out(p.workspace, cut.parts, call.shape.c);
+  const PlanesPlan plan = plan_planes(call.shape, sizeof(T), 1, p.device, p.strategy, call.moments);
+  const Planes planes = planes_of(call.shape, sizeof(T), plan, {call.x, call.residual, call.y});
+  if (std::string reason = refused("planes", call.shape, call.dtype, plan); !reason.empty()) return reason;
+  const Workspace space = lay_out(p.workspace, plan.parts, call.shape.c);
   Launch settings{"moments and normalize",
-                  static_cast<unsigned>(cut.parts * call.shape.c),
-                  static_cast<unsigned>(cut.threads),
-                  shared_of(cut, cut.held, sizeof(T), 1),
+                  static_cast<unsigned>(plan.parts * call.shape.c),
+                  static_cast<unsigned>(plan.threads),
+                  shared_of(plan, plan.held, sizeof(T), 1),
                   stream,
-                  static_cast<unsigned>(cut.parts)};
+                  static_cast<unsigned>(plan.parts)};
   const bool record = call.record && call.normalize;
-  const RecordSpace records = record_space(call, p.workspace, cut.parts);
+  const RecordSpace records = record_space(call, p.workspace, plan.parts);
   const auto with_record = [&](std::string error) {
-    return error.empty() && record ? fold_records(call, records, cut.parts, stream) : error;
+    return error.empty() && record ? fold_records(call, records, plan.parts, stream) : error;
   };
-  if (call.moments && call.normalize && cut.single) {
+  if (call.moments && call.normalize && plan.single) {
     std::string error;
     const auto kernel =
         record ? planes_forward_kernel<T, true, true, true> : planes_forward_kernel<T, true, true, false>;
@@ -255,9 +255,9 @@ std::string planes_forward(const CudaForward& p, std::uintptr_t stream) {
 }
 
 WorkspaceSize planes_forward_workspace(const CudaForward& p) {
-  const Cut cut =
-      cut_planes(p.call.shape, p.call.dtype == DType::kFloat32 ? 4 : 2, 1, p.device, p.strategy, p.call.moments);
-  return workspace_size(p.call.shape.c, cut.parts, p.call.shape.c, record_bytes(p.call, cut.parts));
+  const PlanesPlan plan =
+      plan_planes(p.call.shape, p.call.dtype == DType::kFloat32 ? 4 : 2, 1, p.device, p.strategy, p.call.moments);
+  return workspace_size(p.call.shape.c, plan.parts, p.call.shape.c, record_bytes(p.call, plan.parts));
 }
 
 }  // namespace bnkern

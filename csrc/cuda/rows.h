@@ -1,4 +1,4 @@
-// The partition of a tensor in row layout, [M, C] with adjacent channels, among blocks and threads.
+// The plan of a tensor in row layout, [M, C] with adjacent channels: how it is divided among blocks and threads.
 //
 // A block processes a group of channels and a split of the rows, which is `rows_per_split` consecutive rows. Its
 // threads form lanes of `columns` threads each. A thread processes the W channels of its column (8 or 1), so it can
@@ -18,6 +18,7 @@
 namespace bnkern {
 
 struct RowsPlan {
+  bool octets, single;  // whether threads read octets, and whether one kernel computes both phases
   std::int64_t rows, rows_per_split;
   int channels, width;         // width: the channels of a group; the last group may have fewer
   int columns, lanes;          // a block has columns * lanes threads
@@ -61,20 +62,21 @@ struct RowsShared {
   BNKERN_DEVICE Pair& pair(int j, int thread) const { return pairs[j * (blockDim.x + 2) + thread]; }
 };
 
-// Makes the partition. With `octets` a thread processes 8 channels. `unroll` is kUnroll, and `tile_bytes` is the size
-// of a thread's tile in shared memory.
-inline RowsPlan rows_plan(const Shape& shape, const CudaDevice& device, bool single_read, bool octets, int unroll,
-                          int tile_bytes) {
+// Makes the plan for one strategy. With `octets` a thread processes 8 channels. `unroll` is kUnroll, and `tile_bytes`
+// is the size of a thread's tile in shared memory.
+inline RowsPlan plan_strategy(const Shape& shape, const CudaDevice& device, bool single, bool octets, int unroll,
+                              int tile_bytes) {
   RowsPlan plan{};
+  plan.octets = octets, plan.single = single;
   plan.rows = shape.n * shape.s;
   plan.channels = static_cast<int>(shape.c);
   plan.tile_bytes = tile_bytes;
   const int per_thread = octets ? 8 : 1;
   // Two blocks of the two-kernel strategy fit on a multiprocessor.
-  const int threads = single_read ? device.threads : std::max(device.threads / 2, 32);
+  const int threads = single ? device.threads : std::max(device.threads / 2, 32);
   const std::int64_t columns_of_all = shape.c / per_thread;
-  const std::int64_t blocks = std::int64_t{device.multiprocessors} * (single_read ? 1 : kBlocksPerProcessor);
-  const auto cut = [&](std::int64_t columns) {
+  const std::int64_t blocks = std::int64_t{device.multiprocessors} * (single ? 1 : kBlocksPerProcessor);
+  const auto divide = [&](std::int64_t columns) {
     plan.columns = static_cast<int>(columns);
     plan.width = plan.columns * per_thread;
     plan.lanes = threads / plan.columns;
@@ -86,17 +88,17 @@ inline RowsPlan rows_plan(const Shape& shape, const CudaDevice& device, bool sin
     plan.splits = static_cast<int>(divide_up(plan.rows, plan.rows_per_split));
   };
   const std::int64_t most = std::min(octets ? kGroupOctets : kGroupElements, threads / per_thread);
-  cut(std::min(columns_of_all, most));
+  divide(std::min(columns_of_all, most));
   // In the single-read strategy every block reads all parts of its group. If these are large compared with the block's
   // own data, the groups are made narrower, because then each has fewer splits.
-  while (single_read && octets && plan.columns > 2) {
+  while (single && octets && plan.columns > 2) {
     const std::int64_t parts = plan.splits * plan.width * static_cast<std::int64_t>(sizeof(Pair));
     const std::int64_t own = divide_up(plan.rows_per_split, unroll) * plan.columns * tile_bytes;
     if (parts <= kFewPartials || parts <= own / 4) break;
-    cut(plan.columns > 4 ? 4 : 2);
+    divide(plan.columns > 4 ? 4 : 2);
   }
   plan.tiles = static_cast<int>(divide_up(plan.rows_per_split, std::int64_t{plan.lanes} * unroll));
-  if (single_read) {
+  if (single) {
     const std::int64_t room = device.shared_bytes - RowsShared::fixed_bytes(plan.threads(), plan.width);
     const std::int64_t fit = std::max<std::int64_t>(0, room / (plan.threads() * tile_bytes));
     plan.tiles_in_shared = static_cast<int>(std::min<std::int64_t>(fit, plan.tiles - 1));
@@ -118,8 +120,8 @@ std::size_t tally_bytes(const RowsPlan& plan) {
   return std::size_t{kTallied<Sums, W>} * plan.threads() * sizeof(float);
 }
 
-// Makes room for these sums in the shared memory of a block, which then holds fewer tiles. The partition stays the
-// same, and so do the bits. Returns "" or the reason why there is not enough memory.
+// Makes room for these sums in the shared memory of a block, which then holds fewer tiles. Nothing else of the plan
+// changes, so the bits stay the same. Returns "" or the reason why there is not enough memory.
 inline std::string make_room(RowsPlan* plan, std::size_t tally, const CudaDevice& device) {
   const std::int64_t fixed = RowsShared::fixed_bytes(plan->threads(), plan->width) + tally;
   const std::int64_t room = device.shared_bytes - fixed, tile = plan->threads() * plan->tile_bytes;
@@ -226,22 +228,18 @@ inline bool by_octets(const Shape& shape, DType dtype, std::initializer_list<Vie
          });
 }
 
-// The partition of a call's rows, whether its kernels read octets, and whether one kernel does both phases.
-struct RowsCut {
-  RowsPlan plan;
-  bool octets, single;
-};
-// `single` means that both phases are requested and may be one kernel. One kernel is used if threads can read octets
-// and a block can hold at least one in eight of its tiles. Otherwise one kernel would read most of the data twice too.
+// Makes the plan of a call. `single` means that both phases are requested and may be one kernel. One kernel is used if
+// threads can read octets and a block can hold at least one in eight of its tiles. Otherwise one kernel would read most
+// of the data twice too.
 template <class T, int kTensors>
-RowsCut cut_rows(const Shape& shape, const CudaDevice& device, bool octets, bool single) {
+RowsPlan plan_rows(const Shape& shape, const CudaDevice& device, bool octets, bool single) {
   constexpr int kTile = kUnroll<T, kTensors>;
   constexpr int kTileBytes = kTile * kTensors * 8 * static_cast<int>(sizeof(T));
   if (single && octets) {
-    const RowsPlan plan = rows_plan(shape, device, true, octets, kTile, kTileBytes);
-    if ((plan.tiles_in_shared + 1) * 8 >= plan.tiles) return {plan, octets, true};
+    const RowsPlan plan = plan_strategy(shape, device, true, octets, kTile, kTileBytes);
+    if ((plan.tiles_in_shared + 1) * 8 >= plan.tiles) return plan;
   }
-  return {rows_plan(shape, device, false, octets, kTile, kTileBytes), octets, false};
+  return plan_strategy(shape, device, false, octets, kTile, kTileBytes);
 }
 
 // The grid of a kernel that processes eight consecutive elements at a time, regardless of their channels.

@@ -365,28 +365,28 @@ __global__ void __launch_bounds__(512, 1)
 }
 
 template <class T>
-RowsCut cut(const CudaBackward& p) {
+RowsPlan plan_of(const CudaBackward& p) {
   const Backward& call = p.call;
   const bool octets = by_octets(call.shape, call.dtype, {call.dy, call.x, call.dx, call.dresidual});
   const bool single = p.strategy == Strategy::kSingleRead && call.sums && call.input;
-  return cut_rows<T, 2>(call.shape, p.device, octets, single);
+  return plan_rows<T, 2>(call.shape, p.device, octets, single);
 }
 
 template <class T>
 std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
   const Backward& call = p.call;
-  auto [plan, octets, single] = cut<T>(p);
+  RowsPlan plan = plan_of<T>(p);
   const Workspace space = lay_out(p.workspace, plan.splits, call.shape.c);
   const RecordSpace records = record_space(call, p.workspace, plan.splits);
   const bool of_sums = records_affine(call), of_input = records_gradient(call), record = of_sums || of_input;
   static_assert(int(kGradientRows) == int(kAffineRows), "one tally's room serves for both");
   const std::size_t first_tile = std::size_t(plan.threads()) * plan.tile_bytes;
-  const std::size_t tally = octets ? tally_bytes<AffineSums, 8>(plan) : tally_bytes<AffineSums, 1>(plan);
+  const std::size_t tally = plan.octets ? tally_bytes<AffineSums, 8>(plan) : tally_bytes<AffineSums, 1>(plan);
   if (record) {
-    // If the one kernel has not enough shared memory for its record, two kernels with the same partition run instead.
-    // They give the same bits.
-    single = single && make_room(&plan, tally + first_tile, p.device).empty();
-    if (std::string why = make_room(&plan, tally, p.device); !single && !why.empty()) return why;
+    // If the one kernel has not enough shared memory for its record, two kernels with the same plan run instead. They
+    // give the same bits.
+    plan.single = plan.single && make_room(&plan, tally + first_tile, p.device).empty();
+    if (std::string why = make_room(&plan, tally, p.device); !plan.single && !why.empty()) return why;
   }
   const dim3 blocks(plan.splits, plan.groups);
   const unsigned threads = plan.threads();
@@ -394,7 +394,7 @@ std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
     return error.empty() && record ? fold_records(call, records, plan.splits, stream) : error;
   };
   std::string error;
-  if (single) {
+  if (plan.single) {
     const Launch settings{"grad_input", blocks, threads, shared_bytes(plan) + (record ? tally + first_tile : 0),
                           stream};
     const auto kernel = record ? rows_backward_kernel<T, true> : rows_backward_kernel<T, false>;
@@ -404,12 +404,13 @@ std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
   if (call.sums) {
     const std::size_t fixed = RowsShared::fixed_bytes(plan.threads(), plan.width);
     const Launch settings{"grad_sums", blocks, threads, fixed + (of_sums ? tally : 0), stream};
-    const auto kernel = octets ? (of_sums ? rows_grad_sums_kernel<T, 8, true> : rows_grad_sums_kernel<T, 8, false>)
-                               : (of_sums ? rows_grad_sums_kernel<T, 1, true> : rows_grad_sums_kernel<T, 1, false>);
+    const auto kernel = plan.octets
+                            ? (of_sums ? rows_grad_sums_kernel<T, 8, true> : rows_grad_sums_kernel<T, 8, false>)
+                            : (of_sums ? rows_grad_sums_kernel<T, 1, true> : rows_grad_sums_kernel<T, 1, false>);
     error = launch(settings, kernel, call, plan, space, records.affine);
   }
   if (call.input && error.empty()) {
-    if (octets) {
+    if (plan.octets) {
       const Launch settings{"grad_input", blocks, threads, of_input ? tally : 0, stream};
       const auto kernel = of_input ? rows_grad_input_kernel<T, true> : rows_grad_input_kernel<T, false>;
       error = launch(settings, kernel, call, plan, space, records.gradient);
@@ -433,7 +434,7 @@ std::string rows_backward(const CudaBackward& p, std::uintptr_t stream) {
 
 WorkspaceSize rows_backward_workspace(const CudaBackward& p) {
   return with_half_or_float(p.call.dtype, [&](auto* t) {
-    const RowsPlan plan = cut<Pointee<decltype(t)>>(p).plan;
+    const RowsPlan plan = plan_of<Pointee<decltype(t)>>(p);
     return workspace_size(plan.groups, plan.splits, p.call.shape.c, record_bytes(p.call, plan.splits));
   });
 }

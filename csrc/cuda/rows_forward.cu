@@ -377,21 +377,21 @@ __global__ void __launch_bounds__(512, 1)
 }
 
 template <class T>
-RowsCut cut(const CudaForward& p) {
+RowsPlan plan_of(const CudaForward& p) {
   const Forward& call = p.call;
   const bool octets = by_octets(call.shape, call.dtype, {call.x, call.residual, call.y});
   const bool single = p.strategy == Strategy::kSingleRead && call.moments && call.normalize;
-  return cut_rows<T, 1>(call.shape, p.device, octets, single);
+  return plan_rows<T, 1>(call.shape, p.device, octets, single);
 }
 
 template <class T>
 std::string forward_as(const CudaForward& p, std::uintptr_t stream) {
   const Forward& call = p.call;
-  auto [plan, octets, single] = cut<T>(p);
+  RowsPlan plan = plan_of<T>(p);
   const Workspace space = lay_out(p.workspace, plan.splits, call.shape.c);
   const bool record = call.record && call.normalize;
   const RecordSpace records = record_space(call, p.workspace, plan.splits);
-  const std::size_t tally = octets ? tally_bytes<ActivationSums, 8>(plan) : tally_bytes<ActivationSums, 1>(plan);
+  const std::size_t tally = plan.octets ? tally_bytes<ActivationSums, 8>(plan) : tally_bytes<ActivationSums, 1>(plan);
   if (record)
     if (std::string why = make_room(&plan, tally, p.device); !why.empty()) return why;
   const dim3 blocks(plan.splits, plan.groups);
@@ -400,7 +400,7 @@ std::string forward_as(const CudaForward& p, std::uintptr_t stream) {
     return error.empty() && record ? fold_records(call, records, plan.splits, stream) : error;
   };
   std::string error;
-  if (single) {
+  if (plan.single) {
     const Launch settings{"normalize", blocks, threads, shared_bytes(plan) + (record ? tally : 0), stream};
     const auto kernel = record ? rows_forward_kernel<T, true> : rows_forward_kernel<T, false>;
     if (plan.splits == 1) return with_record(launch(settings, kernel, call, plan, space, records.activation));
@@ -408,10 +408,10 @@ std::string forward_as(const CudaForward& p, std::uintptr_t stream) {
   }
   if (call.moments) {
     const Launch settings{"moments", blocks, threads, RowsShared::fixed_bytes(plan.threads(), plan.width), stream};
-    error = launch(settings, octets ? rows_moments_kernel<T, 8> : rows_moments_kernel<T, 1>, call, plan, space);
+    error = launch(settings, plan.octets ? rows_moments_kernel<T, 8> : rows_moments_kernel<T, 1>, call, plan, space);
   }
   if (!call.normalize || !error.empty()) return error;
-  if (octets) {
+  if (plan.octets) {
     const Launch settings{"normalize", blocks, threads, record ? tally : 0, stream};
     const auto kernel = record ? rows_normalize_kernel<T, true> : rows_normalize_kernel<T, false>;
     return with_record(launch(settings, kernel, call, plan, records.activation));
@@ -433,7 +433,7 @@ std::string rows_forward(const CudaForward& p, std::uintptr_t stream) {
 
 WorkspaceSize rows_forward_workspace(const CudaForward& p) {
   return with_half_or_float(p.call.dtype, [&](auto* t) {
-    const RowsPlan plan = cut<Pointee<decltype(t)>>(p).plan;
+    const RowsPlan plan = plan_of<Pointee<decltype(t)>>(p);
     return workspace_size(plan.groups, plan.splits, p.call.shape.c, record_bytes(p.call, plan.splits));
   });
 }
