@@ -12,6 +12,7 @@
 // host versions, and shared memory is accessed only by shared_memory().
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 
@@ -35,8 +36,13 @@ struct CudaDevice {
   int multiprocessors;
   int shared_bytes;  // the limit for a block
   int threads;       // the limit for a block: 512, fewer on the host
-  bool clusters;     // compute capability 9.0 and later
+  // How many clusters of 2, 4 and 8 blocks run at once if each block has a multiprocessor for itself. This is less than
+  // the multiprocessors divided by the size, because a cluster is within one of their groups. 0 without capability 9.0.
+  std::array<int, 3> clusters;
 };
+
+// Asks CUDA for CudaDevice::clusters of a device whose blocks can have `shared_bytes` of shared memory.
+std::string count_clusters(int device, int shared_bytes, std::array<int, 3>& clusters);
 
 // Either two kernels that each read x, or one kernel that keeps on the chip as much of x as fits, until the statistics
 // are known. The blocks of a group, or of a cluster, wait for each other at a barrier in the one kernel. If the device
