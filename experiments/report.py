@@ -33,6 +33,8 @@ READING = (
     "The thresholds of the claims were set on 2026-11-22, in the commit that added the experiment, from the paper's "
     "numbers and from trials on one to eight networks. They are unchanged since, unless a section states otherwise.",
     "± is the standard deviation over n seeds. ×/÷ is the same for the logarithm, as a factor around a geometric mean.",
+    '"paper at 4 %" states that 4 % of our numbers are below the paper\'s. It is stated for 40 seeds and more. It '
+    "compares a number of the paper that may belong to one network with the spread of networks.",
 )
 SCALES = (
     "What needs no training is measured at the paper's own scale. Training runs at the paper's scale take weeks on a "

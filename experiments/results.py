@@ -14,6 +14,7 @@ from .specs import JUDGED, SCALES, Claim, Run, Spec
 
 PUBLISHED = Path(__file__).parent / "published"
 RUNS = "runs"  # its subfolder for finished runs that take hours, by experiment
+FOR_PERCENTILES = 40  # the number of runs from which percentiles are stated: then 2.5 % is one run
 
 
 class Value(NamedTuple):
@@ -122,6 +123,25 @@ class Results:
         of, less = (self._by_seed(quantity, label=label) for label in (first, second))
         return [of[seed].less(less[seed]) for seed in sorted(of.keys() & less.keys())]
 
+    def distance(self, paper: tuple[float, ...], error: float, quantity: str, layers: tuple, **config: object) -> list:
+        """The distance of the paper's curve over the layers from our runs, as a percentile of our runs' distances.
+
+        The distance of a curve is (curve - mean)^T (covariance + error^2 I)^-1 (curve - mean), Mahalanobis' with the
+        error of reading the paper's figure. Mean and covariance are those of our runs. For the distance of one of our
+        runs they are those of the others. With fewer than :data:`FOR_PERCENTILES` runs the result is not known.
+        """
+        curves = np.array([[run.value(quantity, layer).number for layer in layers] for run in self.where(**config)])
+        if len(curves) < FOR_PERCENTILES:
+            return [Value(math.nan, None)] if len(curves) else []
+
+        def squared(curve: np.ndarray, others: np.ndarray) -> float:
+            covariance = np.cov(others, rowvar=False) + error**2 * np.eye(len(layers))
+            away = curve - others.mean(0)
+            return float(away @ np.linalg.solve(covariance, away))
+
+        ours = [squared(curve, np.delete(curves, k, 0)) for k, curve in enumerate(curves)]
+        return [Value(100 * float(np.mean(np.array(ours) < squared(np.array(paper), curves))))]
+
 
 def configuration(experiment: str, about: Spec, run: Run, scale: str, data: str, seed: int) -> dict:
     """Everything that determines what one run measures. This is the content of its ``config.json``."""
@@ -183,6 +203,13 @@ class Finding:
     def undecided(self) -> bool:
         """Whether the claim would be judged if its values were more than bounds."""
         return self.claim.check is not None and bool(self.values) and self.bound != 0
+
+    @property
+    def percentile(self) -> float | None:
+        """The percentage of our numbers that are below the paper's, if there are :data:`FOR_PERCENTILES` or more."""
+        if self.claim.paper is None or len(self.values) < FOR_PERCENTILES or self.bound != 0:
+            return None
+        return 100 * sum(value.number < self.claim.paper for value in self.values) / len(self.values)
 
 
 def find(claim: Claim, ours: Iterable[Value | float], judged: bool) -> Finding:

@@ -193,11 +193,12 @@ def record(section: Section) -> dict:
                 "mean": finding.claim.mean,
                 "spread": plain(finding.spread) if finding.values else None,
                 "given": finding.claim.given or section.spec.given,
-                "values": [plain(value.number) for value in finding.values],
+                "values": [plain(_nine_digits(value.number)) for value in finding.values],
                 "bounds": [value.bound for value in finding.values],
                 "check": finding.claim.check.text if finding.claim.check else None,
                 "held": finding.held,
                 "passing": finding.passing,
+                "percentile": finding.percentile,
             }
             for finding in section.findings
         ],
@@ -238,6 +239,11 @@ def fingerprint(name: str, about: Spec, scale: str, data: str) -> str:
     planned = about.at(scale) if scale in SCALES else ()
     configs = [configuration(name, about, run, scale, data, 0) for run in planned]
     return hashlib.sha1(json.dumps(configs, sort_keys=True).encode()).hexdigest()[:12] if configs else ""
+
+
+def _nine_digits(value: float) -> float:
+    """The value as it is stored, with digits enough for any use of a measurement, in half the space of all of them."""
+    return float(f"{value:.9g}")
 
 
 def plain(value: object) -> object:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -137,47 +138,82 @@ class _Listener:
 # ------------------------------------------------------------------------------------------------ usable rates
 
 
+MARGIN = 0.05  # by which the loss must fall
+REACH, STRIDE = 3, 0.5  # decades
+
+
 def _limits(config: dict, data: Cifar10, device: torch.device, folder: Path, tick: Tick) -> Arrays:
-    """The learning rates among ``lrs`` that a network can use. Each rate has a run of its own: one epoch, no drops.
+    """The largest learning rates among ``lrs`` that a network can use. Each rate has a run of its own, without drops.
 
     ``survived``: every loss was finite and at most 1e3. ``learned``: the run survived, and the mean loss of its last
-    quarter is below the first loss and below ln 10, the loss of a guess. ``limit`` and ``learning limit``: log10 of
-    the largest rate that survived, and of the largest one that learned.
-
-    ``limit bound`` and ``learning limit bound`` are 1 if that rate is the largest one tried. The limit is then at
-    least this rate. They are -1 if no rate can be used. The limit is then below the smallest rate tried, which is
-    returned in its stead. Otherwise they are 0.
+    quarter is at least :data:`MARGIN` below the first loss and below ln 10, the loss of a guess. Both are of the rates
+    that were tried, which are returned as ``lrs``. :func:`search` chooses them and returns the limits.
     """
-    rates = sorted(config["options"]["lrs"])
     data = subset(data, {"tests": 1})  # the accuracy is not used
-    survived, learned = [], []
-    for done, rate in enumerate(rates):
-        tick(done / len(rates), f"learning rate {rate:g}")
-        settings = settings_of(config, data, device, lr=rate, drops=(), log_every=1, checkpoint_every=10**6)
-        rate_folder = folder / f"lr-{rate:g}"
-        loop.train(settings, rate_folder, data, device)
-        losses = [float(row["loss"]) for row in rows(rate_folder) if row["event"] == "train"]
-        survived.append(outcome(rate_folder).diverged is None)
-        learned.append(survived[-1] and teaches(losses))
-    delete_checkpoints(folder)
+    tried: dict[float, tuple[bool, bool]] = {}
 
-    results: dict[str, Any] = {"lrs": rates, "survived": survived, "learned": learned}
-    for name, usable in (("limit", survived), ("learning limit", learned)):
-        results[name], results[f"{name} bound"] = largest(rates, usable)
+    def outcomes(rate: float) -> tuple[bool, bool]:
+        if rate not in tried:
+            tick(1 - 0.85 ** len(tried), f"learning rate {rate:.3g}")  # most searches try 8 to 16 rates
+            settings = settings_of(config, data, device, lr=rate, drops=(), log_every=1, checkpoint_every=10**6)
+            rate_folder = folder / f"lr-{rate:g}"
+            loop.train(settings, rate_folder, data, device)
+            losses = [float(row["loss"]) for row in rows(rate_folder) if row["event"] == "train"]
+            survived = outcome(rate_folder).diverged is None
+            tried[rate] = survived, survived and teaches(losses)
+        return tried[rate]
+
+    results: dict[str, Any] = search(sorted(config["options"]["lrs"]), outcomes)
+    delete_checkpoints(folder)
+    results["lrs"] = sorted(tried)
+    results["survived"], results["learned"] = zip(*(tried[rate] for rate in results["lrs"]), strict=True)
     return {name: np.asarray(value, float) for name, value in results.items()}
 
 
-def largest(rates: list[float], usable: list[bool]) -> tuple[float, int]:
-    """log10 of the largest usable rate, and its bound as in :func:`_limits`. The rates are in increasing order."""
-    usable_rates = [rate for rate, is_usable in zip(rates, usable, strict=True) if is_usable]
-    if not usable_rates:
-        return math.log10(rates[0]), -1
-    return math.log10(usable_rates[-1]), 1 if usable_rates[-1] == rates[-1] else 0
+def search(rates: list[float], outcomes: Callable[[float], tuple[bool, bool]]) -> dict[str, float]:
+    """``limit`` and ``learning limit``: log10 of the largest rate that survives, and of the largest one that learns.
+
+    ``rates`` are in increasing order, evenly spaced in the logarithm. ``outcomes(rate)`` returns whether the rate
+    survives and whether it learns. The limit is found by bisection, which assumes that every rate below one that
+    survives survives too. Small rates do not learn in few steps. The learning limit is therefore searched from the
+    limit downwards, in strides of half a decade for three decades, and then by bisection between the first rate that
+    learns and the one above it.
+
+    ``limit bound`` and ``learning limit bound`` are 1 if that rate is the largest of all. The limit is then at least
+    this rate. They are -1 if no rate that was tried can be used. The limit is then below the smallest of these, which
+    is returned in its stead. Otherwise they are 0.
+    """
+    limit = _last(lambda k: outcomes(rates[k])[0], -1, len(rates))
+    results = _found("limit", rates, limit, 0)
+    spacing = (math.log10(rates[-1]) - math.log10(rates[0])) / max(1, len(rates) - 1)
+    stride = max(1, round(STRIDE / spacing)) if spacing else 1
+    lowest = max(0, limit - round(REACH / spacing)) if spacing else 0
+    chosen = [*range(limit, lowest, -stride), lowest] if limit >= 0 else []
+    above, learning = limit + 1, -1
+    for k in chosen:
+        if outcomes(rates[k])[1]:
+            learning = _last(lambda k: outcomes(rates[k])[1], k, above)
+            break
+        above = k
+    return results | _found("learning limit", rates, learning, lowest)
+
+
+def _last(usable: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest index from ``low`` to below ``high`` that is usable, if ``low`` and all indices up to it are."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if usable(middle) else (low, middle)
+    return low
+
+
+def _found(name: str, rates: list[float], index: int, lowest: int) -> dict[str, float]:
+    bound = -1 if index < 0 else int(index == len(rates) - 1)
+    return {name: math.log10(rates[index if index >= 0 else lowest]), f"{name} bound": bound}
 
 
 def teaches(losses: list[float]) -> bool:
-    """Whether the last quarter's mean is below the first loss, and below the loss of a guess among ten classes."""
-    return bool(np.mean(losses[-max(1, len(losses) // 4) :]) < min(losses[0], math.log(10)))
+    """Whether the last quarter's mean is :data:`MARGIN` below the first loss and below that of a guess among ten."""
+    return bool(np.mean(losses[-max(1, len(losses) // 4) :]) < min(losses[0], math.log(10)) - MARGIN)
 
 
 # ------------------------------------------------------------------------------------------------ noise during training

@@ -52,6 +52,17 @@ def reduced(**changes: object) -> Callable[[Run], dict]:
     return lambda run: {**REDUCED, "epochs": REDUCED_EPOCHS[run.options["lr"]], **changes}
 
 
+# The number of networks at scale full of what is measured before any step and takes seconds. The paper's figures may
+# show a single network, and 100 networks are enough to say how unusual it is.
+MANY = 100
+FEWER = {"seeds": 10}  # at scale reduced
+FEWER_TEXT = "10 networks instead of 100."
+
+
+# The grid of the searches for the largest rate: from 1e-6 to 100, eight in each decade.
+RATES = tuple(10 ** (k / 8) for k in range(-48, 17))
+
+
 @dataclass(frozen=True)
 class Check:
     """The condition that a number must meet: ``text`` for the reader, ``holds`` for the number."""
@@ -98,6 +109,10 @@ class Measured(Protocol):
 
     def gap(self, quantity: str, first: str, second: str) -> list: ...
 
+    def distance(
+        self, paper: tuple[float, ...], error: float, quantity: str, layers: tuple, **config: object
+    ) -> list: ...
+
 
 def each(quantity: str, layer: int | None = None, **config: object) -> Callable[[Measured], list]:
     """``Claim.ours`` of one quantity: its value in each run."""
@@ -126,7 +141,8 @@ class Claim:
     """One number of the paper and ours.
 
     ``ours`` takes the experiment's results (experiments/results.py) and returns one number for each seed. Their
-    arithmetic or geometric mean is checked. Without a check the numbers are only shown.
+    arithmetic or geometric mean is checked. Without a check the numbers are only shown. If the claim is ``pooled``,
+    ``ours`` returns one number that is computed from all seeds together.
     """
 
     text: str
@@ -135,6 +151,7 @@ class Claim:
     check: Check | None = None
     mean: str = "arithmetic"
     given: str = ""  # how the paper gives this number, if not as Spec.given says
+    pooled: bool = False
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,12 @@ FULL = Results("full", "cifar10", ())  # judged, and otherwise of no account
 # ------------------------------------------------------------------------------------------------ made-up results
 
 
-def results_of(name: str, holds: bool = True, seeds: int = 2, **changed: float) -> Results:
-    """Made-up results at scale full, for which the claims hold or break, but for ``changed``."""
+def results_of(name: str, holds: bool = True, seeds: int | None = None, **changed: float) -> Results:
+    """Made-up results at scale full, for which the claims hold or break, but for ``changed``.
+
+    The default number of seeds is 2, or enough for percentiles if there is a claim on all runs together.
+    """
+    seeds = seeds or (reading.FOR_PERCENTILES if any(claim.pooled for claim in spec(name).claims) else 2)
     runs = []
     for planned in running.plan([name], "full", "cifar10", seeds, Path()):
         made = Finished(planned.folder, planned.config, {"seconds": 1.0, "started": "2026-11-28T12:00:00"})
@@ -114,8 +118,10 @@ def test_drawing_and_reporting_need_neither_torch_nor_bnkern() -> None:
 
 
 def test_scales() -> None:
-    about = spec("gradient_signs")
+    about = spec("channel_gradients")
     assert about.scale("reduced") == "full" and about.scale("smoke") == "smoke"
+    about = spec("gradient_signs")
+    assert about.scale("quick") == "reduced" and about.scale("full") == "full"
     assert about.at("full") == about.runs and about.runs[0].batch == 128 and about.runs[0].seeds >= 5
     assert {run.batch for run in about.at("smoke")} == {2}
 
@@ -470,7 +476,7 @@ def test_reproduce_runs_all_and_ends_with_the_report(tmp_path: Path, procedure: 
     assert [line.split()[0] for line in written] == names(), "the report grows with each experiment"
     assert said[-1] == f"report: {tmp_path / 'report.html'}" and Path(said[-1].split(": ")[1]).exists()
     procedure.fails = {len(procedure.calls) + 1: KeyboardInterrupt()}
-    (tmp_path / "moments_by_depth/full-none-seed0-synthetic/DONE").unlink()
+    (tmp_path / "moments_by_depth/reduced-none-seed0-synthetic/DONE").unlink()
     assert main(["reproduce", "--data", "synthetic", "--seeds", "1", "--out", str(tmp_path)]) == 130
 
 
@@ -482,7 +488,7 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pyt
 
 def test_runs_of_different_scales_and_data_live_side_by_side(tmp_path: Path, procedure, monkeypatch) -> None:
     assert run(tmp_path) == 0
-    assert run(tmp_path, scale="reduced", data="synthetic", seeds=1) == 0
+    assert run(tmp_path, scale="full", data="synthetic", seeds=1) == 0
     assert (read(tmp_path / "moments_by_depth").scale, read(tmp_path / "moments_by_depth").data) == (
         "full",
         "synthetic",

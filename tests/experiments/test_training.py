@@ -186,11 +186,42 @@ def trained_runs(name: str, scale: str) -> dict[str, Run]:
     return {run.label: run for run in spec(name).at(scale) if "lr" in run.options}
 
 
-def test_a_limit_at_the_edge_of_the_rates_tried_is_a_bound() -> None:
+GRID = [10 ** (k / 8) for k in range(-48, 17)]
+
+
+def searched(stable: float, learns: tuple[float, float], rates: list[float]) -> tuple[dict, int]:
+    """The result of a search, and the number of rates tried, for a network that learns at rates in a range."""
+    tried = set()
+
+    def outcomes(rate: float) -> tuple[bool, bool]:
+        tried.add(rate)
+        return rate <= stable, learns[0] <= rate <= min(stable, learns[1])
+
+    return training.search(rates, outcomes), len(tried)
+
+
+@pytest.mark.parametrize("stable", GRID)
+def test_the_search_finds_what_trying_all_rates_finds(stable: float) -> None:
+    for highest in GRID[::5]:
+        found, tried = searched(stable, (highest / 100, highest), GRID)
+        assert found["limit"] == math.log10(stable) and found["limit bound"] == (stable == GRID[-1])
+        usable = [rate for rate in GRID if highest / 100 <= rate <= min(stable, highest) and rate >= stable / 1e3]
+        if usable:
+            assert found["learning limit"] == math.log10(usable[-1])
+            assert found["learning limit bound"] == (usable[-1] == GRID[-1])
+        assert tried <= 7 + 7 + 2
+
+
+def test_a_limit_at_the_edge_of_the_grid_is_a_bound() -> None:
     rates = [0.01, 0.1, 1.0]
-    assert training.largest(rates, [True, True, False]) == (-1, 0)
-    assert training.largest(rates, [True, True, True]) == (0, 1), "at least 1"
-    assert training.largest(rates, [False, False, False]) == (-2, -1), "at most 0.01"
+    names = ("limit", "limit bound", "learning limit", "learning limit bound")
+    for stable, learns, expected in (
+        (0.1, (0, 1), (-1, 0, -1, 0)),
+        (1, (0, 1), (0, 1, 0, 1)),  # at least 1
+        (0, (0, 1), (-2, -1, -2, -1)),  # below 0.01
+        (1, (5, 6), (0, 1, -2, -1)),  # learns at no rate that was tried
+    ):
+        assert tuple(searched(stable, learns, rates)[0][name] for name in names) == expected
 
 
 def test_what_is_quick_stays_quick() -> None:
