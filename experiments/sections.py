@@ -189,11 +189,11 @@ def record(section: Section) -> dict:
             {
                 "claim": finding.claim.text,
                 "paper": finding.claim.paper,
-                "ours": plain(finding.mean) if finding.values else None,
+                "ours": plain(_digits(finding.mean, 7)) if finding.values else None,
                 "mean": finding.claim.mean,
-                "spread": plain(finding.spread) if finding.values else None,
+                "spread": plain(_digits(finding.spread, 7)) if finding.values else None,
                 "given": finding.claim.given or section.spec.given,
-                "values": [plain(_nine_digits(value.number)) for value in finding.values],
+                "values": [plain(_digits(value.number, 9)) for value in finding.values],
                 "bounds": [value.bound for value in finding.values],
                 "check": finding.claim.check.text if finding.claim.check else None,
                 "held": finding.held,
@@ -241,9 +241,9 @@ def fingerprint(name: str, about: Spec, scale: str, data: str) -> str:
     return hashlib.sha1(json.dumps(configs, sort_keys=True).encode()).hexdigest()[:12] if configs else ""
 
 
-def _nine_digits(value: float) -> float:
-    """The value as it is stored, with digits enough for any use of a measurement, in half the space of all of them."""
-    return float(f"{value:.9g}")
+def _digits(value: float, digits: int) -> float:
+    """The value with that many digits. A record keeps fewer than all 17 digits, in half of the space."""
+    return float(f"{value:.{digits}g}")
 
 
 def plain(value: object) -> object:
