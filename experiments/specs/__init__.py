@@ -8,6 +8,10 @@ from typing import Any, Protocol
 SCALES = ("smoke", "quick", "reduced", "full")
 JUDGED = ("reduced", "full")
 
+TRAINING = ("training", "layer_products")  # the procedures that train networks, with the settings of bnkern.train
+PRECISIONS = ("fp32", "bf16")  # of training. The paper does not state its own; other measurements choose theirs
+LAYOUTS = ("channels_last", "contiguous")  # of activations in training. They differ in speed and in rounding
+
 
 @dataclass(frozen=True)
 class Run:
