@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -228,7 +229,7 @@ def _run_one(planned: Planned, images: cifar10.Cifar10 | None, device: torch.dev
     (folder / "probes").mkdir(parents=True, exist_ok=True)
     (folder / "error.txt").unlink(missing_ok=True)
     write_json(folder / "config.json", config)
-    when = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": 0.0}
+    when: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": 0.0}
     if (folder / "env.json").exists():  # an earlier command has done a part of the run
         earlier = read_json(folder / "env.json")
         when, layout = {name: earlier[name] for name in when}, earlier.get("layout", layout)

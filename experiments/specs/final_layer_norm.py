@@ -51,9 +51,8 @@ SPEC = Spec(
     "the test accuracy is 90.1 %. This is about two thirds of the gain from 82.0 % without batch norm to 93.3 % with "
     "batch norm everywhere.",
     method="The single batch norm acts on the output of the last block, before the mean over positions. Training is "
-    "as for Figure 1, whose runs serve for the two other networks if they are finished. The paper gives no number of "
-    "epochs for this network; we use twice as many as for the rate of 0.1. The largest stable rate is searched among "
-    "four rates in each decade, each run for one epoch without drops.",
+    "as for Figure 1, and its runs serve for the other networks. The paper gives no epochs for this one; we use twice "
+    "those of the rate 0.1. The largest stable rate is searched among four in each decade, for one epoch without drops.",
     claims=(
         limit_gap("final", "none"),
         limit_gap("batch", "final"),
