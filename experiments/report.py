@@ -46,7 +46,8 @@ DEVIATIONS = (
     "Learning rate schedule: the rate drops tenfold at 50 % and at 75 % of training. The paper drops it when learning "
     "plateaus. The curves of its Figure 1 have their drops near these two points.",
     "Learning rate grid: the paper tries 0.1, 0.003, 0.001, 0.0003, 0.0001 and 0.00003 and reports the best. Here only "
-    "the rates of its Figure 1 are run, each by itself, and there is no search over the grid.",
+    "the rates of its Figure 1 are trained to the end. For the network without batch norm the grid is tried in short "
+    "runs (rate_grid).",
     "Appendices: their text is not available to us. Nothing is reproduced of Appendices C, F and I. What the main text "
     "says about Appendices D, E, G, H, J and K is reproduced with choices of our own, for example the depths and rates "
     "of Appendix H and the norms of Appendix K. The training recipe of Appendix B is taken from the main text and from "

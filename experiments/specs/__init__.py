@@ -8,6 +8,10 @@ from typing import Any, Protocol
 SCALES = ("smoke", "quick", "reduced", "full")
 JUDGED = ("reduced", "full")
 
+TRAINING = ("training", "rates", "layer_products")  # procedures that train, with the settings of bnkern.train
+PRECISIONS = ("fp32", "bf16")  # of training. The paper does not state its own; other measurements choose theirs
+LAYOUTS = ("channels_last", "contiguous")  # of activations in training. They differ in speed and in rounding
+
 
 @dataclass(frozen=True)
 class Run:
@@ -59,8 +63,9 @@ FEWER = {"seeds": 10}  # at scale reduced
 FEWER_TEXT = "10 networks instead of 100."
 
 
-# The grid of the searches for the largest rate: from 1e-6 to 100, eight in each decade.
+# Options of a search for the largest rate: from 1e-6 to 100, eight in each decade.
 RATES = tuple(10 ** (k / 8) for k in range(-48, 17))
+SEARCH = {"lrs": RATES, "search": True, "epochs": 1}
 
 
 @dataclass(frozen=True)

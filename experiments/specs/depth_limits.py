@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import NETWORKS, RATES, Claim, Run, Spec, above, between, each
+from . import NETWORKS, RATES, SEARCH, Claim, Run, Spec, above, between, each
 
 DEPTHS = (8, 14, 20, 32, 56, 110)
 DEEP = 56  # the depth of most claims: small enough for every scale
@@ -20,7 +20,7 @@ def gap(first: str, second: str, check) -> Claim:
 
 
 def net(norm: str, depth: int) -> Run:
-    return Run(f"{norm}-{depth}", "training", norm, depth=depth, seeds=5, options={"lrs": RATES, "epochs": 1})
+    return Run(f"{norm}-{depth}", "rates", norm, depth=depth, seeds=5, options=SEARCH)
 
 
 def scaled(steps: int, **changes: Any):

@@ -3,10 +3,12 @@
 import ast
 import errno
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +350,186 @@ def test_published_runs_count_as_finished_where_asked(tmp_path: Path, procedure:
     )
     reporting.report(reporting.gather(second, published=kept), second)
     assert "group-0.1: 2" in (second / "report.md").read_text()
+
+
+TRAINS = {"scale": "reduced", "data": "some folder", "device": "cpu"}
+
+
+@pytest.fixture
+def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For stand-ins of training on CIFAR-10."""
+    monkeypatch.setattr(cifar10, "load", lambda where: None)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_experiments_share_runs_with_the_same_settings(
+    tmp_path: Path, procedure: Procedure, no_images, capsys: pytest.CaptureFixture, published: bool
+) -> None:
+    """Appendix E has two networks of Figure 1, whose runs are in the same folder or published."""
+    first, second = tmp_path / "first", tmp_path / ("second" if published else "first")
+    kept = first if published else None
+    assert running.run(["learning_rates"], out=first, **TRAINS) == 0
+    before = len(procedure.calls)
+    assert running.run(["final_layer_norm"], out=second, kept=kept, **TRAINS) == 0
+    assert {label for label, _ in procedure.calls[before:]} == {"final-0.03", *(f"limit-{n}" for n in NORMS)}
+    assert "18 runs: 6 finished before, 12 to do" in capsys.readouterr().out
+    place = kept / "final_layer_norm" if published else None
+    results = reading.read(second / "final_layer_norm", spec("final_layer_norm"), None, place)
+    assert [run.config["seed"] for run in results.where(label="none-0.0001")] == [0, 1, 2]
+    assert all(run.config["experiment"] == "final_layer_norm" for run in results.runs) and not results.stale
+    assert {run.folder.parent.name for run in results.where(label="batch-0.1")} == {"learning_rates"}
+    section = telling.of_results("final_layer_norm", results, second)
+    assert "some are runs of learning_rates with the same settings" in section.facts["runs"]
+
+
+NORMS = ("none", "final", "batch")
+
+
+def test_a_run_with_noise_serves_as_one_without(tmp_path: Path, procedure: Procedure, no_images, capsys) -> None:
+    """But not the other way round. One command for both experiments trains each network once."""
+    noisy = ["batch-0.1", "batch-0.003", "batch-0.0001", "none-0.0001"]
+    both = {"out": tmp_path, "seeds": 1, **TRAINS}
+    assert running.run(["learning_rates"], only=["batch-0.1"], **both) == 0
+    assert running.run(["learning_rates", "noise_in_training"], **both) == 0
+    assert "11 runs: 1 finished before, 3 the same as another, 7 to do" in capsys.readouterr().out
+    assert sorted(label for label, _ in procedure.calls[1:]) == sorted([*noisy, "none-0.003", "none-0.1", "fixup-0.1"])
+    assert running.run(["learning_rates", "noise_in_training"], **both) == 0 and len(procedure.calls) == 8
+    lenders = {run.config["label"]: run.folder.parent.name for run in read(tmp_path / "learning_rates").runs}
+    assert [label for label, lender in lenders.items() if lender == "noise_in_training"] == sorted(noisy[1:])
+    assert len(lenders) == 7 and len(read(tmp_path / "noise_in_training").runs) == 4
+
+
+def test_runs_with_other_settings_do_not_serve() -> None:
+    config = planned_run("learning_rates", "batch-0.1").config
+    assert reading.serves(config, planned_run("final_layer_norm", "batch-0.1").config)
+    assert reading.serves(planned_run("noise_in_training", "batch-0.1").config, config)
+    assert not reading.serves(config, planned_run("noise_in_training", "batch-0.1").config)
+    for changes in ({"seed": 1}, {"scale": "full"}, {"norm": "none"}, {"options": config["options"] | {"lr": 0.2}}):
+        assert not reading.serves(config, config | changes)
+    untrained = planned_run("moments_by_depth", "batch").config
+    assert not reading.serves(untrained, untrained), "only training takes hours"
+    assert not reading.serves({"name": "of bnkern.train"}, config)
+
+
+def planned_run(experiment: str, label: str, **options: object) -> running.Planned:
+    [found] = running.plan([experiment], "reduced", "cifar10", 1, Path(), only=[label], **options)
+    return found
+
+
+def test_precision_belongs_to_the_configuration_and_layout_does_not(
+    tmp_path: Path, procedure: Procedure, no_images, monkeypatch
+) -> None:
+    """Runs in fp32 have the names and configurations that they had before there was a choice."""
+    given = []
+
+    def measure(config: dict, *others: object) -> dict:
+        given.append(config)
+        return procedure(config, *others)
+
+    monkeypatch.setitem(running.PROCEDURES, "training", measure)
+    run = partial(running.run, ["learning_rates"], seeds=1, only=["batch-0.1"], out=tmp_path, **TRAINS)
+    assert run() == 0 and run(precision="bf16", layout="contiguous") == 0 and len(procedure.calls) == 2
+    assert [config["layout"] for config in given] == ["channels_last", "contiguous"]
+    fp32, bf16 = (tmp_path / "learning_rates" / f"reduced-batch-0.1-seed0{end}" for end in ("", "-bf16"))
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (fp32, bf16)]
+    assert "precision" not in configs[0]["options"] and not any("layout" in config for config in configs)
+    assert configs[1]["options"].pop("precision") == "bf16" and configs[0] == configs[1]
+    published = ROOT / "experiments/published/runs/learning_rates/reduced-batch-0.1-seed0/config.json"
+    assert json.loads(published.read_text()) == configs[0]
+    env = json.loads((bf16 / "env.json").read_text())
+    assert env["layout"] == "contiguous"
+    assert run(layout="contiguous") == 0 and len(procedure.calls) == 2, "another layout is no other run"
+    moments = running.plan(["moments_by_depth"], "reduced", "cifar10", 1, Path(), precision="bf16")
+    assert "precision" not in moments[0].config["options"], "it trains nothing"
+
+
+def test_results_of_two_precisions_are_not_mixed(tmp_path: Path, procedure: Procedure, no_images) -> None:
+    run = partial(running.run, ["learning_rates"], out=tmp_path, **TRAINS)
+    assert run(precision="bf16", seeds=2) == 0
+    results = read(tmp_path / "learning_rates")
+    assert len(results.runs) == 14 and results.precision == "bf16" and not results.stale
+    section = telling.of_results("learning_rates", results, tmp_path)
+    assert section.caution == "Reduced scale. Trained in bf16." and section.facts["repeat"].endswith(
+        " --precision bf16"
+    )
+    told = telling.record(section)
+    assert told["configuration"] != telling.fingerprint("learning_rates", spec("learning_rates"), "reduced", "cifar10")
+    for table, rows in section.tables.items():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        telling.write_csv(tmp_path / "data" / f"{table}.csv", rows)
+    kept = telling.of_record(told, tmp_path)
+    assert kept and kept.precision == "bf16" and kept.facts["repeat"] == section.facts["repeat"]
+    assert run(seeds=1) == 0
+    results = read(tmp_path / "learning_rates")
+    assert len(results.runs) == 7 and results.precision == "fp32"
+
+
+def test_some_runs_can_be_selected(tmp_path: Path, procedure: Procedure, no_images, capsys) -> None:
+    run = partial(running.run, ["learning_rates", "final_layer_norm"], out=tmp_path, **TRAINS)
+    assert run(only=["fixup-0.1-seed2", "final-0.03"]) == 0
+    assert procedure.calls == [("fixup-0.1", 2), *(("final-0.03", seed) for seed in range(3))]
+    assert run(only=["batch-0.1-seed3"]) == 2 and len(procedure.calls) == 4
+    assert capsys.readouterr().err == "There is no run batch-0.1-seed3 of learning_rates, final_layer_norm.\n"
+    asked = ["run", "moments_by_depth", "--scale", "smoke", "--only", "none", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(asked) == 0 and procedure.calls[4:] == [("none", 0), ("none", 1)]
+
+
+def test_a_command_stops_before_its_time_is_over(tmp_path: Path, procedure: Procedure, monkeypatch, capsys) -> None:
+    """The next one continues, and the exit status says that it must. The durations of a run's pieces are added."""
+    now = [0.0]
+    monkeypatch.setattr(running.time, "perf_counter", lambda: now[0])
+
+    def measure(config: dict, data, device, folder: Path, tick) -> dict:
+        for _ in range(3):  # its state is in its folder
+            steps = len(list(folder.glob("step*")))
+            if steps == 3:
+                break
+            now[0] += 100
+            (folder / f"step{steps}").touch()
+            tick((steps + 1) / 3, "")
+        return procedure(config, data, device, folder, lambda *_: None)
+
+    monkeypatch.setitem(running.PROCEDURES, "at_init", measure)
+    asked = ["run", "moments_by_depth", "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path), "--minutes", "9"]
+    assert main(asked) == running.UNFINISHED == 75
+    assert now[0] == 500, "a step more would end after 600 s, and 540 are given"
+    assert "Stopped: 1 of 4 runs are finished. The same command continues." in capsys.readouterr().err
+    assert not (tmp_path / "moments_by_depth/smoke-batch-seed1-synthetic/DONE").exists()
+    assert [main(asked), now[0]] == [75, 1000.0] and [main(asked), now[0]] == [0, 1200.0]
+    seconds = [run.env["seconds"] for run in read(tmp_path / "moments_by_depth").runs]
+    assert seconds == [300, 300, 300, 300]
+    assert sorted(procedure.calls) == [("batch", 0), ("batch", 1), ("none", 0), ("none", 1)]
+
+
+def trained_run(train: float, test: float = 10.0, diverged: bool = False, **options: object) -> Finished:
+    run = Finished(Path(), {"batch": 128, "options": options}, {})
+    arrays = {"train accuracy": math.nan if diverged else train, "test accuracy": math.nan if diverged else test}
+    run.__dict__["arrays"] = {name: np.float64(value) for name, value in arrays.items()}
+    return run
+
+
+def test_a_network_that_guesses_is_dead() -> None:
+    """Up to three standard deviations above 10 %, and neither a run that diverged nor one that learns."""
+    for images, limit in ((1280, 12.5156), (50_000, 10.4028), (None, 10.4028)):
+        options = {"images": images} if images else {}
+        states = [trained_run(limit + more, **options).value("dead").number for more in (-1, -0.001, 0.001, 50)]
+        assert states == [1, 1, 0, 0]
+    assert trained_run(10.0, diverged=True, images=1280).value("dead").number == 0
+    assert trained_run(99.5, 34.0).value("train minus test accuracy").number == 65.5
+    assert math.isnan(trained_run(99.5, diverged=True).value("train minus test accuracy").number)
+
+
+def test_the_published_runs_of_figure_1_have_a_state() -> None:
+    """They were stored before there was the word "dead", and are read without it."""
+    kept = ROOT / "experiments/published/runs/learning_rates"
+    results = reading.read(Path("nowhere/learning_rates"), spec("learning_rates"), "reduced", kept)
+    assert len(results.runs) >= 7 and not results.stale and results.precision == "fp32"
+    for run in results.runs:
+        lost = run.config["label"] in ("none-0.003", "none-0.1")
+        assert run.value("diverged").number + run.value("dead").number == lost
+    findings = {found.claim.text: found for found in judge(spec("learning_rates"), results)[1]}
+    assert findings["dead, no batch norm at lr 0.1"].mean == 0
+    assert findings["train minus test accuracy, batch norm at lr 0.1"].values[0].number == pytest.approx(65.9)
 
 
 def test_results_of_scales_that_are_gone_are_left_out(tmp_path: Path, procedure: Procedure) -> None:
