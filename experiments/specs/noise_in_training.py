@@ -1,6 +1,6 @@
 """Beyond the paper: the gradient noise lr C / |B| in the runs of Figure 1, measured during training."""
 
-from . import Claim, Run, Spec, above, at_rate, between, each, reduced
+from . import QUICK_TEXT, Claim, Run, Spec, above, at_rate, between, each, quick, reduced
 from .learning_rates import FINAL, NETS
 
 LABELS = tuple(FINAL)  # the four networks that the paper trains to the end
@@ -49,11 +49,11 @@ SPEC = Spec(
     ),
     smaller={
         "smoke": {"depth": 8, "epochs": 1, "batch": 16, "images": 64, "tests": 50, "noise": 3, "seeds": 1},
-        "quick": {"depth": 8, "epochs": 2, "images": 5000, "noise": 8, "seeds": 1},
+        "quick": lambda run: quick(run) | {"noise": 8},
         "reduced": reduced(),
     },
     reduction={
-        "quick": "ResNet-8 instead of ResNet-110, 2 epochs of 5,000 images, one seed.",
+        "quick": QUICK_TEXT,
         "reduced": "ResNet-110 on the first 1,280 training images, without crops and flips. 300 epochs at 0.1, 200 at "
         "0.003 and 1,200 at 0.0001.",
     },

@@ -641,7 +641,7 @@ def test_work_is_shared_by_depth_epochs_and_images() -> None:
     by_label = shares(spec("depth_limits").at("quick"))
     assert by_label["batch-110"] == pytest.approx(110 / 8 * by_label["batch-8"])
     by_label = shares(spec("learning_rates").at("quick"))
-    assert by_label["none-0.0001"] == pytest.approx(29 / 2 * by_label["batch-0.1"])
+    assert by_label["none-0.0001"] == pytest.approx(300 / 75 * by_label["batch-0.1"])
     for name in names():
         for scale in ("quick", "reduced", "full"):
             runs = spec(name).at(scale) or spec(name).runs

@@ -14,7 +14,7 @@ from bnkern.train.step import Step
 from experiments import names, spec
 from experiments.procedures import rates, training
 from experiments.run import plan
-from experiments.specs import PRECISIONS, REDUCED_EPOCHS, SCALES, TRAINING, Run
+from experiments.specs import PRECISIONS, QUICK, QUICK_EPOCHS, REDUCED_EPOCHS, SCALES, TRAINING, Run
 from tests.train.training import tensors, untimed
 
 IMAGES = synthetic(64, 20)
@@ -278,14 +278,12 @@ TRAINED = [name for name in names() if any(run.procedure in TRAINING for run in 
 
 
 @pytest.mark.parametrize("name", ["learning_rates", "final_layer_norm", "norm_variants"])
-def test_quick_runs_keep_rates_and_ratios_of_epochs(name: str) -> None:
+def test_quick_runs_keep_the_rates_and_share_images_and_epochs(name: str) -> None:
     full, small = trained_runs(name, "full"), trained_runs(name, "quick")
     assert full.keys() == small.keys()
-    factor = sum(run.options["epochs"] for run in small.values()) / sum(run.options["epochs"] for run in full.values())
-    for label, run in full.items():
-        assert small[label].options["lr"] == run.options["lr"]
-        assert abs(small[label].options["epochs"] - factor * run.options["epochs"]) <= 1  # rounded, at least 1
-        assert small[label].batch == run.batch == 128
+    for label, run in small.items():
+        assert run.options["lr"] == full[label].options["lr"] and run.depth == 8
+        assert run.options["epochs"] == QUICK_EPOCHS[run.options["lr"]] and run.options["images"] == QUICK["images"]
 
 
 @pytest.mark.parametrize("name", ["learning_rates", "final_layer_norm", "norm_variants"])
