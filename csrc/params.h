@@ -113,7 +113,7 @@ constexpr std::int64_t kSegmentAlign = 64;  // a segment begins at a multiple; s
 
 // A call of update, which is one step of SGD for all parameters (bnkern/backends/reference/update.py).
 struct Update {
-  DType dtype;  // of values, before and velocity: fp32 or fp64
+  DType dtype;                       // of values, before and velocity: fp32 or fp64
   void *values, *before, *velocity;  // velocity may be null
   BFloat16* shadow;                  // of the first values
   std::int64_t shadow_size;          // 0 if there is no shadow

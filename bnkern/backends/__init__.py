@@ -3,8 +3,9 @@
 
 A backend is a module with the functions and signatures of ``reference``; ``protocol`` has them as types. These are
 ``forward`` and ``backward`` for whole calls, the phases ``moments merge normalize grad_sums grad_input``, ``update``
-for the parameters of a network, and ``refuses(device, dtype) -> str | None``, which returns the reason why the backend cannot serve such an input. A backend
-may also have ``try_forward``. It checks the arguments of a call itself, and returns None if they need the slow checks.
+for the parameters of a network, and ``refuses(device, dtype) -> str | None``, which returns the reason why the backend
+cannot serve such an input. A backend may also have ``try_forward``. It checks the arguments of a call itself, and
+returns None if they need the slow checks.
 
 A ``device`` is a ``torch.device`` or its name. The GPUs of a machine may differ, so every choice is made and cached for
 one device with its index. "cuda" without an index means the current device.

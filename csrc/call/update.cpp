@@ -99,8 +99,9 @@ PyObject* update(PyObject* const* args) {
     const bool shadowed = first < p.shadow_size;
     check(read(PyList_GET_ITEM(gradients, i), gradient) && gradient.device == device &&
               gradient.dtype == (shadowed ? half : type) && laid_out_alike(gradient, parameter),
-          "gradient", shadowed ? "bfloat16, with the shape and strides of the parameter"
-                               : "of the dtype, the shape and the strides of the parameter");
+          "gradient",
+          shadowed ? "bfloat16, with the shape and strides of the parameter"
+                   : "of the dtype, the shape and the strides of the parameter");
     segments.push_back({gradient.data, first, count});
   }
   p.segments = segments.data();

@@ -51,12 +51,12 @@ def test_same_bits_as_torchs_kernel(weight_decay: float) -> None:
             weight_decay=weight_decay, dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
         )  # fmt: skip
     compared = 0
-    for results, others in ((call.parameters, other.parameters), (call.parts(call.velocity), other.parts(other.velocity))):
-        for t, expected in zip(results, others, strict=True):
-            if t.numel() % 16 == 0:
-                assert torch.equal(t, expected)
-                compared += 1
-            torch.testing.assert_close(t, expected, rtol=1e-6, atol=1e-6)
+    velocities = zip(call.parts(call.velocity), other.parts(other.velocity), strict=True)
+    for t, expected in (*zip(call.parameters, other.parameters, strict=True), *velocities):
+        if t.numel() % 16 == 0:
+            assert torch.equal(t, expected)
+            compared += 1
+        torch.testing.assert_close(t, expected, rtol=1e-6, atol=1e-6)
     assert compared == 12
 
 
@@ -66,6 +66,10 @@ def wrong(**changes: object) -> Call:
 
 def replaced(values: list, i: int, value: object) -> list:
     return [*values[:i], value, *values[i + 1 :]]
+
+
+def with_gradient(i: int, gradient: torch.Tensor | None) -> Call:
+    return wrong(gradients=replaced(wrong().gradients, i, gradient))
 
 
 @pytest.mark.parametrize(
@@ -80,11 +84,12 @@ def replaced(values: list, i: int, value: object) -> list:
         (wrong(shadow=wrong().values), "shadow must be a bfloat16 vector"),
         (wrong(lr=torch.zeros(1)), "lr must be a float32 scalar"),
         (wrong(stop=torch.tensor(1)), "stop must be a float32 scalar"),
-        (wrong(gradients=replaced(wrong().gradients, 2, None)), "gradient 2 must be bfloat16, with the shape"),
-        (wrong(gradients=replaced(wrong().gradients, 5, torch.zeros(16).bfloat16())), "gradient 5 must be of the dtype"),
-        (wrong(gradients=replaced(wrong().gradients, 5, torch.zeros(8))), "gradient 5 must be .* the shape"),
+        (with_gradient(2, None), "gradient 2 must be bfloat16, with the shape"),
+        (with_gradient(1, torch.zeros(32, 16, 3, 3).bfloat16()), "gradient 1 must be .* strides of the parameter"),
+        (with_gradient(5, torch.zeros(16).bfloat16()), "gradient 5 must be of the dtype"),
+        (with_gradient(5, torch.zeros(8)), "gradient 5 must be .* the shape"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments(call: Call, message: str) -> None:
     values = call.values.clone()
     with pytest.raises(ValueError, match=f"update: {message}"):

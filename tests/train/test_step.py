@@ -55,7 +55,7 @@ def before_of(step: Step) -> torch.Tensor:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6], ids=str)
 def test_after_divergence_nothing_moves(value: float) -> None:
-    """A bad loss at step 2, through the classifier: no parameter, before or after the update, and no velocity changes."""
+    """A bad loss at step 2, through the classifier. Parameters, those before the update, and velocities stay."""
     step = stepper(tiny(norm="none", lr=0.01, precision="fp64"), images())
     step()
     after_first = flat(step)
@@ -216,9 +216,7 @@ class _Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize(("precision", "casts"), [("fp32", 2), ("bf16", 4)])
-def test_operations_of_a_step(
-    precision: str, casts: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_operations_of_a_step(precision: str, casts: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNet-20 with its 19 convolutions, 2 projections and 9 blocks.
 
     The casts are those of the loss to float64, of the number of right answers, and in bfloat16 of the logits and their

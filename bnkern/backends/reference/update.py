@@ -39,17 +39,21 @@ def update(
     """
     stopped = stop != 0
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        start = parameter.storage_offset() - values.storage_offset()
-
-        def part(flat: Tensor, parameter: Tensor = parameter, start: int = start) -> Tensor:
-            return flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset() + start)
-
-        p = part(values)
+        start = int(parameter.storage_offset()) - int(values.storage_offset())
+        p = _part(values, parameter, start)
         v = gradient.to(p.dtype) + weight_decay * p
         if velocity is not None:
-            v = momentum * part(velocity) + v
-            part(velocity).copy_(torch.where(stopped, part(velocity), v))
-        part(before).copy_(torch.where(stopped, part(before), p))
+            old = _part(velocity, parameter, start)
+            v = momentum * old + v
+            old.copy_(torch.where(stopped, old, v))
+        kept = _part(before, parameter, start)
+        kept.copy_(torch.where(stopped, kept, p))
         p.copy_(torch.where(stopped, p, p - lr * v))
         if shadow is not None and start < len(shadow):
-            part(shadow).copy_(torch.where(stopped, part(shadow), p.to(shadow.dtype)))
+            rounded = _part(shadow, parameter, start)
+            rounded.copy_(torch.where(stopped, rounded, p.to(shadow.dtype)))
+
+
+def _part(flat: Tensor, parameter: Tensor, start: int) -> Tensor:
+    """The values of a parameter in a flat tensor, with the strides of the parameter."""
+    return flat.as_strided(parameter.shape, parameter.stride(), int(flat.storage_offset()) + start)

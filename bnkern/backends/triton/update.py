@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -11,28 +12,34 @@ from .common import kernel, launch
 BLOCK = 1024
 
 
+@triton.jit
+def whole(ptr, i):
+    """Pointers to the values of a flat tensor, which begins at a multiple of 16 bytes."""
+    return tl.multiple_of(ptr + i, 16)
+
+
 @kernel
 def update_kernel(
     values_ptr, gradient_ptr, before_ptr, velocity_ptr, shadow_ptr, lr_ptr, stop_ptr,
     size, shadow_size, momentum: tl.float64, weight_decay: tl.float64,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The sizes are in units of 64 values, from which the compiler infers that masks hold for whole vectors."""
     if tl.load(stop_ptr) != 0:
         return
     ACC: tl.constexpr = values_ptr.dtype.element_ty
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size * 64  # whole vectors, which the compiler infers from the factor
-    value = tl.load(values_ptr + i, mask=inside)
-    gradient = tl.load(gradient_ptr + i, mask=inside)
-    v = tl.fma(tl.full((BLOCK,), weight_decay, ACC), value, gradient)
+    inside = i < size * 64
+    value = tl.load(whole(values_ptr, i), mask=inside)
+    v = tl.fma(tl.full((BLOCK,), weight_decay, ACC), value, tl.load(whole(gradient_ptr, i), mask=inside))
     if velocity_ptr is not None:
-        v = tl.full((BLOCK,), momentum, ACC) * tl.load(velocity_ptr + i, mask=inside) + v
-        tl.store(velocity_ptr + i, v, mask=inside)
+        v = tl.full((BLOCK,), momentum, ACC) * tl.load(whole(velocity_ptr, i), mask=inside) + v
+        tl.store(whole(velocity_ptr, i), v, mask=inside)
     after = tl.fma(tl.full((BLOCK,), -tl.load(lr_ptr), ACC), v, value)
-    tl.store(before_ptr + i, value, mask=inside)
-    tl.store(values_ptr + i, after, mask=inside)
+    tl.store(whole(before_ptr, i), value, mask=inside)
+    tl.store(whole(values_ptr, i), after, mask=inside)
     if shadow_ptr is not None:
-        tl.store(shadow_ptr + i, after.to(tl.bfloat16), mask=i < shadow_size * 64)
+        tl.store(whole(shadow_ptr, i), after.to(tl.bfloat16), mask=i < shadow_size * 64)
 
 
 def update(
