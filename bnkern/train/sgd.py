@@ -1,5 +1,8 @@
 """SGD with momentum for all parameters of a network in one kernel, and their bfloat16 copies for autocast."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +19,8 @@ class Sgd:
     the others, each from a multiple of :data:`ALIGN` values on.
 
     Under autocast every call of a convolution casts its weight to bfloat16, and its backward casts the gradient to
-    float32. With a shadow there are no such casts: the update also writes the weights in bfloat16, the network is
-    called with these (:meth:`shadows`), and the kernel reads gradients in bfloat16. All values have the same bits as
-    with casts.
+    float32. With a shadow there are no such casts: the update also writes the weights in bfloat16, the layers read
+    these (:meth:`shadows`), and the kernel reads gradients in bfloat16. All values have the same bits as with casts.
 
     Args:
         network: Its parameters are floating point tensors of one dtype, contiguous or channels_last.
@@ -37,8 +39,9 @@ class Sgd:
     def __init__(self, network: nn.Module, momentum: float, weight_decay: float, shadowed: bool = False) -> None:
         self._settings = momentum, weight_decay
         self._named = dict(network.named_parameters())
-        cast = _cast_by_autocast(network) if shadowed else []
-        self._parameters = cast + [p for p in self._named.values() if not any(p is other for other in cast)]
+        layers = [m for m in network.modules() if shadowed and isinstance(m, nn.Conv2d | nn.Linear)]
+        cast = dict.fromkeys(p for layer in layers for p in layer.parameters(recurse=False))  # autocast casts these
+        self._parameters = [*cast, *(p for p in self._named.values() if p not in cast)]
         ends = [0]
         for name, p in self._named.items():
             if not (p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last)):
@@ -51,9 +54,14 @@ class Sgd:
             p.data = place.copy_(p.detach())
         self.before = self.values.clone()
         self.velocity = torch.zeros_like(self.values) if momentum else None
-        self.shadow = self.values[: ends[len(cast)]].to(torch.bfloat16) if cast else None
-        for p in cast:
-            p.grad_dtype = None  # autograd accepts a gradient of any dtype
+        self.shadow: Tensor | None = None
+        self._places: list[tuple[dict, str, nn.Parameter, Tensor]] = []
+        if cast:
+            self.shadow = self.values[: ends[len(cast)]].to(torch.bfloat16)
+            for layer in layers:
+                for name, p in layer.named_parameters(recurse=False):
+                    self._places.append((layer._parameters, name, p, self._part(self.shadow, p)))
+                    p.grad_dtype = None  # autograd accepts a gradient of any dtype
 
     def zero_grad(self) -> None:
         for p in self._parameters:
@@ -73,12 +81,20 @@ class Sgd:
         """Returns the parts of a flat tensor by the names of the parameters, in the order of the network."""
         return {name: self._part(flat, p) for name, p in self._named.items()}
 
-    def shadows(self, model: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-        """Returns, for each parameter that has a shadow: its name in ``model``, the parameter, and the shadow."""
-        if self.shadow is None:
-            return []
-        named = model.named_parameters()
-        return [(name, p, self._part(self.shadow, p)) for name, p in named if p.storage_offset() < len(self.shadow)]
+    @contextmanager
+    def shadows(self) -> Iterator[None]:
+        """Within this context layers read the shadows of their parameters, if there are any.
+
+        The functions are made anew for every step. An older one would belong to another stream, which a CUDA graph
+        must not use.
+        """
+        try:
+            for parameters, name, p, shadow in self._places:
+                parameters[name] = _Shadow.apply(p, shadow)
+            yield
+        finally:
+            for parameters, name, p, _ in self._places:
+                parameters[name] = p
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -90,7 +106,7 @@ class Sgd:
         return flat.as_strided(p.shape, p.stride(), p.storage_offset())
 
 
-class Shadow(torch.autograd.Function):
+class _Shadow(torch.autograd.Function):
     """The shadow of a parameter as a function of the parameter. Its gradient goes to the parameter in bfloat16."""
 
     @staticmethod
@@ -100,8 +116,3 @@ class Shadow(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None
-
-
-def _cast_by_autocast(network: nn.Module) -> list[nn.Parameter]:
-    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    return [p for layer in layers for p in layer.parameters(recurse=False)]

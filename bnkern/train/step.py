@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .cifar10 import Batches
 from .config import Config
-from .sgd import Sgd, Shadow
+from .sgd import Sgd
 
 LIMIT = 1e3  # a loss above it after step 0 is a divergence, as in the paper
 WARM_UP = 3  # steps before a CUDA graph is recorded, which torch requires; their effects are undone
@@ -56,7 +55,6 @@ class Step:
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         shadowed = config.precision == "bf16" and not wrapped
         self._sgd = Sgd(network, config.momentum, config.weight_decay, shadowed)
-        self._shadows = self._sgd.shadows(model)
         device = batches.device
         options: dict[str, Any] = {"dtype": batches.dtype, "device": device, "memory_format": batches.memory_format}
         self._images = torch.empty(batches.shape, **options)
@@ -124,8 +122,8 @@ class Step:
     def _run(self) -> None:
         self._batches.fill(self.index, self._images, self._labels)
         self._sgd.zero_grad()
-        with autocast(self._config, self._images.device):
-            logits = self._logits()
+        with autocast(self._config, self._images.device), self._sgd.shadows():
+            logits = self._model(self._images)
         loss = loss_of(logits, self._labels)
         loss.backward()
         if self._probe:
@@ -135,12 +133,6 @@ class Step:
             self._sgd(self.lr, self._stop)
             self.taken += 1
             self.index += 1
-
-    def _logits(self) -> Tensor:
-        if not self._shadows:
-            return self._model(self._images)
-        weights = {name: Shadow.apply(parameter, shadow) for name, parameter, shadow in self._shadows}
-        return functional_call(self._model, weights, (self._images,))
 
     def _measure(self, loss: Tensor, logits: Tensor) -> None:
         metrics = torch.stack([loss.double(), (logits.argmax(1) == self._labels).sum().double()])

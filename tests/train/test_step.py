@@ -181,6 +181,13 @@ def test_weights_that_the_update_rounds_are_those_that_autocast_casts(monkeypatc
         assert torch.equal(flat(one), flat(other))
 
 
+def test_a_network_whose_parameters_have_gaps_is_refused() -> None:
+    network = torch.nn.Linear(4, 3)
+    network.weight.data = torch.zeros(3, 8)[:, ::2]
+    with pytest.raises(ValueError, match=r"parameter weight must be contiguous or channels_last, got strides \(8, 2\)"):
+        Sgd(network, 0.9, 0.0)
+
+
 # Operations that launch nothing on a GPU, and those of the 3 running statistics of each batch norm, which only the
 # operator copies. The operator serves here because a mode records the step.
 _VIEWS = ("detach", "t", "view", "_unsafe_view", "unsqueeze", "select", "slice", "expand", "alias", "as_strided")
