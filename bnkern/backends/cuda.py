@@ -17,9 +17,20 @@ import torch
 from torch import Tensor
 
 from . import architectures, native
-from .native import _native
+from .native import _native, update
 
-__all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses", "try_forward"]
+__all__ = [
+    "backward",
+    "forward",
+    "grad_input",
+    "grad_sums",
+    "merge",
+    "moments",
+    "normalize",
+    "refuses",
+    "try_forward",
+    "update",
+]
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -385,14 +385,12 @@ class _Run:
                 epoch, index = divmod(taken, len(batches))
                 images, labels = batches.at(epoch, index)
                 divergence_batches[name] = {"epoch": epoch, "index": index, "images": images, "labels": labels}
-        velocity = [v for name, v in self.step.state_dict().items() if name.startswith("velocity")]
-        names = [name for name, _ in self.network.named_parameters()]
         state = {
             "config": self.config.to_dict(),
             "step": step,
             "before": {name: t.clone() for name, t in self.step.before_by_name().items()},
             "after": {name: t.detach() for name, t in self.network.named_parameters()},
-            "velocity": dict(zip(names, velocity, strict=bool(velocity))),
+            "velocity": self.step.velocity_by_name(),
             "lr": lr,
             "batches": divergence_batches,
             "rng": _rng(self.device),

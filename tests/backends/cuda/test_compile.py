@@ -65,6 +65,8 @@ def test_whole_vectors(architecture: int) -> None:
             reads, writes = 4, False  # 64 bytes of one tensor, or 32 of each of two
         elif re.match("rows_(normalize|forward|grad_input|backward)_kernel", name):
             reads, writes = 4, True
+        elif name == "update_kernel":
+            reads, writes = 6, True  # 32 bytes of each of three tensors; further ones for a gradient in bfloat16
         else:
             continue
         assert widths["LD"] >= reads, f"{name}: {widths}"
