@@ -52,7 +52,7 @@ SPEC = Spec(
     "batch norm everywhere.",
     method="The single batch norm acts on the output of the last block, before the mean over positions. Training is "
     "as for Figure 1, and its runs serve for the other networks. The paper gives no epochs for this one; we use twice "
-    "those of the rate 0.1. The largest stable rate is searched among four in each decade, for one epoch without drops.",
+    "those of the rate 0.1. The largest stable rate is searched among four in a decade, for one epoch without drops.",
     claims=(
         limit_gap("final", "none"),
         limit_gap("batch", "final"),
