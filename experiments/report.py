@@ -18,6 +18,7 @@ from .specs import JUDGED
 
 ROOT = Path(__file__).parent.parent
 PAPER = "https://arxiv.org/abs/1806.02375"
+KEPT = ("training", "rates")  # the procedures whose runs are published: they take hours, and their files are small
 TITLE = "Understanding Batch Normalization, reproduced"
 LEAD = (
     "Bjorck, Gomes, Selman and Weinberger (2018) explain by a set of experiments why batch norm works. This report "
@@ -152,7 +153,7 @@ def publish(sections: list[Section], out: Path, to: Path = PUBLISHED) -> int:
     _write(sections, to, to / "figures")
     for name in names():
         for run in finished(out / name):
-            if run.config["procedure"] == "training" and run.config["scale"] in JUDGED:
+            if run.config["procedure"] in KEPT and run.config["scale"] in JUDGED:
                 _keep(run.folder, to / RUNS / name / run.folder.name)
     print(f"published: {to}")
     return 0

@@ -44,8 +44,9 @@ def draw(rows: Rows) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="training loss")
     keys = [
         Line2D([], [], color=colour, marker=marker, label=f"{text}, {count(rows[0]['seeds'])}"),
-        Line2D([], [], color=colour, marker="x", linestyle="none", label="all seeds diverged"),
         Line2D([], [], color=INK, linestyle="--", linewidth=0.8, label="guessing"),
     ]
+    if lost:
+        keys.append(Line2D([], [], color=colour, marker="x", linestyle="none", label="all seeds diverged"))
     figure.legend(handles=keys, loc="outside lower center", ncols=3)
     return figure
