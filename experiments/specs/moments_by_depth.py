@@ -5,9 +5,8 @@ from . import FEWER, FEWER_TEXT, MANY, Claim, Run, Spec, above, below, each, wit
 LAYERS = (6, 18, 30, 42, 54, 66, 78, 90, 102, 110)
 CONVOLUTIONS = LAYERS[:-1]
 NAMES = {"ln_std": "ln std", "ln_abs_mean": "ln |mean|"}
-READING_ERROR = 0.08  # of PAPER
 NETS = {"batch": "with batch norm", "none": "without batch norm"}
-PAPER = {  # quantity, norm: one value a layer, read off the figure to READING_ERROR
+PAPER = {  # quantity, norm: one value a layer, read off the figure to 0.08
     ("ln_abs_mean", "batch"): (-0.95, 0.24, 0.53, -0.85, -0.30, 0.13, -1.1, -0.33, 0.04, -0.65),
     ("ln_abs_mean", "none"): (-1.55, -1.45, -0.27, -0.30, -0.37, 0.75, 1.2, 1.9, 2.85, 3.5),
     ("ln_std", "batch"): (0.1, 0.6, 0.9, 0.05, 0.6, 1.0, 0.0, 0.55, 0.9, -0.85),
@@ -29,9 +28,9 @@ def values(quantity: str, norm: str) -> list[Claim]:
 
 def fall(quantity: str, layer: int, after: int) -> Claim:
     text = f"{NAMES[quantity]}, fall from layer {layer} to {after}, with batch norm"
-    paper = dict(zip(LAYERS, PAPER[quantity, "batch"], strict=True))
+    first, second = (PAPER[quantity, "batch"][LAYERS.index(one)] for one in (layer, after))
     ours = lambda results: results.difference(quantity, layer, after, norm="batch")  # noqa: E731
-    return Claim(text, ours, paper[layer] - paper[after], above(0.5))
+    return Claim(text, ours, first - second, above(0.5))
 
 
 def slope(quantity: str, paper: float) -> Claim:
@@ -41,7 +40,7 @@ def slope(quantity: str, paper: float) -> Claim:
 
 def place(quantity: str, norm: str) -> Claim:
     text = f"{NAMES[quantity]}, layers 6 to 102, {NETS[norm]}: % of networks nearer to the mean than the paper's"
-    curve = (PAPER[quantity, norm][:-1], READING_ERROR, quantity, CONVOLUTIONS)
+    curve = (PAPER[quantity, norm][:-1], 0.08, quantity, CONVOLUTIONS)
     return Claim(text, lambda results: results.distance(*curve, norm=norm), None, below(95), pooled=True)
 
 
@@ -51,8 +50,8 @@ SPEC = Spec(
     order=4.2,
     headline="ln std, slope per layer (6 to 102), without batch norm",
     shows="At initialisation without batch norm, the logarithms of channel means and standard deviations grow about "
-    "linearly with depth, so activations grow exponentially, up to about 100. With batch norm they stay near one, and "
-    "fall back where a new stage begins.",
+    "linearly with depth, so activations grow exponentially, to about 100. With batch norm they stay near 1, and fall "
+    "back where a new stage begins.",
     method="ResNet-110 with projection shortcuts and Xavier-normal weights, before any step. Each seed draws a "
     "network and a batch of 128 standardised training images, for both nets. Natural logarithms of the |mean| and the "
     "standard deviation (std) of each channel at the convolution's output, before batch norm, are averaged over "
