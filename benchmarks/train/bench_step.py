@@ -102,17 +102,17 @@ def test_graph(depth: int, precision: str, compare, device: torch.device, quick:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
-@pytest.mark.parametrize("mode", COMPILE_MODES)
+@pytest.mark.parametrize("tuning", COMPILE_MODES)
 @pytest.mark.parametrize("depth", [20, 110])
 def test_compiled_graph(
-    mode: str, depth: int, compare, device: torch.device, quick: bool, without_compile: str | None
+    tuning: str, depth: int, compare, device: torch.device, quick: bool, without_compile: str | None
 ) -> None:
     """The compiled network within the step's own graph. The mode therefore makes no graph of its own."""
     if without_compile:
         pytest.skip(f"left out by {without_compile}")
     compiled = {"kernels": "torch", "compile": True}
-    settings = {"bnkern": {}, "eager": {"kernels": "torch"}, COMPILE_MODES[mode].name: compiled}
-    compare_graphs(compare, device, depth, "bf16", settings, COMPILE_MODES[mode].options)
+    settings = {"bnkern": {}, "eager": {"kernels": "torch"}, COMPILE_MODES[tuning].name: compiled}
+    compare_graphs(compare, device, depth, "bf16", settings, COMPILE_MODES[tuning].options)
 
 
 def compare_graphs(
