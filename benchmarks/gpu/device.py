@@ -24,9 +24,7 @@ def read(text: str) -> dict:
         if kind == "layout":
             layouts[name] = int(numbers[0])
         else:
-            occupancy.append(
-                {"unit": kind, "kernel": name, **dict(zip(KEYS, map(int, numbers), strict=True))}
-            )
+            occupancy.append({"unit": kind, "kernel": name, **dict(zip(KEYS, map(int, numbers), strict=True))})
     if not occupancy or not layouts:
         raise ValueError(f"no results in the output of {SOURCE.name}:\n{text}")
     return {"occupancy": occupancy, "layouts": layouts}
@@ -34,12 +32,18 @@ def read(text: str) -> dict:
 
 def table(occupancy: list[dict]) -> list[str]:
     """One line for each kernel, number of threads and size of shared memory."""
-    lines = [f"{'kernel (registers)':<24} {'threads':>7} {'shared':>7}  blocks per multiprocessor, clusters on the device"]
-    for key, group in groupby(occupancy, lambda row: (row["kernel"], row["registers"], row["threads"], row["shared_bytes"])):
+    lines = [
+        f"{'kernel (registers)':<24} {'threads':>7} {'shared':>7}  blocks per multiprocessor, clusters on the device"
+    ]
+    for key, group in groupby(
+        occupancy, lambda row: (row["kernel"], row["registers"], row["threads"], row["shared_bytes"])
+    ):
         kernel, registers, threads, shared = key
         blocks, *clusters = group
         counts = ", ".join(f"{row['count']} of {row['cluster']}" for row in clusters)
-        lines.append(f"{f'{kernel} ({registers})':<24} {threads:>7} {shared >> 10:>4} KB  {blocks['count']}{', ' * bool(counts)}{counts}")
+        lines.append(
+            f"{f'{kernel} ({registers})':<24} {threads:>7} {shared >> 10:>4} KB  {blocks['count']}{', ' * bool(counts)}{counts}"
+        )
     return lines
 
 

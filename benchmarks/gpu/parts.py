@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from benchmarks.gpu import BUILD, fresh
 
-COMMANDS = (540, 225)  # seconds of each command
+COMMANDS = (540, 240)  # seconds of each command
 LAST = 60  # the last part starts if so many seconds are left, and takes all of them
 
 
@@ -52,18 +52,18 @@ FIGURE1 = [
 ]  # fmt: skip
 
 PARTS = [
-    Part("build", 90, [], "the native module, with the baseline's CPU kernels only"),
+    Part("build", 75, [], "the native module, with the baseline's CPU kernels only"),
     Part("machine", 20, ["bnkern", "--json"], "which backends serve, and by which rule"),
     Part("smoke", 40, SHORT, "whether the CUDA kernels are right at all"),
     Part("device", 30, ["benchmarks.gpu.device", "{json}"], "which clusters fit, and how an MMA takes its operands"),
     Part("profile", 60, ["benchmarks.gpu.profile", "{json}"], "where the time of a ResNet-110 step goes"),
-    Part("counters", 60, ["benchmarks.gpu.counters", "{json}"], "what the batch norm kernels wait for"),
-    Part("strategies", 50, bench(STRATEGIES, "-k", "graph and bf16", budget=0.2), "one kernel or two: the rule"),
-    Part("graphs", 60, bench(STEPS, "-k", "test_graph and bf16", budget=0.1), "steps in a graph"),
+    Part("counters", 75, ["benchmarks.gpu.counters", "{json}"], "what the batch norm kernels wait for"),
+    Part("strategies", 60, bench(STRATEGIES, "-k", "graph and bf16", budget=0.1), "one kernel or two: the rule"),
+    Part("graphs", 50, bench(STEPS, "-k", "test_graph and bf16", budget=0.1), "steps in a graph"),
     Part("compiled", 130, bench(STEPS, "-k", "test_compiled_graph and default", budget=0.1), "torch.compile as a peer"),
     # ---- the second command
     Part("replicas", 35, bench(STEPS, "-k", "replicas", budget=0.1), "several runs on one GPU"),
-    Part("cuda-tests", 60, tests("-m", "gpu and not slow", CUDA_TESTS), "the CUDA kernels on hardware"),
+    Part("cuda-tests", 75, tests("-m", "gpu and not slow", CUDA_TESTS), "the CUDA kernels on hardware"),
     Part("memcheck", 70, SHORT, "reads and writes out of bounds"),
     Part("train-tests", 40, tests("-m", "gpu", TRAIN_TESTS), "graphs and resumed runs on the CUDA kernels"),
     Part("cudnn", 20, bench("conv/bench_cudnn.py", "-k", "graph", budget=0.2), "cuDNN's convolutions by pass"),
@@ -77,9 +77,14 @@ PARTS = [
     ),
     Part("autotuned", 130, bench(STEPS, "-k", "test_compiled_graph and autotune and 20", budget=0.1), "max-autotune"),
     Part("probes", 60, bench(PROBES, "-k", "graph and bf16", budget=0.05), "what recording costs in a graph"),
-    Part("strategies-fp32", 50, bench(STRATEGIES, "-k", "graph and fp32", budget=0.2), "the rule in fp32"),
+    Part("strategies-fp32", 60, bench(STRATEGIES, "-k", "graph and fp32", budget=0.1), "the rule in fp32"),
     Part("graphs-fp32", 60, bench(STEPS, "-k", "test_graph and fp32", budget=0.1), "steps in fp32"),
-    Part("conv-grad-signs-tests", 60, tests("-m", "gpu", "tests/conv/test_conv_grad_signs.py", "-k", "triton"), "these sums are right"),
+    Part(
+        "conv-grad-signs-tests",
+        60,
+        tests("-m", "gpu", "tests/conv/test_conv_grad_signs.py", "-k", "triton"),
+        "these sums are right",
+    ),
     Part("conv-grad-signs", 40, bench("conv/bench_conv_grad_signs.py", budget=0.2), "sums of a gradient's summands"),
     Part("tests", 150, SHARED, "a sample of the shared tests"),
     Part("racecheck", 90, SHORT, "races in shared memory"),
@@ -91,8 +96,12 @@ PARTS = [
         "the same in Triton",
     ),
     Part("records", 30, bench(PHASES, "--shapes=stage1", "-k", "records", budget=0.2), "what records cost"),
-    Part("autotuned-110", 200, bench(STEPS, "-k", "test_compiled_graph and autotune and 110", budget=0.1), "max-autotune"),
-    Part("compiled-norms", 60, bench(NORMS, "--shapes=stage1", "-k", "bf16 and bn_add_relu", budget=0.3), "torch.compile"),
+    Part(
+        "autotuned-110", 200, bench(STEPS, "-k", "test_compiled_graph and autotune and 110", budget=0.1), "max-autotune"
+    ),
+    Part(
+        "compiled-norms", 60, bench(NORMS, "--shapes=stage1", "-k", "bf16 and bn_add_relu", budget=0.3), "torch.compile"
+    ),
     Part("resnet50", 60, bench(NORMS, "--shapes=resnet50-64", "--no-compile", budget=0.05), "larger tensors"),
     Part("small-and-odd", 60, bench(NORMS, "--shapes=small,odd", "--no-compile", budget=0.05), "other tensors"),
     Part("rest", 60, bench("train/bench_augment.py", "train/bench_optimizer.py", budget=0.2), "images, optimiser"),
@@ -123,7 +132,14 @@ def command(part: Part, out: Path, data: Path | None = None) -> list[str]:
     words = [word.format(**places) for word in part.words]
     if words[0].endswith(".py"):
         files = [f"benchmarks/{word}" if word.endswith(".py") else word for word in words]
-        words = ["pytest", "-q", "-p", "no:cacheprovider", *files, f"--bnkern-json={fresh(out, f'bench-{part.name}.json')}"]
+        words = [
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *files,
+            f"--bnkern-json={fresh(out, f'bench-{part.name}.json')}",
+        ]
     if part.name in PARALLEL and importlib.util.find_spec("xdist"):
         words += ["-n", str(min(os.cpu_count() or 1, 12))]
     if part.name == "figure1" and data:

@@ -25,6 +25,7 @@ VARIANTS = {"bnkern": {}, "no norm": {"norm": "none"}, "torch": {"kernels": "tor
 # The first pattern that a kernel's name contains decides its kind. The rows keep the names, so that another division is
 # possible later.
 KINDS = (
+    ("Inductor", r"^triton_"),
     ("batch norm, bnkern", r"bnkern.*(rows_|planes_|fold_|merge_)|\b(rows|planes)_\w+_kernel"),
     ("batch norm, torch", r"batch_?norm|bn_fw|bn_bw|cudnn::bn"),
     ("convolution, weight gradient", r"wgrad|convolve_wgrad"),
@@ -32,14 +33,13 @@ KINDS = (
     ("layout", r"nchwToNhwc|nhwcToNchw|nchw2nhwc|nhwc2nchw|transpose"),
     ("convolution, forward", r"fprop|implicit_gemm|implicit_convolve|cudnn|xmma|convolve"),
     ("optimiser", r"[Ff]used_?[Ss]gd|FusedSgd|multi_tensor_apply"),
-    ("linear", r"gemm|cublas|cutlass|splitK"),
+    ("linear", r"gemm|nvjet|cublas|cutlass|splitK"),
     ("casts and copies", r"copy_kernel|CatArray|Memcpy|memcpy|\bcopy"),
     ("fills", r"FillFunctor|Memset|memset"),
     ("addition", r"CUDAFunctor_add|AddFunctor|add_kernel"),
     ("ReLU", r"threshold|clamp|relu"),
     ("batch of images", r"augment"),
     ("reductions, loss, metrics", r"reduce|softmax|[Nn]ll|[Aa]rg[Mm]ax"),
-    ("Inductor", r"^triton_"),
 )
 
 

@@ -48,9 +48,7 @@ def pairs(measurements: Iterable[dict]) -> list[Pair]:
 
 
 def loss(single_read_from: int, measured: list[Pair]) -> float:
-    return geometric_mean(
-        (p.one if p.size >= single_read_from else p.two) / min(p.one, p.two) for p in measured
-    )
+    return geometric_mean((p.one if p.size >= single_read_from else p.two) / min(p.one, p.two) for p in measured)
 
 
 def best(measured: list[Pair]) -> Rule:

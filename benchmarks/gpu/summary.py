@@ -32,7 +32,9 @@ def failed_tests(out: Path, state: State) -> dict[str, int | None]:
             suites = ElementTree.parse(files[-1]).getroot().iter("testsuite")
             tests, failed = (
                 sum(column)
-                for column in zip(*((int(s.get("tests")), int(s.get("failures")) + int(s.get("errors"))) for s in suites))
+                for column in zip(
+                    *((int(s.get("tests")), int(s.get("failures")) + int(s.get("errors"))) for s in suites)
+                )
             )
             ended = tests > 0 and record.result in ("ok", "FAILED")
             counts[part.name] = max(failed, record.result == "FAILED") if ended else None

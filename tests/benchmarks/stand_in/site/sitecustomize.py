@@ -1,6 +1,7 @@
 """Makes torch report a GPU, as tests/benchmarks/stand_in describes. Python imports this file at the start."""
 
 import contextlib
+import functools
 import shutil
 import time
 from pathlib import Path
@@ -125,18 +126,23 @@ TensorsOnCpu().__enter__()
 
 
 def _replace_parts_of_bnkern() -> None:
-    """Backends that compute on the CPU, and small shapes and batches."""
+    """Backends that compute on the CPU, and few images, layers and epochs."""
     from benchmarks.cases import shapes, steps
     from bnkern import backends
     from bnkern.backends import cuda, reference
-    from bnkern.train import step
+    from bnkern.train import cifar10, config, step
+    from bnkern.train.cifar10 import sets
+
+    small = {"depth": 8, "batch": 2}
 
     refuses, load, loop_step = cuda.refuses, backends._load, steps.loop_step
     cuda.refuses = lambda device, dtype: refuses(torch.device("cuda", 0), dtype)
     backends._load = lambda name: reference if name == "triton" else load(name)
     shapes.SHAPES = {name: (min(size[0], 2), *size[1:]) for name, size in shapes.SHAPES.items()}
-    steps.loop_step = lambda config, *rest, **options: loop_step(config.replace(batch=2), *rest, **options)
+    steps.loop_step = lambda config, *rest, **options: loop_step(config.replace(**small), *rest, **options)
     step.WARM_UP = 1
+    config.PRESETS = {name: run.replace(epochs=1, **small) for name, run in config.PRESETS.items()}
+    cifar10.synthetic = sets.synthetic = functools.partial(sets.synthetic, train=16, test=16)
 
 
 _replace_parts_of_bnkern()
