@@ -1,9 +1,9 @@
 """``make gpu-check``: all checks that need a GPU, most valuable first, within a few minutes (``__main__``).
 
-``parts`` has the parts with their time limits, ``state`` what a later command goes on from, and ``summary`` the tables at
-the end, with the ``targets`` and the rule of the strategies (``rules``).
-``device``, ``profile`` and ``counters`` are parts of their own: what fits on the device, the kernels of a training step,
-and ncu's counters. All other parts are tests and benchmarks of this repository.
+``parts`` has the parts with their time limits, ``state`` what a later command goes on from, and ``summary`` the tables
+at the end, with the ``targets`` and the rule of the strategies (``rules``). ``device``, ``profile`` and ``counters``
+are parts of their own: what fits on the device, the kernels of a training step, and ncu's counters. All other parts are
+tests and benchmarks of this repository.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ BUILD = ROOT / "build" / "gpu"
 
 
 def fresh(out: Path, name: str) -> Path:
-    """The path of a new file in ``out``: ``name``, or with -2, -3 and so on before its suffix if there are earlier ones.
+    """The path of a new file in ``out``: ``name``, with -2, -3 and so on before its suffix if there are earlier ones.
 
     A part that is started again thus keeps what it measured before it was stopped. Readers take the files in order,
     and later results replace earlier ones.

@@ -47,10 +47,7 @@ def run(name: str, words: list[str], log: Path, env: dict[str, str], seconds: fl
     print(f"\n== {name}, at most {seconds:.0f} s: {' '.join(words)}", flush=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would its processes
     start = time.perf_counter()
-    stops = [
-        (seconds, signal.SIGINT),
-        (seconds + GRACE, signal.SIGKILL),
-    ]  # at SIGINT pytest prints its tables and exits
+    stops = [(seconds, signal.SIGINT), (seconds + GRACE, signal.SIGKILL)]  # SIGINT lets pytest print its tables
     with log.open("wb") as sink, log.open(errors="replace") as shown:
         process = subprocess.Popen(
             words, cwd=ROOT, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
@@ -101,9 +98,7 @@ def main() -> int:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check", help="folder for logs and results")
-    parser.add_argument(
-        "--parts", help=f"only these, also if they have succeeded before, comma-separated: {', '.join(NAMES)}"
-    )
+    parser.add_argument("--parts", help=f"only these, also those that have succeeded: {', '.join(NAMES)}")
     parser.add_argument(
         "--minutes", type=float, default=COMMANDS[0] / 60, help="time limit for all parts together (%(default)g)"
     )

@@ -39,16 +39,7 @@ MEASURED = {
     "memory %": "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed",
 }
 DURATION = "gpu__time_duration.sum"
-MICROSECONDS = {
-    "ns": 1e-3,
-    "us": 1.0,
-    "ms": 1e3,
-    "s": 1e6,
-    "nsecond": 1e-3,
-    "usecond": 1.0,
-    "msecond": 1e3,
-    "second": 1e6,
-}
+MICROSECONDS = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "s": 1e6}
 # The warps that wait for each reason, per issued instruction. "selected" is the one that issues.
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(?!selected)(\w+?)(?<!_not_issued)_per_issue_active\.ratio")
 
@@ -140,15 +131,11 @@ def labelled(kernels: list[dict]) -> list[dict]:
 
 
 def table(kernels: list[dict]) -> list[str]:
-    lines = [
-        f"{'call':<44} {'us':>6} {'regs':>4} {'issue %':>7} {'L2 %':>5}  warps stalled per issue, the largest first"
-    ]
+    lines = [f"{'call':<44} {'us':>6} {'regs':>4} {'issue %':>7} {'L2 %':>5}  warps that wait per issue, by reason"]
     for kernel in kernels:
         stalls = ", ".join(f"{name} {value:.1f}" for name, value in [*kernel["stalls"].items()][:4])
-        cells = [
-            f"{kernel[name]:.0f}" if kernel[name] is not None else ""
-            for name in ("registers", "issue slots %", "L2 hits %")
-        ]
+        numbers = (kernel[name] for name in ("registers", "issue slots %", "L2 hits %"))
+        cells = ["" if value is None else f"{value:.0f}" for value in numbers]
         lines.append(f"{kernel['call']:<44} {kernel['us']:>6.1f} {cells[0]:>4} {cells[1]:>7} {cells[2]:>5}  {stalls}")
     return lines
 
@@ -157,9 +144,8 @@ def main(out: Path) -> None:
     report = out.with_suffix(".ncu-rep")
     sections = [word for section in SECTIONS for word in ("--section", section)]
     program = [sys.executable, "-m", "benchmarks.gpu.counters", "--calls"]
-    subprocess.run(
-        ["ncu", *SETTINGS, *sections, "--force-overwrite", "--export", report, *program], cwd=ROOT, check=True
-    )
+    profiled = ["ncu", *SETTINGS, *sections, "--force-overwrite", "--export", report, *program]
+    subprocess.run(profiled, cwd=ROOT, check=True)
     imported = ["ncu", "--import", report, "--page", "raw", "--csv"]
     text = subprocess.run(imported, stdout=subprocess.PIPE, text=True, check=True).stdout
     out.with_suffix(".csv").write_text(text)

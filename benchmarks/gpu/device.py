@@ -32,18 +32,15 @@ def read(text: str) -> dict:
 
 def table(occupancy: list[dict]) -> list[str]:
     """One line for each kernel, number of threads and size of shared memory."""
-    lines = [
-        f"{'kernel (registers)':<24} {'threads':>7} {'shared':>7}  blocks per multiprocessor, clusters on the device"
-    ]
-    for key, group in groupby(
-        occupancy, lambda row: (row["kernel"], row["registers"], row["threads"], row["shared_bytes"])
-    ):
-        kernel, registers, threads, shared = key
-        blocks, *clusters = group
+
+    def launch(row: dict) -> tuple:
+        return row["kernel"], row["registers"], row["threads"], row["shared_bytes"]
+
+    lines = [f"{'kernel (registers)':<24} {'threads':>7} {'shared':>7}  blocks per multiprocessor; clusters"]
+    for (kernel, registers, threads, shared), (blocks, *clusters) in groupby(occupancy, launch):
         counts = ", ".join(f"{row['count']} of {row['cluster']}" for row in clusters)
-        lines.append(
-            f"{f'{kernel} ({registers})':<24} {threads:>7} {shared >> 10:>4} KB  {blocks['count']}{', ' * bool(counts)}{counts}"
-        )
+        name = f"{kernel} ({registers})"
+        lines.append(f"{name:<24} {threads:>7} {shared >> 10:>4} KB  {blocks['count']}{'; ' * bool(counts)}{counts}")
     return lines
 
 

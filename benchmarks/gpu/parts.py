@@ -30,6 +30,7 @@ class Part(NamedTuple):
 
 CUDA_TESTS = "tests/backends/cuda/test_gpu.py"
 TRAIN_TESTS = "tests/train/test_gpu.py"
+SIGNS_TESTS = "tests/conv/test_conv_grad_signs.py"
 STEPS, STRATEGIES, NORMS = "train/bench_step.py", "norm/bench_strategies.py", "norm/bench_batch_norm.py"
 PHASES, PROBES = "norm/bench_phases.py", "probes/bench_probes.py"
 
@@ -79,12 +80,7 @@ PARTS = [
     Part("probes", 60, bench(PROBES, "-k", "graph and bf16", budget=0.05), "what recording costs in a graph"),
     Part("strategies-fp32", 60, bench(STRATEGIES, "-k", "graph and fp32", budget=0.1), "the rule in fp32"),
     Part("graphs-fp32", 60, bench(STEPS, "-k", "test_graph and fp32", budget=0.1), "steps in fp32"),
-    Part(
-        "conv-grad-signs-tests",
-        60,
-        tests("-m", "gpu", "tests/conv/test_conv_grad_signs.py", "-k", "triton"),
-        "these sums are right",
-    ),
+    Part("conv-grad-signs-tests", 60, tests("-m", "gpu", SIGNS_TESTS, "-k", "triton"), "whether these sums are right"),
     Part("conv-grad-signs", 40, bench("conv/bench_conv_grad_signs.py", budget=0.2), "sums of a gradient's summands"),
     Part("tests", 150, SHARED, "a sample of the shared tests"),
     Part("racecheck", 90, SHORT, "races in shared memory"),
@@ -96,12 +92,8 @@ PARTS = [
         "the same in Triton",
     ),
     Part("records", 30, bench(PHASES, "--shapes=stage1", "-k", "records", budget=0.2), "what records cost"),
-    Part(
-        "autotuned-110", 200, bench(STEPS, "-k", "test_compiled_graph and autotune and 110", budget=0.1), "max-autotune"
-    ),
-    Part(
-        "compiled-norms", 60, bench(NORMS, "--shapes=stage1", "-k", "bf16 and bn_add_relu", budget=0.3), "torch.compile"
-    ),
+    Part("autotuned-110", 200, bench(STEPS, "-k", "test_compiled_graph and autotune and 110", budget=0.1), "the same"),
+    Part("compiled-norms", 60, bench(NORMS, "--shapes=stage1", "-k", "bf16 and bn_add_relu", budget=0.3), "as a peer"),
     Part("resnet50", 60, bench(NORMS, "--shapes=resnet50-64", "--no-compile", budget=0.05), "larger tensors"),
     Part("small-and-odd", 60, bench(NORMS, "--shapes=small,odd", "--no-compile", budget=0.05), "other tensors"),
     Part("rest", 60, bench("train/bench_augment.py", "train/bench_optimizer.py", budget=0.2), "images, optimiser"),
@@ -132,14 +124,8 @@ def command(part: Part, out: Path, data: Path | None = None) -> list[str]:
     words = [word.format(**places) for word in part.words]
     if words[0].endswith(".py"):
         files = [f"benchmarks/{word}" if word.endswith(".py") else word for word in words]
-        words = [
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *files,
-            f"--bnkern-json={fresh(out, f'bench-{part.name}.json')}",
-        ]
+        results = f"--bnkern-json={fresh(out, f'bench-{part.name}.json')}"
+        words = ["pytest", "-q", "-p", "no:cacheprovider", *files, results]
     if part.name in PARALLEL and importlib.util.find_spec("xdist"):
         words += ["-n", str(min(os.cpu_count() or 1, 12))]
     if part.name == "figure1" and data:

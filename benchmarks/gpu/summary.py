@@ -10,6 +10,8 @@ from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.state import State
 from benchmarks.tools import measurements
 
+KINDS = ("tests", "failures", "errors", "skipped")  # of tests in a file of pytest
+
 
 def measured(out: Path) -> list[dict]:
     """The measurements of all benchmarks. Of a case that was measured twice, the later one counts."""
@@ -21,7 +23,7 @@ def measured(out: Path) -> list[dict]:
 
 
 def failed_tests(out: Path, state: State) -> dict[str, int | None]:
-    """For each part of tests that ran: the number of failed tests, or None if it was stopped or had no tests.
+    """For each part of tests that ran: the number of failed tests, or None if it was stopped or ran none.
 
     A part can fail without a failed test, for example because a sanitizer found an error. It counts as one.
     """
@@ -29,14 +31,10 @@ def failed_tests(out: Path, state: State) -> dict[str, int | None]:
     for part in PARTS:
         record, files = state.last(part.name), attempts(out, f"{part.name}.xml")
         if record and files:
-            suites = ElementTree.parse(files[-1]).getroot().iter("testsuite")
-            tests, failed = (
-                sum(column)
-                for column in zip(
-                    *((int(s.get("tests")), int(s.get("failures")) + int(s.get("errors"))) for s in suites)
-                )
-            )
-            ended = tests > 0 and record.result in ("ok", "FAILED")
+            suites = [suite.attrib for suite in ElementTree.parse(files[-1]).getroot().iter("testsuite")]
+            count = {kind: sum(int(suite[kind]) for suite in suites) for kind in KINDS}
+            failed = count["failures"] + count["errors"]
+            ended = count["tests"] > count["skipped"] and record.result in ("ok", "FAILED")
             counts[part.name] = max(failed, record.result == "FAILED") if ended else None
     return counts
 
@@ -77,7 +75,8 @@ def _rule(out: Path, state: State) -> Iterator[str]:
         for layout in ("nchw", "channels_last"):
             own = [p for p in pairs if p.name.startswith(label) and f" {layout} " in p.name]
             if own:
-                yield f"  {label}, {layout}: {rules.loss(rule.single_read_from, own):.3f}, and {rules.best(own).loss:.3f} by a rule of its own"
+                by_rule, best = rules.loss(rule.single_read_from, own), rules.best(own).loss
+                yield f"  {label}, {layout}: {by_rule:.3f}, and {best:.3f} by a rule of its own"
     yield f"The table for {rules.TABLE.relative_to(rules.ROOT)} is in {path.name}."
 
 

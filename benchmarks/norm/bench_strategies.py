@@ -1,9 +1,9 @@
 """The two strategies of the CUDA kernels, and the Triton kernels: a training forward or backward with ReLU and
 residual.
 
-``make gpu-check`` writes the rules of bnkern/backends/cuda_rules.json from the results. "cold" reads its tensors from memory. "warm" alternates
-between two sets of tensors, which stay in the second-level cache if they are small, as they do after a convolution.
-Outputs are fresh, and autograd is not used.
+``make gpu-check`` writes the rules of bnkern/backends/cuda_rules.json from the results. "cold" reads its tensors from
+memory. "warm" alternates between two sets of tensors, which stay in the second-level cache if they are small, as they
+do after a convolution. Outputs are fresh, and autograd is not used.
 """
 
 from collections.abc import Callable
