@@ -42,16 +42,20 @@ def missing() -> list[str]:
 def run(name: str, words: list[str], log: Path, env: dict[str, str], seconds: float) -> Record:
     """Runs one part and writes its output to a log and to the terminal. Stops it when its time limit is reached.
 
-    The part is a session of its own and is stopped with all its processes, some of which may have the output open.
+    The part is a process group of its own and is stopped as a whole. It writes to a file, because a process that leaves
+    the group could keep a pipe open for ever.
     """
     print(f"\n== {name}, at most {seconds:.0f} s: {' '.join(words)}", flush=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would its processes
     start = time.perf_counter()
     stops = [(seconds, signal.SIGINT), (seconds + GRACE, signal.SIGKILL)]  # SIGINT lets pytest print its tables
     with log.open("wb") as sink, log.open(errors="replace") as shown:
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        to = {"stdin": subprocess.DEVNULL, "stdout": sink, "stderr": subprocess.STDOUT}
+        try:
+            process = subprocess.Popen(words, cwd=ROOT, env=env, process_group=0, **to)
+        except OSError as error:  # for example, no compute-sanitizer
+            print(error)
+            return Record(name, "FAILED", error.errno, 0.0)
         try:
             while process.poll() is None:
                 time.sleep(0.1)

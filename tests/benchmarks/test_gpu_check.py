@@ -53,6 +53,11 @@ def test_a_part_that_ignores_the_signal_is_killed(tmp_path: Path, monkeypatch) -
     assert (record.result, record.status) == ("out of time", -9)
 
 
+def test_a_tool_that_is_missing_fails_its_part_alone(tmp_path: Path) -> None:
+    record = gpu_check.run("part", ["no-such-sanitizer"], tmp_path / "log", dict(os.environ), 60)
+    assert record.result == "FAILED" and record.ran
+
+
 def test_parts_name_existing_files_and_fit_the_two_commands() -> None:
     assert len(set(parts.NAMES)) == len(parts.NAMES) and parts.NAMES[0] == "build" and parts.PARTS[-1].seconds is None
     for part in parts.PARTS[1:]:
