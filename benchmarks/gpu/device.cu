@@ -60,6 +60,8 @@ void print_occupancy(const char* cubin) {
   const auto active_clusters = driver<decltype(&cuOccupancyMaxActiveClusters)>("cuOccupancyMaxActiveClusters");
   const auto active_blocks =
       driver<decltype(&cuOccupancyMaxActiveBlocksPerMultiprocessor)>("cuOccupancyMaxActiveBlocksPerMultiprocessor");
+  int has_clusters = 0;
+  check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, 0), "cudaDeviceGetAttribute");
   CUmodule module;
   check(load(&module, cubin), cubin);
   unsigned count = 0;
@@ -74,15 +76,15 @@ void print_occupancy(const char* cubin) {
       int registers = 0;
       check(attribute(&registers, CU_FUNC_ATTRIBUTE_NUM_REGS, function), "cuFuncGetAttribute");
       check(set(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 200 << 10), "cuFuncSetAttribute");
-      if (kernel.clusters)
-        check(set(function, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1), "cuFuncSetAttribute");
+      const bool clusters = kernel.clusters && has_clusters;
+      if (clusters) check(set(function, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1), "cuFuncSetAttribute");
       for (const int threads : {256, 512})
         for (const int shared : {8 << 10, 100 << 10, 200 << 10}) {
           int blocks = 0;
           check(active_blocks(&blocks, function, threads, shared), "cuOccupancyMaxActiveBlocksPerMultiprocessor");
           std::printf("blocks,%s,%d,%d,%d,1,%d\n", kernel.name, registers, threads, shared, blocks);
           for (const unsigned size : {2u, 4u, 8u, 16u}) {
-            if (!kernel.clusters) break;
+            if (!clusters) break;
             CUlaunchAttribute cluster{};
             cluster.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
             cluster.value.clusterDim.x = size;
@@ -94,9 +96,9 @@ void print_occupancy(const char* cubin) {
             config.sharedMemBytes = shared;
             config.attrs = &cluster;
             config.numAttrs = 1;
-            int clusters = 0;
-            if (active_clusters(&clusters, function, &config) != CUDA_SUCCESS) clusters = 0;
-            std::printf("clusters,%s,%d,%d,%d,%u,%d\n", kernel.name, registers, threads, shared, size, clusters);
+            int active = 0;
+            if (active_clusters(&active, function, &config) != CUDA_SUCCESS) active = 0;
+            std::printf("clusters,%s,%d,%d,%d,%u,%d\n", kernel.name, registers, threads, shared, size, active);
           }
         }
     }

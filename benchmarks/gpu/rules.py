@@ -1,9 +1,9 @@
 """The rule of a device for one kernel or two (bnkern/backends/cuda.py), from the measurements of bench_strategies.py.
 
 The rule is one size: a tensor of at least so many bytes is served by one kernel. It is the size with the least loss
-over all measured calls: forward and backward, both layouts, warm and cold. The loss of a call is its time by the rule over
-the time of its faster strategy, and losses are joined by their geometric mean. A loss well above 1 means that one size
-is not enough, and that the rule should depend on the layout or the call too.
+over all measured calls: forward and backward, both layouts, warm and cold. The loss of a call is its time by the rule
+over the time of its faster strategy, and losses are joined by their geometric mean. A loss well above 1 means that one
+size is not enough, and that the rule should depend on the layout or the call too.
 """
 
 import json
