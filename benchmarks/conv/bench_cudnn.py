@@ -1,7 +1,7 @@
 """cuDNN's convolutions of a CIFAR ResNet, each pass alone: 3 x 3 in bf16 and channels_last, batch 128, in a CUDA graph.
 
 These are the convolutions of bench_step.py's networks, which take most of a step. A convolution kernel of the project's
-own would have to be faster than these. Outputs are fresh.
+own would have to be faster than these. cuDNN chooses its kernels by measurement, as in training. Outputs are fresh.
 """
 
 from collections.abc import Callable
@@ -43,11 +43,12 @@ def test_cudnn(case: Case, device: torch.device, mode: str, compare: Callable) -
             return [x, weight, torch.randn_like(forward([x, weight, x]))]
 
         gradients = {name: lambda data, needs=needs, f=backward: f(data, needs) for name, needs in PASSES.items()}
-        compare(
-            f"{inputs} to {outputs}, stride {stride}",
-            case,
-            {"forward": forward, **gradients},
-            make_data=make_data,
-            mode=mode,
-            budget_s=0.5,
-        )
+        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
+            compare(
+                f"{inputs} to {outputs}, stride {stride}",
+                case,
+                {"forward": forward, **gradients},
+                make_data=make_data,
+                mode=mode,
+                budget_s=0.5,
+            )
