@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.gpu import BUILD, fresh, summary
+from benchmarks.gpu import BUILD, fresh
 from benchmarks.gpu.parts import COMMANDS, NAMES, PARTS, Part, command, environment, plan
 from benchmarks.gpu.state import Record, State, pack, unpack
 
@@ -125,12 +125,14 @@ def main() -> int:
     if args.resume:
         unpack(args.resume, out)
     state = State(out)
+    if not args.summary and (lacks := missing()):
+        print(f"gpu-check cannot run here. Missing: {'; '.join(lacks)}.")
+        return 1
+    from benchmarks.gpu import summary  # not at the top: it imports torch, which may be missing
+
     if args.summary:
         print(summary.write(out, state))
         return 0
-    if lacks := missing():
-        print(f"gpu-check cannot run here. Missing: {'; '.join(lacks)}.")
-        return 1
 
     site = BUILD / "site"  # wheels are installed here, not into the Python that runs this
     paths = [str(ROOT), str(site), os.environ.get("PYTHONPATH", "")]

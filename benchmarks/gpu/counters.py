@@ -47,7 +47,7 @@ STALL = re.compile(r"smsp__average_warps_issue_stalled_(?!selected)(\w+?)(?<!_no
 class Counted(NamedTuple):
     shape: str
     layout: str
-    way: str  # of bench_strategies.py
+    way: str  # of benchmarks/cases/strategies.py
     call: str
     kernels: int
 
@@ -73,7 +73,7 @@ def make_calls() -> None:
     import torch
 
     from benchmarks.cases.shapes import Case
-    from benchmarks.norm.bench_strategies import Layer, call_layer
+    from benchmarks.cases.strategies import Layer, call_layer
 
     device = torch.device("cuda")
     for counted in CALLS:

@@ -13,10 +13,9 @@ from statistics import geometric_mean
 from typing import NamedTuple
 
 from benchmarks import ROOT
+from benchmarks.cases.strategies import NEVER, ONE, TWO
 
 TABLE = ROOT / "bnkern" / "backends" / "cuda_rules.json"
-ONE, TWO = "bnkern, one kernel", "bnkern, two kernels"
-NEVER = 1 << 62
 
 
 class Pair(NamedTuple):

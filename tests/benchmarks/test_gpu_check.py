@@ -168,6 +168,26 @@ def test_a_pack_restores_the_folder(tmp_path: Path, monkeypatch) -> None:
         unpack(tmp_path / "packs" / "other", tmp_path)
 
 
+def without(module: str, *words: str) -> subprocess.CompletedProcess:
+    """The command line in a Python that cannot import a module."""
+    code = (
+        f"import runpy, sys; sys.modules[{module!r}] = None; sys.argv[1:] = {[*words]!r};"
+        "runpy.run_module('benchmarks.gpu', None, '__main__')"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_tables_need_no_native_module(tmp_path: Path) -> None:
+    """On a bare machine the command starts before the module is built, and prints its tables if the build fails."""
+    done = without("bnkern._native", "--summary", "--out", str(tmp_path))
+    assert done.returncode == 0 and "not measured" in done.stdout, done.stderr
+
+
+def test_the_plan_needs_no_torch() -> None:
+    done = without("torch", "--plan")
+    assert done.returncode == 0 and done.stdout.count("\n") > len(parts.PARTS), done.stderr
+
+
 # --------------------------------------------------------------------------------------------------- output of tools
 
 
