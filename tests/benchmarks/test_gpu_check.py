@@ -5,6 +5,7 @@ The whole command runs on a stand-in for the GPU (tests/benchmarks/stand_in), wh
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from benchmarks.cases.shapes import named
 from benchmarks.gpu import __main__ as gpu_check
 from benchmarks.gpu import attempts, counters, device, fresh, parts, profile, rules, state, summary, targets
 from benchmarks.gpu.state import MODULE, Record, State, pack, unpack
+from bnkern import _native as native
 from bnkern.backends import cuda
 from tests import ROOT
 
@@ -261,6 +263,15 @@ def test_what_fits_on_the_device_is_read() -> None:
     assert lines[1].endswith("; 66 of 2, 33 of 4, 15 of 8, 7 of 16")
     with pytest.raises(ValueError, match="no results in the output"):
         device.read("layout,mma.m16n8k16,0\n")
+
+
+def test_device_checks_name_kernels_of_the_module() -> None:
+    if not native.build_info()["cuda"]:
+        pytest.skip("built without CUDA")
+    kernels = re.findall(r'\{"\w+", "(\w+_kernel\w+)", (?:true|false)\}', device.SOURCE.read_text())
+    assert len(kernels) == 4
+    module = Path(native.__file__).read_bytes()
+    assert [kernel for kernel in kernels if kernel.encode() not in module] == []
 
 
 def test_device_checks_compile(tmp_path: Path) -> None:
