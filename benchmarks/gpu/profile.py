@@ -32,7 +32,7 @@ KINDS = (
     ("convolution, input gradient", r"dgrad"),
     ("layout", r"nchwToNhwc|nhwcToNchw|nchw2nhwc|nhwc2nchw|transpose"),
     ("convolution, forward", r"fprop|implicit_gemm|implicit_convolve|cudnn|xmma|convolve"),
-    ("optimiser", r"[Ff]used_?[Ss]gd|FusedSgd|multi_tensor_apply"),
+    ("optimiser", r"bnkern.*update|FusedSgd|multi_tensor_apply"),
     ("linear", r"gemm|nvjet|cublas|cutlass|splitK"),
     ("casts and copies", r"copy_kernel|CatArray|Memcpy|memcpy|\bcopy"),
     ("fills", r"FillFunctor|Memset|memset"),

@@ -68,8 +68,9 @@ def _rule(out: Path, state: State) -> Iterator[str]:
     model, source = _device_of(out)
     path = out / rules.TABLE.name
     path.write_text(rules.table_with(model, rule, source))
-    size = "never" if rule.single_read_from == rules.NEVER else f"from {rule.single_read_from} bytes"
-    yield f"One kernel {size}: {rule.loss:.3f} times the faster strategy's time over {len(pairs)} calls."
+    ends = {0: "One kernel for every size", rules.NEVER: "Two kernels for every size"}
+    what = ends.get(rule.single_read_from, f"One kernel from {rule.single_read_from} bytes")
+    yield f"{what}: {rule.loss:.3f} times the time of each call's faster strategy, over {len(pairs)} calls."
     yield f"Always one kernel: {rules.loss(0, pairs):.3f}. Always two: {rules.loss(rules.NEVER, pairs):.3f}."
     for label in ("forward, warm", "forward, cold", "backward, warm", "backward, cold"):
         for layout in ("nchw", "channels_last"):
