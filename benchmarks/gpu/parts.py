@@ -54,14 +54,14 @@ FIGURE1 = [
 
 PARTS = [
     Part("build", 75, [], "the native module, with the baseline's CPU kernels only"),
-    Part("machine", 20, ["bnkern", "--json"], "which backends serve, and by which rule"),
+    Part("machine", 25, ["bnkern", "--json"], "which backends serve, and by which rule"),
     Part("smoke", 40, SHORT, "whether the CUDA kernels are right at all"),
     Part("device", 30, ["benchmarks.gpu.device", "{json}"], "which clusters fit, and how an MMA takes its operands"),
     Part("profile", 60, ["benchmarks.gpu.profile", "{json}"], "where the time of a ResNet-110 step goes"),
     Part("counters", 75, ["benchmarks.gpu.counters", "{json}"], "what the batch norm kernels wait for"),
     Part("strategies", 60, bench(STRATEGIES, "-k", "graph and bf16", budget=0.1), "one kernel or two: the rule"),
     Part("graphs", 50, bench(STEPS, "-k", "test_graph and bf16", budget=0.1), "steps in a graph"),
-    Part("compiled", 130, bench(STEPS, "-k", "test_compiled_graph and default", budget=0.1), "torch.compile as a peer"),
+    Part("compiled", 125, bench(STEPS, "-k", "test_compiled_graph and default", budget=0.1), "torch.compile as a peer"),
     # ---- the second command
     Part("replicas", 35, bench(STEPS, "-k", "replicas", budget=0.1), "several runs on one GPU"),
     Part("cuda-tests", 75, tests("-m", "gpu and not slow", CUDA_TESTS), "the CUDA kernels on hardware"),

@@ -113,9 +113,9 @@ def test_a_second_command_goes_on_where_the_first_one_stopped(tmp_path: Path, mo
 
 def test_a_part_that_does_not_fit_is_skipped_for_one_that_does(tmp_path: Path, monkeypatch) -> None:
     clock = Clock(monkeypatch, tmp_path, {"build": ("ok", 40)})
-    ran = clock.command(tmp_path, (75 + 40) / 60)
+    ran = clock.command(tmp_path, (75 + 50) / 60)
     assert ran[:2] == ["build", "machine"]
-    assert {"smoke", "compiled"} & set(ran) == {"smoke"}  # 40 of the 75 seconds that are left
+    assert {"smoke", "compiled"} & set(ran) == {"smoke"}  # 40 of the 84 seconds that are left
 
 
 def test_nothing_runs_after_a_failed_build(tmp_path: Path, monkeypatch) -> None:
