@@ -10,7 +10,8 @@ What is replaced, as low as possible:
 - ``site/sitecustomize.py``, which every Python process imports at its start, makes torch report an H200. Tensors for it
   are on the CPU, streams and events do nothing, a CUDA graph is not replayed, and times are those of the host.
   The native module's CPU kernels and the reference compute what CUDA and Triton kernels would.
-- Shapes have two images, networks eight layers and epochs 16 images. torch.compile checks its options only.
+- Shapes have two images of 8 x 8, networks eight layers, epochs 16 images and comparisons two rounds. torch.compile
+  checks its options only.
 - Tests (not benchmarks) are selected and set up, and their bodies are left out.
 - ``bin`` has nvcc, ninja, ncu, compute-sanitizer, cuobjdump and nvidia-smi. They check their options and start the
   program that they are given. nvcc compiles device.cu, and the program that it makes prints a sample.

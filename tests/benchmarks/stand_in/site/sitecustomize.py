@@ -126,8 +126,9 @@ TensorsOnCpu().__enter__()
 
 
 def _replace_parts_of_bnkern() -> None:
-    """Backends that compute on the CPU, and few images, layers and epochs."""
+    """Backends that compute on the CPU, and few images, layers, epochs and rounds."""
     from benchmarks.cases import shapes, steps
+    from benchmarks.tools import timing
     from bnkern import backends
     from bnkern.backends import cuda, reference
     from bnkern.train import cifar10, config, step
@@ -138,7 +139,11 @@ def _replace_parts_of_bnkern() -> None:
     refuses, load, loop_step = cuda.refuses, backends._load, steps.loop_step
     cuda.refuses = lambda device, dtype: refuses(torch.device("cuda", 0), dtype)
     backends._load = lambda name: reference if name == "triton" else load(name)
-    shapes.SHAPES = {name: (min(size[0], 2), *size[1:]) for name, size in shapes.SHAPES.items()}
+    shapes.SHAPES = {
+        name: (min(n, 2), c, *(min(side, 8) for side in space)) for name, (n, c, *space) in shapes.SHAPES.items()
+    }
+    timing.rounds_within = lambda budget_s, round_s: 2
+    timing.MOST_SETS = 2
     steps.loop_step = lambda config, *rest, **options: loop_step(config.replace(**small), *rest, **options)
     step.WARM_UP = 1
     config.PRESETS = {name: run.replace(epochs=1, **small) for name, run in config.PRESETS.items()}
