@@ -141,7 +141,9 @@ def main() -> int:
         wheels = [str(wheel) for wheel in sorted(args.wheels.resolve().glob("*.whl"))]
         install = ["pip", "install", "--no-index", "--no-deps", "--upgrade", "--target", str(site), *wheels]
         run("wheels", [sys.executable, "-m", *install], out / "wheels.log", env, 60)
-    parts = [part for part in PARTS if part.name in requested] if requested else state.left()
+    parts = state.left()  # also puts the module of an earlier command in its place
+    if requested:
+        parts = [part for part in PARTS if part.name in requested]
     try:
         run_parts(parts, state, end, env, args)
     finally:
@@ -149,7 +151,7 @@ def main() -> int:
         if args.pack:
             pack(out, args.pack)
     print(f"logs and results: {out}")
-    return int(any(record.result == "FAILED" for record in state.records))
+    return int(any(record and record.result == "FAILED" for record in map(state.last, NAMES)))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def tests(*words: str) -> list[str]:
 
 
 def bench(*words: str, budget: float) -> list[str]:
-    """Benchmarks with a factor on the time of a case. Without torch.compile, except for test_compiled_graph."""
+    """Benchmarks, with a factor on the time that is spent on each case."""
     return [*words, f"--budget={budget:g}"]
 
 
