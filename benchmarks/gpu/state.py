@@ -43,7 +43,7 @@ class State:
         self.records.append(record)
         if record.part == "build" and record.result == "ok":
             self.sources = sources()
-            shutil.copy(ROOT / "bnkern" / MODULE, self.out / MODULE)
+            put(ROOT / "bnkern" / MODULE, self.out / MODULE)
         records = [record._asdict() for record in self.records if record.ran]
         self.path.write_text(json.dumps({"records": records, "sources": self.sources}, indent=1) + "\n")
 
@@ -54,7 +54,7 @@ class State:
         """Whether the module of an earlier command serves. Puts it in its place if the machine is another one."""
         if self.sources != sources() or not (self.out / MODULE).exists():
             return False
-        shutil.copy(self.out / MODULE, ROOT / "bnkern" / MODULE)
+        put(self.out / MODULE, ROOT / "bnkern" / MODULE)
         return True
 
     def left(self) -> list[Part]:
@@ -64,6 +64,13 @@ class State:
         again = [part for part in others if (record := self.last(part.name)) and record.result != "ok"]
         finished = (record := self.last(last.name)) is not None and record.result == "ok"
         return [build] * (not self.built()) + new + again + [last] * (not finished)
+
+
+def put(module: Path, target: Path) -> None:
+    """Copies a module by renaming the copy. To write into a file that a process has loaded would crash the process."""
+    part = target.with_name(f"{target.name}.part")
+    shutil.copy(module, part)
+    part.replace(target)
 
 
 def sources() -> str:

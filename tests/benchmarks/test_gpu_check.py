@@ -83,7 +83,7 @@ class Clock:
         monkeypatch.setattr(gpu_check, "run", self.run)
         monkeypatch.setattr(gpu_check, "has_data", lambda data: True)
         monkeypatch.setattr(state, "sources", lambda: "these sources")
-        monkeypatch.setattr(state.shutil, "copy", lambda source, target: Path(target).touch())
+        monkeypatch.setattr(state, "put", lambda source, target: target.touch())
         self.results = results
 
     def run(self, name: str, words: list[str], log: Path, env: dict, seconds: float) -> Record:
@@ -139,6 +139,15 @@ def test_a_changed_source_is_built_again(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / MODULE).unlink()
     monkeypatch.setattr(state, "sources", lambda: "these sources")
     assert not State(tmp_path).built()
+
+
+def test_a_module_is_put_in_place_while_a_process_has_it(tmp_path: Path) -> None:
+    target = tmp_path / "loaded.so"
+    target.write_text("old")
+    with target.open() as loaded:
+        (tmp_path / "built.so").write_text("new")
+        state.put(tmp_path / "built.so", target)
+        assert loaded.read() == "old" and target.read_text() == "new"
 
 
 def test_attempts_are_numbered(tmp_path: Path) -> None:
