@@ -32,7 +32,7 @@ CUDA_TESTS = "tests/backends/cuda/test_gpu.py"
 TRAIN_TESTS = "tests/train/test_gpu.py"
 SIGNS_TESTS = "tests/conv/test_conv_grad_signs.py"
 STEPS, STRATEGIES, NORMS = "train/bench_step.py", "norm/bench_strategies.py", "norm/bench_batch_norm.py"
-PHASES, PROBES = "norm/bench_phases.py", "probes/bench_probes.py"
+PROBES = "probes/bench_probes.py"
 
 
 def tests(*words: str) -> list[str]:
@@ -51,6 +51,10 @@ FIGURE1 = [
     "bnkern.train", "fig1-batch-0.1", "--out={out}/figure1", "--device=cuda",
     "--set", "precision=bf16", "channels_last=true", "evaluate_every=5",
 ]  # fmt: skip
+
+PHASES = bench(
+    "norm/bench_phases.py", "--shapes=stage1,large64", "-k", "graph and not records and not fp16", budget=0.2
+)
 
 PARTS = [
     Part("build", 75, [], "the native module, with the baseline's CPU kernels only"),
@@ -84,14 +88,14 @@ PARTS = [
     Part("conv-grad-signs", 40, bench("conv/bench_conv_grad_signs.py", budget=0.2), "sums of a gradient's summands"),
     Part("tests", 150, SHARED, "a sample of the shared tests"),
     Part("racecheck", 90, SHORT, "races in shared memory"),
-    Part("phases", 60, bench(PHASES, "--shapes=stage1,large64", "-k", "not records", budget=0.2), "phases over a copy"),
+    Part("phases", 60, PHASES, "phases over a copy"),
+    Part("phases-triton", 60, PHASES, "the same in Triton"),
     Part(
-        "phases-triton",
-        60,
-        bench(PHASES, "--shapes=stage1,large64", "-k", "not records", budget=0.2),
-        "the same in Triton",
+        "records",
+        30,
+        bench("norm/bench_phases.py", "--shapes=stage1", "-k", "records", budget=0.2),
+        "what records cost",
     ),
-    Part("records", 30, bench(PHASES, "--shapes=stage1", "-k", "records", budget=0.2), "what records cost"),
     Part("autotuned-110", 200, bench(STEPS, "-k", "test_compiled_graph and autotune and 110", budget=0.1), "the same"),
     Part("compiled-norms", 60, bench(NORMS, "--shapes=stage1", "-k", "bf16 and bn_add_relu", budget=0.3), "as a peer"),
     Part("resnet50", 60, bench(NORMS, "--shapes=resnet50-64", "--no-compile", budget=0.05), "larger tensors"),

@@ -127,7 +127,7 @@ TensorsOnCpu().__enter__()
 
 def _replace_parts_of_bnkern() -> None:
     """Backends that compute on the CPU, and few images, layers, epochs and rounds."""
-    from benchmarks.cases import shapes, steps
+    from benchmarks.cases import shapes, steps, traffic
     from benchmarks.tools import timing
     from bnkern import backends
     from bnkern.backends import cuda, reference
@@ -144,6 +144,7 @@ def _replace_parts_of_bnkern() -> None:
     }
     timing.rounds_within = lambda budget_s, round_s: 2
     timing.MOST_SETS = 2
+    traffic.COPY_BYTES = 1 << 20
     steps.loop_step = lambda config, *rest, **options: loop_step(config.replace(**small), *rest, **options)
     step.WARM_UP = 1
     config.PRESETS = {name: run.replace(epochs=1, **small) for name, run in config.PRESETS.items()}
