@@ -10,7 +10,9 @@ has too little shared memory to record rows (142 to 159 KB for 512 threads).
 """
 
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -73,9 +75,16 @@ class Rule(NamedTuple):
     source: str
 
 
-# By the name of the device model, with "" for all other models. benchmarks/norm/bench_strategies.py measures both
-# strategies.
-RULES = {"": Rule(0, "rule of thumb: one kernel for every size")}
+# By the name of the device model. `make gpu-check` measures both strategies and writes this table with an entry for its
+# device, which a person reads and commits.
+RULES = {
+    name: Rule(**entry) for name, entry in json.loads(Path(__file__).with_name("cuda_rules.json").read_text()).items()
+}
+
+
+def rule_of(model: str) -> Rule:
+    """The rule for a device model."""
+    return RULES.get(model, Rule(0, "not measured on this device: one kernel for every size"))
 
 
 def introduce(index: int, single_read_from: int | None = None) -> None:
@@ -84,7 +93,7 @@ def introduce(index: int, single_read_from: int | None = None) -> None:
     ``single_read_from`` replaces the value of the device's :class:`Rule`.
     """
     properties = torch.cuda.get_device_properties(index)
-    rule, compiled = RULES.get(properties.name, RULES[""]), _serving(properties)
+    rule, compiled = rule_of(properties.name), _serving(properties)
     _native.cuda_device(
         index,
         multiprocessors=properties.multi_processor_count,
