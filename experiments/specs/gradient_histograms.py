@@ -55,6 +55,8 @@ SPEC = Spec(
     reduction={"reduced": FEWER_TEXT},
     given="read off",
     minutes={"reduced": 0.95, "full": 9.5},
-    remark="Without batch norm our gradients are several times larger than the paper's, as our activations are in "
-    "Figure 5.",
+    remark="Without batch norm the largest entry in the paper's figure is below those of 99 % of our networks, and "
+    "the ratio of the sd, which is read off, below those of 98 %. In Figure 5 the paper's activations are below most "
+    "of ours too. The figures agree with one network that is small, and not with an average one. With batch norm the "
+    "largest entry is ordinary, at 59 % of ours.",
 )
