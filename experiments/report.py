@@ -39,7 +39,7 @@ READING = (
 )
 SCALES = (
     "What needs no training is measured at the paper's own scale. Training runs at the paper's scale take weeks on a "
-    "CPU, and are replaced by smaller ones. At scale quick they only show that everything runs, and no claim is judged "
+    "CPU, and are replaced by smaller ones. At scale quick they are a demonstration of minutes, and no claim is judged "
     "by them. At scale reduced the learning rates are the paper's and the training images are few, so that every "
     "network can fit them. Claims are judged there.",
 )

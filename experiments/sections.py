@@ -81,9 +81,10 @@ class Section:
         """The limits of the numbers, or "" if there are none."""
         if self.data == "synthetic":
             return "Synthetic images instead of CIFAR-10. These numbers only show that everything runs."
-        if self.scale in ("smoke", "quick"):
-            scale = self.scale.capitalize()
-            return f"{scale} scale. These numbers only show that everything runs. No claim is judged by them."
+        if self.scale == "smoke":
+            return "Smoke scale. These numbers only show that everything runs. No claim is judged by them."
+        if self.scale == "quick":
+            return "Quick scale, a demonstration of minutes. No claim is judged by these numbers."
         cautions = ["Reduced scale."] * (self.scale == "reduced")
         return " ".join([*cautions, *[f"Trained in {self.precision}."] * (self.precision != PRECISIONS[0])])
 
