@@ -45,9 +45,8 @@ format: setup ## correct the style
 docs: setup ## build the documents as a site, every warning an error: build/site/index.html
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet $(ARGS)
 
-gpu-check: ## on a machine with a GPU and its own torch: build, test, measure; WHEELS= OUT= PARTS=build,tests
-	$(or $(PYTHON),python3) benchmarks/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)") \
-	  $(if $(PARTS),--parts $(PARTS))
+gpu-check: ## on a machine with a GPU and its own torch: build, test, measure; ARGS='--plan', '--minutes 4 --parts graphs'
+	$(or $(PYTHON),python3) -m benchmarks.gpu $(ARGS)
 
 clean: ## remove build products; environments and results are kept
 	rm -rf build dist *.egg-info bnkern/_native*.so .venv*/done

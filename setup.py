@@ -1,6 +1,6 @@
 """Build the native module with CMake. Everything else is in pyproject.toml. The build does not need torch.
 
-It reads BNKERN_CUDA, BNKERN_CUDA_ARCHS (see CMakeLists.txt) and MAX_JOBS from the environment.
+It reads BNKERN_CUDA, BNKERN_CUDA_ARCHS, BNKERN_CPU_ISAS (see CMakeLists.txt) and MAX_JOBS from the environment.
 """
 
 import os
@@ -32,6 +32,7 @@ class CMakeBuild(build_ext):
             "BNKERN_OUTPUT_DIR": build,
             "BNKERN_CUDA": os.environ.get("BNKERN_CUDA", ""),
             "BNKERN_CUDA_ARCHS": os.environ.get("BNKERN_CUDA_ARCHS", ""),
+            "BNKERN_CPU_ISAS": os.environ.get("BNKERN_CPU_ISAS", ""),
         }
         if ninja := shutil.which("ninja"):
             options["CMAKE_MAKE_PROGRAM"] = ninja

@@ -9,6 +9,7 @@ from .backends import use_backend
 from .conv import GradSigns, conv2d_grad_signs
 from .convert import convert, revert
 from .norm import Moments, add_act, batch_norm, channel_moments, explain
+from .statistics import recompute_statistics
 
 __version__ = "0.2.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "explain",
     "nn",
     "probes",
+    "recompute_statistics",
     "revert",
     "use_backend",
 ]

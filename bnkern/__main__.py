@@ -49,11 +49,15 @@ def native() -> dict[str, str]:
     info = module.build_info()
     isa = module.isa() if hasattr(module, "isa") else "not reported by this build"
     cuda = f"CUDA {info['cuda']} for {' '.join(info['cuda_archs'])}" if info["cuda"] else "not compiled in: CPU only"
-    return {
+    result = {
         "compiler": info["compiler"],
         "cpu kernels": f"{isa} (compiled: {' '.join(info['isas'])})",
         "cuda kernels": cuda,
     }
+    if info["cuda"] and torch.cuda.is_available():
+        rule = importlib.import_module("bnkern.backends.cuda").rule_of(torch.cuda.get_device_name())
+        result["cuda strategy"] = f"one kernel from {rule.single_read_from} bytes, else two ({rule.source})"
+    return result
 
 
 def working_backends() -> dict[str, str]:

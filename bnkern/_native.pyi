@@ -70,6 +70,22 @@ def augment(
     /,
 ) -> None: ...
 
+# ---- csrc/call/update.cpp
+
+def update(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    values: Tensor,
+    before: Tensor,
+    velocity: Tensor | None,
+    shadow: Tensor | None,
+    lr: Tensor,
+    stop: Tensor,
+    momentum: float,
+    weight_decay: float,
+    /,
+) -> None: ...
+
 # ---- csrc/bind.cpp, only in builds with CUDA
 
 def cuda_device(

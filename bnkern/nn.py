@@ -12,7 +12,7 @@ from .backends import activations
 from .conv import conv2d, takes_gradient
 from .guard import Hyperparameter
 from .norm import add_act, batch_norm, ranks_of, sync_batch_norm
-from .norm.context import is_plain_eager
+from .norm.context import is_plain_eager, is_recomputed
 
 
 def _tensor(module: torch.nn.Module, stored: Mapping[str, Tensor | None], name: str) -> Tensor | None:
@@ -48,6 +48,7 @@ class _Fused(_Parent):
     """
 
     taps: tuple = ()  # one for each recording of this module (bnkern.probes)
+    statistics_frozen = False  # see freeze_statistics
     # Reads return torch's int and float. They have no annotations, because torch.jit.script would use these.
     num_features, eps = Hyperparameter(), Hyperparameter()  # type: ignore[assignment]
 
@@ -76,10 +77,11 @@ class _Fused(_Parent):
                 return node
         else:
             self._check_input_dim(input)
-        training, momentum = self.training, self.momentum
+        training, momentum = self.training and not self.statistics_frozen, self.momentum
         buffers, parameters = self._buffers, self._parameters
         running_mean = running_var = counter = None
-        if self.track_running_stats or not training:
+        # A recomputation in a backward pass normalises by the batch again and updates nothing.
+        if not training or (self.track_running_stats and not is_recomputed()):
             running_mean, running_var = _tensor(self, buffers, "running_mean"), _tensor(self, buffers, "running_var")
             if training:
                 counter = self.num_batches_tracked
@@ -216,13 +218,13 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
     _check_non_zero_input_channels = torch.nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        group = ranks_of(self.process_group) if self.training else None
+        group = ranks_of(self.process_group) if self.training and not self.statistics_frozen else None
         if group is None or isinstance(input, fx.Proxy):
             return super().forward(input, residual)
         # These methods are of another class. They read only attributes that this class has too.
         self._check_input_dim(input)  # type: ignore[misc]
         self._check_non_zero_input_channels(input)  # type: ignore[misc]
-        tracked = self.track_running_stats
+        tracked = self.track_running_stats and not is_recomputed()
         counter = self.num_batches_tracked if tracked else None
         momentum = 0.0 if self.momentum is None and counter is None else self.momentum
         return sync_batch_norm(
@@ -239,6 +241,34 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
             num_batches_tracked=counter,
             records=self.taps[0].records(self, input) if self.taps else None,
         )
+
+
+def freeze_statistics(model: torch.nn.Module, frozen: bool = True) -> None:
+    """Lets bnkern's batch norms in ``model`` normalise by their running statistics also in training mode.
+
+    The running statistics and their counters stay as they are. Weight and bias are trained as before, and gradients are
+    those of eval mode. ``model.train()`` and ``model.eval()`` do not change this; ``freeze_statistics(model, False)``
+    undoes it. A copy of a frozen module is frozen, and the state_dict does not have this setting.
+
+    Raises:
+        ValueError: A batch norm is not bnkern's, or it has no running statistics. The message names it. Nothing has
+            been changed.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase) and not _is_instance_norm(module):
+            if not isinstance(module, _Fused):
+                kind = f"{type(module).__module__}.{type(module).__name__}"
+                raise ValueError(f"freeze_statistics: {name or 'the model'} is a {kind}; call bnkern.convert first")
+            if module.running_mean is None:
+                raise ValueError(f"freeze_statistics: {name or 'the model'} has no running statistics")
+            found.append(module)
+    for module in found:
+        module.statistics_frozen = frozen
+
+
+def _is_instance_norm(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)
 
 
 def convert_sync_batchnorm(

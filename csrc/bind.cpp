@@ -110,12 +110,14 @@ namespace bnkern {
 [[noreturn]] static void refuse() { throw std::runtime_error("the native module was built without CUDA"); }
 void launch_cuda(Forward&, PyObject*, const dlpack::Device&) { refuse(); }
 void launch_cuda(Backward&, PyObject*, const dlpack::Device&) { refuse(); }
+void launch_cuda(Update&, PyObject*, const dlpack::Device&) { refuse(); }
 }  // namespace bnkern
 #endif
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "bnkern's compiled kernels. They take torch's tensors, but do not link to a library of torch.";
-  if (!bnkern::add_calls(m.ptr()) || !bnkern::add_cpu_functions(m.ptr())) throw py::error_already_set();
+  if (!bnkern::add_calls(m.ptr()) || !bnkern::add_cpu_functions(m.ptr()) || !bnkern::add_update(m.ptr()))
+    throw py::error_already_set();
   m.def("build_info", &build_info, "Compiler, instruction sets, CUDA version or None, CUDA architectures.");
   m.def("isa", [] { return bnkern::cpu_kernels().isa; }, "The instruction set of the CPU kernels on this machine.");
   m.def(

@@ -1,6 +1,6 @@
-// The only copy of batch norm's arithmetic, for scalars and 16-lane vectors, on the host and in CUDA.
+// The only copy of the arithmetic, for scalars and 16-lane vectors, on the host and in CUDA.
 // Contraction is off everywhere, and multiply-adds are explicit calls of fma. So the backward recomputes
-// the forward's mask bit for bit. The formulas are those of bnkern/backends/reference/batch_norm.py.
+// the forward's mask bit for bit. The formulas are those of bnkern/backends/reference.
 #pragma once
 
 #ifndef __CUDACC__
@@ -114,6 +114,21 @@ BNKERN_HD V scale_shift(V xhat, V weight, V bias) {
 template <class V>
 BNKERN_HD V input_gradient(V dy, V xhat, V mean_dy, V mean_dy_xhat, V scale) {
   return (dy - fma(xhat, mean_dy_xhat, mean_dy)) * scale;
+}
+
+// One step of SGD with momentum. The product momentum * velocity is rounded before the addition, as in torch's kernel
+// for the CPU, so that both have the same bits.
+template <class V>
+BNKERN_HD V decayed_gradient(V gradient, V weight_decay, V parameter) {
+  return fma(weight_decay, parameter, gradient);
+}
+template <class V>
+BNKERN_HD V next_velocity(V momentum, V velocity, V gradient) {
+  return momentum * velocity + gradient;
+}
+template <class V>
+BNKERN_HD V next_parameter(V parameter, V minus_lr, V velocity) {
+  return fma(minus_lr, velocity, parameter);
 }
 
 }  // namespace bnkern

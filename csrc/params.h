@@ -103,6 +103,27 @@ struct Augment {
   int threads;
 };
 
+// One parameter of an update: its first value and number of values in the flat tensors, and its gradient, which has the
+// same order in memory. The gradient is bfloat16 if the parameter has a shadow, and otherwise of the update's dtype.
+struct Segment {
+  const void* gradient;
+  std::int64_t first, count;
+};
+constexpr std::int64_t kSegmentAlign = 64;  // a segment begins at a multiple; sizes of flat tensors are multiples
+
+// A call of update, which is one step of SGD for all parameters (bnkern/backends/reference/update.py).
+struct Update {
+  DType dtype;                       // of values, before and velocity: fp32 or fp64
+  void *values, *before, *velocity;  // velocity may be null
+  BFloat16* shadow;                  // of the first values
+  std::int64_t shadow_size;          // 0 if there is no shadow
+  const Segment* segments;           // in the order of their first values
+  std::int64_t segment_count;
+  const float *lr, *stop;  // scalars on the device
+  double momentum, weight_decay;
+  int threads;
+};
+
 // A tensor [N, C, H, W]. Its stride is 1 along channels (channels_last) or along columns (NCHW).
 struct Image {
   const void* data;

@@ -2,13 +2,14 @@
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from . import names, spec
 from .results import PUBLISHED, RUNS
-from .specs import SCALES, Spec
+from .specs import LAYOUTS, PRECISIONS, SCALES, Spec
 
 EXAMPLES = """\
 examples:
@@ -17,7 +18,8 @@ examples:
   python -m experiments list
   python -m experiments run gradient_signs moments_by_depth
   python -m experiments run all --scale reduced       takes days; after Ctrl-C the same command continues
-  python -m experiments run learning_rates --scale full --device cuda --seeds 5
+  python -m experiments run learning_rates --scale full --precision bf16        the paper's scale, for a GPU
+  python -m experiments run learning_rates --scale full --only batch-0.1-seed0 --minutes 9
   python -m experiments report                        writes results/report.html
   python -m experiments report --published            the same, with the published results of all other experiments
 
@@ -80,6 +82,33 @@ def main(words: list[str] | None = None) -> int:
             help="keep finished runs (default). --no-resume repeats them, and moves the old ones to .old/",
         )
     run_parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="execute only these runs: labels such as batch-0.1, or batch-0.1-seed0 for one seed",
+    )
+    run_parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="precision of training (default: fp32). bf16 is autocast with parameters in fp32. Such runs have results "
+        "of their own",
+    )
+    run_parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default=LAYOUTS[0],
+        help="memory format of training (default: channels_last). An unfinished run keeps its own",
+    )
+    run_parser.add_argument(
+        "--minutes",
+        type=_minutes_of,
+        default=math.inf,
+        metavar="N",
+        help="stop before N minutes have passed, with exit status 75 if runs are left. The same command continues",
+    )
+    run_parser.add_argument(
         "--published",
         action="store_true",
         help="treat the training runs in experiments/published/runs as finished",
@@ -120,9 +149,11 @@ def main(words: list[str] | None = None) -> int:
 
         kept = PUBLISHED / RUNS if getattr(arguments, "published", False) else None
         scale = "quick" if arguments.command == "reproduce" else arguments.scale
+        own = ("precision", "layout", "only", "minutes")  # options of the command run
         status = run(
             selected, scale, arguments.data, arguments.device, arguments.seeds, arguments.out, arguments.resume, kept,
             finished=_growing(arguments.out) if arguments.command == "reproduce" else None,
+            **{name: getattr(arguments, name) for name in own if hasattr(arguments, name)},
         )  # fmt: skip
         if arguments.command == "run" or status == INTERRUPTED:
             return status
@@ -166,6 +197,13 @@ def _minutes(about: Spec, scale: str) -> str:
     if minutes is None:
         return "-"
     return f"{minutes:g} min" if minutes < 90 else f"{minutes / 60:.0f} h"
+
+
+def _minutes_of(text: str) -> float:
+    minutes = float(text)
+    if not minutes > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return minutes
 
 
 def _positive(text: str) -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from bnkern.train.resnet import ResNet
 
-from .specs import Run
+from .specs import TRAINING, Run
 
 REFERENCE = 0.041  # seconds of the step that step_seconds takes, on the machine of the specs' minutes
 
@@ -22,8 +22,9 @@ REFERENCE = 0.041  # seconds of the step that step_seconds takes, on the machine
 def work(run: Run) -> float:
     """The work of a run in the unit of its procedure. It serves to compare the runs of one experiment."""
     options = run.options
-    if "epochs" in options and run.procedure in ("training", "layer_products"):
-        return run.depth * max(1, options["epochs"]) * options.get("images", 50_000) * len(options.get("lrs", [0]))
+    if "epochs" in options and run.procedure in TRAINING:
+        rates = 12 if options.get("search") else len(options.get("lrs", [0]))  # a search tries about 12
+        return run.depth * max(1, options["epochs"]) * options.get("images", 50_000) * rates
     if run.procedure == "noise":
         images = sum(min(options["most"] * size, options["budget"]) for size in options["sizes"])
         return images + options["images"] * (options["mode"] == "frozen")

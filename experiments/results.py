@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .specs import JUDGED, SCALES, Claim, Run, Spec
+from .specs import JUDGED, PRECISIONS, SCALES, TRAINING, Claim, Run, Spec
 
 PUBLISHED = Path(__file__).parent / "published"
 RUNS = "runs"  # its subfolder for finished runs that take hours, by experiment
+FOR_PERCENTILES = 40  # the number of runs from which percentiles are stated: then 2.5 % is one run
 
 
 class Value(NamedTuple):
@@ -53,6 +54,11 @@ class Finished:
     config: dict
     env: dict
 
+    @property
+    def precision(self) -> str:
+        """One of specs.PRECISIONS, that of its training."""
+        return self.config["options"].get("precision", PRECISIONS[0])
+
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         """All measured arrays by name. The name is ``<quantity>/<layer>`` if the quantity belongs to a layer."""
@@ -69,11 +75,30 @@ class Finished:
     def value(self, quantity: str, layer: int | None = None) -> Value:
         """The quantity, averaged over channels if it has any, and its bound.
 
-        The bound is read from the array "<quantity> bound", if there is one.
+        The bound is read from the array "<quantity> bound", if there is one. A quantity of :data:`DERIVED` is computed.
         """
+        if quantity in DERIVED:
+            return Value(DERIVED[quantity](self))
         name = f"{quantity} bound" + ("" if layer is None else f"/{layer}")
         bound = int(self.arrays[name]) if name in self.arrays else 0
         return Value(float(np.mean(self.at(quantity, layer))), bound)
+
+
+def _dead(run: Finished) -> float:
+    """1 if a training run ended at chance, without divergence: its network guesses.
+
+    The train accuracy of its last epoch is then at most that of a guess among ten classes, 10 %, and three standard
+    deviations of a binomial share of the epoch's images.
+    """
+    batch = run.config["batch"]
+    images = run.config["options"].get("images", 50_000) // batch * batch
+    return float(run.at("train accuracy") <= 100 * (0.1 + 3 * math.sqrt(0.1 * 0.9 / images)))  # 0 if nan: it diverged
+
+
+DERIVED: dict[str, Callable[[Finished], float]] = {  # quantities that follow from the arrays of a training run
+    "dead": _dead,
+    "train minus test accuracy": lambda run: float(run.at("train accuracy") - run.at("test accuracy")),
+}
 
 
 def judged(scale: str, data: str) -> bool:
@@ -83,12 +108,16 @@ def judged(scale: str, data: str) -> bool:
 
 @dataclass(frozen=True)
 class Results:
-    """The finished runs of one experiment at one scale, on one kind of data: "cifar10", "synthetic", "none"."""
+    """The finished runs of one experiment at one scale and precision, on one kind of data.
+
+    The kinds of data are "cifar10", "synthetic" and "none".
+    """
 
     scale: str
     data: str
     runs: tuple[Finished, ...]
     stale: int = 0  # the number of runs that were left out, see read
+    precision: str = PRECISIONS[0]
 
     def where(self, **config: object) -> list[Finished]:
         """The runs whose config or options have these values, in the order of their seeds."""
@@ -122,12 +151,67 @@ class Results:
         of, less = (self._by_seed(quantity, label=label) for label in (first, second))
         return [of[seed].less(less[seed]) for seed in sorted(of.keys() & less.keys())]
 
+    def distance(self, paper: tuple[float, ...], error: float, quantity: str, layers: tuple, **config: object) -> list:
+        """The distance of the paper's curve over the layers from our runs, as a percentile of our runs' distances.
 
-def configuration(experiment: str, about: Spec, run: Run, scale: str, data: str, seed: int) -> dict:
-    """Everything that determines what one run measures. This is the content of its ``config.json``."""
+        The distance of a curve is (curve - mean)^T (covariance + error^2 I)^-1 (curve - mean), Mahalanobis' with the
+        error of reading the paper's figure. Mean and covariance are those of our runs. For the distance of one of our
+        runs they are those of the others. With fewer than :data:`FOR_PERCENTILES` runs the result is not known.
+        """
+        curves = np.array([[run.value(quantity, layer).number for layer in layers] for run in self.where(**config)])
+        if len(curves) < FOR_PERCENTILES:
+            return [Value(math.nan, None)] if len(curves) else []
+
+        def squared(curve: np.ndarray, others: np.ndarray) -> float:
+            covariance = np.cov(others, rowvar=False) + error**2 * np.eye(len(layers))
+            away = curve - others.mean(0)
+            return float(away @ np.linalg.solve(covariance, away))
+
+        ours = [squared(curve, np.delete(curves, k, 0)) for k, curve in enumerate(curves)]
+        return [Value(100 * float(np.mean(np.array(ours) < squared(np.array(paper), curves))))]
+
+
+def configuration(
+    experiment: str, about: Spec, run: Run, scale: str, data: str, seed: int, precision: str = PRECISIONS[0]
+) -> dict:
+    """Everything that determines what one run measures. This is the content of its ``config.json``.
+
+    The precision is an option of training runs. The first one of PRECISIONS is not written, and other runs have none.
+    """
     content = asdict(run) | {"experiment": experiment, "scale": scale, "data": data if about.images else "none"}
     del content["seeds"]
+    if precision != PRECISIONS[0] and run.procedure in TRAINING:
+        content["options"] |= {"precision": precision}
     return json.loads(json.dumps(content | {"seed": seed}))  # so that it equals the content of the file
+
+
+def folder_name(config: dict) -> str:
+    """The name of a run's folder, which differs between the configurations of one spec."""
+    parts = [config["scale"], config["label"], f"seed{config['seed']}", config["options"].get("precision")]
+    return "-".join([*filter(None, parts), *["synthetic"] * (config["data"] == "synthetic")])
+
+
+def serves(config: dict, asked: dict) -> bool:
+    """Whether a training run measures what the run ``asked`` would, so that it need not be repeated.
+
+    Their settings are equal: everything but experiment and label. A run that also measures the noise of its gradients
+    serves as one that does not, because the measurement changes no bit of the training.
+    """
+    unused = () if "noise" in asked["options"] else ("noise",)
+
+    def settings(of: dict) -> dict:
+        options = {name: value for name, value in of["options"].items() if name not in unused}
+        return of | {"experiment": None, "label": None, "options": options}
+
+    return config.get("procedure") in TRAINING and settings(config) == settings(asked)
+
+
+def trained(out: Path) -> Iterator[tuple[Path, dict]]:
+    """Folder and configuration of all finished training runs in a folder of results, of any experiment."""
+    for done in sorted(out.glob("*/*/DONE")):
+        config = json.loads((done.parent / "config.json").read_text())
+        if config.get("procedure") in TRAINING:
+            yield done.parent, config
 
 
 def finished(folder: Path) -> Iterator[Finished]:
@@ -136,29 +220,47 @@ def finished(folder: Path) -> Iterator[Finished]:
     for done in folder.glob("*/DONE"):
         config, env = (json.loads((done.parent / f"{name}.json").read_text()) for name in ("config", "env"))
         runs.append(Finished(done.parent, config, env))
-    yield from sorted(runs, key=lambda run: (run.config["label"], run.config["seed"]))
+    yield from sorted(runs, key=_order)
 
 
 def read(folder: Path, about: Spec, scale: str | None = None, kept: Path | None = None) -> Results:
     """The results of one experiment: of ``scale``, or else of the largest scale that was run, on CIFAR-10 if possible.
 
-    Runs in the folder ``kept`` are added if ``folder`` does not have them. Runs whose configuration is not one of the
-    spec's are counted as ``stale`` and left out.
+    Runs in the folder ``kept`` are added if ``folder`` does not have them, and so are training runs of the experiments
+    beside either folder that serve as runs of this one. Runs whose configuration is not one of the spec's are counted
+    as ``stale`` and left out. Of two precisions the first one of PRECISIONS is read.
     """
-    runs = {run.folder.name: run for place in (kept, folder) if place for run in finished(place)}
-    groups: dict[tuple[bool, int, str], list[Finished]] = {}
-    stale = 0
-    for run in runs.values():
-        own_scale, data, seed = (run.config[name] for name in ("scale", "data", "seed"))
-        planned = about.at(own_scale) if own_scale in SCALES else ()
-        if run.config not in (configuration(folder.name, about, one, own_scale, data, seed) for one in planned):
-            stale += 1
-        elif scale is None or own_scale == about.scale(scale):
-            groups.setdefault((data != "synthetic", SCALES.index(own_scale), data), []).append(run)
+    places = [place for place in (folder, kept) if place]
+    own = {run.folder.name: run for place in reversed(places) for run in finished(place)}
+    runs = {name: run for name, run in own.items() if run.config in _planned(folder.name, about, run.config)}
+    stale = len(own) - len(runs)
+    for place in places if any(run.procedure in TRAINING for run in about.runs) else ():
+        for shared, config in trained(place.parent):
+            for asked in _planned(folder.name, about, config):
+                if folder_name(asked) not in runs and serves(config, asked):
+                    runs[folder_name(asked)] = Finished(shared, asked, json.loads((shared / "env.json").read_text()))
+    groups: dict[tuple[bool, int, int, str], list[Finished]] = {}
+    for run in sorted(runs.values(), key=_order):
+        own_scale, data = run.config["scale"], run.config["data"]
+        if scale is None or own_scale == about.scale(scale):
+            rank = data != "synthetic", SCALES.index(own_scale), -PRECISIONS.index(run.precision), data
+            groups.setdefault(rank, []).append(run)
     if not groups:
         return Results(scale or "none", "none", (), stale)
     best = max(groups)
-    return Results(SCALES[best[1]], best[2], tuple(groups[best]), stale)
+    return Results(SCALES[best[1]], best[3], tuple(groups[best]), stale, PRECISIONS[-best[2]])
+
+
+def _planned(experiment: str, about: Spec, like: dict) -> list[dict]:
+    """The configurations of the spec's runs at the scale and precision, on the data and with the seed of ``like``."""
+    scale, data, seed = (like[name] for name in ("scale", "data", "seed"))
+    precision = like["options"].get("precision", PRECISIONS[0])
+    planned = about.at(scale) if scale in SCALES else ()
+    return [configuration(experiment, about, run, scale, data, seed, precision) for run in planned]
+
+
+def _order(run: Finished) -> tuple[str, int]:
+    return run.config["label"], run.config["seed"]
 
 
 @dataclass(frozen=True)
@@ -183,6 +285,13 @@ class Finding:
     def undecided(self) -> bool:
         """Whether the claim would be judged if its values were more than bounds."""
         return self.claim.check is not None and bool(self.values) and self.bound != 0
+
+    @property
+    def percentile(self) -> float | None:
+        """The percentage of our numbers that are below the paper's, if there are :data:`FOR_PERCENTILES` or more."""
+        if self.claim.paper is None or len(self.values) < FOR_PERCENTILES or self.bound != 0:
+            return None
+        return 100 * sum(value.number < self.claim.paper for value in self.values) / len(self.values)
 
 
 def find(claim: Claim, ours: Iterable[Value | float], judged: bool) -> Finding:

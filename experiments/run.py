@@ -6,29 +6,34 @@ A run has the folder ``<out>/<experiment>/<scale>-<label>-seed<k>/`` with ``conf
 failure ``error.txt`` has the error. The next command repeats the run, from the state that its procedure has saved.
 """
 
+import math
 import os
 import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from bnkern.train import cifar10
-from bnkern.train.runlog import differing, environment, finished, put_aside, write_json
+from bnkern.train.loop import Stopped
+from bnkern.train.runlog import differing, environment, finished, put_aside, read_json, write_json
 
 from . import spec
 from .pace import REFERENCE, Kind, Pace, shares, step_seconds
-from .procedures import PROCEDURES
-from .results import configuration
+from .procedures import PROCEDURES, Tick
+from .results import configuration, folder_name, serves, trained
+from .specs import LAYOUTS, PRECISIONS, TRAINING
 
 INTERRUPTED = 130  # exit status after Ctrl-C
+UNFINISHED = 75  # exit status if the time of the command was over before its runs were finished
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,11 @@ class Planned:
         return f"{self.folder.parent.name}/{self.folder.name}"
 
     @property
+    def labels(self) -> set[str]:
+        """The names by which a command selects it: its label, and the same with its seed."""
+        return {self.config["label"], f"{self.config['label']}-seed{self.config['seed']}"}
+
+    @property
     def kind(self) -> Kind:
         """The properties that determine its pace."""
         return Kind(self.config["procedure"], self.config["experiment"])
@@ -55,9 +65,19 @@ class Planned:
 
 
 def plan(
-    experiments: list[str], scale: str, data: str, seeds: int | None, out: Path, kept: Path | None = None
+    experiments: list[str],
+    scale: str,
+    data: str,
+    seeds: int | None,
+    out: Path,
+    kept: Path | None = None,
+    precision: str = PRECISIONS[0],
+    only: Collection[str] = (),
 ) -> list[Planned]:
-    """All runs of the experiments: every configuration of their specs at that scale, for seeds 0, 1, ..."""
+    """The runs of the experiments: every configuration of their specs at that scale, for seeds 0, 1, ...
+
+    ``only`` selects some of them by :attr:`Planned.labels`.
+    """
     planned_runs = []
     for experiment in experiments:
         about = spec(experiment)
@@ -66,12 +86,31 @@ def plan(
         share = shares(runs)
         for run in runs:
             for seed in range(seeds or run.seeds):
-                config = configuration(experiment, about, run, own_scale, data, seed)
-                name = f"{own_scale}-{run.label}-seed{seed}" + "-synthetic" * (config["data"] == "synthetic")
+                config = configuration(experiment, about, run, own_scale, data, seed, precision)
+                name = folder_name(config)
                 kept_folder = kept / experiment / name if kept else None
                 seconds = 60 * about.minutes.get(own_scale, 1) * share[run.label]
                 planned_runs.append(Planned(out / experiment / name, config, seconds, kept_folder))
-    return planned_runs
+    return [planned for planned in planned_runs if not only or planned.labels & set(only)]
+
+
+def unfinished(planned_runs: list[Planned], out: Path, kept: Path | None) -> list[Planned]:
+    """The runs that are not finished, and for which no finished run of another experiment serves."""
+    others = [config for place in (out, kept) if place for _, config in trained(place)]
+    return [
+        planned
+        for planned in planned_runs
+        if not planned.finished() and not any(serves(config, planned.config) for config in others)
+    ]
+
+
+def distinct(planned_runs: list[Planned]) -> list[Planned]:
+    """The runs without those for which another one of them serves."""
+    kept: list[Planned] = []
+    for planned in planned_runs:
+        if not any(serves(other.config, planned.config) for other in kept):
+            kept = [other for other in kept if not serves(planned.config, other.config)] + [planned]
+    return kept
 
 
 def run(
@@ -84,6 +123,10 @@ def run(
     resume: bool = True,
     kept: Path | None = None,
     finished: Callable[[str], None] | None = None,
+    precision: str = PRECISIONS[0],
+    layout: str = LAYOUTS[0],
+    only: Collection[str] = (),
+    minutes: float = math.inf,
 ) -> int:
     """Executes the runs that are not finished. A run that fails is recorded and does not stop the others.
 
@@ -97,31 +140,43 @@ def run(
         resume: keep finished runs. Otherwise they are repeated.
         kept: another folder with a subfolder for each experiment, whose finished runs are not repeated.
         finished: called with an experiment's name after its last run.
+        precision: of training, one of specs.PRECISIONS.
+        layout: of training, one of specs.LAYOUTS. It is no part of a run's configuration.
+        only: names of the runs to execute, see Planned.labels. The default is all.
+        minutes: the time after which the command stops. The next command continues.
 
     Returns:
-        the exit status: 0; 1 if a run failed, data are missing or the disk is full; 130 after Ctrl-C.
+        the exit status: 0; 1 if a run failed, data are missing or the disk is full; 2 if ``only`` names no run; 75 if
+        the time was over before the runs were finished; 130 after Ctrl-C.
     """
+    deadline = Deadline(60 * minutes)
     data = data or os.environ.get("BNKERN_DATA") or ("synthetic" if scale == "smoke" else None)
     kind = "synthetic" if data == "synthetic" else "cifar10"
-    all_runs = plan(experiments, scale, kind, seeds, out, kept)
-    todo = [planned for planned in all_runs if not (resume and planned.finished())]
+    all_runs = plan(experiments, scale, kind, seeds, out, kept, precision, only)
+    if unknown := set(only).difference(*(planned.labels for planned in all_runs)):
+        print(f"There is no run {', '.join(sorted(unknown))} of {', '.join(experiments)}.", file=sys.stderr)
+        return 2
+    missing = unfinished(all_runs, out, kept) if resume else all_runs
+    todo = distinct(missing) if resume else all_runs
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pace = Pace(step_seconds(on) / REFERENCE if todo and scale != "smoke" else 1.0)
     expected = sum(planned.seconds * pace.of(planned.kind) for planned in todo)
     about = f", about {duration(expected)} on this machine" if todo and scale != "smoke" else ""
-    print(f"{len(all_runs)} runs: {len(all_runs) - len(todo)} finished before, {len(todo)} to do{about}", flush=True)
+    double = f", {len(missing) - len(todo)} the same as another" if len(missing) > len(todo) else ""
+    before = len(all_runs) - len(missing)
+    print(f"{len(all_runs)} runs: {before} finished before{double}, {len(todo)} to do{about}", flush=True)
     if not todo:
         return 0
     try:
         images = cifar10.load(data) if any(planned.config["data"] != "none" for planned in todo) else None
-        failed = _run_all(todo, images, on, pace, finished)
+        failed = _run_all(todo, images, on, layout, pace, deadline, finished)
     except cifar10.DataError as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        done = sum(planned.finished() for planned in all_runs)
+    except (KeyboardInterrupt, Stopped) as stop:
+        done = len(all_runs) - len(unfinished(all_runs, out, kept))
         print(f"\nStopped: {done} of {len(all_runs)} runs are finished. The same command continues.", file=sys.stderr)
-        return INTERRUPTED
+        return UNFINISHED if isinstance(stop, Stopped) else INTERRUPTED
     except OSError as error:  # a full disk, a folder that cannot be written
         print(f"Stopped: {error.strerror or error} ({out}). The same command continues.", file=sys.stderr)
         return 1
@@ -134,17 +189,25 @@ def _run_all(
     todo: list[Planned],
     images: cifar10.Cifar10 | None,
     device: torch.device,
+    layout: str,
     pace: Pace,
+    deadline: "Deadline",
     finished: Callable[[str], None] | None,
 ) -> int:
     """Returns the number of runs that failed."""
     failed = 0
     with Progress(todo, pace) as progress:
+
+        def tick(share: float, what: str) -> None:
+            progress.tick(share, what)
+            deadline.check()
+
         for planned, following in zip(todo, [*todo[1:], None], strict=True):
+            deadline.check()
             progress.start(planned)
             try:
-                _run_one(planned, images, device, progress.tick)
-            except OSError:
+                _run_one(planned, images, device, layout, tick)
+            except (OSError, Stopped):
                 raise
             except Exception as error:
                 failed += 1
@@ -157,7 +220,7 @@ def _run_all(
     return failed
 
 
-def _run_one(planned: Planned, images: cifar10.Cifar10 | None, device: torch.device, tick) -> None:
+def _run_one(planned: Planned, images: cifar10.Cifar10 | None, device: torch.device, layout: str, tick: Tick) -> None:
     folder, config = planned.folder, planned.config
     if (folder / "DONE").exists():
         put_aside(folder)
@@ -166,16 +229,41 @@ def _run_one(planned: Planned, images: cifar10.Cifar10 | None, device: torch.dev
     (folder / "probes").mkdir(parents=True, exist_ok=True)
     (folder / "error.txt").unlink(missing_ok=True)
     write_json(folder / "config.json", config)
-    started, clock = datetime.now(UTC), time.perf_counter()
-    for name, arrays in PROCEDURES[config["procedure"]](config, images, device, folder, tick).items():
+    when: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": 0.0}
+    if (folder / "env.json").exists():  # an earlier command has done a part of the run
+        earlier = read_json(folder / "env.json")
+        when, layout = {name: earlier[name] for name in when}, earlier.get("layout", layout)
+    clock = time.perf_counter()
+    try:
+        results = PROCEDURES[config["procedure"]](config | {"layout": layout}, images, device, folder, tick)
+    finally:
+        seconds = when["seconds"] + time.perf_counter() - clock
+        when["seconds"] = round(seconds, 4)  # the shortest runs take a few milliseconds
+        own = {"layout": layout} if config["procedure"] in TRAINING else {}
+        write_json(folder / "env.json", when | environment(device, config["kernels"]) | own)
+    for name, arrays in results.items():
         np.savez(folder / "probes" / f"{name}.npz", **arrays)  # type: ignore[arg-type]  # no name is allow_pickle
-    seconds = round(time.perf_counter() - clock, 4)  # the shortest runs take a few milliseconds
-    when = {"started": started.isoformat(timespec="seconds"), "seconds": seconds}
-    write_json(folder / "env.json", when | environment(device, config["kernels"]))
     (folder / "DONE").touch()
 
 
-# ------------------------------------------------------------------------------------------------ progress
+# ------------------------------------------------------------------------------------------------ time and progress
+
+
+class Deadline:
+    """The end of a command's time. ``check`` raises Stopped if the next check would probably come too late.
+
+    The next interval between two checks is expected to be as long as the longest one so far.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.perf_counter() + seconds
+        self.last, self.longest = math.inf, 0.0  # what precedes the first check is not repeated
+
+    def check(self) -> None:
+        now = time.perf_counter()
+        self.last, self.longest = now, max(self.longest, now - self.last)
+        if now + self.longest > self.end:
+            raise Stopped
 
 
 class Progress:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import draw, drawer, spec
 from .results import Finding, Results, Value, configuration, find, judge, judged, verdict
-from .specs import SCALES, Spec
+from .specs import PRECISIONS, SCALES, Spec
 
 IMAGES = {"cifar10": "CIFAR-10", "synthetic": "synthetic images", "none": "no images"}
 COMMANDS = ("repeat", "to run it")  # the facts that are commands
@@ -32,6 +32,7 @@ class Section:
     tables: dict[str, draw.Rows]
     facts: dict[str, str]  # the conditions of the runs, by label
     runs: list[dict]  # label, seed, date and seconds of each run; the seconds are None if they are not known
+    precision: str = PRECISIONS[0]  # of training
 
     @property
     def headline(self) -> Finding:
@@ -80,10 +81,12 @@ class Section:
         """The limits of the numbers, or "" if there are none."""
         if self.data == "synthetic":
             return "Synthetic images instead of CIFAR-10. These numbers only show that everything runs."
-        if self.scale in ("smoke", "quick"):
-            scale = self.scale.capitalize()
-            return f"{scale} scale. These numbers only show that everything runs. No claim is judged by them."
-        return "Reduced scale." if self.scale == "reduced" else ""
+        if self.scale == "smoke":
+            return "Smoke scale. These numbers only show that everything runs. No claim is judged by them."
+        if self.scale == "quick":
+            return "Quick scale, a demonstration of minutes. No claim is judged by these numbers."
+        cautions = ["Reduced scale."] * (self.scale == "reduced")
+        return " ".join([*cautions, *[f"Trained in {self.precision}."] * (self.precision != PRECISIONS[0])])
 
     @property
     def rank(self) -> tuple[bool, bool, int]:
@@ -110,7 +113,7 @@ def of_results(name: str, results: Results, out: Path) -> Section:
         for run in results.runs
     ]
     facts = _facts(name, about, results, out)
-    return Section(name, about, results.scale, results.data, outcome, findings, tables, facts, runs)
+    return Section(name, about, results.scale, results.data, outcome, findings, tables, facts, runs, results.precision)
 
 
 def _facts(name: str, about: Spec, results: Results, out: Path) -> dict[str, str]:
@@ -125,32 +128,39 @@ def _facts(name: str, about: Spec, results: Results, out: Path) -> dict[str, str
     failed = len(list((out / name).glob(f"{prefix}/error.txt")))
     seeds = sorted({run.config["seed"] for run in results.runs})
     counts = {run.label: len(results.where(label=run.label)) for run in about.runs}
+    lenders = sorted({run.folder.parent.name for run in results.runs} - {name})
     measured = {
         "runs": ", ".join(f"{label}: {count}" for label, count in counts.items())
         + f"; seeds {_span(seeds)}"
         + (f"; {failed} failed" if failed else "")
-        + (f"; {results.stale} with another configuration left out" if results.stale else ""),
+        + (f"; {results.stale} with another configuration left out" if results.stale else "")
+        + (f"; some are runs of {', '.join(lenders)} with the same settings" if lenders else ""),
         "date": all_of(lambda env: env["started"][:10]),
         "commit": all_of(lambda env: env["commit"] + (" with changes" if env["dirty"] else "")),
         "duration": _duration(sum(run.env["seconds"] for run in results.runs)),
         "machine": all_of(lambda env: f"{env['device']}, {env['cpu']}, {env['threads']} threads, {env['system']}"),
-        "kernels": all_of(lambda env: f"bnkern backend {env['backend']}"),
+        "kernels": all_of(
+            lambda env: f"bnkern backend {env['backend']}" + (f", {env['layout']}" if "layout" in env else "")
+        ),
         "versions": all_of(lambda env: ", ".join(f"{k} {v}" for k, v in env["versions"].items())),
     }
-    return _conditions(name, about, results.scale, results.data, measured)
+    return _conditions(name, about, results.scale, results.data, results.precision, measured)
 
 
-def _conditions(name: str, about: Spec, scale: str, data: str, measured: dict[str, str]) -> dict[str, str]:
+def _conditions(
+    name: str, about: Spec, scale: str, data: str, precision: str, measured: dict[str, str]
+) -> dict[str, str]:
     return {
         "scale": f"{scale}, {IMAGES[data]}",
         **({"thresholds": about.thresholds} if about.thresholds else {}),
         **measured,
-        "repeat": _command(name, scale, data),
+        "repeat": _command(name, scale, data, precision),
     }
 
 
-def _command(name: str, scale: str, data: str) -> str:
-    return f"python -m experiments run {name} --scale {scale}" + " --data synthetic" * (data == "synthetic")
+def _command(name: str, scale: str, data: str, precision: str = PRECISIONS[0]) -> str:
+    command = f"python -m experiments run {name} --scale {scale}" + " --data synthetic" * (data == "synthetic")
+    return command + f" --precision {precision}" * (precision != PRECISIONS[0])
 
 
 def _duration(seconds: float) -> str:
@@ -178,7 +188,8 @@ def record(section: Section) -> dict:
         "kind": section.kind,
         "scale": section.scale,
         "data": section.data,
-        "configuration": fingerprint(section.name, section.spec, section.scale, section.data),
+        "precision": section.precision,
+        "configuration": fingerprint(section.name, section.spec, section.scale, section.data, section.precision),
         "headline": section.spec.headline,
         "remark": section.spec.remark,
         "caution": section.caution,
@@ -189,15 +200,16 @@ def record(section: Section) -> dict:
             {
                 "claim": finding.claim.text,
                 "paper": finding.claim.paper,
-                "ours": plain(finding.mean) if finding.values else None,
+                "ours": plain(_digits(finding.mean, 7)) if finding.values else None,
                 "mean": finding.claim.mean,
-                "spread": plain(finding.spread) if finding.values else None,
+                "spread": plain(_digits(finding.spread, 7)) if finding.values else None,
                 "given": finding.claim.given or section.spec.given,
-                "values": [plain(value.number) for value in finding.values],
+                "values": [plain(_digits(value.number, 9)) for value in finding.values],
                 "bounds": [value.bound for value in finding.values],
                 "check": finding.claim.check.text if finding.claim.check else None,
                 "held": finding.held,
                 "passing": finding.passing,
+                "percentile": finding.percentile,
             }
             for finding in section.findings
         ],
@@ -211,11 +223,12 @@ def of_record(entry: dict, folder: Path) -> Section | None:
     None if the record has no runs, or if its configuration or its checks are not those of the present spec.
     """
     name, scale, data = entry["name"], entry["scale"], entry["data"]
+    precision = entry.get("precision", PRECISIONS[0])
     about = spec(name)
     checks = [claim.check.text if claim.check else None for claim in about.claims]
     if (
         not entry["runs"]
-        or entry["configuration"] != fingerprint(name, about, scale, data)
+        or entry["configuration"] != fingerprint(name, about, scale, data, precision)
         or [claim["check"] for claim in entry["claims"]] != checks
     ):
         return None
@@ -229,15 +242,20 @@ def of_record(entry: dict, folder: Path) -> Section | None:
     tables = {table: read_csv(folder / "data" / f"{table}.csv") for table in entry["tables"]}
     own = ("scale", "thresholds", "repeat")
     measured = {label: fact for label, fact in entry["facts"].items() if label not in own}
-    facts = _conditions(name, about, scale, data, measured)
-    return Section(name, about, scale, data, outcome, findings, tables, facts, entry["runs"])
+    facts = _conditions(name, about, scale, data, precision, measured)
+    return Section(name, about, scale, data, outcome, findings, tables, facts, entry["runs"], precision)
 
 
-def fingerprint(name: str, about: Spec, scale: str, data: str) -> str:
+def fingerprint(name: str, about: Spec, scale: str, data: str, precision: str = PRECISIONS[0]) -> str:
     """A hash of the configurations of all runs, without the number of seeds. "" if there are no runs."""
     planned = about.at(scale) if scale in SCALES else ()
-    configs = [configuration(name, about, run, scale, data, 0) for run in planned]
+    configs = [configuration(name, about, run, scale, data, 0, precision) for run in planned]
     return hashlib.sha1(json.dumps(configs, sort_keys=True).encode()).hexdigest()[:12] if configs else ""
+
+
+def _digits(value: float, digits: int) -> float:
+    """The value with that many digits. A record keeps fewer than all 17 digits, in half of the space."""
+    return float(f"{value:.{digits}g}")
 
 
 def plain(value: object) -> object:

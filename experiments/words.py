@@ -44,14 +44,23 @@ def sign(finding: Finding) -> str:
 
 def seeds(finding: Finding) -> str:
     """The number of seeds that pass the check by themselves, as text."""
-    return f"{finding.passing} of {len(finding.values)}" if finding.held is not None else ""
+    if finding.held is None or finding.claim.pooled:
+        return ""
+    return f"{finding.passing} of {len(finding.values)}"
 
 
 def ours(finding: Finding) -> tuple[str, str]:
-    """Our number, and its spread with n. The spread decides the digits of an arithmetic mean."""
+    """Our number, and its spread with n. The spread decides the digits of an arithmetic mean.
+
+    "paper at 4 %" means that 4 % of our numbers are below the paper's.
+    """
     if not finding.values:
         return "-", ""
+    if finding.claim.pooled:
+        return ("not known", "too few networks") if finding.bound != 0 else (number(finding.mean), "all networks")
     count = f"n\u00a0=\u00a0{len(finding.values)}"
+    if finding.percentile is not None:
+        count += f", paper at\u00a0{finding.percentile:.0f}\u00a0%"
     if finding.bound != 0:
         bound = {1: "at least ", -1: "at most ", None: "bounds near "}[finding.bound]
         ends = sum(value.bound != 0 for value in finding.values)

@@ -58,10 +58,12 @@ def loop_step(
     device: torch.device,
     graph: bool,
     recording: Callable[[nn.Module], Recorder] | None = None,
+    compile_options: dict[str, object] | None = None,
 ) -> Callable[[object], None]:
     """The step of the training loop, which takes the batches of an epoch in turn, at learning rate 0.
 
     ``recording`` makes a recorder whose schedule runs on the device. It is flushed as in the training loop.
+    ``compile_options`` are arguments of torch.compile for a config that compiles.
     """
     torch.manual_seed(config.seed)
     network = build(config, device)
@@ -69,7 +71,7 @@ def loop_step(
     batches = batches_of(config, data.train, data)
     batches.start(0)
     recorder = recording and recording(network)
-    model = peers.compiled(network) if config.compile else network
+    model = peers.compiled(network, **compile_options or {}) if config.compile else network
     step = Step(model, network, batches, config, recorder and recorder.step)
     if graph:
         step.record()

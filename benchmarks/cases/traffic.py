@@ -17,6 +17,7 @@ grad_sums and grad_input.
 """
 
 OPS = ("bn", "bn_add_relu")
+COPY_BYTES = 256 << 20  # of the copy beside each phase
 PHASED = {"forward": ("moments", "normalize"), "backward": ("grad_sums", "grad_input")}
 # passes over a tensor of the input's size, and over the mask, for each op
 _PASSES = {

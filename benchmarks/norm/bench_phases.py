@@ -19,7 +19,6 @@ from bnkern import backends
 from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.backends.records import ACTIVATION, AFFINE, GRADIENT
 
-COPY_BYTES = 256 << 20
 ANY_SHAPE = True
 
 
@@ -61,7 +60,7 @@ def _empty_record(fields: tuple[str, ...], x: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def copy(device: torch.device) -> Callable:
-    x = torch.randn(COPY_BYTES // 4, device=device)
+    x = torch.randn(traffic.COPY_BYTES // 4, device=device)
     return partial(torch.empty_like(x).copy_, x)
 
 
@@ -70,7 +69,7 @@ def measure(case: Case, mode: str, inputs: Inputs, copy: Callable, compare: Call
     def run(call: str, op: str) -> None:
         moved = {
             "bnkern": traffic.moved((call,), op, case.elements, case.itemsize),
-            "copy": {"bytes": 2 * COPY_BYTES},
+            "copy": {"bytes": 2 * traffic.COPY_BYTES},
         }
         compare(
             op,

@@ -3,6 +3,8 @@
 ``test_step`` gets its batches ready-made. ``test_loop`` is the step of ``python -m bnkern.train``, which also makes its
 batch, computes metrics, and checks for divergence; its provider "ready batch" is the step of ``test_step``.
 ``test_graph`` is the step of the loop as one CUDA graph, for ResNet-20 and ResNet-110 in fp32 and bf16 autocast.
+``test_compiled_graph`` has torch.compile among the peers, which takes up to minutes to compile, so it is a test of its
+own.
 ``test_replicas`` runs several such graphs on one GPU.
 
 The step without normalisation ("no norm", which keeps ReLU and the residual addition) bounds the gain from a faster
@@ -11,17 +13,30 @@ batch norm. The learning rate is 0, which takes the same time, so that every ste
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import pytest
 import torch
 
 import bnkern
+from benchmarks.cases import peers
 from benchmarks.cases.shapes import LAYOUTS, Case
 from benchmarks.cases.steps import ACTIVATION_BYTES, loop_step, networks, training_step
 from bnkern.train import cifar10
 from bnkern.train.config import Config
 from bnkern.train.loop import numerics
 from bnkern.train.resnet import ResNet
+
+
+class CompileMode(NamedTuple):
+    name: str  # of the provider
+    options: dict[str, object]  # of torch.compile
+
+
+COMPILE_MODES = {
+    "default": CompileMode("compile", {}),
+    "max-autotune": CompileMode("compile max-autotune", peers.COMPILED["compile max-autotune"]),
+}
 
 
 @pytest.mark.parametrize("depth", [20, 110])
@@ -74,36 +89,54 @@ def test_loop(compare, device: torch.device, quick: bool) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("depth", [20, 110])
-def test_graph(
-    depth: int, precision: str, compare, device: torch.device, quick: bool, without_compile: str | None
-) -> None:
+def test_graph(depth: int, precision: str, compare, device: torch.device, quick: bool) -> None:
     """Every measurement is of a replay. The kernels were chosen at the capture."""
-    data = cifar10.synthetic()
-    common = {"depth": 8 if quick else depth, "precision": precision, "data": "synthetic", "channels_last": True}
-    settings = {
+    compare_graphs(compare, device, 8 if quick else depth, precision, {
         "bnkern": {},
         "bnkern in Triton": {},
         "bnkern nchw": {"channels_last": False},
         "eager": {"kernels": "torch"},
         "eager nchw": {"kernels": "torch", "channels_last": False},
         "no norm": {"norm": "none"},
-        "compile": {"kernels": "torch", "compile": True},
-    }
+    })  # fmt: skip
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("tuning", COMPILE_MODES)
+@pytest.mark.parametrize("depth", [20, 110])
+def test_compiled_graph(
+    tuning: str, depth: int, compare, device: torch.device, quick: bool, without_compile: str | None
+) -> None:
+    """The compiled network within the step's own graph. The mode therefore makes no graph of its own."""
     if without_compile:
-        del settings["compile"]
+        pytest.skip(f"left out by {without_compile}")
+    compiled = {"kernels": "torch", "compile": True}
+    settings = {"bnkern": {}, "eager": {"kernels": "torch"}, COMPILE_MODES[tuning].name: compiled}
+    compare_graphs(compare, device, depth, "bf16", settings, COMPILE_MODES[tuning].options)
+
+
+def compare_graphs(
+    compare: Callable,
+    device: torch.device,
+    depth: int,
+    precision: str,
+    settings: dict[str, dict],
+    compile_options: dict[str, object] | None = None,
+) -> None:
+    data = cifar10.synthetic()
+    common = {"depth": depth, "precision": precision, "data": "synthetic", "channels_last": True}
 
     def stepper(name: str) -> Callable[[object], None]:
-        forced = bnkern.use_backend("triton") if "Triton" in name else nullcontext()
-        with forced:
-            return loop_step(Config(name="graph", **common | settings[name]), data, device, graph=True)
+        config = Config(name="graph", **common | settings[name])
+        with bnkern.use_backend("triton") if "Triton" in name else nullcontext():
+            return loop_step(config, data, device, graph=True, compile_options=compile_options)
 
     with numerics(Config(name="graph", **common), device):
         compare(
-            f"resnet{common['depth']}",
+            f"resnet{depth}",
             Case("images", "channels_last", precision),
             {name: stepper(name) for name in settings},
             make_data=lambda: None,
-            missing={"compile": f"left out by {without_compile}"} if without_compile else {},
             check=lambda _: {"images": 128},
             nbytes=ACTIVATION_BYTES,
             budget_s=20,

@@ -2,9 +2,10 @@
 :func:`explain` shows the choice.
 
 A backend is a module with the functions and signatures of ``reference``; ``protocol`` has them as types. These are
-``forward`` and ``backward`` for whole calls, the phases ``moments merge normalize grad_sums grad_input``, and
-``refuses(device, dtype) -> str | None``, which returns the reason why the backend cannot serve such an input. A backend
-may also have ``try_forward``. It checks the arguments of a call itself, and returns None if they need the slow checks.
+``forward`` and ``backward`` for whole calls, the phases ``moments merge normalize grad_sums grad_input``, ``update``
+for the parameters of a network, and ``refuses(device, dtype) -> str | None``, which returns the reason why the backend
+cannot serve such an input. A backend may also have ``try_forward``. It checks the arguments of a call itself, and
+returns None if they need the slow checks.
 
 A ``device`` is a ``torch.device`` or its name. The GPUs of a machine may differ, so every choice is made and cached for
 one device with its index. "cuda" without an index means the current device.
@@ -129,7 +130,7 @@ def choose(name: str, device: torch.device | str, dtype: torch.dtype, function: 
     """The backend module for tensors of this device and dtype.
 
     It is the named backend or, for the name "", the first one of the table that can serve. ``function`` is the function
-    to call, if not every backend has it (``augment``, ``conv_grad_signs``; "cuda" has batch norm alone). If the named
+    to call, if not every backend has it (``augment``, ``conv_grad_signs``; "cuda" has neither). If the named
     backend does not have it, the table is used.
 
     Raises RuntimeError if a named backend cannot serve. If the table ends at the reference, a warning is issued once

@@ -10,16 +10,29 @@ has too little shared memory to record rows (142 to 159 KB for 512 threads).
 """
 
 import functools
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import architectures, native
-from .native import _native
+from .native import _native, update
 
-__all__ = ["backward", "forward", "grad_input", "grad_sums", "merge", "moments", "normalize", "refuses", "try_forward"]
+__all__ = [
+    "backward",
+    "forward",
+    "grad_input",
+    "grad_sums",
+    "merge",
+    "moments",
+    "normalize",
+    "refuses",
+    "try_forward",
+    "update",
+]
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -62,9 +75,16 @@ class Rule(NamedTuple):
     source: str
 
 
-# By the name of the device model, with "" for all other models. benchmarks/norm/bench_strategies.py measures both
-# strategies.
-RULES = {"": Rule(0, "rule of thumb: one kernel for every size")}
+# By the name of the device model. `make gpu-check` measures both strategies and writes this table with an entry for its
+# device, which a person reads and commits.
+RULES = {
+    name: Rule(**entry) for name, entry in json.loads(Path(__file__).with_name("cuda_rules.json").read_text()).items()
+}
+
+
+def rule_of(model: str) -> Rule:
+    """The rule for a device model."""
+    return RULES.get(model, Rule(0, "not measured on this device: one kernel for every size"))
 
 
 # How many clusters of 2, 4 and 8 blocks a device of this name runs at once (CudaDevice in csrc/cuda/kernels.h). Plans of
@@ -88,7 +108,7 @@ def introduce(index: int, single_read_from: int | None = None) -> None:
     ``single_read_from`` replaces the value of the device's :class:`Rule`.
     """
     properties = torch.cuda.get_device_properties(index)
-    rule, compiled = RULES.get(properties.name, RULES[""]), _serving(properties)
+    rule, compiled = rule_of(properties.name), _serving(properties)
     _native.cuda_device(
         index,
         multiprocessors=properties.multi_processor_count,

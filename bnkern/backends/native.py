@@ -1,4 +1,4 @@
-"""Batch norm of CPU and CUDA tensors by the native module: the functions of a backend, and torch's names for C++.
+"""Calls of CPU and CUDA tensors by the native module: the functions of a backend, and torch's names for C++.
 
 ``bnkern._native`` reads a call's tensors, checks them, makes the results and runs the kernels (csrc/call). It returns
 None for calls that it cannot read. These are empty batches, which the reference serves; tensors that two strides do not
@@ -9,6 +9,7 @@ The native module must be imported after torch, so that both use the OpenMP runt
 
 import functools
 import sys
+from collections.abc import Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -171,3 +172,21 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
     results = _native.grad_input(call, sum_dy, sum_dy_xhat)
     results = results or _native.grad_input(_readable_backward(call), _vector(sum_dy), _vector(sum_dy_xhat))
     return cast("tuple[Tensor | None, Tensor | None]", results)
+
+
+def update(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    values: Tensor,
+    before: Tensor,
+    velocity: Tensor | None,
+    shadow: Tensor | None,
+    lr: Tensor,
+    stop: Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """One step of SGD for all parameters in one pass. The kernels read the gradients where autograd left them."""
+    _native.update(
+        list(parameters), list(gradients), values, before, velocity, shadow, lr, stop, momentum, weight_decay
+    )

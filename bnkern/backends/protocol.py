@@ -17,7 +17,10 @@ Pair = tuple[int, int]
 
 
 class Backend(Protocol):
-    """Batch norm: forward, backward and their single phases. ``reference`` documents the functions."""
+    """Batch norm, forward, backward and their single phases, and the update of all parameters.
+
+    ``reference`` documents the functions.
+    """
 
     __name__: str
 
@@ -38,6 +41,20 @@ class Backend(Protocol):
     def grad_sums(self, call: BackwardCall) -> tuple[Tensor, Tensor]: ...
 
     def grad_input(self, call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def update(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        values: Tensor,
+        before: Tensor,
+        velocity: Tensor | None,
+        shadow: Tensor | None,
+        lr: Tensor,
+        stop: Tensor,
+        momentum: float,
+        weight_decay: float,
+    ) -> None: ...
 
 
 class ConvolutionBackend(Backend, Protocol):

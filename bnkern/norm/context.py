@@ -29,6 +29,15 @@ def is_plain_eager() -> bool:
     )
 
 
+def is_recomputed() -> bool:
+    """Whether the call is part of a backward pass, where torch.utils.checkpoint repeats a forward.
+
+    Both kinds of checkpoint, with and without reentrant autograd, run the forward again while the autograd engine
+    works. A compiler makes its own recomputation, and does not repeat updates of buffers.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def is_recorded() -> bool:
     """Whether the call is recorded in a graph. Its inputs may require gradients later even if they do not now."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()

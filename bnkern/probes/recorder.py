@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.records import Records
+from ..norm.context import is_recomputed
 from .buffer import Buffer
 from .files import Writer
 from .quantities import Quantity, make
@@ -359,7 +360,7 @@ class Recorder:
         if torch.compiler.is_compiling():
             return 0  # the code of one step is traced once
         key = layer, id(observer)
-        if torch._C._current_graph_task_id() != -1 and self._open[key]:
+        if is_recomputed() and self._open[key]:
             return self._open[key].pop()
         call = self._calls[key]
         self._calls[key] += 1

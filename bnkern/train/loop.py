@@ -40,6 +40,10 @@ NO_BUFFERS: dict[str, Any] = {_SYNCS: False}
 Probes = Callable[[nn.Module, Path, int], AbstractContextManager]
 
 
+class Stopped(Exception):
+    """Raised by the ``watch`` of :func:`train` to end a run before its last step. The run can be continued."""
+
+
 def train(
     config: Config,
     folder: Path,
@@ -47,6 +51,8 @@ def train(
     device: torch.device | str = "cpu",
     *,
     probes: Probes | None = None,
+    before_step: Callable[[nn.Module, int], None] | None = None,
+    watch: Callable[[int], None] | None = None,
     resume: bool = True,
     tensorboard: bool = False,
 ) -> Outcome:
@@ -72,6 +78,10 @@ def train(
         probes: called in every process with the network, ``folder / "probes"`` and the step to start from; a context
             manager, as ``bnkern.probes.record`` makes it with ``first_step`` and ``append``. Where it decides on the
             device (``on_device``), the step is recorded as a graph together with it.
+        before_step: called in every process with the network and the number of the next step, before each step and
+            outside of its graph. It must leave parameters, gradients and buffers as they are.
+        watch: called in every process with the number of finished steps, at every line of metrics except the last. If
+            it raises :class:`Stopped`, the run first writes a checkpoint from which it continues with the same bits.
         resume: if False, an existing run is put aside and the run starts again.
         tensorboard: mirror the metrics in ``folder / "tensorboard"``.
 
@@ -83,6 +93,7 @@ def train(
             number of processes.
         CheckpointError: There are checkpoints and none can be used.
         RuntimeError: ``tensorboard`` is set and TensorBoard is not installed.
+        Stopped: ``watch`` has raised it.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if data.source != config.data:
@@ -100,7 +111,7 @@ def train(
             if device.type == "cuda":
                 stack.enter_context(torch.cuda.device(device))
             torch.manual_seed(config.seed)
-            _Run(config, folder, data, device, probes, state, tensorboard, stack).train()
+            _Run(config, folder, data, device, probes, state, tensorboard, stack).train(before_step, watch)
     return outcome(folder) if rank == 0 else Outcome(0, None, None, None, None)
 
 
@@ -180,7 +191,7 @@ class _Run:
             self.metrics = Metrics(folder, self.host.done, tensorboard)
             stack.callback(self.metrics.close)
 
-    def train(self) -> None:
+    def train(self, before_step: Callable[[nn.Module, int], None] | None, watch: Callable[[int], None] | None) -> None:
         config, host, step, per_epoch = self.config, self.host, self.step, len(self.batches)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         env = environment(self.device, config.kernels) | {"processes": self.world}
@@ -214,6 +225,8 @@ class _Run:
                         self.recorder.rewind(host.done)  # discard the records of the warm-up steps
                 current = rate
             self.rates.append(rate)
+            if before_step:
+                before_step(self.network, taken)
             step()
             host.done = taken + 1
             self.bar.update()
@@ -230,6 +243,12 @@ class _Run:
                     self.end_epoch(epoch)
                 if ends or saves:
                     self.save()
+                if watch and host.done < self.steps:
+                    try:
+                        watch(host.done)
+                    except Stopped:
+                        self.save()
+                        raise
                 self.clock = time.perf_counter()
         self.bar.close()
         if self.metrics is not None:  # on rank 0
@@ -366,14 +385,12 @@ class _Run:
                 epoch, index = divmod(taken, len(batches))
                 images, labels = batches.at(epoch, index)
                 divergence_batches[name] = {"epoch": epoch, "index": index, "images": images, "labels": labels}
-        velocity = [v for name, v in self.step.state_dict().items() if name.startswith("velocity")]
-        names = [name for name, _ in self.network.named_parameters()]
         state = {
             "config": self.config.to_dict(),
             "step": step,
             "before": {name: t.clone() for name, t in self.step.before_by_name().items()},
             "after": {name: t.detach() for name, t in self.network.named_parameters()},
-            "velocity": dict(zip(names, velocity, strict=bool(velocity))),
+            "velocity": self.step.velocity_by_name(),
             "lr": lr,
             "batches": divergence_batches,
             "rng": _rng(self.device),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .cifar10 import Batches
 from .config import Config
+from .sgd import Sgd
 
 LIMIT = 1e3  # a loss above it after step 0 is a divergence, as in the paper
 WARM_UP = 3  # steps before a CUDA graph is recorded, which torch requires; their effects are undone
@@ -22,10 +23,9 @@ WARM_UP = 3  # steps before a CUDA graph is recorded, which torch requires; thei
 class Step:
     """A call trains on the batch with the number ``index``.
 
-    The update is SGD with momentum: v = momentum v + (gradient + weight_decay p), p = p - lr v. It uses the kernel of
-    torch.optim.SGD, which updates many parameters in one launch. Without momentum there are no velocities v. After the
-    first loss that is above :data:`LIMIT` or not finite, further steps change neither parameters nor velocities nor
-    ``before``. They still update the running statistics of batch norm.
+    The update is :class:`.sgd.Sgd`, one kernel for all parameters, which become views of one tensor. After the first
+    loss that is above :data:`LIMIT` or not finite, further steps change neither parameters nor velocities nor the
+    parameters before the last update. They still update the running statistics of batch norm.
 
     Args:
         model: The network: ``network``, or its wrapper for compilation or several processes.
@@ -41,7 +41,6 @@ class Step:
         diverged: int64 scalar, the step whose loss was too large, or -1.
         ring: float64 [log_every, 2]. Row ``step % log_every`` has the mean loss and the number of right answers of a
             step, over all processes.
-        before: float [number of parameters], all parameters in order, before the last update.
     """
 
     def __init__(
@@ -53,18 +52,18 @@ class Step:
         probe: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._model, self._network, self._batches, self._config, self._probe = model, network, batches, config, probe
-        self._parameters: list[Tensor] = list(network.parameters())
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+        shadowed = config.precision == "bf16" and not wrapped
+        self._sgd = Sgd(network, config.momentum, config.weight_decay, shadowed)
         device = batches.device
         options: dict[str, Any] = {"dtype": batches.dtype, "device": device, "memory_format": batches.memory_format}
         self._images = torch.empty(batches.shape, **options)
         self._labels = torch.empty(batches.shape[:1], dtype=torch.int64, device=device)
-        self._velocity = [torch.zeros_like(parameter) for parameter in self._parameters if config.momentum]
-        self._stop = torch.zeros((), device=device)  # 1 after a divergence, for the argument found_inf of the update
+        self._stop = torch.zeros((), device=device)  # 1 after a divergence
         self.lr = torch.zeros((), device=device)
         self.index, self.taken = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self.diverged = torch.full((), -1, device=device)
         self.ring = torch.zeros(config.log_every, 2, dtype=torch.float64, device=device)
-        self.before = self._flat()
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
@@ -90,29 +89,40 @@ class Step:
         self._graph = graph
         for t, value in zip(state, saved, strict=True):
             t.copy_(value)
+        self._sgd.refresh()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns all that the next step depends on, except the network: the tensors themselves, by name."""
-        velocity = {f"velocity.{i}": v for i, v in enumerate(self._velocity)}
-        names = ("lr", "index", "taken", "diverged", "ring", "before")
-        return {name: getattr(self, name) for name in names} | {"stop": self._stop} | velocity
+        names = ("lr", "index", "taken", "diverged", "ring")
+        state = {name: getattr(self, name) for name in names} | {"stop": self._stop}
+        for name, flat in (("before", self._sgd.before), ("velocity", self._sgd.velocity)):
+            parts = [] if flat is None else self._sgd.by_name(flat).values()
+            state |= {f"{name}.{i}": part for i, part in enumerate(parts)}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copies the values of a :meth:`state_dict` into the tensors of this step."""
+        """Copies the values of a :meth:`state_dict` into the tensors of this step. Load the network's before it."""
+        if "before" in state:  # written by an earlier version: all parameters in one tensor
+            before = self.before_by_name().values()
+            parts = state["before"].split([t.numel() for t in before])
+            whole = zip(parts, before, strict=True)
+            state = state | {f"before.{i}": part.view(t.shape) for i, (part, t) in enumerate(whole)}
         for name, t in self.state_dict().items():
             t.copy_(state[name])
+        self._sgd.refresh()
 
     def before_by_name(self) -> dict[str, Tensor]:
-        """Returns the values in ``before`` by the names of the parameters."""
-        parts = self.before.split([parameter.numel() for parameter in self._parameters])
-        named = zip(self._network.named_parameters(), parts, strict=True)
-        return {name: part.view(parameter.shape) for (name, parameter), part in named}
+        """Returns the parameters before the last update, by their names."""
+        return self._sgd.by_name(self._sgd.before)
+
+    def velocity_by_name(self) -> dict[str, Tensor]:
+        """Returns the velocities of the parameters by their names. There are none without momentum."""
+        return {} if self._sgd.velocity is None else self._sgd.by_name(self._sgd.velocity)
 
     def _run(self) -> None:
         self._batches.fill(self.index, self._images, self._labels)
-        for parameter in self._parameters:
-            parameter.grad = None
-        with autocast(self._config, self._images.device):
+        self._sgd.zero_grad()
+        with autocast(self._config, self._images.device), self._sgd.shadows():
             logits = self._model(self._images)
         loss = loss_of(logits, self._labels)
         loss.backward()
@@ -120,7 +130,9 @@ class Step:
             self._probe(loss)
         with torch.no_grad():
             self._measure(loss, logits)
-            self._update()
+            self._sgd(self.lr, self._stop)
+            self.taken += 1
+            self.index += 1
 
     def _measure(self, loss: Tensor, logits: Tensor) -> None:
         metrics = torch.stack([loss.double(), (logits.argmax(1) == self._labels).sum().double()])
@@ -132,32 +144,6 @@ class Step:
         self.diverged.copy_(torch.where(bad & (self.diverged < 0), self.taken, self.diverged))
         self._stop.copy_(self.diverged >= 0)
 
-    def _update(self) -> None:
-        torch.where(self._stop > 0, self.before, self._flat(), out=self.before)
-        grads: list[Tensor] = []
-        for parameter in self._parameters:
-            assert parameter.grad is not None, "the loss must depend on every parameter"
-            assert _laid_out_alike(parameter, parameter.grad), "the kernel of the update ignores strides"
-            grads.append(parameter.grad)
-        torch._fused_sgd_(
-            self._parameters,
-            grads,
-            self._velocity,
-            lr=self.lr,
-            momentum=self._config.momentum,
-            weight_decay=self._config.weight_decay,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,  # a velocity of zero has the same effect as a first step
-            found_inf=self._stop,
-        )
-        self.taken += 1
-        self.index += 1
-
-    def _flat(self) -> Tensor:
-        return torch.cat([parameter.detach().flatten() for parameter in self._parameters])
-
 
 def loss_of(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
     """Returns the cross-entropy, in float32 if the logits are bfloat16."""
@@ -167,11 +153,3 @@ def loss_of(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-
-def _laid_out_alike(a: Tensor, b: Tensor) -> bool:
-    return a.stride() == b.stride() or any(
-        a.is_contiguous(memory_format=f) and b.is_contiguous(memory_format=f)
-        for f in (torch.contiguous_format, torch.channels_last)
-        if a.dim() == 4 or f is torch.contiguous_format
-    )

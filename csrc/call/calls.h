@@ -9,14 +9,17 @@ namespace bnkern {
 
 struct Forward;
 struct Backward;
+struct Update;
 
-// Add the functions of batch_norm.cpp and convolution.cpp to the module. They return false and set a Python error if
-// they fail.
+// Add the functions of batch_norm.cpp, convolution.cpp and update.cpp to the module. They return false and set a Python
+// error if they fail.
 bool add_calls(PyObject* module);
 bool add_cpu_functions(PyObject* module);
+bool add_update(PyObject* module);
 
 // Queues a call whose tensors are on a CUDA device. `x` is one of these tensors.
 void launch_cuda(Forward& p, PyObject* x, const dlpack::Device& device);
 void launch_cuda(Backward& p, PyObject* x, const dlpack::Device& device);
+void launch_cuda(Update& p, PyObject* values, const dlpack::Device& device);
 
 }  // namespace bnkern

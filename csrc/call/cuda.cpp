@@ -20,6 +20,21 @@ std::map<int, RegisteredDevice>& registered_devices() {
   return *devices;
 }
 
+// Calls queue(stream) with the device as the current one, without the GIL, because a launch waits if the stream's queue
+// is full or CUDA loads a kernel. `like` is a tensor on the device. Throws an error that queue returns.
+template <class Queue>
+void on_stream(PyObject* like, const dlpack::Device& device, Queue queue) {
+  const auto stream = reinterpret_cast<std::uintptr_t>(current_stream(like, device));
+  std::string error;
+  {
+    const Released other_threads;
+    const OnDevice current(device.id);
+    error = queue(stream);
+  }
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+// Queues a call of batch norm. A lock for each stream (workspaces.h) keeps its kernels together, with or without a GIL.
 template <class Call, class CudaCall>
 void launch(Call& call, PyObject* x, const dlpack::Device& device, std::string (*queue)(CudaCall, std::uintptr_t)) {
   const auto registered = registered_devices().find(device.id);
@@ -29,16 +44,7 @@ void launch(Call& call, PyObject* x, const dlpack::Device& device, std::string (
   const std::int64_t width = call.dtype == DType::kFloat64 ? 8 : call.dtype == DType::kFloat32 ? 4 : 2;
   const bool single = shape.n * shape.c * shape.s * width >= registered->second.single_read_from;
   const CudaCall p{call, registered->second.properties, single ? Strategy::kSingleRead : Strategy::kTwoKernels, {}};
-  const auto stream = reinterpret_cast<std::uintptr_t>(current_stream(x, device));
-  std::string error;
-  {
-    // Release the GIL, because a launch waits if the stream's queue is full or CUDA loads a kernel. A lock for each
-    // stream (workspaces.h) keeps the kernels of a call together, with or without a GIL.
-    const Released other_threads;
-    const OnDevice current(device.id);
-    error = queue(p, stream);
-  }
-  if (!error.empty()) throw std::runtime_error(error);
+  on_stream(x, device, [&](std::uintptr_t stream) { return queue(p, stream); });
 }
 
 }  // namespace
@@ -49,5 +55,8 @@ void register_cuda_device(int index, const CudaDevice& device, std::int64_t sing
 
 void launch_cuda(Forward& p, PyObject* x, const dlpack::Device& device) { launch(p, x, device, cuda_forward); }
 void launch_cuda(Backward& p, PyObject* x, const dlpack::Device& device) { launch(p, x, device, cuda_backward); }
+void launch_cuda(Update& p, PyObject* values, const dlpack::Device& device) {
+  on_stream(values, device, [&](std::uintptr_t stream) { return cuda_update(p, stream); });
+}
 
 }  // namespace bnkern

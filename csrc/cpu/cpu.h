@@ -25,6 +25,7 @@ struct CpuKernels {
   void (*augment)(const Augment&);
   void (*conv_grad_signs)(const ConvGradSigns&);
   void (*conv3x3)(const Conv3x3&);
+  void (*update)(const Update&);
 };
 
 // The kernels of the best instruction set of this machine, or of the one that BNKERN_ISA names in the environment
@@ -43,6 +44,7 @@ bool with_extensions();
   void conv_grad_signs(const ConvGradSigns& p); \
   void augment(const Augment& p);               \
   void conv3x3(const Conv3x3& p);               \
+  void update(const Update& p);                 \
   }
 BNKERN_DECLARE_ISA(generic)
 BNKERN_DECLARE_ISA(avx2)

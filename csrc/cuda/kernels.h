@@ -31,6 +31,9 @@ struct CudaMerge {
 };
 std::string cuda_merge(const CudaMerge& p, std::uintptr_t stream);
 
+// A call of update, for fp32 with gradients in fp32 or bf16.
+std::string cuda_update(const Update& p, std::uintptr_t stream);
+
 // The properties of a device on which plans may depend. Equal properties give equal bits.
 struct CudaDevice {
   int multiprocessors;

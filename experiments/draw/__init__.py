@@ -142,6 +142,12 @@ def living(name: str, values: np.ndarray, dead: np.ndarray) -> dict[str, float]:
     )
 
 
+def nearest_to_median(runs: list, value: Callable[[Any], float]) -> Any:
+    """The run whose value is nearest to the median over the runs."""
+    values = np.array([value(run) for run in runs])
+    return runs[int(np.argmin(np.abs(values - np.median(values))))]
+
+
 def count(seeds: int) -> str:
     """The number of seeds as text: "1 seed", "2 seeds"."""
     return f"{seeds} seed{'s' * (seeds != 1)}"

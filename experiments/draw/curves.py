@@ -26,7 +26,8 @@ def of_runs(results, labels: list[str], paper: dict[str, float]) -> tuple[Rows, 
             for name in CURVES:
                 row |= _spread(name, [run.at(name)[index].item() for run in whole])
             curves.append(row | {"paper": paper.get(label)})
-        end = {"run": label, "seeds": len(runs), "diverged": sum(run.at("diverged").item() for run in runs)}
+        end = {"run": label, "seeds": len(runs)}
+        end |= {name: sum(run.value(name).number for run in runs) for name in ("diverged", "dead")}
         for name in ("test accuracy", "train accuracy", "best test accuracy"):
             end |= _spread(name, [run.at(name).item() for run in whole])
         ends.append(end | {"paper": paper.get(label), "steps": max(run.at("steps").item() for run in runs)})

@@ -10,15 +10,16 @@ from . import GRID, INK, NETS, Rows
 
 CAPTION = (
     "The largest learning rate that is stable (filled), and the largest at which the network learns (hollow): mean of "
-    "the logarithm and range over seeds. Shaded: outside of the rates tried. An arrow up marks a limit above all rates "
-    "tried and an arrow down a limit below them. These are bounds, and no line leads to them."
+    "the logarithm and range over seeds. Shaded: outside of the grid. An arrow up marks a limit above the grid, and "
+    "an arrow down a limit below the rates that were tried. These are bounds, and no line leads to them."
 )
 LIMITS = {"limit": "stable", "learning limit": "learns"}
+TRIED = ("lrs", "survived", "learned")
 ARROWS = {1: "^", -1: "v"}
 
 
 def tables(spec, results) -> dict[str, Rows]:
-    """The limits by depth as log10, the number of seeds whose limit is only a bound, and every rate."""
+    """The limits by depth as log10, the number of seeds whose limit is only a bound, and every rate that was tried."""
     limits, tried = [], []
     for run in spec.runs:
         done = results.where(label=run.label)
@@ -30,11 +31,12 @@ def tables(spec, results) -> dict[str, Rows]:
             numbers, bounds = [value.number for value in values], [value.bound for value in values]
             row |= {name: np.mean(numbers), f"{name} low": min(numbers), f"{name} high": max(numbers)}
             row |= {f"{name} above all": bounds.count(1), f"{name} below all": bounds.count(-1)}
-        rates = done[0].at("lrs")
-        limits.append(row | {"lowest rate": rates.min(), "highest rate": rates.max()})
-        for index, rate in enumerate(rates):
-            shares = {name: np.mean([one.at(name)[index] for one in done]) for name in ("survived", "learned")}
-            tried.append({"norm": run.norm, "depth": row["depth"], "lr": rate, **shares})
+        rates = done[0].config["options"]["lrs"]
+        limits.append(row | {"lowest rate": min(rates), "highest rate": max(rates)})
+        for one in done:
+            for rate, survived, learned in zip(*(one.at(name) for name in TRIED), strict=True):
+                own = {"norm": run.norm, "depth": row["depth"], "seed": one.config["seed"]}
+                tried.append(own | {"lr": rate, "survived": survived, "learned": learned})
     return {"depth_limits": limits, "depth_limits_tried": tried}
 
 
@@ -73,8 +75,8 @@ def draw(rows: Rows) -> Figure:
     kinds = [
         Line2D([], [], color=INK, marker="o", label="stable"),
         Line2D([], [], color=INK, marker="o", markerfacecolor="none", linestyle=":", label="learns"),
-        Line2D([], [], color=INK, marker="^", markersize=8, linestyle="none", label="above all tried"),
-        Line2D([], [], color=INK, marker="v", markersize=8, linestyle="none", label="below all tried"),
+        Line2D([], [], color=INK, marker="^", markersize=8, linestyle="none", label="above the grid"),
+        Line2D([], [], color=INK, marker="v", markersize=8, linestyle="none", label="below those tried"),
     ]
     figure.legend(handles=nets + kinds, loc="outside lower center", ncols=3)
     return figure

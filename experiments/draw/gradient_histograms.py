@@ -5,12 +5,12 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.figure import Figure
 
-from . import INK, NETS, Rows, column, count
+from . import INK, NETS, Rows, column, count, nearest_to_median
 
 CAPTION = (
-    "Density of the entries of layer 55's gradient over all seeds and batches, up to the 99.9 % quantile of their "
-    "magnitude. The vertical axes are logarithmic. The scales differ: the lower horizontal axis is much wider. Dotted: "
-    "the range of the paper's axis."
+    "Density of the entries of layer 55's gradient in one network, up to the 99.9 % quantile of their magnitude. It is "
+    "the network whose standard deviation is nearest to the median over the seeds. The vertical axes are logarithmic. "
+    "The scales differ: the lower horizontal axis is much wider. Dotted: the range of the paper's axis."
 )
 PAPER_RANGE = {"batch": 0.04, "none": 4.0}
 STEPS = 80  # the maximum number of bars
@@ -24,8 +24,11 @@ def tables(spec, results) -> dict[str, Rows]:
         runs = results.where(norm=norm)
         if not runs:
             continue
-        counts, edges = sum(run.at("histogram", layer) for run in runs), runs[0].at("edges", layer)
-        bars += [{"norm": norm, "seeds": len(runs), **bar} for bar in _bars(counts, edges)]
+        shown = nearest_to_median(runs, lambda run: run.at("sd", layer).item())
+        bars += [
+            {"norm": norm, "seeds": len(runs), "seed": shown.config["seed"], **bar}
+            for bar in _bars(shown.at("histogram", layer), shown.at("edges", layer))
+        ]
         moments += [
             {"norm": norm, "seed": run.config["seed"]}
             | {name: run.at(name, layer).item() for name in ("sd", "excess kurtosis", "largest")}
@@ -69,8 +72,8 @@ def draw(rows: Rows) -> Figure:
         for end in (-PAPER_RANGE[norm], PAPER_RANGE[norm]):
             axes.axvline(end, color=INK, linestyle=":", linewidth=1)
         axes.set_yscale("log")
-        seeds = column(rows, "seeds", norm=norm)[0]
-        axes.set_title(f"{text}, {count(seeds)}", loc="left", fontsize=10)
+        seed, seeds = (column(rows, name, norm=norm)[0] for name in ("seed", "seeds"))
+        axes.set_title(f"{text}, seed {seed} of {count(seeds)}", loc="left", fontsize=10)
         axes.set_ylabel("density")
     axes.set_xlabel("entry of dL/dK")
     return figure

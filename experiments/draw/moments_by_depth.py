@@ -6,10 +6,14 @@ from matplotlib.figure import Figure
 from . import INK, NETS, Rows, column, key_of_nets, key_of_paper
 
 CAPTION = (
-    "Lines: averages over channels and seeds. Bands: standard deviation over channels. Error bars: standard deviation "
-    "over seeds. Hollow: the paper's values. Dotted: a new stage begins. Layer 110 is the classifier."
+    "Lines: averages over channels and seeds. Bands: standard deviation over channels. Error bars: the central 95 % of "
+    "the networks' averages over channels. Hollow: the paper's values. Dotted: a new stage begins. Layer 110 is the "
+    "classifier."
 )
 QUANTITIES = {"ln_std": "ln std", "ln_abs_mean": "ln |mean|"}
+
+
+CENTRAL = (2.5, 97.5)  # percentiles
 
 
 def tables(spec, results) -> dict[str, Rows]:
@@ -29,6 +33,7 @@ def by_layer(spec, results) -> Rows:
                 averages = channels.mean(1)
                 row[name] = averages.mean()
                 row[f"{name} over seeds"] = averages.std(ddof=1) if len(runs) > 1 else 0.0
+                row[f"{name} low"], row[f"{name} high"] = np.percentile(averages, CENTRAL)
                 row[f"{name} over channels"] = channels.std(1).mean()
                 row[f"{name} paper"] = spec.paper[name, norm][index]
             rows.append(row)
@@ -41,9 +46,9 @@ def draw(rows: Rows) -> Figure:
     panels = figure.subplots(2, 1, sharex=True)
     for axes, (name, label) in zip(panels, QUANTITIES.items(), strict=True):
         for norm, (_, colour, marker) in NETS.items():
-            layer, ours, seeds, channels, paper = (
+            layer, ours, low, high, channels, paper = (
                 np.array(column(rows, key, norm=norm), float)
-                for key in ("layer", name, f"{name} over seeds", f"{name} over channels", f"{name} paper")
+                for key in ("layer", name, *(f"{name} {end}" for end in ("low", "high", "over channels", "paper")))
             )
             # The last layer is the classifier. It is of another kind and not on the line.
             for part, style in ((slice(-1), marker + "-"), (slice(-1, None), marker)):
@@ -53,7 +58,7 @@ def draw(rows: Rows) -> Figure:
                     axes.fill_between(x, *band, color=colour, alpha=0.18, linewidth=0)
                 else:
                     axes.vlines(x, *band, colors=colour, alpha=0.3, linewidth=6)
-                axes.errorbar(x, y, seeds[part], fmt=style, color=colour, capsize=2, elinewidth=1)
+                axes.errorbar(x, y, (y - low[part], high[part] - y), fmt=style, color=colour, capsize=2, elinewidth=1)
             axes.plot(layer, paper, "D", color=colour, markerfacecolor="none", markersize=8)
         axes.axhline(0, color=INK, linewidth=0.6)
         for stage in (37.5, 73.5):

@@ -8,7 +8,7 @@ from . import INK, SERIES, Rows, column
 CAPTION = (
     "Above: C, the batch size times the variance of the gradient, during training. Below: lr C / |B|, the noise of a "
     "step over the step size. Geometric means and ranges over seeds. Dotted: drops of the learning rate, at 50 and 75 "
-    "% of training."
+    "% of each run."
 )
 QUANTITIES = {"C": "C", "lr C / |B|": "lr C / |B|"}
 TEXTS = {
@@ -46,8 +46,9 @@ def draw(rows: Rows) -> Figure:
             )
             axes.fill_between(step + 1, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(step + 1, mean, marker=marker, color=colour, linewidth=1.2, label=TEXTS[label])
-        for share in DROPS:  # the last step is always measured
-            axes.axvline(share * (max(column(rows, "step")) + 1) + 1, color=INK, linestyle=":", linewidth=1)
+        lengths = {max(column(rows, "step", run=label)) + 1 for label in labels}  # the last step is always measured
+        for drop in sorted({share * length for share in DROPS for length in lengths}):
+            axes.axvline(drop + 1, color=INK, linestyle=":", linewidth=1)
         axes.set(xscale="log", yscale="log", ylabel=text)
     axes.set_xlabel("step, from 1")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)

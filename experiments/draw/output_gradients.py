@@ -1,9 +1,8 @@
 """Figure 6: the gradient at the logits, image by image."""
 
-import numpy as np
 from matplotlib.figure import Figure
 
-from . import NETS, Rows, column
+from . import NETS, Rows, column, nearest_to_median
 
 CAPTION = (
     "Above: B dL/dlogits, a row for each image of the batch and a column for each class. Orange entries reduce a logit "
@@ -37,8 +36,9 @@ def tables(spec, results) -> dict[str, Rows]:
 def _typical(results) -> int | None:
     """The seed with the value nearest to the median with batch norm."""
     runs = results.where(norm="batch") or results.where(norm="none")
-    values = [run.at("largest column mean").item() for run in runs]
-    return runs[int(np.argmin(np.abs(np.array(values) - np.median(values))))].config["seed"] if runs else None
+    if not runs:
+        return None
+    return nearest_to_median(runs, lambda run: run.at("largest column mean").item()).config["seed"]
 
 
 def draw(rows: Rows) -> Figure:
@@ -64,7 +64,7 @@ def draw(rows: Rows) -> Figure:
     for place, norm in enumerate(reversed(nets)):
         _, colour, marker = NETS[norm]
         mine = [row for row in rows if row["image"] < 0 and row["norm"] == norm]
-        axes.plot(column(mine, "largest"), [place] * len(mine), marker, color=colour, alpha=0.6)
+        axes.plot(column(mine, "largest"), [place] * len(mine), marker, color=colour, alpha=0.3)
         axes.plot(column(mine, "largest", shown=1), [place], marker, color=colour, markersize=9)
     axes.set_yticks(range(len(nets)), [NETS[norm][0] for norm in reversed(nets)])
     axes.set(xlim=(0, 1.02), ylim=(-0.6, len(nets) - 0.4), xlabel="largest column mean of B dL/dlogits")

@@ -13,7 +13,7 @@ from bnkern.train.resnet import ResNet, layers
 
 from . import Arrays, Tick
 from .theory import distance, edge, theorem
-from .training import delete_checkpoints, listener, settings_of, subset
+from .training import delete_checkpoints, progress, settings_of, subset
 
 POSITIONS = 8  # rows, and columns, of the last stage's activations
 SHARES = (np.arange(200) + 0.5) / 200  # the quantiles of the singular values that are kept
@@ -26,13 +26,13 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
     ``training``.
     """
     data = subset(data, config["options"])
-    settings = settings_of(config, data, device)
+    settings = settings_of(config, data)
     torch.manual_seed(config["seed"])  # as in bnkern.train
     network = loop.build(settings)
     results: Arrays = {}
     for when in ("init", "trained"):
         if when == "trained":
-            loop.train(settings, folder / "train", data, device, probes=listener(settings, data, tick))
+            loop.train(settings, folder / "train", data, device, watch=progress(settings, data, tick))
             state = checkpoint.load(folder / "train" / "checkpoint.pt", settings.to_dict())
             assert state is not None, "a run that has ended has a checkpoint"
             network.load_state_dict(state["network"])

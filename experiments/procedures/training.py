@@ -2,24 +2,26 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from bnkern.probes import load, record
 from bnkern.train import loop
 from bnkern.train.cifar10 import Batches, Cifar10, Split
 from bnkern.train.config import Config, learning_rate
 from bnkern.train.runlog import outcome, rows
+from bnkern.train.step import autocast, loss_of
 
 from . import Arrays, Tick
 
-OWN = ("lrs", "images", "tests", "noise")  # the options of this procedure; all others are settings of bnkern.train
+# The options of this procedure and of rates.py. All others are settings of bnkern.train.
+OWN = ("images", "tests", "noise", "lrs", "search")
 
 
 def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tick: Tick) -> dict[str, Arrays]:
@@ -27,19 +29,17 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
 
     Accuracies are measured on the first ``tests`` test images, or on all.
 
-    With ``lrs`` there is one short run for each of these learning rates, see :func:`_limits`. With ``noise`` the noise
-    of the gradient is measured that many times during the run, see :class:`_Noise`.
+    With ``noise`` the noise of the gradient is measured that many times during the run, see :class:`_Noise`. This
+    changes no bit of the run.
     """
     options = config["options"]
     data = subset(data, options)
-    if "lrs" in options:
-        return {"limits": _limits(config, data, device, folder, tick)}
-    settings = settings_of(config, data, device)
-    probes = listener(settings, data, tick, options.get("noise", 0))
-    loop.train(settings, folder / "train", data, device, probes=probes)
+    settings = settings_of(config, data)
+    noise = _Noise(settings, data, device, folder / "noise", options["noise"]) if options.get("noise") else None
+    loop.train(settings, folder / "train", data, device, before_step=noise, watch=progress(settings, data, tick))
     results = {"training": curves(folder / "train", settings.epochs)}
-    if isinstance(probes, _Noise):
-        results["noise"] = probes.arrays(folder / "train")
+    if noise:
+        results["noise"] = noise.arrays(outcome(folder / "train").steps)
     delete_checkpoints(folder)
     return results
 
@@ -53,11 +53,11 @@ def subset(data: Cifar10, options: dict) -> Cifar10:
     return dataclasses.replace(data, train=train, test=test)
 
 
-def settings_of(config: dict, data: Cifar10, device: torch.device, **changes: object) -> Config:
-    """The run as a Config of bnkern.train. On the CPU it uses channels_last, which is faster there."""
+def settings_of(config: dict, data: Cifar10, **changes: object) -> Config:
+    """The run as a Config of bnkern.train."""
     own = {name: config[name] for name in ("seed", "depth", "norm", "shortcut", "init", "kernels", "batch")}
     own |= {name: value for name, value in config["options"].items() if name not in OWN}
-    channels_last = device.type == "cpu"
+    channels_last = config.get("layout") != "contiguous"
     intervals = {"evaluate_every": max(1, own.get("epochs", 165) // 8), "checkpoint_every": 200}
     return Config(config["label"], data=data.source, channels_last=channels_last, **intervals | own | changes)
 
@@ -99,130 +99,43 @@ def _percent(share: float | None) -> float:
     return math.nan if share is None else 100 * share
 
 
-def listener(config: Config, data: Cifar10, tick: Tick, noise: int = 0) -> "_Listener":
-    """The ``probes`` argument for bnkern.train. It calls ``tick``, and measures the noise ``noise`` times."""
-    return _Noise(config, data, tick, noise) if noise else _Listener(config, data, tick)
-
-
-class _Listener:
-    """The probes of bnkern.train, used to report its progress. It decides nothing on the host (``on_device``)."""
-
-    on_device = True
-
-    def __init__(self, config: Config, data: Cifar10, tick: Tick) -> None:
-        self.steps = config.epochs * (len(data.train.labels) // config.batch)
-        self.tick, self.name = tick, config.name
-
-    def __call__(self, network: nn.Module, out: Path, step: int) -> "_Listener":
-        self.network, self.out = network, out
-        return self
-
-    def __enter__(self) -> "_Listener":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def step(self, loss: Tensor) -> None:
-        pass
-
-    def rewind(self, step: int) -> None:
-        pass
-
-    def flush(self, wait: bool = False) -> None:
-        if logged := rows(self.out.parent):
-            self.tick(logged[-1]["step"] / self.steps, f"{self.name}, step {logged[-1]['step']} of {self.steps}")
-
-
-# ------------------------------------------------------------------------------------------------ usable rates
-
-
-def _limits(config: dict, data: Cifar10, device: torch.device, folder: Path, tick: Tick) -> Arrays:
-    """The learning rates among ``lrs`` that a network can use. Each rate has a run of its own: one epoch, no drops.
-
-    ``survived``: every loss was finite and at most 1e3. ``learned``: the run survived, and the mean loss of its last
-    quarter is below the first loss and below ln 10, the loss of a guess. ``limit`` and ``learning limit``: log10 of
-    the largest rate that survived, and of the largest one that learned.
-
-    ``limit bound`` and ``learning limit bound`` are 1 if that rate is the largest one tried. The limit is then at
-    least this rate. They are -1 if no rate can be used. The limit is then below the smallest rate tried, which is
-    returned in its stead. Otherwise they are 0.
-    """
-    rates = sorted(config["options"]["lrs"])
-    data = subset(data, {"tests": 1})  # the accuracy is not used
-    survived, learned = [], []
-    for done, rate in enumerate(rates):
-        tick(done / len(rates), f"learning rate {rate:g}")
-        settings = settings_of(config, data, device, lr=rate, drops=(), log_every=1, checkpoint_every=10**6)
-        rate_folder = folder / f"lr-{rate:g}"
-        loop.train(settings, rate_folder, data, device)
-        losses = [float(row["loss"]) for row in rows(rate_folder) if row["event"] == "train"]
-        survived.append(outcome(rate_folder).diverged is None)
-        learned.append(survived[-1] and teaches(losses))
-    delete_checkpoints(folder)
-
-    results: dict[str, Any] = {"lrs": rates, "survived": survived, "learned": learned}
-    for name, usable in (("limit", survived), ("learning limit", learned)):
-        results[name], results[f"{name} bound"] = largest(rates, usable)
-    return {name: np.asarray(value, float) for name, value in results.items()}
-
-
-def largest(rates: list[float], usable: list[bool]) -> tuple[float, int]:
-    """log10 of the largest usable rate, and its bound as in :func:`_limits`. The rates are in increasing order."""
-    usable_rates = [rate for rate, is_usable in zip(rates, usable, strict=True) if is_usable]
-    if not usable_rates:
-        return math.log10(rates[0]), -1
-    return math.log10(usable_rates[-1]), 1 if usable_rates[-1] == rates[-1] else 0
-
-
-def teaches(losses: list[float]) -> bool:
-    """Whether the last quarter's mean is below the first loss, and below the loss of a guess among ten classes."""
-    return bool(np.mean(losses[-max(1, len(losses) // 4) :]) < min(losses[0], math.log(10)))
+def progress(config: Config, data: Cifar10, tick: Tick) -> Callable[[int], None]:
+    """The ``watch`` argument for bnkern.train, which calls ``tick``."""
+    steps = config.epochs * (len(data.train.labels) // config.batch)
+    return lambda done: tick(done / steps, f"{config.name}, step {done} of {steps}")
 
 
 # ------------------------------------------------------------------------------------------------ noise during training
 
 
-class _Noise(_Listener):
+class _Noise:
     """Measures C, the variance of the gradient times the batch size, a number of times in a run, evenly in ln step.
 
-    At those steps ``PARTS`` additional batches of the run's own size pass through the network in training mode. They
-    come from epochs that training does not reach. Gradients and running statistics are restored afterwards. The probe
-    ``gradient_noise_scale`` computes the sums.
+    Before those steps ``PARTS`` additional batches of the run's own size pass through the network in training mode.
+    They come from epochs that training does not reach. Gradients and running statistics are restored afterwards. The
+    probe ``gradient_noise_scale`` computes the sums.
+
+    It is the ``before_step`` of bnkern.train. The steps are known beforehand and the measurement is outside of the
+    step, so a GPU replays the training step as a CUDA graph before and after it.
     """
 
     PARTS, FIRST_EPOCH = 8, 2**31
-    on_device = False
 
-    def __init__(self, config: Config, data: Cifar10, tick: Tick, times: int) -> None:
-        super().__init__(config, data, tick)
-        self.config, self.data = config, data
+    def __init__(self, config: Config, data: Cifar10, device: torch.device, out: Path, times: int) -> None:
+        self.config, self.data, self.device, self.out = config, data, device, out
+        self.steps = config.epochs * (len(data.train.labels) // config.batch)
         self.due = {0, *np.unique(np.geomspace(1, self.steps - 1, times - 1).round().astype(int)).tolist()}
 
-    def __call__(self, network: nn.Module, out: Path, step: int) -> "_Noise":
-        super().__call__(network, out, step)
-        out.mkdir(exist_ok=True)
-        device = next(network.parameters()).device
-        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        self.batches = Batches(
-            Split(*(t.to(device) for t in self.data.train)),
-            self.config.batch,
-            self.config.seed,
-            self.data.mean,
-            self.data.std,
-            augment=self.config.augment,
-            memory_format=memory_format,
-        )
-        self.steps_done = step
-        return self
+    @cached_property
+    def batches(self) -> Batches:
+        data = self.data.to(self.device)
+        return loop.batches_of(self.config, data.train, data)
 
-    def step(self, loss: Tensor) -> None:
-        if self.steps_done in self.due:
-            self._measure(self.steps_done)
-        self.steps_done += 1
+    def __call__(self, network: nn.Module, step: int) -> None:
+        if step in self.due:
+            self._measure(network, step)
 
-    def _measure(self, step: int) -> None:
-        network = self.network
+    def _measure(self, network: nn.Module, step: int) -> None:
         gradients = [parameter.grad for parameter in network.parameters()]
         statistics = {name: t.clone() for name, t in network.named_buffers()}
         network.zero_grad()
@@ -230,19 +143,22 @@ class _Noise(_Listener):
             with record(network, ["gradient_noise_scale"], out=out) as recording:
                 for part in range(self.PARTS):
                     images, labels = self.batches.at(self.FIRST_EPOCH + step, part % len(self.batches))
-                    (F.cross_entropy(network(images), labels) / self.PARTS).backward()
+                    with autocast(self.config, self.device):
+                        logits = network(images)
+                    (loss_of(logits, labels) / self.PARTS).backward()
                 recording.step()
             recorded = load(out)["gradient_noise_scale"][""]
-        np.savez(self.out / f"noise-{step:07d}.npz", step=step, **recorded)  # type: ignore[arg-type]
+        self.out.mkdir(exist_ok=True)
+        np.savez(self.out / f"{step:07d}.npz", step=step, **recorded)  # type: ignore[arg-type]
         for parameter, gradient in zip(network.parameters(), gradients, strict=True):
             parameter.grad = gradient
         for name, t in network.named_buffers():
             t.copy_(statistics[name])
 
-    def arrays(self, folder: Path) -> Arrays:
-        """For each measurement: ``step``, ``C`` = |B| times the variance, ``|g|^2``, and ``lr C / |B|``."""
-        size, steps = self.config.batch, outcome(folder).steps
-        measured = [dict(np.load(file)) for file in sorted((folder / "probes").glob("noise-*.npz"))]
+    def arrays(self, steps: int) -> Arrays:
+        """For each measurement up to ``steps``: ``step``, ``C`` = |B| times the variance, ``|g|^2``, ``lr C / |B|``."""
+        size = self.config.batch
+        measured = [dict(np.load(file)) for file in sorted(self.out.glob("*.npz"))]
         measured = [row for row in measured if row["step"] <= steps]
         step, noise, square = (np.array([row[name].item() for row in measured]) for name in ("step", "noise", "square"))
         rates = np.array([learning_rate(self.config, int(number), self.steps) for number in step])

@@ -1,6 +1,6 @@
 """Table 1 and Appendix J: without batch norm, the summands of a weight's gradient agree in sign."""
 
-from . import Claim, Run, Spec, between, within_factor
+from . import FEWER, FEWER_TEXT, MANY, Claim, Run, Spec, between, within_factor
 
 LAYERS = (18, 54, 90)
 NETS = {"batch": "with batch norm", "none": "without batch norm"}
@@ -47,15 +47,16 @@ SPEC = Spec(
     "absolute values and b is the absolute value of their mean, both averaged over the weights of the layer. At "
     "initialisation with batch norm a/b is 40 to 250, so the summands cancel. Without batch norm a/b is about 2: the "
     "summands agree in sign, and gradients are large in a few directions.",
-    method="ResNet-110 with projection shortcuts and Xavier-normal weights, before any step. Each seed draws a "
-    "network and a batch of 128 standardised training images. Both networks of a seed have the same weights and "
+    method="ResNet-110 with projection shortcuts and Xavier-normal weights, before any step. Each of 100 seeds draws "
+    "a network and a batch of 128 standardised training images. Both networks of a seed have the same weights and "
     "batch. d = dy[b,o,x,y] I[b,i,x+x',y+y'] with dy at the output of the convolution. Sums over the N = B H W "
     "summands are divided by N, and a/b is the ratio of averages. The probe weight_gradient_signs records them. Its "
     "float32 sums differ from float64 sums by less than 1e-8 of a and b. Means over seeds are geometric.",
-    claims=tuple(claim(*key, *at) for key in PAPER for at in zip(LAYERS, PAPER[key], strict=True)),
-    runs=tuple(Run(norm, "at_init", norm, ("gradient_signs",), LAYERS) for norm in NETS),
-    smaller={"smoke": {"batch": 2, "seeds": 1}},
-    minutes={"full": 0.58},
+    claims=tuple(claim(*key, *values) for key in PAPER for values in zip(LAYERS, PAPER[key], strict=True)),
+    runs=tuple(Run(norm, "at_init", norm, ("gradient_signs",), LAYERS, seeds=MANY) for norm in NETS),
+    smaller={"smoke": {"batch": 2, "seeds": 1}, "reduced": FEWER},
+    reduction={"reduced": FEWER_TEXT},
+    minutes={"reduced": 0.58, "full": 5.8},
     paper=PAPER,
     remark="Independent signs would give an a/b of about sqrt N. With batch norm a/b is 0.4 to 0.65 of that, so its "
     "fall with depth is mostly the fall of the resolution. The share of signs that agree, |sum sign d| over the "

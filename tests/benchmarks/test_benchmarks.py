@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check
 from benchmarks.__main__ import main
 from benchmarks.cases import traffic
 from benchmarks.cases.norms import differentiate, relative_errors
@@ -215,24 +214,3 @@ def test_table_of_batches_has_images_per_second() -> None:
     lines = list(tables._batches([label | {"provider": "bnkern"} | times, label | {"provider": "a", "missing": "b"}]))
     assert lines[-2] == "| augment images nchw fp32 | bnkern | 0.25 (0.2 to 0.3) | 512 | 2.00x |"
     assert lines[-1] == "| augment images nchw fp32 | a | missing: b |  |  |"
-
-
-def test_a_part_of_gpu_check_is_stopped_when_its_time_is_over(tmp_path: Path) -> None:
-    def part(code: str, seconds: float) -> tuple[str, str]:
-        record = gpu_check.run("part", [sys.executable, "-uc", code], tmp_path, dict(os.environ), seconds)
-        return record["result"], (tmp_path / "part.log").read_text().strip()
-
-    assert part("print(1)", 60) == ("ok", "1")
-    assert part("print(1); raise SystemExit(3)", 60) == ("FAILED", "1")
-    result, log = part("import time; print(1); time.sleep(60)", 3)
-    assert result == "out of time"
-    assert log.startswith("1") and "KeyboardInterrupt" in log  # it was interrupted, and had time to end
-
-
-def test_parts_of_gpu_check_name_existing_files() -> None:
-    for name, (words, _) in gpu_check.PARTS.items():
-        command = gpu_check.command(name, Path("out"))
-        files = [word for word in command if word.startswith("benchmarks/")]
-        assert all((ROOT / file).exists() for file in files)
-        assert bool(files) == ("--bnkern-json=out/bench-" in " ".join(command))
-        named([word for option in words if option.startswith("--shapes=") for word in option[9:].split(",")])

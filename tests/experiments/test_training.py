@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from bnkern.train import runlog
+from bnkern.train import loop, runlog
 from bnkern.train.cifar10 import Split, synthetic
+from bnkern.train.step import Step
 from experiments import names, spec
-from experiments.procedures import training
+from experiments.procedures import rates, training
 from experiments.run import plan
-from experiments.specs import REDUCED_EPOCHS, SCALES, Run
+from experiments.specs import PRECISIONS, QUICK, QUICK_EPOCHS, REDUCED_EPOCHS, SCALES, TRAINING, Run
+from tests.train.training import tensors, untimed
 
 IMAGES = synthetic(64, 20)
 CPU = torch.device("cpu")
@@ -29,9 +31,17 @@ def configuration(norm: str = "batch", **options: object) -> dict:
     return common | {"options": {"lr": 0.01, "epochs": 2, "images": 16, "tests": 10} | options}
 
 
-def measure(folder: Path, config: dict, tick=nothing) -> dict[str, dict[str, np.ndarray]]:
+def measure(folder: Path, config: dict, tick=nothing, device: torch.device = CPU) -> dict[str, dict[str, np.ndarray]]:
     folder.mkdir(exist_ok=True)
-    return training.measure(config, IMAGES, CPU, folder, tick)
+    procedure = rates if "lrs" in config["options"] else training
+    return procedure.measure(config, IMAGES, device, folder, tick)
+
+
+def same_arrays(ours: dict[str, dict[str, np.ndarray]], theirs: dict[str, dict[str, np.ndarray]]) -> None:
+    assert ours.keys() == theirs.keys()
+    for file, arrays in ours.items():
+        for name, values in arrays.items():
+            np.testing.assert_array_equal(values, theirs[file][name], err_msg=name)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +68,14 @@ def test_a_run_in_arrays(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "train/config.json").read_text())
     assert config["lr"] == 0.01 and config["channels_last"] and config["data"] == "synthetic"
     assert not list(tmp_path.glob("**/*.pt")), "checkpoints of a finished run weigh more than all else"
+
+
+def test_precision_and_layout_reach_the_training() -> None:
+    config = configuration(precision="bf16") | {"layout": "contiguous"}
+    settings = training.settings_of(config, IMAGES)
+    assert settings.precision == "bf16" and not settings.channels_last and settings.graph
+    plain = training.settings_of(configuration(), IMAGES)
+    assert plain.precision == "fp32" and plain.channels_last
 
 
 def test_a_run_that_diverges_is_a_result_without_accuracy(tmp_path: Path) -> None:
@@ -88,11 +106,32 @@ def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path: Path, noise: int) -
     assert 0 < before[-1]["step"] < 8 and (tmp_path / "parts/train/checkpoint.pt").exists()
     shares = []
     again = measure(tmp_path / "parts", config, lambda share, what: shares.append(share))
-    assert shares[0] == 0.5, "on from the checkpoint at a quarter, to the next one"
-    assert whole.keys() == again.keys() == ({"training", "noise"} if noise else {"training"})
-    for file, arrays in whole.items():
-        for name, values in arrays.items():
-            np.testing.assert_array_equal(values, again[file][name], err_msg=name)
+    assert shares == [0.75], "on from the checkpoint at a half, to the next one"
+    assert whole.keys() == ({"training", "noise"} if noise else {"training"})
+    same_arrays(whole, again)
+
+
+@pytest.mark.parametrize("changes", [{"noise": 4}, {"precision": "bf16"}, {"lrs": [1e-4, 1e-2], "epochs": 1}])
+def test_a_run_in_pieces_ends_alike(tmp_path: Path, changes: dict) -> None:
+    """Each piece is stopped at its first line of metrics, and most of these are between checkpoints."""
+    config = configuration(**{"log_every": 3} | changes)
+    whole = measure(tmp_path / "whole", config)
+
+    def stop(share: float, what: str) -> None:
+        raise loop.Stopped
+
+    pieces = 0
+    while pieces < 20:
+        pieces += 1
+        try:
+            parts = measure(tmp_path / "parts", config, stop)
+            break
+        except loop.Stopped:
+            assert list(tmp_path.glob("parts/**/checkpoint.pt"))
+    assert pieces == (7 if "lrs" in changes else 4)
+    same_arrays(whole, parts)
+    for folder in ["lr-0.0001", "lr-0.01"] if "lrs" in changes else ["train"]:
+        assert untimed(tmp_path / "parts" / folder) == untimed(tmp_path / "whole" / folder)
 
 
 # ------------------------------------------------------------------------------------------------ usable rates
@@ -109,10 +148,24 @@ def test_the_largest_rate_that_is_borne(tmp_path: Path) -> None:
     assert found["limit bound"] == 0
 
 
+def test_the_best_rate_has_the_lowest_loss_in_its_last_epoch(tmp_path: Path) -> None:
+    lrs = [1e-5, 0.05, 1e6]
+    found = measure(tmp_path, configuration("none", lrs=lrs, epochs=6))["limits"]
+    assert np.isfinite(found["last loss"][:2]).all() and found["last loss"][2] == math.inf
+    assert found["best rate"] == pytest.approx(math.log10(0.05)) and found["last loss"][1] < found["last loss"][0]
+    for rate, loss in zip(lrs, found["last loss"], strict=True):
+        assert found[f"last loss at {rate:g}"] == loss
+    epochs = [row for row in runlog.rows(tmp_path / "lr-0.05") if row["event"] == "epoch"]
+    assert len(epochs) == 6 and found["last loss"][1] == epochs[-1]["train_loss"]
+    assert {row["lr"] for row in runlog.rows(tmp_path / "lr-0.05") if row["event"] == "train"} == {0.05}, "no drops"
+    none = measure(tmp_path / "none", configuration("none", lrs=[1e6, 1e7], epochs=1))["limits"]
+    assert math.isnan(none["best rate"])
+
+
 def test_a_rate_teaches_if_the_loss_falls_below_guessing(tmp_path: Path) -> None:
-    assert training.teaches([2.5, 2.6, 2.2, 2.1]) and training.teaches([2.2, 2.1])
-    assert not training.teaches([166.0, 2.4, 2.31, 2.31]), "what the first steps mend is not learned"
-    assert not training.teaches([2.0, 1.0, 2.1, 2.2]) and not training.teaches([2.5, 2.2, 1.0, math.nan])
+    assert rates.teaches([2.5, 2.6, 2.2, 2.1]) and rates.teaches([2.2, 2.1])
+    assert not rates.teaches([166.0, 2.4, 2.31, 2.31]), "what the first steps mend is not learned"
+    assert not rates.teaches([2.0, 1.0, 2.1, 2.2]) and not rates.teaches([2.5, 2.2, 1.0, math.nan])
     found = measure(tmp_path, configuration(lrs=[1e-7, 0.05], epochs=24))["limits"]
     np.testing.assert_array_equal(found["survived"], [1, 1])
     np.testing.assert_array_equal(found["learned"], [0, 1])  # sixteen images by heart, and nothing at all
@@ -130,6 +183,71 @@ def test_measuring_noise_changes_nothing_of_the_run(tmp_path: Path) -> None:
         for times in (0, 4)
     ]
     assert told[0] == told[1] and told[0][-1][1], "of training batches; on the test set by the running statistics"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_measuring_noise_changes_no_bit_of_the_network(tmp_path: Path, precision: str) -> None:
+    settings = training.settings_of(configuration(precision=precision, images=64), IMAGES)
+    noise = training._Noise(settings, IMAGES, CPU, tmp_path / "noise", 5)
+    for name, before_step in (("plain", None), ("noisy", noise)):
+        loop.train(settings, tmp_path / name, IMAGES, before_step=before_step)
+    plain, noisy = (tensors(tmp_path / name) for name in ("plain", "noisy"))
+    assert len(plain) > 20 and not [name for name in plain if not torch.equal(plain[name], noisy[name])]
+    assert len(list((tmp_path / "noise").iterdir())) == len(noise.due) == 5
+
+
+class Replay:
+    """Stands in for a CUDA graph of the step: a replay calls no probe, and the gradients have memory of their own."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.replays = step, 0
+        step._probe = None
+        step._run()
+        self.gradients = [parameter.grad for parameter in step._parameters]
+
+    def replay(self) -> None:
+        self.replays += 1
+        before = [parameter.grad for parameter in self.step._parameters]
+        self.step._run()
+        for parameter, gradient, old in zip(self.step._parameters, self.gradients, before, strict=True):
+            gradient.copy_(parameter.grad)
+            assert old is gradient, "the gradients' memory belongs to the graph"
+            parameter.grad = gradient
+
+
+def test_noise_is_measured_between_the_replays_of_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def capture(step: Step) -> None:
+        state = [*step.state_dict().values(), *step._network.state_dict().values()]
+        saved = [t.clone() for t in state]
+        graphs.append(Replay(step))
+        step._graph = graphs[-1]
+        for t, value in zip(state, saved, strict=True):
+            t.copy_(value)
+
+    plain = measure(tmp_path / "plain", configuration(noise=4))
+    recordable = loop._Run.recordable
+    monkeypatch.setattr(loop._Run, "recordable", lambda run: recordable(run) or run.recorder is None)
+    monkeypatch.setattr(Step, "record", capture)
+    replayed = measure(tmp_path / "replayed", configuration(noise=4))
+    assert [graph.replays for graph in graphs] == [8], "every step"
+    same_arrays(plain, replayed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_noise_beside_a_captured_step(tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the run has one graph and the bits of a run without the measurement."""
+    captured, record = [], Step.record
+    monkeypatch.setattr(Step, "record", lambda step: (captured.append(step), record(step)))
+    cuda, common = torch.device("cuda"), {"deterministic": True, "precision": precision}
+    found = [measure(tmp_path / str(n), configuration(noise=n, **common), device=cuda) for n in (0, 4)]
+    eager = measure(tmp_path / "eager", configuration(noise=4, graph=False, **common), device=cuda)
+    assert len(captured) == 2
+    same_arrays({"training": found[0]["training"]}, {"training": found[1]["training"]})
+    same_arrays(found[1], eager)
 
 
 def test_noise_along_a_run(tmp_path: Path) -> None:
@@ -156,18 +274,16 @@ def test_the_noise_is_that_of_the_runs_own_batches(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ scales
 
 
-TRAINED = [name for name in names() if any(run.procedure in ("training", "layer_products") for run in spec(name).runs)]
+TRAINED = [name for name in names() if any(run.procedure in TRAINING for run in spec(name).runs)]
 
 
 @pytest.mark.parametrize("name", ["learning_rates", "final_layer_norm", "norm_variants"])
-def test_quick_runs_keep_rates_and_ratios_of_epochs(name: str) -> None:
+def test_quick_runs_keep_the_rates_and_share_images_and_epochs(name: str) -> None:
     full, small = trained_runs(name, "full"), trained_runs(name, "quick")
     assert full.keys() == small.keys()
-    factor = sum(run.options["epochs"] for run in small.values()) / sum(run.options["epochs"] for run in full.values())
-    for label, run in full.items():
-        assert small[label].options["lr"] == run.options["lr"]
-        assert abs(small[label].options["epochs"] - factor * run.options["epochs"]) <= 1  # rounded, at least 1
-        assert small[label].batch == run.batch == 128
+    for label, run in small.items():
+        assert run.options["lr"] == full[label].options["lr"] and run.depth == 8
+        assert run.options["epochs"] == QUICK_EPOCHS[run.options["lr"]] and run.options["images"] == QUICK["images"]
 
 
 @pytest.mark.parametrize("name", ["learning_rates", "final_layer_norm", "norm_variants"])
@@ -182,20 +298,59 @@ def test_reduced_runs_keep_the_rates_and_share_images_and_epochs(name: str) -> N
         assert run.depth == (56 if name == "norm_variants" else 110)
 
 
+def test_the_noise_is_measured_in_the_runs_of_figure_1() -> None:
+    for scale in ("reduced", "full"):
+        ours, figure_1 = trained_runs("noise_in_training", scale), trained_runs("learning_rates", scale)
+        assert len(ours) == 4
+        for label, run in ours.items():
+            assert run.but(seeds=1) == figure_1[label].but(seeds=1, noise=16)
+
+
 def trained_runs(name: str, scale: str) -> dict[str, Run]:
     return {run.label: run for run in spec(name).at(scale) if "lr" in run.options}
 
 
-def test_a_limit_at_the_edge_of_the_rates_tried_is_a_bound() -> None:
-    rates = [0.01, 0.1, 1.0]
-    assert training.largest(rates, [True, True, False]) == (-1, 0)
-    assert training.largest(rates, [True, True, True]) == (0, 1), "at least 1"
-    assert training.largest(rates, [False, False, False]) == (-2, -1), "at most 0.01"
+GRID = [10 ** (k / 8) for k in range(-48, 17)]
+
+
+def searched(stable: float, learns: tuple[float, float], lrs: list[float]) -> tuple[dict, int]:
+    """The result of a search, and the number of rates tried, for a network that learns at rates in a range."""
+    tried = set()
+
+    def ended(rate: float) -> rates.Ended:
+        tried.add(rate)
+        return rates.Ended(rate <= stable, learns[0] <= rate <= min(stable, learns[1]), 0.0)
+
+    return rates.search(lrs, ended), len(tried)
+
+
+@pytest.mark.parametrize("stable", GRID)
+def test_the_search_finds_what_trying_all_rates_finds(stable: float) -> None:
+    for highest in GRID[::5]:
+        found, tried = searched(stable, (highest / 100, highest), GRID)
+        assert found["limit"] == math.log10(stable) and found["limit bound"] == (stable == GRID[-1])
+        usable = [rate for rate in GRID if highest / 100 <= rate <= min(stable, highest) and rate >= stable / 1e3]
+        if usable:
+            assert found["learning limit"] == math.log10(usable[-1])
+            assert found["learning limit bound"] == (usable[-1] == GRID[-1])
+        assert tried <= 7 + 7 + 2
+
+
+def test_a_limit_at_the_edge_of_the_grid_is_a_bound() -> None:
+    lrs = [0.01, 0.1, 1.0]
+    names = ("limit", "limit bound", "learning limit", "learning limit bound")
+    for stable, learns, expected in (
+        (0.1, (0, 1), (-1, 0, -1, 0)),
+        (1, (0, 1), (0, 1, 0, 1)),  # at least 1
+        (0, (0, 1), (-2, -1, -2, -1)),  # below 0.01
+        (1, (5, 6), (0, 1, -2, -1)),  # learns at no rate that was tried
+    ):
+        assert tuple(searched(stable, learns, lrs)[0][name] for name in names) == expected
 
 
 def test_what_is_quick_stays_quick() -> None:
     """`make reproduce` has 30 minutes for everything, 12 of them for training."""
-    assert sum(spec(name).minutes["quick"] for name in TRAINED) <= 13
+    assert sum(spec(name).minutes.get("quick", 0) for name in TRAINED) <= 13
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -204,4 +359,4 @@ def test_every_training_run_is_one_that_bnkern_train_accepts(name: str) -> None:
     for scale in SCALES:
         for planned in plan([name], scale, "cifar10", 1, Path()):
             changes = {"lr": planned.config["options"].get("lr", 0.1)}
-            training.settings_of(planned.config, IMAGES, CPU, **changes)
+            training.settings_of(planned.config, IMAGES, **changes)

@@ -180,23 +180,33 @@ def test_every_dependency_is_pinned():
     assert names == set(pins)
 
 
+def configured(tmp_path: Path, **settings: object) -> subprocess.CompletedProcess:
+    header = tmp_path / "include" / "pybind11" / "pybind11.h"  # looked for, and not read before the architectures are
+    header.parent.mkdir(parents=True, exist_ok=True)
+    header.touch()
+    options = {"BNKERN_PYBIND11_INCLUDE": header.parents[1], "Python_EXECUTABLE": sys.executable} | settings
+    defines = [f"-D{name}={value}" for name, value in options.items()]
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *defines]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 @pytest.mark.skipif(not all(map(shutil.which, ("cmake", "ninja", "nvcc"))), reason="cmake, ninja or nvcc is missing")
 def test_architectures_are_named_one_by_one(tmp_path):
     """Words that stand for others would be in build_info(), and the module could not say which GPUs it serves."""
-    header = tmp_path / "include" / "pybind11" / "pybind11.h"  # looked for, and not read before the architectures are
-    header.parent.mkdir(parents=True)
-    header.touch()
-    options = {
-        "BNKERN_CUDA": 1,
-        "BNKERN_CUDA_ARCHS": "80-real;all-major",
-        "BNKERN_PYBIND11_INCLUDE": header.parents[1],
-        "Python_EXECUTABLE": sys.executable,
-    }
-    defines = [f"-D{name}={value}" for name, value in options.items()]
-    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *defines]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = configured(tmp_path, BNKERN_CUDA=1, BNKERN_CUDA_ARCHS="80-real;all-major")
     assert done.returncode != 0
     assert "all-major is no architecture" in " ".join(done.stderr.split()), done.stderr
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("cmake", "ninja"))), reason="cmake or ninja is missing")
+def test_instruction_sets_of_the_cpu_kernels_can_be_chosen(tmp_path):
+    done = configured(tmp_path, BNKERN_CUDA=0, BNKERN_CPU_ISAS="generic")
+    assert done.returncode == 0, done.stderr
+    commands = (tmp_path / "build" / "compile_commands.json").read_text()
+    assert "cpu_generic" in commands and "cpu_avx" not in commands and "BNKERN_HAS_AVX" not in commands
+    done = configured(tmp_path, BNKERN_CUDA=0, BNKERN_CPU_ISAS="generic;sse9")
+    assert done.returncode != 0
+    assert "sse9 is none of generic" in " ".join(done.stderr.split()), done.stderr
 
 
 def source_archive(folder: Path) -> Path:
@@ -218,7 +228,14 @@ def test_source_archive_holds_what_a_build_reads_and_no_part_of_the_tests(tmp_pa
         str(path.relative_to(ROOT)) for pattern in ("*.py", "*.pyi") for path in ROOT.glob(f"bnkern/**/{pattern}")
     }
     needed |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "constraints.txt", "README.md", "LICENSE"}
-    needed |= {"bnkern/py.typed", "CHANGELOG.md", "CITATION.cff", "docs/design.md", "examples/fused_block.py"}
+    needed |= {
+        "bnkern/py.typed",
+        "bnkern/backends/cuda_rules.json",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "docs/design.md",
+        "examples/fused_block.py",
+    }
     assert not needed - packed
     assert {name for name in packed if name.startswith("tests/")} == {"tests/installed.py"}
     assert not [name for name in packed if name.startswith(("benchmarks/", "experiments/", "build/")) or ".so" in name]

@@ -368,6 +368,30 @@ def test_records_of_a_run_that_crashed_and_went_on_are_those_of_one_that_did_not
             np.testing.assert_array_equal(result["activation_moments"][layer][name], values)
 
 
+def test_a_run_that_is_stopped_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    """Wherever metrics are written it can be stopped, also where it would not have saved. The end cannot be stopped."""
+    config, finished, started = tiny(deterministic=True), [], []
+    train(config, tmp_path / "whole", images(), watch=finished.append)
+    assert finished == [4, 6, 8], "at every line of metrics but the last"
+
+    def stop(done: int) -> None:
+        finished.append(done)
+        raise loop.Stopped
+
+    def start(network: torch.nn.Module, step: int) -> None:
+        assert network.training and len(list(network.parameters())) > 10
+        started.append(step)
+
+    for done in (4, 6, 8):
+        with pytest.raises(loop.Stopped):
+            train(config, tmp_path / "parts", images(), watch=stop, before_step=start)
+        assert finished[-1] == done and started == list(range(done))
+        assert not (tmp_path / "parts/DONE").exists()
+    train(config, tmp_path / "parts", images(), watch=stop, before_step=start)
+    assert started == list(range(12))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_a_mirror_without_tensorboard_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(RuntimeError, match="need tensorboard: pip install tensorboard"):

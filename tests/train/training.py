@@ -1,9 +1,10 @@
 """Short runs for the tests of training, and comparisons of runs."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnkern.train import checkpoint, cifar10
 from bnkern.train.cifar10 import Cifar10
@@ -25,13 +26,13 @@ def images() -> Cifar10:
     return cifar10.synthetic(train=48, test=20)
 
 
-def stepper(config: Config, data: Cifar10) -> Step:
-    """A fresh network of the config and its step, on the CPU, at the start of epoch 0."""
+def stepper(config: Config, data: Cifar10, wrap: Callable[[nn.Module], nn.Module] = lambda network: network) -> Step:
+    """A fresh network of the config and its step, on the CPU, at the start of epoch 0. ``wrap`` makes the model."""
     torch.manual_seed(config.seed)
     network = build(config)
     batches = batches_of(config, data.train, data)
     batches.start(0)
-    step = Step(network, network, batches, config)
+    step = Step(wrap(network), network, batches, config)
     step.network, step.batches = network, batches
     step.lr.fill_(config.lr)
     return step

@@ -17,6 +17,7 @@ from ..native import (
     moments,
     normalize,
     try_forward,
+    update,
 )
 from ..reference import merge
 from .convolution import conv3x3, conv_grad_signs, prefers_own_gradient, prefers_winograd
@@ -36,6 +37,7 @@ __all__ = [
     "prefers_winograd",
     "refuses",
     "try_forward",
+    "update",
 ]
 
 

@@ -24,6 +24,7 @@ from .batch_norm import (
 from .convolution import conv_grad_signs
 from .dtypes import accumulator
 from .images import augment
+from .update import update
 
 __all__ = [
     "accumulator",
@@ -43,6 +44,7 @@ __all__ = [
     "pack_mask",
     "refuses",
     "unpack_mask",
+    "update",
     "update_running",
 ]
 

@@ -12,6 +12,7 @@ from .grad_sums import grad_sums
 from .merge import merge, statistics
 from .moments import moments, moments_kernel, partial_moments
 from .normalize import normalize
+from .update import update
 
 __all__ = [
     "augment",
@@ -24,6 +25,7 @@ __all__ = [
     "moments",
     "normalize",
     "refuses",
+    "update",
 ]
 
 # TRITON_INTERPRET is read when a kernel is defined; later changes do not turn it.

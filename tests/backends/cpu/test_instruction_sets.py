@@ -17,6 +17,7 @@ from tests import ROOT
 from tests.backends.cpu.results import LARGE, everything
 from tests.support.cases import CASE, FEW, MIXED, Target
 from tests.support.images import FORMATS, MANY, augment
+from tests.support.updates import CASES, FP64, call_of, update
 from tests.support.winograd import SIZES, gradient_of, operands
 
 
@@ -71,6 +72,12 @@ def main() -> None:
             images, _ = augment(Target("cpu", "cpu"), MANY, precision.dtype, layout)
             bits = hashlib.sha256(images.contiguous().view(torch.uint8).numpy().tobytes())
             print(MANY, layout, precision.name, bits.hexdigest())
+    for cases, dtype in ((CASES, torch.float32), (FP64, torch.float64)):
+        for case in cases:
+            bits = hashlib.sha256()
+            for result in update(Target("cpu", "cpu"), call_of(case, dtype)).results():
+                bits.update(result.contiguous().view(torch.uint8).numpy().tobytes())
+            print(case, dtype, bits.hexdigest())
 
 
 if __name__ == "__main__":

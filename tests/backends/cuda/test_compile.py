@@ -105,7 +105,10 @@ def test_whole_vectors(architecture: int) -> None:
     """Kernels that work on octets access 16 bytes at a time.
 
     In a tile a thread has 64 bytes of each tensor in planes. In rows it has 64 bytes of one tensor or 32 of each of two.
+    An update has 32 bytes of each of three tensors, and more loads for a gradient in bfloat16.
     """
+    update = resources.read(built(architecture), architecture)["update_kernel"]
+    assert update.vector_loads >= 6 and update.vector_stores >= 4, update
     for kernel, values in octet_kernels(architecture):
         reads = 8 if kernel.family == "planes_backward" else 4
         assert values.vector_loads >= reads, f"{kernel.name}: {values}"

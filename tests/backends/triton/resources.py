@@ -169,6 +169,7 @@ def variants(way: str, precision: str, fused: bool, recording: str = "") -> dict
         if not recording:
             backend.moments(x)
             _augment(dtype)
+            _update(dtype)
     recorded = {"parts_ptr", "row_ptr", "record_ptr"}
     return {
         variant.kernel.fn.__name__: variant
@@ -182,6 +183,14 @@ def _augment(dtype: torch.dtype) -> None:
     images, one = torch.empty(1, 3, 32, 32, dtype=torch.uint8), torch.empty(1, dtype=torch.int64)
     table = torch.empty(3, 256, dtype=dtype)
     backend.augment(images, one, one, one, one, table, images.to(dtype), one, 1, 0, True)
+
+
+def _update(dtype: torch.dtype) -> None:
+    """The update of a network in this precision. With bfloat16 the parameters are float32, with a shadow."""
+    values = torch.empty(64, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    shadow = values.bfloat16() if dtype is torch.bfloat16 else None
+    scalar = torch.empty(())
+    backend.update([values], [values], values, values, values, shadow, scalar, scalar, 0.9, 1e-4)
 
 
 def compile_for(variant: Variant, architecture: int) -> Usage:

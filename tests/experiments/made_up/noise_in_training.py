@@ -1,4 +1,4 @@
-"""The same C for all runs, so that the noise grows with the learning rate.
+"""The accuracies of Figure 1, and the same C for all runs, so that the noise grows with the learning rate.
 
 For breaks C more than compensates the rate.
 """
@@ -7,8 +7,7 @@ import math
 
 import numpy as np
 
-from tests.experiments.made_up import Arrays
-from tests.experiments.made_up.learning_rates import trained
+from tests.experiments.made_up import Arrays, learning_rates
 
 
 def noisy(config: dict, c: float) -> Arrays:
@@ -16,7 +15,7 @@ def noisy(config: dict, c: float) -> Arrays:
     results = {"step": [0, 10], "C": [c, c], "|g|^2": [1.0, 1.0], "lr C / |B|": [felt, felt]}
     results |= {"C before the first drop": c, "lr C / |B| before the first drop": felt}
     results |= {"log10 lr C / |B| before the first drop": math.log10(felt)}
-    return trained(80.0) | {name: np.asarray(value, float) for name, value in results.items()}
+    return learning_rates.holds(config) | {name: np.asarray(value, float) for name, value in results.items()}
 
 
 def holds(config: dict) -> Arrays:

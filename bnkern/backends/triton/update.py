@@ -1,0 +1,69 @@
+"""``update``: one step of SGD for all parameters, in one launch after the gradients are copied to one tensor."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import kernel, launch
+
+BLOCK = 1024
+
+
+@triton.jit
+def whole(ptr, i):
+    """Pointers to the values of a flat tensor, which begins at a multiple of 16 bytes."""
+    return tl.multiple_of(ptr + i, 16)
+
+
+@kernel
+def update_kernel(
+    values_ptr, gradient_ptr, before_ptr, velocity_ptr, shadow_ptr, lr_ptr, stop_ptr,
+    size, shadow_size, momentum: tl.float64, weight_decay: tl.float64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sizes are in units of 64 values, from which the compiler infers that masks hold for whole vectors."""
+    if tl.load(stop_ptr) != 0:
+        return
+    ACC: tl.constexpr = values_ptr.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size * 64
+    value = tl.load(whole(values_ptr, i), mask=inside)
+    v = tl.fma(tl.full((BLOCK,), weight_decay, ACC), value, tl.load(whole(gradient_ptr, i), mask=inside))
+    if velocity_ptr is not None:
+        v = tl.full((BLOCK,), momentum, ACC) * tl.load(whole(velocity_ptr, i), mask=inside) + v
+        tl.store(whole(velocity_ptr, i), v, mask=inside)
+    after = tl.fma(tl.full((BLOCK,), -tl.load(lr_ptr), ACC), v, value)
+    tl.store(whole(before_ptr, i), value, mask=inside)
+    tl.store(whole(values_ptr, i), after, mask=inside)
+    if shadow_ptr is not None:
+        tl.store(whole(shadow_ptr, i), after.to(tl.bfloat16), mask=i < shadow_size * 64)
+
+
+def update(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    values: Tensor,
+    before: Tensor,
+    velocity: Tensor | None,
+    shadow: Tensor | None,
+    lr: Tensor,
+    stop: Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """One step of SGD. The copy of the gradients takes a few launches of torch's, because it has lists of addresses."""
+    gradient = torch.zeros_like(values)
+    starts = [parameter.storage_offset() - values.storage_offset() for parameter in parameters]
+    places = [
+        gradient.as_strided(parameter.shape, parameter.stride(), start)
+        for parameter, start in zip(parameters, starts, strict=True)
+    ]
+    torch._foreach_copy_(places, list(gradients))
+    launch(
+        update_kernel, (-(-len(values) // BLOCK),), values.device,
+        values, gradient, before, velocity, shadow, lr, stop,
+        len(values) // 64, 0 if shadow is None else len(shadow) // 64, momentum, weight_decay, BLOCK=BLOCK,
+    )  # fmt: skip
