@@ -4,6 +4,7 @@ Functions with C's calling convention take their arguments by position. If the r
 the operands, and nothing was written.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TypedDict
 
@@ -88,8 +89,15 @@ def update(
 # ---- csrc/bind.cpp, only in builds with CUDA
 
 def cuda_device(
-    index: int, *, multiprocessors: int, shared_bytes: int, threads: int, clusters: bool, single_read_from: int
+    index: int,
+    *,
+    multiprocessors: int,
+    shared_bytes: int,
+    threads: int,
+    clusters: Sequence[int],
+    single_read_from: int,
 ) -> None: ...
+def cuda_clusters(index: int, shared_bytes: int) -> list[int]: ...
 def cuda_merge(
     dtype: int,
     count: int,

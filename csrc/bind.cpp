@@ -62,13 +62,23 @@ void add_cuda_functions(py::module_& m) {
   const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
   m.def(
       "cuda_device",
-      [](int index, int multiprocessors, int shared_bytes, int threads, bool clusters, std::int64_t single_read_from) {
+      [](int index, int multiprocessors, int shared_bytes, int threads, std::array<int, 3> clusters,
+         std::int64_t single_read_from) {
         bnkern::register_cuda_device(index, {multiprocessors, shared_bytes, threads, clusters}, single_read_from);
       },
       py::arg("index"), py::kw_only(), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("threads"),
       py::arg("clusters"), py::arg("single_read_from"),
       "Sets the properties of the device of that index on which plans depend (CudaDevice in csrc/cuda/kernels.h), and "
       "the least size in bytes of a tensor whose calls are one kernel. Call it before the first call of batch norm.");
+  m.def(
+      "cuda_clusters",
+      [](int index, int shared_bytes) {
+        std::array<int, 3> clusters{};
+        raise_if(bnkern::count_clusters(index, shared_bytes, clusters));
+        return clusters;
+      },
+      py::arg("index"), py::arg("shared_bytes"),
+      "How many clusters of 2, 4 and 8 blocks of a device run at once (CudaDevice in csrc/cuda/kernels.h).");
   m.def(
       "cuda_merge",
       [pointer](int dtype, Address count, Address mean, Address m2, Address merged_count, Address merged_mean,

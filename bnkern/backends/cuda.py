@@ -11,7 +11,7 @@ has too little shared memory to record rows (142 to 159 KB for 512 threads).
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +87,21 @@ def rule_of(model: str) -> Rule:
     return RULES.get(model, Rule(0, "not measured on this device: one kernel for every size"))
 
 
+# How many clusters of 2, 4 and 8 blocks a device of this name runs at once (CudaDevice in csrc/cuda/kernels.h). Plans of
+# NCHW tensors depend on them, and so do the last bits of results. A device that is not in the table is asked once in
+# a process, and the answer serves all devices of its name. Nothing is recorded so far, because this has not run on a GPU.
+CLUSTERS: dict[str, tuple[int, int, int]] = {}
+_asked: dict[str, Sequence[int]] = {}
+
+
+def _clusters(index: int, properties) -> Sequence[int]:
+    if properties.name in CLUSTERS:
+        return CLUSTERS[properties.name]
+    if properties.name not in _asked:
+        _asked[properties.name] = _native.cuda_clusters(index, properties.shared_memory_per_block_optin)
+    return _asked[properties.name]
+
+
 def introduce(index: int, single_read_from: int | None = None) -> None:
     """Registers a device with the native module, with the properties of ``CudaDevice`` in csrc/cuda/kernels.h.
 
@@ -100,7 +115,7 @@ def introduce(index: int, single_read_from: int | None = None) -> None:
         shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
         threads=512,
         # PTX for an earlier capability has no cluster instructions, even if the device has them.
-        clusters=compiled is not None and compiled >= (9, 0),
+        clusters=_clusters(index, properties) if compiled is not None and compiled >= (9, 0) else (0, 0, 0),
         single_read_from=rule.single_read_from if single_read_from is None else single_read_from,
     )
 

@@ -135,6 +135,37 @@ BNKERN_DEVICE T narrow(float value) {
   }
 }
 
+// ------------------------------------------------------------------------------------------ integers and counts
+
+// Computes n / d by a multiplication. It is exact for n < 2^31 (Granlund and Montgomery 1994).
+struct Divider {
+  std::uint32_t divisor, multiplier, shift;
+
+  static Divider of(std::int64_t d) {
+    std::uint32_t bits = 0;
+    while ((std::int64_t(1) << bits) < d) ++bits;
+    const std::uint64_t power = std::uint64_t(1) << (31 + bits);
+    return {static_cast<std::uint32_t>(d), static_cast<std::uint32_t>((power + d - 1) / d), 31 + bits};
+  }
+  BNKERN_DEVICE std::uint32_t divide(std::uint32_t n) const {
+    return static_cast<std::uint32_t>((std::uint64_t(n) * multiplier) >> shift);
+  }
+};
+
+// A number of values with its reciprocals, because a division in double takes dozens of instructions.
+struct Count {
+  double values, inverse, unbiased;  // n, 1 / n, 1 / (n - 1)
+
+  static Count of(std::int64_t n) {
+    const double values = static_cast<double>(n);
+    return {values, 1 / values, 1 / (values - 1)};
+  }
+};
+BNKERN_DEVICE Moments<double> moments_of(const Count& count, PivotSums sums) {
+  const double mean = sums.first * count.inverse, m2 = fma(-sums.first, mean, sums.second);
+  return {count.values, mean, m2 < 0 ? 0 : m2};  // rounding may make it negative; NaN stays NaN
+}
+
 // ------------------------------------------------------------------------------------------ channel vectors
 
 BNKERN_DEVICE float read(const ChannelVector& v, std::int64_t c, float absent) {
@@ -206,35 +237,80 @@ BNKERN_DEVICE float gradient_of_input(const Backward& p, float g, float x, const
 
 // ------------------------------------------------------------------------------------------ sums over a block
 
-// Computes the sum of `parts` pairs for each of `width` channels, in double and in a fixed order. pair(k, c) returns
-// part k of channel c, and one thread for each channel calls done(c, sums). `scratch` has room for one PivotSums per
-// thread. Every thread of the block must call this function. `width` is at most the number of threads.
-template <class GivePair, class Done>
-BNKERN_DEVICE void sum_over_block(int width, int parts, PivotSums* scratch, GivePair pair, Done done) {
-  constexpr int kMostChains = 16;
-  const int threads = static_cast<int>(blockDim.x), t = static_cast<int>(threadIdx.x);
-  int chains = threads / width;
-  chains = chains < kMostChains ? chains : kMostChains;
-  const int chain = t / width;
-  if (chain < chains) {
-    PivotSums sums{0, 0};
-#pragma unroll 4
-    for (int k = chain; k < parts; k += chains) {
-      const PivotSums more = pair(k, t - chain * width);
-      sums.first += more.first;
-      sums.second += more.second;
+// How the threads of a block add up the parts of `width` channels. Each channel has 2^bits chains. A chain is a thread
+// that adds up every 2^bits-th part. Then 2^bits neighbouring lanes of a warp add up the chains of a channel by a tree.
+// The first of these lanes is the channel's owner, which receives the sums.
+struct Chains {
+  Divider width;
+  int bits;
+
+  static constexpr int kMost = 32;  // the lanes of a warp
+  static Chains of(int width, int threads) {
+    int bits = 0;
+    while ((2 << bits) <= kMost && (2 << bits) * width <= threads) ++bits;
+    return {Divider::of(width), bits};
+  }
+  // The elements of the memory in which the chains leave their sums.
+  static BNKERN_HD int scratch(int threads) { return threads + kMost; }
+  // The chain of this thread, and the channel of its parts. It adds up nothing if the chain is not less than 2^bits.
+  BNKERN_DEVICE int chain() const { return static_cast<int>(width.divide(threadIdx.x)); }
+  BNKERN_DEVICE int channel() const {
+    return static_cast<int>(threadIdx.x - width.divide(threadIdx.x) * width.divisor);
+  }
+  // The channel that this thread owns, or -1.
+  BNKERN_DEVICE int owned() const {
+    const int t = static_cast<int>(threadIdx.x), channel = t >> bits;
+    return (t & ((1 << bits) - 1)) == 0 && channel < static_cast<int>(width.divisor) ? channel : -1;
+  }
+};
+
+// The lanes of this thread's warp as a mask. The last warp of a block may have fewer than 32.
+BNKERN_DEVICE unsigned lanes_of_warp() {
+  const unsigned left = blockDim.x - (threadIdx.x & ~31u);
+  return left < 32 ? (1u << left) - 1 : 0xffffffffu;
+}
+
+// Computes the sums of `parts` parts for each channel, in double and in a fixed order. load(k, c) loads part k of
+// channel c, convert(k, part) converts it to sums that can be added, and the channel's owner calls done(c, sums). The
+// loads of kInFlight parts are issued before the first is used. For this the index of a part is clamped instead of
+// tested, because a branch would keep each load behind the one before it. Every thread of the block must call this
+// function.
+template <class Load, class Convert, class Done>
+BNKERN_DEVICE void sum_over_block(const Chains& chains, int parts, PivotSums* scratch, Load load, Convert convert,
+                                  Done done) {
+  constexpr int kInFlight = 8;
+  const int t = static_cast<int>(threadIdx.x), width = static_cast<int>(chains.width.divisor), count = 1 << chains.bits;
+  const int chain = chains.chain(), c = chains.channel();
+  PivotSums sums{0, 0};
+  if (chain < count) {
+#pragma unroll 1
+    for (int first = chain; first < parts; first += kInFlight * count) {
+      decltype(load(0, 0)) part[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int k = first + i * count;
+        part[i] = load(k < parts ? k : parts - 1, c);
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int k = first + i * count;
+        const PivotSums more = convert(k, part[i]);
+        if (k < parts) sums.first += more.first, sums.second += more.second;
+      }
     }
-    scratch[t] = sums;
+    // A row is one element longer than the width, so lanes that read one channel use different banks.
+    scratch[chain * (width + 1) + c] = sums;
   }
   __syncthreads();
-  if (t < width) {
-    PivotSums sums = scratch[t];
-    for (int k = 1; k < chains; ++k) {
-      sums.first += scratch[k * width + t].first;
-      sums.second += scratch[k * width + t].second;
-    }
-    done(t, sums);
+  const int channel = t >> chains.bits, lane = t & (count - 1);
+  if (channel < width) sums = scratch[lane * (width + 1) + channel];
+  const unsigned lanes = lanes_of_warp();
+#pragma unroll 1
+  for (int step = count / 2; step > 0; step /= 2) {
+    sums.first += __shfl_down_sync(lanes, sums.first, step);
+    sums.second += __shfl_down_sync(lanes, sums.second, step);
   }
+  if (lane == 0 && channel < width) done(channel, sums);
 }
 
 // ------------------------------------------------------------------------------------------------- workspace
@@ -268,36 +344,43 @@ inline WorkspaceSize workspace_size(std::int64_t groups, std::int64_t parts, std
 
 // ------------------------------------------------------------------------------------------------ statistics
 
-// The weight of this batch in the running statistics. Call it before update_counter(), which changes the counter.
-BNKERN_DEVICE double momentum_of(const Forward& p) {
-  return p.cumulative && p.counter ? 1.0 / static_cast<double>(*p.counter + 1) : p.momentum;
+// What a call reads of the state that it updates. It is read before other blocks are waited for.
+struct State {
+  double momentum;  // the weight of this batch
+  std::int64_t counter;
+  float running_mean, running_var;
+};
+BNKERN_DEVICE State read_state(const Forward& p, std::int64_t c) {
+  State state{p.momentum, p.counter ? *p.counter : 0, read(p.running_mean, c, 0.0f), read(p.running_var, c, 0.0f)};
+  if (p.cumulative && p.counter) state.momentum = 1.0 / static_cast<double>(state.counter + 1);
+  return state;
 }
 
-// Counts the batch. All threads of one block of each of `groups` groups call this after momentum_of(). One thread
-// increments the counter. If the momentum depends on the counter, this is a thread of the last block to arrive, because
-// then all blocks have read it.
-BNKERN_DEVICE void update_counter(const Forward& p, const Workspace& space, unsigned group, unsigned groups) {
+// Counts the batch. All threads of one block of each of `groups` groups call this, the first of them with the state.
+// One thread stores the counter. If the momentum depends on the counter, this is a thread of the last block to arrive,
+// because then all blocks have read it.
+BNKERN_DEVICE void update_counter(const Forward& p, const Workspace& space, const State& state, unsigned group,
+                                  unsigned groups) {
   if (!p.counter) return;
   const bool counts = p.cumulative ? last_of_blocks(space.counting, groups) : group == 0;
-  if (counts && threadIdx.x == 0) ++*p.counter;
+  if (counts && threadIdx.x == 0) *p.counter = state.counter + 1;
 }
 
 // The statistics of a channel: the mean, and invstd in a call with normalize, or M2 otherwise.
 struct Statistics {
   float mean, spread;
 };
-BNKERN_DEVICE Statistics statistics_of(const Forward& p, const Moments<double>& all) {
-  const double spread = p.normalize ? 1 / sqrt(all.m2 / all.count + p.eps) : all.m2;
+BNKERN_DEVICE Statistics statistics_of(const Forward& p, const Count& count, const Moments<double>& all) {
+  const double spread = p.normalize ? inverse_root(fma(all.m2, count.inverse, p.eps)) : all.m2;
   return {static_cast<float>(all.mean), static_cast<float>(spread)};
 }
-BNKERN_DEVICE void save_statistics(const Forward& p, std::int64_t c, const Moments<double>& all, Statistics s,
-                                   double momentum) {
+BNKERN_DEVICE void save_statistics(const Forward& p, std::int64_t c, const Count& count, const Moments<double>& all,
+                                   Statistics s, const State& state) {
   static_cast<float*>(p.mean)[c] = s.mean;
   static_cast<float*>(p.spread)[c] = s.spread;
   if (!p.running_mean) return;
-  const double mean = read(p.running_mean, c, 0.0f), var = read(p.running_var, c, 0.0f);
-  write(p.running_mean, c, mean * (1 - momentum) + all.mean * momentum);
-  write(p.running_var, c, var * (1 - momentum) + all.m2 / (all.count - 1) * momentum);
+  write(p.running_mean, c, state.running_mean * (1 - state.momentum) + all.mean * state.momentum);
+  write(p.running_var, c, state.running_var * (1 - state.momentum) + all.m2 * count.unbiased * state.momentum);
 }
 
 // The statistics for normalize. If the call has no moments but has running statistics, they are computed from those.
@@ -330,14 +413,13 @@ BNKERN_DEVICE void save_sums(const Backward& p, std::int64_t c, PivotSums sums) 
   p.record_affine[c] = sums.first;  // the rows bias_sum and weight_sum
   p.record_affine[4 * p.shape.c + c] = sums.second;
 }
-BNKERN_DEVICE Pair means_of(const Backward& p, PivotSums sums) {
-  const double count = static_cast<double>(p.shape.n * p.shape.s);
-  return {static_cast<float>(sums.first / count), static_cast<float>(sums.second / count)};
+BNKERN_DEVICE Pair means_of(const Count& count, PivotSums sums) {
+  return {static_cast<float>(sums.first * count.inverse), static_cast<float>(sums.second * count.inverse)};
 }
 // The means that grad_sums stored in the workspace, or those of the sums that the call has.
-BNKERN_DEVICE Pair given_means(const Backward& p, const Pair* totals, std::int64_t c) {
+BNKERN_DEVICE Pair given_means(const Backward& p, const Count& count, const Pair* totals, std::int64_t c) {
   if (!p.training) return {0, 0};
-  return p.sums ? totals[c] : means_of(p, {read(p.sum_dy, c, 0.0f), read(p.sum_dy_xhat, c, 0.0f)});
+  return p.sums ? totals[c] : means_of(count, {read(p.sum_dy, c, 0.0f), read(p.sum_dy_xhat, c, 0.0f)});
 }
 
 // ------------------------------------------------------------------------------------------------- on the host

@@ -2,8 +2,8 @@
 // signals below, and then reads the results of the other blocks.
 //
 // A signal is a word of the workspace. Each kernel leaves it at the value it had before, so no launch has to clear it.
-// Memory order comes from one acquire-release addition by a block's first thread. A block barrier before and after it
-// extends the order to the block's other threads.
+// Memory order comes from an addition with release and a load with acquire, or one addition with both, by a block's
+// first thread. A block barrier before and after it extends the order to the block's other threads.
 //
 // Data that is read after a signal must be read by plain loads, never through `const __restrict__` or load_words():
 // those may return values from before the signal.
@@ -16,17 +16,28 @@ namespace bnkern {
 
 // A barrier for all threads of `expected` blocks, which must all be resident. Exactly one block passes `first`. Each
 // barrier flips the upper bit of the word and returns the other bits to zero, so the word needs no clearing.
-BNKERN_DEVICE void barrier_of_blocks(unsigned* word, unsigned expected, bool first) {
-  __syncthreads();
-  if (expected == 1) return;
-  if (threadIdx.x == 0) {
-    constexpr unsigned kPhase = 0x80000000u;
-    const unsigned before = add_acquire_release(word, first ? kPhase - (expected - 1) : 1u);
-    while (((before ^ load_acquire(word)) & kPhase) == 0) {
-    }
+//
+// It has two halves. Loads that do not depend on other blocks belong between them: before arrive() they would delay the
+// arrival, because a release waits for the loads of its thread, and after wait() nothing would hide their latency.
+class BlocksBarrier {
+ public:
+  BNKERN_DEVICE BlocksBarrier(unsigned* word, unsigned expected) : word_(word), expected_(expected) {}
+  BNKERN_DEVICE void arrive(bool first) {
+    __syncthreads();
+    if (expected_ > 1 && threadIdx.x == 0) before_ = add_release(word_, first ? kPhase - (expected_ - 1) : 1u);
   }
-  __syncthreads();
-}
+  BNKERN_DEVICE void wait() const {
+    if (expected_ > 1 && threadIdx.x == 0) {
+      while (((before_ ^ load_acquire(word_)) & kPhase) == 0) {
+      }
+    }
+    __syncthreads();
+  }
+
+ private:
+  static constexpr unsigned kPhase = 0x80000000u;
+  unsigned *word_, expected_, before_ = 0;
+};
 
 // All threads of `expected` blocks call this, in any order, resident or not. It returns true in the block that arrives
 // last, which can then read the results that the others wrote before. The word is zero before and after.
@@ -45,6 +56,8 @@ BNKERN_DEVICE bool last_of_blocks(unsigned* word, unsigned expected) {
 struct alignas(8) Pair {
   float first, second;
 };
+// A plain load, which stays among other loads in the order of the source.
+BNKERN_DEVICE Pair load_pair(const Pair* p) { return two_floats<Pair>(p); }
 struct Partials {
   Pair* data;
   std::int64_t channels;

@@ -2,7 +2,7 @@
 // current device, and returns "" or the reason why it could not. It does not wait for the device, and it allocates
 // nothing but workspaces.
 //
-// A file of kernels has three parts. The plan is a plain struct with the partition of a tensor. It depends on shape,
+// A file of kernels has three parts. The plan is a plain struct that says how a tensor is divided. It depends on shape,
 // strides, dtype, strategy and device alone. The kernels are __global__ templates over the storage type, which take the
 // call, the plan and their part of the workspace by value. The last part is the function that is declared here.
 //
@@ -12,6 +12,7 @@
 // host versions, and shared memory is accessed only by shared_memory().
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 
@@ -33,13 +34,18 @@ std::string cuda_merge(const CudaMerge& p, std::uintptr_t stream);
 // A call of update, for fp32 with gradients in fp32 or bf16.
 std::string cuda_update(const Update& p, std::uintptr_t stream);
 
-// The properties of a device on which partitions may depend. Equal properties give equal bits.
+// The properties of a device on which plans may depend. Equal properties give equal bits.
 struct CudaDevice {
   int multiprocessors;
   int shared_bytes;  // the limit for a block
   int threads;       // the limit for a block: 512, fewer on the host
-  bool clusters;     // compute capability 9.0 and later
+  // How many clusters of 2, 4 and 8 blocks run at once if each block has a multiprocessor for itself. This is less than
+  // the multiprocessors divided by the size, because a cluster is within one of their groups. 0 without capability 9.0.
+  std::array<int, 3> clusters;
 };
+
+// Asks CUDA for CudaDevice::clusters of a device whose blocks can have `shared_bytes` of shared memory.
+std::string count_clusters(int device, int shared_bytes, std::array<int, 3>& clusters);
 
 // Either two kernels that each read x, or one kernel that keeps on the chip as much of x as fits, until the statistics
 // are known. The blocks of a group, or of a cluster, wait for each other at a barrier in the one kernel. If the device

@@ -48,9 +48,9 @@ inline cudaError_t prepare(const Launch& settings, const void* kernel) {
 #ifdef __CUDACC__
 
 namespace detail {
-template <class... Params, class... Args>
-cudaError_t queue(const Launch& settings, bool cooperative, void (*kernel)(Params...), Args&&... args) {
-  cudaLaunchAttribute attributes[2];
+// The launch in CUDA's form. `attributes` has room for those of the configuration.
+inline cudaLaunchConfig_t configuration(const Launch& settings, cudaLaunchAttribute (&attributes)[2],
+                                        bool cooperative = false) {
   cudaLaunchConfig_t config{};
   config.gridDim = settings.blocks;
   config.blockDim = settings.threads;
@@ -65,6 +65,13 @@ cudaError_t queue(const Launch& settings, bool cooperative, void (*kernel)(Param
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[config.numAttrs++].val.clusterDim = {settings.cluster, 1, 1};
   }
+  return config;
+}
+
+template <class... Params, class... Args>
+cudaError_t queue(const Launch& settings, bool cooperative, void (*kernel)(Params...), Args&&... args) {
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = configuration(settings, attributes, cooperative);
   cudaError_t error = prepare(settings, reinterpret_cast<const void*>(kernel));
   if (error == cudaSuccess && settings.cluster > 8) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -173,7 +180,30 @@ BNKERN_DEVICE Words load_words(const void* p) {
 #endif
 }
 
-BNKERN_DEVICE void store_words(void* p, Words v) { *static_cast<Words*>(p) = v; }
+// Loads two floats by a plain load. The compiler keeps several of these together, as it does with load_words(), while
+// it would mix loads in C++ with the arithmetic behind them.
+template <class Two>
+BNKERN_DEVICE Two two_floats(const Two* p) {
+#ifdef __CUDACC__
+  Two two;
+  asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(two.first), "=f"(two.second) : "l"(p) : "memory");
+  return two;
+#else
+  return *p;
+#endif
+}
+
+// Stores 16 bytes. In C++ the compiler would split the store if it keeps the words apart.
+BNKERN_DEVICE void store_words(void* p, Words v) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
+#else
+  *static_cast<Words*>(p) = v;
+#endif
+}
 
 // Two values, rounded to nearest even. The first one is in the lower half.
 BNKERN_DEVICE std::uint32_t pack_two(float first, float second, BFloat16*) {
@@ -213,12 +243,45 @@ BNKERN_DEVICE float widen(Float16 value) {
 #endif
 }
 
+// a / b for positive numbers that are not subnormal, to within one unit in the last place. An exact division has a
+// second path for subnormal numbers, which is as long as a tile's loads.
+BNKERN_DEVICE float divide_normal(float a, float b) {
+#ifdef __CUDACC__
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  const float quotient = a * inverse;
+  return fmaf(fmaf(-quotient, b, a), inverse, quotient);
+#else
+  return a / b;
+#endif
+}
+
+// 1 / sqrt(value). It has fewer instructions than a root and a division.
+BNKERN_DEVICE double inverse_root(double value) {
+#ifdef __CUDACC__
+  return rsqrt(value);
+#else
+  return 1 / std::sqrt(value);
+#endif
+}
+
 // ---- memory order between blocks, only for exchange.h
 
 BNKERN_DEVICE unsigned add_acquire_release(unsigned* word, unsigned value) {
 #ifdef __CUDACC__
   unsigned before;
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
+  return before;
+#else
+  return cuda_on_cpu::atomic_add(word, value);
+#endif
+}
+
+// The same without the acquire, so the thread does not wait for the result.
+BNKERN_DEVICE unsigned add_release(unsigned* word, unsigned value) {
+#ifdef __CUDACC__
+  unsigned before;
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
   return before;
 #else
   return cuda_on_cpu::atomic_add(word, value);
@@ -236,14 +299,35 @@ BNKERN_DEVICE unsigned load_acquire(const unsigned* word) {
 #endif
 }
 
-// A barrier for all threads of a cluster. After it they can read what the others wrote to shared memory before it.
-BNKERN_DEVICE void cluster_barrier() {
+// The two halves of a barrier for all threads of a cluster. Every thread arrives, and waits before it arrives again.
+// After the wait a thread can read what the others wrote to shared memory before they arrived.
+BNKERN_DEVICE void arrive_in_cluster() {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" : : : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
 #endif
 #else
-  cuda_on_cpu::cluster_barrier();
+  cuda_on_cpu::arrive_in_cluster();
+#endif
+}
+// Arrives without an order of memory. It is enough where the others wait only until this thread has read their memory,
+// and it does not wait until the thread's own stores have reached the memory.
+BNKERN_DEVICE void arrive_in_cluster_relaxed() {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" : : : "memory");
+#endif
+#else
+  cuda_on_cpu::arrive_in_cluster();
+#endif
+}
+BNKERN_DEVICE void wait_in_cluster() {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory");
+#endif
+#else
+  cuda_on_cpu::wait_in_cluster();
 #endif
 }
 

@@ -1,8 +1,8 @@
-// The partition of a tensor in planes among blocks and threads. A channel has N planes of S adjacent elements. Eight
-// adjacent elements are an octet, and the last octet of a plane may have fewer. A channel is divided into parts, and
-// each block processes one part. A part is divided into tiles, of which every thread has a few octets. Neighbouring
-// threads have adjacent octets, so the octets of one thread are as far apart as the block has threads. The octets of a
-// thread depend only on the sizes and the partition. Only the width of an access depends on alignment.
+// The plan of a tensor in planes: how it is divided among blocks and threads. A channel has N planes of S adjacent
+// elements. Eight adjacent elements are an octet, and the last octet of a plane may have fewer. A channel is divided
+// into parts, and each block processes one part. A part is divided into tiles, of which every thread has a few octets.
+// Neighbouring threads have adjacent octets, so the octets of one thread are as far apart as the block has threads. The
+// octets of a thread depend only on the sizes and the plan. Only the width of an access depends on alignment.
 //
 // Offsets have 64 bits everywhere, which costs one instruction for each octet. The index of an octet in its channel has
 // 31 bits.
@@ -26,28 +26,16 @@ constexpr int kMostThreads = 512;
 constexpr int kMostParts = 8;    // the largest cluster that every device with clusters supports
 constexpr int kReserved = 1024;  // bytes of shared memory before the held tiles
 
-// Computes n / d by a multiplication. It is exact for n < 2^31 (Granlund and Montgomery 1994).
-struct Divider {
-  std::uint32_t divisor, multiplier, shift;
-
-  static Divider of(std::int64_t d) {
-    std::uint32_t bits = 0;
-    while ((std::int64_t(1) << bits) < d) ++bits;
-    const std::uint64_t power = std::uint64_t(1) << (31 + bits);
-    return {static_cast<std::uint32_t>(d), static_cast<std::uint32_t>((power + d - 1) / d), 31 + bits};
-  }
-  BNKERN_DEVICE std::uint32_t divide(std::uint32_t n) const {
-    return static_cast<std::uint32_t>((std::uint64_t(n) * multiplier) >> shift);
-  }
-};
-
 struct Planes {
   Divider per_plane;  // the number of octets of a plane
   std::int64_t length;
-  std::uint32_t octets;  // the number of octets of a channel
-  int parts, tiles;      // the parts of a channel, and the tiles of a part
+  std::uint32_t octets;          // the number of octets of a channel
+  std::int64_t octets_of_image;  // of all channels
+  Count count;                   // of the values of a channel
+  int parts, tiles;              // the parts of a channel, and the tiles of a part
+  Divider channel;               // by parts: the channel of a block
   int held;  // the tiles of a part that stay on the chip: the last in registers, the first held - 1 in shared memory
-  int step;  // the elements of one access: 16 bytes of them, 4, or 1
+  int step;  // the elements of one access: 16 bytes of them; in narrow kernels 4, or 1
 
   // Whether the tile is held in shared memory for the second phase.
   BNKERN_DEVICE bool shared(int tile) const { return tile + 1 < held && tile + 1 < tiles; }
@@ -55,44 +43,52 @@ struct Planes {
 
 // The position of an octet and its number of elements. An octet past the end of the channel has none.
 struct OctetCoord {
-  std::int64_t n, first;
-  std::uint32_t octet;  // its index in the plane
+  std::uint32_t n, octet;  // the plane, and the index in it
   int elements;
 };
 
-// The positions of a thread's octets of a tile.
-template <class T>
+// Kernels are either wide, with accesses of 16 bytes, or narrow, with accesses of 4 elements or 1. kStep is the number
+// of adjacent elements of which either all exist or none.
+template <class T, bool kWide>
+constexpr int kStep = kWide ? 16 / static_cast<int>(sizeof(T)) : 1;
+template <class T, bool kWide>
+BNKERN_DEVICE bool exists(const OctetCoord& coord, int j) {
+  return j / kStep<T, kWide> * kStep<T, kWide> < coord.elements;
+}
+
+// The position of octet u of a thread's tile. An octet that does not exist has a position outside of the tensor.
+template <class T, bool kWide>
+BNKERN_DEVICE OctetCoord coord_of(const Planes& planes, int part, int tile, int u) {
+  const std::uint32_t octet = (std::uint32_t(part * planes.tiles + tile) * kOctets<T> + u) * blockDim.x + threadIdx.x;
+  const std::uint32_t n = planes.per_plane.divide(octet), within = octet - n * planes.per_plane.divisor;
+  int elements = 8;
+  if constexpr (kStep<T, kWide> != 8) {
+    const std::int64_t left = planes.length - std::int64_t(within) * 8;
+    if (left < 8) elements = static_cast<int>(left);
+  }
+  return {n, within, octet < planes.octets ? elements : 0};
+}
+template <class T, bool kWide>
 struct OctetCoords {
   OctetCoord of[kOctets<T>];
 
   BNKERN_DEVICE OctetCoords(const Planes& planes, int part, int tile) {
 #pragma unroll
-    for (int u = 0; u < kOctets<T>; ++u) {
-      const std::uint32_t octet =
-          (std::uint32_t(part * planes.tiles + tile) * kOctets<T> + u) * blockDim.x + threadIdx.x;
-      of[u] = {0, 0, 0, 0};
-      if (octet >= planes.octets) continue;
-      const std::uint32_t n = planes.per_plane.divide(octet);
-      const std::uint32_t within = octet - n * planes.per_plane.divisor;
-      const std::int64_t first = std::int64_t(within) * 8, left = planes.length - first;
-      of[u] = {n, first, within, left < 8 ? static_cast<int>(left) : 8};
-    }
+    for (int u = 0; u < kOctets<T>; ++u) of[u] = coord_of<T, kWide>(planes, part, tile, u);
   }
 };
 
-// The index of an octet's byte in the mask.
-BNKERN_DEVICE std::int64_t mask_byte(const Planes& planes, std::int64_t channels, int channel,
-                                     const OctetCoord& coord) {
-  return (coord.n * channels + channel) * planes.per_plane.divisor + coord.octet;
+// The index of an octet's byte in the mask of the block's channel.
+BNKERN_DEVICE std::int64_t mask_byte(const Planes& planes, const OctetCoord& coord) {
+  return coord.n * planes.octets_of_image + coord.octet;
 }
 
-// Calls f(constant) with the number of elements of an access, so that each tile has only one branch for it.
-template <class T, class F>
+// Calls f(constant) with the number of elements of an access.
+template <class T, bool kWide, class F>
 BNKERN_DEVICE void with_step(int step, F f) {
-  constexpr int kVector = 16 / sizeof(T);
-  if (step == kVector) {
-    f(std::integral_constant<int, kVector>{});
-  } else if (kVector != 4 && step == 4) {
+  if constexpr (kWide) {
+    f(std::integral_constant<int, kStep<T, true>>{});
+  } else if (sizeof(T) < 4 && step == 4) {
     f(std::integral_constant<int, 4>{});
   } else {
     f(std::integral_constant<int, 1>{});
@@ -103,16 +99,16 @@ struct alignas(8) TwoWords {
   std::uint32_t word[2];
 };
 
-// Loads the octet at `from`. Its number of elements is a multiple of kStep, and the other values are zero.
-template <int kStep, class T>
+// Loads the octet at `from`. Its number of elements is a multiple of kElements, and the other values are zero.
+template <int kElements, class T>
 BNKERN_DEVICE Octet<T> load_octet(const T* from, int elements) {
   Octet<T> octet{};
 #pragma unroll
-  for (int i = 0; i < 8; i += kStep) {
+  for (int i = 0; i < 8; i += kElements) {
     if (i >= elements) continue;
-    if constexpr (kStep * sizeof(T) == 16) {
-      octet.words[i / kStep] = load_words(from + i);
-    } else if constexpr (kStep == 4) {
+    if constexpr (kElements * sizeof(T) == 16) {
+      octet.words[i / kElements] = load_words(from + i);
+    } else if constexpr (kElements == 4) {
       const TwoWords two = *reinterpret_cast<const TwoWords*>(from + i);
       octet.words[0].word[i / 2] = two.word[0], octet.words[0].word[i / 2 + 1] = two.word[1];
     } else if constexpr (sizeof(T) == 4) {
@@ -124,14 +120,14 @@ BNKERN_DEVICE Octet<T> load_octet(const T* from, int elements) {
   return octet;
 }
 
-template <int kStep, class T>
+template <int kElements, class T>
 BNKERN_DEVICE void store_octet(T* to, const Octet<T>& octet, int elements) {
 #pragma unroll
-  for (int i = 0; i < 8; i += kStep) {
+  for (int i = 0; i < 8; i += kElements) {
     if (i >= elements) continue;
-    if constexpr (kStep * sizeof(T) == 16) {
-      store_words(to + i, octet.words[i / kStep]);
-    } else if constexpr (kStep == 4) {
+    if constexpr (kElements * sizeof(T) == 16) {
+      store_words(to + i, octet.words[i / kElements]);
+    } else if constexpr (kElements == 4) {
       *reinterpret_cast<TwoWords*>(to + i) = {{octet.words[0].word[i / 2], octet.words[0].word[i / 2 + 1]}};
     } else if constexpr (sizeof(T) == 4) {
       to[i] = float_of(octet.words[i / 4].word[i % 4]);
@@ -141,42 +137,50 @@ BNKERN_DEVICE void store_octet(T* to, const Octet<T>& octet, int elements) {
   }
 }
 
+// Moves a view to a channel. Kernels do it once, so that the address of an octet costs few instructions. A null view
+// stays null.
 template <class T>
-BNKERN_DEVICE T* address(const View& view, int channel, const OctetCoord& coord) {
-  return static_cast<T*>(view.data) + coord.n * view.outer + channel * view.inner + coord.first;
+BNKERN_DEVICE void select_channel(View& view, int channel) {
+  if (view) view.data = static_cast<T*>(view.data) + channel * view.inner;
+}
+template <class Byte>
+BNKERN_DEVICE void select_channel(Byte*& mask, const Planes& planes, int channel) {
+  if (mask) mask += std::int64_t(channel) * planes.per_plane.divisor;
+}
+template <class T>
+BNKERN_DEVICE T* address(const View& view, const OctetCoord& coord) {
+  return static_cast<T*>(view.data) + (coord.n * view.outer + std::int64_t(coord.octet) * 8);
 }
 
 // A thread's octets of a tile of one tensor.
-template <class T>
+template <class T, bool kWide>
 struct Tile {
   Octet<T> octets[kOctets<T>];
 
-  BNKERN_DEVICE void load(const View& view, int channel, int step, const OctetCoords<T>& coords) {
-    with_step<T>(step, [&](auto width) {
-#pragma unroll
-      for (int u = 0; u < kOctets<T>; ++u)
-        octets[u] = load_octet<width.value>(address<const T>(view, channel, coords.of[u]), coords.of[u].elements);
+  BNKERN_DEVICE void load(const View& view, int step, const OctetCoord& coord, int u) {
+    with_step<T, kWide>(step, [&](auto elements) {
+      octets[u] = load_octet<elements.value>(address<const T>(view, coord), coord.elements);
     });
   }
-  BNKERN_DEVICE void store(const View& view, int channel, int step, const OctetCoords<T>& coords) const {
-    with_step<T>(step, [&](auto width) {
+  BNKERN_DEVICE void load(const View& view, int step, const OctetCoords<T, kWide>& coords) {
+    with_step<T, kWide>(step, [&](auto elements) {
 #pragma unroll
       for (int u = 0; u < kOctets<T>; ++u)
-        store_octet<width.value>(address<T>(view, channel, coords.of[u]), octets[u], coords.of[u].elements);
+        octets[u] = load_octet<elements.value>(address<const T>(view, coords.of[u]), coords.of[u].elements);
     });
   }
-  // Store the octets to shared memory, and load them. In a slot, the 16 bytes of neighbouring threads are adjacent.
-  BNKERN_DEVICE void keep(int slot) const {
-#pragma unroll
-    for (int u = 0; u < kOctets<T>; ++u)
-#pragma unroll
-      for (int word = 0; word < Octet<T>::kWords; ++word) *kept(slot, u, word) = octets[u].words[word];
+  BNKERN_DEVICE void store(const View& view, int step, const OctetCoord& coord, int u) const {
+    with_step<T, kWide>(
+        step, [&](auto elements) { store_octet<elements.value>(address<T>(view, coord), octets[u], coord.elements); });
   }
-  BNKERN_DEVICE void find(int slot) {
+  // Store an octet to shared memory, and load it. In a slot, the 16 bytes of neighbouring threads are adjacent.
+  BNKERN_DEVICE void keep(int slot, int u) const {
 #pragma unroll
-    for (int u = 0; u < kOctets<T>; ++u)
+    for (int word = 0; word < Octet<T>::kWords; ++word) *kept(slot, u, word) = octets[u].words[word];
+  }
+  BNKERN_DEVICE void find(int slot, int u) {
 #pragma unroll
-      for (int word = 0; word < Octet<T>::kWords; ++word) octets[u].words[word] = *kept(slot, u, word);
+    for (int word = 0; word < Octet<T>::kWords; ++word) octets[u].words[word] = *kept(slot, u, word);
   }
 
  private:
@@ -190,24 +194,26 @@ struct Tile {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-BNKERN_DEVICE Moments<float> merge_warp(Moments<float> mine) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const Moments<float> other{__shfl_down_sync(kAllLanes, mine.count, lanes),
-                               __shfl_down_sync(kAllLanes, mine.mean, lanes),
-                               __shfl_down_sync(kAllLanes, mine.m2, lanes)};
-    mine = chan_merge(mine, other);
-  }
-  return mine;
+// Chan's formula. It has no branches, because two of the three levels at which it is used are short of work for them.
+BNKERN_DEVICE Moments<float> merged(Moments<float> a, Moments<float> b) {
+  const float count = a.count + b.count, share = divide_normal(b.count, count);
+  Moments<float> both{count, a.mean, a.m2};
+  chan_join(&both.mean, &both.m2, b.mean, b.m2, share, a.count * share);
+  return b.count == 0 ? a : a.count == 0 ? b : both;
 }
-
+BNKERN_DEVICE Moments<float> from_lane(Moments<float> mine, int lanes) {
+  return {__shfl_down_sync(kAllLanes, mine.count, lanes), __shfl_down_sync(kAllLanes, mine.mean, lanes),
+          __shfl_down_sync(kAllLanes, mine.m2, lanes)};
+}
 // The same for sum g and sum g * xhat.
-BNKERN_DEVICE Pair merge_warp(Pair mine) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    mine.first += __shfl_down_sync(kAllLanes, mine.first, lanes);
-    mine.second += __shfl_down_sync(kAllLanes, mine.second, lanes);
-  }
+BNKERN_DEVICE Pair merged(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
+BNKERN_DEVICE Pair from_lane(Pair mine, int lanes) {
+  return {__shfl_down_sync(kAllLanes, mine.first, lanes), __shfl_down_sync(kAllLanes, mine.second, lanes)};
+}
+template <class A>
+BNKERN_DEVICE A merge_warp(A mine) {
+#pragma unroll 1
+  for (int lanes = 16; lanes > 0; lanes /= 2) mine = merged(mine, from_lane(mine, lanes));
   return mine;
 }
 
@@ -276,22 +282,24 @@ struct ThreadRecord {
   }
 };
 
-// ---- on the host: the partition of a channel
+// ---- on the host: the plan of a channel
 
-struct Cut {
+struct PlanesPlan {
   bool single;  // one launch for both phases, in which the parts of a channel are a cluster, instead of two launches
   int threads, parts, tiles, held;
 };
 
-// Makes the partition. For one launch, the number of parts is doubled until there are blocks for more than 5/8 of the
-// multiprocessors and a part fits on the chip. It stops at kMostParts, or if a part has no more than kLeast octets. If
-// the parts still do not fit and there are blocks for less than half of the multiprocessors, two kernels with more
-// parts run instead. This is a rule of thumb that has not been tuned by measurements. `sums` is whether the call has
-// the first phase, and `tensors` is the number of tensors that this phase reads.
-inline Cut cut_planes(const Shape& shape, std::size_t itemsize, int tensors, const CudaDevice& device,
-                      Strategy strategy, bool sums) {
+// Makes the plan. For one launch, the number of parts is that with the least estimated time, among 1 to kMostParts
+// parts that fit on the chip and have more than kLeast / 2 octets. The time is the number of waves in which the device
+// runs the clusters, multiplied by the time of one: the tiles of a thread, which take as long as the block has threads,
+// and kFixed for launch, latencies and the exchange. So 16 clusters of 8 blocks are chosen only if the device runs all
+// of them at once. If no number of parts fits and there are blocks for less than half of the multiprocessors, two
+// kernels with more parts run instead. The constants have not been tuned by measurements. `sums` is whether the call
+// has the first phase, and `tensors` is the number of tensors that this phase reads.
+inline PlanesPlan plan_planes(const Shape& shape, std::size_t itemsize, int tensors, const CudaDevice& device,
+                              Strategy strategy, bool sums) {
   const std::int64_t octets = shape.n * ((shape.s + 7) / 8), each = octets_of(itemsize);
-  constexpr std::int64_t kLeast = 512;
+  constexpr std::int64_t kLeast = 512, kFixed = 3;  // kFixed: in tiles of the largest block
   const int most = std::min(kMostThreads, device.threads);
   const auto tiles_of = [&](std::int64_t parts, std::int64_t threads) {
     return (octets + parts * each * threads - 1) / (parts * each * threads);
@@ -305,27 +313,37 @@ inline Cut cut_planes(const Shape& shape, std::size_t itemsize, int tensors, con
     return 1 + (device.shared_bytes - kReserved) / static_cast<int>(threads * each * 8 * itemsize * tensors);
   };
   const auto fits = [&](std::int64_t parts) { return tiles_of(parts, threads_of(parts)) <= room(threads_of(parts)); };
-  const auto cut = [&](bool single, int threads, std::int64_t parts) {
+  const auto plan = [&](bool single, int threads, std::int64_t parts) {
     const std::int64_t tiles = tiles_of(parts, threads);
-    return Cut{single, threads, static_cast<int>(parts), static_cast<int>(tiles),
-               static_cast<int>(std::min<std::int64_t>(tiles, room(threads)))};
+    return PlanesPlan{single, threads, static_cast<int>(parts), static_cast<int>(tiles),
+                      static_cast<int>(std::min<std::int64_t>(tiles, room(threads)))};
   };
-  if (sums && strategy == Strategy::kSingleRead && device.clusters && shape.c <= kGroups) {
-    std::int64_t parts = 1;
-    while (parts < kMostParts && octets > parts * kLeast &&
-           !(8 * shape.c * parts > 5 * device.multiprocessors && fits(parts)))
-      parts *= 2;
-    if (fits(parts) || 2 * shape.c * parts >= device.multiprocessors) return cut(true, threads_of(parts), parts);
+  if (sums && strategy == Strategy::kSingleRead && device.clusters[0] > 0 && shape.c <= kGroups) {
+    std::int64_t best = 0, least = 0, parts = 1;
+    for (int i = -1;; ++i, parts *= 2) {
+      const std::int64_t at_once = i < 0 ? device.multiprocessors : device.clusters[i];
+      if (at_once > 0 && fits(parts)) {
+        const std::int64_t waves = (shape.c + at_once - 1) / at_once, threads = threads_of(parts);
+        const std::int64_t time = waves * (kFixed * most + tiles_of(parts, threads) * threads);
+        if (best == 0 || time < least) best = parts, least = time;
+      }
+      if (parts == kMostParts || octets <= parts * kLeast) break;
+    }
+    if (best == 0 && 2 * shape.c * parts >= device.multiprocessors) best = parts;
+    if (best > 0) return plan(true, threads_of(best), best);
   }
-  constexpr int kBlocks = 4;  // the number of blocks of a multiprocessor, if there is enough work
+  // The number of blocks of a multiprocessor, if there is enough work. Two of 256 threads are resident with 128
+  // registers each, so no block waits for another one to end.
+  constexpr int kBlocks = 2;
   const int threads = std::min(256, most);
   const std::int64_t tiles = tiles_of(1, threads);
   const std::int64_t share = std::max<std::int64_t>(1, tiles * shape.c / (kBlocks * device.multiprocessors));
-  return cut(false, threads, sums && shape.c > kGroups ? 1 : (tiles + share - 1) / share);
+  return plan(false, threads, sums && shape.c > kGroups ? 1 : (tiles + share - 1) / share);
 }
 
 // The parameters of the kernels for a call's tensors. Null views are ignored.
-inline Planes planes_of(const Shape& shape, std::size_t itemsize, const Cut& cut, std::initializer_list<View> views) {
+inline Planes planes_of(const Shape& shape, std::size_t itemsize, const PlanesPlan& plan,
+                        std::initializer_list<View> views) {
   const std::int64_t per_plane = (shape.s + 7) / 8;
   std::uint64_t steps = shape.s, addresses = 0;
   for (const View& view : views)
@@ -338,23 +356,35 @@ inline Planes planes_of(const Shape& shape, std::size_t itemsize, const Cut& cut
   return {Divider::of(per_plane),
           shape.s,
           static_cast<std::uint32_t>(shape.n * per_plane),
-          cut.parts,
-          cut.tiles,
-          cut.held,
+          per_plane * shape.c,
+          Count::of(shape.n * shape.s),
+          plan.parts,
+          plan.tiles,
+          Divider::of(plan.parts),
+          plan.held,
           allows(vector) ? vector
           : allows(4)    ? 4
                          : 1};
 }
 
+// Whether the wide kernels serve the tensors. The narrow ones are for those that cannot be read by 16 bytes. Some of
+// them are compiled once for calls with and without a record, because they are rarely used. The narrow kernel of both
+// phases has no record, because there are not enough registers. Two kernels with the same plan, and so the same bits,
+// replace it.
+template <class T>
+bool is_wide(const Planes& planes) {
+  return planes.step == kStep<T, true>;
+}
+
 // The shared memory of a block that holds `held` tiles of each of `tensors` tensors, the last one in registers.
-inline std::size_t shared_of(const Cut& cut, int held, std::size_t itemsize, int tensors) {
-  return kReserved + std::size_t(held - 1) * cut.threads * octets_of(itemsize) * 8 * itemsize * tensors;
+inline std::size_t shared_of(const PlanesPlan& plan, int held, std::size_t itemsize, int tensors) {
+  return kReserved + std::size_t(held - 1) * plan.threads * octets_of(itemsize) * 8 * itemsize * tensors;
 }
 
 // Returns "", or the reason why the kernels do not support a call.
-inline std::string refused(const char* name, const Shape& shape, DType dtype, const Cut& cut) {
+inline std::string refused(const char* name, const Shape& shape, DType dtype, const PlanesPlan& plan) {
   if (dtype == DType::kFloat64) return std::string(name) + ": there are no float64 kernels";
-  if (shape.n * ((shape.s + 7) / 8) > INT32_MAX || shape.c * cut.parts > INT32_MAX)
+  if (shape.n * ((shape.s + 7) / 8) > INT32_MAX || shape.c * plan.parts > INT32_MAX)
     return std::string(name) + ": a channel of more than 2^31 octets, or too many channels";
   return {};
 }

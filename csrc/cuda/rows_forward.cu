@@ -15,44 +15,42 @@ struct ThreadMoments {
   float count, pivot[W], mean[W], m2[W];
 };
 
-template <class T, int W>
-BNKERN_DEVICE ThreadMoments<W> no_moments(const Forward& p, const RowsPlan& plan, const RowsCoord& coord) {
-  ThreadMoments<W> none{};
-  if (!coord.active(plan)) return none;
-  const auto first = Vector<T, W>::load(static_cast<const T*>(p.x.data) + coord.begin * p.x.outer + coord.channel);
-#pragma unroll
-  for (int j = 0; j < W; ++j) none.pivot[j] = first[j];
-  return none;
-}
-
-// Loads the first `valid_rows` rows of a tile. The other rows do not exist.
+// Loads the rows of a tile that exist.
 template <class T, int W, int UNROLL>
-BNKERN_DEVICE void load_tile(Vector<T, W> (&tile)[UNROLL], const View& view, const RowsCoord& coord, std::int64_t row,
-                             int valid_rows) {
-  const T* p = static_cast<const T*>(view.data) + row * view.outer + coord.channel;
-  const std::int64_t step = coord.lanes * view.outer;
+BNKERN_DEVICE void load_tile(Vector<T, W> (&tile)[UNROLL], const View& view, const RowsCoord& coord, int number) {
 #pragma unroll
-  for (int u = 0; u < UNROLL; ++u)
-    if (u < valid_rows) tile[u] = Vector<T, W>::load(p + u * step);
+  for (int u = 0; u < UNROLL; ++u) {
+    const int row = coord.row<UNROLL>(number, u);
+    if (row < coord.rows) tile[u] = Vector<T, W>::load(coord.address<const T>(view, row));
+  }
 }
 
 template <class T, int W, int UNROLL>
-BNKERN_DEVICE void add_tile(ThreadMoments<W>* partial, const Vector<T, W> (&tile)[UNROLL], int valid_rows) {
-  if (valid_rows == 0) return;
-  const float n = static_cast<float>(valid_rows), count = partial->count + n;
-  const float share = n / count, weight = partial->count * share, each = 1 / n;
+BNKERN_DEVICE void add_tile(ThreadMoments<W>* partial, const Vector<T, W> (&tile)[UNROLL], const RowsCoord& coord,
+                            int number) {
+  bool exists[UNROLL];
+  int rows = 0;
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) exists[u] = coord.row<UNROLL>(number, u) < coord.rows, rows += exists[u];
+  if (rows == 0) return;
+  float each = 1;
+#pragma unroll
+  for (int n = 2; n <= UNROLL; ++n)
+    if (rows == n) each = 1.0f / static_cast<float>(n);
+  const float n = static_cast<float>(rows), count = partial->count + n;
+  const float share = divide_normal(n, count), weight = partial->count * share;
 #pragma unroll
   for (int j = 0; j < W; ++j) {
     float distance[UNROLL], sum = 0, m2 = 0;
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      distance[u] = u < valid_rows ? tile[u][j] - partial->pivot[j] : 0.0f;
+      distance[u] = exists[u] ? tile[u][j] - partial->pivot[j] : 0.0f;
       sum += distance[u];
     }
     const float mean = sum * each;
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      const float d = u < valid_rows ? distance[u] - mean : 0.0f;
+      const float d = exists[u] ? distance[u] - mean : 0.0f;
       m2 = fma(d, d, m2);
     }
     chan_join(&partial->mean[j], &partial->m2[j], mean, m2, share, weight);
@@ -60,51 +58,80 @@ BNKERN_DEVICE void add_tile(ThreadMoments<W>* partial, const Vector<T, W> (&tile
   partial->count = count;
 }
 
-// Joins the block's threads and stores the block's part.
-template <class T, int W>
-BNKERN_DEVICE void publish_moments(const Forward& p, const RowsPlan& plan, const RowsCoord& coord,
-                                   const RowsShared& shared, const Partials& parts, const ThreadMoments<W>& partial) {
+// Computes the moments of a thread's rows. `tile` is the last tile afterwards, and `held` has the tiles before
+// held.count. The loads of a tile are issued before the moments of the previous one are computed.
+template <class T, int W, int UNROLL>
+BNKERN_DEVICE ThreadMoments<W> moments_of_rows(const Forward& p, const RowsPlan& plan, const RowsCoord& coord,
+                                               const HeldTiles<T, UNROLL, 1>& held, Vector<T, W> (&tile)[UNROLL]) {
+  ThreadMoments<W> partial{};
+  Vector<T, W> first{};
+  if (coord.active) first = Vector<T, W>::load(coord.address<const T>(p.x, 0));
+  load_tile(tile, p.x, coord, 0);
 #pragma unroll
-  for (int j = 0; j < W; ++j) shared.pair(j, threadIdx.x) = {partial.mean[j], partial.m2[j]};
+  for (int j = 0; j < W; ++j) partial.pivot[j] = first[j];
+#pragma unroll 1
+  for (int t = 0;; ++t) {
+    const bool last = t + 1 == plan.tiles;
+    Vector<T, W> next[UNROLL];
+    if (!last) load_tile(next, p.x, coord, t + 1);
+    add_tile(&partial, tile, coord, t);
+    if (last) return partial;
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      if constexpr (W == 8)
+        if (t < held.count) held(t, u, 0) = tile[u];
+      tile[u] = next[u];
+    }
+  }
+}
+
+// Joins the block's threads and stores the block's part.
+template <int W>
+BNKERN_DEVICE void publish_moments(const RowsPlan& plan, const RowsCoord& coord, const RowsShared& shared,
+                                   const Partials& parts, const ThreadMoments<W>& partial) {
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    shared.pair(j, threadIdx.x) = {partial.mean[j], partial.m2[j]};
+    if (coord.lane == 0) shared.means[j * plan.columns + coord.column] = {partial.pivot[j], 0};
+  }
+  const RowsOfSplit rows = coord.last ? plan.of_last : plan.of_split;
   join_threads<W>(
       plan, coord.group, shared,
       [&](int lane, const Pair& pair) {
-        return pivot_sums({static_cast<double>(coord.taken(lane)), pair.first, pair.second});
+        return pivot_sums({rows.per_lane + (lane < rows.longer ? 1.0 : 0.0), pair.first, pair.second});
       },
       [&](std::int64_t channel, PivotSums sums) {
-        const Moments<double> all = moments_of(rows_of(plan, coord.split), sums);
-        const T* const pivot = static_cast<const T*>(p.x.data) + coord.begin * p.x.outer + channel;
-        parts.at(coord.split, channel) = {static_cast<float>(widen(*pivot) + all.mean), static_cast<float>(all.m2)};
+        const Moments<double> all = moments_of(rows.count, sums);
+        const float pivot = shared.means[place<W>(plan, static_cast<int>(channel - coord.group * plan.width))].first;
+        parts.at(coord.split, channel) = {static_cast<float>(pivot + all.mean), static_cast<float>(all.m2)};
       });
 }
 
-// Joins the parts of all blocks of a group, which must have written them. One thread calls done(c, moments) for each
-// channel.
+// Joins the parts of all blocks of a group, which must have written them. The owner of a channel calls
+// done(c, moments). Means are taken relative to that of the first part.
 template <class Done>
 BNKERN_DEVICE void join_moments(const RowsPlan& plan, int group, const RowsShared& shared, const Partials& parts,
                                 Done done) {
+  const int owned = plan.chains.owned();
+  const float pivot = parts.data[clamped_channel(plan, group, plan.chains.channel())].first;
+  const float pivot_of_owned = parts.data[clamped_channel(plan, group, owned < 0 ? 0 : owned)].first;
   join_blocks(
-      plan, group, shared,
-      [&](int split, std::int64_t channel) {
-        const Pair part = parts.at(split, channel), pivot = parts.at(0, channel);
-        return pivot_sums({rows_of(plan, split), double(part.first) - pivot.first, part.second});
+      plan, group, shared, parts,
+      [&](int split, Pair part) {
+        const double count = split == plan.splits - 1 ? plan.of_last.count.values : plan.of_split.count.values;
+        return pivot_sums({count, part.first - pivot, part.second});
       },
       [&](int c, PivotSums sums) {
-        Moments<double> all = moments_of(static_cast<double>(plan.rows), sums);
-        all.mean += parts.at(0, std::int64_t(group) * plan.width + c).first;
+        Moments<double> all = moments_of(plan.all, sums);
+        all.mean += pivot_of_owned;
         done(c, all);
       });
 }
 
-// Joins the parts of a group and saves its statistics. All threads of one block of each group call this.
-BNKERN_DEVICE void finish_moments(const Forward& p, const RowsPlan& plan, int group, const RowsShared& shared,
-                                  const Workspace& space) {
-  const double momentum = momentum_of(p);
-  join_moments(plan, group, shared, space.parts, [&](int c, const Moments<double>& all) {
-    const std::int64_t channel = std::int64_t(group) * plan.width + c;
-    save_statistics(p, channel, all, statistics_of(p, all), momentum);
-  });
-  update_counter(p, space, group, plan.groups);
+// The state of the channel that this thread owns. If it owns none, only the counter and the momentum are valid.
+BNKERN_DEVICE State state_of_owned(const Forward& p, const RowsPlan& plan, int group) {
+  const int owned = plan.chains.owned();
+  return read_state(p, clamped_channel(plan, group, owned < 0 ? 0 : owned));
 }
 
 template <class T, int W>
@@ -112,15 +139,16 @@ __global__ void __launch_bounds__(512, 1)
     rows_moments_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan, Workspace space) {
   constexpr int kTile = kUnroll<T, 1>;
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, W);
-  const RowsShared shared(plan.width);
-  ThreadMoments<W> partial = no_moments<T, W>(p, plan, coord);
-  for_tiles<false>(plan, coord, 0, kTile, [&](int, std::int64_t row, int valid_rows) {
-    Vector<T, W> tile[kTile];
-    load_tile(tile, p.x, coord, row, valid_rows);
-    add_tile(&partial, tile, valid_rows);
+  const RowsShared shared(plan);
+  Vector<T, W> tile[kTile];
+  publish_moments(plan, coord, shared, space.parts, moments_of_rows<T>(p, plan, coord, {}, tile));
+  const State state = state_of_owned(p, plan, coord.group);
+  if (!last_of_blocks(space.arrivals + coord.group, plan.splits)) return;
+  join_moments(plan, coord.group, shared, space.parts, [&](int c, const Moments<double>& all) {
+    const std::int64_t channel = std::int64_t(coord.group) * plan.width + c;
+    save_statistics(p, channel, plan.all, all, statistics_of(p, plan.all, all), state);
   });
-  publish_moments<T>(p, plan, coord, shared, space.parts, partial);
-  if (last_of_blocks(space.arrivals + coord.group, plan.splits)) finish_moments(p, plan, coord.group, shared, space);
+  update_counter(p, space, state, coord.group, plan.groups);
 }
 
 // The value from which a record takes the distances of a channel's values. It is the mean of the batch if this call
@@ -141,62 +169,85 @@ struct ActivationTally {
   BNKERN_DEVICE ActivationTally(std::size_t offset, const Forward& p, const RowsPlan& plan, const RowsCoord& coord,
                                 const Affine (&coefficients)[W])
       : sums(offset), centre{} {
-    if (!coord.active(plan)) return;
+    if (!coord.active) return;
 #pragma unroll
     for (int j = 0; j < W; ++j) centre[j] = centre_of<T>(p, plan, coord.channel + j, coefficients[j].mean);
   }
   // Adds a tile. Bit j of active[u] is whether value j of row u of y is above zero.
   template <int UNROLL>
-  BNKERN_DEVICE void add(const Vector<T, W> (&x)[UNROLL], const unsigned (&active)[UNROLL], int valid_rows) const {
-    if (valid_rows == 0) return;
+  BNKERN_DEVICE void add(const Vector<T, W> (&x)[UNROLL], const unsigned (&active)[UNROLL], const RowsCoord& coord,
+                         int number) const {
 #pragma unroll
     for (int j = 0; j < W; ++j) {
       ActivationSums addend;
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u)
-        if (u < valid_rows) addend.add(x[u][j], centre[j], active[u] >> j & 1);
+        if (coord.row<UNROLL>(number, u) < coord.rows) addend.add(x[u][j], centre[j], active[u] >> j & 1);
       sums.add(j, addend);
     }
   }
   BNKERN_DEVICE void publish(const RowsPlan& plan, const RowsCoord& coord, const RecordParts& parts) const {
     sums.publish(plan, coord, parts);
-    if (coord.split != 0 || coord.lane != 0 || !coord.active(plan)) return;
+    if (coord.split != 0 || coord.lane != 0 || !coord.active) return;
 #pragma unroll
     for (int j = 0; j < W; ++j) parts.at(0, kCentre, coord.channel + j) = centre[j];
   }
 };
 
-// Writes y and the bytes of the mask for octets of rows from `row` on. For a record, `active` receives the bits of the
-// values of y above zero.
-template <class T, bool kRecord, int UNROLL>
-BNKERN_DEVICE void write_tile(const Forward& p, const RowsCoord& coord, const Affine (&coefficients)[8],
-                              const Vector<T, 8> (&tile)[UNROLL], std::int64_t row, int valid_rows,
-                              unsigned (&active)[UNROLL]) {
-  Vector<T, 8> residual[UNROLL];
-  if (p.residual) load_tile(residual, p.residual, coord, row, valid_rows);
-  T* const y = static_cast<T*>(p.y.data) + row * p.y.outer + coord.channel;
-  const std::int64_t step = coord.lanes * p.y.outer;
+// Writes y and its byte of the mask for the octet of one row. Returns the bits of the values of y above zero, for a
+// record.
+template <class T, bool kRecord>
+BNKERN_DEVICE unsigned write_row(const Forward& p, const RowsCoord& coord, const Affine (&coefficients)[8],
+                                 const Vector<T, 8>& x, const Vector<T, 8>& residual, int row) {
+  float z[8];
 #pragma unroll
-  for (int u = 0; u < UNROLL; ++u) {
-    if (u >= valid_rows) continue;
-    float z[8];
+  for (int j = 0; j < 8; ++j) z[j] = normalized(x[j], coefficients[j]);
+  if (p.residual) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      z[j] = normalized(tile[u][j], coefficients[j]);
-      if (p.residual) z[j] += residual[u][j];
+    for (int j = 0; j < 8; ++j) z[j] += residual[j];
+  }
+  auto octet = Octet<T>::of(z);
+  if (p.act != Activation::none) {
+    const unsigned bits = activate(p.act, &octet);
+    if (p.mask) p.mask[((coord.begin + row) * p.shape.c + coord.channel) / 8] = static_cast<std::uint8_t>(bits);
+  }
+  octet.store(coord.address<T>(p.y, row));
+  unsigned active = 0;
+  if constexpr (kRecord) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) active |= unsigned(octet[j] > 0) << j;
+  }
+  return active;
+}
+
+// Writes y of all tiles, from the last to the first. `tile` and `residual` are those of the last tile. A row of the
+// next tile is loaded as soon as the one before it in the same registers is written.
+template <class T, bool kRecord, int UNROLL, class Tally>
+BNKERN_DEVICE void write_tiles(const Forward& p, const RowsPlan& plan, const RowsCoord& coord,
+                               const HeldTiles<T, UNROLL, 1>& held, const Affine (&coefficients)[8],
+                               Vector<T, 8> (&tile)[UNROLL], Vector<T, 8> (&residual)[UNROLL], const Tally& tally) {
+#pragma unroll 1
+  for (int t = plan.tiles - 1; t >= 0; --t) {
+    const auto load_next = [&](int u) {
+      const int row = coord.row<UNROLL>(t - 1, u);
+      if (t == 0 || row >= coord.rows) return;
+      if (t - 1 < held.count)
+        tile[u] = {held(t - 1, u, 0)};
+      else
+        tile[u] = Vector<T, 8>::load(coord.address<const T>(p.x, row));
+      if (p.residual) residual[u] = Vector<T, 8>::load(coord.address<const T>(p.residual, row));
+    };
+    unsigned active[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      const int row = coord.row<UNROLL>(t, u);
+      if (row < coord.rows) active[u] = write_row<T, kRecord>(p, coord, coefficients, tile[u], residual[u], row);
+      if constexpr (!kRecord) load_next(u);
     }
-    auto octet = Octet<T>::of(z);
-    if (p.act != Activation::none) {
-      const unsigned bits = activate(p.act, &octet);
-      if (p.mask)
-        p.mask[((row + std::int64_t(u) * coord.lanes) * p.shape.c + coord.channel) / 8] =
-            static_cast<std::uint8_t>(bits);
-    }
-    octet.store(y + u * step);
     if constexpr (kRecord) {
-      active[u] = 0;
+      tally.add(tile, active, coord, t);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) active[u] |= unsigned(octet[j] > 0) << j;
+      for (int u = 0; u < UNROLL; ++u) load_next(u);
     }
   }
 }
@@ -208,33 +259,27 @@ __global__ void __launch_bounds__(512, 1)
     rows_normalize_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan, RecordParts parts) {
   constexpr int kTile = kUnroll<T, 1>;
   const RowsCoord coord(plan, plan.splits - 1 - static_cast<int>(blockIdx.x), blockIdx.y, 8);
-  if (!kRecord && !coord.active(plan)) return;
-  Affine coefficients[8];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    if (kRecord && !coord.active(plan)) break;
-    const Statistics s = given_statistics(p, coord.channel + j);
-    coefficients[j] = affine(p, coord.channel + j, s.mean, s.spread);
-    if (!p.moments && p.running_mean && coord.split == 0 && coord.lane == 0) {
-      static_cast<float*>(p.mean)[coord.channel + j] = s.mean;
-      static_cast<float*>(p.spread)[coord.channel + j] = s.spread;
+  const RowsShared shared(plan);
+  Vector<T, 8> tile[kTile], residual[kTile];
+  load_tile(tile, p.x, coord, plan.tiles - 1);
+  if (p.residual) load_tile(residual, p.residual, coord, plan.tiles - 1);
+  for_channels(plan, coord.group, [&](int c, std::int64_t channel) {
+    const Statistics s = given_statistics(p, channel);
+    shared.coefficients[place<8>(plan, c)] = affine(p, channel, s.mean, s.spread);
+    if (!p.moments && p.running_mean && coord.split == 0) {
+      static_cast<float*>(p.mean)[channel] = s.mean;
+      static_cast<float*>(p.spread)[channel] = s.spread;
     }
-  }
-  const auto write_tiles = [&](auto then) {
-    for_tiles<true>(plan, coord, 0, kTile, [&](int, std::int64_t row, int valid_rows) {
-      Vector<T, 8> tile[kTile];
-      unsigned active[kTile];
-      load_tile(tile, p.x, coord, row, valid_rows);
-      write_tile<T, kRecord>(p, coord, coefficients, tile, row, valid_rows, active);
-      then(tile, active, valid_rows);
-    });
-  };
+  });
+  __syncthreads();
+  Affine coefficients[8];
+  read_channels(plan, coord, shared.coefficients, coefficients);
   if constexpr (kRecord) {
-    const ActivationTally<T, 8> tally(0, p, plan, coord, coefficients);
-    write_tiles([&](const auto& tile, const auto& active, int valid_rows) { tally.add(tile, active, valid_rows); });
+    const ActivationTally<T, 8> tally(RowsShared::channel_bytes(plan), p, plan, coord, coefficients);
+    write_tiles<T, true>(p, plan, coord, {}, coefficients, tile, residual, tally);
     tally.publish(plan, coord, parts);
   } else {
-    write_tiles([](const auto&, const auto&, int) {});
+    write_tiles<T, false>(p, plan, coord, {}, coefficients, tile, residual, NoTally{});
   }
 }
 
@@ -246,17 +291,18 @@ __global__ void __launch_bounds__(512, 1)
                            RecordParts parts) {
   constexpr int kTile = kUnroll<T, 1>;
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 1);
-  const Affine coefficients[1] = {{coord.active(plan) ? given_statistics(p, coord.channel).mean : 0.0f, 0, 0, 0}};
+  const Affine coefficients[1] = {{coord.active ? given_statistics(p, coord.channel).mean : 0.0f, 0, 0, 0}};
   const ActivationTally<T, 1> tally(0, p, plan, coord, coefficients);
-  for_tiles<false>(plan, coord, 0, kTile, [&](int, std::int64_t row, int valid_rows) {
+#pragma unroll 1
+  for (int t = 0; t < plan.tiles; ++t) {
     Vector<T, 1> x[kTile], y[kTile];
     unsigned active[kTile];
-    load_tile(x, p.x, coord, row, valid_rows);
-    load_tile(y, p.y, coord, row, valid_rows);
+    load_tile(x, p.x, coord, t);
+    load_tile(y, p.y, coord, t);
 #pragma unroll
-    for (int u = 0; u < kTile; ++u) active[u] = u < valid_rows && y[u][0] > 0;
-    tally.add(x, active, valid_rows);
-  });
+    for (int u = 0; u < kTile; ++u) active[u] = coord.row<kTile>(t, u) < coord.rows && y[u][0] > 0;
+    tally.add(x, active, coord, t);
+  }
   tally.publish(plan, coord, parts);
 }
 
@@ -295,103 +341,70 @@ __global__ void __launch_bounds__(512, 1) rows_normalize_flat_kernel(const __gri
   }
 }
 
-// Both phases. A thread holds its first tile in registers and the next tiles in shared memory. It reads the tiles that
-// do not fit a second time. The blocks of a group wait for each other at a barrier between the phases.
+// Both phases. A thread holds its last tile in registers and as many others as fit in shared memory. It reads the tiles
+// that do not fit a second time. The blocks of a group wait for each other at a barrier between the phases. Everything
+// that does not depend on other blocks is loaded while the block waits.
 template <class T, bool kRecord>
 __global__ void __launch_bounds__(512, 1)
     rows_forward_kernel(const __grid_constant__ Forward p, const __grid_constant__ RowsPlan plan, Workspace space,
                         RecordParts parts) {
   constexpr int kTile = kUnroll<T, 1>;
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 8);
-  const RowsShared shared(plan.width);
-  const HeldTiles<T, kTile, 1> held{shared.tiles, 1};
-  ThreadMoments<8> partial = no_moments<T, 8>(p, plan, coord);
-  Vector<T, 8> first[kTile];
-  {
-    const std::int64_t row = coord.row(0, kTile);
-    const int valid_rows = coord.valid_rows(plan, row, kTile);
-    load_tile(first, p.x, coord, row, valid_rows);
-    add_tile(&partial, first, valid_rows);
-  }
-  for_tiles<false>(plan, coord, 1, kTile, [&](int t, std::int64_t row, int valid_rows) {
-    Vector<T, 8> tile[kTile];
-    load_tile(tile, p.x, coord, row, valid_rows);
-    add_tile(&partial, tile, valid_rows);
-    if (t > plan.tiles_in_shared) return;
-#pragma unroll
-    for (int u = 0; u < kTile; ++u)
-      if (u < valid_rows) held(t, u, 0) = tile[u];
-  });
-  publish_moments<T>(p, plan, coord, shared, space.parts, partial);
-  // Everything that does not depend on other blocks is read before the barrier. Thread t joins channel t of the group,
-  // so it reads the weight and the bias of this channel here.
-  const std::int64_t own = std::int64_t(coord.group) * plan.width + threadIdx.x;
-  const bool joins = static_cast<int>(threadIdx.x) < plan.width && own < plan.channels, keeps = coord.split == 0;
-  Affine of_own{};
-  if (joins) of_own = affine(p, own, 0, 0);
-  const double momentum = momentum_of(p);
-  Moments<double> moments_of_own{};
-  barrier_of_blocks(space.barriers + coord.group, plan.splits, keeps);
+  const RowsShared shared(plan);
+  const HeldTiles<T, kTile, 1> held{shared.tiles, plan.tiles_in_shared};
+  const bool keeps = coord.split == 0;  // whether this block saves the statistics
+  Vector<T, 8> tile[kTile], residual[kTile];
+  publish_moments(plan, coord, shared, space.parts, moments_of_rows<T>(p, plan, coord, held, tile));
+  BlocksBarrier barrier(space.barriers + coord.group, plan.splits);
+  barrier.arrive(keeps);
+  if (p.residual) load_tile(residual, p.residual, coord, plan.tiles - 1);
+  for_channels(plan, coord.group,
+               [&](int c, std::int64_t channel) { shared.coefficients[place<8>(plan, c)] = affine(p, channel, 0, 0); });
+  State state{};
+  if (keeps) state = state_of_owned(p, plan, coord.group);
+  Moments<double> moments{};
+  Statistics statistics{};
+  barrier.wait();
   join_moments(plan, coord.group, shared, space.parts, [&](int c, const Moments<double>& all) {
-    const Statistics s = statistics_of(p, all);
-    of_own.mean = s.mean, of_own.invstd = s.spread;
-    shared.of_channel[c] = of_own;
-    moments_of_own = all;
+    statistics = statistics_of(p, plan.all, all);
+    moments = all;
+    Affine& coefficients = shared.coefficients[place<8>(plan, c)];
+    coefficients.mean = statistics.mean, coefficients.invstd = statistics.spread;
   });
   __syncthreads();
-  if (keeps) {
-    if (joins) save_statistics(p, own, moments_of_own, {of_own.mean, of_own.invstd}, momentum);
-    update_counter(p, space, coord.group, plan.groups);
-  }
-  if (!kRecord && !coord.active(plan)) return;
   Affine coefficients[8];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) coefficients[j] = shared.of_channel[coord.column * 8 + j];
-  const auto write_tiles = [&](auto then) {
-    for_tiles<true>(plan, coord, 1, kTile, [&](int t, std::int64_t row, int valid_rows) {
-      Vector<T, 8> tile[kTile];
-      unsigned active[kTile];
-      if (t > plan.tiles_in_shared) {
-        load_tile(tile, p.x, coord, row, valid_rows);
-      } else {
-#pragma unroll
-        for (int u = 0; u < kTile; ++u)
-          if (u < valid_rows) tile[u] = {held(t, u, 0)};
-      }
-      write_tile<T, kRecord>(p, coord, coefficients, tile, row, valid_rows, active);
-      then(tile, active, valid_rows);
-    });
-    const std::int64_t row = coord.row(0, kTile);
-    const int valid_rows = coord.valid_rows(plan, row, kTile);
-    unsigned active[kTile];
-    write_tile<T, kRecord>(p, coord, coefficients, first, row, valid_rows, active);
-    then(first, active, valid_rows);
-  };
+  read_channels(plan, coord, shared.coefficients, coefficients);
+  if (keeps) {
+    const int owned = plan.chains.owned();
+    const std::int64_t channel = std::int64_t(coord.group) * plan.width + owned;
+    if (owned >= 0 && channel < plan.channels) save_statistics(p, channel, plan.all, moments, statistics, state);
+  }
   if constexpr (kRecord) {
     const ActivationTally<T, 8> tally(shared_bytes(plan), p, plan, coord, coefficients);
-    write_tiles([&](const auto& tile, const auto& active, int valid_rows) { tally.add(tile, active, valid_rows); });
+    write_tiles<T, true>(p, plan, coord, held, coefficients, tile, residual, tally);
     tally.publish(plan, coord, parts);
   } else {
-    write_tiles([](const auto&, const auto&, int) {});
+    write_tiles<T, false>(p, plan, coord, held, coefficients, tile, residual, NoTally{});
   }
+  if (keeps) update_counter(p, space, state, coord.group, plan.groups);
 }
 
 template <class T>
-RowsCut cut(const CudaForward& p) {
+RowsPlan plan_of(const CudaForward& p) {
   const Forward& call = p.call;
   const bool octets = by_octets(call.shape, call.dtype, {call.x, call.residual, call.y});
   const bool single = p.strategy == Strategy::kSingleRead && call.moments && call.normalize;
-  return cut_rows<T, 1>(call.shape, p.device, octets, single);
+  return plan_rows<T, 1>(call.shape, p.device, octets, single);
 }
 
 template <class T>
 std::string forward_as(const CudaForward& p, std::uintptr_t stream) {
   const Forward& call = p.call;
-  auto [plan, octets, single] = cut<T>(p);
+  RowsPlan plan = plan_of<T>(p);
   const Workspace space = lay_out(p.workspace, plan.splits, call.shape.c);
   const bool record = call.record && call.normalize;
   const RecordSpace records = record_space(call, p.workspace, plan.splits);
-  const std::size_t tally = octets ? tally_bytes<ActivationSums, 8>(plan) : tally_bytes<ActivationSums, 1>(plan);
+  const std::size_t tally = plan.octets ? tally_bytes<ActivationSums, 8>(plan) : tally_bytes<ActivationSums, 1>(plan);
   if (record)
     if (std::string why = make_room(&plan, tally, p.device); !why.empty()) return why;
   const dim3 blocks(plan.splits, plan.groups);
@@ -400,19 +413,19 @@ std::string forward_as(const CudaForward& p, std::uintptr_t stream) {
     return error.empty() && record ? fold_records(call, records, plan.splits, stream) : error;
   };
   std::string error;
-  if (single) {
+  if (plan.single) {
     const Launch settings{"normalize", blocks, threads, shared_bytes(plan) + (record ? tally : 0), stream};
     const auto kernel = record ? rows_forward_kernel<T, true> : rows_forward_kernel<T, false>;
     if (plan.splits == 1) return with_record(launch(settings, kernel, call, plan, space, records.activation));
     if (launch_resident(settings, &error, kernel, call, plan, space, records.activation)) return with_record(error);
   }
   if (call.moments) {
-    const Launch settings{"moments", blocks, threads, RowsShared::fixed_bytes(plan.threads(), plan.width), stream};
-    error = launch(settings, octets ? rows_moments_kernel<T, 8> : rows_moments_kernel<T, 1>, call, plan, space);
+    const Launch settings{"moments", blocks, threads, RowsShared::fixed_bytes(plan), stream};
+    error = launch(settings, plan.octets ? rows_moments_kernel<T, 8> : rows_moments_kernel<T, 1>, call, plan, space);
   }
   if (!call.normalize || !error.empty()) return error;
-  if (octets) {
-    const Launch settings{"normalize", blocks, threads, record ? tally : 0, stream};
+  if (plan.octets) {
+    const Launch settings{"normalize", blocks, threads, RowsShared::channel_bytes(plan) + (record ? tally : 0), stream};
     const auto kernel = record ? rows_normalize_kernel<T, true> : rows_normalize_kernel<T, false>;
     return with_record(launch(settings, kernel, call, plan, records.activation));
   }
@@ -433,7 +446,7 @@ std::string rows_forward(const CudaForward& p, std::uintptr_t stream) {
 
 WorkspaceSize rows_forward_workspace(const CudaForward& p) {
   return with_half_or_float(p.call.dtype, [&](auto* t) {
-    const RowsPlan plan = cut<Pointee<decltype(t)>>(p).plan;
+    const RowsPlan plan = plan_of<Pointee<decltype(t)>>(p);
     return workspace_size(plan.groups, plan.splits, p.call.shape.c, record_bytes(p.call, plan.splits));
   });
 }

@@ -59,8 +59,10 @@ def test_this_build_names_architectures() -> None:
         serving((9, 0), [entry])
 
 
-@pytest.mark.parametrize(("built", "clusters"), [("90", True), ("80", False), ("80-virtual 100-real", False)])
-def test_clusters_need_code_that_has_them(built: str, clusters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("built", "clusters"), [("90", (66, 32, 16)), ("80", (0, 0, 0)), ("80-virtual 100-real", (0, 0, 0))]
+)
+def test_clusters_need_code_that_has_them(built: str, clusters: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """An H100 may run PTX for capability 8.0, in which the barrier of a cluster does nothing.
 
     The results were wrong.
@@ -72,5 +74,18 @@ def test_clusters_need_code_that_has_them(built: str, clusters: bool, monkeypatc
     monkeypatch.setattr(cuda, "_ARCHITECTURES", built.split())
     messages = []
     monkeypatch.setattr(cuda._native, "cuda_device", lambda index, **limits: messages.append(limits), raising=False)
+    monkeypatch.setattr(cuda._native, "cuda_clusters", lambda index, shared_bytes: (66, 32, 16), raising=False)
+    monkeypatch.setattr(cuda, "_asked", {})
     cuda.introduce(0)
     assert [limits["clusters"] for limits in messages] == [clusters]
+
+
+def test_clusters_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal devices have equal plans, also if other work on one of them leaves less room when it is asked."""
+    answers = iter([(66, 32, 16), (66, 32, 12)])
+    monkeypatch.setattr(cuda._native, "cuda_clusters", lambda index, shared_bytes: next(answers), raising=False)
+    monkeypatch.setattr(cuda, "_asked", {})
+    properties = SimpleNamespace(name="H100", shared_memory_per_block_optin=227 << 10)
+    assert cuda._clusters(0, properties) == cuda._clusters(1, properties) == (66, 32, 16)
+    monkeypatch.setattr(cuda, "CLUSTERS", {"H100": (66, 32, 15)})
+    assert cuda._clusters(0, properties) == (66, 32, 15)

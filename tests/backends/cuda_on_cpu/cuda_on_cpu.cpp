@@ -71,6 +71,7 @@ struct Fiber {
   int index = 0;  // in its block
   const char* waits_for = nullptr;
   int barrier_or = 0;
+  unsigned arrivals = 0, waits = 0;  // at cluster barriers
   std::uint64_t given = 0, got[kWarp] = {};
   Stack stack;
   ucontext_t context;
@@ -89,7 +90,9 @@ struct Warp {
 };
 
 struct Cluster {
-  Barrier barrier;
+  std::size_t expected = 0, arrived = 0;
+  unsigned completed = 0;  // barriers
+  std::vector<Fiber*> waiting;
   std::vector<Block*> blocks;
 };
 
@@ -148,6 +151,29 @@ class Scheduler {
     barrier.waiting.clear();
     next();
   }
+  void arrive_in_cluster() {
+    progress();
+    Fiber& self = *running_;
+    if (self.arrivals != self.waits) return fail("arrives twice at a cluster barrier");
+    ++self.arrivals;
+    Cluster& cluster = *self.block->cluster;
+    if (++cluster.arrived == cluster.expected) {
+      cluster.arrived = 0;
+      ++cluster.completed;
+      for (Fiber* fiber : cluster.waiting) wake(fiber);
+      cluster.waiting.clear();
+    }
+    yield();
+  }
+  void wait_in_cluster() {
+    Fiber& self = *running_;
+    if (self.arrivals == self.waits) return fail("waits at a cluster barrier without an arrival");
+    ++self.waits;
+    Cluster& cluster = *self.block->cluster;
+    if (cluster.completed >= self.arrivals) return yield();
+    cluster.waiting.push_back(&self);
+    wait("a cluster barrier");
+  }
   void fail(const std::string& what) {
     std::ostringstream text;
     const Place& at = running_->place;
@@ -165,7 +191,7 @@ class Scheduler {
     const std::size_t threads = std::size_t{size.x} * size.y * size.z;
     clusters_.push_back(std::make_unique<Cluster>());
     Cluster& cluster = *clusters_.back();
-    cluster.barrier.expected = threads * grid_.cluster;
+    cluster.expected = threads * grid_.cluster;
     for (std::size_t b = first; b < first + grid_.cluster; ++b) {
       blocks_.push_back(std::make_unique<Block>());
       Block& block = *blocks_.back();
@@ -202,6 +228,7 @@ class Scheduler {
   void finish() {
     progress();
     Block& block = *running_->block;
+    if (running_->arrivals != running_->waits) return fail("ends between the halves of a cluster barrier");
     running_->waits_for = "the end";
     if (--block.live == 0) {
       const auto ended = [](const Block* b) { return b->live == 0; };
@@ -322,7 +349,8 @@ char* of_cluster_block(char* p, unsigned rank) {
 }
 
 void block_barrier() { scheduler->arrive(scheduler->self().block->barrier, "a block barrier"); }
-void cluster_barrier() { scheduler->arrive(scheduler->self().block->cluster->barrier, "a cluster barrier"); }
+void arrive_in_cluster() { scheduler->arrive_in_cluster(); }
+void wait_in_cluster() { scheduler->wait_in_cluster(); }
 
 int block_barrier_or(int value) {
   Fiber& self = scheduler->self();

@@ -54,7 +54,9 @@ const Place& place();
 char* shared_memory();
 void block_barrier();
 int block_barrier_or(int value);
-void cluster_barrier();
+// The two halves of a barrier. A fiber must not arrive twice, wait before it arrives, or end between the halves.
+void arrive_in_cluster();
+void wait_in_cluster();
 char* of_cluster_block(char* p, unsigned rank);
 unsigned cluster_rank();
 unsigned atomic_add(unsigned* word, unsigned value);

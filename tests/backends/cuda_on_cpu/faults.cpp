@@ -50,15 +50,26 @@ void half_barrier_kernel() {
   if (threadIdx.x % 2) __syncthreads();
 }
 
-void meet_kernel(unsigned* word) { barrier_of_blocks(word, gridDim.x, blockIdx.x == 0); }
+void meet_kernel(unsigned* word) {
+  BlocksBarrier barrier(word, gridDim.x);
+  barrier.arrive(blockIdx.x == 0);
+  barrier.wait();
+}
 
 // Each thread reads a value of the other block of its cluster.
 void swap_kernel(int* out) {
   int* const shared = shared_memory<int>();
   *shared = static_cast<int>(blockIdx.x);
-  cluster_barrier();
+  arrive_in_cluster();
+  wait_in_cluster();
   out[blockIdx.x] = *of_cluster_block(shared, cluster_rank() ^ 1);
-  cluster_barrier();  // a block must not exit while another one may read its memory
+  arrive_in_cluster_relaxed();
+  wait_in_cluster();  // a block must not exit while another one may read its memory
+}
+
+void half_cluster_barrier_kernel(int arrivals, int waits) {
+  for (int i = 0; i < arrivals; ++i) arrive_in_cluster();
+  for (int i = 0; i < waits; ++i) wait_in_cluster();
 }
 
 // The sum over a warp by shuffles, and the ballot of its odd lanes.
@@ -93,6 +104,9 @@ const char* fault_meet(unsigned* word, int blocks, bool resident) {
 }
 const char* fault_swap(int* out, int blocks) {
   return say(launch({"swap", blocks, 1, sizeof(int), 0, 2}, swap_kernel, out));
+}
+const char* fault_half_cluster_barrier(int arrivals, int waits) {
+  return say(launch({"half cluster barrier", 2, 1, 0, 0, 2}, half_cluster_barrier_kernel, arrivals, waits));
 }
 const char* fault_warp(int* out) { return say(launch({"warp", 1, 32, 0, 0}, warp_kernel, out)); }
 }

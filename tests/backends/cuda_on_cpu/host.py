@@ -36,7 +36,7 @@ def on_the_host(check: Callable, *args: object, single_read_from: int = 0) -> No
     lib = native.kernels()
     lib.configure(1, 1 << 20)
     native.module().connect(backend_functions)
-    lib.know_device(native.CudaDevice(4, 64 << 10, 64, True), single_read_from)
+    lib.know_device(native.Device().struct, single_read_from)
     with ExitStack() as patches:
         patches.enter_context(patch.object(backend_functions, "_native", Counting()))
         patches.enter_context(patch.object(backends, "choose", lambda name, device, dtype: cuda))

@@ -156,7 +156,7 @@ class Backward(Structure):
 
 
 class CudaDevice(Structure):
-    _fields_ = [*_fields("multiprocessors shared_bytes threads", c_int), ("clusters", c_bool)]
+    _fields_ = [*_fields("multiprocessors shared_bytes threads", c_int), ("clusters", c_int * 3)]
 
 
 class WorkspaceSize(Structure):
@@ -187,6 +187,11 @@ class Device(NamedTuple):
     clusters: bool = True
     resident: int = 1 << 20
 
+    @property
+    def struct(self) -> CudaDevice:
+        sizes = (max(1, self.multiprocessors // size) if self.clusters else 0 for size in (2, 4, 8))
+        return CudaDevice(*self[:3], (c_int * 3)(*sizes))
+
 
 TWO_KERNELS, SINGLE_READ = 0, 1
 
@@ -207,7 +212,7 @@ def run(call: Forward | Backward, device: Device, strategy: int, seed: int) -> N
     """One call with a workspace of exactly the requested size, filled with noise except for the signals."""
     lib = kernels()
     name, struct = ("forward", CudaForward) if isinstance(call, Forward) else ("backward", CudaBackward)
-    p = struct(call, CudaDevice(*device[:4]), strategy, CudaWorkspace())
+    p = struct(call, device.struct, strategy, CudaWorkspace())
     size = WorkspaceSize()
     getattr(lib, f"{name}_workspace")(p, size)
     signals = lib.signal_bytes(size.groups)

@@ -112,3 +112,11 @@ def test_clusters_shuffles_and_ballots() -> None:
     swapped, sums = clusters_and_warps()
     assert swapped == [1, 0, 3, 2, 5, 4]
     assert sums == [496 + 1 + min(lane + 1, 31) for lane in range(32)]
+
+
+def test_halves_of_a_cluster_barrier() -> None:
+    """Every thread must arrive once, wait once, and not end between."""
+    assert stuck("half_cluster_barrier", 1, 1) == ""
+    assert "arrives twice" in stuck("half_cluster_barrier", 2, 1)
+    assert "without an arrival" in stuck("half_cluster_barrier", 0, 1)
+    assert "ends between the halves" in stuck("half_cluster_barrier", 1, 0)
