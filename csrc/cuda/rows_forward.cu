@@ -85,10 +85,19 @@ BNKERN_DEVICE ThreadMoments<W> moments_of_rows(const Forward& p, const RowsPlan&
   }
 }
 
+// The value of the channel that this thread owns to which the means of all parts are relative. The means are then small
+// numbers, and their rounding to float32 costs nothing even if the mean is large.
+template <class T>
+BNKERN_DEVICE float origin_of(const Forward& p, const RowsPlan& plan, int group) {
+  const int owned = plan.chains.owned();
+  const T* const first = static_cast<const T*>(p.x.data) + clamped_channel(plan, group, owned < 0 ? 0 : owned);
+  return middle_of([&](int k) { return widen(first[(plan.rows - 1) * k / 2 * p.x.outer]); });
+}
+
 // Joins the block's threads and stores the block's part.
 template <int W>
 BNKERN_DEVICE void publish_moments(const RowsPlan& plan, const RowsCoord& coord, const RowsShared& shared,
-                                   const Partials& parts, const ThreadMoments<W>& partial) {
+                                   const Partials& parts, float origin, const ThreadMoments<W>& partial) {
 #pragma unroll
   for (int j = 0; j < W; ++j) {
     shared.pair(j, threadIdx.x) = {partial.mean[j], partial.m2[j]};
@@ -102,28 +111,25 @@ BNKERN_DEVICE void publish_moments(const RowsPlan& plan, const RowsCoord& coord,
       },
       [&](std::int64_t channel, PivotSums sums) {
         const Moments<double> all = moments_of(rows.count, sums);
-        const float pivot = shared.means[place<W>(plan, static_cast<int>(channel - coord.group * plan.width))].first;
-        parts.at(coord.split, channel) = {static_cast<float>(pivot + all.mean), static_cast<float>(all.m2)};
+        const double pivot = shared.means[place<W>(plan, static_cast<int>(channel - coord.group * plan.width))].first;
+        parts.at(coord.split, channel) = {static_cast<float>(pivot - origin + all.mean), static_cast<float>(all.m2)};
       });
 }
 
 // Joins the parts of all blocks of a group, which must have written them. The owner of a channel calls
-// done(c, moments). Means are taken relative to that of the first part.
+// done(c, moments).
 template <class Done>
 BNKERN_DEVICE void join_moments(const RowsPlan& plan, int group, const RowsShared& shared, const Partials& parts,
-                                Done done) {
-  const int owned = plan.chains.owned();
-  const float pivot = parts.data[clamped_channel(plan, group, plan.chains.channel())].first;
-  const float pivot_of_owned = parts.data[clamped_channel(plan, group, owned < 0 ? 0 : owned)].first;
+                                float origin, Done done) {
   join_blocks(
       plan, group, shared, parts,
       [&](int split, Pair part) {
         const double count = split == plan.splits - 1 ? plan.of_last.count.values : plan.of_split.count.values;
-        return pivot_sums({count, part.first - pivot, part.second});
+        return pivot_sums({count, part.first, part.second});
       },
       [&](int c, PivotSums sums) {
         Moments<double> all = moments_of(plan.all, sums);
-        all.mean += pivot_of_owned;
+        all.mean += origin;
         done(c, all);
       });
 }
@@ -141,10 +147,12 @@ __global__ void __launch_bounds__(512, 1)
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, W);
   const RowsShared shared(plan);
   Vector<T, W> tile[kTile];
-  publish_moments(plan, coord, shared, space.parts, moments_of_rows<T>(p, plan, coord, {}, tile));
+  const ThreadMoments<W> partial = moments_of_rows<T>(p, plan, coord, {}, tile);
+  const float origin = origin_of<T>(p, plan, coord.group);
+  publish_moments(plan, coord, shared, space.parts, origin, partial);
   const State state = state_of_owned(p, plan, coord.group);
   if (!last_of_blocks(space.arrivals + coord.group, plan.splits)) return;
-  join_moments(plan, coord.group, shared, space.parts, [&](int c, const Moments<double>& all) {
+  join_moments(plan, coord.group, shared, space.parts, origin, [&](int c, const Moments<double>& all) {
     const std::int64_t channel = std::int64_t(coord.group) * plan.width + c;
     save_statistics(p, channel, plan.all, all, statistics_of(p, plan.all, all), state);
   });
@@ -354,7 +362,9 @@ __global__ void __launch_bounds__(512, 1)
   const HeldTiles<T, kTile, 1> held{shared.tiles, plan.tiles_in_shared};
   const bool keeps = coord.split == 0;  // whether this block saves the statistics
   Vector<T, 8> tile[kTile], residual[kTile];
-  publish_moments(plan, coord, shared, space.parts, moments_of_rows<T>(p, plan, coord, held, tile));
+  const ThreadMoments<8> partial = moments_of_rows<T>(p, plan, coord, held, tile);
+  const float origin = origin_of<T>(p, plan, coord.group);
+  publish_moments(plan, coord, shared, space.parts, origin, partial);
   BlocksBarrier barrier(space.barriers + coord.group, plan.splits);
   barrier.arrive(keeps);
   if (p.residual) load_tile(residual, p.residual, coord, plan.tiles - 1);
@@ -365,7 +375,7 @@ __global__ void __launch_bounds__(512, 1)
   Moments<double> moments{};
   Statistics statistics{};
   barrier.wait();
-  join_moments(plan, coord.group, shared, space.parts, [&](int c, const Moments<double>& all) {
+  join_moments(plan, coord.group, shared, space.parts, origin, [&](int c, const Moments<double>& all) {
     statistics = statistics_of(p, plan.all, all);
     moments = all;
     Affine& coefficients = shared.coefficients[place<8>(plan, c)];

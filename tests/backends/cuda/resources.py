@@ -23,7 +23,6 @@ TABLE = Path(__file__).with_name("resources.json")
 ARCHITECTURES = (80, 90, 100)
 FLAGS = ("-std=c++20", "--fmad=false", "-Xcompiler=-ffp-contract=off", "-O3")
 MOST_INSTANCES = 150
-FAR = 60
 
 
 class Resources(NamedTuple):
@@ -42,7 +41,7 @@ class Resources(NamedTuple):
     first_loads: int  # loads of 16 bytes before the first of them is waited for
     first_bytes: int  # loads of one byte, of the mask, before that point
     parts_in_flight: int  # the most loads of 8 bytes, of other blocks' parts, before the first of them is waited for
-    ahead: int  # loads of 16 bytes in loops that are waited for after FAR instructions or in the next pass
+    ahead: int  # loads of 16 bytes in loops that only moves at the end of the pass, or the next pass, wait for
     while_waiting: int  # loads of 16 bytes between the arrival at a barrier of blocks and the wait
     cluster_barriers: str  # the halves of cluster barriers in order: R and r arrive with release and relaxed, w waits
 
@@ -81,6 +80,7 @@ _VECTOR_STORE = re.compile(r"\bSTG?\.E\.[\w.]*128")
 _BYTE_LOAD = re.compile(r"\bLDG?\.E\.U8")
 _PART_LOAD = re.compile(r"\bLDG?\.E\.64 R(\d+)")
 _ARRIVAL = re.compile(r"\bATOMG?\.|\bUCGABAR_ARV")
+_MOVE = re.compile(r"(@!?U?P\d )?(IMAD\.)?MOV")
 _WAIT = re.compile(r"\bLDG?\.E\.STRONG\.GPU|\bUCGABAR_WAIT")
 
 
@@ -102,7 +102,7 @@ def _in_flight(code: list[str], load: re.Pattern, width: int, start: int) -> tup
 
 
 def _ahead(addresses: list[int], code: list[str]) -> int:
-    """The vector loads of loops that are waited for after FAR instructions, or not before the end of the loop."""
+    """The vector loads of loops for which nothing but moves waits before the end of the loop."""
     index_of = {address: index for index, address in enumerate(addresses)}
     found = set()
     for end, instruction in enumerate(code):
@@ -112,7 +112,8 @@ def _ahead(addresses: list[int], code: list[str]) -> int:
         for index in range(index_of[int(target[1], 16)], end):
             if match := _VECTOR_LOAD.search(code[index]):
                 registers = set(range(int(match[1]), int(match[1]) + 4))
-                if not any(_names_one_of(later, registers) for later in code[index + 1 : min(end, index + FAR)]):
+                later = [instruction for instruction in code[index + 1 : end] if not _MOVE.match(instruction)]
+                if not any(_names_one_of(instruction, registers) for instruction in later):
                     found.add(index)
     return len(found)
 
