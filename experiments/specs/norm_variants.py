@@ -42,8 +42,8 @@ SPEC = Spec(
         "reduced": reduced(depth=56, seeds=3),
     },
     reduction={
-        "quick": "A demonstration: ResNet-8 on the first 256 training images, batches of 32, without crops and flips. 75 "
-        "epochs at each rate, one seed.",
+        "quick": "A demonstration: ResNet-8 on the first 256 training images, batches of 32, without crops and flips. "
+        "75 epochs at each rate, one seed.",
         "reduced": "ResNet-56 instead of ResNet-110, images and epochs as for Figure 1 at this scale, three seeds.",
     },
     minutes={"quick": 1.9, "reduced": 1500, "full": 466_000},
