@@ -87,9 +87,9 @@ def rule_of(model: str) -> Rule:
     return RULES.get(model, Rule(0, "not measured on this device: one kernel for every size"))
 
 
-# How many clusters of 2, 4 and 8 blocks a device of this name runs at once (CudaDevice in csrc/cuda/kernels.h). Plans of
-# NCHW tensors depend on them, and so do the last bits of results. A device that is not in the table is asked once in
-# a process, and the answer serves all devices of its name. Nothing is recorded so far, because this has not run on a GPU.
+# How many clusters of 2, 4 and 8 blocks a device of this name runs at once (CudaDevice in csrc/cuda/kernels.h). Plans
+# of NCHW tensors depend on them, and so do the last bits of results. A device that is not in the table is asked once
+# in a process, and the answer serves all devices of its name. The table is empty, because this has not run on a GPU.
 CLUSTERS: dict[str, tuple[int, int, int]] = {}
 _asked: dict[str, Sequence[int]] = {}
 

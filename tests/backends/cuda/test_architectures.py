@@ -62,7 +62,9 @@ def test_this_build_names_architectures() -> None:
 @pytest.mark.parametrize(
     ("built", "clusters"), [("90", (66, 32, 16)), ("80", (0, 0, 0)), ("80-virtual 100-real", (0, 0, 0))]
 )
-def test_clusters_need_code_that_has_them(built: str, clusters: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_need_code_that_has_them(
+    built: str, clusters: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An H100 may run PTX for capability 8.0, in which the barrier of a cluster does nothing.
 
     The results were wrong.
