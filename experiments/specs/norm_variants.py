@@ -38,13 +38,13 @@ SPEC = Spec(
     ),
     smaller={
         "smoke": shortened(8, 0, batch=32, images=64, tests=50, seeds=1),
-        "quick": lambda run: quick(run) | {"epochs": 75},
+        "quick": lambda run: quick(run) | {"epochs": 25},
         "reduced": reduced(depth=56, seeds=3),
     },
     reduction={
         "quick": "A demonstration: ResNet-8 on the first 256 training images, batches of 32, without crops and flips. "
-        "75 epochs at each rate, one seed.",
+        "25 epochs at each rate, one seed.",
         "reduced": "ResNet-56 instead of ResNet-110, images and epochs as for Figure 1 at this scale, three seeds.",
     },
-    minutes={"quick": 1.9, "reduced": 1500, "full": 466_000},
+    minutes={"quick": 3, "reduced": 1500, "full": 466_000},
 )

@@ -283,7 +283,7 @@ def test_quick_runs_keep_the_rates_and_share_images_and_epochs(name: str) -> Non
     assert full.keys() == small.keys()
     for label, run in small.items():
         assert run.options["lr"] == full[label].options["lr"] and run.depth == 8
-        epochs = 75 if name == "norm_variants" else QUICK_EPOCHS[run.options["lr"]]
+        epochs = 25 if name == "norm_variants" else QUICK_EPOCHS[run.options["lr"]]
         assert run.options["epochs"] == epochs and run.options["images"] == QUICK["images"]
 
 
@@ -350,8 +350,8 @@ def test_a_limit_at_the_edge_of_the_grid_is_a_bound() -> None:
 
 
 def test_what_is_quick_stays_quick() -> None:
-    """`make reproduce` has 30 minutes for everything, 12 of them for training."""
-    assert sum(spec(name).minutes.get("quick", 0) for name in TRAINED) <= 13
+    """`make reproduce` has 30 minutes for everything. Of training, 4 minutes are runs that experiments share."""
+    assert sum(spec(name).minutes.get("quick", 0) for name in TRAINED) <= 20
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -89,9 +89,10 @@ RULES = {
     "bnkern.nn": Rule(
         ("bnkern.backends.activations", "bnkern.norm", "bnkern.norm.context", "bnkern.conv", "bnkern.guard")
     ),
+    "bnkern.statistics": Rule(("bnkern.norm", "bnkern.norm.ranks", "bnkern.backends")),
     "bnkern.convert*": Rule(("bnkern.nn", "bnkern.convert*")),
     "bnkern.probes*": Rule(
-        (*LEAVES, "bnkern", "bnkern.nn", "bnkern.conv", "bnkern.norm", "bnkern.probes*"),
+        (*LEAVES, "bnkern", "bnkern.nn", "bnkern.conv", "bnkern.norm", "bnkern.norm.context", "bnkern.probes*"),
         ("torch", "numpy"),
     ),
     "bnkern.train.sweep": Rule(("bnkern*",), ("torch", "ray")),
