@@ -215,7 +215,7 @@ def _run_all(
                 progress.end(f"FAILED: {type(error).__name__}: {error}")
             else:
                 progress.end("done")
-            if finished and (following is None or following.kind != planned.kind):
+            if finished and (following is None or following.kind.experiment != planned.kind.experiment):
                 finished(planned.config["experiment"])
     return failed
 

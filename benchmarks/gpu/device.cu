@@ -44,8 +44,8 @@ struct Kernel {
   bool clusters;
 };
 constexpr Kernel kKernels[] = {
-    {"planes_forward", "planes_forward_kernelINS_8BFloat16ELb1ELb1ELb0EE", true},
-    {"planes_backward", "planes_backward_kernelINS_8BFloat16ELb1ELb1ELb0EE", true},
+    {"planes_forward", "planes_forward_kernelINS_8BFloat16ELb1ELb1ELb0ELb1EE", true},
+    {"planes_backward", "planes_backward_kernelINS_8BFloat16ELb1ELb1ELb0ELb1EE", true},
     {"rows_forward", "rows_forward_kernelINS_8BFloat16ELb0EE", false},
     {"rows_backward", "rows_backward_kernelINS_8BFloat16ELb0EE", false},
 };

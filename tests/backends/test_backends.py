@@ -272,6 +272,7 @@ def test_cuda_refuses_devices_that_it_was_not_built_for(
     """Otherwise each call would raise "no kernel image is available", while explain would say that cuda serves it."""
     cuda = backends._load("cuda")
     monkeypatch.setattr(cuda._native, "cuda_device", lambda index, **limits: None, raising=False)
+    monkeypatch.setattr(cuda._native, "cuda_clusters", lambda index, shared_bytes: (66, 32, 16), raising=False)
     monkeypatch.setattr(cuda, "_ARCHITECTURES", built)
     gpus(monkeypatch, gpu(name="a device", major=major, minor=minor))
     line = backends.explain("cuda", FP).splitlines()[0]

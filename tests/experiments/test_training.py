@@ -203,13 +203,13 @@ class Replay:
         self.step, self.replays = step, 0
         step._probe = None
         step._run()
-        self.gradients = [parameter.grad for parameter in step._parameters]
+        self.gradients = [parameter.grad for parameter in step._sgd._parameters]
 
     def replay(self) -> None:
         self.replays += 1
-        before = [parameter.grad for parameter in self.step._parameters]
+        before = [parameter.grad for parameter in self.step._sgd._parameters]
         self.step._run()
-        for parameter, gradient, old in zip(self.step._parameters, self.gradients, before, strict=True):
+        for parameter, gradient, old in zip(self.step._sgd._parameters, self.gradients, before, strict=True):
             gradient.copy_(parameter.grad)
             assert old is gradient, "the gradients' memory belongs to the graph"
             parameter.grad = gradient

@@ -204,7 +204,7 @@ def test_called_twice_before_backward(target: Target) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(target: Target, reentrant: bool) -> None:
-    """The recomputed forward gives the same gradients. It counts its batch again, as torch's does."""
+    """The recomputed forward gives the same gradients. It does not count its batch again, as torch's does."""
     p = CASE["nhwc_c5_s49"].problem(FP32, target.device)
     results = []
     for checkpointed in (False, True):
@@ -214,7 +214,7 @@ def test_gradient_checkpointing(target: Target, reentrant: bool) -> None:
         y = checkpoint(bn, x, residual, use_reentrant=reentrant) if checkpointed else bn(x, residual)
         y.backward(p.dy)
         results.append([y, x.grad, residual.grad, bn.weight.grad, bn.bias.grad])
-        assert bn.num_batches_tracked.item() == 1 + checkpointed
+        assert bn.num_batches_tracked.item() == 1
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
