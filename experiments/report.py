@@ -6,6 +6,7 @@ programs. ``figures/`` and ``data/`` are in the same folder. The same results gi
 
 import json
 import os
+import re
 import shutil
 import sys
 import tomllib
@@ -117,7 +118,9 @@ def report(sections: list[Section], out: Path, keep: bool = False) -> Path:
 
 def _write(sections: list[Section], out: Path, figures: Path) -> Path:
     content = {"title": TITLE, "paper": PAPER, "tally": tally(sections), "experiments": [*map(record, sections)]}
-    (out / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    text = re.sub(r"\[\n[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a list on one line
+    (out / "report.json").write_text(text + "\n")
     (out / "report.md").write_text(_markdown(sections, out))
     drawn = {s.name: (figures / f"{s.name}.svg").read_text() for s in sections if s.tables}
     front = page.Front(

@@ -124,9 +124,9 @@ def column(rows: Rows, name: str, **where: object) -> list:
 
 def band(axes, x, rows: Rows, name: str, style: str, colour: str) -> None:
     """The line ``name`` over x, and the band from ``name low`` to ``name high`` behind it."""
-    axes.fill_between(
-        x, column(rows, f"{name} low"), column(rows, f"{name} high"), color=colour, alpha=0.2, linewidth=0
-    )
+    low, high = column(rows, f"{name} low"), column(rows, f"{name} high")
+    if low != high:  # with one seed there is no band
+        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.plot(x, column(rows, name), style, color=colour)
 
 

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 
 from . import INK, SERIES, Rows, column
 
-MARKERS = 25  # at most on a curve, because a run has up to 2,400 epochs
+MARKERS, POINTS = 25, 100  # at most on a curve, because a run has up to 2,400 epochs
 CHANCE = 10.0  # percent, with ten classes
 CURVES = {"test curve": "test accuracy, %", "train curve": "train accuracy, %"}
 
@@ -52,11 +52,14 @@ def panels(rows: Rows, styles: dict[str, tuple[str, int, str]]) -> Figure:
             share, mean, spread = (
                 np.array(column(rows, key, run=label), float) for key in ("share", name, f"{name} spread")
             )
-            finite = np.isfinite(mean)
-            if not finite.any():
+            finite = np.flatnonzero(np.isfinite(mean))
+            if not len(finite):
                 continue
-            x, y, width = 100 * share[finite], mean[finite], spread[finite]
-            axes.fill_between(x, y - width, y + width, color=SERIES[colour], alpha=0.18, linewidth=0)
+            # From the last one backwards, so that the end of training is drawn.
+            drawn = finite[:: -max(1, -(-len(finite) // POINTS))][::-1]
+            x, y, width = 100 * share[drawn], mean[drawn], spread[drawn]
+            if width.any():  # with one seed there is no band
+                axes.fill_between(x, y - width, y + width, color=SERIES[colour], alpha=0.18, linewidth=0)
             every = -(-len(x) // MARKERS)
             axes.plot(x, y, marker=marker, markevery=every, markersize=3.5, color=SERIES[colour], linewidth=1.2)
             paper = column(rows, "paper", run=label)[0]
