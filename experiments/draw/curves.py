@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 
 from . import INK, SERIES, Rows, column
 
-MARKERS, POINTS = 25, 100  # at most on a curve, because a run has up to 2,400 epochs
+MARKERS, POINTS = 25, 40  # at most on a curve, because a run has up to 2,400 epochs
 CHANCE = 10.0  # percent, with ten classes
 CURVES = {"test curve": "test accuracy, %", "train curve": "train accuracy, %"}
 

@@ -1,5 +1,6 @@
 """Figure 6: the gradient at the logits, image by image."""
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from . import NETS, Rows, column, nearest_to_median
@@ -8,9 +9,10 @@ CAPTION = (
     "Above: B dL/dlogits, a row for each image of the batch and a column for each class. Orange entries reduce a logit "
     "and purple ones raise it. A full orange column is a class to which the network assigns nearly all images with "
     "certainty. The seed is the one whose largest column mean with batch norm is nearest to the median. Below: the "
-    "largest of the ten column means for every seed, with the seed of the maps as a larger marker."
+    "largest of the ten column means, as the number of seeds. The markers are the seed of the maps."
 )
 ORDER = ("none", "batch")  # as in the paper's figure
+BINS = 25
 
 
 def tables(spec, results) -> dict[str, Rows]:
@@ -61,11 +63,14 @@ def draw(rows: Rows) -> Figure:
     panels[0].set_ylabel(f"image (seed {maps[0]['seed']})")
     above.colorbar(picture, ax=panels, label="B dL/dlogits", fraction=0.06)
     axes = below.subplots()
-    for place, norm in enumerate(reversed(nets)):
-        _, colour, marker = NETS[norm]
+    edges = np.linspace(0, 1, BINS + 1)
+    for norm in nets:
+        text, colour, marker = NETS[norm]
         mine = [row for row in rows if row["image"] < 0 and row["norm"] == norm]
-        axes.plot(column(mine, "largest"), [place] * len(mine), marker, color=colour, alpha=0.3)
-        axes.plot(column(mine, "largest", shown=1), [place], marker, color=colour, markersize=9)
-    axes.set_yticks(range(len(nets)), [NETS[norm][0] for norm in reversed(nets)])
-    axes.set(xlim=(0, 1.02), ylim=(-0.6, len(nets) - 0.4), xlabel="largest column mean of B dL/dlogits")
+        counts, _ = np.histogram(column(mine, "largest"), edges)
+        axes.stairs(counts, edges, color=colour, fill=True, alpha=0.35)
+        axes.stairs(counts, edges, color=colour, linewidth=1.2, label=text)
+        axes.plot(column(mine, "largest", shown=1), [0], marker, color=colour, markersize=9, clip_on=False)
+    axes.set(xlim=(0, 1.02), ylim=(0, None), xlabel="largest column mean of B dL/dlogits", ylabel="seeds")
+    axes.legend(loc="upper center")
     return figure
