@@ -1,8 +1,8 @@
-"""The arguments of batch norm's forward and backward. Each is defined once, in the order that all code uses.
+"""The arguments of batch norm's forward and backward, and of the update of a training step.
 
-The public functions construct a call. The operator's schema is generated from its fields. The reference and every
-backend take it as their argument, and ``csrc/call`` reads the same fields by position. A new argument of batch norm is
-a new field here.
+Each is defined once, in the order that all code uses. The public functions construct a call of batch norm. The
+operator's schema is generated from its fields. The reference and every backend take a call as their argument, and
+``csrc/call`` reads the same fields by position. A new argument is a new field here.
 """
 
 from typing import NamedTuple
@@ -67,6 +67,28 @@ class BackwardCall(NamedTuple):
         need_x, need_weight, need_bias, _ = self.needs
         recorded = self.record_affine is not None and self.mean is not None
         return need_weight or need_bias or (need_x and self.training) or recorded
+
+
+class UpdateCall(NamedTuple):
+    """One step of SGD for all parameters of a network, which are views of one flat tensor.
+
+    With the gradient g of a parameter p, and its velocity v:
+
+        before = p,  v = momentum * v + (g + weight_decay * p),  p = p - lr * v,  shadow = p rounded to bfloat16
+
+    The kernels compute fma(weight_decay, p, g), round momentum * v before the addition, and compute fma(-lr, v, p).
+    """
+
+    parameters: list[Tensor]  # dense views of ``values`` by rising address, each from a multiple of 64 values on
+    gradients: list[Tensor]  # shaped and strided as the parameters; bfloat16 where there is a shadow, else as values
+    values: Tensor  # [P], float32 or float64; P is a multiple of 64. Values between the parameters are undefined
+    before: Tensor  # [P] of the same dtype, as all flat tensors; written
+    velocity: Tensor | None  # [P], updated; None if there is no momentum, and then v = g + weight_decay * p
+    shadow: Tensor | None  # bfloat16 [S], written: the first S of ``values``, which are whole parameters
+    lr: Tensor  # float32 scalar on the device, as stop
+    stop: Tensor  # if it is not 0, nothing is written
+    momentum: float
+    weight_decay: float
 
 
 Forward = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # y, mean, invstd, mask

@@ -9,7 +9,6 @@ The native module must be imported after torch, so that both use the OpenMP runt
 
 import functools
 import sys
-from collections.abc import Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -19,7 +18,7 @@ from .. import _native
 from . import layout as layouts
 from . import reference
 from .activations import ACTIVATIONS
-from .calls import BackwardCall, Forward, ForwardCall, Gradients, Sums
+from .calls import BackwardCall, Forward, ForwardCall, Gradients, Sums, UpdateCall
 from .layout import dense, layout, strides
 
 # ------------------------------------------------------------------------------- read by _native.connect, by name
@@ -174,19 +173,6 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
     return cast("tuple[Tensor | None, Tensor | None]", results)
 
 
-def update(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    values: Tensor,
-    before: Tensor,
-    velocity: Tensor | None,
-    shadow: Tensor | None,
-    lr: Tensor,
-    stop: Tensor,
-    momentum: float,
-    weight_decay: float,
-) -> None:
+def update(call: UpdateCall) -> None:
     """One step of SGD for all parameters in one pass. The kernels read the gradients where autograd left them."""
-    _native.update(
-        list(parameters), list(gradients), values, before, velocity, shadow, lr, stop, momentum, weight_decay
-    )
+    _native.update(*call)

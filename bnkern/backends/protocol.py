@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .calls import BackwardCall, Forward, ForwardCall, Gradients, Sums
+from .calls import BackwardCall, Forward, ForwardCall, Gradients, Sums, UpdateCall
 
 Flags = tuple[bool, bool, bool, bool]
 Pair = tuple[int, int]
@@ -42,19 +42,7 @@ class Backend(Protocol):
 
     def grad_input(self, call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]: ...
 
-    def update(
-        self,
-        parameters: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        values: Tensor,
-        before: Tensor,
-        velocity: Tensor | None,
-        shadow: Tensor | None,
-        lr: Tensor,
-        stop: Tensor,
-        momentum: float,
-        weight_decay: float,
-    ) -> None: ...
+    def update(self, call: UpdateCall) -> None: ...
 
 
 class ConvolutionBackend(Backend, Protocol):

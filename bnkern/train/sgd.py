@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bnkern import backends
+from bnkern.backends.calls import UpdateCall
 
 ALIGN = 64  # each parameter begins at a multiple of so many values, which are 128 bytes in bfloat16
 
@@ -69,11 +70,11 @@ class Sgd:
 
     def __call__(self, lr: Tensor, stop: Tensor) -> None:
         """Updates all parameters, unless ``stop`` is not 0. Both are float32 scalars on the device."""
-        gradients = [p.grad for p in self._parameters]
-        assert all(gradient is not None for gradient in gradients), "the loss must depend on every parameter"
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        assert len(gradients) == len(self._parameters), "the loss must depend on every parameter"
         backend = backends.choose(backends.forced(), self.values.device, self.values.dtype)
         flat = (self.values, self.before, self.velocity, self.shadow)
-        backend.update(self._parameters, gradients, *flat, lr, stop, *self._settings)  # type: ignore[arg-type]
+        backend.update(UpdateCall(list(self._parameters), gradients, *flat, lr, stop, *self._settings))
         # The kernels write through addresses, which does not change autograd's version counters.
         torch.autograd.graph.increment_version(self._parameters)
 

@@ -93,7 +93,7 @@ def with_gradient(i: int, gradient: torch.Tensor | None) -> Call:
 def test_wrong_arguments(call: Call, message: str) -> None:
     values = call.values.clone()
     with pytest.raises(ValueError, match=f"update: {message}"):
-        cpu.update(*call)
+        cpu.update(call)
     torch.testing.assert_close(call.values, values, rtol=0, atol=0, equal_nan=True)
 
 
@@ -102,8 +102,8 @@ def test_parameters_that_are_not_parts_of_the_values() -> None:
         call = wrong()
         parameters = replaced(call.parameters, i, other)
         with pytest.raises(ValueError, match=f"parameter {i} must be"):
-            cpu.update(*call._replace(parameters=parameters))
+            cpu.update(call._replace(parameters=parameters))
     call = wrong()
     order = [1, 0, *range(2, 8)]
     with pytest.raises(ValueError, match="parameter 1 must be a view of values behind the one before it"):
-        cpu.update(*call._replace(**{n: [getattr(call, n)[i] for i in order] for n in ("parameters", "gradients")}))
+        cpu.update(call._replace(**{n: [getattr(call, n)[i] for i in order] for n in ("parameters", "gradients")}))

@@ -89,7 +89,7 @@ RULES = {
     "bnkern.nn": Rule(
         ("bnkern.backends.activations", "bnkern.norm", "bnkern.norm.context", "bnkern.conv", "bnkern.guard")
     ),
-    "bnkern.statistics": Rule(("bnkern.norm", "bnkern.norm.ranks", "bnkern.backends")),
+    "bnkern.statistics": Rule(("bnkern.norm", "bnkern.norm.ranks", "bnkern.backends.reference")),
     "bnkern.convert*": Rule(("bnkern.nn", "bnkern.convert*")),
     "bnkern.probes*": Rule(
         (*LEAVES, "bnkern", "bnkern.nn", "bnkern.conv", "bnkern.norm", "bnkern.norm.context", "bnkern.probes*"),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bnkern import backends
+from bnkern.backends.calls import UpdateCall
 from tests.support.cases import Target
 
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
@@ -49,19 +50,8 @@ CASES = [
 FP64 = [case for case in CASES if not case.shadowed]  # a shadow is of float32 parameters
 
 
-class Call(NamedTuple):
-    """The arguments of a call. The values between the parameters are NaN, which must not reach any parameter."""
-
-    parameters: list[Tensor]
-    gradients: list[Tensor]
-    values: Tensor
-    before: Tensor
-    velocity: Tensor | None
-    shadow: Tensor | None
-    lr: Tensor
-    stop: Tensor
-    momentum: float
-    weight_decay: float
+class Call(UpdateCall):
+    """A call whose values between the parameters are NaN, which must not reach any parameter."""
 
     def parts(self, flat: Tensor | None) -> list[Tensor]:
         if flat is None:
@@ -110,7 +100,7 @@ def call_of(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu")
 
 
 def update(target: Target, call: Call) -> Call:
-    backends.choose(target.backend, call.values.device, call.values.dtype).update(*call)
+    backends.choose(target.backend, call.values.device, call.values.dtype).update(call)
     return call
 
 

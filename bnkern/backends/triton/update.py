@@ -1,12 +1,10 @@
 """``update``: one step of SGD for all parameters, in one launch after the gradients are copied to one tensor."""
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from ..calls import UpdateCall
 from .common import kernel, launch
 
 BLOCK = 1024
@@ -42,28 +40,16 @@ def update_kernel(
         tl.store(whole(shadow_ptr, i), after.to(tl.bfloat16), mask=i < shadow_size * 64)
 
 
-def update(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    values: Tensor,
-    before: Tensor,
-    velocity: Tensor | None,
-    shadow: Tensor | None,
-    lr: Tensor,
-    stop: Tensor,
-    momentum: float,
-    weight_decay: float,
-) -> None:
+def update(call: UpdateCall) -> None:
     """One step of SGD. The copy of the gradients takes a few launches of torch's, because it has lists of addresses."""
+    values, shadow = call.values, call.shadow
     gradient = torch.zeros_like(values)
-    starts = [parameter.storage_offset() - values.storage_offset() for parameter in parameters]
     places = [
-        gradient.as_strided(parameter.shape, parameter.stride(), start)
-        for parameter, start in zip(parameters, starts, strict=True)
+        gradient.as_strided(p.shape, p.stride(), p.storage_offset() - values.storage_offset()) for p in call.parameters
     ]
-    torch._foreach_copy_(places, list(gradients))
+    torch._foreach_copy_(places, call.gradients)
     launch(
         update_kernel, (-(-len(values) // BLOCK),), values.device,
-        values, gradient, before, velocity, shadow, lr, stop,
-        len(values) // 64, 0 if shadow is None else len(shadow) // 64, momentum, weight_decay, BLOCK=BLOCK,
+        values, gradient, call.before, call.velocity, shadow, call.lr, call.stop,
+        len(values) // 64, 0 if shadow is None else len(shadow) // 64, call.momentum, call.weight_decay, BLOCK=BLOCK,
     )  # fmt: skip

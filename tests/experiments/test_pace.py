@@ -1,0 +1,100 @@
+"""The estimate of the time left."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import names, spec
+from experiments import run as running
+from experiments.pace import Kind, Pace, shares
+from tests import ROOT
+
+
+def planned(expected: list[float]) -> list[running.Planned]:
+    config = {"procedure": "theory", "experiment": "singular_values"}
+    return [running.Planned(Path(f"{k}"), config, seconds) for k, seconds in enumerate(expected)]
+
+
+def test_the_time_left_goes_by_the_pace_of_the_runs_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(running.time, "perf_counter", lambda: now[0])
+    todo = planned([60.0, 180.0])
+    progress = running.Progress(todo, Pace())
+    assert progress.left() == 240  # as expected before any run
+    progress.start(todo[0])
+    now[0] = 60.0
+    progress.tick(0.5, "")  # twice as slow as expected
+    assert progress.left() == 0.5 * (0.5 * 60 + 60) + 180
+    now[0] = 120.0
+    progress.end("done")
+    assert 1.7 * 180 < progress.left() < 2 * 180
+
+
+def recorded() -> tuple[dict[str, list[float]], list]:
+    """Durations of published runs: total seconds by experiment, and runs of another machine under load one by one."""
+    told = json.loads((ROOT / "tests/recorded_durations.json").read_text())
+    return told["published"], told["busy"]
+
+
+def of_reproduce(totals: dict[str, float]) -> list[tuple[Kind, float, float]]:
+    """The runs of `make reproduce`: what each is expected to take, and what it takes if experiments take ``totals``."""
+    runs = []
+    for made in running.distinct(running.plan(names(), "quick", "cifar10", None, Path())):
+        name, about = made.config["experiment"], spec(made.config["experiment"])
+        share = shares(about.at(about.scale("quick")))[made.config["label"]]
+        if name in totals:  # younger experiments have no recorded duration
+            runs.append((made.kind, made.seconds, totals[name] * share))
+    return runs
+
+
+def estimates(runs: list[tuple[Kind, float, float]], start: float) -> list[float]:
+    """After each run, the time left by the estimate over the time that it took."""
+    pace, ratios = Pace(start), []
+    for done, (kind, expected, seconds) in enumerate(runs[:-1], start=1):
+        pace.add(kind, expected, seconds)
+        left = sum(expected * pace.of(kind) for kind, expected, _ in runs[done:])
+        ratios.append(left / sum(seconds for _, _, seconds in runs[done:]))
+    return ratios
+
+
+@pytest.mark.parametrize("start", [1.0, 3.2, 10.0])
+def test_the_time_left_is_right_within_a_third_from_the_fifth_run_on(start: float) -> None:
+    """For recorded durations, and a start that is right, or wrong by a factor of 3 either way."""
+    ratios = estimates(of_reproduce(recorded()[0]), start)[4:]
+    assert len(ratios) > 200 and min(ratios) > 2 / 3 and max(ratios) < 4 / 3
+
+
+@pytest.mark.parametrize("start", [1.0, 10.0])
+def test_the_time_left_under_a_load_that_changes(start: float) -> None:
+    """Recorded on two cores under a load from 4 to 12, until a tenth is left. A third is out of reach there."""
+    runs = [
+        (Kind(procedure, name), expected(name, label), seconds) for name, procedure, label, seconds in recorded()[1]
+    ]
+    after = [sum(seconds for *_, seconds in runs[done:]) for done in range(1, len(runs))]
+    ratios = [ratio for ratio, left in zip(estimates(runs, start), after, strict=True) if left > 0.1 * after[0]]
+    assert len(ratios) > 40 and all(0.5 < ratio < 2.2 for ratio in ratios[4:])
+
+
+def expected(name: str, label: str) -> float:
+    at = spec(name).scale("quick")
+    return 60 * spec(name).minutes[at] * shares(spec(name).at(at))[label]
+
+
+def test_work_is_shared_by_depth_epochs_and_images() -> None:
+    by_label = shares(spec("depth_limits").at("quick"))
+    assert by_label["batch-110"] == pytest.approx(110 / 8 * by_label["batch-8"])
+    by_label = shares(spec("learning_rates").at("quick"))
+    assert by_label["none-0.0001"] == pytest.approx(300 / 75 * by_label["batch-0.1"])
+    for name in names():
+        for scale in ("quick", "reduced", "full"):
+            runs = spec(name).at(scale) or spec(name).runs
+            assert sum(shares(runs)[run.label] * run.seeds for run in runs) == pytest.approx(1)
+
+
+def test_reproduce_fits_into_half_an_hour() -> None:
+    """By the specs' own estimates, with one minute to spare; what has none would be taken for a minute."""
+    scales = {name: spec(name).scale("quick") for name in names()}
+    assert all(spec(name).minutes.get(at) for name, at in scales.items() if spec(name).at(at))
+    planned = running.distinct(running.plan(names(), "quick", "cifar10", None, Path()))
+    assert sum(one.seconds for one in planned) <= 31 * 60
