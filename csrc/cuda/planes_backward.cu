@@ -114,9 +114,8 @@ BNKERN_DEVICE void add_tile(ThreadRecord<GradientSums>& record, const OctetCoord
 }
 
 // Computes the sums of a thread's tiles. `in` has the loads of the first tile in a wide kernel, and is the last tile
-// afterwards. Shared
-// memory has those that are held. An octet of the next tile is loaded as soon as the one before it in the same
-// registers is added. For a record, then(coords) adds a tile.
+// afterwards. Shared memory has the tiles that are held. An octet of the next tile is loaded as soon as the one before
+// it in the same registers is added. For a record, then(coords) adds a tile.
 template <bool kSingle, bool kRecord, class T, bool kWide, class Then>
 BNKERN_DEVICE Pair sums_of_tiles(const Backward& p, const Planes& planes, int part, Incoming<T, kWide>& in,
                                  const Affine& coefficients, Then then) {
@@ -164,8 +163,8 @@ BNKERN_DEVICE void write_octet(const Backward& p, const Planes& planes, const Oc
 }
 
 // Writes the results of all tiles, from the last to the first. `in` is the last tile in a wide kernel, and in one of
-// both phases. An octet of the next tile is
-// loaded as soon as the one before it in the same registers is written. For a record, then(coords, dx) adds a tile.
+// both phases. An octet of the next tile is loaded as soon as the one before it in the same registers is written. For a
+// record, then(coords, dx) adds a tile.
 template <bool kSingle, bool kRecord, class T, bool kWide, class Then>
 BNKERN_DEVICE void write_tiles(const Backward& p, const Planes& planes, bool with_x, int part, Incoming<T, kWide>& in,
                                const Affine& coefficients, const Centre& centre, Then then) {
@@ -198,7 +197,7 @@ BNKERN_DEVICE void write_tiles(const Backward& p, const Planes& planes, bool wit
   }
 }
 
-// With kRecord, parts without data mean that this record is not wanted.
+// With kRecord, parts without data mean that the call does not request this record.
 template <class T, bool kSums, bool kInput, bool kRecord, bool kWide>
 __global__ void __launch_bounds__(kMostThreads, 1)
     planes_backward_kernel(Backward p, const __grid_constant__ Planes planes, Workspace space, RecordSpace records) {
