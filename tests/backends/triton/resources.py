@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from bnkern.backends import records
 from bnkern.backends import triton as backend
-from bnkern.backends.calls import BackwardCall, ForwardCall
+from bnkern.backends.calls import BackwardCall, ForwardCall, UpdateCall
 from bnkern.backends.triton import common
 from tests.backends.triton.occupancy import WARP, resident_blocks
 
@@ -190,7 +190,7 @@ def _update(dtype: torch.dtype) -> None:
     values = torch.empty(64, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
     shadow = values.bfloat16() if dtype is torch.bfloat16 else None
     scalar = torch.empty(())
-    backend.update([values], [values], values, values, values, shadow, scalar, scalar, 0.9, 1e-4)
+    backend.update(UpdateCall([values], [values], values, values, values, shadow, scalar, scalar, 0.9, 1e-4))
 
 
 def compile_for(variant: Variant, architecture: int) -> Usage:
