@@ -64,7 +64,7 @@ struct Forward {
   std::int64_t* counter;                    // increased by one if not null
   bool cumulative;                          // momentum is 1 / counter
   double momentum, eps;
-  double* record;  // a call with normalize writes it if not null: [8, C], rows ACTIVATION of bnkern/backends/records.py
+  double* record;  // a call with normalize writes it if not null: [9, C], rows ACTIVATION of bnkern/backends/records.py
   int threads;
 };
 
@@ -81,7 +81,7 @@ struct Backward {
   const void *mean, *invstd;     // [C], of the accumulator type; null for the identity
   void *sum_dy, *sum_dy_xhat;    // [C], of the accumulator type; written with grad_sums, read by grad_input alone
   ChannelVector dweight, dbias;  // the same sums in the dtypes of the parameters, written if not null
-  // The rows GRADIENT [7, C] and AFFINE [8, C] of records.py. If not null, they are written with dx and with the sums.
+  // The rows GRADIENT [8, C] and AFFINE [8, C] of records.py. If not null, they are written with dx and with the sums.
   double *record_gradient, *record_affine;
   int threads;
 };

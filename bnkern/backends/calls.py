@@ -29,7 +29,7 @@ class ForwardCall(NamedTuple):
     eps: float = 1e-5
     act: str | None = None  # a name of activations.ACTIVATIONS
     save_mask: bool = False  # return the activation's mask; there is none without a residual
-    record: Tensor | None = None  # float64 [8, C]; the same pass writes the rows records.ACTIVATION
+    record: Tensor | None = None  # float64 [9, C]; the same pass writes the rows records.ACTIVATION
 
     @property
     def normalizes(self) -> bool:
@@ -58,7 +58,7 @@ class BackwardCall(NamedTuple):
     act: str | None = None
     training: bool = True
     needs: tuple[bool, bool, bool, bool] = (True, True, True, True)
-    record_gradient: Tensor | None = None  # float64 [7, C], filled with records.GRADIENT if dx is needed
+    record_gradient: Tensor | None = None  # float64 [8, C], filled with records.GRADIENT if dx is needed
     record_affine: Tensor | None = None  # float64 [8, C], filled with records.AFFINE unless this is the identity
 
     @property

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# For a norm layer's input x: count, mean, sums of powers 2 to 4 of x - mean, least and largest value without NaN. For
-# its output y: the number of values above zero.
-ACTIVATION = ("count", "mean", "m2", "m3", "m4", "min", "max", "active")
+# For a norm layer's input x: count, mean, sums of powers 2 to 4 of x - mean, least and largest value without NaN, the
+# number of values that are infinite or NaN. For its output y: the number of values above zero.
+ACTIVATION = ("count", "mean", "m2", "m3", "m4", "min", "max", "nonfinite", "active")
 
 # For dx, the gradient at a norm layer's input (the convolution's output).
-GRADIENT = ("count", "sum", "abs_sum", "square_sum", "positive", "negative", "zero")
+GRADIENT = ("count", "sum", "abs_sum", "square_sum", "positive", "negative", "zero", "nonfinite")
 
 # For the summands of the affine parameters' gradients, which are g for the bias and g * xhat for the weight.
 AFFINE = (
@@ -31,7 +31,7 @@ AFFINE = (
 
 
 def fill_empty_activation(record: Tensor) -> None:
-    """Fills ``record``, a tensor [8, C], with the rows ``ACTIVATION`` of an empty batch."""
+    """Fills ``record``, a tensor [9, C], with the rows ``ACTIVATION`` of an empty batch."""
     record.zero_()
     record[ACTIVATION.index("min")], record[ACTIVATION.index("max")] = float("inf"), float("-inf")
 

@@ -236,7 +236,7 @@ bool plainly_valid(PyObject* call, const Fields<F>& field, const Input& x) {
 bool read_forward(const Fields<F>& field, Input& x, Forward& p) {
   if (!x.read_from(field[F::x]) || !x.read_channels(field[F::weight], p.weight) ||
       !x.read_channels(field[F::bias], p.bias) || !x.read_alike(field[F::residual], p.residual) ||
-      !x.read_record(field[F::record], 8, p.record) || !read_activation(field[F::act], p.act))
+      !x.read_record(field[F::record], 9, p.record) || !read_activation(field[F::act], p.act))
     return false;
   p.shape = x.shape(), p.dtype = x.dtype(), p.x = x.view();
   return true;
@@ -320,7 +320,7 @@ bool read_backward(const Fields<B>& field, Input& x, Backward& p) {
       !x.read_channels(field[B::weight], p.weight) || !x.read_channels(field[B::bias], p.bias) ||
       !x.read_statistic(field[B::mean], p.mean) || !x.read_statistic(field[B::invstd], p.invstd) ||
       !x.read_run(field[B::mask], dlpack::kUInt8, mask_bytes(x.shape()), p.mask) ||
-      !x.read_record(field[B::record_gradient], 7, p.record_gradient) ||
+      !x.read_record(field[B::record_gradient], 8, p.record_gradient) ||
       !x.read_record(field[B::record_affine], 8, p.record_affine) || !read_activation(field[B::act], p.act))
     return false;
   p.shape = x.shape(), p.dtype = x.dtype(), p.x = x.view();

@@ -161,7 +161,7 @@ def assert_activation(record: Tensor, x: Tensor, y: Tensor, dtype: torch.dtype, 
     """Compares with x and y in float64, which were rounded to ``dtype`` before. ``shift``: see ``power_bound``."""
     got = _rows(records.ACTIVATION, record)
     truth = _rows(records.ACTIVATION, reference.activation(x, y))
-    _assert_exact(got, truth, ("count", "min", "max", "active"))
+    _assert_exact(got, truth, ("count", "min", "max", "nonfinite", "active"))
     count = max(truth["count"].max().item(), 1.0)
     lost = ~truth["m2"].isfinite()
     for name in ("mean", "m2", "m3", "m4"):
@@ -179,7 +179,7 @@ def assert_gradient(record: Tensor, dx: Tensor) -> None:
     """Compares the record with the stored dx."""
     (wide,) = exact(dx)
     got, truth = _rows(records.GRADIENT, record), _rows(records.GRADIENT, reference.gradient(wide))
-    _assert_exact(got, truth, ("count", "positive", "negative", "zero"))
+    _assert_exact(got, truth, ("count", "positive", "negative", "zero", "nonfinite"))
     of_sum, of_square = sums_bound(wide, wide, dx.dtype)  # the same bounds as for the phase grad_sums
     for name, bound in (("sum", of_sum), ("abs_sum", of_sum), ("square_sum", of_square)):
         assert_close(got[name], truth[name], bound, name)
@@ -254,7 +254,7 @@ def check_empty(target: Target, shape: tuple[int, ...], mode: str) -> None:
     p, call = Problem(x, vector, vector, x, x, vector, vector), Call(mode, "relu")
     record, gradient, affine = (empty_record(r, x) for r in (records.ACTIVATION, records.GRADIENT, records.AFFINE))
     _, *saved = call.forward(_kernels(target, x.dtype), p, record)[:4]
-    expected = torch.zeros(8, 3, dtype=torch.float64)
+    expected = torch.zeros(len(records.ACTIVATION), 3, dtype=torch.float64)
     expected[5], expected[6] = torch.inf, -torch.inf
     assert torch.equal(record.cpu(), expected)
     call.backward(_kernels(target, x.dtype), p, saved, call.needs(p), record_gradient=gradient, record_affine=affine)

@@ -214,11 +214,11 @@ def differentiable_backward(call: BackwardCall, eps: float) -> Gradients:
 
 
 def activation(x: Tensor, y: Tensor) -> Tensor:
-    """The rows ``records.ACTIVATION`` [8, C] of an input x and the output y computed from it.
+    """The rows ``records.ACTIVATION`` [9, C] of an input x and the output y computed from it.
 
     The rows are, per channel: count M, mean = sum x / M, m_k = sum (x - mean)^k for k = 2, 3, 4, the smallest and the
-    largest x that is not NaN (inf and -inf if there is none), and the number of y > 0. An empty batch has mean and m_k
-    0.
+    largest x that is not NaN (inf and -inf if there is none), the number of x that are infinite or NaN, and the number
+    of y > 0. An empty batch has mean and m_k 0.
     """
     wide, axes, count = x.double(), _axes(x), layout(x).count
     mean = wide.sum(axes) / max(count, 1)
@@ -229,20 +229,21 @@ def activation(x: Tensor, y: Tensor) -> Tensor:
         torch.cat([wide.where(~wide.isnan(), none), wide.new_full((len(wide), 1), none)], 1)
         for none in (torch.inf, -torch.inf)
     )
-    rows = [torch.full_like(mean, count), mean, *powers, least.amin(1), largest.amax(1), (y > 0).sum(axes)]
+    counts = [(~wide.isfinite()).sum(1), (y > 0).sum(axes)]
+    rows = [torch.full_like(mean, count), mean, *powers, least.amin(1), largest.amax(1), *counts]
     return torch.stack([row.double() for row in rows])
 
 
 def gradient(dx: Tensor) -> Tensor:
-    """The rows ``records.GRADIENT`` [7, C] of dx.
+    """The rows ``records.GRADIENT`` [8, C] of dx.
 
     They are, per channel: count, sum, sum of absolute values, sum of squares, and the numbers of values that are above,
-    below and equal to zero. A NaN is in none of these numbers.
+    below and equal to zero, and of those that are infinite or NaN. A NaN is only in the last of these numbers.
     """
     wide, axes = dx.double(), _axes(dx)
     sums = [wide.sum(axes), wide.abs().sum(axes), wide.square().sum(axes)]
-    signs = [(dx > 0).sum(axes), (dx < 0).sum(axes), (dx == 0).sum(axes)]
-    return torch.stack([torch.full_like(sums[0], layout(dx).count), *sums, *(sign.double() for sign in signs)])
+    numbers = [(dx > 0).sum(axes), (dx < 0).sum(axes), (dx == 0).sum(axes), (~dx.isfinite()).sum(axes)]
+    return torch.stack([torch.full_like(sums[0], layout(dx).count), *sums, *(number.double() for number in numbers)])
 
 
 def affine(call: BackwardCall) -> Tensor:
