@@ -14,7 +14,7 @@ setup: .venv/done ## create .venv and build the kernels; repeated only after a c
 demo: setup ## Table 1 of the paper and a probe of a short training, one to two minutes: results/demo
 	.venv/bin/python -m experiments demo $(ARGS)
 
-reproduce: setup ## run the paper's experiments, half an hour to an hour, and write the report: results/report.html
+reproduce: setup ## run the paper's experiments, a quarter of an hour to an hour, and write the report: results/report.html
 	.venv/bin/python -m experiments reproduce $(ARGS)
 
 test: setup ## the tests

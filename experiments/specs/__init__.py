@@ -201,8 +201,9 @@ class Spec:
     # What other scales change (Run.but): the same for every run, or a function of it. None: nothing runs at that scale.
     smaller: dict[str, dict | Callable[[Run], dict] | None] = field(default_factory=dict)
     reduction: dict[str, str] = field(default_factory=dict)  # by scale: what ``smaller`` changes, for the reader
-    # By scale, for all seeds, on two cores with AVX-512. What `make reproduce` runs was measured on an EPYC (Zen 4) on
-    # 2026-11-29; other numbers are estimates.
+    # By scale, for all seeds, on two cores whose training step takes pace.REFERENCE. What `make reproduce` runs has the
+    # shares of a whole run on an EPYC (Zen 5) on 2026-11-29. It took 15 minutes there, about half of the sum of these
+    # minutes, as its step did of REFERENCE. Other numbers are estimates.
     minutes: dict[str, float] = field(default_factory=dict)
     images: bool = True  # whether it needs CIFAR-10
     paper: dict = field(default_factory=dict)  # the paper's values, for the tables and the figure

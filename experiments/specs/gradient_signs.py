@@ -56,7 +56,7 @@ SPEC = Spec(
     runs=tuple(Run(norm, "at_init", norm, ("gradient_signs",), LAYERS, seeds=MANY) for norm in NETS),
     smaller={"smoke": {"batch": 2, "seeds": 1}, "reduced": FEWER},
     reduction={"reduced": FEWER_TEXT},
-    minutes={"reduced": 0.74, "full": 7.4},
+    minutes={"reduced": 0.53, "full": 7.4},
     paper=PAPER,
     remark="Independent signs would give an a/b of about sqrt N. With batch norm a/b is 0.4 to 0.65 of that, so its "
     "fall with depth is mostly the fall of the resolution. The share of signs that agree, |sum sign d| over the "

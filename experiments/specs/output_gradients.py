@@ -40,7 +40,7 @@ SPEC = Spec(
     runs=tuple(Run(norm, "at_init", norm, ("output_gradients",), seeds=MANY) for norm in NETS),
     smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 8}, "reduced": FEWER},
     reduction={"reduced": FEWER_TEXT},
-    minutes={"reduced": 0.65, "full": 6.5},
+    minutes={"reduced": 0.51, "full": 6.5},
     remark="Batch norm weakens the pattern and does not remove it. The largest column mean times 128 is 0.13 to 0.63 "
     "in 90 of 100 networks with batch norm, with a median of 0.30, and 0.62 to 0.94 without, with a median of 0.89. "
     "The heat maps show the seed whose value with batch norm is nearest to the median.",

@@ -37,6 +37,6 @@ SPEC = Spec(
     smaller={"smoke": {"batch": 2, "seeds": 1}},
     beyond=True,
     given="read off",
-    minutes={"full": 0.12},
+    minutes={"full": 0.082},
     paper=PAPER,
 )

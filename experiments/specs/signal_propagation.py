@@ -37,5 +37,5 @@ SPEC = Spec(
     runs=tuple(Run(norm, "at_init", norm, ("propagation",)) for norm in NETS),
     smaller={"smoke": {"batch": 2, "seeds": 1}},
     beyond=True,
-    minutes={"full": 0.25},
+    minutes={"full": 0.2},
 )

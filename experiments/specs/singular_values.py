@@ -67,7 +67,7 @@ SPEC = Spec(
     ),
     smaller={"smoke": lambda run: {"seeds": min(run.seeds, 2)} | ({"size": 60} if run.seeds > 1 else {})},
     given="read off",
-    minutes={"full": 0.3},
+    minutes={"full": 0.38},
     images=False,
     remark="The theorem's O(M) for the largest value is about x. The largest singular value itself grows like the "
     "root of e M. Condition numbers gain 1.49 decades with each factor. The theory of Lyapunov exponents (Newman, "

@@ -68,7 +68,7 @@ SPEC = Spec(
         "quick": "One seed instead of five.",
     },
     given="read off",
-    minutes={"quick": 2.2, "full": 11},
+    minutes={"quick": 2.1, "full": 11},
     remark="Mini-batch 1 agrees with the paper. Before mini-batches 4 and 7 the first updates have undone most of the "
     "bad start without batch norm. The loss falls up to steps of 0.02 and 0.08. It exceeds a million times its start "
     "at 0.1 and 0.4, not between 3e-3 and 8e-3. No network was dead before a step.",
