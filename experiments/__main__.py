@@ -25,7 +25,7 @@ examples:
 
 scales:
   smoke    seconds, on synthetic images: shows that everything runs
-  quick    a quarter of an hour to an hour: what needs no training at scale full; training as small as possible, not judged
+  quick    15 to 60 minutes: what needs no training at scale full; training as small as possible, not judged
   reduced  hours to days on two CPU cores: training with the paper's learning rates on a few images
   full     the paper's own settings, meant for a GPU where networks are trained
 Every run has a folder with its results. A finished run is not repeated, and an interrupted run is continued.

@@ -72,7 +72,7 @@ def loop_step(
     batches.start(0)
     recorder = recording and recording(network)
     model = peers.compiled(network, **compile_options or {}) if config.compile else network
-    step = Step(model, network, batches, config, recorder and recorder.step)
+    step = Step(model, network, batches, config, [recorder.step] if recorder else [])
     if graph:
         step.record()
         if recorder:

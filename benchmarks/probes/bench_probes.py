@@ -147,6 +147,20 @@ def test_channel_quantities(compare, network: Callable, images: tuple, recording
     )
 
 
+def test_flight_recorder(compare, network: Callable, images: tuple, tmp_path: Path) -> None:
+    case, batch = images
+    flown = network()
+    with probes.flight_recorder(flown, out=tmp_path / "flight") as flight:
+        compare(
+            "flight recorder",
+            case,
+            {"unprobed": step_of(network()), "recorded": partial(step_of(flown), closed=flight.step)},
+            make_data=lambda: batch,
+            nbytes=ACTIVATION_BYTES,
+            budget_s=40,
+        )
+
+
 def test_weight_gradient_signs(compare, network: Callable, images: tuple, recordings: Callable) -> None:
     case, batch = images
     recorded = {

@@ -109,7 +109,7 @@ def forward(native, rows, dtype, sizes, fused, recorded) -> Callable[[], object]
     c = sizes[1]
     x, residual = (normal(sizes, dtype, rows) for _ in range(2))
     weight, bias, running_mean, running_var = (ones(c) for _ in range(4))
-    record = Array((8, c), "fp64") if recorded else None
+    record = Array((9, c), "fp64") if recorded else None
     running = (running_mean, running_var, Array((), "int64"))
     act, residual = ("relu", residual) if fused else (None, None)
     call = native.ForwardCall(x, weight, bias, residual, *running, True, 0.1, 1e-5, act, fused, record)
@@ -121,7 +121,7 @@ def backward(native, rows, dtype, sizes, fused, recorded) -> Callable[[], object
     dy, x = (normal(sizes, dtype, rows) for _ in range(2))
     mask = Array(((n * c * s + 7) // 8,) if rows else (n, c, (s + 7) // 8), "uint8", bytes(range(256)))
     weight, bias, mean, invstd = (ones(c) for _ in range(4))
-    records = (Array((7, c), "fp64"), Array((8, c), "fp64")) if recorded else (None, None)
+    records = (Array((8, c), "fp64"), Array((8, c), "fp64")) if recorded else (None, None)
     act, mask = ("relu", mask) if fused else (None, None)
     needs = (True, True, True, fused)
     call = native.BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, True, needs, *records)

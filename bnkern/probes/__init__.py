@@ -5,16 +5,19 @@ quantities.
 """
 
 from .files import Recording, load, truncate
+from .flight import FlightRecorder, flight_recorder
 from .quantities import QUANTITIES, Quantity, make
 from .recorder import Recorder, record
 from .schedules import every, log_spaced, steps, while_loss
 
 __all__ = [
     "QUANTITIES",
+    "FlightRecorder",
     "Quantity",
     "Recorder",
     "Recording",
     "every",
+    "flight_recorder",
     "load",
     "log_spaced",
     "make",

@@ -83,6 +83,10 @@ class Buffer:
             self.calls.append(torch.full_like(self.calls[0], torch.nan))
         return self.calls[call][place.offset : place.offset + math.prod(shape)].view(shape)
 
+    def set_capacity(self, rows: int) -> None:
+        """Sets the number of rows of the ring that the next ``grow`` makes."""
+        self._capacity_wanted = rows
+
     def grown(self) -> bool:
         """Whether there are records without a place in the layout."""
         return bool(self._fresh)
@@ -97,7 +101,7 @@ class Buffer:
             shape = tuple(next(iter(calls.values())).shape)
             self.places[key] = Place(self.width, shape)
             self.width += math.prod(shape)
-        count = max(len(old), *(1 + call for calls in fresh.values() for call in calls))
+        count = max([len(old), *(1 + call for calls in fresh.values() for call in calls)])
         self.calls = [
             torch.full((self.width,), torch.nan, dtype=torch.float64, device=self.device) for _ in range(count)
         ]
@@ -118,14 +122,19 @@ class Buffer:
         ``active`` is a boolean on the device: whether the records are kept. None means that they are.
         """
         for call, flat in enumerate(self.calls[:calls]):
-            room = self.cursor < self.capacity
-            wanted = room if active is None else room & active
-            row = torch.where(wanted, self.cursor, self.capacity).view(1)
+            row = self._next_row(active).view(1)
             self.rows.index_copy_(0, row, flat.view(1, -1))
             self.ids.index_copy_(0, row, torch.stack((self.step, torch.full_like(self.step, call))).view(1, 2))
-            self.cursor += wanted
-            self.dropped += ~room if active is None else ~room & active
             flat.fill_(torch.nan)
+
+    def _next_row(self, active: Tensor | None) -> Tensor:
+        """Returns the index of the row for the next record, and counts it."""
+        room = self.cursor < self.capacity
+        wanted = room if active is None else room & active
+        row = torch.where(wanted, self.cursor, self.capacity)
+        self.cursor += wanted
+        self.dropped += ~room if active is None else ~room & active
+        return row
 
     def next_step(self) -> None:
         """Counts a step on the device, or on the host if nothing has been recorded and the device is not known yet."""

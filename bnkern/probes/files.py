@@ -6,9 +6,10 @@ array ``quantity/layer`` [n, rows, ...], with NaN where a step recorded nothing.
 """
 
 import json
+import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .buffer import Filled
+from .buffer import Filled, Key, Place
 from .quantities import QUANTITIES, Quantity, make
 
 INDEX = "index.json"
@@ -121,33 +122,52 @@ class Writer:
         if not count:
             return
         rows, ids = filled.rows.numpy(), filled.ids[:count].numpy()
-        arrays = {"step": ids[:, 0], "call": ids[:, 1]}
-        for (name, layer), (offset, shape) in filled.places.items():
-            size = int(np.prod(shape))
-            if self.ranks > 1:
-                values = rows[:, :, offset : offset + size].reshape(self.ranks, count, *shape)
-                values = self.quantities[name].merge(values)
-            else:
-                values = rows[:count, offset : offset + size].reshape(count, *shape)
-            if not np.isnan(values).all():
-                arrays[f"{name}/{layer}"] = values
-        write_part(self.folder / f"part-{self._next:06}.npz", arrays)
+        merges = {name: quantity.merge for name, quantity in self.quantities.items()} if self.ranks > 1 else None
+        write_rows(self.folder, self._next, filled.places, rows[..., :count, :], ids, merges)
         self._next += 1
 
     def _write_index(self) -> None:
-        tabulated = [
-            quantity for quantity in self.quantities.values() if QUANTITIES.get(quantity.name) is type(quantity)
-        ]
-        index: dict[str, Any] = {
-            "format": 1,
-            "quantities": {q.name: {"rows": list(q.rows), "options": None} for q in self.quantities.values()},
-            "unserved": [[name, layer, why] for (name, layer), why in self._unserved.items()],
-            "ranks": self.ranks,
-            "dropped": self._dropped,
-        }
-        for quantity in tabulated:
-            index["quantities"][quantity.name]["options"] = quantity.options()
-        replace(self.folder / INDEX, lambda file: file.write(json.dumps(index, indent=1).encode()))
+        write_index(self.folder, self.quantities.values(), self._unserved, self.ranks, self._dropped)
+
+
+def write_index(
+    folder: Path,
+    quantities: Iterable[Quantity],
+    unserved: Mapping[tuple[str, str], str],
+    ranks: int = 1,
+    dropped: int = 0,
+) -> None:
+    """Writes ``index.json``, which names the rows of the records."""
+    index: dict[str, Any] = {
+        "format": 1,
+        "quantities": {
+            q.name: {"rows": list(q.rows), "options": q.options() if QUANTITIES.get(q.name) is type(q) else None}
+            for q in quantities
+        },
+        "unserved": [[name, layer, why] for (name, layer), why in unserved.items()],
+        "ranks": ranks,
+        "dropped": dropped,
+    }
+    replace(folder / INDEX, lambda file: file.write(json.dumps(index, indent=1).encode()))
+
+
+def write_rows(
+    folder: Path,
+    number: int,
+    places: Mapping[Key, Place],
+    rows: np.ndarray,
+    ids: np.ndarray,
+    merges: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
+) -> None:
+    """Writes rows [n, width] with ids [n, 2] as a part, or rows [ranks, n, width], which ``merges`` joins."""
+    arrays = {"step": ids[:, 0], "call": ids[:, 1]}
+    for (name, layer), (offset, shape) in places.items():
+        values = rows[..., offset : offset + math.prod(shape)].reshape(*rows.shape[:-1], *shape)
+        if merges:
+            values = merges[name](values)
+        if not np.isnan(values).all():
+            arrays[f"{name}/{layer}"] = values
+    write_part(folder / f"part-{number:06}.npz", arrays)
 
 
 def parts(folder: Path) -> list[Path]:
@@ -228,7 +248,10 @@ class Recording:
                 for layer, values in self._of(quantity).items()
             }
         definition = make(quantity, **entry["options"])
-        return {layer: definition.derive(values) for layer, values in self._of(quantity).items()}
+        return {
+            layer: definition.derive(_with_rows(values, entry["rows"], definition.rows))
+            for layer, values in self._of(quantity).items()
+        }
 
     def array(self, quantity: str, name: str) -> np.ndarray:
         """Returns one named array of all layers as [layer, n, channel, ...], with NaN for missing channels."""
@@ -264,6 +287,15 @@ class Recording:
         if quantity not in self._raw:
             raise KeyError(f"{quantity!r} was not recorded; there are {', '.join(self._raw)}")
         return self._raw[quantity]
+
+
+def _with_rows(values: np.ndarray, recorded: list[str], rows: tuple[str, ...]) -> np.ndarray:
+    """Returns records [n, recorded, ...] as [n, rows, ...]. A row that an older version did not record is NaN."""
+    if recorded == list(rows):
+        return values
+    return np.stack(
+        [values[:, recorded.index(row)] if row in recorded else np.full_like(values[:, 0], np.nan) for row in rows], 1
+    )
 
 
 def load(path: str | PathLike) -> Recording:

@@ -47,6 +47,16 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=float, default=1.0, help="GPUs of a run on Ray, may be a fraction (%(default)s)")
     parser.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     parser.add_argument(
+        "--flight-recorder",
+        dest="flight_steps",
+        nargs="?",
+        type=int,
+        const=64,
+        default=0,
+        metavar="N",
+        help="keep numbers of the last N steps (%(const)s) and write them if a run diverges: docs/flight_recorder.md",
+    )
+    parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -71,7 +81,7 @@ def main(words: list[str] | None = None) -> int:
             if len(configs) > 1:
                 parser.error("under torchrun all processes do one run together; name one run")
             return _distributed(configs[0], asked)
-        options = ("data", "device", "processes", "ray", "gpus", "resume", "tensorboard")
+        options = ("data", "device", "processes", "ray", "gpus", "resume", "tensorboard", "flight_steps")
         return min(1, sweep(configs, asked.out, **{name: getattr(asked, name) for name in options}))
     except (ValueError, RuntimeError, OSError) as error:  # among them DataError and CheckpointError
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -112,7 +122,8 @@ def _distributed(config: Config, asked: argparse.Namespace) -> int:
         torch.cuda.set_device(device)
     with process_group("nccl" if device.startswith("cuda") else "gloo"):
         data = cifar10.load("synthetic" if config.data == "synthetic" else asked.data)
-        train(config, asked.out / config.title, data, device, resume=asked.resume, tensorboard=asked.tensorboard)
+        options = {"resume": asked.resume, "tensorboard": asked.tensorboard, "flight_steps": asked.flight_steps}
+        train(config, asked.out / config.title, data, device, **options)
     return 0
 
 

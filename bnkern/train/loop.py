@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import bnkern.nn
-from bnkern.probes import truncate
+from bnkern.probes import FlightRecorder, truncate
 
 from . import checkpoint
 from .cifar10 import Batches, Cifar10, Split, split_validation
@@ -55,6 +56,7 @@ def train(
     watch: Callable[[int], None] | None = None,
     resume: bool = True,
     tensorboard: bool = False,
+    flight_steps: int = 0,
 ) -> Outcome:
     """Does the run, or the rest of it, and writes the files that :mod:`.runlog` describes into ``folder``.
 
@@ -84,6 +86,9 @@ def train(
             it raises :class:`Stopped`, the run first writes a checkpoint from which it continues with the same bits.
         resume: if False, an existing run is put aside and the run starts again.
         tensorboard: mirror the metrics in ``folder / "tensorboard"``.
+        flight_steps: the number of steps that a flight recorder keeps (``bnkern.probes.flight_recorder``), or 0 for
+            none. It writes its report into ``folder / "flight"`` if the run diverges, or ends by an exception. A run
+            that continues from step N writes it into ``folder / "flight-from-N"``.
 
     Returns:
         How the run ended. On ranks other than 0: 0 steps, and None in the other fields.
@@ -111,7 +116,9 @@ def train(
             if device.type == "cuda":
                 stack.enter_context(torch.cuda.device(device))
             torch.manual_seed(config.seed)
-            _Run(config, folder, data, device, probes, state, tensorboard, stack).train(before_step, watch)
+            _Run(config, folder, data, device, probes, state, tensorboard, flight_steps, stack).train(
+                before_step, watch
+            )
     return outcome(folder) if rank == 0 else Outcome(0, None, None, None, None)
 
 
@@ -155,6 +162,7 @@ class _Run:
         probes: Probes | None,
         state: dict | None,
         tensorboard: bool,
+        flight_steps: int,
         stack: ExitStack,
     ) -> None:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -178,12 +186,14 @@ class _Run:
             if state and self.rank == 0:
                 truncate(folder / "probes", self.host.done)
             self.recorder = stack.enter_context(probes(self.network, folder / "probes", self.host.done))
+        self.flight = _flight_recorder(self.network, flight_steps, folder, self.host.done, stack)
         model: nn.Module = self.network
         if config.compile:
             model = torch.compile(self.network)  # type: ignore[assignment]  # a module of a module
         if self.world > 1:
             model = nn.parallel.DistributedDataParallel(model, **NO_BUFFERS)
-        self.step = Step(model, self.network, self.batches, config, self.recorder and self.recorder.step)
+        observers = [one.step for one in (self.recorder, self.flight) if one]
+        self.step = Step(model, self.network, self.batches, config, observers)
         if state:
             self.restore(state)
         self.metrics: Metrics | None = None
@@ -221,8 +231,9 @@ class _Run:
                 step.lr.fill_(rate)
                 if current is None and self.recordable():
                     step.record()
-                    if self.recorder:
-                        self.recorder.rewind(host.done)  # discard the records of the warm-up steps
+                    for recorder in (self.recorder, self.flight):
+                        if recorder:
+                            recorder.rewind(host.done)  # discard the records of the warm-up steps
                 current = rate
             self.rates.append(rate)
             if before_step:
@@ -290,6 +301,9 @@ class _Run:
             self.keep_divergence(diverged, rates[len(new_rows)])
             if self.rank == 0:
                 self.say(f"{self.config.title}: diverged at step {diverged} with a loss of {loss:.4g}")
+            if self.flight:
+                report = self.flight.poll(wait=True) or self.flight.write("the run diverged")
+                self.say(f"{self.config.title}: {report.sentence} Report: {self.flight.folder}")
             return True
         self.bar.set_postfix(loss=f"{loss / len(new_rows):.3f}", refresh=False)
         self.host.lr = rates[-1]
@@ -407,6 +421,24 @@ class _Run:
             print(text, flush=True)
         else:
             self.bar.write(text, file=sys.stderr)
+
+
+def _flight_recorder(
+    network: nn.Module, steps: int, folder: Path, first_step: int, stack: ExitStack
+) -> FlightRecorder | None:
+    """Returns a flight recorder of so many steps, which ``stack`` closes, or None. To be stopped is not an error."""
+    if not steps:
+        return None
+    out = folder / (f"flight-from-{first_step}" if first_step else "flight")
+    if out.exists():  # of an attempt that failed after the same checkpoint
+        shutil.rmtree(out)
+    flight = FlightRecorder(network, steps, out, {}, "warn", first_step)
+
+    def close(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        flight.close(error if isinstance(error, Exception) and not isinstance(error, Stopped) else None)
+
+    stack.push(close)
+    return flight
 
 
 def batches_of(config: Config, split: Split, data: Cifar10, rank: int = 0, world: int = 1) -> Batches:

@@ -4,7 +4,7 @@ The host reads nothing back. On a GPU it therefore runs ahead of the device, and
 graph and replayed. The values that change from step to step are in tensors whose memory stays the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Step:
         network: The plain module, whose parameters are trained.
         batches: The training batches, on the network's device.
         config: The settings of the run.
-        probe: Called with the loss after each backward.
+        observers: Called with the loss after each backward.
 
     Attributes:
         lr: float32 scalar, the learning rate, which the host sets.
@@ -49,9 +49,10 @@ class Step:
         network: nn.Module,
         batches: Batches,
         config: Config,
-        probe: Callable[[Tensor], None] | None = None,
+        observers: Iterable[Callable[[Tensor], None]] = (),
     ) -> None:
-        self._model, self._network, self._batches, self._config, self._probe = model, network, batches, config, probe
+        self._model, self._network, self._batches, self._config = model, network, batches, config
+        self._observers = list(observers)
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         shadowed = config.precision == "bf16" and not wrapped
         self._sgd = Sgd(network, config.momentum, config.weight_decay, shadowed)
@@ -126,8 +127,8 @@ class Step:
             logits = self._model(self._images)
         loss = loss_of(logits, self._labels)
         loss.backward()
-        if self._probe:
-            self._probe(loss)
+        for observe in self._observers:
+            observe(loss)
         with torch.no_grad():
             self._measure(loss, logits)
             self._sgd(self.lr, self._stop)

@@ -35,6 +35,7 @@ def sweep(
     gpus: float = 1.0,
     resume: bool = True,
     tensorboard: bool = False,
+    flight_steps: int = 0,
 ) -> int:
     """Does the runs that are not done yet, each in ``out / config.title``, and prints the outcome of each.
 
@@ -49,6 +50,7 @@ def sweep(
         gpus: per run on Ray: 0.25 puts four runs on one GPU, 0 requests none.
         resume: if False, existing runs are put aside and start again.
         tensorboard: mirror metrics.
+        flight_steps: the number of steps that a flight recorder keeps of each run; 0 for none.
 
     Returns:
         The number of runs that failed.
@@ -69,7 +71,14 @@ def sweep(
         f"{len(configs)} run{'s' * (len(configs) > 1)}: {len(configs) - len(todo)} finished before, {len(todo)} to do",
         flush=True,
     )
-    options: dict[str, Any] = {"out": out, "data": data, "device": device, "resume": resume, "tensorboard": tensorboard}
+    options: dict[str, Any] = {
+        "out": out,
+        "data": data,
+        "device": device,
+        "resume": resume,
+        "tensorboard": tensorboard,
+        "flight_steps": flight_steps,
+    }
     if ray is not None:
         ended = _on_ray(todo, ray, gpus, options)
     elif processes > 1 and todo:
@@ -91,13 +100,14 @@ def run(
     device: str | None = None,
     resume: bool = True,
     tensorboard: bool = False,
+    flight_steps: int = 0,
 ) -> str | None:
     """Does one run in this process. Returns the error in one line, or None; ``error.txt`` has the traceback."""
     folder = out / config.title
     images = _load("synthetic" if config.data == "synthetic" else data)  # an error here ends the sweep
     try:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        train(config, folder, images, device, resume=resume, tensorboard=tensorboard)
+        train(config, folder, images, device, resume=resume, tensorboard=tensorboard, flight_steps=flight_steps)
     except Exception as error:
         _write_error(folder, traceback.format_exc())
         return f"{type(error).__name__}: {error}"
@@ -160,11 +170,12 @@ def _in_process(
     device: str | None,
     resume: bool,
     tensorboard: bool,
+    flight_steps: int,
 ) -> str | None:
     out.mkdir(parents=True, exist_ok=True)
     log = out / f"{config.title}.log"
     with log.open("w") as file:
-        words = command(config, out, data, device, resume, tensorboard)
+        words = command(config, out, data, device, resume, tensorboard, flight_steps)
         done = subprocess.run(
             words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
         )
@@ -179,12 +190,13 @@ def _in_process(
 
 
 def command(
-    config: Config, out: Path, data: str | None, device: str | None, resume: bool, tensorboard: bool
+    config: Config, out: Path, data: str | None, device: str | None, resume: bool, tensorboard: bool, flight_steps: int
 ) -> list[str]:
     """Returns the command that does one run in a process of its own."""
     words = [sys.executable, "-m", "bnkern.train", json.dumps(config.to_dict()), "--out", str(out)]
     words += ["--data", data] if data else []
     words += ["--device", device] if device else []
+    words += ["--flight-recorder", str(flight_steps)] * bool(flight_steps)
     return words + ["--tensorboard"] * tensorboard + ["--resume" if resume else "--no-resume"]
 
 

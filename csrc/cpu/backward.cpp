@@ -75,7 +75,7 @@ class BackwardPhases : public Phases<T> {
       const auto total = [&](int r) { return add_up(this->applied_sums.values[r], columns); };
       write_record(p_.record_gradient, p_.shape.c, c,
                    {count_, total(kDxSum), total(kDxAbsSum), total(kDxSquareSum), total(kDxPositive),
-                    total(kDxNegative), total(kDxZero)});
+                    total(kDxNegative), total(kDxZero), total(kDxNonfinite)});
     });
   }
 

@@ -9,7 +9,7 @@ namespace bnkern::BNKERN_ISA {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr std::int64_t kActiveRow = 7;  // the row of a record from normalize; the rows before it are from moments
+constexpr std::int64_t kActiveRow = 8;  // the row of a record from normalize; the rows before it are from moments
 
 // Joins (mean, M2) of a tile to those of the previous tiles.
 void join_moments(std::int64_t channels, double before, const Rows<double>& total, double count,
@@ -30,7 +30,7 @@ void join_moments(std::int64_t channels, double before, const Rows<double>& tota
 void join_higher(std::int64_t channels, double before, const Rows<double>& total, double count,
                  const Rows<double>& tile) {
   if (before == 0) {
-    for (const int r : {kM3, kM4, kMin, kMax}) std::memcpy(total[r], tile[r], channels * sizeof(double));
+    for (const int r : {kM3, kM4, kMin, kMax, kNonfinite}) std::memcpy(total[r], tile[r], channels * sizeof(double));
     return;
   }
   const double *const mean = total[kMean], *const m2 = total[kM2];
@@ -46,6 +46,7 @@ void join_higher(std::int64_t channels, double before, const Rows<double>& total
   }
   for (std::int64_t c = 0; c < channels; ++c) total[kMin][c] = least(tile[kMin][c], total[kMin][c]);
   for (std::int64_t c = 0; c < channels; ++c) total[kMax][c] = largest(tile[kMax][c], total[kMax][c]);
+  for (std::int64_t c = 0; c < channels; ++c) total[kNonfinite][c] += tile[kNonfinite][c];
 }
 
 // The number of values of wide channel v.
@@ -103,19 +104,20 @@ class ForwardPhases : public Phases<T> {
     for_channels(this->part, group, [&](std::int64_t c, const Columns& columns) {
       Moments<double> all{0, 0, 0};
       HigherMoments<double> higher{0, 0};
-      double low = kInfinity, high = -kInfinity;
+      double low = kInfinity, high = -kInfinity, nonfinite = 0;
       for (std::int64_t v = columns.first; v < columns.end; v += columns.step) {
         const Moments<double> column{values_of(this->part, v), totals[kMean][v], totals[kM2][v]};
         if (record_ && column.count > 0) {
           higher = pebay_merge(all, higher, column, HigherMoments<double>{totals[kM3][v], totals[kM4][v]});
           low = least(low, totals[kMin][v]), high = largest(high, totals[kMax][v]);
+          nonfinite += totals[kNonfinite][v];
         }
         all = chan_merge(all, column);
       }
       const double m2 = all.m2 < 0 ? 0 : all.m2;  // rounding may make it negative; NaN stays NaN
       if (record_) {
         const double m4 = higher.m4 < 0 ? 0 : higher.m4;
-        write_record(p_.record, p_.shape.c, c, {all.count, all.mean, m2, higher.m3, m4, low, high});
+        write_record(p_.record, p_.shape.c, c, {all.count, all.mean, m2, higher.m3, m4, low, high, nonfinite});
       }
       if (!p_.moments) return;
       means_[c] = static_cast<A>(all.mean);

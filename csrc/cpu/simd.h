@@ -122,8 +122,8 @@ struct ArrayVec : Registers<A> {
     for (int k = 0; k < kCount; ++k) v.part[k] = (Register)((Bits)part[k] & ~sign);
     return v;
   }
-  // For counts, which are never -0. They add b in the lanes where d is above zero, below zero, or zero, or they add the
-  // sign of d. NaN is none of these.
+  // For counts, which are never -0. They add b in the lanes where d is above zero, below zero, zero, or infinite or
+  // NaN, or they add the sign of d. NaN is in none of the first three cases and has sign 0.
 #define BNKERN_COUNT(name, condition)                                                                          \
   BNKERN_INLINE ArrayVec name(ArrayVec d, ArrayVec b) const {                                                  \
     return *this + b.keep(d.mask_of([](Register v) __attribute__((always_inline)) { return v condition 0; })); \
@@ -132,6 +132,9 @@ struct ArrayVec : Registers<A> {
   BNKERN_COUNT(plus_where_negative, <)
   BNKERN_COUNT(plus_where_zero, ==)
 #undef BNKERN_COUNT
+  BNKERN_INLINE ArrayVec plus_where_nonfinite(ArrayVec d, ArrayVec b) const {
+    return *this + b.keep(d.mask_of([](Register v) __attribute__((always_inline)) { return ~(v - v == 0); }));
+  }
   BNKERN_INLINE ArrayVec plus_sign(ArrayVec d) const {
     return plus_where_positive(d, all(1)).plus_where_negative(d, all(-1));
   }
@@ -193,6 +196,10 @@ struct FloatVec {
   BNKERN_INLINE FloatVec plus_where_positive(FloatVec d, FloatVec b) const { return plus_where<_CMP_GT_OQ>(d, b); }
   BNKERN_INLINE FloatVec plus_where_negative(FloatVec d, FloatVec b) const { return plus_where<_CMP_LT_OQ>(d, b); }
   BNKERN_INLINE FloatVec plus_where_zero(FloatVec d, FloatVec b) const { return plus_where<_CMP_EQ_OQ>(d, b); }
+  BNKERN_INLINE FloatVec plus_where_nonfinite(FloatVec d, FloatVec b) const {
+    constexpr int kNonfinite = 0x99;  // both infinities, quiet and signalling NaN
+    return {_mm512_mask_add_ps(v, _mm512_fpclass_ps_mask(d.v, kNonfinite), v, b.v)};
+  }
   BNKERN_INLINE FloatVec plus_sign(FloatVec d) const {
     const __m512 sign = _mm512_or_ps(_mm512_and_ps(d.v, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1));
     return plus_where<_CMP_NEQ_OQ>(d, {sign});
@@ -264,6 +271,9 @@ struct FloatVec {
   BNKERN_INLINE FloatVec plus_where_positive(FloatVec d, FloatVec b) const { return plus_where<_CMP_GT_OQ>(d, b); }
   BNKERN_INLINE FloatVec plus_where_negative(FloatVec d, FloatVec b) const { return plus_where<_CMP_LT_OQ>(d, b); }
   BNKERN_INLINE FloatVec plus_where_zero(FloatVec d, FloatVec b) const { return plus_where<_CMP_EQ_OQ>(d, b); }
+  BNKERN_INLINE FloatVec plus_where_nonfinite(FloatVec d, FloatVec b) const {
+    return plus_where<_CMP_NEQ_UQ>(d - d, b);
+  }
   BNKERN_INLINE FloatVec plus_sign(FloatVec d) const {
     const __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1);
     return plus_where<_CMP_NEQ_OQ>(

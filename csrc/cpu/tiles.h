@@ -138,17 +138,19 @@ struct Rows {
 // tile of rows has few values of many channels. A tile of planes overwrites its `sums`.
 //
 //                out                                    sums
-//   moments      kMean, kM2; record: kM3 to kMax
+//   moments      kMean, kM2; record: kM3 to kNonfinite
 //   normalize                                           kActive
 //   grad_sums    kSumDy, kSumDyXhat                     kOfDy and kOfDyXhat: kAbsSum, kSignSum, kZeros of the summands
-//   grad_input                                          kDxSum to kDxZero
-constexpr int kMean = 0, kM2 = 1, kMomentsRows = 2, kM3 = 2, kM4 = 3, kMin = 4, kMax = 5, kRecordedMomentsRows = 6;
+//   grad_input                                          kDxSum to kDxNonfinite
+constexpr int kMean = 0, kM2 = 1, kMomentsRows = 2, kM3 = 2, kM4 = 3, kMin = 4, kMax = 5, kNonfinite = 6;
+constexpr int kRecordedMomentsRows = 7;
 constexpr int kActive = 0, kRecordedNormalizeRows = 1;
 constexpr int kSumDy = 0, kSumDyXhat = 1, kGradSumsRows = 2;
 constexpr int kAbsSum = 0, kSignSum = 1, kZeros = 2, kOfDy = 0, kOfDyXhat = 3, kRecordedGradSumsRows = 6;
-constexpr int kDxSum = 0, kDxAbsSum = 1, kDxSquareSum = 2, kDxPositive = 3, kDxNegative = 4, kDxZero = 5;
-constexpr int kRecordedGradInputRows = 6;
-constexpr int kMostRows = 6;
+constexpr int kDxSum = 0, kDxAbsSum = 1, kDxSquareSum = 2, kDxPositive = 3, kDxNegative = 4, kDxZero = 5,
+              kDxNonfinite = 6;
+constexpr int kRecordedGradInputRows = 7;
+constexpr int kMostRows = 7;
 
 template <class T, bool record>
 void moments_tile(const Partition&, const View& x, std::int64_t group, std::int64_t tile, Rows<double> out);

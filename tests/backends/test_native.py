@@ -226,9 +226,9 @@ def test_wrong_types_are_errors() -> None:
 def test_what_is_no_operand_is_declined() -> None:
     """If one operand of a valid call is invalid, the result is None, because the kernels would read invalid memory."""
     x, v = torch.randn(4, 3, 5, 5), torch.ones(3)
-    record, mask = torch.zeros(8, 3, dtype=torch.float64), torch.zeros(4, 3, 4, dtype=torch.uint8)
+    record, mask = torch.zeros(9, 3, dtype=torch.float64), torch.zeros(4, 3, 4, dtype=torch.uint8)
     forward = ForwardCall(x, v, v, x, v.clone(), v.clone(), torch.tensor(0), True, 0.1, 1e-5, "relu", True, record)
-    backward = BackwardCall(x, x, v, v, v, v, mask, "relu", True, (True,) * 4, record[:7], record)
+    backward = BackwardCall(x, x, v, v, v, v, mask, "relu", True, (True,) * 4, record[:8], record[:8])
     assert _native.forward(forward, True) is not None and _native.backward(backward) is not None
     wrong_vectors = (torch.ones(4), torch.ones(1, 3), v.double(), v.int(), torch.ones(6)[::2], v.to("meta"), 1.0, "v")
     wrong_images = (x[:3], x[0], x.double(), x.to_sparse(), x.to("meta"), torch.randn(4, 5, 3, 5).transpose(1, 2), 0)

@@ -1,6 +1,7 @@
 """Every recorded quantity against its oracle, the schedules, and unchanged bits of the training."""
 
 import copy
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -236,6 +237,7 @@ EVERYTHING = [
     "output_gradient",
     "output_moments",
     "parameter_gradient_histogram",
+    "parameter_norms",
 ]
 
 
@@ -317,12 +319,67 @@ def test_moments_of_parts_merge_to_those_of_the_whole() -> None:
     quantity = make("activation_moments")
     rows = []
     for part in (x, x[:2], x[2:2], x[2:]):
-        record = torch.empty(8, 3, dtype=torch.float64)
+        record = torch.empty(len(quantity.rows), 3, dtype=torch.float64)
         with bnkern.use_backend("reference"):
             bnkern.add_act(part, records=bnkern.backends.records.Records(activation=record))
         rows.append(record.numpy()[None])
     merged = quantity.merge(np.stack(rows[1:]))
     np.testing.assert_allclose(merged, rows[0], rtol=1e-9)
+
+
+def test_parameter_norms(tmp_path: Path) -> None:
+    """Every step has the parameters of its forward, the update before it and the gradient after it."""
+    net = make_net()
+    net.fc.bias.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    previous = {name: p.detach().clone() for name, p in net.named_parameters()}
+    steps = []
+    with probes.record(net, ["parameter_norms"], out=tmp_path) as rec:
+        for step in range(3):
+            before = {name: p.detach().clone() for name, p in net.named_parameters()}
+            for part in range(2):
+                images, labels = batch(2 * step + part)
+                F.cross_entropy(net(images), labels).backward()
+            gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in net.named_parameters()}
+            oracle = make("parameter_norms").oracle
+            steps.append([oracle(p, gradients[name], previous[name]) for name, p in before.items()])
+            optimizer.step()
+            rec.step()
+            optimizer.zero_grad()
+            previous = before
+    recording = probes.load(tmp_path)
+    names = recording.index["quantities"]["parameter_norms"]["options"]["names"]
+    assert names == [name for name, _ in net.named_parameters()]
+    recorded = recording["parameter_norms"][""]
+    rows = np.flatnonzero(recording.calls == 0)
+    for row in ("weight", "gradient", "update", "relative_update"):
+        expected = np.array([[float(one[row]) for one in step] for step in steps])
+        if row == "gradient":
+            expected[:, names.index("fc.bias")] = np.nan
+        zero = np.array([[float(one["update"]) == float(one["weight"]) for one in step] for step in steps])
+        if row == "relative_update":
+            expected[np.isinf(expected) | zero] = np.nan  # the parameter was 0 before
+        np.testing.assert_allclose(recorded[row][rows], expected, rtol=1e-5, atol=1e-9, err_msg=row)
+
+
+def test_a_recording_without_the_newest_rows(tmp_path: Path) -> None:
+    """Rows that an older version did not record are NaN, and the others keep their names."""
+    net = make_net()
+    with probes.record(net, ["activation_moments"], out=tmp_path) as rec:
+        train(net, 2, rec)
+    whole = probes.load(tmp_path)["activation_moments"]["norm1"]
+    index = json.loads((tmp_path / "index.json").read_text())
+    kept = [k for k, row in enumerate(index["quantities"]["activation_moments"]["rows"]) if row != "nonfinite"]
+    (part,) = tmp_path.glob("part-*.npz")
+    arrays = {name: a[:, kept] if "/" in name else a for name, a in np.load(part).items()}
+    np.savez(part, **arrays)
+    rows = index["quantities"]["activation_moments"]["rows"]
+    index["quantities"]["activation_moments"]["rows"] = [rows[k] for k in kept]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    older = probes.load(tmp_path)["activation_moments"]["norm1"]
+    assert np.isnan(older["nonfinite"]).all() and not whole["nonfinite"].any()
+    for name in whole.keys() - {"nonfinite"}:
+        np.testing.assert_array_equal(older[name], whole[name], err_msg=name)
 
 
 def test_output_moments_of_parts_merge_to_those_of_the_whole() -> None:

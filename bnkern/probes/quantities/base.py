@@ -18,7 +18,7 @@ class Handle(Protocol):
 
 
 class RecorderProtocol(Protocol):
-    """The methods of a recording that a quantity may call. :class:`bnkern.probes.recorder.Recorder` documents them."""
+    """The methods of a recording that a quantity may call, as :class:`bnkern.probes.attachment.Attachment` has them."""
 
     active: bool
 
@@ -38,6 +38,8 @@ class RecorderProtocol(Protocol):
         shape: tuple[int, ...] | None,
         measure: Callable[..., None],
     ) -> Any: ...
+
+    def before_forward(self, module: nn.Module, callback: Callable[[], None]) -> Any: ...
 
     def on_forward(self, module: nn.Module, callback: Callable[[tuple, dict, Any], object]) -> Any: ...
 

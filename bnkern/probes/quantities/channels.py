@@ -36,8 +36,9 @@ class ActivationMoments(_ChannelQuantity):
     """``activation_moments``: moments of a norm layer's input x (the convolution's output), and the active share of y.
 
     Per channel over the M = N * S values: ``count`` M, ``mean``, ``var`` = sum (x - mean)^2 / M, ``third`` and
-    ``fourth`` central moments sum (x - mean)^k / M, ``min``, ``max``, ``abs_max`` (NaN ignored), and
-    ``active_fraction``, the share of y > 0 after residual and activation. Unit: that of x.
+    ``fourth`` central moments sum (x - mean)^k / M, ``min``, ``max``, ``abs_max`` (NaN ignored), ``nonfinite``, the
+    number of x that are infinite or NaN, and ``active_fraction``, the share of y > 0 after residual and activation.
+    Unit: that of x.
 
     Recorded by ``moments`` and ``normalize``. Ranks are merged by the pairwise formulas of Chan et al. 1979 and Pebay
     2008.
@@ -63,6 +64,7 @@ class ActivationMoments(_ChannelQuantity):
             "min": x.amin(1),
             "max": x.amax(1),
             "abs_max": x.abs().amax(1),
+            "nonfinite": (~x.isfinite()).double().sum(1),
             "active_fraction": (y > 0).double().mean(1),
         }
 
@@ -84,6 +86,7 @@ class ActivationMoments(_ChannelQuantity):
             "min": raw["min"],
             "max": raw["max"],
             "abs_max": np.maximum(-raw["min"], raw["max"]),
+            "nonfinite": raw["nonfinite"],
             "active_fraction": raw["active"] / count,
         }
 
@@ -92,8 +95,8 @@ class GradientChannelSigns(_ChannelQuantity):
     """``gradient_channel_signs``: the gradient dL/dx at the input of a norm layer (the convolution's output).
 
     Per channel: ``count``, ``sum``, ``abs_sum``, ``square_sum``, the numbers of values that are ``positive``,
-    ``negative`` and ``zero`` (NaN is none of them), and ``ratio`` = |sum| / abs_sum (NaN where abs_sum is 0). In
-    training a batch norm makes the sum zero except for rounding. Unit: loss per unit of x.
+    ``negative``, ``zero`` (NaN is none of them) and ``nonfinite`` (infinite or NaN), and ``ratio`` = |sum| / abs_sum
+    (NaN where abs_sum is 0). In training a batch norm makes the sum zero except for rounding. Unit: loss per unit of x.
 
     Recorded by ``grad_input``. Nothing is recorded if x needs no gradient. Ranks are added.
     Source: the paper, section 3.2 and equation 4, here for the summands over batch and pixels of one channel.
@@ -116,6 +119,7 @@ class GradientChannelSigns(_ChannelQuantity):
             "positive": (dx > 0).sum(1).double(),
             "negative": (dx < 0).sum(1).double(),
             "zero": (dx == 0).sum(1).double(),
+            "nonfinite": (~dx.isfinite()).sum(1).double(),
             "ratio": total.abs() / absolute,
         }
 
@@ -166,8 +170,8 @@ class AffineGradientSigns(_ChannelQuantity):
 
 
 def _merged_moments(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Merges two records.ACTIVATION [steps, 8, C] (Chan et al. 1979; Pebay 2008, equations 2.1, 3.1)."""
-    (na, ma, a2, a3, a4, amin, amax, aact), (nb, mb, b2, b3, b4, bmin, bmax, bact) = (
+    """Merges two records.ACTIVATION [steps, 9, C] (Chan et al. 1979; Pebay 2008, equations 2.1, 3.1)."""
+    (na, ma, a2, a3, a4, amin, amax, anon, aact), (nb, mb, b2, b3, b4, bmin, bmax, bnon, bact) = (
         np.moveaxis(t, 1, 0) for t in (a, b)
     )
     n = na + nb
@@ -184,5 +188,5 @@ def _merged_moments(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         + 6 * share**2 * (na**2 * b2 + nb**2 * a2)
         + 4 * share * (na * b3 - nb * a3)
     )
-    rows = [n, mean, m2, m3, m4, np.minimum(amin, bmin), np.maximum(amax, bmax), aact + bact]
+    rows = [n, mean, m2, m3, m4, np.minimum(amin, bmin), np.maximum(amax, bmax), anon + bnon, aact + bact]
     return np.stack(rows, 1)
