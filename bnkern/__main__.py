@@ -62,12 +62,12 @@ def native() -> dict[str, str]:
 
 def working_backends() -> dict[str, str]:
     """For each backend the devices whose tensors it can compute here, or the reason why there are none."""
-    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    present = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     result = {}
     for name in backends.NAMES:
-        served = [device for device in here if backends.unavailable(name, device) is None]
+        working = [device for device in present if backends.unavailable(name, device) is None]
         reason = backends.unavailable(name, "cuda") or backends.unavailable(name, "cpu")
-        result[name] = f"works on {' and '.join(served)} tensors" if served else f"no: {reason}"
+        result[name] = f"works on {' and '.join(working)} tensors" if working else f"no: {reason}"
     return result
 
 

@@ -1,7 +1,7 @@
 """The functions of the compiled module (csrc/bind.cpp, csrc/call), for type checkers.
 
-Functions with C's calling convention take their arguments by position. If the result is None, the kernels cannot read
-the operands, and nothing was written.
+Functions with C's calling convention take their arguments by position. Those of csrc/call with an optional result
+return None if the kernels cannot read the operands. In this case nothing was written.
 """
 
 from collections.abc import Sequence

@@ -49,7 +49,7 @@ class _Fused(_Parent):
 
     taps: tuple = ()  # one for each recording of this module (bnkern.probes)
     statistics_frozen = False  # see freeze_statistics
-    # Reads return torch's int and float. They have no annotations, because torch.jit.script would use these.
+    # Reads return an int and a float as in torch. Annotations are left out, because torch.jit.script would use them.
     num_features, eps = Hyperparameter(), Hyperparameter()  # type: ignore[assignment]
 
     def __init__(
@@ -244,7 +244,7 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
 
 
 def freeze_statistics(model: torch.nn.Module, frozen: bool = True) -> None:
-    """Lets bnkern's batch norms in ``model`` normalise by their running statistics also in training mode.
+    """Makes bnkern's batch norms in ``model`` normalise by their running statistics also in training mode.
 
     The running statistics and their counters stay as they are. Weight and bias are trained as before, and gradients are
     those of eval mode. ``model.train()`` and ``model.eval()`` do not change this; ``freeze_statistics(model, False)``
@@ -254,7 +254,7 @@ def freeze_statistics(model: torch.nn.Module, frozen: bool = True) -> None:
         ValueError: A batch norm is not bnkern's, or it has no running statistics. The message names it. Nothing has
             been changed.
     """
-    found = []
+    norms = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.modules.batchnorm._NormBase) and not _is_instance_norm(module):
             if not isinstance(module, _Fused):
@@ -262,8 +262,8 @@ def freeze_statistics(model: torch.nn.Module, frozen: bool = True) -> None:
                 raise ValueError(f"freeze_statistics: {name or 'the model'} is a {kind}; call bnkern.convert first")
             if module.running_mean is None:
                 raise ValueError(f"freeze_statistics: {name or 'the model'} has no running statistics")
-            found.append(module)
-    for module in found:
+            norms.append(module)
+    for module in norms:
         module.statistics_frozen = frozen
 
 
@@ -284,15 +284,15 @@ def convert_sync_batchnorm(
     Raises:
         ValueError: A batch norm is lazy, parametrized or sharded by ``fully_shard``. The message names it.
     """
-    done: dict[torch.nn.Module, torch.nn.Module] = {}
+    results: dict[torch.nn.Module, torch.nn.Module] = {}
 
     def converted(module: torch.nn.Module, name: str) -> torch.nn.Module:
-        if module not in done:
-            done[module] = _synchronized(module, name or "the model", process_group)
+        if module not in results:
+            results[module] = _synchronized(module, name or "the model", process_group)
             for key, child in module._modules.items():
                 if child is not None:
-                    done[module]._modules[key] = converted(child, f"{name}.{key}" if name else key)
-        return done[module]
+                    results[module]._modules[key] = converted(child, f"{name}.{key}" if name else key)
+        return results[module]
 
     return converted(model, "")
 
@@ -323,7 +323,7 @@ def _synchronized(
         return module
     new = SyncBatchNorm.__new__(SyncBatchNorm)
     new.__dict__ = module.__dict__.copy()
-    for kept in ("_parameters", "_buffers", "_modules"):
-        new.__dict__[kept] = module.__dict__[kept].copy()
+    for attribute in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[attribute] = module.__dict__[attribute].copy()
     new.act, new.process_group = getattr(module, "act", None), process_group
     return new

@@ -63,7 +63,7 @@ def recompute_statistics(
             requires equally many in each process.
 
     Raises:
-        ValueError: there are no batches, and no other process could have some.
+        ValueError: there are no batches, and no process group whose other processes may have some.
 
     Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
@@ -110,7 +110,7 @@ def _hook(total: _Total):
 def _store(layer: _BatchNorm, total: _Total, group: tuple[str, int] | None) -> None:
     count, mean, m2 = total.count, total.mean, total.m2
     if group:
-        joint, mean, m2 = gather_moments(reference, count, mean, m2, *group)  # float64, which not all backends take
+        joint, mean, m2 = gather_moments(reference, count, mean, m2, *group)  # float64 is not in all backends
         count = int(joint)
     if not count:
         return

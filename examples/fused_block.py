@@ -2,7 +2,7 @@
 
     python examples/fused_block.py --steps 20
 
-The images and labels are random, so the loss falls only because the network learns this one batch by heart.
+The images and labels are random, so the loss falls only because the network memorises this one batch.
 """
 
 import argparse
@@ -29,22 +29,22 @@ class Block(nn.Module):
         return self.norm2(self.conv2(hidden), x)  # the second argument is the residual
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=64)
-    asked = parser.parse_args(words)
+    args = parser.parse_args(argv)
 
     torch.manual_seed(0)
     stem = nn.Conv2d(3, 16, 3, padding=1)
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
     model = nn.Sequential(stem, Block(16), Block(16), head).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    images = torch.randn(asked.batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (asked.batch,))
+    images = torch.randn(args.batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (args.batch,))
 
     print(bnkern.explain(images))  # which backend serves tensors of this kind
-    for step in range(asked.steps):
+    for step in range(args.steps):
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()

@@ -17,7 +17,7 @@ from bnkern.train.processes import process_group
 
 
 def train(steps: int) -> nn.Module:
-    """Return the trained network. A DistributedDataParallel must not outlive the group, hence a function."""
+    """Return the trained network. Its DistributedDataParallel must not outlive the process group."""
     torch.manual_seed(0)
     rank, world = dist.get_rank(), dist.get_world_size()
     body = nn.Conv2d(3, 32, 3, padding=1, bias=False), bnkern.nn.BatchNorm2d(32, act="relu")
@@ -44,12 +44,12 @@ def agree(tensor: torch.Tensor) -> bool:
     return all(torch.equal(other, tensor) for other in gathered)
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
-    asked = parser.parse_args(words)
+    args = parser.parse_args(argv)
     with process_group("gloo"):  # torchrun sets the environment variables that this reads
-        model = train(asked.steps)
+        model = train(args.steps)
         for kind, tensors in (("parameters", model.parameters()), ("running statistics", model.buffers())):
             same = [agree(tensor) for tensor in tensors]  # every rank must take part in each comparison
             if dist.get_rank() == 0:

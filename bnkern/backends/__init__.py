@@ -25,9 +25,9 @@ from .protocol import Backend, ConvolutionBackend, ImageBackend, WinogradBackend
 
 # The table has the backends of each device in order of preference. The first one that does not refuse serves the call.
 # On CUDA devices this is CUDA C++: on an H200 a training step takes 0.87 of its time with Triton's kernels, and a call
-# takes a third of the host time. Triton has float64, the sums of convolutions and images. It comes first if a block has
-# little shared memory, as on most GPUs that are not made for data centres. The CUDA kernels need this memory to record,
-# and were measured on devices that have it.
+# takes a third of the host time. Triton also serves float64, the sums of convolutions and images. It comes first if a
+# block has little shared memory, as on most GPUs that are not made for data centres. The CUDA kernels need this memory
+# to record, and were measured on devices that have it.
 NAMES = ("cuda", "triton", "cpu", "reference")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 ROOM = 160 << 10  # bytes of shared memory that a block must be able to have; records of rows take up to 159 KB
@@ -50,7 +50,7 @@ _CPU = torch.device("cpu")
 
 def _indexed(device: torch.device | str) -> torch.device:
     """The device with its index. The device of a tensor always has it."""
-    if device == _CPU:  # This comes first because every call runs it, and to read a device's type costs more.
+    if device == _CPU:  # This test comes first, because every call runs it and reading a device's type takes longer.
         return device
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
@@ -144,7 +144,7 @@ def _choose(name: str, device: torch.device, dtype: torch.dtype, function: str |
     if name:
         reason = _unavailable(name, device, dtype)
         if reason:
-            raise RuntimeError(f"backend {name!r} was asked for but cannot serve {device} {dtype}: {reason}")
+            raise RuntimeError(f"backend {name!r} was requested but cannot serve {device} {dtype}: {reason}")
         module = _loaded(name)
         return module if function is None or hasattr(module, function) else _choose("", device, dtype, function)
     reasons: list[str] = []
@@ -170,7 +170,7 @@ def explain(device: torch.device | str, dtype: torch.dtype) -> str:
     for name in order + tuple(name for name in NAMES if name not in order):
         reason = _unavailable(name, device, dtype)
         if forced() and name != forced():
-            verdict = f"not asked for ({forced()} is forced)"
+            verdict = f"not used ({forced()} is forced)"
         elif reason:
             verdict = f"cannot: {reason}"
         elif chosen is None:

@@ -33,5 +33,5 @@ def code(act: str | None) -> int:
 def check(name: str, act: str | None) -> None:
     """Raises a ValueError if the activation does not exist. The message begins with ``name``."""
     if act is not None and act not in ACTIVATIONS:
-        names = " or ".join(f'"{known}"' for known in ACTIVATIONS)
+        names = " or ".join(f'"{allowed}"' for allowed in ACTIVATIONS)
         raise ValueError(f"{name}: act must be None or {names}, got {act!r}")

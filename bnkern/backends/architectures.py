@@ -1,4 +1,4 @@
-"""The code of the native module that a GPU runs, from the list of architectures that the module was compiled for.
+"""Selects the code of the native module for a GPU from the architectures for which the module was compiled.
 
 Entries are written as in CMake: "90" is machine code and PTX, "90-real" only machine code, "90-virtual" only PTX.
 Sources: CUDA C++ Programming Guide, "Compute Capability and Application Compatibility", and NVIDIA's description of
@@ -40,10 +40,10 @@ def serving(device: Capability, architectures: Iterable[str]) -> Capability | No
         match = _ENTRY.fullmatch(entry)
         if match is None:
             raise ValueError(f"not a CUDA architecture: {entry!r}")
-        major, minor, suffix, only = match.groups()
+        major, minor, suffix, kind = match.groups()
         compiled = (int(major), int(minor))
-        if only != "-virtual" and _machine_code_runs(compiled, suffix, device):
+        if kind != "-virtual" and _machine_code_runs(compiled, suffix, device):
             machine_code.append(compiled)
-        if only != "-real" and _ptx_runs(compiled, suffix, device):
+        if kind != "-real" and _ptx_runs(compiled, suffix, device):
             ptx.append(compiled)
     return max(machine_code or ptx, default=None)

@@ -88,18 +88,19 @@ def rule_of(model: str) -> Rule:
 
 
 # How many clusters of 2, 4 and 8 blocks a device of this name runs at once (CudaDevice in csrc/cuda/kernels.h). Plans
-# of NCHW tensors depend on them, and so do the last bits of results. A device that is not in the table is asked once
-# in a process, and the answer serves all devices of its name. The table is empty, because this has not run on a GPU.
+# of NCHW tensors depend on them, and so do the last bits of results. If a name is not in the table, CUDA is queried
+# once in a process, and the result serves all devices of this name. The table is empty, because this code has not run
+# on a GPU.
 CLUSTERS: dict[str, tuple[int, int, int]] = {}
-_asked: dict[str, Sequence[int]] = {}
+_queried: dict[str, Sequence[int]] = {}
 
 
 def _clusters(index: int, properties) -> Sequence[int]:
     if properties.name in CLUSTERS:
         return CLUSTERS[properties.name]
-    if properties.name not in _asked:
-        _asked[properties.name] = _native.cuda_clusters(index, properties.shared_memory_per_block_optin)
-    return _asked[properties.name]
+    if properties.name not in _queried:
+        _queried[properties.name] = _native.cuda_clusters(index, properties.shared_memory_per_block_optin)
+    return _queried[properties.name]
 
 
 def introduce(index: int, single_read_from: int | None = None) -> None:

@@ -1,8 +1,8 @@
-"""Calls of CPU and CUDA tensors by the native module: the functions of a backend, and torch's names for C++.
+"""The functions of a backend for CPU and CUDA tensors, by calls of the native module, and the objects that C++ reads.
 
 ``bnkern._native`` reads a call's tensors, checks them, makes the results and runs the kernels (csrc/call). It returns
-None for calls that it cannot read. These are empty batches, which the reference serves; tensors that two strides do not
-describe, which are copied once to the dense form of their layout; and subclasses.
+None for calls that it cannot read. The reference serves empty batches. Tensors that two strides do not describe are
+copied once to the dense form of their layout. Subclasses are replaced by plain tensors with the same memory.
 
 The native module must be imported after torch, so that both use the OpenMP runtime that torch loads.
 """
@@ -118,7 +118,7 @@ def _readable_backward(call: BackwardCall) -> BackwardCall:
 
 
 def try_forward(call: ForwardCall) -> Forward | None:
-    """:func:`forward` of a call that was not validated. None if the short check does not find it valid."""
+    """:func:`forward` of a call that was not validated. None if the short check does not accept it."""
     return _native.forward(call, False)
 
 
@@ -165,9 +165,9 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
     if not call.x.numel():
         return reference.grad_input(call, sums)
     sum_dy, sum_dy_xhat, count = (None, None, 0) if sums is None else sums
-    own = layout(call.x).count
-    if sums is not None and count != own:  # the sums include other ranks' values; the kernel divides by its own count
-        sum_dy, sum_dy_xhat = sums[0] * (own / count), sums[1] * (own / count)
+    own_count = layout(call.x).count
+    if sums is not None and count != own_count:  # the sums are those of all ranks; the kernel divides by its own count
+        sum_dy, sum_dy_xhat = sums[0] * (own_count / count), sums[1] * (own_count / count)
     results = _native.grad_input(call, sum_dy, sum_dy_xhat)
     results = results or _native.grad_input(_readable_backward(call), _vector(sum_dy), _vector(sum_dy_xhat))
     return cast("tuple[Tensor | None, Tensor | None]", results)

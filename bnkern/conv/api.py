@@ -29,12 +29,12 @@ def conv2d_grad_signs(
 ) -> GradSigns:
     """Returns a convolution's weight gradient, and the absolute sum, sign sum and nonzero count of its summands.
 
-    The gradient of weight K[o, i, p, q] is the sum over images n and output places (h, w) of
+    The gradient of weight K[o, i, p, q] is the sum over images n and output positions (h, w) of
 
         d = dy[n, o, h, w] * x[n, i, h * stride + p - padding, w * stride + q - padding]
 
-    with zeros on the padding. Of sum d, sum |d|, sum sign(d) and the number of nonzero d those that are wanted are
-    computed, in one pass over tiles that are loaded once.
+    with zeros in the padding. Computes those of sum d, sum |d|, sum sign(d) and the number of nonzero d that are
+    ``wanted``, in one pass over tiles that are loaded once.
 
     Args:
         x: the convolution's input [N, I, H, W]; float32, bfloat16, float16 or float64. NCHW, channels_last and views
@@ -52,11 +52,11 @@ def conv2d_grad_signs(
         ``sign_sum`` and ``nonzero`` are exact, in int32. The results carry no graph, so they are not differentiable.
         An empty batch gives zeros.
 
-        A NaN makes every sum to which it contributes NaN. So does infinity times zero, on the padding too. Signs and
+        A NaN makes every sum to which it contributes NaN. So does infinity times zero, in the padding too. Signs and
         counts depend on the factors: a summand with a NaN has sign 0 and counts as nonzero, and a summand with a zero
         does not count.
 
-        On a GPU Triton's kernel computes the sums. docs/known_issues.md says where it was wrong with larger blocks.
+        On a GPU Triton's kernel computes the sums. docs/known_issues.md describes a wrong result of larger blocks.
 
     Raises:
         TypeError, ValueError: An argument is not as above. The message names it.
@@ -70,17 +70,17 @@ def conv2d_grad_signs(
     _check(x, dy, kernel_size, stride, padding)
     if torch.jit.is_tracing():
         raise RuntimeError("conv2d_grad_signs: torch.jit.trace cannot record this call, only its results as constants")
-    chosen = flags(wanted)
+    requested = flags(wanted)
     backend = backends.choose(backends.forced(), x.device, x.dtype, "conv_grad_signs")
-    return GradSigns(*backend.conv_grad_signs(x.detach(), dy.detach(), kernel_size, stride, padding, chosen))
+    return GradSigns(*backend.conv_grad_signs(x.detach(), dy.detach(), kernel_size, stride, padding, requested))
 
 
-def _pair(name: str, value: object, least: int) -> tuple[int, int]:
+def _pair(name: str, value: object, minimum: int) -> tuple[int, int]:
     pair = (value, value) if type(value) is int else value
     if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(type(v) is int for v in pair)):
         raise TypeError(f"conv2d_grad_signs: {name} must be an int or a pair of ints, got {value!r}")
-    if min(pair) < least:
-        raise ValueError(f"conv2d_grad_signs: {name} must be at least {least}, got {value!r}")
+    if min(pair) < minimum:
+        raise ValueError(f"conv2d_grad_signs: {name} must be at least {minimum}, got {value!r}")
     return tuple(pair)
 
 

@@ -49,7 +49,7 @@ def gradient_sums(
 ) -> GradSigns:
     """Computes :func:`conv2d_grad_signs` as the backward of :func:`conv2d` does, by Winograd's form where it is used.
 
-    In that form a value that is not finite may spread to all nine places of a kernel.
+    In that form a value that is not finite may spread to all nine positions of a kernel.
     """
     sizes = (kernel_size, stride, padding)
     kernels = backends.choose(backends.forced(), x.device, x.dtype, "conv_grad_signs")
@@ -88,15 +88,15 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        once = not torch.is_grad_enabled()
-        own_weight_gradient = need_weight and once
+        first_order = not torch.is_grad_enabled()
+        own_weight_gradient = need_weight and first_order
         stored = ctx.handoff.take(dy)
-        dx = _winograd(dy, weight, flipped=True) if need_x and once and ctx.winograd else None
-        by_torch = (need_x and dx is None, need_weight and not own_weight_gradient, need_bias)
+        dx = _winograd(dy, weight, flipped=True) if need_x and first_order and ctx.winograd else None
+        torch_needs = (need_x and dx is None, need_weight and not own_weight_gradient, need_bias)
         dweight = dbias = None
-        if any(by_torch):
+        if any(torch_needs):
             torch_dx, dweight, dbias = torch.ops.aten.convolution_backward(
-                dy, x, weight, ctx.bias_sizes, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, by_torch
+                dy, x, weight, ctx.bias_sizes, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, torch_needs
             )
             dx = torch_dx if dx is None else dx
         if own_weight_gradient:

@@ -11,7 +11,7 @@ from .block import AbsorbedReLU, Note, block_class
 from .fuse import fuse_all
 
 # torch's batch norms and bnkern's. Subclasses of other libraries are not converted.
-_OURS = {
+_REPLACEMENTS = {
     getattr(nn, name): getattr(fused, name) for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
 }
 
@@ -66,10 +66,10 @@ def convert(model: nn.Module, fuse: bool = True) -> nn.Module:
     revert(model)
     for module in model.modules():
         note = Note(type(module), "" if fuse else "fuse=False")
-        if type(module) in _OURS:
-            _become_ours(module)
+        if type(module) in _REPLACEMENTS:
+            _replace_class(module)
             module._conversion = note  # type: ignore[assignment]
-        elif type(module) in _OURS.values() and module.act is None:
+        elif type(module) in _REPLACEMENTS.values() and module.act is None:
             module._conversion = note
     if fuse:
         fuse_all(model)
@@ -89,7 +89,7 @@ def revert(model: nn.Module) -> nn.Module:
     converted = {name: m for name, m in model.named_modules() if "_conversion" in vars(m) or "_recipe" in vars(m)}
     for name, module in converted.items():
         note = vars(module).get("_conversion")
-        expected = _OURS.get(note.was, note.was) if note else block_class(module._base)
+        expected = _REPLACEMENTS.get(note.was, note.was) if note else block_class(module._base)
         if type(module) is not expected:
             raise RuntimeError(
                 f"convert: {name or 'the model'} is a {type(module).__name__} now; undo first what has changed its "
@@ -100,7 +100,7 @@ def revert(model: nn.Module) -> nn.Module:
         if note is None:
             module.__class__ = module._base
             del module._recipe
-        elif note.was in _OURS:
+        elif note.was in _REPLACEMENTS:
             module.__class__ = note.was
             del module.act
         else:
@@ -122,27 +122,27 @@ def summary(model: nn.Module) -> Summary:
                 why = f"torch added the residual in {note.separate_adds} calls, to broadcast or promote it"
             layers.append(Layer(name, note.outcome, why))
         elif isinstance(module, torch.jit.ScriptModule):
-            if module.original_name in [cls.__name__ for cls in _OURS]:
+            if module.original_name in [cls.__name__ for cls in _REPLACEMENTS]:
                 layers.append(Layer(name, "left alone", "it is part of a torch.jit module"))
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            layers.append(Layer(name, "left alone", _why_left(module)))
+            layers.append(Layer(name, "left alone", _why_not_converted(module)))
     return Summary(layers)
 
 
 convert.summary = summary  # type: ignore[attr-defined]
 
 
-def _why_left(module: nn.Module) -> str:
+def _why_not_converted(module: nn.Module) -> str:
     cls = type(module)
-    if cls in _OURS:
+    if cls in _REPLACEMENTS:
         return "not converted"
-    if cls in _OURS.values():
+    if cls in _REPLACEMENTS.values():
         return f"bnkern's, with act={module.act!r}"
     return f"its class is {cls.__module__}.{cls.__qualname__}"
 
 
-def _become_ours(bn: nn.Module) -> None:
-    ours = _OURS[type(bn)]
-    for name, value in vars(ours(1, device="meta")).items():
+def _replace_class(bn: nn.Module) -> None:
+    replacement = _REPLACEMENTS[type(bn)]
+    for name, value in vars(replacement(1, device="meta")).items():
         vars(bn).setdefault(name, value)  # the attributes that only bnkern's constructor sets
-    bn.__class__ = ours
+    bn.__class__ = replacement

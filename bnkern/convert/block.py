@@ -20,7 +20,7 @@ from ..nn import fx_leaf
 
 
 class Note:
-    """The conversion of one batch norm: its former class ``was``, the ``outcome``, and ``why`` it is not more."""
+    """The conversion of one batch norm: its former class ``was``, the ``outcome``, and ``why`` it is not fused."""
 
     def __init__(self, was: type[nn.Module], why: str) -> None:
         self.was, self.outcome, self.why = was, "batch norm", why
@@ -66,9 +66,9 @@ def norm_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None, in_place
 
 def without_act(bn: nn.Module) -> nn.Module:
     """Returns the batch norm without its activation. Hooks, parameters and buffers are shared."""
-    plain = object.__new__(type(bn))
-    vars(plain).update(vars(bn), act=None)
-    return plain
+    copy = object.__new__(type(bn))
+    vars(copy).update(vars(bn), act=None)
+    return copy
 
 
 def _alike(x: Tensor, residual: Any) -> bool:
@@ -85,7 +85,9 @@ def _alike(x: Tensor, residual: Any) -> bool:
 
 
 class Guard(NamedTuple):
-    """A module that must still have this class: a batch norm with its act, or a module that is not called or hooked."""
+    """A module that must still have this class. A batch norm must also have its act. Other modules must have no hooks,
+    because they are no longer called.
+    """
 
     path: str
     cls: type[nn.Module]

@@ -19,8 +19,8 @@ def fuse_all(model: nn.Module) -> None:
     reached: set[nn.Module] = set()  # modules that a forward calls by a path through another module
     views: dict[str, dict[str, str] | str] = {}
     for name, module in list(model.named_modules()):
-        called = not is_norm(module) and has_forward(module)
-        if called and any(is_norm(m) for m in module.modules()) and module not in entered:
+        is_block = not is_norm(module) and has_forward(module)
+        if is_block and any(is_norm(m) for m in module.modules()) and module not in entered:
             fusion = _Fusion(module, holders, reached)
             entered |= fusion.apply()
             reached |= fusion.reaches
@@ -84,34 +84,34 @@ class _Fusion:
         self.view = {node.target: self._followers(node) for node in graph.nodes if node.op == "call_module"}
         replaced = []
         for match in patterns.matches:
-            bn = self._at(match.bn)
-            hooked = [n.target for n in (match.bn, match.relu) if n.op == "call_module" and has_hooks(self._at(n))]
+            bn = self._module(match.bn)
+            hooked = [n.target for n in (match.bn, match.relu) if n.op == "call_module" and has_hooks(self._module(n))]
             if hooked:
-                self._tell(bn, f"{hooked[0]} has a hook")
+                self._set_reason(bn, f"{hooked[0]} has a hook")
             elif self._absorbs(match, graph, patterns):
-                self._at(match.relu).__class__ = AbsorbedReLU
+                self._module(match.relu).__class__ = AbsorbedReLU
                 self._fused(bn, "batch norm + ReLU")
             elif not self._replaceable():
-                self._tell(bn, f"{self.name} does not run the forward of its class unchanged")
+                self._set_reason(bn, f"{self.name} does not run the forward of its class unchanged")
             else:
                 replaced.append(match)
         for path, why in patterns.why.items():
-            self._tell(self.block.get_submodule(path), why)
+            self._set_reason(self.block.get_submodule(path), why)
         if not replaced:
             return set()
         try:
             recipe = self._recipe(graph, constants, patterns, replaced, inline)
         except Exception as error:  # torch.fx does not accept the graph; the block keeps its own forward
             for match in replaced:
-                self._tell(self._at(match.bn), f"{self.name}.forward could not be replaced: {error}")
+                self._set_reason(self._module(match.bn), f"{self.name}.forward could not be replaced: {error}")
             return set()
         for match in replaced:
-            self._fused(self._at(match.bn), "batch norm + ReLU" if match.add is None else "batch norm + add + ReLU")
+            self._fused(self._module(match.bn), "batch norm + ReLU" if match.add is None else "batch norm + add + ReLU")
         self.block._recipe = recipe  # type: ignore[assignment]
         self.block.__class__ = block_class(type(self.block))  # type: ignore[arg-type]  # a class is hashable
         return {self.block.get_submodule(path) for path in inline}
 
-    def _at(self, node: fx.Node) -> nn.Module:
+    def _module(self, node: fx.Node) -> nn.Module:
         return self.block.get_submodule(path_of(node))
 
     # ---------------------------------------------------------------------------------------------- analysis
@@ -165,7 +165,7 @@ class _Fusion:
         if match.add is not None or match.relu.op != "call_module":
             return False
         calls = [node.target for node in graph.nodes if node.op == "call_module"]
-        relu = self._at(match.relu)
+        relu = self._module(match.relu)
         if calls.count(match.relu.target) > 1 or self.holders[id(relu)] > 1:
             return False
         if relu in self.reached or patterns.holder_is_called(match.relu):
@@ -219,14 +219,14 @@ class _Fusion:
 
     # ---------------------------------------------------------------------------------------------- reasons
 
-    def _tell(self, module: nn.Module, why: str) -> None:
+    def _set_reason(self, module: nn.Module, why: str) -> None:
         if is_norm(module) and module.act is None:
             note_of(module).why = why
 
     def _followers(self, node: fx.Node) -> str:
         for user in node.users:
             if user.op == "call_module":
-                return type(self._at(user)).__name__
+                return type(self._module(user)).__name__
             if user.op != "output":
                 return getattr(user.target, "__name__", str(user.target))
         return ""

@@ -126,8 +126,8 @@ class Patterns:
 
     # ----------------------------------------------------------------------------------------------- patterns
 
-    def _only(self, node: object) -> fx.Node | None:
-        """Returns the node, or the one before its nn.Identity nodes, if it has no other user; else None."""
+    def _used_once(self, node: object) -> fx.Node | None:
+        """Returns the node, or the one before its nn.Identity nodes, if each has only one user, else None."""
         while isinstance(node, fx.Node) and len(node.users) == 1:
             if not self.is_identity(node):
                 return node
@@ -151,11 +151,11 @@ class Patterns:
     def _match(self, relu: fx.Node) -> None:
         if not relu.args:
             return
-        source = self._only(relu.args[0])
+        source = self._used_once(relu.args[0])
         if source is None:
             self._refuse(relu.args[0], "its output is used by others than the ReLU")
         elif self._is_norm(source):
-            self._take(Match(source, relu))
+            self._add_match(Match(source, relu))
         elif self._is_add(source):
             self._match_sum(source, relu)
         elif source.op == "call_module" and self.can_enter(path_of(source)):
@@ -166,22 +166,22 @@ class Patterns:
         sides = [0, 1]
         if self.in_place(add):  # left is overwritten, and the write may be removed only if left has no other user
             sides = [0]
-            if self._is_norm(self._only(right)) and not self._is_norm(self._only(left)):
+            if self._is_norm(self._used_once(right)) and not self._is_norm(self._used_once(left)):
                 self._refuse(right, "it is added in place to a tensor that may be used elsewhere")
         for side in sides:
-            source = None if left is right else self._only(add.args[side])
+            source = None if left is right else self._used_once(add.args[side])
             if source is None:
                 self._refuse(add.args[side], "its output is used by others than the addition")
             elif self._is_norm(source):
                 if self._undisturbed(source, add):
-                    return self._take(Match(source, relu, add, side))
+                    return self._add_match(Match(source, relu, add, side))
                 self._refuse(source, "something in between may change its input in place")
             elif source.op == "call_module" and self.can_enter(path_of(source)):
                 self.enter.append(path_of(source))
                 return None  # inline it first; the other side is tried if that gives no match
         return None
 
-    def _take(self, match: Match) -> None:
+    def _add_match(self, match: Match) -> None:
         calls = [node for node in self.graph.nodes if node.op == "call_module" and node.target == match.bn.target]
         if len(calls) > 1:
             self._refuse(match.bn, "it is called more than once")

@@ -1,9 +1,9 @@
 """Traces the forward of a module to a torch.fx graph, or raises :class:`Untraceable` with the reason.
 
-fx records one run with proxies for the tensors. The record is valid for other runs only if nothing but the tensors can
-make a difference. This module therefore refuses everything else that fx would record as a constant: the mode, gradient
-and autocast contexts, random numbers, attributes that may change, new tensors, and tests of types that a proxy cannot
-answer. The traced modules are shallow copies, and the model itself is not changed.
+fx records one run with proxies for the tensors. The graph is valid for other runs only if its operations depend on
+nothing but the tensors. This module therefore refuses everything else that fx would record as a constant: the mode,
+gradient and autocast contexts, random numbers, attributes that may change, new tensors, and tests of types that a proxy
+cannot answer. The traced modules are shallow copies, and the model itself is not changed.
 """
 
 import inspect
@@ -69,7 +69,7 @@ def _trace(
     constants: dict[tuple[str, str], Any] = {}
     required, optional = parameters(type(block))
     names = required + optional if options else required
-    # Modules that are only called are not copied. If their mode is read, it must be this one.
+    # Modules that are only called are not copied. A forward may read their mode, so it is set, and restored at the end.
     modes = [(m, m.training) for m in block.modules()]
     seeds = random.getstate(), torch.get_rng_state()
     try:
@@ -144,7 +144,7 @@ class _Tracer(fx.Tracer):
         return qualified_name not in self.inline
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Stand(node, self)
+        return _TensorProxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _contexts() != self.contexts:
@@ -152,14 +152,14 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is _Stand:
+        if type(a) is _TensorProxy:
             return a.node
         if isinstance(a, torch.Tensor) and not any(a is t for t in (*self.root.parameters(), *self.root.buffers())):
             raise Untraceable("makes a new tensor")
         return super().create_arg(a)
 
 
-class _Stand(fx.Proxy):
+class _TensorProxy(fx.Proxy):
     """A proxy for a tensor for which ``isinstance(x, torch.Tensor)`` is true, unlike for the proxies of fx."""
 
     @property  # type: ignore[misc]
@@ -178,7 +178,7 @@ def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
 
 # fx's proxies do not have ``x += y`` and similar operators. Python would use ``x = x + y``, which does not change x.
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
-    setattr(_Stand, f"__{_name}__", _in_place(_name))
+    setattr(_TensorProxy, f"__{_name}__", _in_place(_name))
 
 
 def _contexts() -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ def try_batch_norm(call: ForwardCall, records: Records | None) -> Tensor | None:
     """:func:`batch_norm` of a call that was not validated, in plain eager mode.
 
     The backend checks the call while it reads the tensors. Returns None, before anything is written, if this short
-    check does not find the call valid.
+    check does not accept the call.
     """
     x = call.x
     for t in call[:4]:
@@ -108,8 +108,8 @@ class _BatchNorm(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
-# Function.apply calls this if no transform is active and no tensor has outlived one. Both conditions hold here, and
-# the checks in Function.apply would take 2 us.
+# Function.apply calls this if no transform is active and no tensor is a wrapper of a transform that has ended. Both
+# conditions hold here, and the checks in Function.apply would take 2 us.
 _apply = super(torch.autograd.Function, _BatchNorm).apply
 
 

@@ -44,7 +44,7 @@ def is_recorded() -> bool:
 
 
 def is_plain(t: Tensor) -> bool:
-    """Whether the memory of ``t`` has its values. Not so for subclasses, lazy negation, and zeros without storage."""
+    """Whether the memory of ``t`` has its values. False for subclasses, lazy negation, and zeros without storage."""
     return type(t) in PLAIN and not t.is_neg() and not t._is_zerotensor()
 
 
@@ -93,7 +93,7 @@ def is_batched(t: Tensor) -> bool:
 
 
 def unwrapped(t: OptionalTensor) -> OptionalTensor:
-    """The tensor in a wrapper ``t`` that has outlived its transform, otherwise ``t`` itself."""
+    """The tensor in ``t`` if ``t`` is a wrapper of a transform that has ended, otherwise ``t`` itself."""
     return None if t is None else torch._C._functorch.unwrap_if_dead(t)
 
 

@@ -77,11 +77,11 @@ def _arguments(
     call: type[ForwardCall] | type[BackwardCall], fields: tuple[str, ...], extra: type[Extra] | type[BackwardExtra]
 ) -> str:
     """The schema of the arguments of an operator. Only the arguments of ``extra`` have defaults."""
-    words = [f"{_SCHEMA_TYPES[call.__annotations__[name]]} {name}" for name in fields]
+    arguments = [f"{_SCHEMA_TYPES[call.__annotations__[name]]} {name}" for name in fields]
     for name, kind in extra.__annotations__.items():
         default = f"={_SCHEMA_VALUES[extra._field_defaults[name]]}" if name in extra._field_defaults else ""
-        words.append(f"{_SCHEMA_TYPES[kind]} {name}{default}")
-    return ", ".join(words)
+        arguments.append(f"{_SCHEMA_TYPES[kind]} {name}{default}")
+    return ", ".join(arguments)
 
 
 _library = torch.library.Library("bnkern", "DEF")
@@ -100,8 +100,8 @@ def batch_norm(call: ForwardCall, records: Records | None, group: tuple[str, int
     """y of a valid call through the operator. Then copies the new running statistics and records to their buffers."""
     if records is not None and records.mirrors and torch.compiler.is_compiling():
         raise RuntimeError("torch.compile does not support several recordings of one layer at once; eager calls do")
-    saved = context.grad_needed(call.x, call.weight, call.bias, call.residual) or context.is_recorded()
-    save_mask = call.act is not None and call.residual is not None and saved
+    needs_backward = context.grad_needed(call.x, call.weight, call.bias, call.residual) or context.is_recorded()
+    save_mask = call.act is not None and call.residual is not None and needs_backward
     buffers = (None, None, None) if records is None else (records.activation, records.gradient, records.affine)
     y, _, _, _, new_mean, new_var, new_counter, _, activation = torch.ops.bnkern.batch_norm_forward(
         *call[:-2], save_mask, backends.forced(), *group, buffers[0] is not None, *buffers[1:]

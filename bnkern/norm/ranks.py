@@ -52,10 +52,10 @@ def backward(kernels: Backend, call: BackwardCall, group: str, count: Tensor) ->
         dweight = sum_dy_xhat.to(call.weight.dtype, copy=True) if need_weight and call.weight is not None else None
     if need_x:
         # The kernels divide by this rank's own count, which is known on the host. The scaled sums correct for that.
-        own = max(layout(call.x).count, 1)
-        scale = own / count.clamp(min=1).to(sum_dy.dtype)
+        own_count = max(layout(call.x).count, 1)
+        scale = own_count / count.clamp(min=1).to(sum_dy.dtype)
         joint_dy, joint_dy_xhat = reduce_sums(sum_dy, sum_dy_xhat, group)
-        joint = (joint_dy * scale, joint_dy_xhat * scale, own)
+        joint = (joint_dy * scale, joint_dy_xhat * scale, own_count)
     if need_x or need_residual:
         dx, dresidual = kernels.grad_input(call, joint)
     return dx, dweight, dbias, dresidual
@@ -85,5 +85,5 @@ def reduce_sums(sum_dy: Tensor, sum_dy_xhat: Tensor, group: str) -> tuple[Tensor
 
 def _resolve(group: str) -> "dist.ProcessGroup":
     """The group of that name. The operator takes the name, since a schema has no process groups."""
-    # It is resolved in C++, by the name from ranks_of. Not every version of torch has the type of names.
+    # It is resolved in C++, by the name from ranks_of. Not every version of torch has a type for group names.
     return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]

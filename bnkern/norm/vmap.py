@@ -100,7 +100,10 @@ class _Forward(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """dx, dweight and dbias from g, the gradient before the activation. An absent weight is 1, an absent bias 0."""
+    """dx, dweight and dbias from g, the gradient before the activation.
+
+    An absent weight is 1, and an absent bias is 0.
+    """
 
     @staticmethod
     def forward(g, x, weight, bias, mean, invstd, training, eps, backend):
@@ -127,8 +130,8 @@ class _Backward(torch.autograd.Function):
             return reference.differentiable_backward(call, ctx.eps)[:3]
 
         scale = torch.ones_like(mean) if weight is None else weight
-        of_g, of_x, of_weight = torch.func.vjp(formula, g, x, scale)[1](ddgrads)
-        return of_g, of_x, None if weight is None else of_weight, *[None] * 6
+        grad_g, grad_x, grad_weight = torch.func.vjp(formula, g, x, scale)[1](ddgrads)
+        return grad_g, grad_x, None if weight is None else grad_weight, *[None] * 6
 
     @staticmethod
     def vmap(info, in_dims, *arguments):

@@ -43,7 +43,7 @@ class Input {
     int code = 0;
     while (code < 4 && !(dlpack::kTypes[code] == tensor_.dtype)) ++code;
     dtype_ = static_cast<DType>(code);
-    return code < 4 && readable(tensor_, layout_) && count() * channels() != 0 && on_known_device();
+    return code < 4 && readable(tensor_, layout_) && count() * channels() != 0 && on_supported_device();
   }
 
   const Tensor& tensor() const { return tensor_; }
@@ -109,7 +109,7 @@ class Input {
   }
 
  private:
-  bool on_known_device() const { return on_cpu() || tensor_.device.type == dlpack::kCuda; }
+  bool on_supported_device() const { return on_cpu() || tensor_.device.type == dlpack::kCuda; }
   bool readable(const Tensor& t, Layout& layout) const {
     return view_layout(t.ndim, t.shape, t.strides, layout) && reachable(layout);
   }
@@ -169,10 +169,10 @@ class Results {
     return data;
   }
   void find_strides() {
-    const Object found = output_strides(x_.tensor());
+    const Object strides = output_strides(x_.tensor());
     const int ndim = x_.tensor().ndim;
     strides_ = std::make_unique<std::int64_t[]>(ndim);
-    for (int axis = 0; axis < ndim; ++axis) strides_[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(found.get(), axis));
+    for (int axis = 0; axis < ndim; ++axis) strides_[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.get(), axis));
   }
 
   const Input& x_;
@@ -218,12 +218,12 @@ bool read_activation(PyObject* act, Activation& result) {
 
 // Whether a call that was not validated is certainly valid by the rules of check_call in validation.py. If this returns
 // false, the call may be valid or not.
-bool plainly_valid(PyObject* call, const Fields<F>& field, const Input& x) {
+bool certainly_valid(PyObject* call, const Fields<F>& field, const Input& x) {
   PyObject *const momentum = field[F::momentum], *const eps = field[F::eps];
   const bool training = field(F::training), tracked = field[F::running_mean] != Py_None;
   if (!PyBool_Check(field[F::training]) || !PyFloat_CheckExact(eps)) return false;
-  const double least = PyFloat_AS_DOUBLE(eps);
-  if (!(least > 0 || (least == 0 && !training))) return false;
+  const double eps_value = PyFloat_AS_DOUBLE(eps);
+  if (!(eps_value > 0 || (eps_value == 0 && !training))) return false;
   if (!PyFloat_CheckExact(momentum) &&
       !(momentum == Py_None && (!training || !tracked || field[F::num_batches_tracked] != Py_None)))
     return false;
@@ -246,7 +246,7 @@ bool has_mask(const Fields<F>& field, const Forward& p) {
   return field(F::save_mask) && p.act != Activation::none && p.residual;
 }
 
-// forward(call, validated) -> (y, mean, invstd, mask), or None. A call that was not validated must be plainly_valid().
+// forward(call, validated) -> (y, mean, invstd, mask), or None. Other calls must be certainly_valid().
 PyObject* forward(PyObject* const* args) {
   check_forward_call(args[0]);
   const Fields<F> field(args[0]);
@@ -255,19 +255,19 @@ PyObject* forward(PyObject* const* args) {
   if (!read_forward(field, x, p) || !x.read_channels(field[F::running_mean], p.running_mean) ||
       !x.read_channels(field[F::running_var], p.running_var) ||
       !x.read_run(field[F::num_batches_tracked], dlpack::kInt64, 1, p.counter) ||
-      (args[1] != Py_True && !plainly_valid(args[0], field, x)))
+      (args[1] != Py_True && !certainly_valid(args[0], field, x)))
     Py_RETURN_NONE;
   p.moments = field(F::training), p.normalize = true;
   p.cumulative = field[F::momentum] == Py_None;
   p.momentum = p.cumulative ? 0.0 : number(field[F::momentum]);
   p.eps = number(field[F::eps]);
-  Object found[4];
+  Object outputs[4];
   Results results(x);
-  p.y = results.alike(found[0]);
-  if (p.moments || p.running_mean) p.mean = results.statistic(found[1]), p.spread = results.statistic(found[2]);
-  if (has_mask(field, p)) p.mask = results.mask(found[3]);
+  p.y = results.alike(outputs[0]);
+  if (p.moments || p.running_mean) p.mean = results.statistic(outputs[1]), p.spread = results.statistic(outputs[2]);
+  if (has_mask(field, p)) p.mask = results.mask(outputs[3]);
   launch(x, p);
-  return tuple_of(found);
+  return tuple_of(outputs);
 }
 
 // moments(x) -> (mean, M2), or None
@@ -276,11 +276,11 @@ PyObject* moments(PyObject* const* args) {
   if (!x.read_from(args[0])) Py_RETURN_NONE;
   Forward p{};
   p.shape = x.shape(), p.dtype = x.dtype(), p.x = x.view(), p.moments = true;
-  Object found[2];
+  Object outputs[2];
   Results results(x);
-  p.mean = results.statistic(found[0]), p.spread = results.statistic(found[1]);
+  p.mean = results.statistic(outputs[0]), p.spread = results.statistic(outputs[1]);
   launch(x, p);
-  return tuple_of(found);
+  return tuple_of(outputs);
 }
 
 // normalize(call, mean, invstd) -> (y, mask), or None
@@ -292,12 +292,12 @@ PyObject* normalize(PyObject* const* args) {
   if (!read_forward(field, x, p) || !x.read_statistic(args[1], p.mean) || !x.read_statistic(args[2], p.spread))
     Py_RETURN_NONE;
   p.normalize = true;
-  Object found[2];
+  Object outputs[2];
   Results results(x);
-  p.y = results.alike(found[0]);
-  if (has_mask(field, p)) p.mask = results.mask(found[1]);
+  p.y = results.alike(outputs[0]);
+  if (has_mask(field, p)) p.mask = results.mask(outputs[1]);
   launch(x, p);
-  return tuple_of(found);
+  return tuple_of(outputs);
 }
 
 // ---------------------------------------------------------------------------------------------- the backward
@@ -337,18 +337,18 @@ PyObject* backward(PyObject* const* args) {
   const Needs need = needs_of(field[B::needs]);
   if (!read_backward(field, x, p)) Py_RETURN_NONE;
   if (!need.x) p.record_gradient = nullptr;
-  Object found[4];
+  Object outputs[4];
   Results results(x);
-  if (need.x) p.dx = results.alike(found[0]);
-  if (need.weight) p.dweight = {results.channels(found[1], p.weight.dtype), p.weight.dtype};
-  if (need.bias) p.dbias = {results.channels(found[2], p.bias.dtype), p.bias.dtype};
-  if (need.residual) p.dresidual = results.alike(found[3]);
+  if (need.x) p.dx = results.alike(outputs[0]);
+  if (need.weight) p.dweight = {results.channels(outputs[1], p.weight.dtype), p.weight.dtype};
+  if (need.bias) p.dbias = {results.channels(outputs[2], p.bias.dtype), p.bias.dtype};
+  if (need.residual) p.dresidual = results.alike(outputs[3]);
   // Only dx needs the batch statistics' terms. If dx is not requested, skip them and the sums that they need.
   p.training = field(B::training) && need.x;
   p.sums = need.weight || need.bias || p.training || p.record_affine;
   p.input = need.x || need.residual;
   if (p.sums || p.input) launch(x, p);
-  return tuple_of(found);
+  return tuple_of(outputs);
 }
 
 // grad_sums(call) -> (sum g, sum g * xhat), or None
@@ -359,11 +359,11 @@ PyObject* grad_sums(PyObject* const* args) {
   if (!read_backward(Fields<B>(args[0]), x, p)) Py_RETURN_NONE;
   p.record_gradient = nullptr;
   p.sums = p.training = true;
-  Object found[2];
+  Object outputs[2];
   Results results(x);
-  p.sum_dy = results.statistic(found[0]), p.sum_dy_xhat = results.statistic(found[1]);
+  p.sum_dy = results.statistic(outputs[0]), p.sum_dy_xhat = results.statistic(outputs[1]);
   launch(x, p);
-  return tuple_of(found);
+  return tuple_of(outputs);
 }
 
 // grad_input(call, sum g, sum g * xhat) -> (dx, dresidual), or None. The sums are None in eval mode.
@@ -378,28 +378,29 @@ PyObject* grad_input(PyObject* const* args) {
   p.record_affine = nullptr;
   if (!need.x) p.record_gradient = nullptr;
   p.input = true, p.training = p.sum_dy;
-  Object found[2];
+  Object outputs[2];
   Results results(x);
-  if (need.x) p.dx = results.alike(found[0]);
-  if (need.residual) p.dresidual = results.alike(found[1]);
+  if (need.x) p.dx = results.alike(outputs[0]);
+  if (need.residual) p.dresidual = results.alike(outputs[1]);
   if (need.x || need.residual) launch(x, p);
-  return tuple_of(found);
+  return tuple_of(outputs);
 }
 
-// ---------------------------------------------------------------------------------------------- for the tests
+// ---------------------------------------------------------------------------------------------- the definitions
 
-Object words(std::initializer_list<const char*> names) {
+Object names_of(std::initializer_list<const char*> names) {
   Object tuple = checked(PyTuple_New(static_cast<Py_ssize_t>(names.size())));
   Py_ssize_t i = 0;
   for (const char* name : names) PyTuple_SET_ITEM(tuple.get(), i++, checked(PyUnicode_FromString(name)).release());
   return tuple;
 }
 
-// fields() -> the names of the fields of ForwardCall and BackwardCall and of the activations, as C++ defines them
+// fields() -> the names of the fields of ForwardCall and BackwardCall and of the activations, as C++ defines them.
+// bnkern/backends/native.py compares them with its own.
 PyObject* fields(PyObject* const*) {
 #define BNKERN_NAME(name) #name,
-  Object lists[] = {words({BNKERN_FORWARD_FIELDS(BNKERN_NAME)}), words({BNKERN_BACKWARD_FIELDS(BNKERN_NAME)}),
-                    words({BNKERN_ACTIVATIONS(BNKERN_NAME)})};
+  Object lists[] = {names_of({BNKERN_FORWARD_FIELDS(BNKERN_NAME)}), names_of({BNKERN_BACKWARD_FIELDS(BNKERN_NAME)}),
+                    names_of({BNKERN_ACTIVATIONS(BNKERN_NAME)})};
 #undef BNKERN_NAME
   return tuple_of(lists);
 }

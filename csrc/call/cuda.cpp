@@ -27,7 +27,7 @@ void on_stream(PyObject* like, const dlpack::Device& device, Queue queue) {
   const auto stream = reinterpret_cast<std::uintptr_t>(current_stream(like, device));
   std::string error;
   {
-    const Released other_threads;
+    const Released without_gil;
     const OnDevice current(device.id);
     error = queue(stream);
   }
@@ -39,7 +39,7 @@ template <class Call, class CudaCall>
 void launch(Call& call, PyObject* x, const dlpack::Device& device, std::string (*queue)(CudaCall, std::uintptr_t)) {
   const auto registered = registered_devices().find(device.id);
   if (registered == registered_devices().end())
-    throw std::runtime_error("cuda:" + std::to_string(device.id) + " is not known to the native module");
+    throw std::runtime_error("cuda:" + std::to_string(device.id) + " was not registered with the native module");
   const Shape& shape = call.shape;
   const std::int64_t width = call.dtype == DType::kFloat64 ? 8 : call.dtype == DType::kFloat32 ? 4 : 2;
   const bool single = shape.n * shape.c * shape.s * width >= registered->second.single_read_from;

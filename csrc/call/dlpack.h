@@ -1,5 +1,5 @@
-// The required part of DLPack's ABI (version 1): the description of a tensor, the structure that turns own memory into
-// a tensor of torch, and the table of C functions that read and make torch's tensors. No header of torch or DLPack is
+// The required part of DLPack's ABI (version 1): the description of a tensor, the structure by which torch takes over
+// memory as a tensor, and the table of C functions that read and make torch's tensors. No header of torch or DLPack is
 // needed, because the ABI is stable within a major version.
 #pragma once
 

@@ -39,7 +39,7 @@ inline Object checked(PyObject* object) {
   return Object(object);
 }
 
-// Releases the GIL, so other Python threads run at the same time.
+// Releases the GIL while the object exists, so other Python threads run at the same time.
 class Released {
  public:
   Released() : state_(PyEval_SaveThread()) {}
@@ -55,7 +55,7 @@ class Released {
 template <class Call>
 [[gnu::noinline]] void run_released(void (*kernel)(const Call&), const Call& call) {
   {
-    const Released others;
+    const Released without_gil;
     kernel(call);
   }
   asm volatile("");  // prevents a tail call, so the function ends with a return

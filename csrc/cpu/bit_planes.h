@@ -16,7 +16,8 @@ constexpr std::int64_t kWordBits = 64;
 constexpr std::int64_t kWords = 8;           // the length of a plane is a multiple of this
 constexpr std::int64_t kPrefetchImages = 2;  // the prefetch distance, in rows of one image
 
-// Whether the machine has vpermi2b and vgf2p8affineqb. They too are written in assembly.
+// Whether the machine has vpermi2b and vgf2p8affineqb. Not every machine with AVX-512 has them, so they are written in
+// assembly, and the compiler cannot use them elsewhere.
 inline bool has_native_transpose() {
 #if defined(__AVX512F__)
   static const bool native =
@@ -147,11 +148,11 @@ Contents make_planes(const Image& t, const Rectangle& block, const Lattice& latt
   std::uint16_t *const column_marks = marks, *const runs = marks + 2 * lattice.read_columns;
   const bool shift_taps = lattice.column_step == 1 && t.w == lattice.columns && planes.taps < kWordBits;
   const bool native = has_native_transpose();
-  const std::int64_t first_made = shift_taps ? lattice.padding : 0;
-  const std::int64_t end_made = shift_taps ? first_made + 1 : planes.taps;
+  const std::int64_t first_tap = shift_taps ? lattice.padding : 0;
+  const std::int64_t end_tap = shift_taps ? first_tap + 1 : planes.taps;
   const std::int64_t padding = shift_taps ? 0 : lattice.padding, read_columns = shift_taps ? t.w : lattice.read_columns;
-  // The words of a row for 16 channels, with zeros before and after them. Then, for each tap, the columns that are
-  // inside of their image.
+  // The words of a row for 16 channels, with zeros before and after them. Behind them, for each tap, the columns that
+  // are inside of their image.
   Bits *const words = transposed + kLanes, *const inside = words + (planes.row_words + 1) * kLanes;
   std::fill(transposed, words, Bits{0});
   std::fill(inside - kLanes, inside + planes.taps * planes.row_words, Bits{0});
@@ -200,7 +201,7 @@ Contents make_planes(const Image& t, const Rectangle& block, const Lattice& latt
           const Prefetch ahead = Prefetch::of<T>(t, block.image + next % block.images, first + c,
                                                  row + next / block.images * lattice.row_step, -padding);
           if (shift_taps) {
-            present = runs + first_made * run + image * lattice.columns;
+            present = runs + first_tap * run + image * lattice.columns;
             negative = present + planes.taps * run;
           }
           if (t.stride_c == 1 && width == kLanes && row >= 0 && row < t.h) {
@@ -226,7 +227,7 @@ Contents make_planes(const Image& t, const Rectangle& block, const Lattice& latt
             if (!shift_taps) settle(present, negative, 0, read_columns);
           }
           for (std::int64_t sign = 0; !shift_taps && sign < 2; ++sign)
-            for (std::int64_t tap = first_made; tap < end_made; ++tap) {
+            for (std::int64_t tap = first_tap; tap < end_tap; ++tap) {
               const std::uint16_t* const from = column_marks + sign * read_columns + tap;
               std::uint16_t* const to = runs + (sign * planes.taps + tap) * run + image * lattice.columns;
               if (lattice.column_step == 1)
@@ -235,13 +236,13 @@ Contents make_planes(const Image& t, const Rectangle& block, const Lattice& latt
                 for (std::int64_t w = 0; w < lattice.columns; ++w) to[w] = from[w * lattice.column_step];
             }
         }
-        if (shift_taps) settle(runs + first_made * run, runs + (planes.taps + first_made) * run, 0, filled);
-        if (row_negative && !any_negative) {  // the first row with one: clears the rows without negative values
+        if (shift_taps) settle(runs + first_tap * run, runs + (planes.taps + first_tap) * run, 0, filled);
+        if (row_negative && !any_negative) {  // the first row with a negative value: clears all rows
           std::fill_n(out + planes.size(), planes.size(), Bits{0});
           any_negative = true;
         }
         for (std::int64_t sign = 0; sign < (row_negative ? 2 : 1); ++sign)
-          for (std::int64_t tap = first_made; tap < end_made; ++tap) {
+          for (std::int64_t tap = first_tap; tap < end_tap; ++tap) {
             Bits* const to = out + sign * planes.size() + r * planes.row_words;
             for (std::int64_t word = 0; word < planes.row_words; ++word) {
               Bits* const from = words + word * kLanes;

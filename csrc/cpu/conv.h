@@ -63,7 +63,8 @@ inline Pieces blocks_of(const ConvGradSigns& p, const Rectangle& chunk, std::int
 inline std::int64_t x_rows(const ConvGradSigns& p, std::int64_t rows) { return (rows - 1) * p.stride_h + p.kernel_h; }
 inline std::int64_t x_columns(const ConvGradSigns& p) { return (p.dy.w - 1) * p.stride_w + p.kernel_w; }
 
-// The number of outputs of a task: all outputs if there are at least as many chunks as threads. It changes no bits.
+// The number of outputs of a task: all outputs if there are at least as many chunks as threads. Results do not depend
+// on it.
 inline std::int64_t outputs_per_task(const ConvGradSigns& p, std::int64_t chunks) {
   const std::int64_t parts = divide_up(2 * p.threads, chunks);
   return chunks >= p.threads ? p.dy.c : round_up(divide_up(p.dy.c, parts), kLanes);

@@ -181,8 +181,8 @@ class Conv3x3Gradient final : public Summation {
 
 std::unique_ptr<Summation> conv3x3_gradient(const ConvGradSigns& p, bool absolute) {
   check_channels(p.x.c, p.dy.c);
-  for (const std::int64_t one : {p.stride_h, p.stride_w, p.padding_h, p.padding_w, p.kernel_h - 2, p.kernel_w - 2})
-    if (one != 1) throw std::invalid_argument("conv3x3: the kernel must be 3 x 3, stride and padding 1");
+  for (const std::int64_t value : {p.stride_h, p.stride_w, p.padding_h, p.padding_w, p.kernel_h - 2, p.kernel_w - 2})
+    if (value != 1) throw std::invalid_argument("conv3x3: the kernel must be 3 x 3, stride and padding 1");
   for (const Image* t : {&p.x, &p.dy}) {
     const bool dense = t->stride_c == 1 && (t->w == 1 || t->stride_w == t->c) &&
                        (t->h == 1 || t->stride_h == t->w * t->c) && (t->n == 1 || t->stride_n == t->h * t->w * t->c);

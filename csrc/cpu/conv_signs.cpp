@@ -132,8 +132,8 @@ BNKERN_INLINE void totals(const Wide* counters, std::int64_t* to) {
 // [4][2].
 constexpr std::int64_t kTileOutputs = 4, kTileChannels = 2, kTileSize = 8;
 
-// Adds to a tile of sign_sum and of nonzero if they are not null. kAlike: the same values are present in all outputs,
-// as without zeros in the gradient, and they are counted once. kPositive: x has no negative value.
+// Adds to a tile of sign_sum and of nonzero if they are not null. kAlike: the values of all outputs are present at the
+// same positions, for example if the gradient has no zeros. They are counted once. kPositive: x has no negative value.
 template <class Wide, bool kAlike, bool kPositive, int kO, int kI>
 BNKERN_INLINE void count_tile(const Operand& dy, const Operand& x, std::int64_t words, std::int32_t* sign_sum,
                               std::int32_t* nonzero) {
@@ -176,7 +176,8 @@ BNKERN_INLINE void count_tile(const Operand& dy, const Operand& x, std::int64_t 
   if (sign_sum) add(sign_sums, sign_sum);
 }
 
-// Counts the tiles of several outputs. `step` is the distance between the results of one four outputs and the next.
+// Counts the tiles of several outputs. `step` is the distance between the results of two adjacent tiles of four
+// outputs.
 template <class Wide, bool kAlike, bool kPositive, int kI>
 void count_outputs(const Operand& dy, const Operand& x, std::int64_t words, std::int64_t outputs, std::int64_t step,
                    std::int32_t* sign_sum, std::int32_t* nonzero) {
@@ -334,7 +335,8 @@ class ConvSigns final : public Summation {
   }
 
   const ConvGradSigns p_;
-  const std::int64_t area_, fours_, pairs_, size_;  // of a kernel; the numbers of tiles; of a chunk's partial result
+  // The area of a kernel, the numbers of tiles along outputs and channels, and the size of a chunk's partial result.
+  const std::int64_t area_, fours_, pairs_, size_;
   const Pieces chunks_;
   const std::int64_t outputs_;  // of a task
   const PoolSpace pool_;

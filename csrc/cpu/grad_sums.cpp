@@ -82,7 +82,7 @@ BNKERN_INLINE void rows_tile(const Partition& part, const Tensors<T>& t, const C
   A* const sums = zeroed_scratch<A>(2 * vectors);
   A* const products = sums + vectors;
 
-  const auto one = [&](const Span& span) __attribute__((always_inline)) {
+  const auto add_row = [&](const Span& span) __attribute__((always_inline)) {
     const Row row(part, t, k, span);
     const auto add = [&](std::int64_t i, int n) __attribute__((always_inline)) {
       const V xhat = row.xhat(i, n), g = row.g(i, xhat, n);
@@ -98,7 +98,7 @@ BNKERN_INLINE void rows_tile(const Partition& part, const Tensors<T>& t, const C
     for (; i + kLanes <= span.length; i += kLanes) add(i, kLanes);
     if (i < span.length) add(i, static_cast<int>(span.length - i));
   };
-  const auto four = [&](const Span* spans) __attribute__((always_inline)) {
+  const auto add_four_rows = [&](const Span* spans) __attribute__((always_inline)) {
     const Row r0(part, t, k, spans[0]), r1(part, t, k, spans[1]), r2(part, t, k, spans[2]), r3(part, t, k, spans[3]);
     for (std::int64_t i = 0; i < channels; i += kLanes) {
       const V x0 = r0.xhat(i), x1 = r1.xhat(i), x2 = r2.xhat(i), x3 = r3.xhat(i);
@@ -114,7 +114,7 @@ BNKERN_INLINE void rows_tile(const Partition& part, const Tensors<T>& t, const C
       }
     }
   };
-  for_rows(part, group, tile, four, one);
+  for_rows(part, group, tile, add_four_rows, add_row);
   for (std::int64_t c = 0; c < channels; ++c) out[kSumDy][c] = sums[c], out[kSumDyXhat][c] = products[c];
 }
 

@@ -12,13 +12,13 @@ namespace bnkern::BNKERN_ISA {
 // in cache, and f is called instead of inlined. To inline 16 scalar lanes would multiply the size of the code. The
 // order of additions is the same.
 template <class F>
-__attribute__((noinline)) void called(F f) {
+__attribute__((noinline)) void call_not_inlined(F f) {
   f();
 }
 template <class A, class F>
 BNKERN_INLINE void compactly(F f) {
   if constexpr (kArrayVec<A>)
-    called(f);
+    call_not_inlined(f);
   else
     f();
 }
@@ -122,7 +122,7 @@ BNKERN_INLINE void write_tile(const Partition& part, const Tensors<T>& t, const 
     });
     tally.fold(sums);
   } else {
-    const auto one = [&](const Span& span) __attribute__((always_inline)) {
+    const auto write_row = [&](const Span& span) __attribute__((always_inline)) {
       write_span(span, [&](std::int64_t i, const Packed<T>& written, int n) __attribute__((always_inline)) {
         Tally tally{Tally::load(sums, i)};
         add(tally, written, n);
@@ -132,9 +132,9 @@ BNKERN_INLINE void write_tile(const Partition& part, const Tensors<T>& t, const 
     // Writes rows as without a record, and adds them up in a second pass, while they are in the first-level cache. This
     // needs far fewer registers than to write and add four rows at once. Values that are stored past the caches are
     // added when they are written.
-    const auto four = [&](const Span* spans) __attribute__((always_inline)) {
+    const auto write_four_rows = [&](const Span* spans) __attribute__((always_inline)) {
       if (t.stream) {
-        for (int r = 0; r < 4; ++r) one(spans[r]);
+        for (int r = 0; r < 4; ++r) write_row(spans[r]);
         return;
       }
 #pragma GCC unroll 1
@@ -148,7 +148,7 @@ BNKERN_INLINE void write_tile(const Partition& part, const Tensors<T>& t, const 
         tally.store(sums, i);
       }
     };
-    for_rows(part, group, tile, four, one);
+    for_rows(part, group, tile, write_four_rows, write_row);
   }
 }
 

@@ -1,6 +1,6 @@
 // Winograd's F(2 x 2, 3 x 3): 2 x 2 outputs of a 3 x 3 convolution of stride 1, computed from 4 x 4 inputs with 16
 // products. The definition needs 36 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016). Let g
-// be the weight, d the inputs and y the outputs of a tile. Without the sums over channels:
+// be the weight, d the inputs and y the outputs of a tile. M' is the transpose of M. Without the sums over channels:
 //
 //   y = A' [(G g G') . (B' d B)] A,   and so for gradients   dg = G' [(B' d B) . (A dy A')] G,
 //
@@ -41,8 +41,8 @@ struct Bands {
   std::int64_t tiles() const { return round_up(rows * across, kBandTiles); }  // including those that fill up a group
   std::int64_t first(std::int64_t band) const { return band * rows; }
   std::int64_t last(std::int64_t band) const { return std::min(n * down, (band + 1) * rows); }
-  // The distance between two elements of a tile in a buffer with this number of channels. It is not a power of two,
-  // because then all elements of a tile would share a few sets of the cache.
+  // The distance between two elements of a tile in a buffer with this number of channels. kLanes is added, because a
+  // power of two would place all elements of a tile in a few sets of the cache.
   std::int64_t pitch(std::int64_t channels) const { return tiles() * channels + kLanes; }
 };
 

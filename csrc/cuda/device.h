@@ -344,7 +344,7 @@ inline WorkspaceSize workspace_size(std::int64_t groups, std::int64_t parts, std
 
 // ------------------------------------------------------------------------------------------------ statistics
 
-// What a call reads of the state that it updates. It is read before other blocks are waited for.
+// The part of the updated state that a call also reads. It is read before the block waits for other blocks.
 struct State {
   double momentum;  // the weight of this batch
   std::int64_t counter;
@@ -362,8 +362,8 @@ BNKERN_DEVICE State read_state(const Forward& p, std::int64_t c) {
 BNKERN_DEVICE void update_counter(const Forward& p, const Workspace& space, const State& state, unsigned group,
                                   unsigned groups) {
   if (!p.counter) return;
-  const bool counts = p.cumulative ? last_of_blocks(space.counting, groups) : group == 0;
-  if (counts && threadIdx.x == 0) *p.counter = state.counter + 1;
+  const bool stores = p.cumulative ? last_of_blocks(space.counting, groups) : group == 0;
+  if (stores && threadIdx.x == 0) *p.counter = state.counter + 1;
 }
 
 // The statistics of a channel: the mean, and invstd in a call with normalize, or M2 otherwise.

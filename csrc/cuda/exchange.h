@@ -1,7 +1,7 @@
 // Every exchange of data between blocks. A block writes its partial result to global memory, passes one of the two
 // signals below, and then reads the results of the other blocks.
 //
-// A signal is a word of the workspace. Each kernel leaves it at the value it had before, so no launch has to clear it.
+// A signal is one word of the workspace. Every kernel leaves it ready for the next one, so no launch has to clear it.
 // Memory order comes from an addition with release and a load with acquire, or one addition with both, by a block's
 // first thread. A block barrier before and after it extends the order to the block's other threads.
 //

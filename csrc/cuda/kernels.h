@@ -39,12 +39,14 @@ struct CudaDevice {
   int multiprocessors;
   int shared_bytes;  // the limit for a block
   int threads;       // the limit for a block: 512, fewer on the host
-  // How many clusters of 2, 4 and 8 blocks run at once if each block has a multiprocessor for itself. This is less than
-  // the multiprocessors divided by the size, because a cluster is within one of their groups. 0 without capability 9.0.
+  // How many clusters of 2, 4 and 8 blocks run at once if each block has a multiprocessor for itself. This may be less
+  // than the number of multiprocessors divided by the size, because all blocks of a cluster run within one group of
+  // multiprocessors. 0 without capability 9.0.
   std::array<int, 3> clusters;
 };
 
-// Asks CUDA for CudaDevice::clusters of a device whose blocks can have `shared_bytes` of shared memory.
+// Computes CudaDevice::clusters, by queries of CUDA, for a device whose blocks can have `shared_bytes` of shared
+// memory.
 std::string count_clusters(int device, int shared_bytes, std::array<int, 3>& clusters);
 
 // Either two kernels that each read x, or one kernel that keeps on the chip as much of x as fits, until the statistics
@@ -89,8 +91,8 @@ std::string cuda_backward(CudaBackward p, std::uintptr_t stream);
 std::string forward_within(const CudaForward& p, std::uintptr_t stream);
 std::string backward_within(const CudaBackward& p, std::uintptr_t stream);
 
-// The size of the workspace that a call needs. Of the addresses only their alignment matters, and whether they are
-// null.
+// The size of the workspace that a call needs. It does not depend on the addresses, except on their alignment and on
+// which of them are null.
 WorkspaceSize forward_workspace(const CudaForward& p);
 WorkspaceSize backward_workspace(const CudaBackward& p);
 

@@ -1,7 +1,8 @@
-// The only functions that launch a kernel, and the device functions that are not C++. A .cu file includes no other CUDA
-// header. nvcc compiles these functions for the GPU. The host compiler compiles them for tests/backends/cuda_on_cpu,
-// which runs every thread of a kernel as a fiber. The sources are the same. Every function in PTX below has a host
-// version there, and so has every function of the CUDA runtime that launch.cu and workspaces.cu call.
+// The only functions that launch a kernel, and the device functions that standard C++ cannot express. A .cu file
+// includes no other CUDA header. nvcc compiles these functions for the GPU. The host compiler compiles them for
+// tests/backends/cuda_on_cpu, which runs every thread of a kernel as a fiber. The sources are the same. Every function
+// in PTX below has a host version there, and so has every function of the CUDA runtime that launch.cu and workspaces.cu
+// call.
 #pragma once
 
 #include <cstddef>

@@ -1,8 +1,9 @@
 // The plan of a tensor in planes: how it is divided among blocks and threads. A channel has N planes of S adjacent
 // elements. Eight adjacent elements are an octet, and the last octet of a plane may have fewer. A channel is divided
 // into parts, and each block processes one part. A part is divided into tiles, of which every thread has a few octets.
-// Neighbouring threads have adjacent octets, so the octets of one thread are as far apart as the block has threads. The
-// octets of a thread depend only on the sizes and the plan. Only the width of an access depends on alignment.
+// Neighbouring threads have adjacent octets, so two octets of one thread are as many octets apart as the block has
+// threads. The octets of a thread depend only on the sizes and the plan. Only the width of an access depends on
+// alignment.
 //
 // Offsets have 64 bits everywhere, which costs one instruction for each octet. The index of an octet in its channel has
 // 31 bits.
@@ -173,18 +174,19 @@ struct Tile {
     with_step<T, kWide>(
         step, [&](auto elements) { store_octet<elements.value>(address<T>(view, coord), octets[u], coord.elements); });
   }
-  // Store an octet to shared memory, and load it. In a slot, the 16 bytes of neighbouring threads are adjacent.
-  BNKERN_DEVICE void keep(int slot, int u) const {
+  // Stores an octet in shared memory, or loads it from there. In a slot, the 16 bytes of neighbouring threads are
+  // adjacent.
+  BNKERN_DEVICE void hold(int slot, int u) const {
 #pragma unroll
-    for (int word = 0; word < Octet<T>::kWords; ++word) *kept(slot, u, word) = octets[u].words[word];
+    for (int word = 0; word < Octet<T>::kWords; ++word) *held_word(slot, u, word) = octets[u].words[word];
   }
-  BNKERN_DEVICE void find(int slot, int u) {
+  BNKERN_DEVICE void load_held(int slot, int u) {
 #pragma unroll
-    for (int word = 0; word < Octet<T>::kWords; ++word) octets[u].words[word] = *kept(slot, u, word);
+    for (int word = 0; word < Octet<T>::kWords; ++word) octets[u].words[word] = *held_word(slot, u, word);
   }
 
  private:
-  static BNKERN_DEVICE Words* kept(int slot, int u, int word) {
+  static BNKERN_DEVICE Words* held_word(int slot, int u, int word) {
     const int before = (slot * kOctets<T> + u) * Octet<T>::kWords + word;
     return shared_memory<Words>(kReserved) + before * blockDim.x + threadIdx.x;
   }
@@ -194,27 +196,27 @@ struct Tile {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Chan's formula. It has no branches, because two of the three levels at which it is used are short of work for them.
+// Chan's formula, without branches. Two of the three levels that use it have too little other work to hide them.
 BNKERN_DEVICE Moments<float> merged(Moments<float> a, Moments<float> b) {
   const float count = a.count + b.count, share = divide_normal(b.count, count);
   Moments<float> both{count, a.mean, a.m2};
   chan_join(&both.mean, &both.m2, b.mean, b.m2, share, a.count * share);
   return b.count == 0 ? a : a.count == 0 ? b : both;
 }
-BNKERN_DEVICE Moments<float> from_lane(Moments<float> mine, int lanes) {
-  return {__shfl_down_sync(kAllLanes, mine.count, lanes), __shfl_down_sync(kAllLanes, mine.mean, lanes),
-          __shfl_down_sync(kAllLanes, mine.m2, lanes)};
+BNKERN_DEVICE Moments<float> from_lane(Moments<float> moments, int lanes) {
+  return {__shfl_down_sync(kAllLanes, moments.count, lanes), __shfl_down_sync(kAllLanes, moments.mean, lanes),
+          __shfl_down_sync(kAllLanes, moments.m2, lanes)};
 }
 // The same for sum g and sum g * xhat.
 BNKERN_DEVICE Pair merged(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
-BNKERN_DEVICE Pair from_lane(Pair mine, int lanes) {
-  return {__shfl_down_sync(kAllLanes, mine.first, lanes), __shfl_down_sync(kAllLanes, mine.second, lanes)};
+BNKERN_DEVICE Pair from_lane(Pair sums, int lanes) {
+  return {__shfl_down_sync(kAllLanes, sums.first, lanes), __shfl_down_sync(kAllLanes, sums.second, lanes)};
 }
 template <class A>
-BNKERN_DEVICE A merge_warp(A mine) {
+BNKERN_DEVICE A merge_warp(A value) {
 #pragma unroll 1
-  for (int lanes = 16; lanes > 0; lanes /= 2) mine = merged(mine, from_lane(mine, lanes));
-  return mine;
+  for (int lanes = 16; lanes > 0; lanes /= 2) value = merged(value, from_lane(value, lanes));
+  return value;
 }
 
 // Values that the threads of a block exchange, in shared memory before the tiles. A is Moments<float> or Pair.
@@ -229,13 +231,13 @@ static_assert(sizeof(Exchange<Moments<float>>) <= kExchanged);
 
 // Reduces the values of all threads of the block, which must have whole warps.
 template <class A>
-BNKERN_DEVICE A merge_block(A mine) {
+BNKERN_DEVICE A merge_block(A value) {
   A* const warps = shared_memory<Exchange<A>>()->warps;
-  mine = merge_warp(mine);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
+  value = merge_warp(value);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
-  if (threadIdx.x < 32) mine = merge_warp(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : A{});
-  return mine;
+  if (threadIdx.x < 32) value = merge_warp(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : A{});
+  return value;
 }
 
 // ---- records: the sums of a thread, which has values of one channel only
@@ -289,13 +291,14 @@ struct PlanesPlan {
   int threads, parts, tiles, held;
 };
 
-// Makes the plan. For one launch, the number of parts is that with the least estimated time, among 1 to kMostParts
-// parts that fit on the chip and have more than kLeast / 2 octets. The time is the number of waves in which the device
-// runs the clusters, multiplied by the time of one: the tiles of a thread, which take as long as the block has threads,
-// and kFixed for launch, latencies and the exchange. So 16 clusters of 8 blocks are chosen only if the device runs all
-// of them at once. If no number of parts fits and there are blocks for less than half of the multiprocessors, two
-// kernels with more parts run instead. The constants have not been tuned by measurements. `sums` is whether the call
-// has the first phase, and `tensors` is the number of tensors that this phase reads.
+// Makes the plan. For one launch, it chooses the number of parts with the least estimated time. It compares the numbers
+// up to kMostParts for which the parts fit on the chip and have more than kLeast / 2 octets. The time is the number of
+// waves in which the device runs the clusters, multiplied by the time of a wave. The time of a wave is the number of
+// tiles of a thread, multiplied by the number of threads, plus kFixed for launch, latencies and the exchange. So 16
+// clusters of 8 blocks are chosen only if the device runs all of them at once. If no number of parts fits and there are
+// blocks for less than half of the multiprocessors, two kernels with more parts run instead. The constants have not
+// been tuned by measurements. `sums` is whether the call has the first phase, and `tensors` is the number of tensors
+// that this phase reads.
 inline PlanesPlan plan_planes(const Shape& shape, std::size_t itemsize, int tensors, const CudaDevice& device,
                               Strategy strategy, bool sums) {
   const std::int64_t octets = shape.n * ((shape.s + 7) / 8), each = octets_of(itemsize);

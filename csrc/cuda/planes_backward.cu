@@ -37,13 +37,13 @@ struct Incoming {
   BNKERN_DEVICE void load_bits(const Backward& p, const Planes& planes, const OctetCoord& coord, int u) {
     if (p.act != Activation::none && p.mask && coord.elements) bits[u] = p.mask[mask_byte(planes, coord)];
   }
-  BNKERN_DEVICE void keep(int tile, int u) const {
-    dy.keep(2 * tile, u);
-    x.keep(2 * tile + 1, u);
+  BNKERN_DEVICE void hold(int tile, int u) const {
+    dy.hold(2 * tile, u);
+    x.hold(2 * tile + 1, u);
   }
-  BNKERN_DEVICE void find(int tile, int u) {
-    dy.find(2 * tile, u);
-    x.find(2 * tile + 1, u);
+  BNKERN_DEVICE void load_held(int tile, int u) {
+    dy.load_held(2 * tile, u);
+    x.load_held(2 * tile + 1, u);
   }
 
   // Returns g, the gradient before the activation, and computes xhat.
@@ -113,18 +113,18 @@ BNKERN_DEVICE void add_tile(ThreadRecord<GradientSums>& record, const OctetCoord
   record.add(addend);
 }
 
-// Computes the sums of a thread's tiles. `in` has the loads of the first tile in a wide kernel, and is the last tile
-// afterwards. Shared memory has the tiles that are held. An octet of the next tile is loaded as soon as the one before
-// it in the same registers is added. For a record, then(coords) adds a tile.
-template <bool kSingle, bool kRecord, class T, bool kWide, class Then>
+// Computes the sums of a thread's tiles. In a wide kernel the loads of the first tile to `in` have been issued before.
+// Afterwards `in` is the last tile, and shared memory has the tiles that are held. An octet of the next tile is loaded
+// as soon as the one before it in the same registers is added. For a record, record_tile(coords) adds a tile.
+template <bool kSingle, bool kRecord, class T, bool kWide, class RecordTile>
 BNKERN_DEVICE Pair sums_of_tiles(const Backward& p, const Planes& planes, int part, Incoming<T, kWide>& in,
-                                 const Affine& coefficients, Then then) {
+                                 const Affine& coefficients, RecordTile record_tile) {
   Pair sums{0, 0};
 #pragma unroll 1
   for (int tile = 0; tile < planes.tiles; ++tile) {
-    const auto keep_and_load_next = [&](int u) {
+    const auto hold_and_load_next = [&](int u) {
       if (tile + 1 == planes.tiles) return;
-      if (kSingle && planes.shared(tile)) in.keep(tile, u);
+      if (kSingle && planes.shared(tile)) in.hold(tile, u);
       if constexpr (kWide) in.load(p, planes, true, coord_of<T, kWide>(planes, part, tile + 1, u), u);
     };
     if constexpr (!kWide) in.load(p, planes, true, part, tile);
@@ -132,12 +132,12 @@ BNKERN_DEVICE Pair sums_of_tiles(const Backward& p, const Planes& planes, int pa
 #pragma unroll
     for (int u = 0; u < kOctets<T>; ++u) {
       add_octet(sums, p, in, coords.of[u], coefficients, u);
-      if constexpr (!kRecord) keep_and_load_next(u);
+      if constexpr (!kRecord) hold_and_load_next(u);
     }
     if constexpr (kRecord) {
-      then(coords);
+      record_tile(coords);
 #pragma unroll
-      for (int u = 0; u < kOctets<T>; ++u) keep_and_load_next(u);
+      for (int u = 0; u < kOctets<T>; ++u) hold_and_load_next(u);
     }
   }
   return sums;
@@ -164,17 +164,17 @@ BNKERN_DEVICE void write_octet(const Backward& p, const Planes& planes, const Oc
 
 // Writes the results of all tiles, from the last to the first. `in` is the last tile in a wide kernel, and in one of
 // both phases. An octet of the next tile is loaded as soon as the one before it in the same registers is written. For a
-// record, then(coords, dx) adds a tile.
-template <bool kSingle, bool kRecord, class T, bool kWide, class Then>
+// record, record_tile(coords, dx) adds a tile.
+template <bool kSingle, bool kRecord, class T, bool kWide, class RecordTile>
 BNKERN_DEVICE void write_tiles(const Backward& p, const Planes& planes, bool with_x, int part, Incoming<T, kWide>& in,
-                               const Affine& coefficients, const Centre& centre, Then then) {
+                               const Affine& coefficients, const Centre& centre, RecordTile record_tile) {
 #pragma unroll 1
   for (int tile = planes.tiles - 1; tile >= 0; --tile) {
     const auto load_next = [&](int u) {
       if (tile == 0) return;
       const OctetCoord coord = coord_of<T, kWide>(planes, part, tile - 1, u);
       if (kSingle && planes.shared(tile - 1)) {
-        in.find(tile - 1, u);
+        in.load_held(tile - 1, u);
         in.load_bits(p, planes, coord, u);
       } else if constexpr (kWide) {
         in.load(p, planes, with_x, coord, u);
@@ -190,7 +190,7 @@ BNKERN_DEVICE void write_tiles(const Backward& p, const Planes& planes, bool wit
       if constexpr (!kRecord) load_next(u);
     }
     if constexpr (kRecord) {
-      then(coords, dx);
+      record_tile(coords, dx);
 #pragma unroll
       for (int u = 0; u < kOctets<T>; ++u) load_next(u);
     }
@@ -221,11 +221,11 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   if constexpr (kSums) {
     if constexpr (kRecord) {
       ThreadRecord<AffineSums> record;
-      const bool wanted = records.affine.data != nullptr;
+      const bool requested = records.affine.data != nullptr;
       sums = sums_of_tiles<kSingle, true>(p, planes, part, in, coefficients, [&](const OctetCoords<T, kWide>& coords) {
-        if (wanted) add_tile(record, p, in, coords, coefficients);
+        if (requested) add_tile(record, p, in, coords, coefficients);
       });
-      if (wanted) record.publish(records.affine, part, channel);
+      if (requested) record.publish(records.affine, part, channel);
     } else {
       sums = sums_of_tiles<kSingle, false>(p, planes, part, in, coefficients, 0);
     }
@@ -243,20 +243,20 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       if (planes.parts > 1 && !last_of_blocks(space.arrivals + channel, planes.parts)) return;
     }
     if (threadIdx.x < 32) {
-      Pair mine{0, 0};
+      Pair total{0, 0};
       for (int k = threadIdx.x; k < planes.parts; k += 32) {
-        Pair one = shared->part;
+        Pair sums_of_part = shared->part;
         if constexpr (!kSingle) {
-          one = space.parts.at(k, channel);
+          sums_of_part = space.parts.at(k, channel);
         } else if (cluster) {
-          one = *of_cluster_block(&shared->part, k);
+          sums_of_part = *of_cluster_block(&shared->part, k);
         }
-        mine = merged(mine, one);
+        total = merged(total, sums_of_part);
       }
-      mine = merge_warp(mine);
+      total = merge_warp(total);
       if (threadIdx.x == 0) {
-        shared->result = mine;
-        if (!kSingle || part == 0) save_sums(p, channel, {mine.first, mine.second});
+        shared->result = total;
+        if (!kSingle || part == 0) save_sums(p, channel, {total.first, total.second});
       }
     }
     __syncthreads();
@@ -273,12 +273,12 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     const Centre centre{means.first, means.second, coefficients.weight * coefficients.invstd};
     if constexpr (kRecord) {
       ThreadRecord<GradientSums> record;
-      const bool wanted = records.gradient.data != nullptr;
+      const bool requested = records.gradient.data != nullptr;
       write_tiles<kSingle, true>(p, planes, with_x, part, in, coefficients, centre,
                                  [&](const OctetCoords<T, kWide>& coords, const Tile<T, kWide>& dx) {
-                                   if (wanted) add_tile(record, coords, dx);
+                                   if (requested) add_tile(record, coords, dx);
                                  });
-      if (wanted) record.publish(records.gradient, part, channel);
+      if (requested) record.publish(records.gradient, part, channel);
     } else {
       write_tiles<kSingle, false>(p, planes, with_x, part, in, coefficients, centre, 0);
     }

@@ -69,7 +69,7 @@ BNKERN_DEVICE Moments<float> moments_of_tiles(const Forward& p, const Planes& pl
     if (last) return total;
     if (kSingle && planes.shared(tile)) {
 #pragma unroll
-      for (int u = 0; u < kOctets<T>; ++u) x.keep(tile, u);
+      for (int u = 0; u < kOctets<T>; ++u) x.hold(tile, u);
     }
     if constexpr (kWide) x = next;
     coords = next_coords;
@@ -93,13 +93,13 @@ BNKERN_DEVICE float count_of(const Planes& planes, int part) {
 // threads of the first warp must call it, and the first thread has the result.
 template <class T, class F>
 BNKERN_DEVICE Moments<double> merge_parts(const Planes& planes, float pivot, F published) {
-  Moments<float> mine{0, 0, 0};
+  Moments<float> total{0, 0, 0};
   for (int part = threadIdx.x; part < planes.parts; part += 32) {
-    const Pair one = published(part);
-    mine = merged(mine, {count_of<T>(planes, part), one.first, one.second});
+    const Pair moments = published(part);
+    total = merged(total, {count_of<T>(planes, part), moments.first, moments.second});
   }
-  mine = merge_warp(mine);
-  return {planes.count.values, static_cast<double>(pivot) + mine.mean, mine.m2};
+  total = merge_warp(total);
+  return {planes.count.values, static_cast<double>(pivot) + total.mean, total.m2};
 }
 
 // Computes and writes octet u of y and its byte of the mask. `y` receives the values as they are stored.
@@ -124,17 +124,17 @@ BNKERN_DEVICE void write_octet(const Forward& p, const Planes& planes, const Oct
 // Writes y of all tiles, from the last to the first. In a wide kernel `x` and `residual` are those of the last tile,
 // and an octet of the next tile is loaded as soon as the one before it in the same registers is written. A narrow
 // kernel loads a tile where it is used, because a second copy of its loads would be long. If it computes both phases,
-// `x` is the last tile. For a record, then(coords, y) adds a tile.
-template <bool kSingle, bool kRecord, class T, bool kWide, class Then>
+// `x` is the last tile. For a record, record_tile(coords, y) adds a tile.
+template <bool kSingle, bool kRecord, class T, bool kWide, class RecordTile>
 BNKERN_DEVICE void write_tiles(const Forward& p, const Planes& planes, int part, Tile<T, kWide>& x,
-                               Tile<T, kWide>& residual, const Affine& coefficients, Then then) {
+                               Tile<T, kWide>& residual, const Affine& coefficients, RecordTile record_tile) {
 #pragma unroll 1
   for (int tile = planes.tiles - 1; tile >= 0; --tile) {
     const auto load_next = [&](int u) {
       if (tile == 0) return;
       const OctetCoord coord = coord_of<T, kWide>(planes, part, tile - 1, u);
       if (kSingle && planes.shared(tile - 1))
-        x.find(tile - 1, u);
+        x.load_held(tile - 1, u);
       else if constexpr (kWide)
         x.load(p.x, planes.step, coord, u);
       if (kWide && p.residual) residual.load(p.residual, planes.step, coord, u);
@@ -151,7 +151,7 @@ BNKERN_DEVICE void write_tiles(const Forward& p, const Planes& planes, int part,
       if constexpr (!kRecord) load_next(u);
     }
     if constexpr (kRecord) {
-      then(coords, y);
+      record_tile(coords, y);
 #pragma unroll
       for (int u = 0; u < kOctets<T>; ++u) load_next(u);
     }
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const unsigned block = kMoments ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
   const int channel = static_cast<int>(planes.channel.divide(block)),
             part = static_cast<int>(block) - channel * planes.parts;
-  const bool keeps = !kSingle || part == 0;  // whether this block saves the statistics, if it joins the parts
+  const bool saves = !kSingle || part == 0;  // whether this block saves the statistics, if it joins the parts
   const bool cluster = kSingle && planes.parts > 1;
   select_channel<T>(p.x, channel);
   using Shared = Exchange<Moments<float>>;
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     // Everything that does not depend on other blocks is loaded while the block waits.
     if constexpr (kNormalize) load_coefficients_and_residual();
     State state{};
-    if (keeps) state = read_state(p, channel);
+    if (saves) state = read_state(p, channel);
     if constexpr (kSingle) {
       cluster ? wait_in_cluster() : __syncthreads();
     } else {
@@ -222,13 +222,13 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       if (threadIdx.x == 0) {
         const Statistics s = statistics_of(p, planes.count, all);
         shared->result = {s.mean, s.spread};
-        if (keeps) save_statistics(p, channel, planes.count, all, s, state);
+        if (saves) save_statistics(p, channel, planes.count, all, s, state);
       }
     }
     __syncthreads();
     // The other blocks may exit once this one has read their parts. This block waits for them at its end.
     if (cluster) arrive_in_cluster_relaxed();
-    if (keeps) update_counter(p, space, state, channel, p.shape.c);
+    if (saves) update_counter(p, space, state, channel, p.shape.c);
   } else {
     if constexpr (kWide) x.load(p.x, planes.step, OctetCoords<T, kWide>(planes, part, planes.tiles - 1));
     load_coefficients_and_residual();
@@ -248,12 +248,12 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       // The mean of the batch if this call computes it, otherwise the pivot.
       const float centre = p.moments ? coefficients.mean : pivot_of<T>(p.x, p.shape);
       ThreadRecord<ActivationSums> record;
-      const bool wanted = parts.data != nullptr;
+      const bool requested = parts.data != nullptr;
       write_tiles<kSingle, true>(p, planes, part, x, residual, coefficients,
                                  [&](const OctetCoords<T, kWide>& coords, const Tile<T, kWide>& y) {
-                                   if (wanted) add_tile(record, coords, x, y, centre);
+                                   if (requested) add_tile(record, coords, x, y, centre);
                                  });
-      if (wanted) {
+      if (requested) {
         record.publish(parts, part, channel);
         if (part == 0 && threadIdx.x == 0) parts.at(0, kCentre, channel) = centre;
       }

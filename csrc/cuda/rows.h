@@ -3,8 +3,8 @@
 // A block processes a group of channels and a split of the rows, which is `rows_per_split` consecutive rows. Its
 // threads form lanes of `columns` threads each. A thread processes the W channels of its column (8 or 1), so it can
 // keep their sums, and every lanes-th row of the split. A tile of a thread is UNROLL of its rows. All loads of a tile
-// are issued before the first value is used. Where a kernel uses one row of a tile after the other, it loads that row
-// of the next tile into the same registers at once, so the next tile is under way without registers of its own.
+// are issued before the first value is used. A kernel that uses the rows of a tile one after the other loads each row
+// of the next tile into the same registers as soon as they are free. So the next tile needs no registers of its own.
 //
 // W = 8 requires that C is a multiple of 8, and that strides and addresses are multiples of 16 bytes. Other tensors are
 // read one element at a time. Their elementwise results are written by threads that process eight consecutive elements
@@ -141,10 +141,10 @@ BNKERN_HD std::size_t shared_bytes(const RowsPlan& plan) {
 // adjacent, so one base address serves all of them. The distance between two threads is an odd number of words, so
 // neighbouring threads use different banks.
 template <class Sums, int W>
-constexpr int kTallied = static_cast<int>(sizeof(Sums) / sizeof(float)) * W | 1;
+constexpr int kTallySize = static_cast<int>(sizeof(Sums) / sizeof(float)) * W | 1;
 template <class Sums, int W>
 std::size_t tally_bytes(const RowsPlan& plan) {
-  return std::size_t{kTallied<Sums, W>} * plan.threads() * sizeof(float);
+  return std::size_t{kTallySize<Sums, W>} * plan.threads() * sizeof(float);
 }
 
 // Makes room for these sums in the shared memory of a block, which then holds fewer tiles. Nothing else of the plan
@@ -260,7 +260,7 @@ BNKERN_DEVICE void join_blocks(const RowsPlan& plan, int group, const RowsShared
 }
 
 // Whether octets of all these views can be loaded at once. Null views are ignored.
-inline bool by_octets(const Shape& shape, DType dtype, std::initializer_list<View> views) {
+inline bool can_read_octets(const Shape& shape, DType dtype, std::initializer_list<View> views) {
   const std::int64_t step = dtype == DType::kFloat32 ? 4 : 8;  // elements of 16 bytes
   return shape.c % 8 == 0 && std::all_of(views.begin(), views.end(), [&](const View& view) {
            return !view || (view.outer % step == 0 && reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0);
@@ -283,8 +283,8 @@ RowsPlan plan_rows(const Shape& shape, const CudaDevice& device, bool octets, bo
 
 // The grid of a kernel that processes eight consecutive elements at a time, regardless of their channels.
 inline dim3 flat_blocks(const Shape& shape, const CudaDevice& device) {
-  const std::int64_t wanted = divide_up(divide_up(shape.n * shape.s * shape.c, 8), device.threads);
-  return {static_cast<unsigned>(std::min<std::int64_t>(wanted, 8 * device.multiprocessors)), 1, 1};
+  const std::int64_t blocks = divide_up(divide_up(shape.n * shape.s * shape.c, 8), device.threads);
+  return {static_cast<unsigned>(std::min<std::int64_t>(blocks, 8 * device.multiprocessors)), 1, 1};
 }
 
 // W adjacent values of storage type.
@@ -305,10 +305,10 @@ struct Vector<T, 1> {
 // other thread reads them before publish(). add(j, sums) joins the sums of a few values of channel j.
 template <class Sums, int W>
 struct Tally {
-  float* mine;
+  float* sums;
 
   BNKERN_DEVICE explicit Tally(std::size_t offset)
-      : mine(shared_memory<float>(offset) + threadIdx.x * kTallied<Sums, W>) {
+      : sums(shared_memory<float>(offset) + threadIdx.x * kTallySize<Sums, W>) {
     const Sums none{};
 #pragma unroll
     for (int j = 0; j < W; ++j)
@@ -326,11 +326,11 @@ struct Tally {
     for (int i = static_cast<int>(threadIdx.x); i < kRows * plan.width; i += static_cast<int>(blockDim.x)) {
       const int row = i / plan.width, c = i % plan.width;
       if (first + c >= plan.channels) continue;
-      const float* const from = mine + (c / W - static_cast<int>(threadIdx.x)) * kTallied<Sums, W> + row * W + c % W;
+      const float* const from = sums + (c / W - static_cast<int>(threadIdx.x)) * kTallySize<Sums, W> + row * W + c % W;
       double all = from[0];
 #pragma unroll 8
       for (int lane = 1; lane < plan.lanes; ++lane)
-        all = joined<Sums, double>(row, from[lane * plan.columns * kTallied<Sums, W>], all);
+        all = joined<Sums, double>(row, from[lane * plan.columns * kTallySize<Sums, W>], all);
       parts.at(coord.split, row, first + c) = all;
     }
     __syncthreads();
@@ -338,9 +338,9 @@ struct Tally {
 
  private:
   static constexpr int kRows = sizeof(Sums) / sizeof(float);
-  BNKERN_DEVICE float& at(int row, int j) const { return mine[row * W + j]; }
+  BNKERN_DEVICE float& at(int row, int j) const { return sums[row * W + j]; }
 };
 
-struct NoTally {};  // of kernels without records
+struct NoTally {};  // for kernels without records
 
 }  // namespace bnkern

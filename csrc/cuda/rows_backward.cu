@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(512, 1)
 template <class T>
 RowsPlan plan_of(const CudaBackward& p) {
   const Backward& call = p.call;
-  const bool octets = by_octets(call.shape, call.dtype, {call.dy, call.x, call.dx, call.dresidual});
+  const bool octets = can_read_octets(call.shape, call.dtype, {call.dy, call.x, call.dx, call.dresidual});
   const bool single = p.strategy == Strategy::kSingleRead && call.sums && call.input;
   return plan_rows<T, 2>(call.shape, p.device, octets, single);
 }
@@ -371,10 +371,10 @@ std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
   static_assert(int(kGradientRows) == int(kAffineRows), "one tally's room serves for both");
   const std::size_t tally = plan.octets ? tally_bytes<AffineSums, 8>(plan) : tally_bytes<AffineSums, 1>(plan);
   if (record) {
-    // If the one kernel has not enough shared memory for its record, two kernels with the same plan run instead. They
-    // give the same bits.
+    // If a block of the one kernel does not have enough shared memory for the record, two kernels with the same plan
+    // run instead. They give the same bits.
     plan.single = plan.single && make_room(&plan, tally, p.device).empty();
-    if (std::string why = make_room(&plan, tally, p.device); !plan.single && !why.empty()) return why;
+    if (std::string reason = make_room(&plan, tally, p.device); !plan.single && !reason.empty()) return reason;
   }
   const dim3 blocks(plan.splits, plan.groups);
   const unsigned threads = plan.threads();
@@ -405,8 +405,8 @@ std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
       const Launch settings{"grad_input", flat_blocks(call.shape, p.device), unsigned(p.device.threads), 0, stream};
       error = launch(settings, rows_grad_input_flat_kernel<T>, call, plan.all, space);
       if (error.empty() && of_input) {
-        const Launch again{"record", blocks, threads, tally, stream};
-        error = launch(again, rows_gradient_kernel<T>, call, plan, records.gradient);
+        const Launch record_settings{"record", blocks, threads, tally, stream};
+        error = launch(record_settings, rows_gradient_kernel<T>, call, plan, records.gradient);
       }
     }
   }

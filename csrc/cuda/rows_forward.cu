@@ -85,8 +85,8 @@ BNKERN_DEVICE ThreadMoments<W> moments_of_rows(const Forward& p, const RowsPlan&
   }
 }
 
-// The value of the channel that this thread owns to which the means of all parts are relative. The means are then small
-// numbers, and their rounding to float32 costs nothing even if the mean is large.
+// The value to which the means of all parts are relative, for the channel that this thread owns. These means are small
+// numbers, so their rounding to float32 costs nothing even if the channel's mean is large.
 template <class T>
 BNKERN_DEVICE float origin_of(const Forward& p, const RowsPlan& plan, int group) {
   const int owned = plan.chains.owned();
@@ -360,18 +360,18 @@ __global__ void __launch_bounds__(512, 1)
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 8);
   const RowsShared shared(plan);
   const HeldTiles<T, kTile, 1> held{shared.tiles, plan.tiles_in_shared};
-  const bool keeps = coord.split == 0;  // whether this block saves the statistics
+  const bool saves = coord.split == 0;  // whether this block saves the statistics
   Vector<T, 8> tile[kTile], residual[kTile];
   const ThreadMoments<8> partial = moments_of_rows<T>(p, plan, coord, held, tile);
   const float origin = origin_of<T>(p, plan, coord.group);
   publish_moments(plan, coord, shared, space.parts, origin, partial);
   BlocksBarrier barrier(space.barriers + coord.group, plan.splits);
-  barrier.arrive(keeps);
+  barrier.arrive(saves);
   if (p.residual) load_tile(residual, p.residual, coord, plan.tiles - 1);
   for_channels(plan, coord.group,
                [&](int c, std::int64_t channel) { shared.coefficients[place<8>(plan, c)] = affine(p, channel, 0, 0); });
   State state{};
-  if (keeps) state = state_of_owned(p, plan, coord.group);
+  if (saves) state = state_of_owned(p, plan, coord.group);
   Moments<double> moments{};
   Statistics statistics{};
   barrier.wait();
@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(512, 1)
   __syncthreads();
   Affine coefficients[8];
   read_channels(plan, coord, shared.coefficients, coefficients);
-  if (keeps) {
+  if (saves) {
     const int owned = plan.chains.owned();
     const std::int64_t channel = std::int64_t(coord.group) * plan.width + owned;
     if (owned >= 0 && channel < plan.channels) save_statistics(p, channel, plan.all, moments, statistics, state);
@@ -396,13 +396,13 @@ __global__ void __launch_bounds__(512, 1)
   } else {
     write_tiles<T, false>(p, plan, coord, held, coefficients, tile, residual, NoTally{});
   }
-  if (keeps) update_counter(p, space, state, coord.group, plan.groups);
+  if (saves) update_counter(p, space, state, coord.group, plan.groups);
 }
 
 template <class T>
 RowsPlan plan_of(const CudaForward& p) {
   const Forward& call = p.call;
-  const bool octets = by_octets(call.shape, call.dtype, {call.x, call.residual, call.y});
+  const bool octets = can_read_octets(call.shape, call.dtype, {call.x, call.residual, call.y});
   const bool single = p.strategy == Strategy::kSingleRead && call.moments && call.normalize;
   return plan_rows<T, 1>(call.shape, p.device, octets, single);
 }
@@ -416,7 +416,7 @@ std::string forward_as(const CudaForward& p, std::uintptr_t stream) {
   const RecordSpace records = record_space(call, p.workspace, plan.splits);
   const std::size_t tally = plan.octets ? tally_bytes<ActivationSums, 8>(plan) : tally_bytes<ActivationSums, 1>(plan);
   if (record)
-    if (std::string why = make_room(&plan, tally, p.device); !why.empty()) return why;
+    if (std::string reason = make_room(&plan, tally, p.device); !reason.empty()) return reason;
   const dim3 blocks(plan.splits, plan.groups);
   const unsigned threads = plan.threads();
   const auto with_record = [&](std::string error) {

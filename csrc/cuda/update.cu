@@ -47,7 +47,7 @@ BNKERN_DEVICE void load_gradient(const T* p, std::int64_t valid, float (&values)
 __global__ void update_kernel(const UpdatePart p) {
   const std::int64_t i = p.first + (std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
   if (*p.stop != 0) return;
-  // The last segment that begins at `i` or before it. The first one does.
+  // Finds the last segment that begins at `i` or before it. The first segment always does.
   int segment = 0, end = p.segments;
   while (end - segment > 1) {
     const int middle = (segment + end) / 2;
@@ -65,7 +65,8 @@ __global__ void update_kernel(const UpdatePart p) {
     load_gradient(static_cast<const BFloat16*>(gradient) + (i - first), valid, g);
   else
     load_gradient(static_cast<const float*>(gradient) + (i - first), valid, g);
-  // Only this thread writes these octets, after it has read them.
+  // Octet::load() requires that the kernel does not write what it loads. Here only this thread writes these octets,
+  // after it has read them.
   const Octet<float> value = Octet<float>::load(p.values + i);
 #pragma unroll
   for (int j = 0; j < 8; ++j) v[j] = decayed_gradient(g[j], p.weight_decay, value[j]);

@@ -133,7 +133,7 @@ class Stream {
   }
 
   cudaError_t provide_captured(WorkspaceSize needed, unsigned long long capture, cudaGraph_t graph) {
-    if (capture != capture_) captured_ = {}, capture_ = capture;  // every capture has another number
+    if (capture != capture_) captured_ = {}, capture_ = capture;  // each capture has its own number
     if (holds(captured_.size, needed)) return cudaSuccess;
     const WorkspaceSize size = enlarged(captured_.size, needed, kLeastCaptured);
     CudaWorkspace fresh;

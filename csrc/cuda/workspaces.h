@@ -1,7 +1,8 @@
 // Ownership and lifetime of workspaces, the memory in which the blocks of a kernel exchange partial results.
 //
-// The calls on a stream use a workspace in sequence. The kernels of a call pass partial results on in it, and leave its
-// signals zero. So no kernel of another call may run in between, and each call queues all its kernels under a lock.
+// The calls on a stream use a workspace in sequence. The kernels of a call pass partial results to each other in it,
+// and leave its signals ready for the next call. So no kernel of another call may run in between, and each call queues
+// all its kernels under a lock.
 //
 // - Calls outside of captures share one workspace for each device and stream. It is never freed. A workspace that has
 //   become too small stays allocated too, because kernels may still use it and cudaFree would wait for the device.
@@ -13,9 +14,9 @@
 //   last launch has finished, the memory goes to the next capture that needs at most this size. It is never returned to
 //   CUDA. One node of the graph, a memset before the stream's first kernel, sets the signals to zero.
 //
-// The memory comes from cudaMalloc. At any time torch's allocator may use the private pool of a graph, and it would
-// give memory that is kept from such a pool to a tensor as well. (For the same reason torch clears cuBLAS's workspaces
-// around warm-ups.)
+// The memory comes from cudaMalloc and not from torch's allocator. At any time this allocator may use the private pool
+// of a graph. If a workspace were kept from such a pool, the allocator would give its memory to a tensor as well. (For
+// the same reason torch clears cuBLAS's workspaces around warm-ups.)
 #pragma once
 
 #include <functional>

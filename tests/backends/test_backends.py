@@ -171,7 +171,7 @@ def test_forced_backend_that_cannot_serve_says_why(without: Callable[..., None])
             lambda: bnkern.add_act(x),
             lambda: bnkern.channel_moments(x),
         ):
-            with pytest.raises(RuntimeError, match="backend 'cuda' was asked for but cannot serve cpu torch"):
+            with pytest.raises(RuntimeError, match="backend 'cuda' was requested but cannot serve cpu torch"):
                 attempt()
     assert running.tolist() == [0.0] * 3
 
@@ -283,7 +283,7 @@ def test_cuda_refuses_devices_that_it_was_not_built_for(
             f"cuda       cannot: the native module was built for {' '.join(built)}, and the code of none of these runs "
             f"on a device, whose capability is {major}.{minor}: build it with BNKERN_CUDA_ARCHS={major}{minor}"
         )
-        with pytest.raises(RuntimeError, match="'cuda' was asked for but cannot serve cuda:0"):
+        with pytest.raises(RuntimeError, match="'cuda' was requested but cannot serve cuda:0"):
             backends.choose("cuda", "cuda", FP)
 
 
@@ -296,7 +296,7 @@ def test_explain() -> None:
     with bnkern.use_backend("reference"):
         forced = bnkern.explain(torch.ones(4, 3), residual=torch.ones(4, 3), act="relu").splitlines()
     assert forced[1].split(maxsplit=1) == ["reference", "serves this call (forced)"]
-    assert all("not asked for (reference is forced)" in line for line in forced if not line.startswith("reference"))
+    assert all("not used (reference is forced)" in line for line in forced if not line.startswith("reference"))
     with pytest.raises(TypeError, match="input"):
         bnkern.explain([1.0])
 

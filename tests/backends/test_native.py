@@ -305,7 +305,7 @@ class Subclass(Tensor):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_plainly_valid_calls_alone_are_taken(precision: Precision, layout: str, training: bool) -> None:
+def test_only_certainly_valid_calls_are_computed(precision: Precision, layout: str, training: bool) -> None:
     good = good_arguments(precision, layout, training)
 
     def taken(**changes: object) -> bool:

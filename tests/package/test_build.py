@@ -195,7 +195,7 @@ def test_architectures_are_named_one_by_one(tmp_path):
     """Words that stand for others would be in build_info(), and the module could not say which GPUs it serves."""
     done = configured(tmp_path, BNKERN_CUDA=1, BNKERN_CUDA_ARCHS="80-real;all-major")
     assert done.returncode != 0
-    assert "all-major is no architecture" in " ".join(done.stderr.split()), done.stderr
+    assert "all-major is not an architecture" in " ".join(done.stderr.split()), done.stderr
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("cmake", "ninja"))), reason="cmake or ninja is missing")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-PAD = 4  # an image gets so many zeros on every side before a window of its own size is cropped
+PAD = 4  # the number of zeros added on every side of an image before a window of the image's size is cropped
 WORD = 2**32 - 1
 # The streams of random words: the third word of Philox's counter.
 ORDER, CROP, VALIDATION = 0, 1, 2

@@ -17,8 +17,8 @@ def update(call: UpdateCall) -> None:
             old = _part(call.velocity, parameter, start)
             v = call.momentum * old + v
             old.copy_(torch.where(stopped, old, v))
-        kept = _part(call.before, parameter, start)
-        kept.copy_(torch.where(stopped, kept, p))
+        before = _part(call.before, parameter, start)
+        before.copy_(torch.where(stopped, before, p))
         p.copy_(torch.where(stopped, p, p - call.lr * v))
         if call.shadow is not None and start < len(call.shadow):
             rounded = _part(call.shadow, parameter, start)

@@ -1,4 +1,4 @@
-"""Batch norm in Triton, for CUDA devices; through Triton's interpreter on the CPU, slowly, for tests."""
+"""Batch norm in Triton for CUDA devices. Tests also run it on the CPU with Triton's interpreter, which is slow."""
 
 import torch
 from triton import JITFunction
@@ -28,7 +28,7 @@ __all__ = [
     "update",
 ]
 
-# TRITON_INTERPRET is read when a kernel is defined; later changes do not turn it.
+# TRITON_INTERPRET is read when a kernel is defined. Later changes of it have no effect.
 _INTERPRETED = not isinstance(moments_kernel, JITFunction)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -45,7 +45,7 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 def forward(call: ForwardCall) -> Forward:
     """y, mean, invstd and the mask, as :func:`bnkern.backends.reference.forward`; three launches in training.
 
-    A record takes no more of them in training, one more where there are no batch statistics.
+    A record needs no more launches in training, and one more if there are no batch statistics.
     """
     x = call.x
     mean = invstd = None
@@ -61,9 +61,9 @@ def forward(call: ForwardCall) -> Forward:
 
 
 def backward(call: BackwardCall) -> Gradients:
-    """(dx, dweight, dbias, dresidual), each only where ``call.needs`` says so; three launches where all are needed.
+    """(dx, dweight, dbias, dresidual), with None for those not in ``call.needs``; three launches if all are needed.
 
-    ``record_gradient`` takes one more; ``record_affine`` none, unless the affine sums were not needed.
+    ``record_gradient`` needs one more launch. ``record_affine`` needs none, unless only the record needs the sums.
     """
     _, need_weight, need_bias, _ = call.needs
     dweight = dbias = sums = None

@@ -62,7 +62,7 @@ def channel_vectors(
 ) -> tuple[list[Tensor], tuple[int, int, int]]:
     """The arguments mean, invstd, weight and bias of the kernels, and whether statistics, weight and bias are given.
 
-    A vector that is not given is replaced by another one, which is not read. So no kernel is compiled for its absence.
+    A vector that is not given is replaced by another one, which is not read. So its absence needs no other kernel.
     """
     present = (int(mean is not None), int(weight is not None), int(bias is not None))
     if mean is None:

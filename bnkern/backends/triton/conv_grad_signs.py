@@ -72,19 +72,19 @@ def conv_grad_signs_kernel(
         corner = (n * height + top) * width + left if ROWS else n * x_outer + top * width + left
         top = tl.where(coord < last, top, height)
         if ROWS:
-            dy_at = (coord * dy_outer)[:, None] + output[None, :]
+            dy_offsets = (coord * dy_outer)[:, None] + output[None, :]
             in_run, in_outputs = (coord < last)[:, None], (output < outputs)[None, :]
-            x_at = (corner * x_outer)[:, None] + ((p * width + q) * x_outer + i)[None, :]
+            x_offsets = (corner * x_outer)[:, None] + ((p * width + q) * x_outer + i)[None, :]
             row, col = top[:, None] + below[None, :], left[:, None] + q[None, :]
         else:
-            dy_at = (n * dy_outer + h * out_width + w)[None, :] + (output * dy_inner)[:, None]
+            dy_offsets = (n * dy_outer + h * out_width + w)[None, :] + (output * dy_inner)[:, None]
             in_run, in_outputs = (coord < last)[None, :], (output < outputs)[:, None]
-            x_at = corner[None, :] + (i * x_inner + p * width + q)[:, None]
+            x_offsets = corner[None, :] + (i * x_inner + p * width + q)[:, None]
             row, col = top[None, :] + below[:, None], left[None, :] + q[:, None]
         # As unsigned numbers, negative coordinates are larger than any size.
         in_height, in_width = row.to(tl.uint32) < height.to(tl.uint32), col.to(tl.uint32) < width.to(tl.uint32)
-        x = load(x_ptr, x_at, in_height, in_width, X_VECTOR)
-        dy = load(dy_ptr, dy_at, in_run, in_outputs, DY_VECTOR)
+        x = load(x_ptr, x_offsets, in_height, in_width, X_VECTOR)
+        dy = load(dy_ptr, dy_offsets, in_run, in_outputs, DY_VECTOR)
         if ROWS:
             x = tl.trans(x)
         else:
@@ -104,23 +104,23 @@ def conv_grad_signs_kernel(
         w = tl.where(w >= out_width, w - out_width, w)
         n += step_n + (h >= out_height).to(tl.int32)
         h = tl.where(h >= out_height, h - out_height, h)
-    to = (tl.program_id(2) * outputs + output)[None, :].to(tl.int64) * columns + column[:, None]
+    result_offsets = (tl.program_id(2) * outputs + output)[None, :].to(tl.int64) * columns + column[:, None]
     valid = (output < outputs)[None, :] & (column < columns)[:, None]
     if sum_ptr is not None:
-        tl.store(sum_ptr + to, total, mask=valid)
+        tl.store(sum_ptr + result_offsets, total, mask=valid)
     if abs_sum_ptr is not None:
-        tl.store(abs_sum_ptr + to, abs_total, mask=valid)
+        tl.store(abs_sum_ptr + result_offsets, abs_total, mask=valid)
     if sign_sum_ptr is not None:
-        tl.store(sign_sum_ptr + to, sign_total, mask=valid)
+        tl.store(sign_sum_ptr + result_offsets, sign_total, mask=valid)
     if nonzero_ptr is not None:
-        tl.store(nonzero_ptr + to, nonzero_total, mask=valid)
+        tl.store(nonzero_ptr + result_offsets, nonzero_total, mask=valid)
 
 
 @triton.jit
-def load(ptr, offsets, valid, also, VECTOR: tl.constexpr):
-    """The values at these offsets, or zero where not ``valid & also``. VECTOR adjacent elements of the last axis are
-    contiguous, aligned to 16 bytes, and all valid or all invalid. (The hints apply only to values computed here.)"""
-    pointers, valid = ptr + offsets, valid & also
+def load(ptr, offsets, valid, in_bounds, VECTOR: tl.constexpr):
+    """The values at these offsets, or zero where not ``valid & in_bounds``. VECTOR adjacent elements of the last axis
+    are contiguous, aligned to 16 bytes, and all valid or all invalid. (Hints apply only to values computed here.)"""
+    pointers, valid = ptr + offsets, valid & in_bounds
     if VECTOR > 1:
         pointers = tl.multiple_of(tl.max_contiguous(pointers, (1, VECTOR)), (1, 16))
         valid = tl.max_constancy(valid, (1, VECTOR))

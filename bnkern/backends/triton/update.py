@@ -11,7 +11,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def whole(ptr, i):
+def vectors(ptr, i):
     """Pointers to the values of a flat tensor, which begins at a multiple of 16 bytes."""
     return tl.multiple_of(ptr + i, 16)
 
@@ -28,26 +28,26 @@ def update_kernel(
     ACC: tl.constexpr = values_ptr.dtype.element_ty
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size * 64
-    value = tl.load(whole(values_ptr, i), mask=inside)
-    v = tl.fma(tl.full((BLOCK,), weight_decay, ACC), value, tl.load(whole(gradient_ptr, i), mask=inside))
+    value = tl.load(vectors(values_ptr, i), mask=inside)
+    v = tl.fma(tl.full((BLOCK,), weight_decay, ACC), value, tl.load(vectors(gradient_ptr, i), mask=inside))
     if velocity_ptr is not None:
-        v = tl.full((BLOCK,), momentum, ACC) * tl.load(whole(velocity_ptr, i), mask=inside) + v
-        tl.store(whole(velocity_ptr, i), v, mask=inside)
+        v = tl.full((BLOCK,), momentum, ACC) * tl.load(vectors(velocity_ptr, i), mask=inside) + v
+        tl.store(vectors(velocity_ptr, i), v, mask=inside)
     after = tl.fma(tl.full((BLOCK,), -tl.load(lr_ptr), ACC), v, value)
-    tl.store(whole(before_ptr, i), value, mask=inside)
-    tl.store(whole(values_ptr, i), after, mask=inside)
+    tl.store(vectors(before_ptr, i), value, mask=inside)
+    tl.store(vectors(values_ptr, i), after, mask=inside)
     if shadow_ptr is not None:
-        tl.store(whole(shadow_ptr, i), after.to(tl.bfloat16), mask=i < shadow_size * 64)
+        tl.store(vectors(shadow_ptr, i), after.to(tl.bfloat16), mask=i < shadow_size * 64)
 
 
 def update(call: UpdateCall) -> None:
-    """One step of SGD. The copy of the gradients takes a few launches of torch's, because it has lists of addresses."""
+    """One step of SGD. Torch copies the gradients in a few launches, each with a list of addresses."""
     values, shadow = call.values, call.shadow
     gradient = torch.zeros_like(values)
-    places = [
+    views = [
         gradient.as_strided(p.shape, p.stride(), p.storage_offset() - values.storage_offset()) for p in call.parameters
     ]
-    torch._foreach_copy_(places, call.gradients)
+    torch._foreach_copy_(views, call.gradients)
     launch(
         update_kernel, (-(-len(values) // BLOCK),), values.device,
         values, gradient, call.before, call.velocity, shadow, call.lr, call.stop,

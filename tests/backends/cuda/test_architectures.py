@@ -77,16 +77,16 @@ def test_clusters_need_code_that_has_them(
     messages = []
     monkeypatch.setattr(cuda._native, "cuda_device", lambda index, **limits: messages.append(limits), raising=False)
     monkeypatch.setattr(cuda._native, "cuda_clusters", lambda index, shared_bytes: (66, 32, 16), raising=False)
-    monkeypatch.setattr(cuda, "_asked", {})
+    monkeypatch.setattr(cuda, "_queried", {})
     cuda.introduce(0)
     assert [limits["clusters"] for limits in messages] == [clusters]
 
 
-def test_clusters_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal devices have equal plans, also if other work on one of them leaves less room when it is asked."""
+def test_clusters_are_queried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal devices have equal plans, also if other work on one of them leaves less room at a later query."""
     answers = iter([(66, 32, 16), (66, 32, 12)])
     monkeypatch.setattr(cuda._native, "cuda_clusters", lambda index, shared_bytes: next(answers), raising=False)
-    monkeypatch.setattr(cuda, "_asked", {})
+    monkeypatch.setattr(cuda, "_queried", {})
     properties = SimpleNamespace(name="H100", shared_memory_per_block_optin=227 << 10)
     assert cuda._clusters(0, properties) == cuda._clusters(1, properties) == (66, 32, 16)
     monkeypatch.setattr(cuda, "CLUSTERS", {"H100": (66, 32, 15)})
