@@ -48,7 +48,7 @@ class Diagnosis(NamedTuple):
         """The sentence, the numbers around the fault, and what followed in the same step."""
         lines = [self.sentence, ""]
         if self.reason not in ("fault", "asked"):
-            lines += [f"The training ended with {self.reason}", ""]
+            lines += [f"The training ended with {self.reason.rstrip('.')}.", ""]
         lines += self.table
         if len(self.events) > 1:
             lines += ["", "Further faults of this step, in order:"]

@@ -302,7 +302,7 @@ class _Run:
             if self.rank == 0:
                 self.say(f"{self.config.title}: diverged at step {diverged} with a loss of {loss:.4g}")
             if self.flight:
-                report = self.flight.poll(wait=True) or self.flight.write("the run diverged")
+                report = self.flight.poll(wait=True) or self.flight.write(f"a loss of {loss:.4g}")
                 self.say(f"{self.config.title}: {report.sentence} Report: {self.flight.folder}")
             return True
         self.bar.set_postfix(loss=f"{loss / len(new_rows):.3f}", refresh=False)

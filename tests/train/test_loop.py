@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from bnkern.probes import every, load, record
+from bnkern.probes.diagnosis import diagnose
 from bnkern.train import checkpoint, loop
 from bnkern.train.cifar10 import split_validation
 from bnkern.train.config import Config, learning_rate
@@ -182,6 +183,29 @@ def test_divergence_does_not_depend_on_when_the_host_looks(tmp_path: Path) -> No
         assert first.keys() == other.keys() and len(first) > 30
         assert all(torch.equal(value, other[name]) for name, value in first.items())
     assert len({outcome(tmp_path / str(every)).diverged for every in (1, 2, 50)}) == 1
+
+
+def test_a_flight_recorder_reports_a_divergence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config, plain = tiny(norm="none", lr=16.0, warmup=7, drops=[], log_every=5), tmp_path / "plain"
+    train(config, plain, images())
+    train(config, tmp_path / "flown", images(), flight_steps=64)
+    assert untimed(plain) == untimed(tmp_path / "flown")
+    report = diagnose(tmp_path / "flown/flight")
+    step = outcome(plain).diverged
+    assert report.flight.steps[0] == 0 and step in report.flight.steps
+    assert report.events or report.reason.startswith("a loss of")
+    assert report.sentence in capsys.readouterr().out
+    assert (tmp_path / "flown/flight/report.txt").read_text().startswith(report.sentence)
+
+
+def test_a_flight_recorder_writes_nothing_when_a_run_ends_or_stops(tmp_path: Path) -> None:
+    def stop(steps: int) -> None:
+        raise loop.Stopped
+
+    with pytest.raises(loop.Stopped):
+        train(tiny(), tmp_path / "a", images(), flight_steps=8, watch=stop)
+    train(tiny(), tmp_path / "a", images(), flight_steps=8)
+    assert outcome(tmp_path / "a").diverged is None and not list((tmp_path / "a").glob("flight*"))
 
 
 # ------------------------------------------------------------------------------------------------ resume
