@@ -6,6 +6,7 @@ forward pass are in the order of their calls, and those of the backward pass in 
 
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -50,11 +51,15 @@ class Diagnosis(NamedTuple):
         if self.reason not in ("fault", "asked"):
             lines += [f"The training ended with {self.reason.rstrip('.')}.", ""]
         lines += self.table
-        if len(self.events) > 1:
+        places = groupby(self.events, lambda event: (event.phase, event.name))
+        further = [list(events) for _, events in places][1:]
+        if further:
             lines += ["", "Further faults of this step, in order:"]
-            lines += [f"  {describe(event)}" for event in self.events[1 : 1 + 2 * SHOWN]]
-            if len(self.events) > 1 + 2 * SHOWN:
-                lines.append(f"  ... and {len(self.events) - 1 - 2 * SHOWN} more")
+            for events in further[: 2 * SHOWN]:
+                others = f"; {len(events) - 1} other channels too" if len(events) > 1 else ""
+                lines.append(f"  {describe(events[0])}{others}")
+            if len(further) > 2 * SHOWN:
+                lines.append(f"  ... and in {len(further) - 2 * SHOWN} more layers or parameters")
         return "\n".join(lines) + "\n"
 
 
@@ -149,23 +154,26 @@ class Flight:
         layers = [*self._earlier(event)[-SHOWN:], event.name]
         rows = [(event.row, layer) for layer in layers]
         rows += [(row, event.name) for row in range(max(event.row - SHOWN, 0), event.row)]
-        titles = ("step", "layer", "largest |x|", "variance", "above zero", "gradient, rms", "not finite")
+        titles = ("step", "layer", "largest |x|", "variance", "above zero", "x not finite", "gradient", "not finite")
         cells = [titles, *(self._cells(row, layer) for row, layer in rows)]
         widths = [max(len(line[k]) for line in cells) for k in range(len(titles))]
         padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells)
         return ["  ".join(line).rstrip() for line in padded]
 
     def _cells(self, row: int, layer: str) -> tuple[str, ...]:
-        activation, gradient = self.activations[layer], self.gradients.get(layer)
-        count = activation["nonfinite"][row].sum() + (0 if gradient is None else np.nansum(gradient["nonfinite"][row]))
+        x, gradient = self.activations[layer], self.gradients.get(layer)
+        of_gradient = ("", "")
+        if gradient is not None:
+            rms = _largest(magnitude(gradient, "rms", row))
+            of_gradient = f"{rms:.3g}", f"{np.nansum(gradient['nonfinite'][row]):.0f}"
         return (
             str(self.steps[row]),
             layer,
-            f"{_largest(activation['abs_max'][row]):.3g}",
-            f"{activation['var'][row].mean():.3g}",
-            f"{100 * activation['active_fraction'][row].mean():.1f} %",
-            "" if gradient is None else f"{_largest(magnitude(gradient, 'rms', row)):.3g}",
-            f"{count:.0f}",
+            f"{_largest(x['abs_max'][row]):.3g}",
+            f"{x['var'][row].mean():.3g}",
+            f"{100 * x['active_fraction'][row].mean():.1f} %",
+            f"{np.nansum(x['nonfinite'][row]):.0f}",
+            *of_gradient,
         )
 
     def _earlier(self, event: Event) -> list[str]:

@@ -1,5 +1,6 @@
 """The figure of a flight recorder's report: layers by steps. It needs matplotlib, which is optional."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,9 @@ def draw(diagnosis: Diagnosis, out: Path) -> None:
     shown = range(0, len(layers), max(1, len(layers) // 40))
     panels[0].set_yticks([k + 0.5 for k in shown], [layers[k] for k in shown], fontsize=7)
     panels[0].invert_yaxis()
-    figure.suptitle(f"{diagnosis.sentence.split(';')[0].rstrip('.')}. Red: not finite.", fontsize=9, x=0.01, ha="left")
+    title = f"{diagnosis.sentence.split(';')[0].rstrip('.')}. Red: not finite."
+    title = textwrap.fill(title, int(14 * figure.get_figwidth()))
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     figure.savefig(out, dpi=150)
 
 
