@@ -32,7 +32,7 @@ Every run has a folder with its results. A finished run is not repeated, and an 
 """
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments",
@@ -73,7 +73,7 @@ def main(words: list[str] | None = None) -> int:
         command.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is a GPU)")
     for command in (reproduce_parser, run_parser):
         command.add_argument(
-            "--seeds", type=_positive, metavar="N", help="run seeds 0 to N-1 (default: the number in each spec)"
+            "--seeds", type=_parse_positive, metavar="N", help="run seeds 0 to N-1 (default: the number in each spec)"
         )
         command.add_argument(
             "--resume",
@@ -103,7 +103,7 @@ def main(words: list[str] | None = None) -> int:
     )
     run_parser.add_argument(
         "--minutes",
-        type=_minutes_of,
+        type=_parse_minutes,
         default=math.inf,
         metavar="N",
         help="stop before N minutes have passed, with exit status 75 if runs are left. The same command continues",
@@ -126,38 +126,39 @@ def main(words: list[str] | None = None) -> int:
     demo_parser.add_argument(
         "--out", type=Path, default=Path("results/demo"), help="folder of the demo (default: results/demo)"
     )
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
 
     if arguments.command == "list":
         _list()
         return 0
     if arguments.command == "demo":
-        from .demo import demo  # torch and matplotlib are loaded here
+        from .demo import demo  # loads torch and matplotlib
 
         return demo(arguments.data, arguments.device, arguments.out, arguments.scale)
     status = 0
     if arguments.command in ("run", "reproduce"):
-        every = arguments.command == "reproduce" or "all" in arguments.names
-        selected = names() if every else list(dict.fromkeys(arguments.names))
+        all_selected = arguments.command == "reproduce" or "all" in arguments.names
+        selected = names() if all_selected else list(dict.fromkeys(arguments.names))
         for name in selected:
             if name not in names():
-                near = difflib.get_close_matches(name, names(), n=1, cutoff=0)
+                nearest = difflib.get_close_matches(name, names(), n=1, cutoff=0)
                 run_parser.error(
-                    f"there is no experiment {name!r}; did you mean {near[0]!r}? The names are: {', '.join(names())}"
+                    f"there is no experiment {name!r}; did you mean {nearest[0]!r}? The names are: {', '.join(names())}"
                 )
-        from .run import INTERRUPTED, run  # torch is loaded here, and not for list and report
+        from .run import INTERRUPTED, run  # list and report do not need torch, which is loaded here
 
-        kept = PUBLISHED / RUNS if getattr(arguments, "published", False) else None
+        published_runs = PUBLISHED / RUNS if getattr(arguments, "published", False) else None
         scale = "quick" if arguments.command == "reproduce" else arguments.scale
-        own = ("precision", "layout", "only", "minutes")  # options of the command run
+        run_options = ("precision", "layout", "only", "minutes")  # options of the command run
         status = run(
-            selected, scale, arguments.data, arguments.device, arguments.seeds, arguments.out, arguments.resume, kept,
-            finished=_growing(arguments.out) if arguments.command == "reproduce" else None,
-            **{name: getattr(arguments, name) for name in own if hasattr(arguments, name)},
+            selected, scale, arguments.data, arguments.device, arguments.seeds, arguments.out, arguments.resume,
+            published_runs,
+            finished=_report_writer(arguments.out) if arguments.command == "reproduce" else None,
+            **{name: getattr(arguments, name) for name in run_options if hasattr(arguments, name)},
         )  # fmt: skip
         if arguments.command == "run" or status == INTERRUPTED:
             return status
-    from .report import gather, publish, report  # matplotlib is loaded here
+    from .report import gather, publish, report  # loads matplotlib
 
     published = PUBLISHED if getattr(arguments, "published", False) else None
     try:
@@ -170,15 +171,15 @@ def main(words: list[str] | None = None) -> int:
     return publish(sections, arguments.out) if getattr(arguments, "publish", False) else status
 
 
-def _growing(out: Path) -> Callable[[str], None]:
-    """Returns a function for the runner that writes the report after each experiment."""
+def _report_writer(out: Path) -> Callable[[str], None]:
+    """Returns a function that the runner calls after each experiment. It writes the report."""
     from .report import gather, report
 
-    def written(experiment: str) -> None:
+    def write_report(experiment: str) -> None:
         page = report(gather(out), out, keep=True)
         print(f"{experiment} is in the report: {page}", flush=True)
 
-    return written
+    return write_report
 
 
 def _list() -> None:
@@ -186,27 +187,35 @@ def _list() -> None:
     scales = SCALES[1:]
     print(f"{'name':<24} {'of the paper':<52} " + " ".join(f"{scale:>7}" for scale in scales) + "  question")
     for name in names():
-        about = spec(name)
-        times = [_minutes(about, scale) for scale in scales]
-        print(f"{name:<24} {about.of:<52} " + " ".join(f"{time:>7}" for time in times) + f"  {about.title}")
+        experiment_spec = spec(name)
+        times = [_minutes(experiment_spec, scale) for scale in scales]
+        print(
+            f"{name:<24} {experiment_spec.of:<52} "
+            + " ".join(f"{time:>7}" for time in times)
+            + f"  {experiment_spec.title}"
+        )
     print("Times are estimates for two CPU cores. - means that there is no estimate, or no run at this scale.")
 
 
-def _minutes(about: Spec, scale: str) -> str:
-    minutes = about.minutes.get(about.scale(scale)) if about.at(about.scale(scale)) else None
+def _minutes(experiment_spec: Spec, scale: str) -> str:
+    minutes = (
+        experiment_spec.minutes.get(experiment_spec.scale(scale))
+        if experiment_spec.at(experiment_spec.scale(scale))
+        else None
+    )
     if minutes is None:
         return "-"
     return f"{minutes:g} min" if minutes < 90 else f"{minutes / 60:.0f} h"
 
 
-def _minutes_of(text: str) -> float:
+def _parse_minutes(text: str) -> float:
     minutes = float(text)
     if not minutes > 0:
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return minutes
 
 
-def _positive(text: str) -> int:
+def _parse_positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")

@@ -45,7 +45,7 @@ def demo(data: str | None, device: str | None, out: Path, scale: str = "full") -
     Returns:
         the exit status: 0; that of the runner if Table 1 was not measured; 1 if the data are missing.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     requested = data or os.environ.get("BNKERN_DATA")
     try:
         images = cifar10.load(requested)
@@ -76,7 +76,7 @@ def demo(data: str | None, device: str | None, out: Path, scale: str = "full") -
     draw.save(draw_demo, rows, out / "demo", TITLE, draw_demo.__doc__ or "")
     print(f"recordings: {out}/probes-*, which bnkern.probes.load reads")
     print(f"figure: {out / 'demo.png'}")
-    print(f"The demo took {time.perf_counter() - began:.0f} s. `make reproduce` runs all experiments of the paper.")
+    print(f"The demo took {time.perf_counter() - start:.0f} s. `make reproduce` runs all experiments of the paper.")
     return 0
 
 

@@ -36,8 +36,8 @@ def work(run: Run) -> float:
 def shares(runs: Iterable[Run]) -> dict[str, float]:
     """The share that one seed of each run has in the time of all runs and seeds, by label."""
     weights = {run.label: (work(run), run.seeds) for run in runs}
-    whole = sum(weight * seeds for weight, seeds in weights.values())
-    return {label: weight / whole for label, (weight, _) in weights.items()}
+    total = sum(weight * seeds for weight, seeds in weights.values())
+    return {label: weight / total for label, (weight, _) in weights.items()}
 
 
 def step_seconds(device: torch.device) -> float:
@@ -48,11 +48,11 @@ def step_seconds(device: torch.device) -> float:
     labels = torch.arange(128, device=device) % 10
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        start = time.perf_counter()
         F.cross_entropy(network(images), labels).backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
 
 
@@ -86,8 +86,8 @@ class Pace:
 
     def of(self, kind: Kind) -> float:
         """The expected pace of the next runs of a kind."""
-        whole = self._mean(self._seconds, self._start, self.START)
-        pace = self._mean([one for one in self._seconds if one.procedure == kind.procedure], whole, 1)
+        overall = self._mean(self._seconds, self._start, self.START)
+        pace = self._mean([other for other in self._seconds if other.procedure == kind.procedure], overall, 1)
         if kind not in self._seconds:
             return pace
         expected = self._expected[kind]

@@ -30,7 +30,7 @@ class Front:
 def html(front: Front, parts: dict[str, list[Section]], figures: dict[str, str]) -> str:
     """The page. ``figures`` maps the name of an experiment to its SVG file."""
     style, inlined = (Path(__file__).parent / "report.css").read_text(), Figures()
-    links = " · ".join(f'<a href="{escape(where)}">{escape(text)}</a>' for text, where in front.links.items())
+    links = " · ".join(f'<a href="{escape(address)}">{escape(text)}</a>' for text, address in front.links.items())
     body = [
         f'<header id="top">\n<h1>{front.title}</h1>\n<p>{escape(front.lead)}</p>\n<p>{links}</p>',
         _list(front.tally, "tally"),
@@ -82,8 +82,8 @@ def _navigation(heads: list[str], parts: dict[str, list[Section]]) -> str:
     return f'<nav aria-label="Contents">{"".join(links)}</nav>'
 
 
-def _short_place(about: Spec) -> str:
-    place = about.of.removeprefix("Beyond the paper: ")
+def _short_place(spec: Spec) -> str:
+    place = spec.of.removeprefix("Beyond the paper: ")
     return place[0].upper() + place[1:]
 
 
@@ -145,7 +145,7 @@ def _section(s: Section, figure: str | None, inlined: "Figures") -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _checked(findings: list[Finding], about: Spec) -> str:
+def _checked(findings: list[Finding], spec: Spec) -> str:
     """The checked claims. If there are many, groups of similar claims are folded, except those with a failed claim."""
     groups = words.grouped(findings) if len(findings) > FOLDED else [findings]
     lines: list[str] = []
@@ -155,7 +155,7 @@ def _checked(findings: list[Finding], about: Spec) -> str:
             plain += group
             continue
         if plain:
-            lines.append(_findings(plain, about))
+            lines.append(_findings(plain, spec))
             plain = []
         held = sum(f.held is True for f in group)
         failed = any(f.held is False for f in group)
@@ -166,12 +166,12 @@ def _checked(findings: list[Finding], about: Spec) -> str:
         style = "not" if failed else "held" if held else "soft"
         lines.append(
             f'<details class="group"{" open" * failed}><summary>{escape(title)}: ours {interval}, '
-            f'<span class="{style}">{count}</span></summary>{_findings(group, about)}</details>'
+            f'<span class="{style}">{count}</span></summary>{_findings(group, spec)}</details>'
         )
-    return "\n".join([*lines, _findings(plain, about)] if plain else lines)
+    return "\n".join([*lines, _findings(plain, spec)] if plain else lines)
 
 
-def _findings(findings: list[Finding], about: Spec) -> str:
+def _findings(findings: list[Finding], spec: Spec) -> str:
     rows = []
     for f in findings:
         ours, spread = words.ours(f)
@@ -179,7 +179,7 @@ def _findings(findings: list[Finding], about: Spec) -> str:
         mark = {True: "held", False: "not", None: "soft"}[f.held]
         seeds = f"<small>{words.seeds(f)} seeds pass</small>" if words.seeds(f) else ""
         rows.append(
-            f"<tr><td>{escape(f.claim.text)}{check}</td><td>{words.paper(f, about)}</td>"
+            f"<tr><td>{escape(f.claim.text)}{check}</td><td>{words.paper(f, spec)}</td>"
             f"<td>{ours}<small>{escape(spread)}</small></td>"
             f'<td class="{mark}">{words.sign(f)}{seeds}</td></tr>'
         )
@@ -234,6 +234,6 @@ class Figures:
         colours = {draw.INK: "currentColor", draw.GRID: "var(--grid)"}
         colours |= {colour: f"var(--{name})" for name, colour in draw.COLOURS.items()}
         lines = "".join(f".{name}{{{style}}}\n" for style, name in self._classes.items())
-        for colour, own in colours.items():
-            lines = lines.replace(colour, own)
+        for colour, replacement in colours.items():
+            lines = lines.replace(colour, replacement)
         return lines

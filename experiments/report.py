@@ -19,7 +19,10 @@ from .specs import JUDGED
 
 ROOT = Path(__file__).parent.parent
 PAPER = "https://arxiv.org/abs/1806.02375"
-KEPT = ("training", "rates")  # the procedures whose runs are published: they take hours, and their files are small
+PUBLISHED_PROCEDURES = (
+    "training",
+    "rates",
+)  # the procedures whose runs are published: they take hours, and their files are small
 TITLE = "Understanding Batch Normalization, reproduced"
 LEAD = (
     "Bjorck, Gomes, Selman and Weinberger (2018) explain by a set of experiments why batch norm works. This report "
@@ -79,11 +82,11 @@ def gather(out: Path, scale: str | None = None, published: Path | None = None) -
     sections = []
     records = _records(published) if published else {}
     for name in names():
-        kept = published / RUNS / name if published else None
-        section = of_results(name, read(out / name, spec(name), scale, kept), out)
+        published_runs = published / RUNS / name if published else None
+        section = of_results(name, read(out / name, spec(name), scale, published_runs), out)
         if published and name in records and scale in (None, records[name]["scale"]):
-            before = of_record(records[name], published)
-            section = before if before and before.rank > section.rank else section
+            published_section = of_record(records[name], published)
+            section = published_section if published_section and published_section.rank > section.rank else section
         sections.append(section)
     return sections
 
@@ -91,7 +94,7 @@ def gather(out: Path, scale: str | None = None, published: Path | None = None) -
 def _records(folder: Path) -> dict[str, dict]:
     """The records of a report by the experiment's name. It is empty if there is no report."""
     file = folder / "report.json"
-    return {one["name"]: one for one in json.loads(file.read_text())["experiments"]} if file.exists() else {}
+    return {entry["name"]: entry for entry in json.loads(file.read_text())["experiments"]} if file.exists() else {}
 
 
 def report(sections: list[Section], out: Path, keep: bool = False) -> Path:
@@ -140,7 +143,7 @@ def _write(sections: list[Section], out: Path, figures: Path) -> Path:
     return file
 
 
-def publish(sections: list[Section], out: Path, to: Path = PUBLISHED) -> int:
+def publish(sections: list[Section], out: Path, target: Path = PUBLISHED) -> int:
     """Copies the report in ``out`` on these sections to the folder that is committed. Returns the exit status.
 
     The finished training runs of scales that are judged are copied too: they take hours, and a report on another
@@ -151,29 +154,29 @@ def publish(sections: list[Section], out: Path, to: Path = PUBLISHED) -> int:
         print(f"Not published: {', '.join(unfit)} ran on synthetic images or at scale smoke only.", file=sys.stderr)
         return 1
     for folder in ("figures", "data"):
-        shutil.rmtree(to / folder, ignore_errors=True)
-        shutil.copytree(out / folder, to / folder)
-    _write(sections, to, to / "figures")
+        shutil.rmtree(target / folder, ignore_errors=True)
+        shutil.copytree(out / folder, target / folder)
+    _write(sections, target, target / "figures")
     for name in names():
         for run in finished(out / name):
-            if run.config["procedure"] in KEPT and run.config["scale"] in JUDGED:
-                _keep(run.folder, to / RUNS / name / run.folder.name)
-    print(f"published: {to}")
+            if run.config["procedure"] in PUBLISHED_PROCEDURES and run.config["scale"] in JUDGED:
+                _publish_run(run.folder, target / RUNS / name / run.folder.name)
+    print(f"published: {target}")
     return 0
 
 
-def _keep(run: Path, to: Path) -> None:
+def _publish_run(run: Path, target: Path) -> None:
     """Copies the files of a run that :func:`.results.finished` reads."""
-    shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(run / "probes", to / "probes")
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(run / "probes", target / "probes")
     for name in ("config.json", "env.json", "DONE"):
-        shutil.copy(run / name, to / name)
+        shutil.copy(run / name, target / name)
 
 
 def repository(folder: Path) -> str:
     """The address of the repository, or the relative path of its README if the project states no address."""
-    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return about.get("urls", {}).get("Repository") or os.path.relpath(ROOT / "README.md", folder.resolve())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project.get("urls", {}).get("Repository") or os.path.relpath(ROOT / "README.md", folder.resolve())
 
 
 # ------------------------------------------------------------------------------------------------ the front matter

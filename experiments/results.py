@@ -27,7 +27,7 @@ class Value(NamedTuple):
     number: float
     bound: int | None = 0
 
-    def less(self, other: "Value") -> "Value":
+    def minus(self, other: "Value") -> "Value":
         """The difference of the two numbers."""
         return Value(self.number - other.number, _combined(self.bound, other.bound))
 
@@ -129,7 +129,7 @@ class Results:
 
     def ratio(self, of: dict, to: dict) -> list[Value]:
         """One value for each seed that has both: the first over the second. Both are given as arguments of ``each``."""
-        first, second = (self._by_seed(**which) for which in (of, to))
+        first, second = (self._by_seed(**selection) for selection in (of, to))
         return [first[seed].over(second[seed]) for seed in sorted(first.keys() & second.keys())]
 
     def _by_seed(self, quantity: str, layer: int | None = None, **config: object) -> dict[int, Value]:
@@ -139,7 +139,7 @@ class Results:
     def difference(self, quantity: str, layer: int, after: int, **config: object) -> list[Value]:
         """One value for each run: the quantity at ``layer`` minus that at ``after``."""
         pairs = zip(self.each(quantity, layer, **config), self.each(quantity, after, **config), strict=True)
-        return [first.less(second) for first, second in pairs]
+        return [first.minus(second) for first, second in pairs]
 
     def slope(self, quantity: str, layers: tuple[int, ...], **config: object) -> list[float]:
         """One number for each run: the least-squares slope of the quantity over the layers' numbers."""
@@ -148,8 +148,8 @@ class Results:
 
     def gap(self, quantity: str, first: str, second: str) -> list[Value]:
         """One value for each seed that has both runs: the quantity of the run labelled ``first`` minus ``second``'s."""
-        of, less = (self._by_seed(quantity, label=label) for label in (first, second))
-        return [of[seed].less(less[seed]) for seed in sorted(of.keys() & less.keys())]
+        minuends, subtrahends = (self._by_seed(quantity, label=label) for label in (first, second))
+        return [minuends[seed].minus(subtrahends[seed]) for seed in sorted(minuends.keys() & subtrahends.keys())]
 
     def distance(self, paper: tuple[float, ...], error: float, quantity: str, layers: tuple, **config: object) -> list:
         """The distance of the paper's curve over the layers from our runs, as a percentile of our runs' distances.
@@ -164,21 +164,21 @@ class Results:
 
         def squared(curve: np.ndarray, others: np.ndarray) -> float:
             covariance = np.cov(others, rowvar=False) + error**2 * np.eye(len(layers))
-            away = curve - others.mean(0)
-            return float(away @ np.linalg.solve(covariance, away))
+            deviation = curve - others.mean(0)
+            return float(deviation @ np.linalg.solve(covariance, deviation))
 
         ours = [squared(curve, np.delete(curves, k, 0)) for k, curve in enumerate(curves)]
         return [Value(100 * float(np.mean(np.array(ours) < squared(np.array(paper), curves))))]
 
 
 def configuration(
-    experiment: str, about: Spec, run: Run, scale: str, data: str, seed: int, precision: str = PRECISIONS[0]
+    experiment: str, spec: Spec, run: Run, scale: str, data: str, seed: int, precision: str = PRECISIONS[0]
 ) -> dict:
     """Everything that determines what one run measures. This is the content of its ``config.json``.
 
     The precision is an option of training runs. The first one of PRECISIONS is not written, and other runs have none.
     """
-    content = asdict(run) | {"experiment": experiment, "scale": scale, "data": data if about.images else "none"}
+    content = asdict(run) | {"experiment": experiment, "scale": scale, "data": data if spec.images else "none"}
     del content["seeds"]
     if precision != PRECISIONS[0] and run.procedure in TRAINING:
         content["options"] |= {"precision": precision}
@@ -191,59 +191,61 @@ def folder_name(config: dict) -> str:
     return "-".join([*filter(None, parts), *["synthetic"] * (config["data"] == "synthetic")])
 
 
-def serves(config: dict, asked: dict) -> bool:
-    """Whether a training run measures what the run ``asked`` would, so that it need not be repeated.
+def serves(config: dict, requested: dict) -> bool:
+    """Whether a training run measures what the run ``requested`` would, so that it need not be repeated.
 
     Their settings are equal: everything but experiment and label. A run that also measures the noise of its gradients
     serves as one that does not, because the measurement changes no bit of the training.
     """
-    unused = () if "noise" in asked["options"] else ("noise",)
+    unused = () if "noise" in requested["options"] else ("noise",)
 
-    def settings(of: dict) -> dict:
-        options = {name: value for name, value in of["options"].items() if name not in unused}
-        return of | {"experiment": None, "label": None, "options": options}
+    def settings(run_config: dict) -> dict:
+        options = {name: value for name, value in run_config["options"].items() if name not in unused}
+        return run_config | {"experiment": None, "label": None, "options": options}
 
-    return config.get("procedure") in TRAINING and settings(config) == settings(asked)
+    return config.get("procedure") in TRAINING and settings(config) == settings(requested)
 
 
 def trained(out: Path) -> Iterator[tuple[Path, dict]]:
     """Folder and configuration of all finished training runs in a folder of results, of any experiment."""
-    for done in sorted(out.glob("*/*/DONE")):
-        config = json.loads((done.parent / "config.json").read_text())
+    for marker in sorted(out.glob("*/*/DONE")):
+        config = json.loads((marker.parent / "config.json").read_text())
         if config.get("procedure") in TRAINING:
-            yield done.parent, config
+            yield marker.parent, config
 
 
 def finished(folder: Path) -> Iterator[Finished]:
     """The finished runs in the folder of one experiment, by label and seed, of any configuration."""
     runs = []
-    for done in folder.glob("*/DONE"):
-        config, env = (json.loads((done.parent / f"{name}.json").read_text()) for name in ("config", "env"))
-        runs.append(Finished(done.parent, config, env))
+    for marker in folder.glob("*/DONE"):
+        config, env = (json.loads((marker.parent / f"{name}.json").read_text()) for name in ("config", "env"))
+        runs.append(Finished(marker.parent, config, env))
     yield from sorted(runs, key=_order)
 
 
-def read(folder: Path, about: Spec, scale: str | None = None, kept: Path | None = None) -> Results:
+def read(folder: Path, spec: Spec, scale: str | None = None, published_runs: Path | None = None) -> Results:
     """The results of one experiment: of ``scale``, or else of the largest scale that was run, on CIFAR-10 if possible.
 
-    Runs in the folder ``kept`` are added if ``folder`` does not have them, and so are training runs of the experiments
-    beside either folder that serve as runs of this one. Runs whose configuration is not one of the spec's are counted
-    as ``stale`` and left out. Of two precisions the first one of PRECISIONS is read.
+    Runs in the folder ``published_runs`` are added if ``folder`` does not have them, and so are training runs of the
+    experiments beside either folder that serve as runs of this one. Runs whose configuration is not one of the spec's
+    are counted as ``stale`` and left out. Of two precisions the first one of PRECISIONS is read.
     """
-    places = [place for place in (folder, kept) if place]
-    own = {run.folder.name: run for place in reversed(places) for run in finished(place)}
-    runs = {name: run for name, run in own.items() if run.config in _planned(folder.name, about, run.config)}
-    stale = len(own) - len(runs)
-    for place in places if any(run.procedure in TRAINING for run in about.runs) else ():
+    places = [place for place in (folder, published_runs) if place]
+    stored = {run.folder.name: run for place in reversed(places) for run in finished(place)}
+    runs = {name: run for name, run in stored.items() if run.config in _planned(folder.name, spec, run.config)}
+    stale = len(stored) - len(runs)
+    for place in places if any(run.procedure in TRAINING for run in spec.runs) else ():
         for shared, config in trained(place.parent):
-            for asked in _planned(folder.name, about, config):
-                if folder_name(asked) not in runs and serves(config, asked):
-                    runs[folder_name(asked)] = Finished(shared, asked, json.loads((shared / "env.json").read_text()))
+            for requested in _planned(folder.name, spec, config):
+                if folder_name(requested) not in runs and serves(config, requested):
+                    runs[folder_name(requested)] = Finished(
+                        shared, requested, json.loads((shared / "env.json").read_text())
+                    )
     groups: dict[tuple[bool, int, int, str], list[Finished]] = {}
     for run in sorted(runs.values(), key=_order):
-        own_scale, data = run.config["scale"], run.config["data"]
-        if scale is None or own_scale == about.scale(scale):
-            rank = data != "synthetic", SCALES.index(own_scale), -PRECISIONS.index(run.precision), data
+        run_scale, data = run.config["scale"], run.config["data"]
+        if scale is None or run_scale == spec.scale(scale):
+            rank = data != "synthetic", SCALES.index(run_scale), -PRECISIONS.index(run.precision), data
             groups.setdefault(rank, []).append(run)
     if not groups:
         return Results(scale or "none", "none", (), stale)
@@ -251,12 +253,12 @@ def read(folder: Path, about: Spec, scale: str | None = None, kept: Path | None 
     return Results(SCALES[best[1]], best[3], tuple(groups[best]), stale, PRECISIONS[-best[2]])
 
 
-def _planned(experiment: str, about: Spec, like: dict) -> list[dict]:
-    """The configurations of the spec's runs at the scale and precision, on the data and with the seed of ``like``."""
-    scale, data, seed = (like[name] for name in ("scale", "data", "seed"))
-    precision = like["options"].get("precision", PRECISIONS[0])
-    planned = about.at(scale) if scale in SCALES else ()
-    return [configuration(experiment, about, run, scale, data, seed, precision) for run in planned]
+def _planned(experiment: str, spec: Spec, sample: dict) -> list[dict]:
+    """The configurations of the spec's runs at the scale and precision, on the data and with the seed of ``sample``."""
+    scale, data, seed = (sample[name] for name in ("scale", "data", "seed"))
+    precision = sample["options"].get("precision", PRECISIONS[0])
+    planned = spec.at(scale) if scale in SCALES else ()
+    return [configuration(experiment, spec, run, scale, data, seed, precision) for run in planned]
 
 
 def _order(run: Finished) -> tuple[str, int]:

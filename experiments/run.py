@@ -43,7 +43,7 @@ class Planned:
     folder: Path
     config: dict
     seconds: float  # the expected time on the machine of the specs' minutes
-    kept: Path | None = None  # a second folder in which the run may be finished
+    published: Path | None = None  # a second folder in which the run may be finished
 
     @property
     def name(self) -> str:
@@ -61,7 +61,7 @@ class Planned:
 
     def finished(self) -> bool:
         """Whether it is finished with its present configuration."""
-        return any(finished(place, self.config) for place in (self.folder, self.kept) if place)
+        return any(finished(place, self.config) for place in (self.folder, self.published) if place)
 
 
 def plan(
@@ -70,7 +70,7 @@ def plan(
     data: str,
     seeds: int | None,
     out: Path,
-    kept: Path | None = None,
+    published_runs: Path | None = None,
     precision: str = PRECISIONS[0],
     only: Collection[str] = (),
 ) -> list[Planned]:
@@ -80,23 +80,23 @@ def plan(
     """
     planned_runs = []
     for experiment in experiments:
-        about = spec(experiment)
-        own_scale = about.scale(scale)
-        runs = about.at(own_scale)
+        experiment_spec = spec(experiment)
+        run_scale = experiment_spec.scale(scale)
+        runs = experiment_spec.at(run_scale)
         share = shares(runs)
         for run in runs:
             for seed in range(seeds or run.seeds):
-                config = configuration(experiment, about, run, own_scale, data, seed, precision)
+                config = configuration(experiment, experiment_spec, run, run_scale, data, seed, precision)
                 name = folder_name(config)
-                kept_folder = kept / experiment / name if kept else None
-                seconds = 60 * about.minutes.get(own_scale, 1) * share[run.label]
-                planned_runs.append(Planned(out / experiment / name, config, seconds, kept_folder))
+                published_folder = published_runs / experiment / name if published_runs else None
+                seconds = 60 * experiment_spec.minutes.get(run_scale, 1) * share[run.label]
+                planned_runs.append(Planned(out / experiment / name, config, seconds, published_folder))
     return [planned for planned in planned_runs if not only or planned.labels & set(only)]
 
 
-def unfinished(planned_runs: list[Planned], out: Path, kept: Path | None) -> list[Planned]:
+def unfinished(planned_runs: list[Planned], out: Path, published_runs: Path | None) -> list[Planned]:
     """The runs that are not finished, and for which no finished run of another experiment serves."""
-    others = [config for place in (out, kept) if place for _, config in trained(place)]
+    others = [config for place in (out, published_runs) if place for _, config in trained(place)]
     return [
         planned
         for planned in planned_runs
@@ -121,7 +121,7 @@ def run(
     seeds: int | None = None,
     out: Path = Path("results"),
     resume: bool = True,
-    kept: Path | None = None,
+    published_runs: Path | None = None,
     finished: Callable[[str], None] | None = None,
     precision: str = PRECISIONS[0],
     layout: str = LAYOUTS[0],
@@ -138,7 +138,7 @@ def run(
         seeds: the number of seeds, instead of the number in each configuration.
         out: the folder of the results.
         resume: keep finished runs. Otherwise they are repeated.
-        kept: another folder with a subfolder for each experiment, whose finished runs are not repeated.
+        published_runs: another folder with a subfolder for each experiment, whose finished runs are not repeated.
         finished: called with an experiment's name after its last run.
         precision: of training, one of specs.PRECISIONS.
         layout: of training, one of specs.LAYOUTS. It is no part of a run's configuration.
@@ -152,30 +152,33 @@ def run(
     deadline = Deadline(60 * minutes)
     data = data or os.environ.get("BNKERN_DATA") or ("synthetic" if scale == "smoke" else None)
     kind = "synthetic" if data == "synthetic" else "cifar10"
-    all_runs = plan(experiments, scale, kind, seeds, out, kept, precision, only)
+    all_runs = plan(experiments, scale, kind, seeds, out, published_runs, precision, only)
     if unknown := set(only).difference(*(planned.labels for planned in all_runs)):
         print(f"There is no run {', '.join(sorted(unknown))} of {', '.join(experiments)}.", file=sys.stderr)
         return 2
-    missing = unfinished(all_runs, out, kept) if resume else all_runs
+    missing = unfinished(all_runs, out, published_runs) if resume else all_runs
     todo = distinct(missing) if resume else all_runs
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pace = Pace(step_seconds(on) / REFERENCE if todo and scale != "smoke" else 1.0)
+    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pace = Pace(step_seconds(torch_device) / REFERENCE if todo and scale != "smoke" else 1.0)
     expected = sum(planned.seconds * pace.of(planned.kind) for planned in todo)
-    about = f", about {duration(expected)} on this machine" if todo and scale != "smoke" else ""
-    double = f", {len(missing) - len(todo)} the same as another" if len(missing) > len(todo) else ""
+    estimate = f", about {duration(expected)} on this machine" if todo and scale != "smoke" else ""
+    shared = f", {len(missing) - len(todo)} the same as another" if len(missing) > len(todo) else ""
     before = len(all_runs) - len(missing)
-    print(f"{len(all_runs)} runs: {before} finished before{double}, {len(todo)} to do{about}", flush=True)
+    print(f"{len(all_runs)} runs: {before} finished before{shared}, {len(todo)} to do{estimate}", flush=True)
     if not todo:
         return 0
     try:
         images = cifar10.load(data) if any(planned.config["data"] != "none" for planned in todo) else None
-        failed = _run_all(todo, images, on, layout, pace, deadline, finished)
+        failed = _run_all(todo, images, torch_device, layout, pace, deadline, finished)
     except cifar10.DataError as error:
         print(error, file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Stopped) as stop:
-        done = len(all_runs) - len(unfinished(all_runs, out, kept))
-        print(f"\nStopped: {done} of {len(all_runs)} runs are finished. The same command continues.", file=sys.stderr)
+        finished_count = len(all_runs) - len(unfinished(all_runs, out, published_runs))
+        print(
+            f"\nStopped: {finished_count} of {len(all_runs)} runs are finished. The same command continues.",
+            file=sys.stderr,
+        )
         return UNFINISHED if isinstance(stop, Stopped) else INTERRUPTED
     except OSError as error:  # a full disk, a folder that cannot be written
         print(f"Stopped: {error.strerror or error} ({out}). The same command continues.", file=sys.stderr)
@@ -198,8 +201,8 @@ def _run_all(
     failed = 0
     with Progress(todo, pace) as progress:
 
-        def tick(share: float, what: str) -> None:
-            progress.tick(share, what)
+        def tick(share: float, next_step: str) -> None:
+            progress.tick(share, next_step)
             deadline.check()
 
         for planned, following in zip(todo, [*todo[1:], None], strict=True):
@@ -229,18 +232,18 @@ def _run_one(planned: Planned, images: cifar10.Cifar10 | None, device: torch.dev
     (folder / "probes").mkdir(parents=True, exist_ok=True)
     (folder / "error.txt").unlink(missing_ok=True)
     write_json(folder / "config.json", config)
-    when: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": 0.0}
+    timing: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": 0.0}
     if (folder / "env.json").exists():  # an earlier command has done a part of the run
         earlier = read_json(folder / "env.json")
-        when, layout = {name: earlier[name] for name in when}, earlier.get("layout", layout)
-    clock = time.perf_counter()
+        timing, layout = {name: earlier[name] for name in timing}, earlier.get("layout", layout)
+    start = time.perf_counter()
     try:
         results = PROCEDURES[config["procedure"]](config | {"layout": layout}, images, device, folder, tick)
     finally:
-        seconds = when["seconds"] + time.perf_counter() - clock
-        when["seconds"] = round(seconds, 4)  # the shortest runs take a few milliseconds
-        own = {"layout": layout} if config["procedure"] in TRAINING else {}
-        write_json(folder / "env.json", when | environment(device, config["kernels"]) | own)
+        seconds = timing["seconds"] + time.perf_counter() - start
+        timing["seconds"] = round(seconds, 4)  # the shortest runs take a few milliseconds
+        layout_entry = {"layout": layout} if config["procedure"] in TRAINING else {}
+        write_json(folder / "env.json", timing | environment(device, config["kernels"]) | layout_entry)
     for name, arrays in results.items():
         np.savez(folder / "probes" / f"{name}.npz", **arrays)  # type: ignore[arg-type]  # no name is allow_pickle
     (folder / "DONE").touch()
@@ -294,23 +297,25 @@ class Progress:
         self.run.reset()
         self._show()
 
-    def tick(self, share: float, what: str) -> None:
-        """Shows that ``share`` of the run is done, and that ``what`` is next."""
+    def tick(self, share: float, next_step: str) -> None:
+        """Shows that ``share`` of the run is done, and that ``next_step`` is next."""
         self.share = share
-        self.run.set_postfix_str(what, refresh=False)
+        self.run.set_postfix_str(next_step, refresh=False)
         self.run.update(share - self.run.n)
         self._show()
 
     def end(self, outcome: str) -> None:
-        planned, took = self.todo[self.done], time.perf_counter() - self.started
+        planned, seconds = self.todo[self.done], time.perf_counter() - self.started
         if outcome == "done":  # a failed run may have ended early
-            self.pace.add(planned.kind, planned.seconds, took)
+            self.pace.add(planned.kind, planned.seconds, seconds)
         self.done, self.share = self.done + 1, 0.0
         self.started = time.perf_counter()
         self._show()
         total = len(self.todo)
         if self.runs.disable:
-            line = f"[{self.done:>{len(str(total))}}/{total}] {planned.name}: {outcome}, {duration(took, exact=True)}"
+            line = (
+                f"[{self.done:>{len(str(total))}}/{total}] {planned.name}: {outcome}, {duration(seconds, exact=True)}"
+            )
             print(line + (f", about {duration(self.left())} left" if self.done < total else ""), flush=True)
         elif outcome != "done":
             self.runs.write(f"{planned.name}: {outcome}", file=sys.stderr)

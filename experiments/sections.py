@@ -91,8 +91,8 @@ class Section:
     @property
     def rank(self) -> tuple[bool, bool, int]:
         """Of two sections on one experiment, the one with the higher rank has the more informative results."""
-        known = self.scale in SCALES
-        return bool(self.runs), self.data != "synthetic", SCALES.index(self.scale) if known else -1
+        is_scale = self.scale in SCALES
+        return bool(self.runs), self.data != "synthetic", SCALES.index(self.scale) if is_scale else -1
 
 
 # ------------------------------------------------------------------------------------------------ from runs
@@ -100,9 +100,9 @@ class Section:
 
 def of_results(name: str, results: Results, out: Path) -> Section:
     """The section on the results in ``out``."""
-    about = spec(name)
-    outcome, findings = judge(about, results)
-    tables = drawer(name).tables(about, results) if results.runs else {}
+    experiment_spec = spec(name)
+    outcome, findings = judge(experiment_spec, results)
+    tables = drawer(name).tables(experiment_spec, results) if results.runs else {}
     runs = [
         {
             "label": run.config["label"],
@@ -112,11 +112,13 @@ def of_results(name: str, results: Results, out: Path) -> Section:
         }
         for run in results.runs
     ]
-    facts = _facts(name, about, results, out)
-    return Section(name, about, results.scale, results.data, outcome, findings, tables, facts, runs, results.precision)
+    facts = _facts(name, experiment_spec, results, out)
+    return Section(
+        name, experiment_spec, results.scale, results.data, outcome, findings, tables, facts, runs, results.precision
+    )
 
 
-def _facts(name: str, about: Spec, results: Results, out: Path) -> dict[str, str]:
+def _facts(name: str, experiment_spec: Spec, results: Results, out: Path) -> dict[str, str]:
     """The conditions of the runs. Each is stated once if all runs agree, and else as a list."""
     if not results.runs:
         return {"to run it": _command(name, "full", "")}
@@ -127,7 +129,7 @@ def _facts(name: str, about: Spec, results: Results, out: Path) -> dict[str, str
     prefix = f"{results.scale}-*" + ("-synthetic" if results.data == "synthetic" else "")
     failed = len(list((out / name).glob(f"{prefix}/error.txt")))
     seeds = sorted({run.config["seed"] for run in results.runs})
-    counts = {run.label: len(results.where(label=run.label)) for run in about.runs}
+    counts = {run.label: len(results.where(label=run.label)) for run in experiment_spec.runs}
     lenders = sorted({run.folder.parent.name for run in results.runs} - {name})
     measured = {
         "runs": ", ".join(f"{label}: {count}" for label, count in counts.items())
@@ -144,15 +146,15 @@ def _facts(name: str, about: Spec, results: Results, out: Path) -> dict[str, str
         ),
         "versions": all_of(lambda env: ", ".join(f"{k} {v}" for k, v in env["versions"].items())),
     }
-    return _conditions(name, about, results.scale, results.data, results.precision, measured)
+    return _conditions(name, experiment_spec, results.scale, results.data, results.precision, measured)
 
 
 def _conditions(
-    name: str, about: Spec, scale: str, data: str, precision: str, measured: dict[str, str]
+    name: str, experiment_spec: Spec, scale: str, data: str, precision: str, measured: dict[str, str]
 ) -> dict[str, str]:
     return {
         "scale": f"{scale}, {IMAGES[data]}",
-        **({"thresholds": about.thresholds} if about.thresholds else {}),
+        **({"thresholds": experiment_spec.thresholds} if experiment_spec.thresholds else {}),
         **measured,
         "repeat": _command(name, scale, data, precision),
     }
@@ -224,32 +226,34 @@ def of_record(entry: dict, folder: Path) -> Section | None:
     """
     name, scale, data = entry["name"], entry["scale"], entry["data"]
     precision = entry.get("precision", PRECISIONS[0])
-    about = spec(name)
-    checks = [claim.check.text if claim.check else None for claim in about.claims]
+    experiment_spec = spec(name)
+    checks = [claim.check.text if claim.check else None for claim in experiment_spec.claims]
     if (
         not entry["runs"]
-        or entry["configuration"] != fingerprint(name, about, scale, data, precision)
+        or entry["configuration"] != fingerprint(name, experiment_spec, scale, data, precision)
         or [claim["check"] for claim in entry["claims"]] != checks
     ):
         return None
     findings = [
         find(
-            claim, [Value(float(n), b) for n, b in zip(was["values"], was["bounds"], strict=True)], judged(scale, data)
+            claim,
+            [Value(float(n), b) for n, b in zip(stored_claim["values"], stored_claim["bounds"], strict=True)],
+            judged(scale, data),
         )
-        for claim, was in zip(about.claims, entry["claims"], strict=True)
+        for claim, stored_claim in zip(experiment_spec.claims, entry["claims"], strict=True)
     ]
     outcome = verdict(findings, True, judged(scale, data))
     tables = {table: read_csv(folder / "data" / f"{table}.csv") for table in entry["tables"]}
-    own = ("scale", "thresholds", "repeat")
-    measured = {label: fact for label, fact in entry["facts"].items() if label not in own}
-    facts = _conditions(name, about, scale, data, precision, measured)
-    return Section(name, about, scale, data, outcome, findings, tables, facts, entry["runs"], precision)
+    recomputed = ("scale", "thresholds", "repeat")
+    measured = {label: fact for label, fact in entry["facts"].items() if label not in recomputed}
+    facts = _conditions(name, experiment_spec, scale, data, precision, measured)
+    return Section(name, experiment_spec, scale, data, outcome, findings, tables, facts, entry["runs"], precision)
 
 
-def fingerprint(name: str, about: Spec, scale: str, data: str, precision: str = PRECISIONS[0]) -> str:
+def fingerprint(name: str, experiment_spec: Spec, scale: str, data: str, precision: str = PRECISIONS[0]) -> str:
     """A hash of the configurations of all runs, without the number of seeds. "" if there are no runs."""
-    planned = about.at(scale) if scale in SCALES else ()
-    configs = [configuration(name, about, run, scale, data, 0, precision) for run in planned]
+    planned = experiment_spec.at(scale) if scale in SCALES else ()
+    configs = [configuration(name, experiment_spec, run, scale, data, 0, precision) for run in planned]
     return hashlib.sha1(json.dumps(configs, sort_keys=True).encode()).hexdigest()[:12] if configs else ""
 
 

@@ -89,7 +89,7 @@ def grouped(findings: list[Finding]) -> list[list[Finding]]:
     """Groups of consecutive findings. The texts of a group differ only in one part between commas."""
     groups: list[list[Finding]] = []
     for finding in findings:
-        if groups and _alike([one.claim.text for one in [*groups[-1], finding]]):
+        if groups and _alike([member.claim.text for member in [*groups[-1], finding]]):
             groups[-1].append(finding)
         else:
             groups.append([finding])

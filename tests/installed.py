@@ -37,12 +37,12 @@ def main() -> None:
             ours = results(fused, x, residual, weight, bias, dy)
         exact = results(separate, *(t.double() for t in (x, residual, weight, bias, dy)))
         names = ("output", "dx", "dresidual", "dweight", "dbias", "running_mean", "running_var")
-        for name, got, want in zip(names, ours, exact, strict=True):
+        for name, actual, expected in zip(names, ours, exact, strict=True):
             # float32 against float64. The largest differences are those of dweight and dbias, sums of 504 products.
             torch.testing.assert_close(
-                got.double(), want, rtol=1e-5, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
+                actual.double(), expected, rtol=1e-5, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
             )
-            print(f"{memory_format}, {name}: largest difference {(got.double() - want).abs().max():.1e}")
+            print(f"{memory_format}, {name}: largest difference {(actual.double() - expected).abs().max():.1e}")
 
 
 if __name__ == "__main__":

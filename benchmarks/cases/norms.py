@@ -17,7 +17,7 @@ def differentiate(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def relative_errors(results: dict[str, Tensor], module: nn.Module, inputs: Inputs) -> dict[str, float]:
-    """The error of each result over the result, as root mean squares. The truth is torch's in float64.
+    """The relative error of each result: RMS of the error over RMS of the exact values, torch's in float64.
 
     The channels of batch norm are independent, so about 8 of them, evenly spread, are compared.
     """

@@ -66,13 +66,13 @@ class Missing(Exception):
     """A peer cannot be measured; the message is the reason."""
 
 
-def package(name: str, how: str) -> object:
+def package(name: str, instructions: str) -> object:
     """Imports the module. Raises Missing, with how to install it, if that fails."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # another package may raise anything when it is imported
         message = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise Missing(f"{how} ({message})") from error
+        raise Missing(f"{instructions} ({message})") from error
 
 
 class _Alias(torch.autograd.Function):

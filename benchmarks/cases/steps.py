@@ -78,12 +78,12 @@ def loop_step(
         if recorder:
             recorder.rewind(0)
 
-    numbers, taken = cycle(range(len(batches))), count(1)
+    indices, steps = cycle(range(len(batches))), count(1)
 
-    def one(_: object) -> None:
-        step.index.fill_(next(numbers))
+    def run_step(_: object) -> None:
+        step.index.fill_(next(indices))
         step()
-        if recorder and next(taken) % config.log_every == 0:
+        if recorder and next(steps) % config.log_every == 0:
             recorder.flush()
 
-    return one
+    return run_step

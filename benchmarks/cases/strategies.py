@@ -10,7 +10,7 @@ from bnkern.backends.calls import BackwardCall, ForwardCall
 
 ALWAYS, NEVER = 0, 1 << 62  # the size in bytes from which a call is one kernel
 ONE, TWO = "bnkern, one kernel", "bnkern, two kernels"
-WAYS = {ONE: ("cuda", ALWAYS), TWO: ("cuda", NEVER), "Triton": ("triton", ALWAYS)}
+PROVIDERS = {ONE: ("cuda", ALWAYS), TWO: ("cuda", NEVER), "Triton": ("triton", ALWAYS)}
 NEEDS = (True, True, True, True)
 
 
@@ -36,11 +36,11 @@ class Layer:
         )
 
 
-def call_layer(way: str, call: str, layer: Layer) -> tuple[Tensor | None, ...]:
+def call_layer(provider: str, call: str, layer: Layer) -> tuple[Tensor | None, ...]:
     """A call of a layer with one strategy. The strategy is chosen when the call is made or captured."""
     from bnkern.backends import cuda
 
-    name, single_read_from = WAYS[way]
+    name, single_read_from = PROVIDERS[provider]
     kernels, index = backends.choose(name, "cuda", layer.x.dtype), torch.cuda.current_device()
     cuda.introduce(index, single_read_from)
     try:

@@ -1,7 +1,7 @@
 """Bytes that must move between memory and the processor, by formula. Per-channel vectors are not counted.
 
-``op`` is "bn" (batch norm alone) or "bn_add_relu" (with residual, ReLU and its saved mask). Per element of the
-input, s bytes each, the mask is 1/8 byte:
+``op`` is "bn" (batch norm alone) or "bn_add_relu" (with residual, ReLU and its saved mask). An element of
+the input has s bytes, and its bit of the mask is 1/8 byte:
 
     call         reads                  writes                  bn    bn_add_relu
     moments      x                      -                       s     s
@@ -31,7 +31,7 @@ _PASSES = {
 
 
 def minimal_bytes(call: str, op: str, elements: int, itemsize: int) -> int:
-    """The minimum of bytes that a phase or a whole pass moves."""
+    """The least number of bytes that a phase or a whole pass moves."""
     tensors, masks = _PASSES[call][op]
     return tensors * elements * itemsize + masks * elements // 8
 

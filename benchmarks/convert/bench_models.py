@@ -44,10 +44,10 @@ def evaluated(model: nn.Module) -> Callable[[torch.Tensor], None]:
     return step
 
 
-@pytest.mark.parametrize("way", ["training", "eval"])
+@pytest.mark.parametrize("model_mode", ["training", "eval"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model[1])
-def test_models(model: tuple, layout: str, way: str, compare, device: torch.device, quick: bool) -> None:
+def test_models(model: tuple, layout: str, model_mode: str, compare, device: torch.device, quick: bool) -> None:
     family, name, batch, size = model
     original = network(family, name).to(device, memory_format=LAYOUTS[layout])
     providers = {
@@ -55,13 +55,13 @@ def test_models(model: tuple, layout: str, way: str, compare, device: torch.devi
         "eager": original,
         "swapped": bnkern.convert(copy.deepcopy(original), fuse=False),
     }
-    step = trained if way == "training" else evaluated
+    step = trained if model_mode == "training" else evaluated
     images = torch.randn(2 if quick else batch, 3, 32 if quick else size, 32 if quick else size, device=device)
     images = images.contiguous(memory_format=LAYOUTS[layout])
     compare(
-        f"{name} {layout} {way}",
+        f"{name} {layout} {model_mode}",
         Case("images", layout, "fp32"),
-        {name: step(m.train(way == "training")) for name, m in providers.items()},
+        {name: step(m.train(model_mode == "training")) for name, m in providers.items()},
         make_data=lambda: images,
         nbytes=ACTIVATION_BYTES,
         budget_s=12,

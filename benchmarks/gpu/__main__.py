@@ -21,54 +21,54 @@ from benchmarks.gpu import BUILD, fresh
 from benchmarks.gpu.parts import COMMANDS, NAMES, PARTS, Part, command, environment, plan
 from benchmarks.gpu.state import Record, State, pack, unpack
 
-GRACE = 10  # seconds between the signal to stop and the end by force
+GRACE = 10  # seconds from SIGINT to SIGKILL
 DATA = "there is no CIFAR-10: name its folder by DATA= or --data"
 
 
 def missing() -> list[str]:
     """The tools and packages that this machine lacks and that every check needs."""
-    lacks = [tool for tool in ("nvcc", "cmake", "ninja") if not shutil.which(tool)]
+    absent = [tool for tool in ("nvcc", "cmake", "ninja") if not shutil.which(tool)]
     if not importlib.util.find_spec("torch"):
-        return [*lacks, f"torch (for {sys.executable})"]
+        return [*absent, f"torch (for {sys.executable})"]
     import torch
 
     if not torch.version.cuda:
-        lacks.append(f"a torch built with CUDA (this is {torch.__version__})")
+        absent.append(f"a torch built with CUDA (this is {torch.__version__})")
     elif not torch.cuda.is_available():
-        lacks.append("an NVIDIA GPU (torch.cuda.is_available() is False)")
-    return lacks
+        absent.append("an NVIDIA GPU (torch.cuda.is_available() is False)")
+    return absent
 
 
-def run(name: str, words: list[str], log: Path, env: dict[str, str], seconds: float) -> Record:
+def run(name: str, argv: list[str], log: Path, env: dict[str, str], seconds: float) -> Record:
     """Runs one part and writes its output to a log and to the terminal. Stops it when its time limit is reached.
 
     The part is a process group of its own and is stopped as a whole. It writes to a file, because a process that leaves
     the group could keep a pipe open for ever.
     """
-    print(f"\n== {name}, at most {seconds:.0f} s: {' '.join(words)}", flush=True)
+    print(f"\n== {name}, at most {seconds:.0f} s: {' '.join(argv)}", flush=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would its processes
     start = time.perf_counter()
     stops = [(seconds, signal.SIGINT), (seconds + GRACE, signal.SIGKILL)]  # SIGINT lets pytest print its tables
-    with log.open("wb") as sink, log.open(errors="replace") as shown:
-        to = {"stdin": subprocess.DEVNULL, "stdout": sink, "stderr": subprocess.STDOUT}
+    with log.open("wb") as log_file, log.open(errors="replace") as output:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": subprocess.STDOUT}
         try:
-            process = subprocess.Popen(words, cwd=ROOT, env=env, process_group=0, **to)
+            process = subprocess.Popen(argv, cwd=ROOT, env=env, process_group=0, **streams)
         except OSError as error:  # for example, no compute-sanitizer
             print(error)
             return Record(name, "FAILED", error.errno, 0.0)
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-                print(shown.read(), end="", flush=True)
+                print(output.read(), end="", flush=True)
                 if stops and time.perf_counter() - start >= stops[0][0]:
                     os.killpg(process.pid, stops.pop(0)[1])
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        print(shown.read(), end="", flush=True)
-    took = time.perf_counter() - start
-    result = "ok" if process.returncode == 0 else "out of time" if took >= seconds else "FAILED"
-    return Record(name, result, process.returncode, round(took, 1))
+        print(output.read(), end="", flush=True)
+    duration = time.perf_counter() - start
+    result = "ok" if process.returncode == 0 else "out of time" if duration >= seconds else "FAILED"
+    return Record(name, result, process.returncode, round(duration, 1))
 
 
 def has_data(data: Path | None) -> bool:
@@ -79,16 +79,16 @@ def has_data(data: Path | None) -> bool:
 
 def run_parts(parts: list[Part], state: State, end: float, env: dict[str, str], args: argparse.Namespace) -> None:
     for part in parts:
-        left = end - time.perf_counter()
-        if left < args.stretch * part.least:
+        remaining = end - time.perf_counter()
+        if remaining < args.stretch * part.least:
             state.add(Record(part.name, "no time left", None, 0.0))
             continue
         if part.name == "figure1" and not has_data(args.data):
             state.add(Record(part.name, DATA, None, 0.0))
             continue
-        words = command(part, state.out, args.data)
-        seconds = left - GRACE if part.seconds is None else args.stretch * part.seconds
-        record = run(part.name, words, fresh(state.out, f"{part.name}.log"), env | environment(part), seconds)
+        argv = command(part, state.out, args.data)
+        seconds = remaining - GRACE if part.seconds is None else args.stretch * part.seconds
+        record = run(part.name, argv, fresh(state.out, f"{part.name}.log"), env | environment(part), seconds)
         state.add(record)
         if args.pack:
             pack(state.out, args.pack)
@@ -125,8 +125,8 @@ def main() -> int:
     if args.resume:
         unpack(args.resume, out)
     state = State(out)
-    if not args.summary and (lacks := missing()):
-        print(f"gpu-check cannot run here. Missing: {'; '.join(lacks)}.")
+    if not args.summary and (absent := missing()):
+        print(f"gpu-check cannot run here. Missing: {'; '.join(absent)}.")
         return 1
     from benchmarks.gpu import summary  # not at the top: it imports torch, which may be missing
 
@@ -141,7 +141,7 @@ def main() -> int:
         wheels = [str(wheel) for wheel in sorted(args.wheels.resolve().glob("*.whl"))]
         install = ["pip", "install", "--no-index", "--no-deps", "--upgrade", "--target", str(site), *wheels]
         run("wheels", [sys.executable, "-m", *install], out / "wheels.log", env, 60)
-    parts = state.left()  # also puts the module of an earlier command in its place
+    parts = state.remaining()  # also puts the module of an earlier command in its place
     if requested:
         parts = [part for part in PARTS if part.name in requested]
     try:

@@ -44,20 +44,20 @@ MICROSECONDS = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "s": 1e6}
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(?!selected)(\w+?)(?<!_not_issued)_per_issue_active\.ratio")
 
 
-class Counted(NamedTuple):
+class ProfiledCall(NamedTuple):
     shape: str
     layout: str
-    way: str  # of benchmarks/cases/strategies.py
+    provider: str  # of benchmarks/cases/strategies.py
     call: str
     kernels: int
 
     def __str__(self) -> str:
-        return f"{self.call} {self.shape} {self.layout}, {self.way.removeprefix('bnkern, ')}"
+        return f"{self.call} {self.shape} {self.layout}, {self.provider.removeprefix('bnkern, ')}"
 
 
 CALLS = [
-    Counted(shape, layout, way, call, kernels)
-    for shape, layout, way, kernels in (
+    ProfiledCall(shape, layout, provider, call, kernels)
+    for shape, layout, provider, kernels in (
         ("stage1", "channels_last", "bnkern, one kernel", 1),
         ("stage2", "channels_last", "bnkern, one kernel", 1),
         ("stage3", "channels_last", "bnkern, one kernel", 1),
@@ -76,12 +76,12 @@ def make_calls() -> None:
     from benchmarks.cases.strategies import Layer, call_layer
 
     device = torch.device("cuda")
-    for counted in CALLS:
-        layer = Layer(Case(counted.shape, counted.layout, "bf16"), device)
-        call_layer(counted.way, counted.call, layer)
+    for profiled_call in CALLS:
+        layer = Layer(Case(profiled_call.shape, profiled_call.layout, "bf16"), device)
+        call_layer(profiled_call.provider, profiled_call.call, layer)
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
-        call_layer(counted.way, counted.call, layer)
+        call_layer(profiled_call.provider, profiled_call.call, layer)
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
 
@@ -123,7 +123,7 @@ def read(text: str) -> list[dict]:
 
 def labelled(kernels: list[dict]) -> list[dict]:
     """The kernels with their calls, if there are as many as the calls should launch."""
-    calls = [str(counted) for counted in CALLS for _ in range(counted.kernels)]
+    calls = [str(profiled_call) for profiled_call in CALLS for _ in range(profiled_call.kernels)]
     if len(calls) != len(kernels):
         print(f"{len(kernels)} kernels instead of {len(calls)}, so the calls are left out", file=sys.stderr)
         calls = ["?"] * len(kernels)
@@ -144,10 +144,10 @@ def main(out: Path) -> None:
     report = out.with_suffix(".ncu-rep")
     sections = [word for section in SECTIONS for word in ("--section", section)]
     program = [sys.executable, "-m", "benchmarks.gpu.counters", "--calls"]
-    profiled = ["ncu", *SETTINGS, *sections, "--force-overwrite", "--export", report, *program]
-    subprocess.run(profiled, cwd=ROOT, check=True)
-    imported = ["ncu", "--import", report, "--page", "raw", "--csv"]
-    text = subprocess.run(imported, stdout=subprocess.PIPE, text=True, check=True).stdout
+    profile_command = ["ncu", *SETTINGS, *sections, "--force-overwrite", "--export", report, *program]
+    subprocess.run(profile_command, cwd=ROOT, check=True)
+    import_command = ["ncu", "--import", report, "--page", "raw", "--csv"]
+    text = subprocess.run(import_command, stdout=subprocess.PIPE, text=True, check=True).stdout
     out.with_suffix(".csv").write_text(text)
     kernels = labelled(read(text))
     out.write_text(json.dumps(kernels, indent=1) + "\n")

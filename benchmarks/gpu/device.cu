@@ -1,14 +1,13 @@
 // Two checks of a device that need no torch: device CUBIN...
 //
 // 1. How many blocks and clusters of the batch norm kernels the device holds at once. The cubins are those of the
-// native
-//    module. The kernels are bf16, one kernel per call, without records. A cluster of 8 may not fit on every
-//    multiprocessor, so that a grid of 16 clusters can take two waves.
+//    native module. The kernels are bf16, one kernel per call, without records. Some multiprocessors may be
+//    unable to run a block of a cluster of 8, so a grid of 16 clusters can take two waves.
 // 2. Whether the fragments of mma.sync and ldmatrix.trans lie in the registers as the PTX manual says (sections on
 //    m16n8k16 and ldmatrix). The products are of small integers, so they are exact.
 //
-// Output: lines of comma-separated values, which device.py reads. The exit status is 1 if a call fails or a layout is
-// another one.
+// Output: lines of comma-separated values, which device.py reads. The exit status is 1 if a call fails or a layout
+// differs from the manual.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -139,15 +138,15 @@ __global__ void load_transposed(std::uint32_t* result) {
 }
 
 bool print_layouts() {
-  float d[128], *d_there;
-  std::uint32_t loaded[32], *loaded_there;
-  check(cudaMalloc(&d_there, sizeof d), "cudaMalloc");
-  check(cudaMalloc(&loaded_there, sizeof loaded), "cudaMalloc");
-  multiply<<<1, 32>>>(d_there);
-  load_transposed<<<1, 32>>>(loaded_there);
+  float d[128], *d_device;
+  std::uint32_t loaded[32], *loaded_device;
+  check(cudaMalloc(&d_device, sizeof d), "cudaMalloc");
+  check(cudaMalloc(&loaded_device, sizeof loaded), "cudaMalloc");
+  multiply<<<1, 32>>>(d_device);
+  load_transposed<<<1, 32>>>(loaded_device);
   check(cudaGetLastError(), "launch");
-  check(cudaMemcpy(d, d_there, sizeof d, cudaMemcpyDeviceToHost), "multiply");
-  check(cudaMemcpy(loaded, loaded_there, sizeof loaded, cudaMemcpyDeviceToHost), "load_transposed");
+  check(cudaMemcpy(d, d_device, sizeof d, cudaMemcpyDeviceToHost), "multiply");
+  check(cudaMemcpy(loaded, loaded_device, sizeof loaded, cudaMemcpyDeviceToHost), "load_transposed");
   int wrong = 0, swapped = 0;
   for (int row = 0; row < 16; ++row)
     for (int column = 0; column < 8; ++column) {

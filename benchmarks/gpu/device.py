@@ -54,11 +54,11 @@ def main(out: Path) -> int:
         cubin.unlink()
     subprocess.run(["cuobjdump", "-xelf", "all", _native.__file__], cwd=folder, check=True)
     cubins = sorted(folder.glob("*.cubin"))
-    done = subprocess.run([program, *cubins], stdout=subprocess.PIPE, text=True)
-    print(done.stdout)
-    result = read(done.stdout)
+    process = subprocess.run([program, *cubins], stdout=subprocess.PIPE, text=True)
+    print(process.stdout)
+    result = read(process.stdout)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    return done.returncode
+    return process.returncode
 
 
 if __name__ == "__main__":

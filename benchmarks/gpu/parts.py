@@ -19,7 +19,8 @@ LAST = 60  # the last part starts if so many seconds are left, and takes all of 
 class Part(NamedTuple):
     name: str
     seconds: int | None  # None: all that are left
-    words: list[str]  # pytest or a module with its arguments, or benchmarks with theirs; {out} and {json} are replaced
+    # pytest or a module with its arguments, or benchmarks with theirs; {out} and {json} are replaced
+    arguments: list[str]
     question: str
 
     @property
@@ -35,13 +36,13 @@ STEPS, STRATEGIES, NORMS = "train/bench_step.py", "norm/bench_strategies.py", "n
 PROBES = "probes/bench_probes.py"
 
 
-def tests(*words: str) -> list[str]:
-    return ["pytest", "-q", "-p", "no:cacheprovider", "--junitxml={xml}", *words]
+def tests(*arguments: str) -> list[str]:
+    return ["pytest", "-q", "-p", "no:cacheprovider", "--junitxml={xml}", *arguments]
 
 
-def bench(*words: str, budget: float) -> list[str]:
+def bench(*arguments: str, budget: float) -> list[str]:
     """Benchmarks, with a factor on the time that is spent on each case."""
-    return [*words, f"--budget={budget:g}"]
+    return [*arguments, f"--budget={budget:g}"]
 
 
 SHORT = tests("-m", "gpu", CUDA_TESTS, "-k", "test_every_strategy and bf16")
@@ -125,17 +126,17 @@ def command(part: Part, out: Path, data: Path | None = None) -> list[str]:
     if part.name == "build":
         return build()
     places = {"out": out, "json": fresh(out, f"{part.name}.json"), "xml": fresh(out, f"{part.name}.xml")}
-    words = [word.format(**places) for word in part.words]
-    if words[0].endswith(".py"):
-        files = [f"benchmarks/{word}" if word.endswith(".py") else word for word in words]
+    arguments = [argument.format(**places) for argument in part.arguments]
+    if arguments[0].endswith(".py"):
+        files = [f"benchmarks/{argument}" if argument.endswith(".py") else argument for argument in arguments]
         results = f"--bnkern-json={fresh(out, f'bench-{part.name}.json')}"
-        words = ["pytest", "-q", "-p", "no:cacheprovider", *files, results]
+        arguments = ["pytest", "-q", "-p", "no:cacheprovider", *files, results]
     if part.name in PARALLEL and importlib.util.find_spec("xdist"):
-        words += ["-n", str(min(os.cpu_count() or 1, 12))]
+        arguments += ["-n", str(min(os.cpu_count() or 1, 12))]
     if part.name == "figure1" and data:
-        words.append(f"--data={data}")
+        arguments.append(f"--data={data}")
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool", part.name] if part.name in SANITIZERS else []
-    return [*sanitizer, sys.executable, "-m", *words]
+    return [*sanitizer, sys.executable, "-m", *arguments]
 
 
 def environment(part: Part) -> dict[str, str]:

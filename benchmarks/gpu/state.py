@@ -1,5 +1,6 @@
-"""What a command leaves in its folder, so that the next one goes on where it stopped: the parts that ran, the native
-module, and a pack of the whole folder for a machine from which only few files return.
+"""The state of a check in its folder, from which the next command continues: the parts that ran and the native module.
+
+For a machine from which only few files can be copied, the whole folder is also packed into pieces.
 """
 
 import hashlib
@@ -57,17 +58,17 @@ class State:
         put(self.out / MODULE, ROOT / "bnkern" / MODULE)
         return True
 
-    def left(self) -> list[Part]:
+    def remaining(self) -> list[Part]:
         """The parts to run: those that never ran, then those that did not succeed, and the last part of the list."""
         build, *others, last = PARTS
         new = [part for part in others if not self.last(part.name)]
-        again = [part for part in others if (record := self.last(part.name)) and record.result != "ok"]
+        failed = [part for part in others if (record := self.last(part.name)) and record.result != "ok"]
         finished = (record := self.last(last.name)) is not None and record.result == "ok"
-        return [build] * (not self.built()) + new + again + [last] * (not finished)
+        return [build] * (not self.built()) + new + failed + [last] * (not finished)
 
 
 def put(module: Path, target: Path) -> None:
-    """Copies a module by renaming the copy. To write into a file that a process has loaded would crash the process."""
+    """Copies a module and renames the copy. A process would crash if the file that it has loaded were overwritten."""
     part = target.with_name(f"{target.name}.part")
     shutil.copy(module, part)
     part.replace(target)

@@ -68,15 +68,15 @@ def _rule(out: Path, state: State) -> Iterator[str]:
     model, source = _device_of(out)
     path = out / rules.TABLE.name
     path.write_text(rules.table_with(model, rule, source))
-    ends = {0: "One kernel for every size", rules.NEVER: "Two kernels for every size"}
-    what = ends.get(rule.single_read_from, f"One kernel from {rule.single_read_from} bytes")
-    yield f"{what}: {rule.loss:.3f} times the time of each call's faster strategy, over {len(pairs)} calls."
+    extremes = {0: "One kernel for every size", rules.NEVER: "Two kernels for every size"}
+    description = extremes.get(rule.single_read_from, f"One kernel from {rule.single_read_from} bytes")
+    yield f"{description}: {rule.loss:.3f} times the time of each call's faster strategy, over {len(pairs)} calls."
     yield f"Always one kernel: {rules.loss(0, pairs):.3f}. Always two: {rules.loss(rules.NEVER, pairs):.3f}."
     for label in ("forward, warm", "forward, cold", "backward, warm", "backward, cold"):
         for layout in ("nchw", "channels_last"):
-            own = [p for p in pairs if p.name.startswith(label) and f" {layout} " in p.name]
-            if own:
-                by_rule, best = rules.loss(rule.single_read_from, own), rules.best(own).loss
+            group = [p for p in pairs if p.name.startswith(label) and f" {layout} " in p.name]
+            if group:
+                by_rule, best = rules.loss(rule.single_read_from, group), rules.best(group).loss
                 yield f"  {label}, {layout}: {by_rule:.3f}, and {best:.3f} by a rule of its own"
     yield f"The table for {rules.TABLE.relative_to(rules.ROOT)} is in {path.name}."
 

@@ -30,7 +30,7 @@ def without_launches() -> Iterator[None]:
     harness = pytest.importorskip("tests.backends.cuda_on_cpu.native")
     lib, module = harness.kernels(optimized=True), harness.module(optimized=True)
     lib.leave_out_launches(True)
-    lib.know_device(harness.CudaDevice(132, 227 << 10, 512, True), 0)
+    lib.register_device(harness.CudaDevice(132, 227 << 10, 512, True), 0)
     module.connect(native)
     with ExitStack() as patches:
         patches.enter_context(patch.object(native, "_native", module))

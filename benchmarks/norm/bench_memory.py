@@ -32,9 +32,9 @@ def test_memory(op: str, case: Case, inputs: Inputs, device: torch.device, add_m
     measurements = []
     for name, module in modules.items():
         x, residual, _ = inputs.clone().requiring_grad()
-        given = (x, residual) if op == "bn_add_relu" else (x,)
-        without = [*module.parameters(), *module.buffers()]
-        saved, _ = memory.saved_bytes(lambda m=module, given=given: m(*given), without)
+        arguments = (x, residual) if op == "bn_add_relu" else (x,)
+        excluded = [*module.parameters(), *module.buffers()]
+        saved, _ = memory.saved_bytes(lambda m=module, arguments=arguments: m(*arguments), excluded)
         measurements.append(label("memory", op, case) | {"provider": name, "saved_bytes": saved})
     add_measurements(measurements)
 
@@ -46,11 +46,13 @@ def test_memory_of_networks(network: str, quick: bool, add_measurements: Callabl
     measurements = []
     for provider in memory.NETWORKS[network].providers:
         command = [sys.executable, "-m", "benchmarks.tools.memory", network, provider]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         case = Case("images", "channels_last", "fp32")
         measurement = label("memory_of_networks", network, case) | {"size": memory.NETWORKS[network].images}
-        message = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
-        entries = json.loads(done.stdout) if done.returncode == 0 else {"missing": message[0][:200]}
-        assert done.returncode == 0 or provider != "bnkern" or "No module named 'pytorchcv'" in message[0], done.stderr
+        message = process.stderr.strip().splitlines()[-1:] or [f"status {process.returncode}"]
+        entries = json.loads(process.stdout) if process.returncode == 0 else {"missing": message[0][:200]}
+        assert process.returncode == 0 or provider != "bnkern" or "No module named 'pytorchcv'" in message[0], (
+            process.stderr
+        )
         measurements.append(measurement | {"provider": provider} | entries)
     add_measurements(measurements)

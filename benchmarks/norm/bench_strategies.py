@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.cases import shapes, traffic
 from benchmarks.cases.shapes import Case
-from benchmarks.cases.strategies import WAYS, Layer, call_layer
+from benchmarks.cases.strategies import PROVIDERS, Layer, call_layer
 from bnkern import backends
 
 pytestmark = pytest.mark.skipif(
@@ -29,16 +29,16 @@ def cases(device: torch.device) -> list[Case]:
 
 
 @pytest.mark.parametrize("call", ["forward", "backward"])
-@pytest.mark.parametrize("where", ["warm", "cold"])
-def test_strategies(where: str, call: str, case: Case, mode: str, device: torch.device, compare: Callable) -> None:
+@pytest.mark.parametrize("cache", ["warm", "cold"])
+def test_strategies(cache: str, call: str, case: Case, mode: str, device: torch.device, compare: Callable) -> None:
     moved = traffic.moved((call,), "bn_add_relu", case.elements, case.itemsize)
     compare(
-        f"{call}, {where}",
+        f"{call}, {cache}",
         case,
-        {way: partial(call_layer, way, call) for way in WAYS},
+        {provider: partial(call_layer, provider, call) for provider in PROVIDERS},
         make_data=lambda: Layer(case, device),
         mode=mode,
         moved=lambda _: moved,
-        nbytes=1e12 if where == "warm" else None,
+        nbytes=1e12 if cache == "warm" else None,
         budget_s=0.5,
     )

@@ -39,7 +39,7 @@ class Hooks:
     """Per-channel statistics computed by forward and backward hooks. The last ones stay on the device."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.kept: list[Tensor] = []
+        self.results: list[Tensor] = []
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.register_forward_hook(self.forward)
@@ -51,20 +51,20 @@ class Hooks:
             delta = x - mean
             powers = [delta.pow(k).mean(axes) for k in (2, 3, 4)]
             extremes = [x.amin(axes), x.amax(axes), (y > 0).sum(axes)]
-            self.kept = [mean, *powers, *extremes]
+            self.results = [mean, *powers, *extremes]
         x.register_hook(self.backward)
 
     def backward(self, dx: Tensor) -> None:
         axes = (0, 2, 3)
         sums = [dx.sum(axes), dx.abs().sum(axes), dx.square().sum(axes)]
-        self.kept = [*sums, (dx > 0).sum(axes), (dx < 0).sum(axes), (dx == 0).sum(axes)]
+        self.results = [*sums, (dx > 0).sum(axes), (dx < 0).sum(axes), (dx == 0).sum(axes)]
 
 
 class Identities:
     """The four sums of every convolution by torch's weight gradient, which runs three more times for each of them."""
 
     def __init__(self, model: nn.Module, sums: tuple[str, ...]) -> None:
-        self.sums, self.kept = sums, []
+        self.sums, self.results = sums, []
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(self.forward)
@@ -82,19 +82,19 @@ class Identities:
             "sign_sum": lambda: (x.sign(), dy.sign()),
             "nonzero": lambda: ((x != 0).float(), (dy != 0).float()),
         }
-        self.kept = [total(*operands[name]()) for name in self.sums if name != "sum"]
+        self.results = [total(*operands[name]()) for name in self.sums if name != "sum"]
 
 
 def step_of(model: nn.Module) -> Callable:
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
 
-    def step(batch: tuple[Tensor, Tensor], closed: Callable = lambda loss: None) -> None:
+    def step(batch: tuple[Tensor, Tensor], end_step: Callable = lambda loss: None) -> None:
         images, labels = batch
         loss = F.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels)
         loss.backward()
         optimizer.step()
-        closed(loss)
+        end_step(loss)
         optimizer.zero_grad()
 
     return step
@@ -108,7 +108,7 @@ def recordings(tmp_path: Path) -> Iterator[Callable]:
         def recorded(model: nn.Module, *quantities: str | probes.Quantity) -> Callable:
             out = tmp_path / str(len(list(tmp_path.iterdir())))
             rec = stack.enter_context(probes.record(model, quantities, out=out))
-            return partial(step_of(model), closed=rec.step)
+            return partial(step_of(model), end_step=rec.step)
 
         yield recorded
 

@@ -29,7 +29,7 @@ class Change(NamedTuple):
     measurement: dict  # of the new run
     times: float  # the new median over the old one, without drift
     drift: float  # the median change of the peers of the same case; 1 without peers
-    apart: bool  # whether the ranges do not overlap
+    disjoint: bool  # whether the ranges do not overlap
 
     @property
     def is_peer(self) -> bool:
@@ -42,7 +42,7 @@ class Change(NamedTuple):
 
     def beyond(self, noise: float) -> bool:
         """Whether the measurement counts as changed."""
-        return self.apart and self.factor > max(noise, LEAST)
+        return self.disjoint and self.factor > max(noise, LEAST)
 
 
 def compare(old: dict, new: dict) -> tuple[list[Change], float]:
@@ -52,8 +52,8 @@ def compare(old: dict, new: dict) -> tuple[list[Change], float]:
     ratios: dict[tuple, dict[str, float]] = {}
     for *case, provider in before.keys() & after.keys():
         if same_peers and provider.startswith(PEERS):
-            was, now = (measurements[*case, provider]["median_ms"] for measurements in (before, after))
-            ratios.setdefault(tuple(case), {})[provider] = now / was
+            old_ms, new_ms = (measurements[*case, provider]["median_ms"] for measurements in (before, after))
+            ratios.setdefault(tuple(case), {})[provider] = new_ms / old_ms
     changes = []
     for (*case, provider), measurement in after.items():
         if (*case, provider) in before:
@@ -64,8 +64,8 @@ def compare(old: dict, new: dict) -> tuple[list[Change], float]:
 
 
 def _change(old: dict, new: dict, drift: float) -> Change:
-    apart = new["p20_ms"] / drift > old["p80_ms"] or new["p80_ms"] / drift < old["p20_ms"]
-    return Change(new, new["median_ms"] / old["median_ms"] / drift, drift, apart)
+    disjoint = new["p20_ms"] / drift > old["p80_ms"] or new["p80_ms"] / drift < old["p20_ms"]
+    return Change(new, new["median_ms"] / old["median_ms"] / drift, drift, disjoint)
 
 
 def markdown(old: dict, new: dict) -> Iterator[str]:
@@ -81,19 +81,19 @@ def markdown(old: dict, new: dict) -> Iterator[str]:
     yield f"{len(beyond) - slower} faster beyond the noise, a factor of {noise:.2f}. Of the {len(changes) - len(ours)}"
     yield f"measurements of peers, whose code is the same, {WITHIN:.0%} changed by less, after division by the change"
     yield "of the other peers of their case."
-    gone = len({key(m) for m in old["rows"]} - {key(m) for m in new["rows"]})
-    if gone:
-        yield f"{gone} measurements of the old file are not in the new file."
+    missing = len({key(m) for m in old["rows"]} - {key(m) for m in new["rows"]})
+    if missing:
+        yield f"{missing} measurements of the old file are not in the new file."
     yield ""
     if beyond:
         yield from header("measurement", "new over old", "ms, old", "ms, new", "drift", "")
         before = {key(m): m for m in old["rows"]}
         for c in beyond:
-            was = before[key(c.measurement)]["median_ms"]
+            old_ms = before[key(c.measurement)]["median_ms"]
             name = f"{c.measurement['bench']} {case_of(c.measurement)}, {c.measurement['provider']}"
             verdict = "slower" if c.times > 1 else "faster"
             yield line(
-                name, f"{c.times:.2f}", f"{was:.3g}", f"{c.measurement['median_ms']:.3g}", f"{c.drift:.2f}", verdict
+                name, f"{c.times:.2f}", f"{old_ms:.3g}", f"{c.measurement['median_ms']:.3g}", f"{c.drift:.2f}", verdict
             )
 
 

@@ -19,7 +19,7 @@ LEAD = (
     "docs/measuring.md describes how each number is measured, and its limits."
 )
 # The figures of each section, by its title.
-PLACES = {
+SECTION_FIGURES = {
     "Against other results": ("changes",),
     "Whole batch norms": ("speedups",),
     "Phases": ("roof",),
@@ -60,7 +60,7 @@ def _markdown(results: dict, drawn: dict[str, tuple[str, str]], old: dict | None
         parts.insert(0, ("Against other results", list(compare.markdown(old, results))))
     for title, table in parts:
         lines += [f"## {title}", ""]
-        for name in PLACES.get(title, ()):
+        for name in SECTION_FIGURES.get(title, ()):
             if name in drawn:
                 lines += [f"![{drawn[name][1]}](figures/{name}.svg)", ""]
         lines += [*table, ""]

@@ -92,8 +92,8 @@ def _batch_norms(measurements: list[dict]) -> Iterator[str]:
     yield from header("case", *providers, "bnkern over the better eager form")
     for (case,), group in groups(measurements, case_of).items():
         cells = {m["provider"]: m for m in group}
-        trusted = max(cells["eager"].get("error", {"": math.inf}).values()) if "eager" in cells else math.inf
-        times = [_time(cells[name], trusted) if name in cells else "" for name in providers]
+        eager_error = max(cells["eager"].get("error", {"": math.inf}).values()) if "eager" in cells else math.inf
+        times = [_time(cells[name], eager_error) if name in cells else "" for name in providers]
         speedup = cells["bnkern"].get("speedup", {}).get("best")
         yield line(case, *times, f"{speedup:.2f}x" if speedup else "")
     absent = {m["provider"]: m["missing"] for m in measurements if m["provider"] not in available}
@@ -258,14 +258,14 @@ def _targets(targets: list[dict]) -> Iterator[str]:
         yield line(target["name"], verdict, f"{target['bar']:g}", f"{target['value']:.2f}", str(target["cases"]))
 
 
-def _time(measurement: dict, trusted: float = math.inf) -> str:
-    """The time and the largest error of a measurement, marked as wrong if the error is many times the trusted one."""
+def _time(measurement: dict, eager_error: float = math.inf) -> str:
+    """The time and the largest error of a measurement, marked as wrong if the error is many times eager's."""
     if "missing" in measurement:
         return f"missing: {measurement['missing']}"
     error = max(measurement.get("error", {"": 0.0}).values())
-    shown = f"; {error:.0e}" if "error" in measurement else ""
-    wrong = " **wrong**" if not error <= WRONG * trusted else ""
-    return f"{measurement['median_ms']:.3g} ({measurement['p20_ms']:.3g} to {measurement['p80_ms']:.3g}){shown}{wrong}"
+    text = f"; {error:.0e}" if "error" in measurement else ""
+    wrong = " **wrong**" if not error <= WRONG * eager_error else ""
+    return f"{measurement['median_ms']:.3g} ({measurement['p20_ms']:.3g} to {measurement['p80_ms']:.3g}){text}{wrong}"
 
 
 def header(*names: str) -> list[str]:

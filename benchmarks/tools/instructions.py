@@ -6,7 +6,7 @@ counts from the kernel's entry to its return, without Python and without the mod
 instructions.json holds the counts of each compiler. ``python -m benchmarks.tools.instructions`` prints the counts and
 their changes. With ``--write`` (``make instructions``) it replaces the entries of this compiler.
 
-A count does not include how long loads take, and nothing about threads or AVX-512.
+The counts do not show how long loads take, how threads scale, or what AVX-512 executes.
 """
 
 import argparse
@@ -96,8 +96,8 @@ def cases(native: ModuleType) -> dict[str, Callable[[], object]]:
             calls[f"backward {name}"] = backward(*arguments)
     for (layout, rows), dtype in product(PLANES_AND_ROWS.items(), CODES):
         calls[f"augment {layout} {dtype}"] = augment(native, rows, dtype)
-        for what, wanted in (("sums", (True, True, False, False)), ("signs", (False, False, True, True))):
-            calls[f"conv_grad_signs {what} {layout} {dtype}"] = conv_grad_signs(native, rows, dtype, wanted)
+        for kind, wanted in (("sums", (True, True, False, False)), ("signs", (False, False, True, True))):
+            calls[f"conv_grad_signs {kind} {layout} {dtype}"] = conv_grad_signs(native, rows, dtype, wanted)
     for channels, side in ((16, 32), (64, 8)):
         calls[f"conv3x3 {channels}"] = conv3x3(native, channels, side)
         sizes, wanted = (4, channels, side), (True, False, False, False)
@@ -188,7 +188,7 @@ def call_all(module: str) -> None:
 # ------------------------------------------------------------------------------------------- count and compare
 
 
-def lacks() -> str | None:
+def unavailable() -> str | None:
     """The reason why nothing can be counted here, or None."""
     from bnkern import _native
 
@@ -226,15 +226,15 @@ def count() -> dict[str, int]:
         options = [f"--callgrind-out-file={folder}/dump", "--collect-atstart=no", *collect]
         # Runs this file as a program, isolated and without site-packages.
         command = [sys.executable, "-I", "-S", __file__, "--call", _native.__file__]
-        done = subprocess.run(
+        process = subprocess.run(
             ["valgrind", "--tool=callgrind", *options, *command],
             env=os.environ | {"BNKERN_ISA": ISA, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
-        if done.returncode:
-            raise RuntimeError(f"valgrind failed:\n{done.stderr[-2000:]}")
-        names = done.stdout.splitlines()
+        if process.returncode:
+            raise RuntimeError(f"valgrind failed:\n{process.stderr[-2000:]}")
+        names = process.stdout.splitlines()
         dumps = [path.read_text() for path in Path(folder).glob("dump.*")]
         counts = [count for count in totals(dumps) if count]  # the last dump, after the last call, is empty
     if len(counts) != len(names):
@@ -261,7 +261,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.call:
         return call_all(args.call)
-    if reason := lacks():
+    if reason := unavailable():
         sys.exit(f"nothing can be counted: {reason}")
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     counts, before = count(), table.get(compiler(), {})

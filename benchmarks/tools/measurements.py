@@ -81,9 +81,9 @@ def targets(measurements: list[dict]) -> list[dict]:
         ("recorded: all four sums", 1.6),
         ("recorded: signs and counts", 1.15),
     ):
-        what = provider.removeprefix("recorded").removeprefix(": ") or "all channel quantities"
+        quantity = provider.removeprefix("recorded").removeprefix(": ") or "all channel quantities"
         cost = [times[provider]["unprobed"]] if provider in times else []
-        judge(f"{what} at every layer, step over the unprobed one, at most", bar, cost, max, at_most=True)
+        judge(f"{quantity} at every layer, step over the unprobed one, at most", bar, cost, max, at_most=True)
     if "hooks on torch" in times:
         hooks, ours = times["hooks on torch"]["unprobed torch"] - 1, times["recorded"]["unprobed"] - 1
         judge("overhead of hooks over that of recording", 10, [hooks / max(ours, 1e-3)], max)
@@ -102,18 +102,18 @@ def merged(parts: list[dict]) -> dict:
     """The files of one machine and commit as one. The last file wins. Raises ValueError if machine or commit differ."""
     first = parts[0]
     for part in parts[1:]:
-        for what in ("commit", "devices", "versions", "threads", "native module"):
-            if part["environment"][what] != first["environment"][what]:
+        for name in ("commit", "devices", "versions", "threads", "native module"):
+            if part["environment"][name] != first["environment"][name]:
                 raise ValueError(
-                    f"the files differ in {what}: {first['environment'][what]}, {part['environment'][what]}"
+                    f"the files differ in {name}: {first['environment'][name]}, {part['environment'][name]}"
                 )
     measurements = {key(m): m for part in parts for m in part["rows"]}
-    together = first | {"rows": list(measurements.values()), "quick": any(part["quick"] for part in parts)}
-    together["environment"] = first["environment"] | {
+    result = first | {"rows": list(measurements.values()), "quick": any(part["quick"] for part in parts)}
+    result["environment"] = first["environment"] | {
         "uncommitted changes": any(part["environment"]["uncommitted changes"] for part in parts),
         "load average at end": parts[-1]["environment"]["load average at end"],
     }
-    return with_targets(together)
+    return with_targets(result)
 
 
 def with_targets(results: dict) -> dict:

@@ -46,12 +46,12 @@ NETWORKS = {
 }
 
 
-def saved_bytes(forward: Callable[[], object], without: list[Tensor]) -> tuple[int, object]:
+def saved_bytes(forward: Callable[[], object], excluded: list[Tensor]) -> tuple[int, object]:
     """The bytes that autograd holds after ``forward``, and its result, which must keep the graph alive.
 
-    Each block of memory counts once. The blocks of the tensors in ``without`` do not count.
+    Each block of memory counts once. The blocks of the tensors in ``excluded`` do not count.
     """
-    counted = {t.untyped_storage().data_ptr() for t in without}
+    counted = {t.untyped_storage().data_ptr() for t in excluded}
     total = 0
 
     def pack(t: Tensor) -> Tensor:

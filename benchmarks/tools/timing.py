@@ -150,12 +150,12 @@ def graph(calls: list[Callable]) -> Sampler:
 
 
 def _captured(calls: list[Callable]) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compile and allocate before the capture
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):  # compile and allocate before the capture
         for call in calls[:1] * 3:
             call()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(side_stream)
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
         for call in calls:

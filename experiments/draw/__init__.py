@@ -117,9 +117,9 @@ def _label_powers(axis: Axis) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def column(rows: Rows, name: str, **where: object) -> list:
+def column(rows: Rows, name: str, **conditions: object) -> list:
     """One column of the rows that have these values."""
-    return [row[name] for row in rows if all(row[key] == value for key, value in where.items())]
+    return [row[name] for row in rows if all(row[key] == value for key, value in conditions.items())]
 
 
 def band(axes, x, rows: Rows, name: str, style: str, colour: str) -> None:

@@ -21,22 +21,22 @@ ARROWS = {1: "^", -1: "v"}
 def tables(spec, results) -> dict[str, Rows]:
     """The limits by depth as log10, the number of seeds whose limit is only a bound, and every rate that was tried."""
     limits, tried = [], []
-    for run in spec.runs:
-        done = results.where(label=run.label)
-        if not done:
+    for planned in spec.runs:
+        runs = results.where(label=planned.label)
+        if not runs:
             continue
-        row = {"norm": run.norm, "depth": done[0].config["depth"], "seeds": len(done)}
+        row = {"norm": planned.norm, "depth": runs[0].config["depth"], "seeds": len(runs)}
         for name in LIMITS:
-            values = [one.value(name) for one in done]
+            values = [run.value(name) for run in runs]
             numbers, bounds = [value.number for value in values], [value.bound for value in values]
             row |= {name: np.mean(numbers), f"{name} low": min(numbers), f"{name} high": max(numbers)}
             row |= {f"{name} above all": bounds.count(1), f"{name} below all": bounds.count(-1)}
-        rates = done[0].config["options"]["lrs"]
+        rates = runs[0].config["options"]["lrs"]
         limits.append(row | {"lowest rate": min(rates), "highest rate": max(rates)})
-        for one in done:
-            for rate, survived, learned in zip(*(one.at(name) for name in TRIED), strict=True):
-                own = {"norm": run.norm, "depth": row["depth"], "seed": one.config["seed"]}
-                tried.append(own | {"lr": rate, "survived": survived, "learned": learned})
+        for run in runs:
+            for rate, survived, learned in zip(*(run.at(name) for name in TRIED), strict=True):
+                labels = {"norm": planned.norm, "depth": row["depth"], "seed": run.config["seed"]}
+                tried.append(labels | {"lr": rate, "survived": survived, "learned": learned})
     return {"depth_limits": limits, "depth_limits_tried": tried}
 
 
@@ -46,8 +46,8 @@ def draw(rows: Rows) -> Figure:
     axes = figure.add_subplot()
     for norm, (_, colour, marker) in NETS.items():
         for name, shift in zip(LIMITS, (0.985, 1.015), strict=True):
-            mine = [row for row in rows if row["norm"] == norm]
-            inside = [row for row in mine if not row[f"{name} above all"] and not row[f"{name} below all"]]
+            selected = [row for row in rows if row["norm"] == norm]
+            inside = [row for row in selected if not row[f"{name} above all"] and not row[f"{name} below all"]]
             hollow: dict[str, Any] = {} if name == "limit" else {"markerfacecolor": "none"}
             if inside:
                 depth = np.array([row["depth"] for row in inside], float) * shift
@@ -58,8 +58,8 @@ def draw(rows: Rows) -> Figure:
                     fmt=marker + ("-" if name == "limit" else ":"), color=colour, capsize=2, linewidth=1.2
                 )
                 axes.errorbar(depth, mean, [mean - low, high - mean], **style, **hollow)
-            for bound, which in ((1, "above all"), (-1, "below all")):
-                ends = [row for row in mine if row[f"{name} {which}"]]
+            for bound, suffix in ((1, "above all"), (-1, "below all")):
+                ends = [row for row in selected if row[f"{name} {suffix}"]]
                 limits = [10 ** row[f"{name} {'high' if bound == 1 else 'low'}"] for row in ends]
                 places = [row["depth"] * shift for row in ends]
                 axes.plot(places, limits, ARROWS[bound], color=colour, markersize=8, linestyle="none", **hollow)

@@ -13,7 +13,7 @@ CAPTION = (
     "the median. Below: the largest |mean| of a layer's channels, one thin line for each seed and a thick one for the "
     "seed of the maps. Hollow: the paper's values after the whole update."
 )
-LOOK = dict(zip((8, 44, 80), ((SERIES[0], "o"), (SERIES[2], "s"), (SERIES[1], "^")), strict=True))
+LAYER_STYLES = dict(zip((8, 44, 80), ((SERIES[0], "o"), (SERIES[2], "s"), (SERIES[1], "^")), strict=True))
 PAPER = {8: 1.4, 44: 3.7e3, 80: 3e8}
 MOMENTS = {"mean": "mean", "var": "variance"}
 CHANNELS = 64  # of the widest layer
@@ -46,15 +46,15 @@ def draw(rows: Rows) -> Figure:
     panels = above.subplots(len(MOMENTS), len(layers), sharex=True, squeeze=False)
     for line, moment in zip(panels, MOMENTS.values(), strict=True):
         for axes, layer in zip(line, layers, strict=True):
-            mine = [row for row in rows if (row["layer"], row["moment"], row["shown"]) == (layer, moment, 1)]
-            channels = [f"channel {c}" for c in range(CHANNELS) if mine[0][f"channel {c}"] is not None]
-            values = np.array([[row[name] for name in channels] for row in mine], float).T
+            selected = [row for row in rows if (row["layer"], row["moment"], row["shown"]) == (layer, moment, 1)]
+            channels = [f"channel {c}" for c in range(CHANNELS) if selected[0][f"channel {c}"] is not None]
+            values = np.array([[row[name] for name in channels] for row in selected], float).T
             values = np.ma.masked_invalid(values)  # values overflow if the step is too large
-            most = float(np.abs(values).max()) if values.count() else 1.0
+            largest = float(np.abs(values).max()) if values.count() else 1.0
             picture = axes.imshow(
                 values,
                 cmap="PuOr_r",
-                norm=SymLogNorm(max(most / 1e4, 1e-3), vmin=-most, vmax=most),
+                norm=SymLogNorm(max(largest / 1e4, 1e-3), vmin=-largest, vmax=largest),
                 aspect="auto",
                 interpolation="none",
                 origin="lower",
@@ -62,8 +62,8 @@ def draw(rows: Rows) -> Figure:
             )
             axes.grid(False)
             axes.set_title(f"layer {layer}: {moment}s", loc="left", fontsize=9)
-            bar = above.colorbar(picture, ax=axes, fraction=0.08, ticks=[-most, 0, most])
-            bar.ax.set_yticklabels([_power(-most), "0", _power(most)], fontsize=8)
+            bar = above.colorbar(picture, ax=axes, fraction=0.08, ticks=[-largest, 0, largest])
+            bar.ax.set_yticklabels([_power(-largest), "0", _power(largest)], fontsize=8)
             bar.ax.minorticks_off()
         line[0].set_ylabel("channel")
     panels[-1, len(layers) // 2].set_xlabel("share of the update applied, %")
@@ -71,15 +71,15 @@ def draw(rows: Rows) -> Figure:
     means = [row for row in rows if row["moment"] == "mean"]
     seeds = sorted({row["seed"] for row in means})
     for layer in layers:
-        colour, marker = LOOK[layer]
+        colour, marker = LAYER_STYLES[layer]
         for seed in seeds:
-            mine = [row for row in means if (row["layer"], row["seed"]) == (layer, seed)]
-            style = dict(marker=marker, markersize=4) if mine[0]["shown"] else dict(linewidth=0.7, alpha=0.7)
-            axes.plot(100 * np.array(column(mine, "part")), column(mine, "largest"), color=colour, **style)
+            selected = [row for row in means if (row["layer"], row["seed"]) == (layer, seed)]
+            style = dict(marker=marker, markersize=4) if selected[0]["shown"] else dict(linewidth=0.7, alpha=0.7)
+            axes.plot(100 * np.array(column(selected, "part")), column(selected, "largest"), color=colour, **style)
         axes.plot(100, PAPER[layer], "D", color=colour, markerfacecolor="none", markersize=8, clip_on=False)
     axes.axhline(1, color=INK, linewidth=0.6)
     axes.set(yscale="log", ylabel="largest |mean|", xlabel=f"share of the update applied, % ({count(len(seeds))})")
-    key = [Line2D([], [], color=LOOK[k][0], marker=LOOK[k][1], label=f"layer {k}") for k in layers]
+    key = [Line2D([], [], color=LAYER_STYLES[k][0], marker=LAYER_STYLES[k][1], label=f"layer {k}") for k in layers]
     below.legend(handles=[*key, key_of_paper()], loc="outside lower center", ncols=4)
     return figure
 

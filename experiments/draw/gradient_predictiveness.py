@@ -35,12 +35,12 @@ def draw(rows: Rows) -> Figure:
     panels = figure.subplots(len(numbers), 1, sharex=True, squeeze=False)[:, 0]
     for axes, number in zip(panels, numbers, strict=True):
         for norm, (_, colour, marker) in NETS.items():
-            mine = [
+            selected = [
                 {key: min(value, HIGHEST) if "change" in key else value for key, value in row.items()}
                 for row in rows
                 if (row["norm"], row["mini-batch"]) == (norm, number)
             ]
-            band(axes, column(mine, "a"), mine, "change", f"{marker}-", colour)
+            band(axes, column(selected, "a"), selected, "change", f"{marker}-", colour)
         axes.axhline(0.5, color=INK, linestyle=":", linewidth=1)
         axes.set(xscale="log", yscale="log", ylabel="||g(a) - g|| / ||g||")
         axes.set_title(f"mini-batch {number}", loc="left", fontsize=10)

@@ -9,14 +9,14 @@ CAPTION = (
     "Singular values in ascending order, for products of 1, 3 and 5 successive convolutions, at initialisation and "
     "after training. Dotted: Theorem 1. Means over seeds of the logarithm."
 )
-WHENS = {"init": ("at initialisation", SERIES[0]), "trained": ("after training", SERIES[1])}
+TIMES = {"init": ("at initialisation", SERIES[0]), "trained": ("after training", SERIES[1])}
 FACTORS = (1, 3, 5)
 
 
 def tables(spec, results) -> dict[str, Rows]:
     """The quantiles of the singular values, and distances and condition numbers."""
     values, summary = [], []
-    for when in WHENS if results.runs else ():
+    for when in TIMES if results.runs else ():
         for m in range(1, len(spec.runs[0].layers) + 1):
             ours, theorem = (
                 np.exp(np.mean([np.log(run.at(f"{when} {name}", m)) for run in results.runs], 0))
@@ -40,7 +40,7 @@ def draw(rows: Rows) -> Figure:
     figure = Figure(figsize=(5.4, 3.8))
     panels = figure.subplots(1, len(FACTORS), sharey=True)
     for axes, m in zip(panels, FACTORS, strict=True):
-        for when, (text, colour) in WHENS.items():
+        for when, (text, colour) in TIMES.items():
             share, s, theorem = (column(rows, name, when=when, factors=m) for name in ("share", "s", "theorem"))
             axes.plot(100 * np.array(share), s, color=colour, label=text)
         axes.plot(100 * np.array(share), theorem, ":", color=INK, label="Theorem 1")

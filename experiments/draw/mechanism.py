@@ -40,9 +40,9 @@ def draw(rows: Rows) -> Figure:
     layers = sorted({row["layer"] for row in rows})
     variants = sorted({(row["norm"], row["centred"]) for row in rows}, key=lambda v: (v[0], list(FILLS).index(v[1])))
     for shift, (norm, centred) in zip(np.linspace(-0.3, 0.3, len(variants)), variants, strict=True):
-        mine = [row for row in rows if (row["norm"], row["centred"]) == (norm, centred)]
+        selected = [row for row in rows if (row["norm"], row["centred"]) == (norm, centred)]
         _, colour, marker = NETS[norm]
-        ratio, spread = (np.array(column(mine, name), float) for name in ("a/b", "a/b spread"))
+        ratio, spread = (np.array(column(selected, name), float) for name in ("a/b", "a/b spread"))
         axes.errorbar(
             np.arange(len(layers)) + shift, ratio, [ratio - ratio / spread, ratio * spread - ratio],
             fmt=marker, color=colour, capsize=2, linewidth=1, markersize=7, fillstyle=FILLS[centred],

@@ -24,12 +24,12 @@ DROPS = (0.5, 0.75)
 def tables(spec, results) -> dict[str, Rows]:
     """A row for each measurement."""
     rows = []
-    for run in spec.runs:
-        done = [one for one in results.where(label=run.label) if len(one.at("step"))]
-        for index, step in enumerate(done[0].at("step") if done else ()):
-            row = {"run": run.label, "seeds": len(done), "step": step}
+    for planned in spec.runs:
+        runs = [run for run in results.where(label=planned.label) if len(run.at("step"))]
+        for index, step in enumerate(runs[0].at("step") if runs else ()):
+            row = {"run": planned.label, "seeds": len(runs), "step": step}
             for name in QUANTITIES:
-                values = [one.at(name)[index] for one in done if len(one.at(name)) > index]
+                values = [run.at(name)[index] for run in runs if len(run.at(name)) > index]
                 row |= {name: np.exp(np.mean(np.log(values))), f"{name} low": min(values), f"{name} high": max(values)}
             rows.append(row)
     return {"noise_in_training": rows}

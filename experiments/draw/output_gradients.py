@@ -66,11 +66,11 @@ def draw(rows: Rows) -> Figure:
     edges = np.linspace(0, 1, BINS + 1)
     for norm in nets:
         text, colour, marker = NETS[norm]
-        mine = [row for row in rows if row["image"] < 0 and row["norm"] == norm]
-        counts, _ = np.histogram(column(mine, "largest"), edges)
+        selected = [row for row in rows if row["image"] < 0 and row["norm"] == norm]
+        counts, _ = np.histogram(column(selected, "largest"), edges)
         axes.stairs(counts, edges, color=colour, fill=True, alpha=0.35)
         axes.stairs(counts, edges, color=colour, linewidth=1.2, label=text)
-        axes.plot(column(mine, "largest", shown=1), [0], marker, color=colour, markersize=9, clip_on=False)
+        axes.plot(column(selected, "largest", shown=1), [0], marker, color=colour, markersize=9, clip_on=False)
     axes.set(xlim=(0, 1.02), ylim=(0, None), xlabel="largest column mean of B dL/dlogits", ylabel="seeds")
     axes.legend(loc="upper center")
     return figure

@@ -38,15 +38,22 @@ def draw(rows: Rows) -> Figure:
     trained = [row for row in rows if math.isfinite(row["loss"])]
     rate, loss, low, high = (np.array(column(trained, key), float) for key in ("lr", "loss", "loss low", "loss high"))
     axes.errorbar(rate, loss, [loss - low, high - loss], fmt=marker + "-", color=colour, capsize=3, linewidth=1.2)
-    lost = column(rows, "lr", loss=math.inf)
-    axes.plot(lost, [0.96] * len(lost), "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
+    diverged_rates = column(rows, "lr", loss=math.inf)
+    axes.plot(
+        diverged_rates,
+        [0.96] * len(diverged_rates),
+        "x",
+        color=colour,
+        transform=axes.get_xaxis_transform(),
+        clip_on=False,
+    )
     axes.axhline(GUESS, color=INK, linestyle="--", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="training loss")
     keys = [
         Line2D([], [], color=colour, marker=marker, label=f"{text}, {count(rows[0]['seeds'])}"),
         Line2D([], [], color=INK, linestyle="--", linewidth=0.8, label="guessing"),
     ]
-    if lost:
+    if diverged_rates:
         keys.append(Line2D([], [], color=colour, marker="x", linestyle="none", label="all seeds diverged"))
     figure.legend(handles=keys, loc="outside lower center", ncols=3)
     return figure

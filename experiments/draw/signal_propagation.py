@@ -39,8 +39,8 @@ def draw(rows: Rows) -> Figure:
     panels = figure.subplots(3, 1, sharex=True)
     for axes, (name, label) in zip(panels, QUANTITIES.items(), strict=True):
         for norm, (_, colour, _) in NETS.items():
-            mine = [row for row in rows if row["norm"] == norm]
-            band(axes, column(mine, "layer"), mine, name, LINES[norm], colour)
+            selected = [row for row in rows if row["norm"] == norm]
+            band(axes, column(selected, "layer"), selected, name, LINES[norm], colour)
         for stage in (37.5, 73.5):
             axes.axvline(stage, color=INK, linestyle=":", linewidth=1)
         axes.set_yscale("log")

@@ -36,12 +36,12 @@ def draw(rows: Rows) -> Figure:
     panels = figure.subplots(len(numbers), len(NETS), sharex=True, sharey="col", squeeze=False)
     for line, number in zip(panels, numbers, strict=True):
         for axes, (norm, (_, colour, marker)) in zip(line, NETS.items(), strict=True):
-            mine = [
+            selected = [
                 {key: min(value, HIGHEST[norm]) if "loss" in key else value for key, value in row.items()}
                 for row in rows
                 if (row["norm"], row["mini-batch"]) == (norm, number)
             ]
-            band(axes, column(mine, "a"), mine, "relative loss", f"{marker}-", colour)
+            band(axes, column(selected, "a"), selected, "relative loss", f"{marker}-", colour)
             if (norm, number) in PAPER:
                 axes.plot(*PAPER[norm, number], "D", color=colour, markerfacecolor="none", markersize=8)
             axes.axhline(1, color=INK, linewidth=0.6)

@@ -39,9 +39,9 @@ def draw(rows: Rows) -> Figure:
             for name, fill in (("train accuracy", SERIES[k]), ("test accuracy", "none")):
                 values = np.array(column(rows, name, lr=rate, **{"warm-up": steps, "diverged": 0}), float)
                 axes.plot(np.full(len(values), x), values, markerfacecolor=fill, **style)
-            lost = len(column(rows, "seed", lr=rate, **{"warm-up": steps, "diverged": 1}))
-            spread = 0.05 * (np.arange(lost) - (lost - 1) / 2)
-            axes.plot(x + spread, np.zeros(lost), **style | {"marker": "x"})
+            diverged = len(column(rows, "seed", lr=rate, **{"warm-up": steps, "diverged": 1}))
+            spread = 0.05 * (np.arange(diverged) - (diverged - 1) / 2)
+            axes.plot(x + spread, np.zeros(diverged), **style | {"marker": "x"})
     axes.axhline(CHANCE, color=INK, linestyle="--", linewidth=0.8)
     axes.set_xticks(range(len(warm_ups)), [f"{steps:g}" for steps in warm_ups])
     axes.set(xlabel="steps at 1e-4 before the rate", ylabel="accuracy, %", ylim=(0, None))

@@ -48,7 +48,7 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
     )
     tick(0, "training until it diverges")
     training = folder / "training"
-    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
         outcome = train(run, training, data, device)
     if outcome.diverged is None:
         raise RuntimeError(f"training at lr {options['lr']} did not diverge in {outcome.steps} steps")
@@ -66,7 +66,7 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
         for part in parts:
             tick(0.2 + 0.8 * part, f"{part:.0%} of the update")
             for name, parameter in network.named_parameters():
-                before, after = (state[which][name].to(parameter) for which in ("before", "after"))
+                before, after = (state[moment][name].to(parameter) for moment in ("before", "after"))
                 parameter.copy_(before + part * (after - before))
             losses.append(loss_of(network(images.double()), labels).item())
             recording.step()
@@ -84,8 +84,8 @@ def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tic
             f"largest mean/{number}": largest[-1],
             f"half way/{number}": _half_way(largest, parts),
         }
-    for left in ("training", "recording"):
-        shutil.rmtree(folder / left)
+    for subfolder in ("training", "recording"):
+        shutil.rmtree(folder / subfolder)
     return {"divergence": {name: np.asarray(value) for name, value in arrays.items()}}
 
 

@@ -44,13 +44,13 @@ def theorem(factors: int, nodes: int = NODES) -> tuple[np.ndarray, np.ndarray, n
     """
     m = factors
     phi = np.linspace(np.pi / (m + 1), 0, nodes, endpoint=False)  # x rises as phi falls
-    one, last, next_ = np.sin(phi), np.sin(m * phi), np.sin((m + 1) * phi)
-    next_[0] = 0.0  # sin(pi), exactly
+    s_1, s_m, s_next = np.sin(phi), np.sin(m * phi), np.sin((m + 1) * phi)
+    s_next[0] = 0.0  # sin(pi), exactly
     with np.errstate(divide="ignore"):
-        x, density = next_ ** (m + 1) / (one * last**m), one**2 * last ** (m - 1) / (np.pi * next_**m)
+        x, density = s_next ** (m + 1) / (s_1 * s_m**m), s_1**2 * s_m ** (m - 1) / (np.pi * s_next**m)
     # density |dx/dphi| = density x (cot phi + M^2 cot(M phi) - (M + 1)^2 cot((M + 1) phi))
-    slope = next_ * (np.cos(phi) + m**2 * np.cos(m * phi) * one / last) - (m + 1) ** 2 * np.cos((m + 1) * phi) * one
-    slope /= np.pi * last
+    slope = s_next * (np.cos(phi) + m**2 * np.cos(m * phi) * s_1 / s_m) - (m + 1) ** 2 * np.cos((m + 1) * phi) * s_1
+    slope /= np.pi * s_m
     steps = np.diff(phi) * (slope[1:] + slope[:-1]) / -2
     share = np.concatenate([[0.0], np.cumsum(steps)])
     return x, density, share

@@ -21,7 +21,7 @@ from bnkern.train.step import autocast, loss_of
 from . import Arrays, Tick
 
 # The options of this procedure and of rates.py. All others are settings of bnkern.train.
-OWN = ("images", "tests", "noise", "lrs", "search")
+PROCEDURE_OPTIONS = ("images", "tests", "noise", "lrs", "search")
 
 
 def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tick: Tick) -> dict[str, Arrays]:
@@ -55,11 +55,11 @@ def subset(data: Cifar10, options: dict) -> Cifar10:
 
 def settings_of(config: dict, data: Cifar10, **changes: object) -> Config:
     """The run as a Config of bnkern.train."""
-    own = {name: config[name] for name in ("seed", "depth", "norm", "shortcut", "init", "kernels", "batch")}
-    own |= {name: value for name, value in config["options"].items() if name not in OWN}
+    settings = {name: config[name] for name in ("seed", "depth", "norm", "shortcut", "init", "kernels", "batch")}
+    settings |= {name: value for name, value in config["options"].items() if name not in PROCEDURE_OPTIONS}
     channels_last = config.get("layout") != "contiguous"
-    intervals = {"evaluate_every": max(1, own.get("epochs", 165) // 8), "checkpoint_every": 200}
-    return Config(config["label"], data=data.source, channels_last=channels_last, **intervals | own | changes)
+    intervals = {"evaluate_every": max(1, settings.get("epochs", 165) // 8), "checkpoint_every": 200}
+    return Config(config["label"], data=data.source, channels_last=channels_last, **intervals | settings | changes)
 
 
 def delete_checkpoints(folder: Path) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-# From the cheapest to the paper's own. Claims are judged only at "reduced" and "full". The others show that all runs.
+# From the cheapest to the paper's own. Claims are judged only at "reduced" and "full". The other scales show that
+# every procedure runs.
 SCALES = ("smoke", "quick", "reduced", "full")
 JUDGED = ("reduced", "full")
 
@@ -32,9 +33,9 @@ class Run:
 
     def but(self, **changes: object) -> "Run":
         """The same run with ``changes``: of fields, and of ``options`` for every other name."""
-        own: dict[str, Any] = {name: value for name, value in changes.items() if name in self.__dataclass_fields__}
-        options = {name: value for name, value in changes.items() if name not in own}
-        return replace(self, **own | {"options": self.options | own.get("options", {}) | options})
+        fields: dict[str, Any] = {name: value for name, value in changes.items() if name in self.__dataclass_fields__}
+        options = {name: value for name, value in changes.items() if name not in fields}
+        return replace(self, **fields | {"options": self.options | fields.get("options", {}) | options})
 
 
 def shortened(depth: int, factor: float, **changes: object) -> Callable[[Run], dict]:
@@ -201,9 +202,9 @@ class Spec:
     # What other scales change (Run.but): the same for every run, or a function of it. None: nothing runs at that scale.
     smaller: dict[str, dict | Callable[[Run], dict] | None] = field(default_factory=dict)
     reduction: dict[str, str] = field(default_factory=dict)  # by scale: what ``smaller`` changes, for the reader
-    # By scale, for all seeds, on two cores whose training step takes pace.REFERENCE. What `make reproduce` runs has the
-    # shares of a whole run on an EPYC (Zen 5) on 2026-11-29. It took 15 minutes there, about half of the sum of these
-    # minutes, as its step did of REFERENCE. Other numbers are estimates.
+    # By scale, for all seeds, on two cores whose training step takes pace.REFERENCE. The minutes of `make reproduce`
+    # have the ratios of a whole run on an EPYC (Zen 5) on 2026-11-29. That run took 15 minutes, about half of their
+    # sum, and a training step there took about half of REFERENCE. Other numbers are estimates.
     minutes: dict[str, float] = field(default_factory=dict)
     images: bool = True  # whether it needs CIFAR-10
     paper: dict = field(default_factory=dict)  # the paper's values, for the tables and the figure
@@ -212,9 +213,9 @@ class Spec:
     beyond: bool = False  # an experiment that the paper does not have
     thresholds: str = ""  # when the thresholds were set and from what, if not as report.READING says
 
-    def scale(self, asked: str) -> str:
-        """The scale that serves ``asked``: the next larger one that differs, or "full"."""
-        larger = SCALES[SCALES.index(asked) :]
+    def scale(self, requested: str) -> str:
+        """The scale that serves ``requested``: the next larger one that differs, or "full"."""
+        larger = SCALES[SCALES.index(requested) :]
         return next((scale for scale in larger if scale in self.smaller), "full")
 
     def at(self, scale: str) -> tuple[Run, ...]:

@@ -38,7 +38,7 @@ SPEC = Spec(
         ),
         claim("rank correlation of |input mean| and gradient", "rank correlation", "none", above(0.8)),
         claim("rank correlation of |input mean| and gradient", "rank correlation", "batch", below(0.5)),
-        *(claim(f"M: {what}", what, norm) for norm in NETS for what in UNEVEN),
+        *(claim(f"M: {quantity}", quantity, norm) for norm in NETS for quantity in UNEVEN),
     ),
     runs=tuple(Run(norm, "at_init", norm, ("channel_gradients",), (LAYER,)) for norm in NETS),
     smaller={"smoke": {"batch": 2, "seeds": 1, "depth": 50}},

@@ -4,10 +4,10 @@ from . import Claim, Run, Spec, above, between
 
 LAYERS = (15, 16, 17, 18, 19)  # those of the last stage of ResNet-20 that keep width and resolution
 FACTORS = (1, 3, 5)
-WHENS = {"init": "before training", "trained": "after training"}
+TIMES = {"init": "before training", "trained": "after training"}
 
 
-def of(quantity: str, text: str, factors: int, check=None) -> Claim:
+def claim(quantity: str, text: str, factors: int, check=None) -> Claim:
     text += f", {factors} layer{'s' * (factors > 1)}"
     return Claim(text, lambda results: results.each(quantity, factors), None, check)
 
@@ -15,7 +15,7 @@ def of(quantity: str, text: str, factors: int, check=None) -> Claim:
 def growth(quantity: str, text: str, factors: int, check) -> Claim:
     def ours(results) -> list:
         pair = (results.each(f"{when} {quantity}", factors) for when in ("trained", "init"))
-        return [after.less(before) for after, before in zip(*pair, strict=True)]
+        return [after.minus(before) for after, before in zip(*pair, strict=True)]
 
     return Claim(f"{text}, {factors} layers: after training minus before", ours, None, check)
 
@@ -35,11 +35,11 @@ SPEC = Spec(
     "of 0.1.",
     claims=(
         *(
-            of("init distance", "Kolmogorov distance to Theorem 1, before training", m, between(0, 0.03))
+            claim("init distance", "Kolmogorov distance to Theorem 1, before training", m, between(0, 0.03))
             for m in FACTORS
         ),
         *(
-            of(
+            claim(
                 "init largest over edge",
                 "largest value over the theorem's edge, before training",
                 m,
@@ -49,9 +49,12 @@ SPEC = Spec(
         ),
         *(growth("distance", "Kolmogorov distance", m, above(0)) for m in FACTORS[1:]),
         *(growth("log10 kappa", "log10 condition number", m, above(0)) for m in FACTORS[1:]),
-        *(of(f"{w} log10 kappa", f"log10 condition number, {text}", m) for w, text in WHENS.items() for m in FACTORS),
-        *(of("trained distance", "Kolmogorov distance to Theorem 1, after training", m) for m in FACTORS),
-        *(of("trained largest over edge", "largest value over the theorem's edge, after training", m) for m in FACTORS),
+        *(claim(f"{w} log10 kappa", f"log10 condition number, {t}", m) for w, t in TIMES.items() for m in FACTORS),
+        *(claim("trained distance", "Kolmogorov distance to Theorem 1, after training", m) for m in FACTORS),
+        *(
+            claim("trained largest over edge", "largest value over the theorem's edge, after training", m)
+            for m in FACTORS
+        ),
     ),
     runs=(Run("batch", "layer_products", layers=LAYERS, depth=20, seeds=3, options={"lr": 0.1, "epochs": 165}),),
     smaller={

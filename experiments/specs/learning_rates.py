@@ -19,7 +19,7 @@ FINAL = {  # label: test accuracy, that at 48 % of training, final train accurac
 }
 
 
-def shown(quantity: str, label: str, paper: float | None, check=None) -> Claim:
+def claim(quantity: str, label: str, paper: float | None, check=None) -> Claim:
     return Claim(f"{quantity}, {at_rate(label)}", lambda results: results.each(quantity, label=label), paper, check)
 
 
@@ -46,15 +46,15 @@ SPEC = Spec(
         gap("batch-0.1", "batch-0.003", 2.8, above(0)),
         gap("batch-0.003", "batch-0.0001", 9.2, above(0)),
         gap("batch-0.0001", "none-0.0001", -0.7, between(-3, 3)),
-        *(shown("train accuracy", label, FINAL[label][2], above(99)) for label in FINAL),
-        *(shown("diverged", label, 1, above(0.5)) for label in ("none-0.003", "none-0.1")),
-        shown("diverged", "fixup-0.1", None, between(0, 0.5)),
+        *(claim("train accuracy", label, FINAL[label][2], above(99)) for label in FINAL),
+        *(claim("diverged", label, 1, above(0.5)) for label in ("none-0.003", "none-0.1")),
+        claim("diverged", "fixup-0.1", None, between(0, 0.5)),
         gap("fixup-0.1", "none-0.0001", None, above(0)),
-        *(shown("test accuracy", label, FINAL[label][0]) for label in FINAL),
-        *(shown("test accuracy before the first drop", label, FINAL[label][1]) for label in FINAL),
-        shown("test accuracy", "fixup-0.1", None),
-        *(shown("train minus test accuracy", k, FINAL[k][2] - FINAL[k][0] if k in FINAL else None) for k in NETS),
-        *(shown("dead", label, None) for label in NETS),
+        *(claim("test accuracy", label, FINAL[label][0]) for label in FINAL),
+        *(claim("test accuracy before the first drop", label, FINAL[label][1]) for label in FINAL),
+        claim("test accuracy", "fixup-0.1", None),
+        *(claim("train minus test accuracy", k, FINAL[k][2] - FINAL[k][0] if k in FINAL else None) for k in NETS),
+        *(claim("dead", label, None) for label in NETS),
     ),
     runs=tuple(
         Run(label, "training", norm, init=init, seeds=5, options={"lr": lr, "epochs": epochs})

@@ -8,11 +8,11 @@ NONE, BATCH = {"norm": "none"}, {"norm": "batch"}
 NETS = {"batch": "with batch norm", "none": "without batch norm"}
 
 
-def centred(quantity: str, of: str, layer: int, net: dict, check) -> Claim:
+def centred(quantity: str, operand: str, layer: int, net: dict, check) -> Claim:
     return Claim(
-        f"{quantity}, {of} centred over not centred, layer {layer}, {NETS[net['norm']]}",
+        f"{quantity}, {operand} centred over not centred, layer {layer}, {NETS[net['norm']]}",
         lambda results: results.ratio(
-            dict(quantity=quantity, layer=layer, centred=of, **net),
+            dict(quantity=quantity, layer=layer, centred=operand, **net),
             dict(quantity=quantity, layer=layer, centred="", **net),
         ),
         None,
@@ -51,15 +51,15 @@ SPEC = Spec(
     ),
     runs=tuple(
         Run(
-            f"{norm}{'-' * bool(of)}{of}",
+            f"{norm}{'-' * bool(operand)}{operand}",
             "at_init",
             norm,
             ("gradient_signs",),
             LAYERS,
             seeds=5,
-            options={"centred": of},
+            options={"centred": operand},
         )
-        for norm, of in (("batch", ""), ("batch", "input"), ("none", ""), ("none", "input"), ("none", "gradient"))
+        for norm, operand in (("batch", ""), ("batch", "input"), ("none", ""), ("none", "input"), ("none", "gradient"))
     ),
     smaller={"smoke": {"batch": 2, "seeds": 1}},
     beyond=True,

@@ -28,7 +28,7 @@ def values(quantity: str, norm: str) -> list[Claim]:
 
 def fall(quantity: str, layer: int, after: int) -> Claim:
     text = f"{NAMES[quantity]}, fall from layer {layer} to {after}, with batch norm"
-    first, second = (PAPER[quantity, "batch"][LAYERS.index(one)] for one in (layer, after))
+    first, second = (PAPER[quantity, "batch"][LAYERS.index(number)] for number in (layer, after))
     ours = lambda results: results.difference(quantity, layer, after, norm="batch")  # noqa: E731
     return Claim(text, ours, first - second, above(0.5))
 

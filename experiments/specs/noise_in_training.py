@@ -4,13 +4,13 @@ from . import QUICK_TEXT, Claim, Run, Spec, above, at_rate, between, each, quick
 from .learning_rates import FINAL, NETS
 
 LABELS = tuple(FINAL)  # the four networks that the paper trains to the end
-FELT = "lr C / |B| before the first drop"
+SCALED_NOISE = "lr C / |B| before the first drop"
 
 
 def gap(first: str, second: str, check) -> Claim:
     return Claim(
-        f"log10 {FELT}: {at_rate(first)} minus {at_rate(second)}",
-        lambda results: results.gap(f"log10 {FELT}", first, second),
+        f"log10 {SCALED_NOISE}: {at_rate(first)} minus {at_rate(second)}",
+        lambda results: results.gap(f"log10 {SCALED_NOISE}", first, second),
         None,
         check,
     )
@@ -32,7 +32,7 @@ SPEC = Spec(
         gap("batch-0.1", "batch-0.003", above(0.5)),
         gap("batch-0.003", "batch-0.0001", above(0.5)),
         gap("batch-0.0001", "none-0.0001", between(-1.5, 1.5)),
-        *(Claim(f"{FELT}, {at_rate(k)}", each(FELT, label=k), mean="geometric") for k in LABELS),
+        *(Claim(f"{SCALED_NOISE}, {at_rate(k)}", each(SCALED_NOISE, label=k), mean="geometric") for k in LABELS),
         *(
             Claim(
                 f"C before the first drop, {at_rate(k)}",

@@ -13,7 +13,7 @@ def theorem(quantity: str, text: str, factors: int, is_: float, distance: float)
     return Claim(text, lambda results: results.each(quantity, factors, label="density"), is_, within(is_, distance))
 
 
-def drawn(quantity: str, text: str, factors: int, paper: float | None = None, check=None, run="products") -> Claim:
+def sample(quantity: str, text: str, factors: int, paper: float | None = None, check=None, run="products") -> Claim:
     text += f", {factors} factor{'s' * (factors > 1)}"
     return Claim(text, lambda results: results.each(quantity, factors, label=run), paper, check)
 
@@ -48,17 +48,17 @@ SPEC = Spec(
         *(theorem("exponent", "density near 0 as a power of x", m, power(m), 0.001) for m in FACTORS),
         theorem("edge over e (M + 1/2)", "edge of x over e (M + 1/2): the theorem's O(M)", 5, 1, 0.005),
         *(
-            drawn("first bin", "values in the first of 50 bins", m, n, within_factor(n, 1.1))
+            sample("first bin", "values in the first of 50 bins", m, n, within_factor(n, 1.1))
             for m, n in FIRST_BIN.items()
         ),
-        *(drawn("largest", "largest singular value drawn", m, s, within(s, 0.1)) for m, s in EDGE.items()),
-        *(drawn("exponent", "drawn density near 0 as a power", m, power(m), within(power(m), 0.02)) for m in FACTORS),
-        *(drawn("distance of s^2", "Kolmogorov distance, s^2", m, check=between(0, 0.008)) for m in FACTORS),
-        *(drawn("distance of s", "Kolmogorov distance, s itself", m, check=above(0.1)) for m in FACTORS),
+        *(sample("largest", "largest singular value drawn", m, s, within(s, 0.1)) for m, s in EDGE.items()),
+        *(sample("exponent", "drawn density near 0 as a power", m, power(m), within(power(m), 0.02)) for m in FACTORS),
+        *(sample("distance of s^2", "Kolmogorov distance, s^2", m, check=between(0, 0.008)) for m in FACTORS),
+        *(sample("distance of s", "Kolmogorov distance, s itself", m, check=above(0.1)) for m in FACTORS),
         by_depth("slope", "log10 condition number, gain per factor", between(1.25, 1.6)),
         by_depth("straightness", "log10 condition number against M: R^2 of a straight line", above(0.98)),
-        *(drawn("log10 kappa", "log10 condition number, N = 200", m, run="conditions") for m in ALL),
-        *(drawn("log10 kappa", "log10 condition number, N = 1000", m) for m in FACTORS),
+        *(sample("log10 kappa", "log10 condition number, N = 200", m, run="conditions") for m in ALL),
+        *(sample("log10 kappa", "log10 condition number, N = 1000", m) for m in FACTORS),
     ),
     runs=(
         Run("density", "theory", quantities=("density",), seeds=1, options={"factors": (*FACTORS, 10)}),

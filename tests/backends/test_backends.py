@@ -20,7 +20,7 @@ from tests.support.cases import CASE, FP32, TARGETS, Target
 FP = torch.float32
 
 
-def test_the_cpu_kernels_are_here() -> None:
+def test_the_cpu_kernels_are_available() -> None:
     """Every machine that runs these tests must have the native module, because most tests would not run without it."""
     for dtype in backends.DTYPES:
         assert backends.unavailable("cpu", "cpu", dtype) is None
@@ -29,7 +29,7 @@ def test_the_cpu_kernels_are_here() -> None:
 
 
 @pytest.mark.parametrize("name", backends.NAMES)
-def test_a_backend_is_as_the_protocol_says(name: str) -> None:
+def test_a_backend_implements_the_protocol(name: str) -> None:
     """Every function has the arguments of the protocol. Optional functions are checked where they exist."""
     module = backends._load(name)
     if isinstance(module, str):
@@ -37,9 +37,11 @@ def test_a_backend_is_as_the_protocol_says(name: str) -> None:
     others = (protocol.ConvolutionBackend, protocol.ImageBackend, protocol.WinogradBackend)
     for kind in (protocol.Backend, *(other for other in others if all(hasattr(module, f) for f in functions(other)))):
         for function, requested in functions(kind).items():
-            given = inspect.signature(getattr(module, function)).parameters
-            assert list(given)[: len(requested)] == requested, function
-            assert all(given[extra].default is not inspect.Parameter.empty for extra in list(given)[len(requested) :])
+            parameters = inspect.signature(getattr(module, function)).parameters
+            assert list(parameters)[: len(requested)] == requested, function
+            assert all(
+                parameters[extra].default is not inspect.Parameter.empty for extra in list(parameters)[len(requested) :]
+            )
 
 
 def functions(kind: type) -> dict[str, list[str]]:
@@ -52,13 +54,13 @@ def functions(kind: type) -> dict[str, list[str]]:
 def fresh_table() -> None:
     """Clears the cache of choices before and after a test that changes the available backends."""
 
-    def forget() -> None:
-        for remembered in (backends._choose, backends._unavailable, backends._load):
-            remembered.cache_clear()
+    def clear_caches() -> None:
+        for cached in (backends._choose, backends._unavailable, backends._load):
+            cached.cache_clear()
 
-    forget()
+    clear_caches()
     yield
-    forget()
+    clear_caches()
 
 
 @pytest.fixture
@@ -162,7 +164,7 @@ def test_unknown_name() -> None:
     assert backends.forced() == os.environ.get("BNKERN_BACKEND", "")
 
 
-def test_forced_backend_that_cannot_serve_says_why(without: Callable[..., None]) -> None:
+def test_a_forced_backend_that_cannot_serve_raises_with_the_reason(without: Callable[..., None]) -> None:
     without("cuda")
     x, running = torch.ones(4, 3, requires_grad=True), torch.zeros(3)
     with bnkern.use_backend("cuda"):
@@ -201,8 +203,8 @@ def test_first_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch, fresh_table
         "cpu        cannot: its kernels run on the CPU, the input is on cuda",
     ]
     refusing["cuda"] = None
-    for remembered in (backends._choose, backends._unavailable):
-        remembered.cache_clear()
+    for cached in (backends._choose, backends._unavailable):
+        cached.cache_clear()
     assert backends.choose("", "cuda", FP).__name__ == "cuda"
     with bnkern.use_backend("triton"):
         assert backends.choose(backends.forced(), "cuda", FP).__name__ == "triton"
@@ -218,12 +220,12 @@ def gpu(**properties: object) -> types.SimpleNamespace:
 def gpus(monkeypatch: pytest.MonkeyPatch, *properties: types.SimpleNamespace, current: int = 0) -> None:
     """Makes torch report these devices."""
 
-    def of(device: torch.device | int) -> types.SimpleNamespace:
+    def properties_of(device: torch.device | int) -> types.SimpleNamespace:
         return properties[device if isinstance(device, int) else device.index]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", of)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties_of)
 
 
 @pytest.mark.parametrize(("kilobytes", "first"), [(227, "cuda"), (163, "cuda"), (99, "triton"), (64, "triton")])
@@ -306,24 +308,24 @@ def test_environment_variable(value: str, expected: str | None) -> None:
     """BNKERN_BACKEND forces the backend of a whole process. An unknown name is an error at import."""
     code = "import bnkern.backends; print(bnkern.backends.forced())"
     environment = {**os.environ, "BNKERN_BACKEND": value}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     if expected is None:
-        assert done.returncode != 0 and "backend must be one of" in done.stderr
+        assert process.returncode != 0 and "backend must be one of" in process.stderr
     else:
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == expected
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.strip() == expected
 
 
-def test_cuda_says_what_it_lacks() -> None:
+def test_cuda_refuses_other_devices_and_float64() -> None:
     """The message of the CUDA backend names what it does not support: other devices, and float64."""
     assert "run on CUDA devices, the input is on cpu" in backends.unavailable("cuda", "cpu")
-    on_a_gpu = backends.unavailable("cuda", "cuda")
-    assert on_a_gpu is None or "built without CUDA" in on_a_gpu
-    if on_a_gpu is None:
+    refusal = backends.unavailable("cuda", "cuda")
+    assert refusal is None or "built without CUDA" in refusal
+    if refusal is None:
         assert "no float64 kernels" in backends.unavailable("cuda", "cuda", torch.float64)
 
 
-def test_what_a_forced_backend_does_not_have_is_left_to_the_table(
+def test_functions_that_a_forced_backend_lacks_are_chosen_by_the_table(
     monkeypatch: pytest.MonkeyPatch, fresh_table: None
 ) -> None:
     """cuda has only batch norm.
@@ -331,8 +333,12 @@ def test_what_a_forced_backend_does_not_have_is_left_to_the_table(
     If it is forced, triton serves images and sums of convolutions, or else the reference.
     """
     assert not hasattr(backends._load("cuda"), "augment") and not hasattr(backends._load("cuda"), "conv_grad_signs")
-    for name, has in (("triton", {"augment": None}), ("cuda", {}), ("reference", {"augment": None, "other": None})):
-        module = types.SimpleNamespace(refuses=lambda device, dtype: None, __name__=name, **has)
+    for name, functions in (
+        ("triton", {"augment": None}),
+        ("cuda", {}),
+        ("reference", {"augment": None, "other": None}),
+    ):
+        module = types.SimpleNamespace(refuses=lambda device, dtype: None, __name__=name, **functions)
         monkeypatch.setitem(sys.modules, f"bnkern.backends.{name}", module)
     backends._load.cache_clear()
     assert backends.choose("cuda", "cuda", FP).__name__ == "cuda"

@@ -27,11 +27,11 @@ def read_through(t: Tensor, rows: bool) -> Tensor:
 def test_strides_address_every_element(name: str, shape: tuple[int, ...]) -> None:
     """For every view the two strides address each element of the tensor, or of its copy."""
     x = LAYOUTS[name](torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    rows, n, c, s = like = layouts.layout(x)
-    assert (n, c, n * s) == (shape[0], shape[1], like.count) and n * c * s == x.numel()
-    stand_in = layouts.addressed(x, rows)
-    assert torch.equal(stand_in, x)
-    assert torch.equal(read_through(stand_in, rows), x)
+    rows, n, c, s = x_layout = layouts.layout(x)
+    assert (n, c, n * s) == (shape[0], shape[1], x_layout.count) and n * c * s == x.numel()
+    addressable = layouts.addressed(x, rows)
+    assert torch.equal(addressable, x)
+    assert torch.equal(read_through(addressable, rows), x)
     for other in (True, False):
         if layouts.strides(x, other) is not None:
             assert torch.equal(read_through(x, other), x)
@@ -71,20 +71,20 @@ def test_mask_shape(shape: tuple[int, ...], name: str, mask_shape: tuple[int, ..
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_mask_packs_and_unpacks(case: Case) -> None:
     x = case.problem(FP32).x
-    like, on = layouts.layout(x), case.problem(FP32).residual > 0
-    packed = reference.pack_mask(on, like)
-    assert tuple(packed.shape) == like.mask_shape and packed.dtype == torch.uint8
-    assert torch.equal(reference.unpack_mask(packed, x), on)
-    assert sum(int(byte).bit_count() for byte in packed.flatten()) == int(on.sum()), "padding bits must be zero"
+    x_layout, mask = layouts.layout(x), case.problem(FP32).residual > 0
+    packed = reference.pack_mask(mask, x_layout)
+    assert tuple(packed.shape) == x_layout.mask_shape and packed.dtype == torch.uint8
+    assert torch.equal(reference.unpack_mask(packed, x), mask)
+    assert sum(int(byte).bit_count() for byte in packed.flatten()) == int(mask.sum()), "padding bits must be zero"
 
 
 def test_mask_bits_by_hand() -> None:
     """The least significant bit comes first. Planes are [N, C, S]; rows are in memory order."""
-    on = torch.tensor([[[1, 0, 0, 0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0, 0, 1, 0]]], dtype=torch.bool)
+    mask = torch.tensor([[[1, 0, 0, 0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0, 0, 1, 0]]], dtype=torch.bool)
     planes = layouts.Layout(False, 1, 2, 9)
-    assert reference.pack_mask(on, planes).tolist() == [[[0x01, 0x01], [0x86, 0x00]]]
+    assert reference.pack_mask(mask, planes).tolist() == [[[0x01, 0x01], [0x86, 0x00]]]
     rows = layouts.Layout(True, 1, 2, 9)  # bits in memory order: s0c0 s0c1 s1c0 s1c1 ...
-    assert reference.pack_mask(on, rows).tolist() == [0b00101001, 0b10000000, 0b00000001]
+    assert reference.pack_mask(mask, rows).tolist() == [0b00101001, 0b10000000, 0b00000001]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -117,10 +117,10 @@ def test_channels_last_stays_channels_last(target: Target, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-@pytest.mark.parametrize("of_residual", LAYOUTS)
-def test_residual_as_a_view(target: Target, case: Case, of_residual: str) -> None:
+@pytest.mark.parametrize("residual_layout", LAYOUTS)
+def test_residual_as_a_view(target: Target, case: Case, residual_layout: str) -> None:
     """A residual of any strides gives the results of a residual with the strides of the input."""
     p = case.problem(FP32, target.device)
-    residual = LAYOUTS[of_residual](p.residual.contiguous())
+    residual = LAYOUTS[residual_layout](p.residual.contiguous())
     same = LAYOUTS[case.layout](residual.contiguous())
     assert torch.equal(bnkern.add_act(p.x, residual), bnkern.add_act(p.x, same))

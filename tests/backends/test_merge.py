@@ -13,7 +13,7 @@ def test_parts_make_the_whole(target: Target, precision: Precision, case: str, s
     check_merge(target, precision, case, split)
 
 
-def test_nothing_merges_to_nothing(target: Target) -> None:
+def test_empty_parts_merge_to_zeros(target: Target) -> None:
     check_merge_of_nothing(target)
 
 

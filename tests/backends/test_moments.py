@@ -46,13 +46,13 @@ def test_constant_input(target: Target, layout: str, value: float) -> None:
     x = torch.full_like(CASE[layout].problem(FP32, target.device).x, value)
     count, mean, m2 = kernels(target, x.dtype).moments(x)
     true_mean = torch.full_like(mean, value, dtype=torch.float64).cpu()
-    nothing = torch.zeros_like(true_mean)
-    assert_close(mean, true_mean, mean_bound(true_mean, nothing, x.dtype), "mean")
-    assert_close(m2 / count, nothing, var_bound(true_mean, nothing, x.dtype), "variance")
+    zeros = torch.zeros_like(true_mean)
+    assert_close(mean, true_mean, mean_bound(true_mean, zeros, x.dtype), "mean")
+    assert_close(m2 / count, zeros, var_bound(true_mean, zeros, x.dtype), "variance")
     if abs(value) < 100:
         invstd = torch.rsqrt(m2 / count + EPS)
-        truth = torch.full_like(true_mean, EPS**-0.5)
-        assert_close(invstd, truth, invstd_bound(nothing, nothing, x.dtype), "invstd")
+        expected = torch.full_like(true_mean, EPS**-0.5)
+        assert_close(invstd, expected, invstd_bound(zeros, zeros, x.dtype), "invstd")
 
 
 def test_channel_moments(target: Target) -> None:
@@ -79,16 +79,16 @@ PATTERNS = [
 ]
 
 
-@pytest.mark.parametrize("far", [3.0, 1e3, 1e6])
+@pytest.mark.parametrize("distance", [3.0, 1e3, 1e6])
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("channels, layout, run, period", PATTERNS, ids=lambda v: str(v).replace("torch.", ""))
 def test_values_with_a_pattern(
-    target: Target, channels: int, layout: torch.memory_format, run: int, period: int, first: int, far: float
+    target: Target, channels: int, layout: torch.memory_format, run: int, period: int, first: int, distance: float
 ) -> None:
     """The moments are as exact if the sample of a kernel holds only the other values, or none of them."""
     x = torch.randn(8, channels, 64, 64, generator=torch.Generator().manual_seed(3))
     position = torch.arange(64 * 64) // run % period
-    x += far * (position == first).view(64, 64)
+    x += distance * (position == first).view(64, 64)
     x = x.contiguous(memory_format=layout).to(target.device)
     count, mean, m2 = kernels(target, x.dtype).moments(x)
     _, true_mean, true_m2 = reference.moments(*exact(x))

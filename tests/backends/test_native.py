@@ -78,34 +78,34 @@ def call_all(case: Case, precision: Precision, training: bool, act: str | None, 
         act=act,
         num_batches_tracked=running[2],
     )
-    wanted = leaves if with_residual else [x, weight, bias]
-    return [y.detach(), *torch.autograd.grad(y, wanted, p.dy.to(y.dtype)), *running]
+    differentiated = leaves if with_residual else [x, weight, bias]
+    return [y.detach(), *torch.autograd.grad(y, differentiated, p.dy.to(y.dtype)), *running]
 
 
-WAYS = [
-    way
-    for way in itertools.product(CASES, (FP32, BF16, FP64), (True, False), (None, "relu"), (False, True))
-    if 0 not in way[0].shape and way[0].shape[0] * torch.Size(way[0].shape[2:]).numel() > 1
+ALL_ARGUMENTS = [
+    arguments
+    for arguments in itertools.product(CASES, (FP32, BF16, FP64), (True, False), (None, "relu"), (False, True))
+    if 0 not in arguments[0].shape and arguments[0].shape[0] * torch.Size(arguments[0].shape[2:]).numel() > 1
 ]
 
 
-def assert_same(found: list[Tensor | None], expected: list[Tensor | None], what: object) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert (one is None) == (other is None), what
-        if one is not None:
-            assert one.dtype is other.dtype and one.stride() == other.stride(), what
-            assert torch.equal(one.isnan(), other.isnan()), what
-            assert torch.equal(one.nan_to_num(), other.nan_to_num()), what
+def assert_same(actual: list[Tensor | None], expected: list[Tensor | None], label: object) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours is None) == (theirs is None), label
+        if ours is not None:
+            assert ours.dtype is theirs.dtype and ours.stride() == theirs.stride(), label
+            assert torch.equal(ours.isnan(), theirs.isnan()), label
+            assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), label
 
 
 @needs_table
-def test_tensors_read_in_python_give_the_same(request: pytest.FixtureRequest) -> None:
+def test_tensors_read_in_python_give_the_same_results(request: pytest.FixtureRequest) -> None:
     """All shared cases give the same bits and strides with the exchange table and without it."""
-    few = WAYS[:: max(len(WAYS) // 160, 1)]
-    with_table = [call_all(*way) for way in few]
+    sample = ALL_ARGUMENTS[:: max(len(ALL_ARGUMENTS) // 160, 1)]
+    with_table = [call_all(*arguments) for arguments in sample]
     request.getfixturevalue("in_python")
-    for way, expected in zip(few, with_table, strict=True):
-        assert_same(call_all(*way), expected, way)
+    for arguments, expected in zip(sample, with_table, strict=True):
+        assert_same(call_all(*arguments), expected, arguments)
 
 
 @needs_table
@@ -115,11 +115,11 @@ def test_both_forms_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     offered = native.exchange_table
     address = offered if isinstance(offered, int) else get(offered, b"dlpack_exchange_api")
-    expected = call_all(*WAYS[0])
+    expected = call_all(*ALL_ARGUMENTS[0])
     try:
-        for table, taken in ((address, True), (offered, True), (0, False), (None, False), ("table", False)):
-            assert reconnected(monkeypatch, table) == taken
-            assert_same(call_all(*WAYS[0]), expected, table)
+        for table, accepted in ((address, True), (offered, True), (0, False), (None, False), ("table", False)):
+            assert reconnected(monkeypatch, table) == accepted
+            assert_same(call_all(*ALL_ARGUMENTS[0]), expected, table)
     finally:
         monkeypatch.undo()
         _native.connect(native)
@@ -131,12 +131,12 @@ def test_views_are_read_in_place(copies: list[str]) -> None:
     for case in (case for case in CASES if 0 not in case.shape):
         del copies[:]
         x = case.problem(FP32).x
-        like = layouts.layout(x)
-        if like.count == 1:
+        x_layout = layouts.layout(x)
+        if x_layout.count == 1:
             continue
         cpu.forward(ForwardCall(x, training=True))
-        result = layouts.strides(x, like.rows)
-        narrow = like.rows and like.c % 16 and result is not None and result[0] != like.c
+        result = layouts.strides(x, x_layout.rows)
+        narrow = x_layout.rows and x_layout.c % 16 and result is not None and result[0] != x_layout.c
         assert copies == ["_readable_forward"] * (result is None or narrow), case
         read.add((x.is_contiguous() or layouts.dense(x, True).stride() == x.stride(), not copies))
     assert {(True, True), (False, True), (False, False)} <= read
@@ -162,11 +162,11 @@ def test_small_and_large_results() -> None:
     for size in (4, 256):
         x = torch.randn(2, 16, size, size)
         y = cpu.forward(ForwardCall(x))[0]
-        kept = y.clone()
+        expected = y.clone()
         assert y.data_ptr() % 64 == 0
         for _ in range(3):
             cpu.forward(ForwardCall(-x))
-        assert torch.equal(y, kept)
+        assert torch.equal(y, expected)
         idle = _native.pool_idle()
         del y
         assert (_native.pool_idle() > idle) == (size == 256)
@@ -188,8 +188,8 @@ torch.testing.assert_close(y, torch.relu(bt(x) + r))
 y.square().sum().backward()
 torch.testing.assert_close(bn.running_var, bt.running_var)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
 
 
 # ------------------------------------------------------------------------------------------------- calls by type
@@ -223,7 +223,7 @@ def test_wrong_types_are_errors() -> None:
             function(*arguments)
 
 
-def test_what_is_no_operand_is_declined() -> None:
+def test_invalid_operands_are_declined() -> None:
     """If one operand of a valid call is invalid, the result is None, because the kernels would read invalid memory."""
     x, v = torch.randn(4, 3, 5, 5), torch.ones(3)
     record, mask = torch.zeros(9, 3, dtype=torch.float64), torch.zeros(4, 3, 4, dtype=torch.uint8)
@@ -291,7 +291,7 @@ def test_layout_has_one_meaning(tensor: tuple[tuple[int, ...], tuple[int, ...]])
         assert not keeps or layouts.output_strides(x, rows) == x.stride()
 
 
-# ------------------------------------------------------------------------------------------ calls nobody validated
+# ---------------------------------------------------------------------------------------- calls without validation
 
 
 def call_of(arguments: dict[str, object]) -> ForwardCall:
@@ -305,29 +305,29 @@ class Subclass(Tensor):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_only_certainly_valid_calls_are_computed(precision: Precision, layout: str, training: bool) -> None:
+def test_only_plainly_valid_calls_are_accepted(precision: Precision, layout: str, training: bool) -> None:
     good = good_arguments(precision, layout, training)
 
-    def taken(**changes: object) -> bool:
+    def accepted(**changes: object) -> bool:
         return cpu.try_forward(call_of(good | changes)) is not None
 
-    assert taken()
+    assert accepted()
     for name in ("weight", "bias", "residual", "num_batches_tracked", "act"):
-        assert taken(**{name: None}), name
-    assert taken(momentum=None)
-    assert taken(momentum=None, num_batches_tracked=None) == (not training)
+        assert accepted(**{name: None}), name
+    assert accepted(momentum=None)
+    assert accepted(momentum=None, num_batches_tracked=None) == (not training)
     for eps in (0.0, -0.0):
-        assert taken(eps=eps) == (not training)
-    assert taken(**{name: torch.nn.Parameter(good[name]) for name in ("input", "weight", "bias")})
-    other = LAYOUTS["contiguous" if layout == "channels_last" else "channels_last"]
-    odd = [(name, value) for name, value, _ in bad_arguments(good)]
+        assert accepted(eps=eps) == (not training)
+    assert accepted(**{name: torch.nn.Parameter(good[name]) for name in ("input", "weight", "bias")})
+    other_format = LAYOUTS["contiguous" if layout == "channels_last" else "channels_last"]
+    invalid = [(name, value) for name, value, _ in bad_arguments(good)]
     for name in ("input", "weight", "bias", "residual", "running_mean", "running_var"):
         tensor = good[name]
-        odd += [(name, tensor.as_subclass(Subclass)), (name, torch._neg_view(tensor))]
-        odd += [(name, torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype))]
-    odd += [("momentum", 1), ("eps", 0), ("input", good["input"][:0]), ("residual", other(good["residual"]))]
-    for name, value in odd:
-        assert not taken(**{name: value}), f"{name}={value!r}"
+        invalid += [(name, tensor.as_subclass(Subclass)), (name, torch._neg_view(tensor))]
+        invalid += [(name, torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype))]
+    invalid += [("momentum", 1), ("eps", 0), ("input", good["input"][:0]), ("residual", other_format(good["residual"]))]
+    for name, value in invalid:
+        assert not accepted(**{name: value}), f"{name}={value!r}"
 
 
 def test_declined_calls_write_nothing() -> None:
@@ -350,13 +350,13 @@ def test_tensors_of_a_transform() -> None:
     """Tensors of vmap and grad have no memory. They are declined during the transform and after it."""
     recorded = []
 
-    def look(x: Tensor) -> Tensor:
+    def check_declined(x: Tensor) -> Tensor:
         recorded.append(x)
         assert cpu.try_forward(ForwardCall(x)) is None and _native.forward(ForwardCall(x), True) is None
         return x.sum()
 
-    torch.vmap(look)(torch.randn(2, 4, 3))
-    torch.func.grad(look)(torch.randn(4, 3))
+    torch.vmap(check_declined)(torch.randn(2, 4, 3))
+    torch.func.grad(check_declined)(torch.randn(4, 3))
     for x in recorded:
         assert cpu.try_forward(ForwardCall(x)) is None
     x = torch.randn(4, 3)
@@ -380,37 +380,37 @@ def test_moments_of_a_lazily_negated_tensor() -> None:
     assert torch.equal(bnkern.channel_moments(torch._neg_view(x)).mean, bnkern.channel_moments(-x).mean)
 
 
-# --------------------------------------------------------------------------- what lies in memory is not the value
+# -------------------------------------------------------------------- values that differ from the bytes in memory
 
 
-@pytest.mark.parametrize("way", ["native", "python"])
-@pytest.mark.parametrize("which", range(6), ids=["x", "weight", "bias", "residual", "running_mean", "running_var"])
-def test_lazy_negation(which: int, way: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("reader", ["native", "python"])
+@pytest.mark.parametrize("index", range(6), ids=["x", "weight", "bias", "residual", "running_mean", "running_var"])
+def test_lazy_negation(index: int, reader: str, request: pytest.FixtureRequest) -> None:
     """A view with a lazy negation (the imaginary part of a conjugate) is read with its sign, for every argument."""
-    if way == "python":
+    if reader == "python":
         request.getfixturevalue("in_python")
-    generator = torch.Generator().manual_seed(which)
+    generator = torch.Generator().manual_seed(index)
     shapes = [(4, 3, 5, 5), (3,), (3,), (4, 3, 5, 5), (3,), (3,)]
     values = [torch.rand(shape, generator=generator) + 0.5 for shape in shapes]
     results = []
     for lazy in (False, True):
         tensors = [v.clone() for v in values]
         if lazy:
-            tensors[which] = torch._neg_view(-tensors[which])
-            assert tensors[which].is_neg()
+            tensors[index] = torch._neg_view(-tensors[index])
+            assert tensors[index].is_neg()
         x, weight, bias, residual, running_mean, running_var = tensors
         leaves = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), residual.requires_grad_()]
         y = bnkern.batch_norm(x, running_mean, running_var, weight, bias, True, residual=residual, act="relu")
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves), running_mean, running_var])
     # The bits may differ, because the operator may first copy a view to another dense layout.
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one.detach(), other.detach().resolve_neg(), rtol=1e-5, atol=1e-5)
+    for plain, negated in zip(*results, strict=True):
+        torch.testing.assert_close(plain.detach(), negated.detach().resolve_neg(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["native", "python"])
-def test_lazily_negated_and_batched_gradients(way: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("reader", ["native", "python"])
+def test_lazily_negated_and_batched_gradients(reader: str, request: pytest.FixtureRequest) -> None:
     """A gradient may be lazily negated, or batched (``is_grads_batched``, as in jacobian(vectorize=True))."""
-    if way == "python":
+    if reader == "python":
         request.getfixturevalue("in_python")
     x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     dys = torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(1))
@@ -422,7 +422,7 @@ def test_lazily_negated_and_batched_gradients(way: str, request: pytest.FixtureR
     torch.testing.assert_close(batched, torch.stack(one_by_one), rtol=1e-5, atol=1e-6)
 
 
-def test_zeros_that_were_never_stored() -> None:
+def test_tensors_of_zeros_without_memory() -> None:
     """A tensor without memory that represents zeros, as forward mode makes, is a batch of zeros."""
     y = bnkern.batch_norm(torch._efficientzerotensor(4, 3), None, None, training=True)
     assert torch.equal(y + 0, torch.zeros(4, 3))

@@ -10,7 +10,7 @@ import bnkern
 native = pytest.importorskip("bnkern._native")
 
 
-def test_the_stub_names_what_the_module_has() -> None:
+def test_the_stub_has_the_functions_of_the_module() -> None:
     """The stub and the module have the same functions. Those of CUDA are compared only in a build with CUDA."""
     stub = ast.parse((Path(bnkern.__file__).parent / "_native.pyi").read_text())
     stated = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
@@ -19,7 +19,7 @@ def test_the_stub_names_what_the_module_has() -> None:
     assert stated == {name for name in dir(native) if not name.startswith("_")}
 
 
-def test_the_stub_counts_arguments_as_the_module_does() -> None:
+def test_the_stub_has_the_modules_numbers_of_arguments() -> None:
     """The error of a function with C's calling convention states its number of arguments, which the stub must match."""
     stub = ast.parse((Path(bnkern.__file__).parent / "_native.pyi").read_text())
     checked = 0

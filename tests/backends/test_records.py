@@ -20,7 +20,7 @@ from tests.support.record_cases import (
 ACT = pytest.mark.parametrize("act", ACTS)
 MODE = pytest.mark.parametrize("mode", MODES)
 # Cases for less common calls: channels with Inf or NaN, sums that cancel, tails, and copies.
-SOME = [
+UNCOMMON = [
     *FEW,
     *(CASE[name] for name in ("c1", "two_values", "tall_rows", "expanded_batch", "constant_rows", "inf", "nan_rows")),
 ]
@@ -39,9 +39,11 @@ def test_training(target: Target, precision: Precision, case: Case) -> None:
 
 @ACT
 @MODE
-@pytest.mark.parametrize("case", SOME, ids=str)
+@pytest.mark.parametrize("case", UNCOMMON, ids=str)
 @pytest.mark.parametrize("precision", MIXED, ids=lambda p: p.name)
-def test_every_way_to_call(target: Target, precision: Precision, case: Case, mode: str, act: str | None) -> None:
+def test_every_mode_and_activation(
+    target: Target, precision: Precision, case: Case, mode: str, act: str | None
+) -> None:
     p, call = case.problem(precision, target.device), Call(mode, act)
     check_forward(kernels(target, p.x.dtype), p, call)
     check_backward(kernels(target, p.x.dtype), p, call)

@@ -21,7 +21,7 @@ def test_float64(target: Target, case: Case) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_gradient_that_is_not_finite_reaches_its_value_alone(target: Target, value: float) -> None:
+def test_a_gradient_that_is_not_finite_changes_only_its_own_value(target: Target, value: float) -> None:
     call = call_of(CASES[0], device=target.device)
     call.gradients[3][5, 2, 1, 1] = value
     update(target, call)
@@ -35,13 +35,13 @@ def test_any_number_of_threads(threads: None) -> None:
     for count in (1, 2, 3, 8):
         torch.set_num_threads(count)
         results.append(update(CPU, call_of(case)).results())
-    for others in results:
-        assert all(torch.equal(a, b) for a, b in zip(others, results[0], strict=True))
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 5e-4])
 def test_same_bits_as_torchs_kernel(weight_decay: float) -> None:
-    """Of parameters whose size is a multiple of 16. Torch treats the end of others in another way: at most 1 ulp."""
+    """For sizes that are multiples of 16. Torch rounds the end of other sizes differently: at most 1 ulp."""
     case = CASES[0]._replace(weight_decay=weight_decay)
     call, other = call_of(case), call_of(case)
     for _ in range(3):
@@ -60,7 +60,7 @@ def test_same_bits_as_torchs_kernel(weight_decay: float) -> None:
     assert compared == 12
 
 
-def wrong(**changes: object) -> Call:
+def call_with(**changes: object) -> Call:
     return call_of(CASES[1])._replace(**changes)
 
 
@@ -69,21 +69,21 @@ def replaced(values: list, i: int, value: object) -> list:
 
 
 def with_gradient(i: int, gradient: torch.Tensor | None) -> Call:
-    return wrong(gradients=replaced(wrong().gradients, i, gradient))
+    return call_with(gradients=replaced(call_with().gradients, i, gradient))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (wrong(parameters=[], gradients=[]), "parameters and gradients must be lists of the same length"),
-        (wrong(gradients=wrong().gradients[1:]), "parameters and gradients must be lists of the same length"),
-        (wrong(values=torch.zeros(64, dtype=torch.float16)), "values must be a float32 or float64 vector"),
-        (wrong(values=wrong().values[:-1]), "values must be .* a multiple of 64"),
-        (wrong(before=torch.zeros(64)), "before must be like values"),
-        (wrong(velocity=wrong().values.double()), "velocity must be like values"),
-        (wrong(shadow=wrong().values), "shadow must be a bfloat16 vector"),
-        (wrong(lr=torch.zeros(1)), "lr must be a float32 scalar"),
-        (wrong(stop=torch.tensor(1)), "stop must be a float32 scalar"),
+        (call_with(parameters=[], gradients=[]), "parameters and gradients must be lists of the same length"),
+        (call_with(gradients=call_with().gradients[1:]), "parameters and gradients must be lists of the same length"),
+        (call_with(values=torch.zeros(64, dtype=torch.float16)), "values must be a float32 or float64 vector"),
+        (call_with(values=call_with().values[:-1]), "values must be .* a multiple of 64"),
+        (call_with(before=torch.zeros(64)), "before must be like values"),
+        (call_with(velocity=call_with().values.double()), "velocity must be like values"),
+        (call_with(shadow=call_with().values), "shadow must be a bfloat16 vector"),
+        (call_with(lr=torch.zeros(1)), "lr must be a float32 scalar"),
+        (call_with(stop=torch.tensor(1)), "stop must be a float32 scalar"),
         (with_gradient(2, None), "gradient 2 must be bfloat16, with the shape"),
         (with_gradient(1, torch.zeros(32, 16, 3, 3).bfloat16()), "gradient 1 must be .* strides of the parameter"),
         (with_gradient(5, torch.zeros(16).bfloat16()), "gradient 5 must be of the dtype"),
@@ -98,12 +98,12 @@ def test_wrong_arguments(call: Call, message: str) -> None:
 
 
 def test_parameters_that_are_not_parts_of_the_values() -> None:
-    for i, other in ((0, torch.zeros(16, 3, 3, 3)), (1, None), (5, wrong().parameters[5])):
-        call = wrong()
+    for i, other in ((0, torch.zeros(16, 3, 3, 3)), (1, None), (5, call_with().parameters[5])):
+        call = call_with()
         parameters = replaced(call.parameters, i, other)
         with pytest.raises(ValueError, match=f"parameter {i} must be"):
             cpu.update(call._replace(parameters=parameters))
-    call = wrong()
+    call = call_with()
     order = [1, 0, *range(2, 8)]
     with pytest.raises(ValueError, match="parameter 1 must be a view of values behind the one before it"):
         cpu.update(call._replace(**{n: [getattr(call, n)[i] for i in order] for n in ("parameters", "gradients")}))

@@ -22,7 +22,7 @@ from tests import ROOT
 
 
 class Clock:
-    """A clock that only advances when a test calls for it."""
+    """A clock that advances only when a test calls one of the functions of ``call``."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -84,7 +84,7 @@ def test_peers_take_turns_and_each_round_begins_with_another() -> None:
     assert all(len(seconds) == 3 for seconds in comparison.seconds.values())
 
 
-def test_a_peer_that_fails_is_named_and_ours_must_not() -> None:
+def test_a_failing_peer_is_listed_and_a_failure_of_ours_raises() -> None:
     def broken() -> float:
         raise RuntimeError("no compiler\nand a long story")
 

@@ -40,7 +40,7 @@ def test_a_part_is_stopped_when_its_time_is_over(tmp_path: Path) -> None:
     assert log.startswith("1") and "KeyboardInterrupt" in log  # it was interrupted, and had time to end
 
 
-def test_a_process_that_outlives_its_part_does_not_hold_up_the_next_one(tmp_path: Path) -> None:
+def test_a_process_that_outlives_its_part_does_not_delay_the_next_one(tmp_path: Path) -> None:
     code = "import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True); print('left', flush=True)"
     start = time.perf_counter()
     record = gpu_check.run("part", [sys.executable, "-c", code], tmp_path / "log", dict(os.environ), 30)
@@ -55,7 +55,7 @@ def test_a_part_that_ignores_the_signal_is_killed(tmp_path: Path, monkeypatch) -
     assert (record.result, record.status) == ("out of time", -9)
 
 
-def test_a_tool_that_is_missing_fails_its_part_alone(tmp_path: Path) -> None:
+def test_a_missing_tool_fails_only_its_part(tmp_path: Path) -> None:
     record = gpu_check.run("part", ["no-such-sanitizer"], tmp_path / "log", dict(os.environ), 60)
     assert record.result == "FAILED" and record.ran
 
@@ -63,11 +63,18 @@ def test_a_tool_that_is_missing_fails_its_part_alone(tmp_path: Path) -> None:
 def test_parts_name_existing_files_and_fit_the_two_commands() -> None:
     assert len(set(parts.NAMES)) == len(parts.NAMES) and parts.NAMES[0] == "build" and parts.PARTS[-1].seconds is None
     for part in parts.PARTS[1:]:
-        words = parts.command(part, Path("out"))
-        files = [word for word in words if word.startswith(("benchmarks/", "tests/"))]
+        argv = parts.command(part, Path("out"))
+        files = [argument for argument in argv if argument.startswith(("benchmarks/", "tests/"))]
         assert all((ROOT / file).exists() for file in files), part.name
-        named([word for option in part.words if option.startswith("--shapes=") for word in option[9:].split(",")])
-        assert not [word for word in words if "{" in word]
+        named(
+            [
+                argument
+                for option in part.arguments
+                if option.startswith("--shapes=")
+                for argument in option[9:].split(",")
+            ]
+        )
+        assert not [argument for argument in argv if "{" in argument]
     first = parts.NAMES.index("replicas")
     second = parts.NAMES.index("host")
     assert sum(part.least for part in parts.PARTS[:first]) <= parts.COMMANDS[0]
@@ -86,21 +93,21 @@ class Clock:
         monkeypatch.setattr(state, "put", lambda source, target: target.touch())
         self.results = results
 
-    def run(self, name: str, words: list[str], log: Path, env: dict, seconds: float) -> Record:
-        result, took = self.results.get(name, ("ok", 1.0))
-        self.now += took
+    def run(self, name: str, argv: list[str], log: Path, env: dict, seconds: float) -> Record:
+        result, duration = self.results.get(name, ("ok", 1.0))
+        self.now += duration
         self.limits[name] = seconds
-        return Record(name, result, 0 if result == "ok" else 1, took)
+        return Record(name, result, 0 if result == "ok" else 1, duration)
 
     def command(self, out: Path, minutes: float) -> list[str]:
         """Runs the parts that are left, and returns the names of those that ran."""
         self.limits = {}
         args = gpu_check.argparse.Namespace(stretch=1, data=None, pack=None)
-        gpu_check.run_parts(State(out).left(), State(out), self.now + 60 * minutes, {}, args)
+        gpu_check.run_parts(State(out).remaining(), State(out), self.now + 60 * minutes, {}, args)
         return list(self.limits)
 
 
-def test_a_second_command_goes_on_where_the_first_one_stopped(tmp_path: Path, monkeypatch) -> None:
+def test_a_second_command_continues_where_the_first_one_stopped(tmp_path: Path, monkeypatch) -> None:
     results = {"profile": ("FAILED", 60), "graphs": ("out of time", 250), "figure1": ("out of time", 50)}
     clock = Clock(monkeypatch, tmp_path, results)
     first = clock.command(tmp_path, 5)
@@ -135,13 +142,13 @@ def test_a_changed_source_is_built_again(tmp_path: Path, monkeypatch) -> None:
     clock.command(tmp_path, 600)
     assert State(tmp_path).built()
     monkeypatch.setattr(state, "sources", lambda: "other sources")
-    assert [part.name for part in State(tmp_path).left()] == ["build"]
+    assert [part.name for part in State(tmp_path).remaining()] == ["build"]
     (tmp_path / MODULE).unlink()
     monkeypatch.setattr(state, "sources", lambda: "these sources")
     assert not State(tmp_path).built()
 
 
-def test_a_module_is_put_in_place_while_a_process_has_it(tmp_path: Path) -> None:
+def test_a_module_is_replaced_while_a_process_has_it_open(tmp_path: Path) -> None:
     target = tmp_path / "loaded.so"
     target.write_text("old")
     with target.open() as loaded:
@@ -179,10 +186,10 @@ def test_a_pack_restores_the_folder(tmp_path: Path, monkeypatch) -> None:
         unpack(tmp_path / "packs" / "other", tmp_path)
 
 
-def without(module: str, *words: str) -> subprocess.CompletedProcess:
+def without(module: str, *argv: str) -> subprocess.CompletedProcess:
     """The command line in a Python that cannot import a module."""
     code = (
-        f"import runpy, sys; sys.modules[{module!r}] = None; sys.argv[1:] = {[*words]!r};"
+        f"import runpy, sys; sys.modules[{module!r}] = None; sys.argv[1:] = {[*argv]!r};"
         "runpy.run_module('benchmarks.gpu', None, '__main__')"
     )
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -190,13 +197,13 @@ def without(module: str, *words: str) -> subprocess.CompletedProcess:
 
 def test_the_tables_need_no_native_module(tmp_path: Path) -> None:
     """On a bare machine the command starts before the module is built, and prints its tables if the build fails."""
-    done = without("bnkern._native", "--summary", "--out", str(tmp_path))
-    assert done.returncode == 0 and "not measured" in done.stdout, done.stderr
+    process = without("bnkern._native", "--summary", "--out", str(tmp_path))
+    assert process.returncode == 0 and "not measured" in process.stdout, process.stderr
 
 
 def test_the_plan_needs_no_torch() -> None:
-    done = without("torch", "--plan")
-    assert done.returncode == 0 and done.stdout.count("\n") > len(parts.PARTS), done.stderr
+    process = without("torch", "--plan")
+    assert process.returncode == 0 and process.stdout.count("\n") > len(parts.PARTS), process.stderr
 
 
 # --------------------------------------------------------------------------------------------------- output of tools
@@ -254,7 +261,7 @@ def test_counters_are_read_from_ncus_table() -> None:
         counters.read(text.replace('"9.50"', '"n/a"'))
 
 
-def test_counters_are_named_numbers() -> None:
+def test_counters_are_parsed_as_numbers() -> None:
     assert [counters.number(text) for text in ("1,048,576", "3.5", "n/a", "", "PolicySpread")] == [
         1048576,
         3.5,
@@ -264,7 +271,7 @@ def test_counters_are_named_numbers() -> None:
     ]
 
 
-def test_what_fits_on_the_device_is_read() -> None:
+def test_output_of_the_device_program_is_read() -> None:
     found = device.read((SAMPLES / "device.txt").read_text())
     assert found["layouts"] == {"mma.m16n8k16": 0, "ldmatrix.trans": 0}
     lines = device.table(found["occupancy"])
@@ -323,7 +330,7 @@ def test_the_rule_has_the_least_loss(times: dict, size: int, loss: float) -> Non
 
 
 def test_the_table_of_rules_is_what_the_backend_reads(tmp_path: Path) -> None:
-    assert cuda.rule_of("a GPU that nobody has").source.startswith("not measured")
+    assert cuda.rule_of("an unknown GPU").source.startswith("not measured")
     table = tmp_path / "rules.json"
     table.write_text('{"B": {"single_read_from": 3, "source": "s"}}')
     rule = rules.best(rules.pairs(strategies({1: (2.0, 1.0), 8: (1.0, 2.0)})))
@@ -408,12 +415,12 @@ def test_an_error_in_one_table_leaves_the_others(tmp_path: Path) -> None:
 def test_the_whole_command_on_a_stand_in(tmp_path: Path) -> None:
     """Every part runs with its real arguments, and every target has a number. Nothing is left for a second command."""
     out, file = tmp_path / "out", tmp_path / "pack"
-    words = [sys.executable, "-m", "tests.benchmarks.stand_in", "--stretch", "60", "--data", "synthetic"]
+    argv = [sys.executable, "-m", "tests.benchmarks.stand_in", "--stretch", "60", "--data", "synthetic"]
 
-    def command(*more: object) -> str:
-        done = subprocess.run([*words, *map(str, more)], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
-        return done.stdout
+    def command(*options: object) -> str:
+        process = subprocess.run([*argv, *map(str, options)], cwd=ROOT, capture_output=True, text=True)
+        assert process.returncode == 0, process.stdout[-20_000:] + process.stderr
+        return process.stdout
 
     text = command("--out", out, "--pack", file, "--minutes", 600)
     records = State(out).records
@@ -424,5 +431,5 @@ def test_the_whole_command_on_a_stand_in(tmp_path: Path) -> None:
     assert "not measured" not in table and table.count("held") + table.count("missed") >= len(targets.TARGETS)
     entry = cuda.Rule(**json.loads((out / rules.TABLE.name).read_text())["NVIDIA H200"])
     assert "calls" in entry.source
-    again = command("--out", tmp_path / "other", "--resume", file, "--minutes", 600)
-    assert "\n== build" not in again and "\n== graphs" not in again
+    resumed = command("--out", tmp_path / "other", "--resume", file, "--minutes", 600)
+    assert "\n== build" not in resumed and "\n== graphs" not in resumed

@@ -37,24 +37,26 @@ def measurement(provider: str, ms: float, spread: float = 0.1, bench: str = "bat
     return label | {"median_ms": ms, "p20_ms": ms * (1 - spread / 2), "p80_ms": ms * (1 + spread / 2)} | more
 
 
-def results(*given: dict, **environment: object) -> dict:
-    whole = {"format": 1, "quick": False, "environment": ENVIRONMENT | environment, "rows": list(given)}
-    return measurements.with_targets(copy.deepcopy(whole))
+def results(*rows: dict, **environment: object) -> dict:
+    contents = {"format": 1, "quick": False, "environment": ENVIRONMENT | environment, "rows": list(rows)}
+    return measurements.with_targets(copy.deepcopy(contents))
 
 
-def only(old: list[dict], new: list[dict]) -> dict[str, tuple[float, bool]]:
+def changes_of(old: list[dict], new: list[dict]) -> dict[str, tuple[float, bool]]:
     result, noise = compare(results(*old), results(*new))
     return {change.measurement["provider"]: (pytest.approx(change.times), change.beyond(noise)) for change in result}
 
 
 def test_a_change_is_beyond_the_noise_where_the_ranges_do_not_overlap() -> None:
-    assert only([measurement("bnkern", 1.0)], [measurement("bnkern", 1.2)]) == {"bnkern": (1.2, True)}
-    assert only([measurement("bnkern", 1.0)], [measurement("bnkern", 0.8)]) == {"bnkern": (0.8, True)}
-    assert only([measurement("bnkern", 1.0)], [measurement("bnkern", 1.2, spread=0.5)]) == {"bnkern": (1.2, False)}
+    assert changes_of([measurement("bnkern", 1.0)], [measurement("bnkern", 1.2)]) == {"bnkern": (1.2, True)}
+    assert changes_of([measurement("bnkern", 1.0)], [measurement("bnkern", 0.8)]) == {"bnkern": (0.8, True)}
+    assert changes_of([measurement("bnkern", 1.0)], [measurement("bnkern", 1.2, spread=0.5)]) == {
+        "bnkern": (1.2, False)
+    }
 
 
 def test_a_small_change_does_not_count() -> None:
-    assert only([measurement("bnkern", 1.0, spread=0)], [measurement("bnkern", 1.02, spread=0)]) == {
+    assert changes_of([measurement("bnkern", 1.0, spread=0)], [measurement("bnkern", 1.02, spread=0)]) == {
         "bnkern": (1.02, False)
     }
 
@@ -63,9 +65,13 @@ def test_the_change_of_the_peers_is_attributed_to_the_machine() -> None:
     """If all take twice the time, nothing changed. If only the peers do, bnkern became twice as fast."""
     old = [measurement("bnkern", 1.0), measurement("eager", 3.0), measurement("eager in place", 2.0)]
     all_slower = [measurement("bnkern", 2.0), measurement("eager", 6.0), measurement("eager in place", 4.0)]
-    assert only(old, all_slower) == {"bnkern": (1.0, False), "eager": (1.0, False), "eager in place": (1.0, False)}
+    assert changes_of(old, all_slower) == {
+        "bnkern": (1.0, False),
+        "eager": (1.0, False),
+        "eager in place": (1.0, False),
+    }
     peers_slower = [measurement("bnkern", 1.0), measurement("eager", 6.0), measurement("eager in place", 4.0)]
-    assert only(old, peers_slower)["bnkern"] == (0.5, True)
+    assert changes_of(old, peers_slower)["bnkern"] == (0.5, True)
 
 
 def test_noise_is_the_difference_between_the_peers() -> None:
@@ -93,37 +99,39 @@ def test_peers_of_another_torch_are_not_used_for_drift() -> None:
 def test_measurements_in_only_one_file_are_not_compared() -> None:
     missing = measurement("attorch", 1.0)
     del missing["median_ms"]
-    assert only([measurement("bnkern", 1.0), missing], [measurement("bnkern", 1.0, bench="forward"), missing]) == {}
+    assert (
+        changes_of([measurement("bnkern", 1.0), missing], [measurement("bnkern", 1.0, bench="forward"), missing]) == {}
+    )
 
 
-def one_of_each_kind() -> list[dict]:
+def measurements_of_each_kind() -> list[dict]:
     """Measurements of every kind that has a figure."""
     speedup = {"speedup": {"eager": 2.0, "best": 2.0}, "error": {"y": 1e-7}}
     moved = {"bytes": 1 << 24, "gb_per_s": 20.0, "share_of_copy": 0.8, "outputs": "reused"}
-    given = [
+    rows = [
         measurement("bnkern", 1.0, **speedup),
         measurement("eager", 2.0, **speedup),
         measurement("compile", 4.0, **speedup),
     ]
-    given += [
+    rows += [
         measurement("bnkern", 1.0, bench="moments", **moved),
         measurement("copy", 5.0, bench="moments", gb_per_s=25.0),
     ]
     for axis, value, ms in (("N", 2, 0.1), ("N", 8, 0.3), ("depth", 8, 20.0), ("depth", 20, 50.0)):
         for provider in ("bnkern", "eager"):
             shape = {"shape": f"{axis}{value}", "axis": axis, "value": value}
-            given.append(measurement(provider, ms, bench="growth", **speedup) | shape)
+            rows.append(measurement(provider, ms, bench="growth", **speedup) | shape)
     bytes_of = {"saved_bytes": 10_000_000, "peak_bytes": 30_000_000}
     for provider in ("bnkern", "eager"):
         label = measurement(provider, 1.0, bench="memory_of_networks") | {"op": "resnet110"} | bytes_of
-        given.append({name: value for name, value in label.items() if not name.endswith("_ms")})
-    return given
+        rows.append({name: value for name, value in label.items() if not name.endswith("_ms")})
+    return rows
 
 
 def test_report_holds_tables_figures_and_the_comparison(tmp_path: Path, monkeypatch, capsys) -> None:
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(measurements.dump(results(measurement("bnkern", 2.0), measurement("eager", 2.0))))
-    new.write_text(measurements.dump(results(*one_of_each_kind())))
+    new.write_text(measurements.dump(results(*measurements_of_each_kind())))
     monkeypatch.setattr(sys, "argv", ["benchmarks", "report", str(new), str(old), "--out", str(tmp_path / "out")])
     main()
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.html")
@@ -151,14 +159,14 @@ def test_report_omits_missing_measurements(tmp_path: Path) -> None:
 
 
 def test_table_marks_wrong_results_and_lists_missing_providers_once() -> None:
-    given = [
+    rows = [
         measurement("bnkern", 1.0, error={"y": 1e-7}, speedup={"best": 2.0}),
         measurement("eager", 2.0, error={"y": 2e-7}),
         measurement("inplace_abn", 1.5, error={"y": 1e-3}),
         measurement("FlagGems", 1.5, error={"y": float("nan")}),
         measurement("attorch", 0) | {"missing": "not there"},
     ]
-    text = tables.markdown(results(*given))
+    text = tables.markdown(results(*rows))
     cells = next(line for line in text.splitlines() if line.startswith("| bn_add_relu stage1")).split(" | ")
     assert "wrong" not in cells[1] and "wrong" not in cells[2]
     assert cells[3].endswith("1e-03 **wrong**") and cells[4].endswith("**wrong**")
@@ -168,8 +176,8 @@ def test_table_marks_wrong_results_and_lists_missing_providers_once() -> None:
 def test_merge_keeps_the_last_measurement_and_refuses_another_machine(tmp_path: Path) -> None:
     first = results(measurement("bnkern", 1.0), measurement("eager", 2.0))
     second = results(measurement("bnkern", 3.0), measurement("bnkern", 5.0, bench="forward"))
-    together = measurements.merged([first, second])
-    assert [(r["bench"], r["provider"], r["median_ms"]) for r in together["rows"]] == [
+    merged = measurements.merged([first, second])
+    assert [(r["bench"], r["provider"], r["median_ms"]) for r in merged["rows"]] == [
         ("batch_norm", "bnkern", 3.0),
         ("batch_norm", "eager", 2.0),
         ("forward", "bnkern", 5.0),
@@ -177,8 +185,8 @@ def test_merge_keeps_the_last_measurement_and_refuses_another_machine(tmp_path: 
     with pytest.raises(ValueError, match="differ in commit"):
         measurements.merged([first, results(commit="another")])
     path = tmp_path / "r.json"
-    path.write_text(measurements.dump(together))
-    assert json.loads(path.read_text()) == together
+    path.write_text(measurements.dump(merged))
+    assert json.loads(path.read_text()) == merged
 
 
 def test_committed_results_have_an_environment_and_make_a_page(tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ CONV_CASES = [
     ConvCase("odd", (3, 17, 11, 9), 19, (3, 3), "a vector and a tail of channels", ONE, ONE),
     ConvCase("even_kernel", (2, 5, 9, 8), 6, (4, 2), "an even kernel, not square", (1, 2), (2, 0)),
     ConvCase("five_wide", (2, 33, 9, 8), 7, (1, 5), "more vectors to a run than a tile holds", ONE, (0, 2)),
-    ConvCase("wide_padding", (2, 6, 5, 6), 4, (3, 3), "padding beyond the kernel: whole taps see zeros", ONE, (5, 4)),
+    ConvCase(
+        "wide_padding", (2, 6, 5, 6), 4, (3, 3), "padding beyond the kernel: some taps read only zeros", ONE, (5, 4)
+    ),
     ConvCase("stride_beyond", (2, 5, 14, 17), 3, (2, 3), "a stride beyond the kernel", (3, 5), ONE),
     ConvCase("whole_image", (7, 18, 4, 5), 5, (4, 5), "the kernel covers the image: one position"),
     ConvCase("linear", (150, 30, 1, 1), 21, ONE, "1 x 1 images"),

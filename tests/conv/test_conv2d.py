@@ -15,7 +15,7 @@ from bnkern.conv import layer
 
 
 @pytest.fixture(autouse=True)
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule requires AVX-512, but the kernel runs on every machine."""
     monkeypatch.setattr(cpu._native, "isa", lambda: "avx512")
 
@@ -61,7 +61,7 @@ def test_gradients_are_torchs(stride: int, bias: bool) -> None:
     assert ours.weight.grad.stride() == ours.weight.stride()
 
 
-def test_probing_keeps_the_gradients_bits_and_forms_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probing_keeps_the_gradients_bits_and_computes_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = pair()
     probed = copy.deepcopy(plain)
     calls = []
@@ -82,7 +82,7 @@ def test_probing_keeps_the_gradients_bits_and_forms_it_once(tmp_path: Path, monk
     assert np.isfinite(probes.load(tmp_path)["weight_gradient_signs"][""]["abs_sum"]).all()
 
 
-def test_a_gradient_changed_on_its_way_is_not_taken_for_the_one_that_was_probed(tmp_path: Path) -> None:
+def test_a_gradient_changed_by_a_later_hook_is_computed_again(tmp_path: Path) -> None:
     """A hook after the probe's replaces the gradient. The convolution computes its own gradient from the new one."""
     plain, _ = pair()
     probed = copy.deepcopy(plain)
@@ -111,7 +111,7 @@ def test_a_gradient_changed_on_its_way_is_not_taken_for_the_one_that_was_probed(
         "frozen",
     ],
 )
-def test_elsewhere_it_is_torchs_convolution(case: str) -> None:
+def test_other_convolutions_are_torchs(case: str) -> None:
     options = {
         "1x1": {"kernel_size": 1, "padding": 0},
         "groups": {"groups": 2},
@@ -163,7 +163,7 @@ def test_a_layer_by_winograd(stride: int, bias: bool, monkeypatch: pytest.Monkey
     convolve, sums = cpu.conv3x3, cpu.conv_grad_signs
     monkeypatch.setattr(cpu, "conv3x3", lambda *args: calls.append(("conv3x3", *args[2:])) or convolve(*args))
     monkeypatch.setattr(
-        cpu, "conv_grad_signs", lambda *args, **how: calls.append(("gradient", how)) or sums(*args, **how)
+        cpu, "conv_grad_signs", lambda *args, **options: calls.append(("gradient", options)) or sums(*args, **options)
     )
     ours, theirs = pair(32, 32, bias=bias, stride=stride)
     x = many_images(32)
@@ -175,8 +175,8 @@ def test_a_layer_by_winograd(stride: int, bias: bool, monkeypatch: pytest.Monkey
             y = module(leaf)
             y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).contiguous(memory_format=dy_format))
             results.append((y.detach(), leaf.grad, module.weight.grad))
-        for one, other in zip(*results, strict=True):  # chains of hundreds of products in different orders
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+        for actual, expected in zip(*results, strict=True):  # chains of hundreds of products in different orders
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     forward, flipped = ("conv3x3", False), ("conv3x3", True)
     gradient, direct = ("gradient", {"winograd": True}), ("gradient", {})
     if stride == 2:
@@ -188,7 +188,7 @@ def test_a_layer_by_winograd(stride: int, bias: bool, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("case", ["few", "wide", "24 outputs", "1x1", "padding 0", "generic"])
-def test_what_winograd_leaves(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convolutions_without_winograd(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, outputs, kernel, padding = many_images(16), 16, 3, 1
     served = lambda: cpu.prefers_winograd(x, outputs, (kernel, kernel), (1, 1), (padding, padding))  # noqa: E731
     assert served()
@@ -208,7 +208,7 @@ def test_what_winograd_leaves(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not served()
 
 
-def test_with_avx2_only_what_winograd_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_avx2_takes_over_only_for_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu._native, "isa", lambda: "avx2")
     ours, _ = pair(16, 16)
     assert takes_over(ours(many_images(16))) and not takes_over(ours(images(16)))
@@ -226,7 +226,7 @@ def test_probing_a_layer_by_winograd(tmp_path: Path, monkeypatch: pytest.MonkeyP
     calls = []
     kernel = cpu.conv_grad_signs
     monkeypatch.setattr(
-        cpu, "conv_grad_signs", lambda *args, **how: calls.append((args[5], how)) or kernel(*args, **how)
+        cpu, "conv_grad_signs", lambda *args, **options: calls.append((args[5], options)) or kernel(*args, **options)
     )
     with probes.record(probed, ["weight_gradient_signs"], out=tmp_path) as rec:
         y = probed(x)

@@ -53,8 +53,8 @@ def assert_close(target: Target, x: Tensor, dy: Tensor, case: ConvCase) -> list[
     return results
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
 def serves(target: Target, dtype: torch.dtype) -> bool:
@@ -65,21 +65,21 @@ def serves(target: Target, dtype: torch.dtype) -> bool:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("where", [(0, 0, 0, 0), (1, 17, 3, 4), (3, 31, 8, 6)], ids=str)
-@pytest.mark.parametrize("of", ["x", "dy", "both", "neither"])
-def test_few_negative_values(target: Target, of: str, where: tuple[int, ...], stride: int) -> None:
+@pytest.mark.parametrize("position", [(0, 0, 0, 0), (1, 17, 3, 4), (3, 31, 8, 6)], ids=str)
+@pytest.mark.parametrize("negative", ["x", "dy", "both", "neither"])
+def test_few_negative_values(target: Target, negative: str, position: tuple[int, ...], stride: int) -> None:
     """After a ReLU no value is negative. A single negative value must count at every position."""
     case = ConvCase("few negatives", (4, 32, 9, 7), 20, (3, 3), "", (stride, stride), (1, 1))
     x, dy = (t.abs() for t in case.operands(torch.float32, target.device))
-    if of in ("x", "both"):
-        x[where] *= -1
-    if of in ("dy", "both"):
-        n, c, h, w = where
+    if negative in ("x", "both"):
+        x[position] *= -1
+    if negative in ("dy", "both"):
+        n, c, h, w = position
         dy[n, min(c, 19), h // stride, w // stride] *= -1
     assert_close(target, x, dy, case)
 
 
-def test_the_reference_is_what_loops_give() -> None:
+def test_the_reference_equals_loops() -> None:
     """Every summand is computed separately, including those with zeros of the padding."""
     case = ConvCase("tiny", (2, 2, 4, 5), 3, (3, 2), "", (2, 1), (1, 2))
     x, dy = case.operands(torch.float64)
@@ -189,22 +189,22 @@ def test_empty(target: Target, shape: tuple[int, ...]) -> None:
 # --------------------------------------------------------------------------------------------------- the same bits
 
 
-def assert_wanted_changes_no_bits(target: Target, x: Tensor, dy: Tensor, case: ConvCase) -> None:
+def assert_requested_sums_change_no_bits(target: Target, x: Tensor, dy: Tensor, case: ConvCase) -> None:
     full = run(target, x, dy, case)
     for wanted in itertools.product((False, True), repeat=4):
-        for result, expected, want in zip(run(target, x, dy, case, wanted), full, wanted, strict=True):
-            assert (result is None) == (not want)
+        for result, expected, is_requested in zip(run(target, x, dy, case, wanted), full, wanted, strict=True):
+            assert (result is None) == (not is_requested)
             assert result is None or same_bits(result, expected), f"{wanted}"
 
 
 @DTYPES
 @pytest.mark.parametrize("name", ["stage1", "stage2_nchw", "projection", "stem", "odd"])
-def test_what_is_wanted_changes_no_bits(target: Target, precision: Precision, name: str) -> None:
+def test_requested_sums_change_no_bits(target: Target, precision: Precision, name: str) -> None:
     if not serves(target, precision.dtype):
         pytest.skip("the backend does not serve this dtype")
     if target == Target("reference", "cuda"):
         pytest.skip("torch's convolutions on a GPU may give different bits in each call")
-    assert_wanted_changes_no_bits(target, *CASE[name].operands(precision.dtype, target.device), CASE[name])
+    assert_requested_sums_change_no_bits(target, *CASE[name].operands(precision.dtype, target.device), CASE[name])
 
 
 @DTYPES
@@ -216,7 +216,7 @@ def test_rectified_inputs_on_the_cpu(precision: Precision, name: str, last: floa
     x = x.clamp(min=0)
     x[x == 0] = -0.0
     x[..., -1, -1] = last
-    assert_wanted_changes_no_bits(Target("cpu", "cpu"), x, dy, CASE[name])
+    assert_requested_sums_change_no_bits(Target("cpu", "cpu"), x, dy, CASE[name])
 
 
 @DTYPES
@@ -252,37 +252,37 @@ def test_layouts_have_the_same_bits_on_the_cpu(precision: Precision, name: str) 
 
 @functools.cache
 def digests(isa: str, extensions: bool = True) -> list[str]:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "tests.conv.test_conv_grad_signs"],
         cwd=ROOT,
         env=os.environ | {"BNKERN_ISA": isa, "BNKERN_EXTENSIONS": str(int(extensions))},
         capture_output=True,
         text=True,
     )
-    if "this machine cannot run it" in done.stderr:
+    if "this machine cannot run it" in process.stderr:
         pytest.skip(f"this machine does not run {isa}")
-    assert done.returncode == 0, done.stderr
-    first, *lines = done.stdout.splitlines()
+    assert process.returncode == 0, process.stderr
+    first, *lines = process.stdout.splitlines()
     assert first == isa and len(lines) == len(CONV_CASES) * len(MIXED)
     return lines
 
 
 @pytest.mark.parametrize("isa", [isa for isa in _native.build_info()["isas"] if isa != _native.isa()])
 def test_instruction_sets_have_the_same_bits(isa: str) -> None:
-    for one, other in zip(digests(_native.isa()), digests(isa), strict=True):
-        assert one == other
+    for expected, actual in zip(digests(_native.isa()), digests(isa), strict=True):
+        assert expected == actual
 
 
 @pytest.mark.skipif(_native.isa() != "avx512", reason="the other instruction sets have no extensions that are used")
-def test_without_extensions_the_bits_are_the_same() -> None:
-    for one, other in zip(digests("avx512"), digests("avx512", extensions=False), strict=True):
-        assert one == other
+def test_same_bits_without_extensions() -> None:
+    for expected, actual in zip(digests("avx512"), digests("avx512", extensions=False), strict=True):
+        assert expected == actual
 
 
 # ----------------------------------------------------------------------------------------------- the public function
 
 
-def test_nothing_wanted(target: Target) -> None:
+def test_no_sums_requested(target: Target) -> None:
     case = CASE["even_kernel"]
     assert bnkern.conv2d_grad_signs(*case.operands(torch.float32, target.device), *case.geometry, wanted=()) == (
         (None,) * 4
@@ -294,11 +294,11 @@ def test_public_function(target: Target) -> None:
     x, dy = case.operands(torch.float32, target.device)
     full = bnkern.conv2d_grad_signs(x, dy, *case.geometry)
     assert all(itertools.starmap(same_bits, zip(full, run(target, x, dy, case), strict=True)))
-    some = bnkern.conv2d_grad_signs(x, dy, *case.geometry, wanted=["nonzero", "sum"])
-    assert some.abs_sum is None and some.sign_sum is None
-    assert same_bits(some.sum, full.sum) and same_bits(some.nonzero, full.nonzero)
-    nothing = bnkern.conv2d_grad_signs(x, dy, *case.geometry, wanted=())
-    assert nothing == bnkern.GradSigns(None, None, None, None)
+    two_sums = bnkern.conv2d_grad_signs(x, dy, *case.geometry, wanted=["nonzero", "sum"])
+    assert two_sums.abs_sum is None and two_sums.sign_sum is None
+    assert same_bits(two_sums.sum, full.sum) and same_bits(two_sums.nonzero, full.nonzero)
+    no_sums = bnkern.conv2d_grad_signs(x, dy, *case.geometry, wanted=())
+    assert no_sums == bnkern.GradSigns(None, None, None, None)
 
 
 def test_it_is_the_gradient_of_a_convolution(target: Target) -> None:

@@ -92,7 +92,7 @@ def test_dead_channels_have_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_not_lost(value: float) -> None:
+def test_values_that_are_not_finite_are_not_lost(value: float) -> None:
     """A value that is not finite may spread within a tile, and every result that depends on it is not finite."""
     x, weight, dy = operands(2, 16, 16, 6, 6)
     x[1, 3, 2, 5] = value
@@ -113,21 +113,21 @@ def test_other_channels_are_refused(channels: tuple[int, int]) -> None:
             kernel()
 
 
-def test_what_is_no_such_convolution_is_refused() -> None:
+def test_other_convolutions_are_refused() -> None:
     x, _, dy = operands(2, 16, 16, 4, 4)
-    wanted, one, two = (True, False, False, False), (1, 1), (2, 2)
+    wanted, ones, twos = (True, False, False, False), (1, 1), (2, 2)
     for call, message in (
-        ((x, dy[:, :, ::2, ::2], (3, 3), two, one), "stride"),
-        ((x, dy, (1, 1), one, (0, 0)), "3 x 3"),
-        ((x.contiguous(), dy, (3, 3), one, one), "channels_last"),
-        ((x.bfloat16(), dy.bfloat16(), (3, 3), one, one), "float32"),
+        ((x, dy[:, :, ::2, ::2], (3, 3), twos, ones), "stride"),
+        ((x, dy, (1, 1), ones, (0, 0)), "3 x 3"),
+        ((x.contiguous(), dy, (3, 3), ones, ones), "channels_last"),
+        ((x.bfloat16(), dy.bfloat16(), (3, 3), ones, ones), "float32"),
     ):
         with pytest.raises(ValueError, match=message):
             cpu.conv_grad_signs(*call, wanted, winograd=True)
 
 
 @pytest.mark.parametrize("sizes", [(20, 16, 16, 16, 32), (12, 64, 16, 16, 16), (3, 32, 32, 5, 16)], ids=str)
-def test_all_at_once_is_each_alone(sizes: tuple[int, ...]) -> None:
+def test_results_together_have_the_bits_of_each_alone(sizes: tuple[int, ...]) -> None:
     """Results that share a pass over x and dy have the bits that they have alone. There are 1 to 10 tasks of each."""
     x, _, dy = operands(*sizes)
     every = for_any_number_of_threads(lambda: torch.stack(grad_signs(x, dy, (True,) * 4)))

@@ -63,8 +63,8 @@ def assert_same_model(before: nn.Module, after: nn.Module, *inputs: Tensor, floo
         if failed:
             assert all("grad" in name or "input" in name for name in failed), failed
             others = [torch.empty_like(x).copy_(image(*x.shape, seed=seed)) for x in inputs]
-            again = _differences(before, after, others, floor)
-            failed = {name: failed[name] for name in failed.keys() & again.keys()}
+            repeated = _differences(before, after, others, floor)
+            failed = {name: failed[name] for name in failed.keys() & repeated.keys()}
     assert not failed, failed
 
 
@@ -92,7 +92,7 @@ def outcomes(model: nn.Module) -> dict[str, str]:
     return {layer.name: layer.outcome for layer in bnkern.convert.summary(model)}
 
 
-def reason_given(model: nn.Module) -> str:
+def unfused_reason(model: nn.Module) -> str:
     """The reason given for the only batch norm that was not fused."""
     (layer,) = (layer for layer in bnkern.convert.summary(model) if layer.outcome not in (RELU, ADD))
     return layer.why
@@ -106,22 +106,22 @@ def replaced(model: nn.Module) -> list[str]:
 class Net(nn.Module):
     """conv -> bn -> ``then(self, y, x)``, which the test supplies, with y from the batch norm and x the input."""
 
-    def __init__(self, then: Callable[["Net", Tensor, Tensor], Tensor] | None = None, **modules: nn.Module) -> None:
+    def __init__(self, rest: Callable[["Net", Tensor, Tensor], Tensor] | None = None, **modules: nn.Module) -> None:
         super().__init__()
         self.conv = nn.Conv2d(C, C, 3, padding=1)
         self.bn = nn.BatchNorm2d(C)
         self.function = F.relu
         for name, module in modules.items():
             self.add_module(name, module)
-        if then is not None:
-            type(self).then = then  # each Net of a test has its own class, see net()
+        if rest is not None:
+            type(self).rest = rest  # each Net of a test has its own class, see net()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.then(self.bn(self.conv(x)), x)
+        return self.rest(self.bn(self.conv(x)), x)
 
 
-def net(then: Callable[[Net, Tensor, Tensor], Tensor], **modules: nn.Module) -> Net:
-    return seeded(lambda: type("Net", (Net,), {})(then, **modules))
+def net(rest: Callable[[Net, Tensor, Tensor], Tensor], **modules: nn.Module) -> Net:
+    return seeded(lambda: type("Net", (Net,), {})(rest, **modules))
 
 
 def branch() -> nn.Sequential:

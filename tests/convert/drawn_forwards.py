@@ -157,7 +157,7 @@ def _forward(rng: random.Random, depth: int = 2) -> Forward:
     values, lines = list(inputs), []
     norms = [f"self.bn{k}({{a}})" for k in range(5)]
     # Submodules, and calls of their children.
-    inner = [f"self.{name}{at}({{a}})" for name in bodies for at in ("", *bodies[name].children)]
+    inner = [f"self.{name}{path}({{a}})" for name in bodies for path in ("", *bodies[name].children)]
 
     def value(besides: str = "") -> str:
         """Usually one of the last three values, and usually not ``besides``."""

@@ -27,10 +27,10 @@ from tests.convert.converting import (
     image,
     net,
     outcomes,
-    reason_given,
     replaced,
     run,
     seeded,
+    unfused_reason,
 )
 
 # ----------------------------------------------------------------------------------------------- what is fused
@@ -69,8 +69,8 @@ FUNCTIONAL = {
 @pytest.mark.parametrize("form", FUNCTIONAL)
 def test_functional_forms(form: str) -> None:
     """The forward of this one block is replaced. A batch norm that computes the residual does not matter."""
-    outcome, then = FUNCTIONAL[form]
-    before = net(then)
+    outcome, rest = FUNCTIONAL[form]
+    before = net(rest)
     after = bnkern.convert(copy.deepcopy(before))
     assert outcomes(after) == {"bn": outcome} and replaced(after) == [""]
     assert_same_model(before, after, image())
@@ -227,8 +227,8 @@ def test_the_same_objects() -> None:
         (model.named_parameters, parameters),
         (model.named_buffers, buffers),
     ):
-        now = dict(find())
-        assert list(now) == list(old) and all(now[name] is old[name] for name in old)
+        current = dict(find())
+        assert list(current) == list(old) and all(current[name] is old[name] for name in old)
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     assert isinstance(model[3], BasicBlock) and isinstance(model[1], nn.BatchNorm2d) and isinstance(model[2], nn.ReLU)
@@ -248,7 +248,7 @@ def test_state_dict_goes_both_ways() -> None:
     torch.testing.assert_close(before.eval()(x), after.eval()(x), rtol=1e-5, atol=1e-5)
 
 
-def test_twice_is_once() -> None:
+def test_converting_twice_is_converting_once() -> None:
     model = bnkern.convert(basic_net())
     once = fingerprint(model)
     assert fingerprint(bnkern.convert(model)) == once
@@ -263,8 +263,12 @@ def test_revert_gives_the_torch_model_back() -> None:
     """The bits are the same, and so are the attributes of every module."""
     before = basic_net()
     after = bnkern.revert(bnkern.convert(copy.deepcopy(before)))
-    for (name, one), (other_name, other) in zip(before.named_modules(), after.named_modules(), strict=True):
-        assert name == other_name and type(one) is type(other) and vars(one).keys() == vars(other).keys()
+    for (name, original), (restored_name, restored) in zip(before.named_modules(), after.named_modules(), strict=True):
+        assert (
+            name == restored_name
+            and type(original) is type(restored)
+            and vars(original).keys() == vars(restored).keys()
+        )
     assert repr(after) == repr(before)
     x = image(4, 3, 10, 10)
     for training in (True, False):
@@ -340,12 +344,12 @@ def test_checkpointing_and_two_calls_before_backward() -> None:
     for model in (before, after):
         y = checkpoint(model, x.clone().requires_grad_(), use_reentrant=False)
         (y.square().sum() + model(x * 2).sum()).backward()
-    for one, other in zip(after.parameters(), before.parameters(), strict=True):
+    for ours, theirs in zip(after.parameters(), before.parameters(), strict=True):
         # Gradients of size up to 100, float32 through six layers.
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------- at the door
+# ----------------------------------------------------------------------- arguments, results and errors of convert
 
 
 def test_summary_names_every_layer() -> None:
@@ -362,11 +366,11 @@ def test_a_batch_norm_by_itself() -> None:
     assert bnkern.revert(bn) is bn and type(bn) is nn.BatchNorm2d
 
 
-def test_our_own_modules_take_part() -> None:
+def test_our_own_modules_are_fused_too() -> None:
     """bnkern.nn's own batch norms are fused too, and restored."""
     model = nn.Sequential(bnkern.nn.BatchNorm2d(C), nn.ReLU(), bnkern.nn.BatchNorm2d(C, act="relu"))
     bnkern.convert(model)
-    assert outcomes(model) == {"0": RELU, "2": LEFT} and "act='relu'" in reason_given(model)
+    assert outcomes(model) == {"0": RELU, "2": LEFT} and "act='relu'" in unfused_reason(model)
     bnkern.revert(model)
     assert [type(m) for m in model] == [bnkern.nn.BatchNorm2d, nn.ReLU, bnkern.nn.BatchNorm2d]
     assert model[0].act is None and model[2].act == "relu"
@@ -385,11 +389,11 @@ def test_not_a_module(call: Callable) -> None:
         call({})
 
 
-def test_class_changed_by_others_since() -> None:
+def test_class_changed_by_other_code_after_conversion() -> None:
     """parametrize makes its own class from ours. Restoring the original class would silently undo it."""
     model = bnkern.convert(basic_net())
     torch.nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Softplus())
-    kept = fingerprint(model)
+    expected = fingerprint(model)
     with pytest.raises(RuntimeError, match="convert: 1 is a ParametrizedBatchNorm2d now"):
         bnkern.revert(model)
-    assert fingerprint(model) == kept
+    assert fingerprint(model) == expected

@@ -24,10 +24,10 @@ from tests.convert.converting import (
     image,
     net,
     outcomes,
-    reason_given,
     replaced,
     run,
     seeded,
+    unfused_reason,
 )
 
 # ------------------------------------------------------------------------------------------- what is left, and why
@@ -47,7 +47,7 @@ def writes_into_x(self: Net, y: Tensor, x: Tensor) -> Tensor:
     return F.relu(z) + same
 
 
-def uses_it_again(self: Net, y: Tensor, x: Tensor) -> Tensor:
+def uses_the_output_again(self: Net, y: Tensor, x: Tensor) -> Tensor:
     return F.relu(y) * y
 
 
@@ -56,15 +56,15 @@ def uses_the_sum_again(self: Net, y: Tensor, x: Tensor) -> Tensor:
     return F.relu(y) * y
 
 
-def asks_for_the_mode(self: Net, y: Tensor, x: Tensor) -> Tensor:
+def reads_the_mode(self: Net, y: Tensor, x: Tensor) -> Tensor:
     return F.dropout(F.relu(y), 0.5, self.training)
 
 
-def asks_another_for_the_mode(self: Net, y: Tensor, x: Tensor) -> Tensor:
+def reads_the_mode_of_another_module(self: Net, y: Tensor, x: Tensor) -> Tensor:
     return F.relu(y) * (2 if self.conv.training else 3)
 
 
-def remembers(self: Net, y: Tensor, x: Tensor) -> Tensor:
+def sets_an_attribute(self: Net, y: Tensor, x: Tensor) -> Tensor:
     self.count = 1
     return F.relu(y)
 
@@ -75,7 +75,7 @@ def without_gradient(self: Net, y: Tensor, x: Tensor) -> Tensor:
     return scale * y
 
 
-def asks_for_gradients(self: Net, y: Tensor, x: Tensor) -> Tensor:
+def reads_whether_gradients_are_enabled(self: Net, y: Tensor, x: Tensor) -> Tensor:
     return F.relu(y) * (2 if torch.is_grad_enabled() else 3)
 
 
@@ -95,7 +95,7 @@ def checkpoints(self: Net, y: Tensor, x: Tensor) -> Tensor:
     return checkpoint(F.relu, y, use_reentrant=False)
 
 
-def looks_things_up(self: Net, y: Tensor, x: Tensor) -> Tensor:
+def reads_a_dict(self: Net, y: Tensor, x: Tensor) -> Tensor:
     return F.relu(y) * self.table.setdefault("scale", 2)
 
 
@@ -105,14 +105,17 @@ REFUSED = {
     "scaled": (net(lambda self, y, x: F.relu(torch.add(y, x, alpha=2))), "add follows"),
     "number": (net(lambda self, y, x: F.relu(y + 1)), "add follows"),
     "in place": (net(writes_into_x), "added in place to a tensor that may be used elsewhere"),
-    "used again": (net(uses_it_again), "its output is used by others than the ReLU"),
+    "used again": (net(uses_the_output_again), "its output is used by others than the ReLU"),
     "sum used again": (net(uses_the_sum_again), "add follows"),
     "itself": (net(lambda self, y, x: F.relu(y + y)), "used by others than the addition"),
-    "its mode": (net(asks_for_the_mode), "Net.forward reads self.training"),
-    "another's mode": (net(asks_another_for_the_mode), "does something else in eval mode"),
-    "remembers": (net(remembers), "Net.forward sets self.count"),
+    "its mode": (net(reads_the_mode), "Net.forward reads self.training"),
+    "another's mode": (net(reads_the_mode_of_another_module), "does something else in eval mode"),
+    "remembers": (net(sets_an_attribute), "Net.forward sets self.count"),
     "no_grad": (net(without_gradient), "enters a context"),
-    "is_grad_enabled": (net(asks_for_gradients), "does something else in eval mode, without gradients"),
+    "is_grad_enabled": (
+        net(reads_whether_gradients_are_enabled),
+        "does something else in eval mode, without gradients",
+    ),
     "draws": (net(draws), "draws random numbers"),
     "draws a tensor": (net(draws_a_tensor), "makes a new tensor"),
     "data": (net(depends_on_data), "cannot be traced"),
@@ -128,21 +131,21 @@ def test_left_unfused_with_a_reason(case: str) -> None:
     generators = random.getstate(), torch.get_rng_state()
     after = bnkern.convert(copy.deepcopy(before))
     assert random.getstate() == generators[0] and torch.equal(torch.get_rng_state(), generators[1])
-    assert outcomes(after) == {"bn": PLAIN} and reason in reason_given(after)
+    assert outcomes(after) == {"bn": PLAIN} and reason in unfused_reason(after)
     assert type(after.bn) is bnkern.nn.BatchNorm2d and after.bn.act is None and not replaced(after)
     assert "count" not in vars(after)  # tracing leaves no attribute behind
     assert_same_model(before, after, image())
 
 
-def test_attributes_that_may_change_unseen() -> None:
-    before = net(looks_things_up)
+def test_attributes_that_may_change_without_detection() -> None:
+    before = net(reads_a_dict)
     before.table = {"scale": 3}
     after = bnkern.convert(copy.deepcopy(before))
-    assert "reads self.table, a dict, which may change" in reason_given(after)
+    assert "reads self.table, a dict, which may change" in unfused_reason(after)
     assert_same_model(before, after, image())
 
 
-def test_batch_norms_of_others() -> None:
+def test_batch_norms_of_other_libraries() -> None:
     after = nn.Sequential(OwnNorm(C), nn.ReLU(), nn.LazyBatchNorm2d(), nn.InstanceNorm2d(C))
     before = [type(m) for m in after]
     bnkern.convert(after)
@@ -155,7 +158,7 @@ def test_shared_batch_norm() -> None:
     bn = nn.BatchNorm2d(C)
     before = seeded(lambda: nn.Sequential(nn.Sequential(bn, nn.ReLU()), nn.Sequential(bn, nn.Sigmoid())))
     after = bnkern.convert(copy.deepcopy(before))
-    assert after[0][0] is after[1][0] and reason_given(after) == "the model holds it in 2 places"
+    assert after[0][0] is after[1][0] and unfused_reason(after) == "the model holds it in 2 places"
     assert_same_model(before, after, image())
 
 
@@ -169,7 +172,7 @@ def test_shared_relu() -> None:
     assert (after.eval()(image()) >= 0).all()
 
 
-class Reaches(nn.Module):
+class CallsInnerLayers(nn.Module):
     """Calls its submodule, and by paths through it the batch norm and the ReLU of the submodule."""
 
     def __init__(self, mode: str = "") -> None:
@@ -191,9 +194,9 @@ class Reaches(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["", "branches"])
-def test_calls_of_what_a_submodule_holds(mode: str) -> None:
+def test_calls_of_layers_inside_a_submodule(mode: str) -> None:
     """Such calls would change. They are found by tracing, or in the source of a forward that cannot be traced."""
-    before = seeded(lambda: Reaches(mode))
+    before = seeded(lambda: CallsInnerLayers(mode))
     after = bnkern.convert(copy.deepcopy(before))
     layers = {layer.name: layer for layer in bnkern.convert.summary(after)}
     assert type(after.body.relu) is type(after.tail[1]) is nn.ReLU
@@ -203,7 +206,7 @@ def test_calls_of_what_a_submodule_holds(mode: str) -> None:
     assert_same_model(before, after, image())
 
 
-def test_a_plain_call_in_an_untraceable_forward_reaches_nothing() -> None:
+def test_a_plain_call_in_an_untraceable_forward_prevents_no_fusion() -> None:
     """With self.body(x), its attributes, and "is not None" the layers of the submodule are still fused."""
 
     class Branches(nn.Module):
@@ -261,7 +264,7 @@ def test_hooks_are_kept(place: str) -> None:
     after = bnkern.convert(copy.deepcopy(before))
     assert outcomes(after) == {"bn": RELU if place == "body" else PLAIN, "body.0.1": PLAIN if place == "body" else ADD}
     if place != "body":
-        assert f"{place} has a hook" in reason_given(after)
+        assert f"{place} has a hook" in unfused_reason(after)
     x = image()
     after.eval()(x)
     before.eval()(x)
@@ -276,8 +279,10 @@ def test_dropout_keeps_its_mode() -> None:
     after = bnkern.convert(copy.deepcopy(before).eval())
     assert replaced(after) == [""]
     assert_same_model(before, after, image())
-    dropped, kept = ((run(after.train(mode), image())["output"] == 0).float().mean() for mode in (True, False))
-    assert dropped > kept + 0.3
+    dropped_in_training, dropped_in_eval = (
+        (run(after.train(mode), image())["output"] == 0).float().mean() for mode in (True, False)
+    )
+    assert dropped_in_training > dropped_in_eval + 0.3
 
 
 class Optional(nn.Module):
@@ -290,7 +295,7 @@ class Optional(nn.Module):
         return self.relu(y) * self.scale if last else y
 
 
-def quietly(model: nn.Module, *args: object, **kwargs: object) -> tuple[Tensor, list[str]]:
+def call_with_warnings(model: nn.Module, *args: object, **kwargs: object) -> tuple[Tensor, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         y = model(*args, **kwargs)
@@ -320,15 +325,15 @@ def test_a_block_that_changed_runs_its_own_forward_again(change: Callable, messa
     torch.testing.assert_close(after(x=x), before(x=x))
     torch.manual_seed(0)
     expected = change(before, x)
-    result, warned = quietly(change, after, x)
+    result, warned = call_with_warnings(change, after, x)
     if not isinstance(expected, Tensor):
         expected = before(x)
-        result, warned = quietly(after, x)
+        result, warned = call_with_warnings(after, x)
     assert len(warned) == 1 and message in warned[0]
     torch.testing.assert_close(result, expected)
     if "bn is" not in message:
-        assert outcomes(after) == {"bn": PLAIN} and message in reason_given(after)
-    assert quietly(after, x)[1] == []
+        assert outcomes(after) == {"bn": PLAIN} and message in unfused_reason(after)
+    assert call_with_warnings(after, x)[1] == []
     torch.testing.assert_close(after(x), before(x))
     bnkern.convert(after)
     torch.testing.assert_close(after(x), before(x))
@@ -338,13 +343,13 @@ def test_a_block_that_changed_runs_its_own_forward_again(change: Callable, messa
 def test_an_input_changed_in_between() -> None:
     """The batch norm must not be delayed until the addition if its input is overwritten before."""
 
-    def then(self: Net, y: Tensor, x: Tensor) -> Tensor:
+    def rest(self: Net, y: Tensor, x: Tensor) -> Tensor:
         z = self.conv(x)
         y = self.other(z)
         z.mul_(0)
         return F.relu(y + x)
 
-    before = net(then, other=nn.BatchNorm2d(C))
+    before = net(rest, other=nn.BatchNorm2d(C))
     after = bnkern.convert(copy.deepcopy(before))
     layers = {layer.name: layer for layer in bnkern.convert.summary(after)}
     assert layers["other"].why == "something in between may change its input in place"
@@ -362,7 +367,7 @@ ADDITIONS = {
 
 
 @pytest.mark.parametrize("form", ADDITIONS.values(), ids=ADDITIONS)
-def test_additions_that_are_torchs(form: Callable[[Net, Tensor, Tensor], Tensor]) -> None:
+def test_additions_that_torch_must_compute(form: Callable[[Net, Tensor, Tensor], Tensor]) -> None:
     """bnkern.batch_norm refuses such a residual. A converted block adds it in torch, and the summary says so."""
     before = net(form)
     after = bnkern.convert(copy.deepcopy(before))
@@ -411,7 +416,7 @@ class Outer(nn.Module):
         return (self.middle(x) + x).relu()
 
 
-def test_a_batch_norm_that_a_forward_within_another_one_reaches() -> None:
+def test_a_batch_norm_called_by_a_forward_inside_another_one() -> None:
     """``middle`` is part of the fused forward of the outer module, and its own calls are only recorded there."""
     before = Outer()
     after = bnkern.convert(copy.deepcopy(before))

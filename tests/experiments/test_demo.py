@@ -6,7 +6,7 @@ import pytest
 
 from bnkern.probes import load
 from bnkern.train import cifar10
-from experiments import demo as demonstrating
+from experiments import demo as demo_module
 from experiments.__main__ import main
 
 
@@ -19,8 +19,8 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_without_data_says_so_and_runs_twice(tmp_path: Path, monkeypatch, capsys) -> None:
     """Without CIFAR-10 the demo uses synthetic images. A second call reuses the runs of the first."""
 
-    def unavailable(where: str | None) -> cifar10.Cifar10:
-        if where == "synthetic":
+    def unavailable(data: str | None) -> cifar10.Cifar10:
+        if data == "synthetic":
             return cifar10.synthetic()
         raise cifar10.DataError("CIFAR-10 is not available.")
 
@@ -34,7 +34,7 @@ def test_demo_without_data_says_so_and_runs_twice(tmp_path: Path, monkeypatch, c
     assert all(f"\n{layer} " in message.out for layer in (18, 54, 90)) and "251.8" in message.out
     for norm in ("batch", "none"):
         recorded = load(tmp_path / f"synthetic/probes-{norm}")
-        assert list(recorded.steps) == list(range(demonstrating.SETTINGS["smoke"]["steps"]))
+        assert list(recorded.steps) == list(range(demo_module.SETTINGS["smoke"]["steps"]))
     assert main(command) == 0
     assert "2 finished before" in capsys.readouterr().out
 

@@ -38,21 +38,21 @@ def test_losses_and_gradients_along_a_step() -> None:
             for parameter, g in zip(moved.parameters(), gradient, strict=True):
                 parameter -= rate * g
         loss = F.cross_entropy(moved(images), labels)
-        there = torch.autograd.grad(loss, list(moved.parameters()))
-        change = torch.cat([(a - b).flatten() for a, b in zip(there, gradient, strict=True)]).norm()
+        gradient_there = torch.autograd.grad(loss, list(moved.parameters()))
+        change = torch.cat([(a - b).flatten() for a, b in zip(gradient_there, gradient, strict=True)]).norm()
         assert found["relative"][k] == pytest.approx((loss / start).item())
         assert found["predictiveness"][k] == pytest.approx((change / norm).item())
         assert found["smoothness"][k] == pytest.approx((change / (rate * norm)).item())
 
 
-def test_the_parameters_are_put_back() -> None:
+def test_the_parameters_are_restored() -> None:
     net = network()
     before = [parameter.clone() for parameter in net.parameters()]
     along(net)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
 
 
-def test_a_network_that_passes_nothing_on_is_dead() -> None:
+def test_a_network_with_equal_logits_is_dead() -> None:
     """All images have the same logits. Its loss is near ln 10, far below a bad start, and no improvement."""
     net, (images, _) = network(), batch()
     assert not landscape.is_dead(net(images))
@@ -71,7 +71,7 @@ def test_dead_networks_do_not_count_as_improved() -> None:
     assert found["best rate bound"] == -1, "a smaller rate may be better"
 
 
-def test_what_lies_at_the_end_of_the_rates_is_a_bound() -> None:
+def test_a_result_at_the_end_of_the_rates_is_a_bound() -> None:
     rates, living = np.array(RATES), np.zeros(4, bool)
     falls = landscape.summary(np.array([0.9, 0.8, 0.7, 0.6]), living, rates)
     assert (falls["improving"], falls["improving bound"]) == (1.0, 1)

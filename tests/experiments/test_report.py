@@ -10,9 +10,9 @@ import pytest
 from bnkern.train import cifar10
 from experiments import names, spec, words
 from experiments import report as reporting
-from experiments import results as reading
-from experiments import run as running
-from experiments import sections as telling
+from experiments import results as result_files
+from experiments import run as runner
+from experiments import sections as report_sections
 from experiments.__main__ import main
 from experiments.results import Results, find
 from experiments.specs import Claim
@@ -26,19 +26,19 @@ def papers_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("BNKERN_DATA", raising=False)
-        patch.setattr(cifar10, "load", lambda where: None)
-        for name in running.PROCEDURES:
-            patch.setitem(running.PROCEDURES, name, Procedure())
+        patch.setattr(cifar10, "load", lambda data: None)
+        for name in runner.PROCEDURES:
+            patch.setitem(runner.PROCEDURES, name, Procedure())
         for name in names():
-            assert running.run([name], "full", "some folder", "cpu", enough_seeds(name), out) == 0
+            assert runner.run([name], "full", "some folder", "cpu", enough_seeds(name), out) == 0
     reporting.report(reporting.gather(out), out)
     return out
 
 
-def test_every_section_stands_under_its_heading(papers_results: Path) -> None:
+def test_every_section_is_under_its_heading(papers_results: Path) -> None:
     page = (papers_results / "report.html").read_text()
-    places = [page.index(f'<section id="{name}">') for name in names()]
-    assert places == sorted(places)
+    positions = [page.index(f'<section id="{name}">') for name in names()]
+    assert positions == sorted(positions)
     for heading in reporting.PARTS.values():
         assert page.count(heading) in (0, 3)  # in the navigation, in the first table, and above its sections
     beyond = sum(spec(name).beyond for name in names())
@@ -49,17 +49,17 @@ def test_every_section_stands_under_its_heading(papers_results: Path) -> None:
 def test_report(papers_results: Path, tmp_path: Path) -> None:
     page = (papers_results / "report.html").read_text()
     assert page.count("<svg") == len(names()) and page.count(">held (") == 2 * len(names())
-    outside = set(re.findall(r'(?:src|href)="(?!#|data:image)([^"]*)', page))
-    assert {where for where in outside if where.startswith("http")} == {reporting.PAPER}
-    assert all((papers_results / where).exists() for where in outside - {reporting.PAPER})
+    links = set(re.findall(r'(?:src|href)="(?!#|data:image)([^"]*)', page))
+    assert {link for link in links if link.startswith("http")} == {reporting.PAPER}
+    assert all((papers_results / link).exists() for link in links - {reporting.PAPER})
     for figure in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         title, description = re.search(r'role="img" aria-labelledby="(\w+) (\w+)"', figure).groups()
         assert f'<title id="{title}">' in figure and f'<desc id="{description}">' in figure
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert {ref for ref in re.findall(r'(?:href="|url\()#([^")]+)', page)} <= set(ids)
-    told = json.loads((papers_results / "report.json").read_text())["experiments"]
-    for experiment in told:
+    entries = json.loads((papers_results / "report.json").read_text())["experiments"]
+    for experiment in entries:
         assert experiment["verdict"] == "held"
         for claim in experiment["claims"] if experiment["name"] in ("gradient_signs", "moments_by_depth") else ():
             assert claim["paper"] is None or claim["ours"] == pytest.approx(claim["paper"], rel=0.01)
@@ -76,10 +76,10 @@ def test_report(papers_results: Path, tmp_path: Path) -> None:
 def test_the_same_results_give_the_same_bytes(
     papers_results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = ["diverging_update", "channel_gradients", "gradient_signs"]  # bands, pictures, bars
-    for name in few:
+    selected = ["diverging_update", "channel_gradients", "gradient_signs"]  # bands, pictures, bars
+    for name in selected:
         shutil.copytree(papers_results / name, tmp_path / name)
-    monkeypatch.setattr(reporting, "names", lambda: few)
+    monkeypatch.setattr(reporting, "names", lambda: selected)
     reporting.report(reporting.gather(tmp_path), tmp_path)
 
     def files() -> dict[str, bytes]:
@@ -94,23 +94,23 @@ def test_the_same_results_give_the_same_bytes(
     assert files() == before
 
 
-def test_a_growing_report_has_what_is_finished(tmp_path: Path, procedure: Procedure, monkeypatch) -> None:
+def test_a_growing_report_has_the_finished_experiments(tmp_path: Path, procedure: Procedure, monkeypatch) -> None:
     """After each experiment the page has its section; figures are drawn once."""
     drawn: list[str] = []
     save = reporting.draw.save
     monkeypatch.setattr(reporting.draw, "save", lambda *a: (drawn.append(a[2].name), save(*a)))
     pages: list[int] = []
 
-    def written(name: str) -> None:
+    def count_figures(name: str) -> None:
         page = reporting.report(reporting.gather(tmp_path), tmp_path, keep=True)
         pages.append(page.read_text().count("<svg"))
 
     two = ["moments_by_depth", "padded_shortcuts"]
-    assert running.run(two, "smoke", out=tmp_path, finished=written) == 0
+    assert runner.run(two, "smoke", out=tmp_path, finished=count_figures) == 0
     assert pages == [1, 2] and drawn == two
 
 
-def test_a_published_report_keeps_what_was_not_run_here(papers_results: Path, tmp_path: Path) -> None:
+def test_experiments_without_results_are_taken_from_the_published_report(papers_results: Path, tmp_path: Path) -> None:
     """Its tables, figures, numbers and verdicts, without the results of its runs."""
     published, out = tmp_path / "published", tmp_path / "out"
     assert reporting.publish(reporting.gather(papers_results), papers_results, published) == 0
@@ -118,34 +118,38 @@ def test_a_published_report_keeps_what_was_not_run_here(papers_results: Path, tm
     out.mkdir()
     reporting.report(sections, out)
     for kind in ("json", "md"):
-        was, now = ((folder / f"report.{kind}").read_text() for folder in (published, out))
-        assert was.replace(reporting.repository(published), "") == now.replace(reporting.repository(out), "")
+        published_text, new_text = ((folder / f"report.{kind}").read_text() for folder in (published, out))
+        assert published_text.replace(reporting.repository(published), "") == new_text.replace(
+            reporting.repository(out), ""
+        )
     for folder in ("data", "figures"):
         for file in (published / folder).glob("*.[cs]*"):
             assert file.read_bytes() == (out / folder / file.name).read_bytes()
     assert not reporting.gather(out)[0].runs, "only where it is asked for"
 
 
-def test_a_published_experiment_gives_way_to_larger_results_and_to_another_spec(papers_results, tmp_path) -> None:
-    told = {one["name"]: one for one in json.loads((papers_results / "report.json").read_text())["experiments"]}
-    one = told["moments_by_depth"]
-    kept = telling.of_record(one, papers_results)
-    assert kept and kept.verdict == "held" and len(kept.runs) == 2 * reading.FOR_PERCENTILES
-    assert telling.of_record(one | {"configuration": "of another spec"}, papers_results) is None
-    assert telling.of_record(one | {"claims": one["claims"][1:]}, papers_results) is None
-    small = telling.of_results(
+def test_larger_results_and_a_changed_spec_replace_a_published_experiment(papers_results, tmp_path) -> None:
+    entries = {
+        entry["name"]: entry for entry in json.loads((papers_results / "report.json").read_text())["experiments"]
+    }
+    entry = entries["moments_by_depth"]
+    section = report_sections.of_record(entry, papers_results)
+    assert section and section.verdict == "held" and len(section.runs) == 2 * result_files.FOR_PERCENTILES
+    assert report_sections.of_record(entry | {"configuration": "of another spec"}, papers_results) is None
+    assert report_sections.of_record(entry | {"claims": entry["claims"][1:]}, papers_results) is None
+    small = report_sections.of_results(
         "moments_by_depth", Results("quick", "cifar10", results_of("moments_by_depth").runs[:0]), tmp_path
     )
-    assert kept.rank > small.rank
-    synthetic = telling.Section("", kept.spec, "full", "synthetic", "shown", [], {}, {}, kept.runs)
-    quick = telling.Section("", kept.spec, "quick", "cifar10", "shown", [], {}, {}, kept.runs)
-    assert kept.rank > quick.rank > synthetic.rank
+    assert section.rank > small.rank
+    synthetic = report_sections.Section("", section.spec, "full", "synthetic", "shown", [], {}, {}, section.runs)
+    quick = report_sections.Section("", section.spec, "quick", "cifar10", "shown", [], {}, {}, section.runs)
+    assert section.rank > quick.rank > synthetic.rank
 
 
 def test_tables_read_back(tmp_path: Path) -> None:
     rows = [{"a": 1, "b": 0.25, "c": "x", "d": None}, {"a": -3, "b": float("inf"), "c": "1 2", "d": 7}]
-    telling.write_csv(tmp_path / "t.csv", rows)
-    assert telling.read_csv(tmp_path / "t.csv") == rows
+    report_sections.write_csv(tmp_path / "t.csv", rows)
+    assert report_sections.read_csv(tmp_path / "t.csv") == rows
 
 
 def test_similar_claims_are_grouped() -> None:
@@ -166,7 +170,7 @@ def test_published_files_are_small() -> None:
         assert not file.is_file() or file.stat().st_size < 500_000, file
 
 
-def test_a_report_without_results_says_what_to_run(tmp_path: Path) -> None:
+def test_a_report_without_results_has_the_commands(tmp_path: Path) -> None:
     page = reporting.report(reporting.gather(tmp_path), tmp_path).read_text()
     assert page.count(">not run<") == 2 * len(names()) and "<svg" not in page
     assert "python -m experiments run gradient_signs --scale full" in page

@@ -7,25 +7,34 @@ import sys
 import pytest
 
 from experiments import drawer, names, spec
-from experiments import run as running
+from experiments import run as runner
 from tests import ROOT
 
 
 @pytest.mark.parametrize("name", names())
-def test_every_spec_is_whole_and_has_its_drawer(name: str) -> None:
-    about, draws = spec(name), drawer(name)
-    assert about.title and about.of and about.shows and about.method and about.claims and about.runs
-    assert any(claim.check for claim in about.claims)
-    assert [claim.text for claim in about.claims].count(about.headline) == 1
-    assert set(about.reduction) == set(about.smaller) - {"smoke"}, "every scale that is published states its changes"
-    assert draws.tables and draws.draw and draws.CAPTION
-    assert all(run.procedure in running.PROCEDURES for run in about.runs)
-    assert sum(run.seeds for run in about.at("smoke")) <= 12
+def test_every_spec_is_complete_and_has_a_drawer(name: str) -> None:
+    experiment, drawing = spec(name), drawer(name)
+    assert (
+        experiment.title
+        and experiment.of
+        and experiment.shows
+        and experiment.method
+        and experiment.claims
+        and experiment.runs
+    )
+    assert any(claim.check for claim in experiment.claims)
+    assert [claim.text for claim in experiment.claims].count(experiment.headline) == 1
+    assert set(experiment.reduction) == set(experiment.smaller) - {"smoke"}, (
+        "every scale that is published states its changes"
+    )
+    assert drawing.tables and drawing.draw and drawing.CAPTION
+    assert all(run.procedure in runner.PROCEDURES for run in experiment.runs)
+    assert sum(run.seeds for run in experiment.at("smoke")) <= 12
     lines = (ROOT / f"experiments/specs/{name}.py").read_text().splitlines()
-    assert len(lines) < 80, "a spec is data: what computes belongs elsewhere"
+    assert len(lines) < 80, "a spec is data, and computations belong elsewhere"
 
 
-def test_specs_import_nothing_but_their_own_words() -> None:
+def test_specs_import_only_each_other_and_the_standard_library() -> None:
     for file in (ROOT / "experiments/specs").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             modules = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
@@ -43,9 +52,11 @@ def test_drawing_and_reporting_need_neither_torch_nor_bnkern() -> None:
 
 
 def test_scales() -> None:
-    about = spec("channel_gradients")
-    assert about.scale("reduced") == "full" and about.scale("smoke") == "smoke"
-    about = spec("gradient_signs")
-    assert about.scale("quick") == "reduced" and about.scale("full") == "full"
-    assert about.at("full") == about.runs and about.runs[0].batch == 128 and about.runs[0].seeds >= 5
-    assert {run.batch for run in about.at("smoke")} == {2}
+    experiment = spec("channel_gradients")
+    assert experiment.scale("reduced") == "full" and experiment.scale("smoke") == "smoke"
+    experiment = spec("gradient_signs")
+    assert experiment.scale("quick") == "reduced" and experiment.scale("full") == "full"
+    assert (
+        experiment.at("full") == experiment.runs and experiment.runs[0].batch == 128 and experiment.runs[0].seeds >= 5
+    )
+    assert {run.batch for run in experiment.at("smoke")} == {2}

@@ -1,4 +1,4 @@
-"""Theorem 1, condition numbers and the noise of gradients against what is known by other means."""
+"""Theorem 1, condition numbers and the noise of gradients against values that are known independently."""
 
 import math
 from fractions import Fraction
@@ -17,7 +17,7 @@ from experiments.procedures.theory import distance, edge, exponent, log_norm, ly
 FACTORS = (1, 2, 3, 5, 10)
 
 
-def nothing(share: float, what: str) -> None:
+def ignore_progress(share: float, what: str) -> None:
     pass
 
 
@@ -47,12 +47,12 @@ def test_one_factor_is_the_quarter_circle() -> None:
 @pytest.mark.parametrize("m", FACTORS)
 def test_the_density_is_the_slope_of_the_share(m: int) -> None:
     x, density, share = theorem(m)
-    inner = slice(len(x) // 10, -10)  # at the ends differences of neighbours say little
+    inner = slice(len(x) // 10, -10)  # at the ends differences of neighbours are inaccurate
     np.testing.assert_allclose(np.gradient(share, x)[inner], density[inner], rtol=1e-4)
 
 
 @pytest.mark.parametrize("m", FACTORS)
-def test_the_largest_is_the_edge_and_the_smallest_blow_up(m: int) -> None:
+def test_the_largest_value_is_the_edge_and_the_density_diverges_at_zero(m: int) -> None:
     x, density, _ = theorem(m)
     assert x[-1] == pytest.approx(edge(m), rel=1e-6) and x[-1] < edge(m)
     assert np.all(np.diff(x) > 0)
@@ -107,10 +107,10 @@ def test_condition_numbers_far_beyond_float64s_digits() -> None:
     exact = np.eye(6, dtype=object)
     for (_, product, inverted), factor in zip(products(factors.astype(float)), factors, strict=True):
         exact = factor.astype(object) @ exact
-        whole = log_norm(exact.astype(float)) + log_norm(inverse(exact))
-        assert log_norm(product) + log_norm(inverted) == pytest.approx(whole, abs=1e-9)  # rounding times kappa(F)
+        expected = log_norm(exact.astype(float)) + log_norm(inverse(exact))
+        assert log_norm(product) + log_norm(inverted) == pytest.approx(expected, abs=1e-9)  # rounding times kappa(F)
     s = np.linalg.svd(product, compute_uv=False)
-    assert whole > 20 and math.log10(s[0] / s[-1]) < whole - 2, "here the product's own singular values are noise"
+    assert expected > 20 and math.log10(s[0] / s[-1]) < expected - 2, "here the product's own singular values are noise"
 
 
 def test_condition_numbers_of_a_constructed_product() -> None:
@@ -124,7 +124,7 @@ def test_condition_numbers_of_a_constructed_product() -> None:
         assert log_norm(product) + log_norm(inverted) == pytest.approx(3 * m, abs=1e-11)
 
 
-def test_condition_numbers_rise_as_the_limit_says() -> None:
+def test_condition_numbers_rise_at_the_rate_of_the_limit() -> None:
     kappas = []
     for seed in range(6):
         factors = np.random.default_rng(seed).standard_normal((12, 60, 60)) / 60**0.5
@@ -161,7 +161,7 @@ def test_a_convolution_as_matrices_by_frequency() -> None:
 
 def run_noise(norm: str, **changes: object) -> dict[str, np.ndarray]:
     options = {"images": 12, "sizes": [2, 12], "budget": 24, "most": 6, "mode": "frozen", "replace": True} | changes
-    return noise.measure(configuration(norm, options), IMAGES, torch.device("cpu"), None, nothing)["noise"]
+    return noise.measure(configuration(norm, options), IMAGES, torch.device("cpu"), None, ignore_progress)["noise"]
 
 
 def configuration(norm: str, options: dict) -> dict:
@@ -189,13 +189,13 @@ def test_noise_of_single_images(norm: str) -> None:
     assert found["C"] == pytest.approx(expected.item(), rel=1e-4)  # gradients in float32, batch by batch
 
 
-def test_batches_of_everything_have_no_noise_without_repetition() -> None:
+def test_batches_of_all_images_have_no_noise_without_repetition() -> None:
     found = run_noise("batch", replace=False)
     assert abs(found["noise/12"]) < 1e-9 * found["C"] < found["noise/2"]
     assert run_noise("batch", replace=True)["noise/12"] > 0.02 * found["C"]
 
 
-def test_noise_goes_with_the_size_of_the_batch() -> None:
+def test_noise_is_inverse_to_the_batch_size() -> None:
     found = run_noise("none", images=32, sizes=[1, 4, 16], budget=1024, most=128)
     for size in (1, 4, 16):
         assert found[f"ratio/{size}"] == pytest.approx(1, abs=0.35)  # 64 to 128 draws, heavy-tailed

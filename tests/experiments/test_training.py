@@ -21,7 +21,7 @@ IMAGES = synthetic(64, 20)
 CPU = torch.device("cpu")
 
 
-def nothing(share: float, what: str) -> None:
+def ignore_progress(share: float, what: str) -> None:
     pass
 
 
@@ -31,7 +31,9 @@ def configuration(norm: str = "batch", **options: object) -> dict:
     return common | {"options": {"lr": 0.01, "epochs": 2, "images": 16, "tests": 10} | options}
 
 
-def measure(folder: Path, config: dict, tick=nothing, device: torch.device = CPU) -> dict[str, dict[str, np.ndarray]]:
+def measure(
+    folder: Path, config: dict, tick=ignore_progress, device: torch.device = CPU
+) -> dict[str, dict[str, np.ndarray]]:
     folder.mkdir(exist_ok=True)
     procedure = rates if "lrs" in config["options"] else training
     return procedure.measure(config, IMAGES, device, folder, tick)
@@ -58,16 +60,16 @@ def one_thread():
 
 def test_a_run_in_arrays(tmp_path: Path) -> None:
     found = measure(tmp_path, configuration())["training"]
-    told = [row for row in runlog.rows(tmp_path / "train") if row["event"] == "epoch"]
+    epochs = [row for row in runlog.rows(tmp_path / "train") if row["event"] == "epoch"]
     np.testing.assert_allclose(found["share"], [0.5, 1.0])
-    np.testing.assert_allclose(found["test curve"], [100 * row["test_accuracy"] for row in told])
-    np.testing.assert_allclose(found["train curve"], [100 * row["train_accuracy"] for row in told])
+    np.testing.assert_allclose(found["test curve"], [100 * row["test_accuracy"] for row in epochs])
+    np.testing.assert_allclose(found["train curve"], [100 * row["train_accuracy"] for row in epochs])
     assert found["test accuracy"] == found["test curve"][1] and found["train accuracy"] == found["train curve"][1]
     assert found["test accuracy before the first drop"] == found["test curve"][0]
     assert found["diverged"] == 0 and found["steps"] == 8
     config = json.loads((tmp_path / "train/config.json").read_text())
     assert config["lr"] == 0.01 and config["channels_last"] and config["data"] == "synthetic"
-    assert not list(tmp_path.glob("**/*.pt")), "checkpoints of a finished run weigh more than all else"
+    assert not list(tmp_path.glob("**/*.pt")), "checkpoints, the largest files of a run, are deleted at its end"
 
 
 def test_precision_and_layout_reach_the_training() -> None:
@@ -92,7 +94,7 @@ def test_only_part_of_the_images() -> None:
 
 
 @pytest.mark.parametrize("noise", [0, 3])
-def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path: Path, noise: int) -> None:
+def test_an_interrupted_run_continues_to_the_same_results(tmp_path: Path, noise: int) -> None:
     config = configuration(checkpoint_every=2, noise=noise)
     whole = measure(tmp_path / "whole", config)
 
@@ -105,14 +107,14 @@ def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path: Path, noise: int) -
     before = runlog.rows(tmp_path / "parts/train")
     assert 0 < before[-1]["step"] < 8 and (tmp_path / "parts/train/checkpoint.pt").exists()
     shares = []
-    again = measure(tmp_path / "parts", config, lambda share, what: shares.append(share))
-    assert shares == [0.75], "on from the checkpoint at a half, to the next one"
+    resumed = measure(tmp_path / "parts", config, lambda share, what: shares.append(share))
+    assert shares == [0.75], "the run continues from the checkpoint at 0.5, to the next one"
     assert whole.keys() == ({"training", "noise"} if noise else {"training"})
-    same_arrays(whole, again)
+    same_arrays(whole, resumed)
 
 
 @pytest.mark.parametrize("changes", [{"noise": 4}, {"precision": "bf16"}, {"lrs": [1e-4, 1e-2], "epochs": 1}])
-def test_a_run_in_pieces_ends_alike(tmp_path: Path, changes: dict) -> None:
+def test_a_run_in_pieces_has_the_same_results(tmp_path: Path, changes: dict) -> None:
     """Each piece is stopped at its first line of metrics, and most of these are between checkpoints."""
     config = configuration(**{"log_every": 3} | changes)
     whole = measure(tmp_path / "whole", config)
@@ -137,7 +139,7 @@ def test_a_run_in_pieces_ends_alike(tmp_path: Path, changes: dict) -> None:
 # ------------------------------------------------------------------------------------------------ usable rates
 
 
-def test_the_largest_rate_that_is_borne(tmp_path: Path) -> None:
+def test_the_largest_rate_that_survives(tmp_path: Path) -> None:
     found = measure(tmp_path, configuration("none", lrs=[1e6, 1e-4, 1e-2], epochs=1))["limits"]
     np.testing.assert_array_equal(found["lrs"], [1e-4, 1e-2, 1e6])
     np.testing.assert_array_equal(found["survived"], [1, 1, 0])
@@ -162,13 +164,13 @@ def test_the_best_rate_has_the_lowest_loss_in_its_last_epoch(tmp_path: Path) -> 
     assert math.isnan(none["best rate"])
 
 
-def test_a_rate_teaches_if_the_loss_falls_below_guessing(tmp_path: Path) -> None:
-    assert rates.teaches([2.5, 2.6, 2.2, 2.1]) and rates.teaches([2.2, 2.1])
-    assert not rates.teaches([166.0, 2.4, 2.31, 2.31]), "what the first steps mend is not learned"
-    assert not rates.teaches([2.0, 1.0, 2.1, 2.2]) and not rates.teaches([2.5, 2.2, 1.0, math.nan])
+def test_the_network_learns_at_a_rate_if_the_loss_falls_below_guessing(tmp_path: Path) -> None:
+    assert rates.learns([2.5, 2.6, 2.2, 2.1]) and rates.learns([2.2, 2.1])
+    assert not rates.learns([166.0, 2.4, 2.31, 2.31]), "a loss that only falls back to guessing is not learning"
+    assert not rates.learns([2.0, 1.0, 2.1, 2.2]) and not rates.learns([2.5, 2.2, 1.0, math.nan])
     found = measure(tmp_path, configuration(lrs=[1e-7, 0.05], epochs=24))["limits"]
     np.testing.assert_array_equal(found["survived"], [1, 1])
-    np.testing.assert_array_equal(found["learned"], [0, 1])  # sixteen images by heart, and nothing at all
+    np.testing.assert_array_equal(found["learned"], [0, 1])  # only 0.05 learns the sixteen images
 
 
 # ------------------------------------------------------------------------------------------------ noise
@@ -178,11 +180,11 @@ def test_measuring_noise_changes_nothing_of_the_run(tmp_path: Path) -> None:
     plain, noisy = (measure(tmp_path / str(times), configuration(noise=times)) for times in (0, 4))
     for name, values in plain["training"].items():
         np.testing.assert_array_equal(values, noisy["training"][name], err_msg=name)
-    told = [
+    losses = [
         [(row.get("loss"), row.get("test_loss")) for row in runlog.rows(tmp_path / f"{times}/train")]
         for times in (0, 4)
     ]
-    assert told[0] == told[1] and told[0][-1][1], "of training batches; on the test set by the running statistics"
+    assert losses[0] == losses[1] and losses[0][-1][1], "of training batches; on the test set by the running statistics"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -266,7 +268,7 @@ def test_the_noise_is_that_of_the_runs_own_batches(tmp_path: Path) -> None:
     alike = Split(IMAGES.train.images[:1].repeat(16, 1, 1, 1), IMAGES.train.labels[:1].repeat(16))
     data = training.dataclasses.replace(IMAGES, train=alike)
     config = configuration(noise=2, augment=False)
-    found = training.measure(config, data, CPU, tmp_path, nothing)["noise"]
+    found = training.measure(config, data, CPU, tmp_path, ignore_progress)["noise"]
     other = measure(tmp_path / "other", config)["noise"]
     assert np.abs(found["C"]).max() < 1e-6 * other["C"].min()
 
@@ -318,11 +320,11 @@ def searched(stable: float, learns: tuple[float, float], lrs: list[float]) -> tu
     """The result of a search, and the number of rates tried, for a network that learns at rates in a range."""
     tried = set()
 
-    def ended(rate: float) -> rates.Ended:
+    def try_rate(rate: float) -> rates.Ended:
         tried.add(rate)
         return rates.Ended(rate <= stable, learns[0] <= rate <= min(stable, learns[1]), 0.0)
 
-    return rates.search(lrs, ended), len(tried)
+    return rates.search(lrs, try_rate), len(tried)
 
 
 @pytest.mark.parametrize("stable", GRID)
@@ -349,7 +351,7 @@ def test_a_limit_at_the_edge_of_the_grid_is_a_bound() -> None:
         assert tuple(searched(stable, learns, lrs)[0][name] for name in names) == expected
 
 
-def test_what_is_quick_stays_quick() -> None:
+def test_quick_runs_stay_within_20_minutes() -> None:
     """`make reproduce` has 30 minutes for everything. Of training, 4 minutes are runs that experiments share."""
     assert sum(spec(name).minutes.get("quick", 0) for name in TRAINED) <= 20
 

@@ -8,14 +8,14 @@ import pytest
 
 from experiments import drawer, names, spec
 from experiments import report as reporting
-from experiments import results as reading
-from experiments import sections as telling
+from experiments import results as result_files
+from experiments import sections as report_sections
 from experiments.results import Finished, Results, Value, find, judge
 from experiments.specs import Claim, above, below, between, within, within_factor
 from tests import ROOT
 from tests.experiments.support import results_of
 
-FULL = Results("full", "cifar10", ())  # judged, and otherwise of no account
+FULL = Results("full", "cifar10", ())  # a scale and data that are judged
 
 
 @pytest.mark.parametrize("name", names())
@@ -43,7 +43,7 @@ def test_false_claims_make_it_held_in_part() -> None:
     ]
 
 
-def test_what_is_no_number_never_holds() -> None:
+def test_nan_never_holds() -> None:
     results = results_of("moments_by_depth", **{"ln_std/18": np.float64(np.nan)})
     assert judge(spec("moments_by_depth"), results)[0] == "held in part"
 
@@ -64,13 +64,13 @@ def test_a_ratio_of_zeros_never_holds() -> None:
     assert all(np.isnan(value.number) for value in found.values) and found.held is False and found.passing == 0
 
 
-def test_a_limit_at_the_edge_of_what_was_tried_decides_nothing() -> None:
+def test_a_limit_at_the_edge_of_the_rates_decides_nothing() -> None:
     """Not even where the bound itself passes, nor in a ratio or a difference."""
     at_least = Value(1.0, 1)
     found = find(Claim("", list, None, above(0)), [Value(0.5), at_least], True)
     assert found.held is None and found.undecided and found.bound == 1 and found.passing == 1
-    assert at_least.less(Value(0.5)) == Value(0.5, 1) and Value(0.5).less(at_least) == Value(-0.5, -1)
-    assert at_least.over(Value(0.5, -1)) == Value(2.0, 1) and at_least.less(at_least) == Value(0.0, None)
+    assert at_least.minus(Value(0.5)) == Value(0.5, 1) and Value(0.5).minus(at_least) == Value(-0.5, -1)
+    assert at_least.over(Value(0.5, -1)) == Value(2.0, 1) and at_least.minus(at_least) == Value(0.0, None)
     for name, claims in (("depth_limits", 4), ("final_layer_norm", 2)):
         verdict, findings = judge(spec(name), results_of(name, **{"limit bound": np.float64(1)}))
         assert sum(finding.undecided for finding in findings if finding.claim.check) == claims
@@ -81,11 +81,11 @@ def test_a_report_writes_bounds_as_bounds(tmp_path: Path, monkeypatch: pytest.Mo
     results = results_of("depth_limits", **{"limit bound": np.float64(1), "learning limit bound": np.float64(-1)})
     monkeypatch.setattr(reporting, "names", lambda: ["depth_limits"])
     monkeypatch.setattr(reporting, "read", lambda *_: results)
-    monkeypatch.setattr(telling, "_facts", lambda *_: {})
+    monkeypatch.setattr(report_sections, "_facts", lambda *_: {})
     reporting.report(reporting.gather(tmp_path), tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert "at most" in page and "2 of 2 at the edge of the search" in page and "– undecided" in page
-    drawn = telling.read_csv(tmp_path / "data/depth_limits.csv")
+    drawn = report_sections.read_csv(tmp_path / "data/depth_limits.csv")
     assert all(row["limit above all"] == row["learning limit below all"] == 2 for row in drawn)
     figure = drawer("depth_limits").draw(results_table("depth_limits", results))
     lines = [line for line in figure.axes[0].lines if line.get_linestyle() not in ("None", "none", "")]
@@ -103,9 +103,9 @@ def test_quick_results_are_shown_and_not_judged(name: str) -> None:
     assert verdict == "shown" and all(finding.held is None and not finding.passing for finding in findings)
 
 
-def test_the_headline_counts_apart() -> None:
+def test_the_tally_counts_each_kind() -> None:
     """What is as in the paper, reduced, beyond it, and only shown."""
-    made = {
+    results = {
         "moments_by_depth": results_of("moments_by_depth"),
         "mechanism": results_of("mechanism", holds=False),
         "learning_rates": Results("reduced", "cifar10", results_of("learning_rates").runs),
@@ -113,8 +113,8 @@ def test_the_headline_counts_apart() -> None:
         "depth_limits": Results("none", "none", ()),
     }
     sections = [
-        telling.Section(n, spec(n), r.scale, r.data, *judge(spec(n), r), {}, {}, [{"label": "x"}] * len(r.runs))
-        for n, r in made.items()
+        report_sections.Section(n, spec(n), r.scale, r.data, *judge(spec(n), r), {}, {}, [{"label": "x"}] * len(r.runs))
+        for n, r in results.items()
     ]
     assert reporting.tally(sections) == [
         "Measured as in the paper: 1 held.",
@@ -125,19 +125,19 @@ def test_the_headline_counts_apart() -> None:
     ]
 
 
-def test_what_holds_so_far_is_not_called_held() -> None:
-    """Runs of one network alone cannot bear out what is claimed of both."""
+def test_partial_results_are_not_called_held() -> None:
+    """Runs of only one of two networks cannot support claims about both."""
     good = results_of("channel_gradients")
     half = Results("full", "cifar10", tuple(run for run in good.runs if run.config["norm"] == "batch"))
     verdict, findings = judge(spec("channel_gradients"), half)
     assert verdict == "incomplete" and any(finding.held for finding in findings)
 
 
-def test_verdicts_are_withheld_where_they_would_mean_nothing() -> None:
-    about, good = spec("moments_by_depth"), results_of("moments_by_depth")
-    assert judge(about, Results("smoke", "cifar10", good.runs))[0] == "shown"
-    assert judge(about, Results("full", "synthetic", good.runs))[0] == "shown"
-    assert judge(about, Results("full", "cifar10", ()))[0] == "not run"
+def test_no_verdict_at_smoke_scale_on_synthetic_images_or_without_runs() -> None:
+    experiment_spec, good = spec("moments_by_depth"), results_of("moments_by_depth")
+    assert judge(experiment_spec, Results("smoke", "cifar10", good.runs))[0] == "shown"
+    assert judge(experiment_spec, Results("full", "synthetic", good.runs))[0] == "shown"
+    assert judge(experiment_spec, Results("full", "cifar10", ()))[0] == "not run"
 
 
 def test_means_and_spreads() -> None:
@@ -168,7 +168,7 @@ def test_a_network_that_guesses_is_dead() -> None:
     """Up to three standard deviations above 10 %, and neither a run that diverged nor one that learns."""
     for images, limit in ((1280, 12.5156), (50_000, 10.4028), (None, 10.4028)):
         options = {"images": images} if images else {}
-        states = [trained_run(limit + more, **options).value("dead").number for more in (-1, -0.001, 0.001, 50)]
+        states = [trained_run(limit + margin, **options).value("dead").number for margin in (-1, -0.001, 0.001, 50)]
         assert states == [1, 1, 0, 0]
     assert trained_run(10.0, diverged=True, images=1280).value("dead").number == 0
     assert trained_run(99.5, 34.0).value("train minus test accuracy").number == 65.5
@@ -177,12 +177,12 @@ def test_a_network_that_guesses_is_dead() -> None:
 
 def test_the_published_runs_of_figure_1_have_a_state() -> None:
     """They were stored before there was the word "dead", and are read without it."""
-    kept = ROOT / "experiments/published/runs/learning_rates"
-    results = reading.read(Path("nowhere/learning_rates"), spec("learning_rates"), "reduced", kept)
+    published = ROOT / "experiments/published/runs/learning_rates"
+    results = result_files.read(Path("nowhere/learning_rates"), spec("learning_rates"), "reduced", published)
     assert len(results.runs) >= 7 and not results.stale and results.precision == "fp32"
     for run in results.runs:
-        lost = run.config["label"] in ("none-0.003", "none-0.1")
-        assert run.value("diverged").number + run.value("dead").number == lost
+        is_failure = run.config["label"] in ("none-0.003", "none-0.1")
+        assert run.value("diverged").number + run.value("dead").number == is_failure
     findings = {found.claim.text: found for found in judge(spec("learning_rates"), results)[1]}
     assert findings["dead, no batch norm at lr 0.1"].mean == 0
     assert findings["train minus test accuracy, batch norm at lr 0.1"].values[0].number == pytest.approx(65.9)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import bnkern
-from tests.support.ranks import dealt
+from tests.support.ranks import rank_parts
 
 
 class Net(nn.Module):
@@ -33,7 +33,7 @@ def random_batches(split: tuple[int, ...]) -> list[list[tuple[Tensor, Tensor]]]:
     generator = torch.Generator().manual_seed(1)
     shapes = ((8, 3, 6, 6), (8, 4))
     batches = [[torch.randn(shape, generator=generator).double() for shape in shapes] for _ in range(3)]
-    parts = [dealt(batch, split) for batch in batches]
+    parts = [rank_parts(batch, split) for batch in batches]
     return [[tuple(part[rank]) for part in parts] for rank in range(len(split))]
 
 

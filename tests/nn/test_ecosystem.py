@@ -130,8 +130,8 @@ def test_works_as_on_torch_modules(function: Callable[[nn.Module], None]) -> Non
     for model in (ours, theirs):
         function(model)
     assert sum(type(norm).__module__ == "bnkern.nn" for norm in norms_of(ours)) == 3
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, **CLOSE)
+    for actual, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, **CLOSE)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **CLOSE)
     x = batches(4)[3]
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), **CLOSE)

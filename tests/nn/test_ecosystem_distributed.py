@@ -12,7 +12,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import bnkern
 from tests.nn.sync_nets import Net, net, random_batches, train
-from tests.support.ranks import Ranks, dealt
+from tests.support.ranks import Ranks, rank_parts
 
 POLICIES = {
     "one unit": None,
@@ -109,7 +109,7 @@ def mixed_precision(x: Tensor, kind: type[Net], wrapper: str, group: dist.Proces
 def test_mixed_precision(ranks: Ranks, wrapper: str, kind: type[Net]) -> None:
     """FSDP with a policy keeps batch norms in float32 and casts only positional arguments. Mixed dtypes are refused."""
     x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(2))
-    parts = [part for (part,) in dealt([x], (4, 4))]
+    parts = [part for (part,) in rank_parts([x], (4, 4))]
     results = ranks.run(mixed_precision, [(part, kind, wrapper) for part in parts])
     for part, (recorded, y) in zip(parts, results, strict=True):
         if wrapper == "FSDP with a policy" and kind is ByKeyword:
@@ -124,9 +124,9 @@ def test_mixed_precision(ranks: Ranks, wrapper: str, kind: type[Net]) -> None:
 def converted_after_sharding(convert: str, group: dist.ProcessGroup) -> str:
     model = net()
     fully_shard(model.first, mesh=DeviceMesh.from_group(group, "cpu"))
-    home = {"ours": bnkern.nn, "torch's": nn.SyncBatchNorm}[convert]
+    package = {"ours": bnkern.nn, "torch's": nn.SyncBatchNorm}[convert]
     with pytest.raises((TypeError, ValueError)) as caught:
-        home.convert_sync_batchnorm(model)
+        package.convert_sync_batchnorm(model)
     return str(caught.value)
 
 
@@ -155,7 +155,7 @@ def averaged_statistics(x: Tensor, group: dist.ProcessGroup) -> dict[str, Tensor
 
 def test_statistics_averaged_over_ranks(ranks: Ranks) -> None:
     x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(3)).double()
-    parts = [part for (part,) in dealt([x], (5, 3))]
+    parts = [part for (part,) in rank_parts([x], (5, 3))]
     results = ranks.run(averaged_statistics, [(part,) for part in parts])
     models = [net() for _ in parts]
     for model, part in zip(models, parts, strict=True):

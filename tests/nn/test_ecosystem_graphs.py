@@ -32,11 +32,11 @@ def test_jit_trace(training: bool, frozen: bool) -> None:
         traced = torch.jit.trace(copy.deepcopy(ours), first, check_trace=False)
     traced.load_state_dict(state)
     x, y = second.clone().requires_grad_(), second.clone().requires_grad_()
-    one, other = traced(x), ours(y)
-    torch.testing.assert_close(one, other, **CLOSE)
+    traced_output, expected = traced(x), ours(y)
+    torch.testing.assert_close(traced_output, expected, **CLOSE)
     torch.testing.assert_close(traced.state_dict(), dict(ours.state_dict()), **CLOSE)
-    one.square().sum().backward()
-    other.square().sum().backward()
+    traced_output.square().sum().backward()
+    expected.square().sum().backward()
     torch.testing.assert_close(x.grad, y.grad, **CLOSE)
 
 
@@ -159,7 +159,7 @@ def test_fx_quantisation_keeps_it_in_floating_point(act: str | None) -> None:
     prepared = quantize_fx.prepare_fx(copy.deepcopy(model), mapping, (X,), prepare_custom_config=custom)
     prepared(X)
     converted = quantize_fx.convert_fx(prepared)
-    kept = converted.get_submodule("1")
-    assert type(kept) is bnkern.nn.BatchNorm2d and kept.act == act
+    norm = converted.get_submodule("1")
+    assert type(norm) is bnkern.nn.BatchNorm2d and norm.act == act
     expected = model(X)
     assert (converted(X) - expected).abs().max() < 0.05 * (expected.max() - expected.min())

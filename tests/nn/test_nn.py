@@ -47,9 +47,9 @@ def run(bn: nn.Module, xs: list[Tensor]) -> list[Tensor]:
 def test_equals_torch(target: Target, name: str, shape: tuple[int, ...], arguments: dict) -> None:
     ours, theirs = pair(name, target.device, **arguments)
     xs = inputs(shape, arguments.get("dtype", torch.float32), target.device)
-    for one, other in zip(run(ours, xs), run(theirs, xs), strict=True):
-        assert one.dtype == other.dtype
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+    for actual, expected in zip(run(ours, xs), run(theirs, xs), strict=True):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -63,8 +63,8 @@ def test_changed_after_construction(target: Target, change: str, momentum: float
         if attribute == "running_mean":
             bn.running_var = None
         results.append(run(bn, inputs((6, 5, 4, 3), torch.float32, target.device)))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
 
 
 @EACH_KIND
@@ -96,8 +96,8 @@ def test_constructor_takes_torch_arguments(name: str) -> None:
     ours = inspect.signature(getattr(bnkern.nn, name).__init__).parameters
     theirs = inspect.signature(getattr(nn, name).__init__).parameters
     positional = [p for p in theirs.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    for mine, its in zip(ours.values(), positional, strict=False):
-        assert (mine.name, mine.default) == (its.name, its.default)
+    for our_parameter, their_parameter in zip(ours.values(), positional, strict=False):
+        assert (our_parameter.name, our_parameter.default) == (their_parameter.name, their_parameter.default)
     assert ours["act"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
@@ -143,10 +143,10 @@ def test_act_and_residual(target: Target, name: str, shape: tuple[int, ...], act
             y = y.relu() if act else y
         y.square().sum().backward()
         results.append([y, x.grad, residual.grad, bn.weight.grad, bn.bias.grad])
-    for one, other in zip(*results, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+    for actual, expected in zip(*results, strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("act", [None, "relu"])
@@ -159,13 +159,13 @@ def test_activation_module(target: Target, act: str | None) -> None:
     assert torch.equal(module(p.x), p.x.relu() if act else p.x)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies(how: str) -> None:
+@pytest.mark.parametrize("method", ["deepcopy", "pickle", "torch.save"])
+def test_copies(method: str) -> None:
     bn = bnkern.nn.BatchNorm2d(5, momentum=None, act="relu")
     bn(CASE["nhwc_c5_s49"].problem().x)
-    if how == "deepcopy":
+    if method == "deepcopy":
         twin = copy.deepcopy(bn)
-    elif how == "pickle":
+    elif method == "pickle":
         twin = pickle.loads(pickle.dumps(bn))
     else:
         file = io.BytesIO()
@@ -175,11 +175,11 @@ def test_copies(how: str) -> None:
     assert repr(twin) == repr(bn) and type(twin) is type(bn)
     x = CASE["sliced_batch"].problem().x
     assert torch.equal(twin(x), bn(x))
-    for one, other in zip(twin.state_dict().values(), bn.state_dict().values(), strict=True):
-        assert torch.equal(one, other) and one.data_ptr() != other.data_ptr()
+    for copied, original in zip(twin.state_dict().values(), bn.state_dict().values(), strict=True):
+        assert torch.equal(copied, original) and copied.data_ptr() != original.data_ptr()
 
 
-def test_hooks_see_the_residual(target: Target) -> None:
+def test_hooks_receive_the_residual(target: Target) -> None:
     p = CASE["nhwc_c5_s49"].problem(FP32, target.device)
     bn, recorded = bnkern.nn.BatchNorm2d(5, act="relu", device=target.device), []
     bn.register_forward_pre_hook(lambda _, args: recorded.append(len(args)))
@@ -198,8 +198,8 @@ def test_called_twice_before_backward(target: Target) -> None:
         x, y = first.clone().requires_grad_(), second.clone().requires_grad_()
         (bn(x).square().sum() + bn(y).square().mul(2).sum()).backward()
         results.append([x.grad, y.grad, bn.weight.grad, bn.bias.grad, *bn.state_dict().values()])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -215,8 +215,8 @@ def test_gradient_checkpointing(target: Target, reentrant: bool) -> None:
         y.backward(p.dy)
         results.append([y, x.grad, residual.grad, bn.weight.grad, bn.bias.grad])
         assert bn.num_batches_tracked.item() == 1
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_functional_call(target: Target) -> None:
@@ -292,5 +292,5 @@ def test_trains_like_torch(target: Target) -> None:
             loss.backward()
             optimizer.step()
         results.append([t for t in model.state_dict().values()])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)

@@ -55,12 +55,12 @@ def test_reset(target: Target, name: str, shape: tuple[int, ...]) -> None:
 
     The tensors remain the same objects.
     """
-    for what in ("reset_running_stats", "reset_parameters"):
+    for function_name in ("reset_running_stats", "reset_parameters"):
         ours, theirs = pair(name, target.device)
         tensors = list(ours.state_dict(keep_vars=True).values())
         for bn in (ours, theirs):
             bn(inputs(shape, torch.float32, target.device)[0])
-            getattr(bn, what)()
+            getattr(bn, function_name)()
         assert [t.data_ptr() for t in ours.state_dict().values()] == [t.data_ptr() for t in tensors]
         assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
         assert ours.num_batches_tracked.item() == 0
@@ -93,7 +93,7 @@ def test_state_dict_of_an_old_version(version: int | None) -> None:
     assert messages[:1] == messages[1:]
 
 
-def test_made_on_meta_and_filled_later(target: Target) -> None:
+def test_made_on_meta_and_initialised_later(target: Target) -> None:
     """Large models are made like this: first without memory, then with to_empty and reset."""
     bn = bnkern.nn.BatchNorm2d(5, act="relu", device="meta")
     assert all(t.is_meta for t in bn.state_dict().values())
@@ -155,8 +155,8 @@ def test_parametrization(target: Target) -> None:
         y = bn(x)
         y.square().sum().backward()
         results.append([y, x.grad, *(p.grad for p in bn.parameters()), *bn.state_dict().values()])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, **CLOSE)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, **CLOSE)
     # the output, three gradients, and five of the state, in which weight and bias are called originals
     assert len(results[0]) == 9
 
@@ -292,8 +292,8 @@ def test_inductor_with_a_dynamic_batch(target: Target) -> None:
                 y.square().sum().backward()
                 result += [y.detach(), x.grad, *(p.grad for p in model.parameters())]
         results.append([*result, *model.state_dict().values()])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
 
 
@@ -318,6 +318,6 @@ def test_graphed_callables() -> None:
             y = f(x)
             y.square().sum().backward()
             outputs.append([y.clone(), x.grad.clone(), *(p.grad.clone() for p in model.parameters())])
-        for one, other in zip(*outputs, strict=True):
-            torch.testing.assert_close(one, other, **CLOSE)
+        for actual, expected in zip(*outputs, strict=True):
+            torch.testing.assert_close(actual, expected, **CLOSE)
     assert_states_close(eager, graphed)

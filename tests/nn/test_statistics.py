@@ -45,8 +45,8 @@ def test_frozen_layers_train_as_in_eval_mode() -> None:
     reference = copy.deepcopy(model).eval()
     freeze_statistics(model)
     before = copied(model)
-    for one in (model.train(), reference):
-        one(x).square().sum().backward()
+    for variant in (model.train(), reference):
+        variant(x).square().sum().backward()
     assert_unchanged(model, before)
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
@@ -57,16 +57,16 @@ def pickled(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model))
 
 
-@pytest.mark.parametrize("other", [copy.deepcopy, pickled])
-def test_freezing_lasts_until_it_is_undone(other: Callable) -> None:
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_freezing_lasts_until_it_is_undone(duplicate: Callable) -> None:
     model, x = network(), batches()[0]
     freeze_statistics(model)
     assert set(model.state_dict()) == set(network(nn.BatchNorm2d).state_dict())
-    for one in (model, other(model)):
-        before = copied(one)
-        one.eval()
-        one.train()(x)
-        assert_unchanged(one, before)
+    for variant in (model, duplicate(model)):
+        before = copied(variant)
+        variant.eval()
+        variant.train()(x)
+        assert_unchanged(variant, before)
     freeze_statistics(model, False)
     model(x)
     assert model[1].num_batches_tracked == 1 and not torch.equal(model[1].running_mean, before["1.running_mean"])
@@ -93,7 +93,7 @@ def test_freezing_under_compile() -> None:
         (BatchNorm2d(4, track_running_stats=False), "2 has no running statistics"),
     ],
 )
-def test_what_cannot_be_frozen_is_an_error(layer: nn.Module, message: str) -> None:
+def test_layers_that_cannot_be_frozen_are_errors(layer: nn.Module, message: str) -> None:
     model = nn.Sequential(BatchNorm2d(3), nn.InstanceNorm2d(3), layer)
     with pytest.raises(ValueError, match=f"^freeze_statistics: {message}$"):
         freeze_statistics(model)

@@ -25,7 +25,7 @@ def test_convert() -> None:
     handle, calls = model[1].register_forward_hook(lambda *_: calls.append(1)), []
     before = dict(model.state_dict(keep_vars=True))
     modes = {name: m.training for name, m in model.named_modules()}
-    was = {name: m for name, m in model.named_modules()}
+    originals = {name: m for name, m in model.named_modules()}
     converted = bnkern.nn.convert_sync_batchnorm(model, "group")
     assert converted is model
     after = model.state_dict(keep_vars=True)
@@ -34,11 +34,11 @@ def test_convert() -> None:
     assert {name: m.training for name, m in model.named_modules()} == modes
     kinds = {name: type(m) for name, m in model.named_modules()}
     for name in ("1", "2", "3.a", "3.b", "4"):
-        now = model.get_submodule(name)
-        assert kinds[name] is bnkern.nn.SyncBatchNorm and now.process_group == "group"
-        assert now.act == getattr(was[name], "act", None)
+        module = model.get_submodule(name)
+        assert kinds[name] is bnkern.nn.SyncBatchNorm and module.process_group == "group"
+        assert module.act == getattr(originals[name], "act", None)
         for key in ("eps", "momentum", "affine", "track_running_stats", "num_features"):
-            assert getattr(now, key) == getattr(was[name], key)
+            assert getattr(module, key) == getattr(originals[name], key)
     assert kinds["5"] is nn.InstanceNorm2d
     model[1](torch.ones(2, 4, 2, 2))
     assert calls == [1]
@@ -56,11 +56,11 @@ def test_convert_a_single_and_a_shared_one() -> None:
     bnkern.nn.convert_sync_batchnorm(model)
     assert type(model[1]) is bnkern.nn.SyncBatchNorm
     assert model[0][0] is model[1] is model[2]
-    again = bnkern.nn.convert_sync_batchnorm(copy.deepcopy(model))
-    assert repr(again) == repr(model)
+    converted_again = bnkern.nn.convert_sync_batchnorm(copy.deepcopy(model))
+    assert repr(converted_again) == repr(model)
 
 
-def test_convert_refuses_what_it_would_spoil() -> None:
+def test_convert_refuses_modules_that_it_would_break() -> None:
     class Rectified(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).relu()

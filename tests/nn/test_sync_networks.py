@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bnkern
 from tests.nn.sync_nets import Net, net, random_batches, train
-from tests.support.ranks import Ranks, dealt
+from tests.support.ranks import Ranks, rank_parts
 
 
 def train_rank(batches: list[tuple[Tensor, Tensor]], weight: float, compiled: bool, group) -> dict:
@@ -37,8 +37,8 @@ def test_network_under_ddp(ranks: Ranks, split: tuple[int, ...], compiled: bool)
     if compiled and 0 in split:
         pytest.skip("an empty convolution cannot be compiled")
     parts = random_batches(split)
-    given = [(batches, 1 / 8, compiled) for batches in parts]
-    results = ranks.run(train_rank, given)
+    arguments = [(batches, 1 / 8, compiled) for batches in parts]
+    results = ranks.run(train_rank, arguments)
     joint = [tuple(map(torch.cat, zip(*pieces, strict=True))) for pieces in zip(*parts, strict=True)]
     joint = train(net(), joint, 1 / 8)
     assert results[0]["state"].keys() == joint["state"].keys()
@@ -46,10 +46,10 @@ def test_network_under_ddp(ranks: Ranks, split: tuple[int, ...], compiled: bool)
         for result in results:
             torch.testing.assert_close(result["state"][name], value, rtol=1e-10, atol=1e-10)
             assert torch.equal(result["state"][name], results[0]["state"][name])
-    for k, whole in enumerate(joint["outputs"]):
+    for k, expected in enumerate(joint["outputs"]):
         scale = 1 if k % 2 == 0 else len(split)  # the input's gradient is that of the loss that was given to DDP
-        together = torch.cat([r["outputs"][k] for r in results]) / scale
-        torch.testing.assert_close(together, whole, rtol=1e-10, atol=1e-10)
+        joined = torch.cat([r["outputs"][k] for r in results]) / scale
+        torch.testing.assert_close(joined, expected, rtol=1e-10, atol=1e-10)
 
 
 def two_forwards(x: Tensor, group) -> list[Tensor]:
@@ -62,7 +62,7 @@ def two_forwards(x: Tensor, group) -> list[Tensor]:
 
 def test_two_forwards_under_ddp(ranks: Ranks) -> None:
     x = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(2)).double()
-    results = ranks.run(two_forwards, [(part,) for (part,) in dealt([x], (3, 5))])
+    results = ranks.run(two_forwards, [(part,) for (part,) in rank_parts([x], (3, 5))])
     model = net()
     (model(x).square().sum() + model(2 * x).square().sum()).backward()
     for k, p in enumerate(model.parameters()):

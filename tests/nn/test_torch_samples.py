@@ -76,16 +76,16 @@ def outcome_of_module(module: nn.Module, x: Tensor, training: bool) -> Outcome:
 
 def outcome_of_function(function: Callable, sample: OpSample, dtype: torch.dtype) -> Outcome:
     """The output, the gradients of all arguments that have one, and the arguments after the call."""
-    given = [t.to(dtype, copy=True) if isinstance(t, Tensor) else t for t in (sample.input, *sample.args)]
-    leaves = {k: t for k, t in enumerate(given) if isinstance(t, Tensor) and k not in running_in(sample)}
+    arguments = [t.to(dtype, copy=True) if isinstance(t, Tensor) else t for t in (sample.input, *sample.args)]
+    leaves = {k: t for k, t in enumerate(arguments) if isinstance(t, Tensor) and k not in running_in(sample)}
     for t in leaves.values():
         t.requires_grad_()
-    y = function(*given, **sample.kwargs)
+    y = function(*arguments, **sample.kwargs)
     grads = torch.autograd.grad(y, list(leaves.values()), gradient_of(y))
     return [
         ("output", y.detach()),
         *((f"gradient of argument {k}", t) for k, t in zip(leaves, grads, strict=True)),
-        *((f"argument {k} after", given[k]) for k in running_in(sample) if isinstance(given[k], Tensor)),
+        *((f"argument {k} after", arguments[k]) for k in running_in(sample) if isinstance(arguments[k], Tensor)),
     ]
 
 
@@ -94,22 +94,27 @@ def running_in(sample: OpSample) -> tuple[int, int]:
     return (1, 2) if len(sample.args) == 4 else (3, 4)
 
 
-def assert_same(found: Outcome, theirs: Outcome, truth: Outcome, what: str) -> None:
-    """``found`` has the form of ``theirs`` and the values of ``truth``."""
-    assert [k for k, _ in found] == [k for k, _ in theirs] == [k for k, _ in truth]
-    for (name, one), (_, other), (_, true) in zip(found, theirs, truth, strict=True):
-        form = (one.dtype, one.shape, one.stride())
-        assert form == (other.dtype, other.shape, other.stride()), f"{what}: {name}"
-        rtol, atol = TOLERANCE[one.dtype]
+def assert_same(ours: Outcome, theirs: Outcome, truth: Outcome, label: str) -> None:
+    """``ours`` has the form of ``theirs`` and the values of ``truth``."""
+    assert [k for k, _ in ours] == [k for k, _ in theirs] == [k for k, _ in truth]
+    for (name, actual), (_, torchs), (_, exact) in zip(ours, theirs, truth, strict=True):
+        form = (actual.dtype, actual.shape, actual.stride())
+        assert form == (torchs.dtype, torchs.shape, torchs.stride()), f"{label}: {name}"
+        rtol, atol = TOLERANCE[actual.dtype]
         torch.testing.assert_close(
-            one, true.to(one.dtype), rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, n=name: f"{what}: {n}: {m}"
+            actual,
+            exact.to(actual.dtype),
+            rtol=rtol,
+            atol=atol,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{label}: {n}: {m}",
         )
 
 
 # ----------------------------------------------------------------------------------------------------------- modules
 
 
-def made(cls: type[nn.Module], sample: ModuleSample, dtype: torch.dtype) -> nn.Module:
+def build(cls: type[nn.Module], sample: ModuleSample, dtype: torch.dtype) -> nn.Module:
     """The module, whose state has different numbers for each channel and tensor."""
     module = cls(*sample.args, **sample.kwargs).to(dtype)
     with torch.no_grad():
@@ -130,16 +135,16 @@ def test_module_inputs(samples: Samples, dtype: torch.dtype, training: bool) -> 
     calls = [call for call in calls_of(samples, dtype, training) if call[1].error is None]
     assert len(calls) >= 36
     for name, sample in calls:
-        what = f"{name} {sample.name}"
-        ours, theirs = (made(getattr(package.nn, name), sample, dtype) for package in (bnkern, torch))
-        assert repr(ours) == repr(theirs), what
-        assert list(ours.state_dict()) == list(theirs.state_dict()), what
+        label = f"{name} {sample.name}"
+        ours, theirs = (build(getattr(package.nn, name), sample, dtype) for package in (bnkern, torch))
+        assert repr(ours) == repr(theirs), label
+        assert list(ours.state_dict()) == list(theirs.state_dict()), label
         exact = copy.deepcopy(theirs).double()
         assert_same(
             outcome_of_module(ours, sample.input, training),
             outcome_of_module(theirs, sample.input, training),
             outcome_of_module(exact, sample.input.double(), training),
-            what,
+            label,
         )
 
 
@@ -150,7 +155,7 @@ def test_module_error_inputs(samples: Samples, dtype: torch.dtype, training: boo
     calls = [call for call in calls_of(samples, dtype, training) if call[1].error is not None]
     assert len(calls) >= 12
     for name, sample in calls:
-        ours, theirs = (made(getattr(package.nn, name), sample, dtype).train(training) for package in (bnkern, torch))
+        ours, theirs = (build(getattr(package.nn, name), sample, dtype).train(training) for package in (bnkern, torch))
         if not training and ours.eps == 0:
             vectors = (ours.weight, ours.bias, ours.running_mean, ours.running_var)
             exact = torch.batch_norm(*(t.double() for t in (sample.input, *vectors)), False, 0.1, 0.0, False)
@@ -192,15 +197,15 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", OPS)
 def test_op_samples(samples: Samples, name: str, dtype: torch.dtype) -> None:
     ours, theirs = FUNCTIONS[name]
-    met, calls = set(), samples.ops[name, dtype]
+    observed, calls = set(), samples.ops[name, dtype]
     assert len(calls) >= 8
     for k, sample in enumerate(calls):
         expected = outcome_of_function(theirs, sample, dtype), outcome_of_function(theirs, sample, torch.float64)
         different = [reason for reason, applies in DIFFERENCES.items() if applies(sample.input)]
-        met.update(different)
+        observed.update(different)
         if different:
             with pytest.raises(ValueError, match="at least 2 dimensions"):
                 ours(sample.input, *sample.args, **sample.kwargs)
         else:
             assert_same(outcome_of_function(ours, sample, dtype), *expected, f"{name}, sample {k}")
-    assert met == (set(DIFFERENCES) if name == "nn.functional.batch_norm" else set())
+    assert observed == (set(DIFFERENCES) if name == "nn.functional.batch_norm" else set())

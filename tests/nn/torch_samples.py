@@ -40,9 +40,9 @@ class Samples(NamedTuple):
     ops: dict[tuple[str, torch.dtype], list[OpSample]]
 
 
-def _module_sample(given, error: str | None = None) -> ModuleSample:
-    made, called = given.constructor_input, given.forward_input
-    return ModuleSample(given.desc or "plain", made.args, made.kwargs, called.args[0], error)
+def _module_sample(module_input, error: str | None = None) -> ModuleSample:
+    constructor, call = module_input.constructor_input, module_input.forward_input
+    return ModuleSample(module_input.desc or "plain", constructor.args, constructor.kwargs, call.args[0], error)
 
 
 def collect() -> Samples:
@@ -56,12 +56,12 @@ def collect() -> Samples:
         name = info.module_cls.__name__
         for dtype in DTYPES if name in MODULES else ():
             for training in (True, False):
-                given = (info, "cpu", dtype, False, training)
+                arguments = (info, "cpu", dtype, False, training)
                 modules[name, dtype, training] = [
-                    *map(_module_sample, info.module_inputs_func(*given)),
+                    *map(_module_sample, info.module_inputs_func(*arguments)),
                     *(
                         _module_sample(e.module_error_input, e.error_regex)
-                        for e in info.module_error_inputs_func(*given)
+                        for e in info.module_error_inputs_func(*arguments)
                     ),
                 ]
     for info in op_db:

@@ -56,7 +56,7 @@ def test_mean_of_1e4_sigma_in_channels_last(target: Target) -> None:
 
 @pytest.mark.parametrize("odd", ["inf", "nan"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_bad_channel_stays_alone(target: Target, layout: str, odd: str) -> None:
+def test_inf_or_nan_stays_in_its_channel(target: Target, layout: str, odd: str) -> None:
     """Inf or NaN in one channel changes no bit of another."""
     results = []
     for kind in (odd, ""):
@@ -114,22 +114,22 @@ def test_partial_gradients(target: Target, case: Case, training: bool, act: str 
     p = case.problem(FP32, target.device)
     tensors = [p.x, p.weight, p.bias, *([p.residual] if with_residual else [])]
 
-    def gradients(wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    def gradients(requirements: tuple[bool, ...]) -> list[Tensor | None]:
         x, weight, bias, *residual = leaves = [
-            t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)
+            t.detach().requires_grad_(required) for t, required in zip(tensors, requirements, strict=True)
         ]
         y = bnkern.batch_norm(
             x, *running_of(p), weight, bias, training, residual=residual[0] if residual else None, act=act
         )
-        assert y.requires_grad == any(wanted)
+        assert y.requires_grad == any(requirements)
         if y.requires_grad:
             y.backward(p.dy)
         return [t.grad for t in leaves]
 
-    everything = gradients((True,) * len(tensors))
-    for wanted in itertools.product([False, True], repeat=len(tensors)):
-        for want, one, all_of_them in zip(wanted, gradients(wanted), everything, strict=True):
-            assert torch.equal(bits(one), bits(all_of_them)) if want else one is None
+    all_gradients = gradients((True,) * len(tensors))
+    for requirements in itertools.product([False, True], repeat=len(tensors)):
+        for is_required, gradient, expected in zip(requirements, gradients(requirements), all_gradients, strict=True):
+            assert torch.equal(bits(gradient), bits(expected)) if is_required else gradient is None
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -145,8 +145,8 @@ def test_gradient_arrives_in_any_layout(target: Target, case: Case, layout: str)
     y = bnkern.batch_norm(x, None, None, weight, bias, True, act="relu")
     ours = torch.autograd.grad(y, leaves, dy, retain_graph=True)
     plain = torch.autograd.grad(y, leaves, LAYOUTS[case.layout](dy.contiguous()))
-    for one, other in zip(ours, plain, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=2e-6 * p.dy[:, 0].numel() ** 0.5)
+    for actual, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=2e-6 * p.dy[:, 0].numel() ** 0.5)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -156,16 +156,16 @@ def test_gradcheck(target: Target, training: bool, affine: str, act: str | None,
     """First and second derivatives in float64 against finite differences."""
     p = Case("gradcheck", (3, 2, 2, 2), "").problem(FP64, target.device)
     leaves = [leaf(t) for t in (p.x, p.weight, p.bias, p.residual)]
-    given = [True, "w" in affine, "b" in affine, with_residual]
+    is_given = [True, "w" in affine, "b" in affine, with_residual]
     running = running_of(p)
 
     def call(*tensors: Tensor) -> Tensor:
         tensors = iter(tensors)
-        x, weight, bias, residual = (next(tensors) if g else None for g in given)
+        x, weight, bias, residual = (next(tensors) if present else None for present in is_given)
         statistics = [t.clone() for t in running]
         return bnkern.batch_norm(x, *statistics, weight, bias, training, residual=residual, act=act)
 
-    inputs = [t for t, g in zip(leaves, given, strict=True) if g]
+    inputs = [t for t, present in zip(leaves, is_given, strict=True) if present]
     z = call(*inputs) if act is None else None
     assert z is None or z.requires_grad
     assert torch.autograd.gradcheck(call, inputs)
@@ -204,7 +204,7 @@ def test_backward_twice(target: Target) -> None:
 
 
 @pytest.mark.parametrize("changed", ["x", "weight"])
-def test_inplace_change_before_backward_is_noticed(target: Target, changed: str) -> None:
+def test_inplace_change_before_backward_is_detected(target: Target, changed: str) -> None:
     p = CASE["nchw_tail"].problem(FP32, target.device)
     x, weight = leaves = leaf(p.x).clone(), leaf(p.weight).clone()
     y = bnkern.batch_norm(x, None, None, weight, None, training=True, act="relu")
@@ -214,7 +214,7 @@ def test_inplace_change_before_backward_is_noticed(target: Target, changed: str)
         y.backward(p.dy)
 
 
-def test_eval_backward_after_the_statistics_moved(target: Target) -> None:
+def test_eval_backward_after_the_statistics_changed(target: Target) -> None:
     """The gradient uses the statistics of the forward."""
     p = CASE["nchw_tail"].problem(FP32, target.device)
     x, running = leaf(p.x), running_of(p)
@@ -262,13 +262,13 @@ def test_empty_batch_equals_torch(
             y = y.relu() if act else y
         y.sum().backward()
         results.append([y, x.grad, residual.grad, bn.weight.grad, bn.bias.grad, *bn.state_dict().values()])
-    for one, other in zip(*results, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            assert one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    for actual, expected in zip(*results, strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            assert actual.shape == expected.shape and actual.dtype == expected.dtype and torch.equal(actual, expected)
 
 
-def test_empty_moments_do_not_poison_later_batches(target: Target) -> None:
+def test_empty_batches_keep_later_statistics_finite(target: Target) -> None:
     bn = bnkern.nn.BatchNorm1d(3, momentum=None, device=target.device)
     bn(torch.ones(0, 3, device=target.device))
     bn(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).to(target.device))

@@ -34,20 +34,20 @@ def test_saved_for_backward(target: Target, case: Case, mode: str, act: str | No
     p = case.problem(FP32, target.device)
     x, weight, bias, residual = (leaf(t) for t in (p.x, p.weight, p.bias, p.residual))
     running = (None, None) if mode == "untracked" else running_of(p)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         bnkern.batch_norm(
             x, *running, weight, bias, mode != "eval", residual=residual if with_residual else None, act=act
         )
-    own = {t.data_ptr() for t in (x, weight, bias)}
-    extra = [t for t in kept if t.data_ptr() not in own]
+    argument_addresses = {t.data_ptr() for t in (x, weight, bias)}
+    extra = [t for t in saved if t.data_ptr() not in argument_addresses]
     vectors = [t for t in extra if t.dtype != torch.uint8]
     assert [tuple(t.shape) for t in vectors] == [(x.shape[1],)] * 2
     masks = [t for t in extra if t.dtype == torch.uint8]
     assert len(masks) == (act is not None and with_residual)
     planes = x.shape[0] * x.shape[1]
     assert all(t.numel() <= x.numel() / 8 + planes for t in masks)
-    assert residual.data_ptr() not in {t.data_ptr() for t in kept}
+    assert residual.data_ptr() not in {t.data_ptr() for t in saved}
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -101,8 +101,8 @@ def test_outputs_are_fully_written(
     residual = p.residual if with_residual else None
     running = [(None, None) if mode == "untracked" else running_of(p) for _ in range(2)]
     results = []
-    for on, statistics in zip((False, True), running, strict=True):
-        poisoned(on)
+    for fill, statistics in zip((False, True), running, strict=True):
+        poisoned(fill)
         kernels = bnkern.backends.choose(target.backend, target.device, p.x.dtype)
         y, mean, invstd, mask = kernels.forward(
             ForwardCall(p.x, p.weight, p.bias, residual, *statistics, None, training, MOMENTUM, EPS, act, True)

@@ -57,8 +57,8 @@ def test_members_equal_a_loop(training: bool, mapped: tuple[bool, ...], channels
         leaves = [(t[k] if m else t).clone().requires_grad_() for t, m in zip(arguments, is_mapped, strict=True)]
         value, expected = loss(*leaves)
         torch.testing.assert_close(y[k], expected.detach(), **CLOSE)
-        for one, other in zip(grads, torch.autograd.grad(value, leaves[:4]), strict=True):
-            torch.testing.assert_close(one[k], other, **CLOSE)
+        for mapped_gradient, expected_gradient in zip(grads, torch.autograd.grad(value, leaves[:4]), strict=True):
+            torch.testing.assert_close(mapped_gradient[k], expected_gradient, **CLOSE)
         if channels_last and of_x:
             assert y[k].stride(1) == 1
 
@@ -69,14 +69,14 @@ def test_without_parameters(dtype: torch.dtype, shape: tuple[int, ...], no_refer
     """Without weight, bias, residual and ReLU; nested vmap; float32 statistics of bfloat16 members."""
     xs = random(2, MEMBERS, *shape, seed=6, dtype=dtype)
 
-    def one(x: Tensor) -> Tensor:
+    def norm(x: Tensor) -> Tensor:
         return bnkern.batch_norm(x, None, None, training=True)
 
-    y = vmap(vmap(one))(xs)
-    dx = vmap(vmap(grad(lambda x: (one(x) * x.cos()).sum())))(xs)
+    y = vmap(vmap(norm))(xs)
+    dx = vmap(vmap(grad(lambda x: (norm(x) * x.cos()).sum())))(xs)
     for i, k in itertools.product(range(2), range(MEMBERS)):
         x = xs[i, k].clone().requires_grad_()
-        expected = one(x)
+        expected = norm(x)
         (of_x,) = torch.autograd.grad((expected * x.cos()).sum(), x)
         # In bfloat16 y is rounded once, and dx depends on it: two units in the last of 8 bits.
         close = {"rtol": 2**-7, "atol": 2**-6} if dtype is torch.bfloat16 else {"rtol": 1e-10, "atol": 1e-10}
@@ -84,16 +84,16 @@ def test_without_parameters(dtype: torch.dtype, shape: tuple[int, ...], no_refer
         torch.testing.assert_close(dx[i, k], of_x, **close)
 
 
-def test_trained_from_outside(no_reference) -> None:
+def test_gradients_through_vmap(no_reference) -> None:
     """With vmap inside of ordinary autograd one backward computes the gradients of all members' parameters."""
     x, weight, bias = (random(MEMBERS, *s, seed=7) for s in ((4, 5, 3, 3), (5,), (5,)))
     weight.requires_grad_(), bias.requires_grad_()
 
-    def one(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return bnkern.batch_norm(x, None, None, weight, bias, True, act="relu")
 
-    result = torch.autograd.grad(vmap(one)(x, weight, bias).square().sum(), (weight, bias))
-    looped = torch.stack([one(*t) for t in zip(x, weight, bias, strict=True)]).square().sum()
+    result = torch.autograd.grad(vmap(norm)(x, weight, bias).square().sum(), (weight, bias))
+    looped = torch.stack([norm(*t) for t in zip(x, weight, bias, strict=True)]).square().sum()
     for a, b in zip(result, torch.autograd.grad(looped, (weight, bias)), strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
 
@@ -110,9 +110,9 @@ SECOND: dict[str, Callable] = {
 }
 
 
-@pytest.mark.parametrize("way", SECOND)
+@pytest.mark.parametrize("transform", SECOND)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_second_derivatives(way: str, training: bool) -> None:
+def test_second_derivatives(transform: str, training: bool) -> None:
     """They use the reference formula, like those of a single batch norm, also in forward mode (hessian). In float64."""
     x, weight = random(4, 3, 5, seed=8, dtype=torch.float64).requires_grad_(), random(3, seed=9, dtype=torch.float64)
     mean, var = random(3, seed=10, dtype=torch.float64), random(3, seed=11, dtype=torch.float64).abs() + 0.5
@@ -125,4 +125,6 @@ def test_second_derivatives(way: str, training: bool) -> None:
         return torch.nn.functional.batch_norm(x, *running, w, None, training).relu().square()
 
     # float64, sums of 20 values
-    torch.testing.assert_close(SECOND[way](ours, x, weight), SECOND[way](theirs, x, weight), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        SECOND[transform](ours, x, weight), SECOND[transform](theirs, x, weight), rtol=1e-9, atol=1e-9
+    )

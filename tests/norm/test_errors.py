@@ -18,14 +18,14 @@ def raises_naming(argument: str, error: type[Exception], function: Callable, **a
     """
     tensors = [t for t in arguments.values() if isinstance(t, Tensor) and t.device.type == "cpu"]
     before = [(t.clone(), t._version) for t in tensors]
-    given = f"{argument}={arguments[argument]!r}"
+    described = f"{argument}={arguments[argument]!r}"
     try:
         function(**arguments)
     except (TypeError, ValueError) as caught:
-        assert type(caught) is error, f"{given} raised {type(caught).__name__}: {caught}"
-        assert argument in str(caught), f"{given} is not named in: {caught}"
+        assert type(caught) is error, f"{described} raised {type(caught).__name__}: {caught}"
+        assert argument in str(caught), f"{described} is not named in: {caught}"
     else:
-        pytest.fail(f"{given} did not raise")
+        pytest.fail(f"{described} did not raise")
     for t, (value, version) in zip(tensors, before, strict=True):
         assert t._version == version
         assert torch.equal(t.to_dense() if t.is_sparse else t, value.to_dense() if t.is_sparse else value)
@@ -79,7 +79,7 @@ def test_missing_together() -> None:
     assert mean.tolist() == [1.0] * 3
 
 
-def test_messages_say_what_is_and_what_must_be() -> None:
+def test_messages_state_the_actual_and_the_required_value() -> None:
     x = torch.ones(2, 3, 4, 4)
     for arguments, message in [
         ({"weight": torch.ones(4)}, "weight must have one element per channel of input, shape [3], got [4]"),
@@ -94,7 +94,7 @@ def test_messages_say_what_is_and_what_must_be() -> None:
         assert message in str(caught.value)
 
 
-def test_what_looks_odd_but_is_fine() -> None:
+def test_unusual_valid_arguments() -> None:
     """Strided or expanded weights, an integer eps, vectors of mixed dtypes, and an unusual residual are valid."""
     x, p = (
         torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)),
@@ -106,6 +106,6 @@ def test_what_looks_odd_but_is_fine() -> None:
     for weight, bias in ((stats, stats.bfloat16()), (stats.bfloat16(), stats), (stats, None)):
         assert bnkern.batch_norm(half, stats, stats.bfloat16(), weight, bias).dtype == torch.bfloat16
     assert torch.equal(bnkern.add_act(x, x), (x + x).relu())
-    one, other = x[:, :, :1, :1], x[:, :, 2:3, 2:3]  # one position per channel: both memory formats at once
-    assert torch.equal(bnkern.add_act(one, other), (one + other).relu())
-    assert torch.equal(bnkern.add_act(one.contiguous(), other), (one + other).relu())
+    corner, position = x[:, :, :1, :1], x[:, :, 2:3, 2:3]  # one position per channel: both memory formats at once
+    assert torch.equal(bnkern.add_act(corner, position), (corner + position).relu())
+    assert torch.equal(bnkern.add_act(corner.contiguous(), position), (corner + position).relu())

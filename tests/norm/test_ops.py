@@ -102,13 +102,15 @@ def test_opcheck_of_ops_that_record(target: Target, act: str | None, with_residu
 @pytest.mark.parametrize("mode", ["training", "identity"])
 @pytest.mark.parametrize(("act", "with_residual"), [(None, False), ("relu", True)], ids=["plain", "add_relu"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_fakes_tell_the_truth(target: Target, case: Case, mode: str, act: str | None, with_residual: bool) -> None:
+def test_fake_results_match_real_ones(
+    target: Target, case: Case, mode: str, act: str | None, with_residual: bool
+) -> None:
     """Fake tensors have the shapes, dtypes and strides of all real results of both operators."""
     args = arguments(case.problem(BF16, target.device), mode, act, with_residual)
     needs = [True, args[1] is not None, args[2] is not None, with_residual]
     dy = torch.ones(args[0].shape, dtype=args[0].dtype, device=target.device)
 
-    def both(*args: object) -> list[Tensor]:
+    def run_both(*args: object) -> list[Tensor]:
         y, mean, invstd, mask, *running = FORWARD(*args[:-1])
         saved = (*args[:3], *map(or_none, (mean, invstd, mask)))
         backward = (args[-1], *saved, args[10], args[7], needs, args[-2])
@@ -117,9 +119,9 @@ def test_fakes_tell_the_truth(target: Target, case: Case, mode: str, act: str | 
     fake_mode = FakeTensorMode()
     fake = [fake_mode.from_tensor(a) if isinstance(a, Tensor) else a for a in (*args, dy)]
     with fake_mode:
-        predicted = both(*fake)
-    for real, guess in zip(both(*args, dy), predicted, strict=True):
-        assert (real.shape, real.dtype, real.stride()) == (guess.shape, guess.dtype, guess.stride())
+        predicted = run_both(*fake)
+    for real, fake_result in zip(run_both(*args, dy), predicted, strict=True):
+        assert (real.shape, real.dtype, real.stride()) == (fake_result.shape, fake_result.dtype, fake_result.stride())
 
 
 @EACH_MODE
@@ -141,35 +143,35 @@ def test_op_equals_direct_call(target: Target, case: Case, mode: str, act: str |
     direct = kernels.forward(
         ForwardCall(*(t.detach() if isinstance(t, Tensor) else t for t in args[:4]), *before, *args[7:-1])
     )
-    for one, other in zip((y, mean, invstd, mask), direct, strict=True):
-        assert torch.equal(one, other) if other is not None else one.numel() == 0
-    for one, other in zip(new, before, strict=True):
-        assert torch.equal(one, other) if other is not None and args[7] else one.numel() == 0
+    for actual, expected in zip((y, mean, invstd, mask), direct, strict=True):
+        assert torch.equal(actual, expected) if expected is not None else actual.numel() == 0
+    for actual, expected in zip(new, before, strict=True):
+        assert torch.equal(actual, expected) if expected is not None and args[7] else actual.numel() == 0
     dy = torch.ones_like(y)
     needs = tuple(t is not None for t in args[:4])
     direct = kernels.backward(
         BackwardCall(dy, *(None if t is None else t.detach() for t in args[:3]), *direct[1:], act, args[7], needs)
     )
-    for one, other in zip(
+    for actual, expected in zip(
         torch.autograd.grad(y, leaves, dy), [g for g, n in zip(direct, needs, strict=True) if n], strict=True
     ):
-        assert torch.equal(one, other)
+        assert torch.equal(actual, expected)
 
 
-# ------------------------------------------------------------------------------------------------ which way is taken
+# ------------------------------------------------------------------------------------------- operator or direct call
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch, target: Target) -> list[bool]:
     """A True for each call of the operator's implementation, and a False for each call of a backend outside of it."""
-    taken: list[bool] = []
+    calls: list[bool] = []
     module = backends.choose(target.backend, target.device, torch.float32)
 
     def spy_on(name: str) -> None:
         original = getattr(module, name)
 
         def spied(call: ForwardCall) -> object:
-            taken.append(any(frame.function == "_forward" for frame in inspect.stack()[1:3]))
+            calls.append(any(frame.function == "_forward" for frame in inspect.stack()[1:3]))
             return original(call)
 
         monkeypatch.setattr(module, name, spied)
@@ -177,7 +179,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, target: Target) -> list[bool]:
     for name in ("forward", "try_forward"):
         if hasattr(module, name):
             spy_on(name)
-    return taken
+    return calls
 
 
 class Recording(TorchDispatchMode):
@@ -185,10 +187,10 @@ class Recording(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[object] = []
+        self.recorded: list[object] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func)
+        self.recorded.append(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -199,20 +201,20 @@ def test_plain_eager_calls_the_launcher(target: Target, launches: list[bool]) ->
     assert launches == [False, False]
 
 
-def test_dispatch_mode_sees_the_op(target: Target) -> None:
+def test_dispatch_mode_receives_the_op(target: Target) -> None:
     p = CASE["nc"].problem(FP32, target.device)
     x, running = p.x.requires_grad_(), [torch.zeros_like(p.mean), torch.ones_like(p.mean)]
     expected_running = [t.clone() for t in running]
     with Recording() as mode:
         y = bnkern.batch_norm(x, *running, training=True, act="relu")
         (dx,) = torch.autograd.grad(y, x, p.dy)
-    assert FORWARD in mode.seen and BACKWARD in mode.seen
+    assert FORWARD in mode.recorded and BACKWARD in mode.recorded
     z = bnkern.batch_norm(x, *expected_running, training=True, act="relu")
     assert torch.equal(y, z) and torch.equal(dx, *torch.autograd.grad(z, x, p.dy))
     assert all(map(torch.equal, running, expected_running))
 
 
-def test_function_mode_sees_the_op(target: Target) -> None:
+def test_function_mode_receives_the_op(target: Target) -> None:
     recorded = []
 
     class Mode(torch.overrides.TorchFunctionMode):
@@ -240,14 +242,14 @@ def test_subclass_goes_through_the_op(target: Target, launches: list[bool]) -> N
 # ------------------------------------------------------------------------------------------- tensors without values
 
 
-@pytest.mark.parametrize("how", ["fake", "meta"])
+@pytest.mark.parametrize("kind", ["fake", "meta"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @FUSED
-def test_without_values(target: Target, how: str, training: bool, act: str | None, with_residual: bool) -> None:
+def test_without_values(target: Target, kind: str, training: bool, act: str | None, with_residual: bool) -> None:
     """A module runs forward and backward on tensors without memory, with the strides of real ones."""
     x = CASE["nhwc_c5_s49"].problem(FP32, target.device).x
     bn = bnkern.nn.BatchNorm2d(5, act=act, momentum=None, device=target.device).train(training)
-    if how == "meta":
+    if kind == "meta":
         mode, x, bn = warnings.catch_warnings(), x.to("meta"), bn.to("meta")
     else:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -295,13 +297,13 @@ def steps(model: nn.Module, call: Callable, x: Tensor, count: int = 3) -> list[T
     return results + [p.grad for p in model.parameters()] + list(model.state_dict().values())
 
 
-def assert_equal(ones: list[Tensor], others: list[Tensor], exactly: bool = True) -> None:
-    for one, other in zip(ones, others, strict=True):
-        assert one.stride() == other.stride()
+def assert_equal(results: list[Tensor], references: list[Tensor], exactly: bool = True) -> None:
+    for actual, expected in zip(results, references, strict=True):
+        assert actual.stride() == expected.stride()
         if exactly:
-            assert torch.equal(one, other)
+            assert torch.equal(actual, expected)
         else:
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
@@ -449,8 +451,8 @@ def test_functional_transforms(target: Target, transform: str, case: Case) -> No
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # about torch's own batch norm under vmap
         results = [TRANSFORMS[transform](f, p.x, p.weight, p.bias) for f in (ours, theirs)]
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
     assert any(t.abs().max() > 0.1 for t in results[0])
 
 

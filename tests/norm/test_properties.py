@@ -40,9 +40,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def on_every_target(function):
-    """Runs a property on each backend. hypothesis would run a fixture only once for all examples, so this uses a
-    parameter.
-    """
+    """Runs a property on each backend. It uses a parameter, since a fixture would run only once for all examples."""
     marked = [
         pytest.param(target, id=str(target), marks=[pytest.mark.gpu] if target.device == "cuda" else [])
         for target in TARGETS

@@ -64,8 +64,8 @@ def test_residual_in_the_other_format(target: Target, case: Case, function: Call
     other = LAYOUTS[OTHER[case.layout]](p.residual)
     expected = outcome(lambda x, r: function(x, r, p, act), p.x, p.residual, p.dy)
     result = outcome(lambda x, r: function(x, r, p, act), p.x, other, p.dy)
-    for one, same in zip(result, expected, strict=True):
-        assert torch.equal(one, same)
+    for actual, expected_result in zip(result, expected, strict=True):
+        assert torch.equal(actual, expected_result)
     y, dx, dresidual = result
     assert y.stride() == dx.stride() == p.x.stride()
     assert dresidual.stride() == other.stride() != p.x.stride()
@@ -99,8 +99,10 @@ def test_second_derivatives_with_a_residual_in_the_other_format(target: Target, 
         first = torch.autograd.grad(y, (x, residual), p.dy, create_graph=True)
         return torch.autograd.grad(sum(t.square().sum() for t in first), (x, residual))
 
-    for one, same in zip(second(LAYOUTS[OTHER[case.layout]](p.residual)), second(p.residual), strict=True):
-        torch.testing.assert_close(one, same, rtol=1e-12, atol=1e-12)
+    for actual, expected_result in zip(
+        second(LAYOUTS[OTHER[case.layout]](p.residual)), second(p.residual), strict=True
+    ):
+        torch.testing.assert_close(actual, expected_result, rtol=1e-12, atol=1e-12)
 
 
 @FORMATS
@@ -188,8 +190,8 @@ def test_compile(channels_last: bool, compiler: str, fresh_compiler: None) -> No
     model, x, skip = mixed(channels_last)
     eager = copy.deepcopy(model)
     result = step(torch.compile(model, backend=compiler, fullgraph=True), model, x, skip)
-    for one, other in zip(result, step(eager, eager, x, skip), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for actual, expected_result in zip(result, step(eager, eager, x, skip), strict=True):
+        torch.testing.assert_close(actual, expected_result, rtol=1e-5, atol=1e-5)
 
 
 @EACH_TRUNK
@@ -241,8 +243,8 @@ def test_functional_transforms(channels_last: bool, transform: str) -> None:
     x, r = (last[0], r) if channels_last else (x, last[1])
     w = torch.rand(4, generator=generator, dtype=torch.float64)
     result, expected = (TRANSFORMS[transform](f, x, r, w) for f in (with_ours, with_torchs))
-    for one, other in zip(result, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    for actual, expected_result in zip(result, expected, strict=True):
+        torch.testing.assert_close(actual, expected_result, rtol=1e-9, atol=1e-9)
     if transform == "grad":
         assert result[1].stride() == r[0].stride()
 
@@ -285,7 +287,7 @@ def test_converted_block(channels_last: bool) -> None:
     _, x, skip = mixed(channels_last)
     theirs = Residual()
     ours = bnkern.convert(copy.deepcopy(theirs))
-    for one, other in zip(step(ours, ours, x, skip), step(theirs, theirs, x, skip), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-        assert one.stride() == other.stride()
+    for actual, expected_result in zip(step(ours, ours, x, skip), step(theirs, theirs, x, skip), strict=True):
+        torch.testing.assert_close(actual, expected_result, rtol=1e-5, atol=1e-5)
+        assert actual.stride() == expected_result.stride()
     assert ours.bn._conversion.separate_adds == 0

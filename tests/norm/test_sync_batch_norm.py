@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import bnkern
 from bnkern.norm import ranks as joint
 from tests.support.cases import BF16, FP32, FP64, Precision, ulp
-from tests.support.ranks import GROUPS, Ranks, dealt
+from tests.support.ranks import GROUPS, Ranks, rank_parts
 
 # The parts of a batch of 8 on 2 and 3 ranks: even, uneven, with a single value, and with empty ranks.
 SPLITS = [(4, 4), (1, 7), (8, 0), (0, 8), (3, 3, 2), (1, 6, 1), (0, 8, 0), (5, 0, 3)]
@@ -77,13 +77,13 @@ def compare(results: list[dict], joint: dict, tolerance: float) -> None:
             assert torch.equal(r["state"][name], results[0]["state"][name]), f"{name} differs between ranks"
 
 
-def close(one: Tensor, other: Tensor, tolerance: float, what: str) -> None:
+def close(actual: Tensor, expected: Tensor, tolerance: float, label: str) -> None:
     """Requires errors within ``tolerance`` of the largest value, or one unit of the stored dtype if that is larger."""
-    error = (one.double() - other.double()).abs()
-    bound = torch.full_like(error, tolerance * max(1.0, other.abs().max().item()))
-    if other.dtype in (torch.bfloat16, torch.float16):
-        bound = bound + ulp(other.double(), other.dtype)
-    assert (error <= bound).all(), f"{what}: off by {error.max().item():.3g}, allowed {bound.max().item():.3g}"
+    error = (actual.double() - expected.double()).abs()
+    bound = torch.full_like(error, tolerance * max(1.0, expected.abs().max().item()))
+    if expected.dtype in (torch.bfloat16, torch.float16):
+        bound = bound + ulp(expected.double(), expected.dtype)
+    assert (error <= bound).all(), f"{label}: off by {error.max().item():.3g}, allowed {bound.max().item():.3g}"
 
 
 # Sums of parts differ from sums of the whole by the order of addition: some roundings of float32 (float64).
@@ -109,9 +109,9 @@ def test_equals_one_process(
         tensors = [x, residual if with_residual else None, dy]
         arguments = {"act": act, "dtype": precision.params}
         state = parameters_of(shape[1], arguments)
-        results = ranks.run(layer, [(arguments, state, *part) for part in dealt(tensors, split)])
+        results = ranks.run(layer, [(arguments, state, *part) for part in rank_parts(tensors, split)])
         compare(results, joint_layer(arguments, state, *tensors), TOLERANCE[precision.dtype])
-        for part, r in zip(dealt([x], split), results, strict=True):
+        for part, r in zip(rank_parts([x], split), results, strict=True):
             if x.dim() == 4 and len(part[0]) > 1:
                 assert all(
                     r["of rank"][k].is_contiguous(memory_format=memory_format)
@@ -136,7 +136,7 @@ def test_equals_one_process(
 def test_arguments(ranks: Ranks, arguments: dict) -> None:
     tensors = random_tensors((8, 5, 4), FP32)
     state = parameters_of(5, arguments)
-    results = ranks.run(layer, [(arguments, state, *part) for part in dealt(tensors, (3, 0, 5))])
+    results = ranks.run(layer, [(arguments, state, *part) for part in rank_parts(tensors, (3, 0, 5))])
     compare(results, joint_layer(arguments, state, *tensors), TOLERANCE[torch.float32])
 
 
@@ -155,7 +155,7 @@ def test_running_statistics_over_batches(ranks: Ranks, momentum: float | None) -
     Then eval without ranks.
     """
     whole = [t[: (0 if k == 1 else 8)] * (k + 1) for k, t in enumerate(random_tensors((8, 5, 4), FP32))]
-    parts = [dealt([t], (0, 0) if len(t) == 0 else (3, 5)) for t in whole]
+    parts = [rank_parts([t], (0, 0) if len(t) == 0 else (3, 5)) for t in whole]
     results = ranks.run(several_batches, [([p[rank][0] for p in parts], momentum) for rank in range(2)])
     bn = bnkern.nn.BatchNorm1d(5, momentum=momentum)
     for x in whole:
@@ -170,7 +170,7 @@ def test_running_statistics_over_batches(ranks: Ranks, momentum: float | None) -
                 close(y, bn(part[rank][0]), 4 * TOLERANCE[torch.float32], "y in eval")
 
 
-def test_one_value_in_all(ranks: Ranks) -> None:
+def test_one_value_on_all_ranks_together(ranks: Ranks) -> None:
     """A rank cannot refuse it without communication, so the variance is 0, y = bias, and the statistics are finite."""
     x = torch.full((1, 3), 5.0)
     results = ranks.run(layer, [({}, parameters_of(3, {}), t, None, torch.ones_like(t)) for t in (x[:0], x)])
@@ -187,7 +187,7 @@ def moments_of(count: int, mean: Tensor, m2: Tensor, group) -> tuple[Tensor, ...
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_counts_travel_exactly(ranks: Ranks, dtype: torch.dtype) -> None:
+def test_counts_are_gathered_exactly(ranks: Ranks, dtype: torch.dtype) -> None:
     """Counts above 2^24 do not fit float32, and counts above 2^31 do not fit int32."""
     counts, ones = (2**24 + 1, 2**33 + 1, 0), torch.ones(3, dtype=dtype)
     for count, mean, m2 in ranks.run(moments_of, [(count, ones, 0 * ones) for count in counts]):
@@ -201,7 +201,7 @@ def test_small_variance(ranks: Ranks) -> None:
     x = 1 + 1e-4 * torch.randn(64, 3, 8, 8, generator=generator)
     arguments, split = {"eps": 1e-3, "momentum": 1.0}, (40, 24)
     state = bnkern.nn.SyncBatchNorm(3).state_dict()
-    results = ranks.run(layer, [(arguments, state, part, None, part) for (part,) in dealt([x], split)])
+    results = ranks.run(layer, [(arguments, state, part, None, part) for (part,) in rank_parts([x], split)])
     true_var = x.double().transpose(0, 1).flatten(1).var(1)
     error = (results[0]["state"]["running_var"] / true_var - 1).abs().max().item()
 
@@ -252,16 +252,16 @@ def test_compile(ranks: Ranks, backend: str) -> None:
     bits.
     """
     batches = [random_tensors((n, 5, 4, 3), FP32) for n in (8, 9, 11)]
-    parts = [dealt(tensors, (3, len(tensors[0]) - 3)) for tensors in batches]
+    parts = [rank_parts(tensors, (3, len(tensors[0]) - 3)) for tensors in batches]
     for rank, (compiled, eager, graphs) in enumerate(
         ranks.run(compiled_layer, [(backend, [p[rank] for p in parts]) for rank in range(2)])
     ):
         assert graphs == (1 if rank == 0 else 2)  # rank 0 always has 3 samples
-        for one, other in zip(compiled, eager, strict=True):
+        for actual, expected in zip(compiled, eager, strict=True):
             if backend == "aot_eager":
-                assert torch.equal(one, other)
+                assert torch.equal(actual, expected)
             else:  # inductor computes the running statistics in another order
-                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
 def checked_by_torch(group) -> None:
@@ -272,12 +272,12 @@ def checked_by_torch(group) -> None:
         for act, added in ((None, None), ("relu", None), ("relu", residual)):
             leaves = [t if t is None else t.clone().requires_grad_() for t in (x, weight, bias, added)]
             running = (torch.zeros(5), torch.ones(5), torch.tensor(0))
-            given = (*running, True, 0.1, 1e-5, act, added is not None, "", group.group_name, 1)
+            settings = (*running, True, 0.1, 1e-5, act, added is not None, "", group.group_name, 1)
             forward = torch.ops.bnkern.batch_norm_forward.default
             backward = torch.ops.bnkern.batch_norm_backward.default
-            torch.library.opcheck(forward, (*leaves, *given))
-            torch.library.opcheck(forward, (*leaves, *given, True))
-            _, mean, invstd, mask, *_, count, _ = forward(x, weight, bias, added, *given)
+            torch.library.opcheck(forward, (*leaves, *settings))
+            torch.library.opcheck(forward, (*leaves, *settings, True))
+            _, mean, invstd, mask, *_, count, _ = forward(x, weight, bias, added, *settings)
             mask = mask if mask.numel() else None
             for needs in ([True, True, True, added is not None], [False, True, False, False]):
                 arguments = (dy, x, weight, bias, mean, invstd, mask, act, True, needs, "", group.group_name, count)
@@ -293,22 +293,22 @@ def refusals(x: Tensor, group) -> list[str]:
     bn = bnkern.nn.SyncBatchNorm(3, process_group=group)
     messages = []
 
-    def keep(function: Callable, error: type[Exception]) -> None:
+    def expect_error(function: Callable, error: type[Exception]) -> None:
         with pytest.raises(error) as caught:
             function()
         messages.append(str(caught.value))
 
     leaf = x.clone().requires_grad_()
-    keep(
+    expect_error(
         lambda: torch.autograd.grad(bn(leaf).square().sum(), leaf, create_graph=True)[0].sum().backward(), RuntimeError
     )
-    keep(lambda: torch.func.grad(lambda x: bn(x).sum())(x), RuntimeError)
-    keep(lambda: torch.vmap(lambda x: bn(x))(torch.stack([x, x])), RuntimeError)
-    keep(lambda: bn(x[0]), ValueError)
-    keep(lambda: bn(x[:, :0]), ValueError)
-    keep(lambda: bn(x[:, :2]), ValueError)
-    keep(lambda: bn(x, x[:, :2]), ValueError)
-    keep(lambda: bn(x.double()), TypeError)
+    expect_error(lambda: torch.func.grad(lambda x: bn(x).sum())(x), RuntimeError)
+    expect_error(lambda: torch.vmap(lambda x: bn(x))(torch.stack([x, x])), RuntimeError)
+    expect_error(lambda: bn(x[0]), ValueError)
+    expect_error(lambda: bn(x[:, :0]), ValueError)
+    expect_error(lambda: bn(x[:, :2]), ValueError)
+    expect_error(lambda: bn(x, x[:, :2]), ValueError)
+    expect_error(lambda: bn(x.double()), TypeError)
     assert bn.num_batches_tracked.item() == 1  # only the first batch is counted, refused ones are not
     with torch.no_grad():
         bn(x)
@@ -338,8 +338,8 @@ def test_errors(ranks: Ranks) -> None:
 
 def in_groups(x: Tensor, group) -> Tensor:
     """The first two ranks share statistics, and the third has its own. A group of one is a plain batch norm."""
-    mine = GROUPS[2] if dist.get_rank() < 2 else dist.GroupMember.NON_GROUP_MEMBER
-    bn = bnkern.nn.SyncBatchNorm(3, process_group=mine)
+    own_group = GROUPS[2] if dist.get_rank() < 2 else dist.GroupMember.NON_GROUP_MEMBER
+    bn = bnkern.nn.SyncBatchNorm(3, process_group=own_group)
     single = bnkern.nn.SyncBatchNorm(3, process_group=GROUPS[1])
     single(x)
     plain = bnkern.nn.BatchNorm1d(3)
@@ -358,30 +358,30 @@ def test_process_groups(ranks: Ranks) -> None:
 def frozen_parts(x: Tensor, residual: Tensor, group) -> None:
     """For each subset of input, weight, bias and residual that requires grad, the gradients are the same."""
 
-    def gradients(wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    def gradients(requirements: tuple[bool, ...]) -> list[Tensor | None]:
         bn = bnkern.nn.SyncBatchNorm(3, act="relu", process_group=group)
         leaves = [x.clone(), residual.clone(), bn.weight, bn.bias]
-        for leaf, want in zip(leaves, wanted, strict=True):
-            leaf.requires_grad_(want)
+        for leaf, is_required in zip(leaves, requirements, strict=True):
+            leaf.requires_grad_(is_required)
         y = bn(leaves[0], leaves[1])
-        assert y.requires_grad == any(wanted)
+        assert y.requires_grad == any(requirements)
         if y.requires_grad:
             y.square().sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    everything = gradients((True,) * 4)
+    all_gradients = gradients((True,) * 4)
     for k in range(16):
-        wanted = tuple(bool(k >> j & 1) for j in range(4))
-        for want, one, all_of_them in zip(wanted, gradients(wanted), everything, strict=True):
-            assert torch.equal(one, all_of_them) if want else one is None
+        requirements = tuple(bool(k >> j & 1) for j in range(4))
+        for is_required, gradient, expected in zip(requirements, gradients(requirements), all_gradients, strict=True):
+            assert torch.equal(gradient, expected) if is_required else gradient is None
 
 
 def test_partial_gradients(ranks: Ranks) -> None:
     x, residual, _ = random_tensors((8, 3, 4), FP32)
-    ranks.run(frozen_parts, [tuple(part) for part in dealt([x, residual], (3, 5))])
+    ranks.run(frozen_parts, [tuple(part) for part in rank_parts([x, residual], (3, 5))])
 
 
-def test_alone_it_is_a_plain_batch_norm() -> None:
+def test_without_a_group_it_is_a_plain_batch_norm() -> None:
     """Without a process group, as in a notebook, it has the bits of the plain batch norm, and torch's error for one
     value.
     """

@@ -1,4 +1,4 @@
-"""The native module as built, `python -m bnkern`, and the set-up files: what a stranger's first commands rely on."""
+"""The native module as built, `python -m bnkern`, and the set-up files, on which a user's first commands depend."""
 
 import json
 import os
@@ -21,10 +21,10 @@ needs_cuda_parts = pytest.mark.skipif(not native.build_info()["cuda"], reason="b
 
 
 def python(code: str) -> str:
-    """What a fresh interpreter prints when it runs this."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """The output of a new interpreter that runs ``code``."""
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def binutil(*command: str) -> str:
@@ -44,8 +44,8 @@ def test_build_info_names_the_parts():
     assert re.match(r"(g\+\+|clang\+\+) \d", info["compiler"])
 
 
-def test_links_the_language_runtimes_and_nothing_else():
-    # No libtorch: one build serves every torch. No libcudart, no libcuda: it imports where there is no driver.
+def test_links_only_the_language_runtimes():
+    # Without libtorch one build serves every version of torch. Without libcudart and libcuda no driver is needed.
     needed = set(re.findall(r"NEEDED.*\[(\w+[\w+-]*)\.so", binutil("readelf", "-d", native.__file__)))
     assert needed <= {
         "libstdc++",
@@ -60,7 +60,7 @@ def test_links_the_language_runtimes_and_nothing_else():
     }
 
 
-def test_exports_nothing_that_could_meet_another_library():
+def test_exports_nothing_that_could_collide_with_another_library():
     exported = binutil("nm", "-D", "--defined-only", "-C", native.__file__)
     assert "PyInit__native" in exported
     assert not re.findall(r".* (?:bnkern::|cuda\w+$).*", exported, re.MULTILINE)
@@ -77,11 +77,12 @@ def test_imports_without_torch():
 
 
 def test_wider_instruction_sets_stay_in_their_own_objects():
-    # An inline function, say of the standard library, compiled for AVX-512 and kept by the linker as the one copy for
-    # all would crash older machines. So an object for one set may define shared functions only under that set's name.
+    # The linker keeps one copy of an inline function, for example of the standard library. If that copy were compiled
+    # for AVX-512, older machines would crash. So an object for one set may define shared functions only under that
+    # set's name.
     objects = list(ROOT.glob("build/native-*/CMakeFiles/cpu_avx*.dir/**/*.o"))
     if not objects:
-        pytest.skip("this tree holds no objects")
+        pytest.skip("there are no object files in this tree")
     for path in objects:
         isa = re.search(r"cpu_(avx\w+)\.dir", str(path))[1]
         shared = re.findall(r"FUNC +WEAK +\w+ +\d+ (.+)", binutil("readelf", "-sWC", str(path)))
@@ -89,7 +90,7 @@ def test_wider_instruction_sets_stay_in_their_own_objects():
 
 
 @needs_cuda_parts
-def test_cuda_errors_come_as_text():
+def test_cuda_errors_are_text():
     with pytest.raises(RuntimeError, match="merge: statistics are float32 or float64"):
         native.cuda_merge(1, 0, 0, 0, 0, 0, 0, 1, 1, 0)
     if not torch.cuda.is_available():
@@ -103,7 +104,7 @@ def test_cuda_errors_come_as_text():
 def test_cuda_merge(dtype):
     from bnkern.backends import cuda
 
-    # 16 and 2048: the ends of what networks have. A count of zero in the middle must change nothing.
+    # Networks have between 16 and 2048 channels. A count of zero in the middle must change nothing.
     for channels in (1, 16, 2048):
         count = torch.tensor([128.0, 0.0, 1.0, 32768.0], dtype=dtype, device="cuda")
         mean, m2 = (torch.rand(2, 4, channels, dtype=torch.float64, device="cuda") * count[:, None]).to(dtype)
@@ -111,12 +112,12 @@ def test_cuda_merge(dtype):
         merged = cuda.merge(*parts)
         n, a, s = (t.double() for t in parts)
         total = n.sum()
-        want_mean = (n[:, None] * a).sum(0) / total
-        want_m2 = (s + n[:, None] * (a - want_mean).square()).sum(0)
+        expected_mean = (n[:, None] * a).sum(0) / total
+        expected_m2 = (s + n[:, None] * (a - expected_mean).square()).sum(0)
         # Three merges, each a handful of roundings.
         tolerance = 32 * torch.finfo(dtype).eps
-        for got, want in zip(merged, (total, want_mean, want_m2), strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=0)
+        for actual, expected in zip(merged, (total, expected_mean, expected_m2), strict=True):
+            torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=0)
 
 
 # ---- the package
@@ -131,16 +132,16 @@ def test_importing_bnkern_loads_no_kernels():
 WITHOUT_NATIVE = "import sys; sys.modules['bnkern._native'] = None\n"  # importing it now raises ImportError
 
 
-def test_without_the_native_module_the_reference_serves_and_says_so():
-    said = python(
+def test_without_the_native_module_the_reference_serves_with_a_warning():
+    output = python(
         WITHOUT_NATIVE + "import torch, warnings, bnkern\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    y = bnkern.batch_norm(torch.randn(8, 3, 2, 2), None, None, training=True)\n"
         "print(y.std().item(), *(w.message for w in caught))"
     )
-    assert abs(float(said.split()[0]) - 1) < 0.1
-    assert "reference" in said
+    assert abs(float(output.split()[0]) - 1) < 0.1
+    assert "reference" in output
 
 
 def test_report_of_versions_devices_and_backends():
@@ -164,7 +165,7 @@ def test_report_without_the_native_module_says_how_to_build_it():
 # ---- the set-up files
 
 
-def test_make_alone_teaches_every_target():
+def test_make_alone_lists_every_target():
     text = binutil("make", "-C", str(ROOT), "--no-print-directory")
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {"setup", "reproduce", "test", "test-all", "test-floor", "bench", "lint", "gpu-check"} <= set(targets)
@@ -173,15 +174,15 @@ def test_make_alone_teaches_every_target():
 
 def test_every_dependency_is_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
-    names = {re.match(r"[\w-]+", line)[0] for line in wanted} - {"bnkern"}
+    requirements = sum(project["optional-dependencies"].values(), project["dependencies"])
+    names = {re.match(r"[\w-]+", line)[0] for line in requirements} - {"bnkern"}
     names |= set(re.findall(r"--no-deps ([\w-]+)", (ROOT / "Makefile").read_text()))
     pins = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert names == set(pins)
 
 
 def configured(tmp_path: Path, **settings: object) -> subprocess.CompletedProcess:
-    header = tmp_path / "include" / "pybind11" / "pybind11.h"  # looked for, and not read before the architectures are
+    header = tmp_path / "include" / "pybind11" / "pybind11.h"  # searched for, but read only after the architectures
     header.parent.mkdir(parents=True, exist_ok=True)
     header.touch()
     options = {"BNKERN_PYBIND11_INCLUDE": header.parents[1], "Python_EXECUTABLE": sys.executable} | settings
@@ -192,21 +193,21 @@ def configured(tmp_path: Path, **settings: object) -> subprocess.CompletedProces
 
 @pytest.mark.skipif(not all(map(shutil.which, ("cmake", "ninja", "nvcc"))), reason="cmake, ninja or nvcc is missing")
 def test_architectures_are_named_one_by_one(tmp_path):
-    """Words that stand for others would be in build_info(), and the module could not say which GPUs it serves."""
-    done = configured(tmp_path, BNKERN_CUDA=1, BNKERN_CUDA_ARCHS="80-real;all-major")
-    assert done.returncode != 0
-    assert "all-major is not an architecture" in " ".join(done.stderr.split()), done.stderr
+    """build_info() would repeat names of groups, and the module could not tell which GPUs it serves."""
+    process = configured(tmp_path, BNKERN_CUDA=1, BNKERN_CUDA_ARCHS="80-real;all-major")
+    assert process.returncode != 0
+    assert "all-major is no architecture" in " ".join(process.stderr.split()), process.stderr
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("cmake", "ninja"))), reason="cmake or ninja is missing")
 def test_instruction_sets_of_the_cpu_kernels_can_be_chosen(tmp_path):
-    done = configured(tmp_path, BNKERN_CUDA=0, BNKERN_CPU_ISAS="generic")
-    assert done.returncode == 0, done.stderr
+    process = configured(tmp_path, BNKERN_CUDA=0, BNKERN_CPU_ISAS="generic")
+    assert process.returncode == 0, process.stderr
     commands = (tmp_path / "build" / "compile_commands.json").read_text()
     assert "cpu_generic" in commands and "cpu_avx" not in commands and "BNKERN_HAS_AVX" not in commands
-    done = configured(tmp_path, BNKERN_CUDA=0, BNKERN_CPU_ISAS="generic;sse9")
-    assert done.returncode != 0
-    assert "sse9 is none of generic" in " ".join(done.stderr.split()), done.stderr
+    process = configured(tmp_path, BNKERN_CUDA=0, BNKERN_CPU_ISAS="generic;sse9")
+    assert process.returncode != 0
+    assert "sse9 is none of generic" in " ".join(process.stderr.split()), process.stderr
 
 
 def source_archive(folder: Path) -> Path:
@@ -242,7 +243,7 @@ def test_source_archive_holds_what_a_build_reads_and_no_part_of_the_tests(tmp_pa
 
 
 def test_wheels_of_a_release():
-    """cibuildwheel itself needs containers; that it accepts the configuration shows here."""
+    """cibuildwheel accepts the configuration. It is not run, because it needs containers."""
     for package in ("cibuildwheel", "validate_pyproject"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     listed = [sys.executable, "-m", "cibuildwheel", "--platform", "linux", "--print-build-identifiers", str(ROOT)]
@@ -264,8 +265,8 @@ def test_wheels_of_a_release():
 def test_the_check_of_an_installed_package_passes_here():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-P", str(ROOT / "tests" / "installed.py")]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert said.count("largest difference") == 2 * 7
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert output.count("largest difference") == 2 * 7
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The documents at the top of the repository and in docs/: links lead somewhere, and what they repeat agrees."""
+"""The documents at the top of the repository and in docs/: their links have targets, and repeated facts agree."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def name(path: Path) -> str:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_have_targets(document: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
         if link.startswith(("http:", "https:")):
             continue
@@ -48,8 +48,8 @@ def test_links_lead_somewhere(document: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_headings_differ_within_a_page(page: Path) -> None:
     """Equal headings get numbered anchors, and GitHub and the site number them differently."""
-    twice = [anchor for anchor, count in Counter(formed_anchors(page)).items() if count > 1]
-    assert not twice
+    duplicates = [anchor for anchor, count in Counter(formed_anchors(page)).items() if count > 1]
+    assert not duplicates
 
 
 def test_navigation_has_every_page() -> None:

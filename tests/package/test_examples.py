@@ -52,10 +52,10 @@ def test_probe_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_train_distributed() -> None:
     """In two processes. With batch norms that are not synchronised the running statistics differ between ranks."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    words += ["--rdzv-endpoint=localhost:0", str(EXAMPLES / "train_distributed.py"), "--steps", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", str(EXAMPLES / "train_distributed.py"), "--steps", "2"]
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "parameters: 5 of 5 tensors are equal on 2 ranks" in done.stdout
-    assert "running statistics: 3 of 3 tensors are equal on 2 ranks" in done.stdout
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert "parameters: 5 of 5 tensors are equal on 2 ranks" in process.stdout
+    assert "running statistics: 3 of 3 tensors are equal on 2 ranks" in process.stdout

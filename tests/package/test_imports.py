@@ -163,7 +163,7 @@ def test_imports_run_one_way(name: str) -> None:
             assert top in rule.others or top in sys.stdlib_module_names, f"{name} must not import {imported}"
 
 
-def test_the_rules_can_be_broken(tmp_path: Path) -> None:
+def test_forbidden_imports_are_detected(tmp_path: Path) -> None:
     """imports_of resolves every form of import, and the table refuses forbidden ones."""
     path = tmp_path / "m.py"
     forms = [
@@ -200,13 +200,13 @@ def test_test_modules_are_not_imported(folder: str) -> None:
 
 def test_the_table_of_backends_names_modules() -> None:
     """The backends are imported by name: each name that exists is a module of backends, and there are no others."""
-    here = {name.split(".")[2] for name in MODULES if name.startswith("bnkern.backends.")}
-    here -= {"activations", "calls", "layout", "records", "protocol", "native", "architectures"}
-    assert here <= set(backends.NAMES)
-    assert {"cpu", "reference"} <= here
+    existing = {name.split(".")[2] for name in MODULES if name.startswith("bnkern.backends.")}
+    existing -= {"activations", "calls", "layout", "records", "protocol", "native", "architectures"}
+    assert existing <= set(backends.NAMES)
+    assert {"cpu", "reference"} <= existing
 
 
-def test_native_sources_know_neither_torch_nor_python() -> None:
+def test_native_sources_include_neither_torch_nor_python() -> None:
     """csrc includes no header of torch.
 
     Only bind.cpp includes pybind11, and only csrc/call includes Python's header.
@@ -228,9 +228,9 @@ def test_native_sources_know_neither_torch_nor_python() -> None:
 
 def run(code: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "BNKERN_BACKEND"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
 
 
 def test_importing_loads_no_kernels() -> None:

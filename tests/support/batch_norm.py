@@ -150,7 +150,7 @@ def check_running_statistics(target: Target, precision: Precision, momentum: flo
         batch_var, batch_mean = torch.var_mean(*exact(x), dim=0)
         share = momentum if momentum is not None else 1 / truth.num_batches_tracked.item()
         bounds = mean_bound(batch_mean, batch_var, x.dtype), 1.1 * var_bound(batch_mean, batch_var, x.dtype)
-        for ours, true, bound, was, batch, name in zip(
+        for ours, true, bound, old_value, batch, name in zip(
             (mean, var),
             (truth.running_mean, truth.running_var),
             bounds,
@@ -159,7 +159,7 @@ def check_running_statistics(target: Target, precision: Precision, momentum: flo
             ("running_mean", "running_var"),
             strict=True,
         ):
-            assert_close(ours, true, running_bound(bound, was, batch, share, ours.dtype), name)
+            assert_close(ours, true, running_bound(bound, old_value, batch, share, ours.dtype), name)
         if momentum == 0.0:
             assert all(map(torch.equal, before, (bits(mean), bits(var))))
     assert counter.item() == truth.num_batches_tracked.item() == 3

@@ -390,19 +390,19 @@ def _largest(t: Tensor) -> Tensor:
     return per_channel(torch.amax, t.abs().where(t.isfinite(), 0.0))
 
 
-def assert_close(actual: Tensor, truth: Tensor, bound: Tensor | float, what: str) -> None:
+def assert_close(actual: Tensor, truth: Tensor, bound: Tensor | float, label: str) -> None:
     """Every element is within its bound. NaN must be NaN, and Inf the same Inf."""
     actual = actual.detach().cpu().double()
-    assert actual.shape == truth.shape, f"{what}: shape {list(actual.shape)}, expected {list(truth.shape)}"
+    assert actual.shape == truth.shape, f"{label}: shape {list(actual.shape)}, expected {list(truth.shape)}"
     error = (actual - truth).abs()
     same = (actual == truth) | (actual.isnan() & truth.isnan())
     good = same | (truth.isfinite() & (error <= bound))
     if not good.all():
         bound = torch.as_tensor(bound, dtype=torch.float64).expand(truth.shape)
-        at = tuple((~good).nonzero()[0].tolist())
+        index = tuple((~good).nonzero()[0].tolist())
         raise AssertionError(
-            f"{what}: {int((~good).sum())} of {good.numel()} off; first at {at}: got {actual[at].item()!r}, truth "
-            f"{truth[at].item()!r}, error {error[at].item():.3g}, allowed {bound[at].item():.3g}"
+            f"{label}: {int((~good).sum())} of {good.numel()} off; first at {index}: got {actual[index].item()!r}, "
+            f"truth {truth[index].item()!r}, error {error[index].item():.3g}, allowed {bound[index].item():.3g}"
         )
 
 

@@ -84,9 +84,9 @@ def oracle(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out, labels_out
 
 
-def same(one: Tensor, other: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
     """Whether values and strides are equal. NaN equals NaN."""
-    return one.stride() == other.stride() and torch.equal(one.nan_to_num(1e4), other.nan_to_num(1e4))
+    return a.stride() == b.stride() and torch.equal(a.nan_to_num(1e4), b.nan_to_num(1e4))
 
 
 def augment(target: Target, case: Case, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor]:
@@ -122,25 +122,25 @@ def check_parts_of_a_batch(target: Target) -> None:
     """The parts of two ranks are the halves of the whole batch."""
     whole = augment(target, Case("", 20, 6, 6, 0, 1), torch.float32, "nchw")
     parts = [augment(target, Case("", 20, 6, 3, first, 1), torch.float32, "nchw") for first in (0, 3)]
-    for one, *halves in zip(whole, *parts, strict=True):
-        assert torch.equal(one, torch.cat(halves))
+    for expected, *halves in zip(whole, *parts, strict=True):
+        assert torch.equal(expected, torch.cat(halves))
 
 
 # ----------------------------------------------------------------------------------------------- batches
 
 
-def made(split: cifar10.Split, size: int = 8, seed: int = 1, **options: object) -> cifar10.Batches:
+def make_batches(split: cifar10.Split, size: int = 8, seed: int = 1, **options: object) -> cifar10.Batches:
     return cifar10.Batches(split, size, seed, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), **options)
 
 
-def assert_same(one: tuple, other: tuple) -> None:
-    for a, b in zip(one, other, strict=True):
-        assert torch.equal(a, b)
+def assert_same(a: tuple, b: tuple) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
 
 
 def check_fill(target: Target, split, memory_format: torch.memory_format) -> None:
     split = cifar10.Split(*(t.to(target.device) for t in split))
-    batches = made(split, size=12, augment=True, memory_format=memory_format, rank=1, world=3)
+    batches = make_batches(split, size=12, augment=True, memory_format=memory_format, rank=1, world=3)
     position = torch.zeros((), dtype=torch.int64, device=target.device)
     images = torch.empty(4, 3, 32, 32, device=target.device).contiguous(memory_format=memory_format)
     labels = torch.empty(4, dtype=torch.int64, device=target.device)

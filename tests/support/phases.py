@@ -33,14 +33,14 @@ def check_moments(target: Target, precision: Precision, case: Case) -> None:
     true_count, true_mean, true_m2 = reference.moments(*exact(x))
     assert count == true_count
     assert mean.dtype == m2.dtype == accumulator(x.dtype)
-    lost = ~true_m2.isfinite()
-    assert not m2.cpu()[lost].isfinite().any(), "a channel with Inf or NaN has no finite variance"
-    assert not mean.cpu()[lost].isfinite().any()
-    true_var = (true_m2 / count)[~lost]
-    true_mean = true_mean[~lost]
-    assert_close(mean.cpu()[~lost], true_mean, mean_bound(true_mean, true_var, x.dtype), "mean")
-    assert_close(m2.cpu()[~lost] / count, true_var, var_bound(true_mean, true_var, x.dtype), "variance")
-    assert (m2.cpu()[~lost] >= 0).all()
+    not_finite = ~true_m2.isfinite()
+    assert not m2.cpu()[not_finite].isfinite().any(), "a channel with Inf or NaN has no finite variance"
+    assert not mean.cpu()[not_finite].isfinite().any()
+    true_var = (true_m2 / count)[~not_finite]
+    true_mean = true_mean[~not_finite]
+    assert_close(mean.cpu()[~not_finite], true_mean, mean_bound(true_mean, true_var, x.dtype), "mean")
+    assert_close(m2.cpu()[~not_finite] / count, true_var, var_bound(true_mean, true_var, x.dtype), "variance")
+    assert (m2.cpu()[~not_finite] >= 0).all()
 
 
 def check_empty_moments(target: Target, shape: tuple[int, ...]) -> None:
@@ -189,8 +189,8 @@ def _check_grad_input(target: Target, dy, x, mean, invstd, weight, bias, residua
     dx, dresidual = kernels.grad_input(BackwardCall(dy, x, weight, bias, mean, invstd, mask, act), sums)
     true_dx, _ = reference.grad_input(BackwardCall(g, wide_x, wide_weight, None, wide_mean, wide_invstd), wide_sums)
 
-    one = torch.ones(x.shape[1], dtype=torch.float64)
-    scale = by_channel((one if weight is None else wide_weight) * (one if invstd is None else wide_invstd), x)
+    ones = torch.ones(x.shape[1], dtype=torch.float64)
+    scale = by_channel((ones if weight is None else wide_weight) * (ones if invstd is None else wide_invstd), x)
     xhat = wide_x if mean is None else (wide_x - by_channel(wide_mean, x)) * by_channel(wide_invstd, x)
     assert dx.dtype == dresidual.dtype == x.dtype
     assert_close(dx, true_dx, dx_bound(true_dx, g, xhat, scale, x.dtype, training), "dx")

@@ -42,8 +42,8 @@ class Ranks:
         The function must be importable. If a rank raises, dies or exceeds the time, all processes are ended, because
         the others could wait for it.
         """
-        for pipe, given in zip(self.pipes, arguments, strict=False):
-            pipe.send_bytes(pickle.dumps((function, len(arguments), given)))
+        for pipe, rank_arguments in zip(self.pipes, arguments, strict=False):
+            pipe.send_bytes(pickle.dumps((function, len(arguments), rank_arguments)))
         results, deadline = {}, time.monotonic() + TIMEOUT_S
         while len(results) < len(arguments):
             for rank in set(range(len(arguments))) - set(results):
@@ -73,7 +73,7 @@ class Ranks:
         self.folder.cleanup()
 
 
-def dealt(tensors: list[Tensor | None], split: tuple[int, ...]) -> list[list[Tensor | None]]:
+def rank_parts(tensors: list[Tensor | None], split: tuple[int, ...]) -> list[list[Tensor | None]]:
     """The part of each tensor for each rank, in the memory format of the whole tensor."""
     parts = [[None] * len(split) if t is None else [p.clone() for p in t.split(split)] for t in tensors]
     return [list(of_rank) for of_rank in zip(*parts, strict=True)]
@@ -90,9 +90,9 @@ def _serve(rank: int, count: int, rendezvous: str, pipe: Connection) -> None:
         GROUPS[count] = dist.group.WORLD
         with contextlib.suppress(EOFError):  # the test run ended without Ranks.end, which kills the processes
             while True:
-                function, size, given = pickle.loads(pipe.recv_bytes())
+                function, size, arguments = pickle.loads(pipe.recv_bytes())
                 try:
-                    answer = function(*given, group=GROUPS[size]), None
+                    answer = function(*arguments, group=GROUPS[size]), None
                 except BaseException:
                     answer = None, traceback.format_exc()
                 pipe.send_bytes(pickle.dumps(answer))

@@ -71,8 +71,8 @@ def call_of(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu")
     values, before, velocity = (torch.full((starts[-1],), torch.nan, dtype=dtype, device=device) for _ in range(3))
     shadow = torch.full((starts[case.shadowed],), torch.nan, dtype=torch.bfloat16, device=device)
 
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, dtype=torch.float64, generator=generator).to(like.device, like.dtype)
+    def noise(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, dtype=torch.float64, generator=generator).to(t.device, t.dtype)
 
     parameters, gradients = [], []
     for i, ((shape, memory_format), start) in enumerate(zip(case.shapes, starts, strict=False)):
@@ -81,8 +81,8 @@ def call_of(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu")
         p.copy_(noise(p))
         for flat in (before, velocity):
             flat.as_strided(shape, strides, start).copy_(noise(p))
-        own = torch.empty(p.numel() + 1, dtype=torch.bfloat16 if i < case.shadowed else dtype, device=device)
-        gradient = own.as_strided(shape, strides, int(case.misaligned))
+        storage = torch.empty(p.numel() + 1, dtype=torch.bfloat16 if i < case.shadowed else dtype, device=device)
+        gradient = storage.as_strided(shape, strides, int(case.misaligned))
         parameters.append(p)
         gradients.append(gradient.copy_(noise(gradient)))
     return Call(
@@ -112,8 +112,8 @@ def check_update(target: Target, case: Case, dtype: torch.dtype = torch.float32)
     """
     call, old = update(target, call_of(case, dtype, target.device)), call_of(case, dtype, target.device)
     if case.stop:
-        for t, was in zip(call.results(), old.results(), strict=True):
-            torch.testing.assert_close(t, was, rtol=0, atol=0, equal_nan=True)
+        for t, old_value in zip(call.results(), old.results(), strict=True):
+            torch.testing.assert_close(t, old_value, rtol=0, atol=0, equal_nan=True)
         return
     eps, velocities = torch.finfo(dtype).eps, old.parts(old.velocity) or [None] * len(old.parameters)
     for i, (p, gradient, v) in enumerate(zip(old.parameters, old.gradients, velocities, strict=True)):
@@ -125,7 +125,7 @@ def check_update(target: Target, case: Case, dtype: torch.dtype = torch.float32)
         if v is not None:
             assert ((call.parts(call.velocity)[i].double() - expected).abs() <= 2 * eps * size).all()
         assert ((call.parameters[i].double() - (p - lr * expected)).abs() <= 2 * eps * (p.abs() + lr * size)).all()
-    for t, was in zip(call.parts(call.before), old.parameters, strict=True):
-        assert torch.equal(t, was)
+    for t, old_value in zip(call.parts(call.before), old.parameters, strict=True):
+        assert torch.equal(t, old_value)
     for t, p in zip(call.parts(call.shadow), call.parameters, strict=False):
         assert torch.equal(t, p.to(torch.bfloat16))

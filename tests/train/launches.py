@@ -41,11 +41,11 @@ def one_run(name: str, folder: Path) -> None:
 
 def torchrun(folder: Path, processes: int, *names: str) -> Path:
     """Executes the runs in that many processes, all in one launch, because starting takes longer than training."""
-    words = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
     (folder / "run.py").write_text(SCRIPT)
-    words += ["--rdzv-endpoint=localhost:0", str(folder / "run.py"), str(folder), *names]
+    command += ["--rdzv-endpoint=localhost:0", str(folder / "run.py"), str(folder), *names]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "FutureWarning" not in done.stderr, done.stderr
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert "FutureWarning" not in process.stderr, process.stderr
     return folder

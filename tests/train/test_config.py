@@ -8,7 +8,7 @@ from bnkern.train.config import PRESETS, SEEDS, Config, from_dict, laptop, learn
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "says"),
+    ("changes", "error", "message"),
     [
         ({"lr": "0.1"}, TypeError, "lr must be float, got '0.1'"),
         ({"epochs": 1.5}, TypeError, "epochs must be int"),
@@ -33,8 +33,8 @@ from bnkern.train.config import PRESETS, SEEDS, Config, from_dict, laptop, learn
         ({"epoch": 1}, ValueError, "did you mean 'epochs'"),
     ],
 )
-def test_what_is_wrong_is_named(changes: dict, error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
+def test_wrong_settings_are_named(changes: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         Config("a").replace(**changes)
 
 

@@ -20,21 +20,21 @@ def normalised(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
     return torchrun(tmp_path_factory.mktemp("some"), request.param, "batch", "final")
 
 
-def assert_close_run(several: Path, one: Path) -> None:
+def assert_close_run(several: Path, single: Path) -> None:
     """Parameters, running statistics, velocities and metrics: in 12 steps a rounding of 1e-16 grows by less than a
     million.
     """
-    ours, theirs = tensors(several), tensors(one)
+    ours, theirs = tensors(several), tensors(single)
     assert ours.keys() == theirs.keys() and len(ours) > 20
     for name, value in theirs.items():
         if not name.startswith("/rng"):
             torch.testing.assert_close(ours[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-    written = [rows(folder) for folder in (several, one)]
+    written = [rows(folder) for folder in (several, single)]
     assert len(written[0]) == len(written[1]) > 5
-    for row, other in zip(*written, strict=True):
-        assert row.keys() == other.keys()
+    for row, expected in zip(*written, strict=True):
+        assert row.keys() == expected.keys()
         for key in row.keys() - {*TIMING, "event"}:
-            assert row[key] == pytest.approx(other[key], rel=1e-10), key
+            assert row[key] == pytest.approx(expected[key], rel=1e-10), key
 
 
 def test_two_processes_are_one(unnormalised: Path, tmp_path: Path) -> None:
@@ -51,9 +51,9 @@ def test_processes_are_one_with_batch_norm(normalised: Path, tmp_path: Path, nam
 def test_two_processes_stop_at_the_same_step(unnormalised: Path, tmp_path: Path) -> None:
     """Divergence is decided from the joint batch. Otherwise one process would wait forever for the other."""
     one_run("diverging", tmp_path)
-    two, one = (rows(folder / "diverging")[-1] for folder in (unnormalised, tmp_path))
-    assert one["event"] == two["event"] == "diverged" and one["step"] == two["step"] > 7
-    assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-8)
+    two, single = (rows(folder / "diverging")[-1] for folder in (unnormalised, tmp_path))
+    assert single["event"] == two["event"] == "diverged" and single["step"] == two["step"] > 7
+    assert float(two["loss"]) == pytest.approx(float(single["loss"]), rel=1e-8)
 
 
 def test_two_processes_resume(unnormalised: Path) -> None:

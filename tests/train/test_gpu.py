@@ -21,8 +21,8 @@ def run(folder: Path, **changes: object) -> Outcome:
     return train(tiny(deterministic=True, **changes), folder, images(), "cuda")
 
 
-def same(one: Path, other: Path, name: str = "checkpoint.pt") -> None:
-    a, b = tensors(one, name), tensors(other, name)
+def assert_same_tensors(first: Path, second: Path, name: str = "checkpoint.pt") -> None:
+    a, b = tensors(first, name), tensors(second, name)
     assert a.keys() == b.keys()
     assert not [k for k in a if not torch.equal(a[k].nan_to_num(), b[k].nan_to_num())]
 
@@ -33,7 +33,7 @@ def test_a_graph_trains_to_the_same_bits(tmp_path: Path, precision: str, channel
     for graph in (False, True):
         run(tmp_path / str(graph), graph=graph, precision=precision, channels_last=channels_last)
     assert untimed(tmp_path / "True") == untimed(tmp_path / "False")
-    same(tmp_path / "True", tmp_path / "False")
+    assert_same_tensors(tmp_path / "True", tmp_path / "False")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -56,7 +56,7 @@ def test_an_interrupted_run_has_the_bits_of_a_whole_one(
             run(tmp_path / "parts", **settings)
     run(tmp_path / "parts", **settings)
     assert untimed(tmp_path / "parts") == untimed(tmp_path / "whole")
-    same(tmp_path / "parts", tmp_path / "whole")
+    assert_same_tensors(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_stopped_run_has_the_bits_of_a_whole_one(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_stopped_run_has_the_bits_of_a_whole_one(tmp_path: Path) -> None:
             )
     train(tiny(deterministic=True, **settings), tmp_path / "parts", data, "cuda", watch=watch, before_step=backward)
     assert untimed(tmp_path / "parts") == untimed(tmp_path / "whole")
-    same(tmp_path / "parts", tmp_path / "whole")
+    assert_same_tensors(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_divergence_is_found_in_replays(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_divergence_is_found_in_replays(tmp_path: Path) -> None:
     for graph in (False, True):
         outcome = run(tmp_path / str(graph), graph=graph, norm="none", lr=1e3)
         assert outcome.diverged is not None
-    same(tmp_path / "True", tmp_path / "False", "diverged.pt")
+    assert_same_tensors(tmp_path / "True", tmp_path / "False", "diverged.pt")
     states = [checkpoint.read(tmp_path / str(graph) / "diverged.pt") for graph in (False, True)]
     assert states[0]["step"] == states[1]["step"] > 0
 

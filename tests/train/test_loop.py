@@ -25,7 +25,7 @@ from tests import ROOT
 from tests.train.training import assert_same_run, images, tensors, tiny, untimed
 
 
-def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = tiny(lr=0.02, log_every=4, epochs=3, evaluate_every=2)
     ended = train(config, tmp_path / "a", images())
     assert {file.name for file in (tmp_path / "a").iterdir()} == {
@@ -83,13 +83,13 @@ def test_it_learns(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_every_way_of_computing_runs(tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_run(tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses are near those of the plain run. bf16 has 8 bits, so within 0.1 over 6 steps, and within 0.02 at the
     first.
     """
     if "compile" in changes:  # inductor's compiler takes a minute, and is not the subject here
-        real = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="aot_eager"))
+        original = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda model: original(model, backend="aot_eager"))
     config = tiny(epochs=1, lr=0.01, log_every=1)
     plain = config.replace(**{k: v for k, v in changes.items() if k in ("norm", "init")})
     train(plain, tmp_path / "plain", images())
@@ -99,16 +99,16 @@ def test_every_way_of_computing_runs(tmp_path: Path, changes: dict, monkeypatch:
     assert ours == pytest.approx(theirs, abs=0.1)
 
 
-def test_switches_of_torch_are_put_back(tmp_path: Path) -> None:
+def test_switches_of_torch_are_restored(tmp_path: Path) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
     recorded = []
 
     @contextmanager
-    def look(network, folder, step):
+    def probe(network, folder, step):
         recorded.append(torch.are_deterministic_algorithms_enabled())
         yield Recorder()
 
-    train(tiny(epochs=1, deterministic=True), tmp_path / "a", images(), probes=look)
+    train(tiny(epochs=1, deterministic=True), tmp_path / "a", images(), probes=probe)
     assert recorded == [True] and not torch.are_deterministic_algorithms_enabled()
 
 
@@ -126,8 +126,8 @@ def test_plateau_and_validation(tmp_path: Path) -> None:
     network = loop.build(config)
     network.load_state_dict(checkpoint.read(tmp_path / "a/checkpoint.pt")["network"])
     data = images()
-    _, aside = split_validation(data.train, 16, 0)
-    loss = F.cross_entropy(network(data.normalise(aside.images)), aside.labels).item()
+    _, validation = split_validation(data.train, 16, 0)
+    loss = F.cross_entropy(network(data.normalise(validation.images)), validation.labels).item()
     assert epochs[-1]["validation_loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -147,42 +147,44 @@ def diverge(folder: Path, **changes: object) -> tuple[Config, dict]:
 
 def test_divergence_is_a_result(tmp_path: Path) -> None:
     """The file contains the diverging update: after = before - lr gradient(before, batch), in float64 to rounding."""
-    config, kept = diverge(tmp_path / "a", log_every=5)
-    step = kept["step"]
+    config, saved = diverge(tmp_path / "a", log_every=5)
+    step = saved["step"]
     last = rows(tmp_path / "a")[-1]
     assert step > 0 and (last["event"], last["step"], last["diverged"]) == ("diverged", step, True)
     assert float(last["loss"]) > 1e3 and last["epoch"] == step // 6
-    assert last["lr"] == kept["lr"] == 16.0
+    assert last["lr"] == saved["lr"] == 16.0
     assert all(r["step"] <= step and not r["diverged"] for r in rows(tmp_path / "a")[:-1] if r["event"] == "train")
     network = loop.build(config)
     losses = {}
-    for state, batch in (("before", "update"), ("after", "shown")):
-        network.load_state_dict(kept[state])
+    for state, batch_name in (("before", "update"), ("after", "shown")):
+        network.load_state_dict(saved[state])
         network.zero_grad()
-        shown = kept["batches"][batch]
-        loss = F.cross_entropy(network(shown["images"]), shown["labels"])
+        batch_data = saved["batches"][batch_name]
+        loss = F.cross_entropy(network(batch_data["images"]), batch_data["labels"])
         loss.backward()
         losses[state] = loss.item()
         if state == "before":
             moved = {name: p.detach() - 16.0 * p.grad for name, p in network.named_parameters()}
-    for name, value in kept["after"].items():
+    for name, value in saved["after"].items():
         torch.testing.assert_close(value, moved[name], rtol=1e-9, atol=1e-12)
-    assert kept["velocity"] == {}
+    assert saved["velocity"] == {}
     assert losses["before"] < 1e3 and losses["after"] == pytest.approx(float(last["loss"]), rel=1e-9)
-    assert (kept["batches"]["shown"]["epoch"], kept["batches"]["shown"]["index"]) == divmod(step, 6)
-    assert torch.equal(kept["rng"]["cpu"], checkpoint.read(tmp_path / "a/checkpoint.pt")["rng"]["cpu"])
+    assert (saved["batches"]["shown"]["epoch"], saved["batches"]["shown"]["index"]) == divmod(step, 6)
+    assert torch.equal(saved["rng"]["cpu"], checkpoint.read(tmp_path / "a/checkpoint.pt")["rng"]["cpu"])
 
 
-def test_divergence_does_not_depend_on_when_the_host_looks(tmp_path: Path) -> None:
-    for looks in (1, 2, 50):
-        config, kept = diverge(tmp_path / str(looks), log_every=looks, momentum=0.5)
-    for name, value in kept["after"].items():  # computed with the velocity in float64
-        torch.testing.assert_close(value, kept["before"][name] - config.lr * kept["velocity"][name], rtol=1e-9, atol=0)
-    first, *others = (tensors(tmp_path / str(every), "diverged.pt") for every in (1, 2, 50))
+def test_divergence_does_not_depend_on_when_the_host_checks(tmp_path: Path) -> None:
+    for interval in (1, 2, 50):
+        config, saved = diverge(tmp_path / str(interval), log_every=interval, momentum=0.5)
+    for name, value in saved["after"].items():  # computed with the velocity in float64
+        torch.testing.assert_close(
+            value, saved["before"][name] - config.lr * saved["velocity"][name], rtol=1e-9, atol=0
+        )
+    first, *others = (tensors(tmp_path / str(interval), "diverged.pt") for interval in (1, 2, 50))
     for other in others:
         assert first.keys() == other.keys() and len(first) > 30
         assert all(torch.equal(value, other[name]) for name, value in first.items())
-    assert len({outcome(tmp_path / str(every)).diverged for every in (1, 2, 50)}) == 1
+    assert len({outcome(tmp_path / str(interval)).diverged for interval in (1, 2, 50)}) == 1
 
 
 def test_a_flight_recorder_reports_a_divergence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -217,25 +219,22 @@ class Crash(BaseException):
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Raises Crash in place of the ``count``-th rename, removal or sync."""
-    left = [count]
+    remaining = [count]
     for name in ("replace", "fsync"):
-        real = getattr(os, name)
+        original = getattr(os, name)
 
-        def limited(*args, real=real):
-            left[0] -= 1
-            if left[0] == 0:
+        def limited(*args, original=original):
+            remaining[0] -= 1
+            if remaining[0] == 0:
                 raise Crash
-            return real(*args)
+            return original(*args)
 
         monkeypatch.setattr(checkpoint.os, name, limited)
 
 
 @pytest.mark.parametrize("changes", [{}, DIVERGING | {"precision": "fp32"}], ids=["to the end", "to its divergence"])
 def test_a_crash_at_any_file_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict) -> None:
-    """The run is interrupted at each rename and each sync in turn.
-
-    The resumed run always ends with the same results.
-    """
+    """The run is interrupted at each rename and each sync in turn. The resumed run always has the same results."""
     config = tiny(checkpoint_every=4, log_every=3, lr=0.02, deterministic=True).replace(**changes)
     whole = tmp_path / "whole"
     train(config, whole, images())
@@ -302,7 +301,7 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
     assert_same_run(whole, folder)
 
 
-def test_another_number_of_threads_is_said(tmp_path: Path, threads: None) -> None:
+def test_another_number_of_threads_is_a_warning(tmp_path: Path, threads: None) -> None:
     config = tiny(deterministic=True, epochs=1, checkpoint_every=2)
     train(config, tmp_path / "a", images())
     (tmp_path / "a/DONE").unlink()
@@ -321,7 +320,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a/config.json")["lr"] == 0.2
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_data_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data='cifar10', but 'synthetic' was loaded"):
         train(tiny(data="cifar10"), tmp_path / "a", images())
     with pytest.raises(ValueError, match="a batch of 64 is more than the 48 training images"):
@@ -363,7 +362,7 @@ def test_probes_are_called_and_change_nothing(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "plain", tmp_path / "a")
 
 
-def test_records_of_a_run_that_crashed_and_went_on_are_those_of_one_that_did_not(tmp_path: Path) -> None:
+def test_records_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Path) -> None:
     """Probe files are truncated to the step of the checkpoint, and are written before the checkpoint is valid."""
     config = tiny(checkpoint_every=4, deterministic=True)
 
@@ -392,7 +391,7 @@ def test_records_of_a_run_that_crashed_and_went_on_are_those_of_one_that_did_not
             np.testing.assert_array_equal(result["activation_moments"][layer][name], values)
 
 
-def test_a_run_that_is_stopped_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_stopped_run_continues_with_the_same_bits(tmp_path: Path) -> None:
     """Wherever metrics are written it can be stopped, also where it would not have saved. The end cannot be stopped."""
     config, finished, started = tiny(deterministic=True), [], []
     train(config, tmp_path / "whole", images(), watch=finished.append)

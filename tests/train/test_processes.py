@@ -69,7 +69,7 @@ def test_threads_of_the_group_end_with_the_block(end: str, status: int) -> None:
     A model in DDP does not keep them, even in a cycle.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", ONE_RANK.replace("{end}", end)],
         cwd=ROOT,
         env=environment,
@@ -77,9 +77,9 @@ def test_threads_of_the_group_end_with_the_block(end: str, status: int) -> None:
         text=True,
         timeout=120,
     )
-    within, afterwards = (int(line.split()[0]) for line in done.stdout.splitlines())
-    assert within >= 3 and afterwards == 0, done.stdout
-    assert done.returncode == status, done.stderr
+    within, afterwards = (int(line.split()[0]) for line in process.stdout.splitlines())
+    assert within >= 3 and afterwards == 0, process.stdout
+    assert process.returncode == status, process.stderr
 
 
 COMMAND_LINE = f"""{THREADS}
@@ -93,7 +93,7 @@ FAILING_COMMAND_LINE = f"""
 import os
 import bnkern.train.loop
 def fail(*_):
-    raise RuntimeError("as the test asked")
+    raise RuntimeError("raised by the test")
 if os.environ["RANK"] == "1":
     bnkern.train.loop._Run.end_epoch = fail
 {COMMAND_LINE}"""
@@ -105,7 +105,7 @@ def run_of(folder: Path, **settings: object) -> tuple[str, ...]:
 
 
 @contextmanager
-def two_ranks(script: str, *words: str) -> Iterator[list[subprocess.Popen]]:
+def two_ranks(script: str, *arguments: str) -> Iterator[list[subprocess.Popen]]:
     """Two processes that run the script and connect through environment variables, as with torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -113,7 +113,7 @@ def two_ranks(script: str, *words: str) -> Iterator[list[subprocess.Popen]]:
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", script, *words],
+            [sys.executable, "-c", script, *arguments],
             cwd=ROOT,
             env=os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -150,7 +150,7 @@ def test_command_line_ends_in_order_after_an_error(tmp_path: Path) -> None:
     """After an error of one rank the other one fails in its next collective, because the connection is closed."""
     with two_ranks(FAILING_COMMAND_LINE, *run_of(tmp_path, batch=500, epochs=1)) as ranks:
         errors = assert_ended(ranks, 1)
-    assert errors[1].splitlines()[-1] == "RuntimeError: as the test asked" and "RuntimeError: " in errors[0]
+    assert errors[1].splitlines()[-1] == "RuntimeError: raised by the test" and "RuntimeError: " in errors[0]
 
 
 def test_command_line_ends_in_order_after_an_interrupt(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def run():
         rec.flush()
         train(net, 2, rec)
         if dist.get_rank() == 1:
-            raise ValueError("as the test asked")
+            raise ValueError("raised by the test")
         dist.all_reduce(torch.zeros(1))
 try:
     with process_group("gloo"):
@@ -193,7 +193,7 @@ def test_recording_ends_in_order_after_an_error(tmp_path: Path) -> None:
     """After an error of one rank it enters no collective, in which it would wait. Flushed records are on the disk."""
     with two_ranks(RECORDING, str(tmp_path)) as ranks:
         errors = assert_ended(ranks, 1)
-    assert "ValueError: as the test asked" in errors[1] and "RuntimeError: " in errors[0]
+    assert "ValueError: raised by the test" in errors[1] and "RuntimeError: " in errors[0]
     assert load(tmp_path).steps.tolist() == [0, 1, 2]
 
 

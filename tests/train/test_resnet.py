@@ -88,7 +88,7 @@ def test_same_seed_same_weights_whatever_the_norm(norm: str, init: str) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_norms_do_what_they_are_called(norm: str) -> None:
+def test_each_norm_normalises_over_its_axes(norm: str) -> None:
     """The output of a block's first norm, without the ReLU, has mean zero and standard deviation one over these axes.
 
     float64; eps = 1e-5 beside variances near 1 and above causes the whole error.
@@ -105,8 +105,8 @@ def test_norms_do_what_they_are_called(norm: str) -> None:
         assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == (norm == "final")
         return
     y = recorded["y"].unflatten(1, (8, 2)) if norm == "group" else recorded["y"]
-    over = {"batch": (0, 2, 3), "layer": (1, 2, 3), "group": (2, 3, 4), "instance": (2, 3)}[norm]
-    mean, var = y.mean(over), y.var(over, correction=0)
+    axes = {"batch": (0, 2, 3), "layer": (1, 2, 3), "group": (2, 3, 4), "instance": (2, 3)}[norm]
+    mean, var = y.mean(axes), y.var(axes, correction=0)
     torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-12)
     torch.testing.assert_close(var, torch.ones_like(var), rtol=0, atol=1e-3)
 
@@ -172,7 +172,7 @@ def test_padding_shortcut_takes_every_second_pixel_between_zeros() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"depth": 100}, "depth must be 6n"),
         ({"depth": 2}, "depth must be 6n"),
@@ -183,6 +183,6 @@ def test_padding_shortcut_takes_every_second_pixel_between_zeros() -> None:
         ({"init": "fixup"}, "fixup.* is for the un-normalised network"),
     ],
 )
-def test_bad_options_are_named(options: dict, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_bad_options_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ResNet(**options)

@@ -23,7 +23,7 @@ def test_a_step_is_torchs_sgd_on_torchs_network(norm: str, channels_last: bool) 
     torch.manual_seed(config.seed)
     network = build(config.replace(kernels="torch", channels_last=False))
     optimiser = torch.optim.SGD(network.parameters(), lr=1 / 64, momentum=0.9, weight_decay=0.01)
-    losses, right = [], []
+    losses, correct = [], []
     for index in range(5):
         before = torch.nn.utils.parameters_to_vector(network.parameters()).detach()
         x, labels = step.batches.at(0, index)
@@ -33,7 +33,7 @@ def test_a_step_is_torchs_sgd_on_torchs_network(norm: str, channels_last: bool) 
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-        right.append((logits.argmax(1) == labels).sum().item())
+        correct.append((logits.argmax(1) == labels).sum().item())
         step()
     for name, value in network.state_dict().items():
         torch.testing.assert_close(step.network.state_dict()[name], value, rtol=1e-9, atol=1e-11)
@@ -41,7 +41,7 @@ def test_a_step_is_torchs_sgd_on_torchs_network(norm: str, channels_last: bool) 
     # the ring has log_every = 4 places, so step 4 overwrites step 0
     expected = torch.tensor([losses[4], *losses[1:4]], dtype=torch.float64)
     torch.testing.assert_close(step.ring[:, 0], expected, rtol=1e-9, atol=0)
-    assert step.ring[:, 1].tolist() == [right[4], *right[1:4]]
+    assert step.ring[:, 1].tolist() == [correct[4], *correct[1:4]]
     assert (step.taken.item(), step.index.item(), step.diverged.item()) == (5, 5, -1)
 
 
@@ -54,7 +54,7 @@ def before_of(step: Step) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6], ids=str)
-def test_after_divergence_nothing_moves(value: float) -> None:
+def test_after_divergence_nothing_changes(value: float) -> None:
     """A bad loss at step 2, through the classifier. Parameters, those before the update, and velocities stay."""
     step = stepper(tiny(norm="none", lr=0.01, precision="fp64"), images())
     step()
@@ -70,9 +70,9 @@ def test_after_divergence_nothing_moves(value: float) -> None:
         assert step.diverged.item() == 2
         assert torch.equal(flat(step).nan_to_num(), after.nan_to_num()), later
         assert torch.equal(before_of(step), before), later
-    for name, was in zip(names, velocity, strict=True):
+    for name, expected in zip(names, velocity, strict=True):
         if name.startswith("velocity"):
-            assert torch.equal(step.state_dict()[name], was), name
+            assert torch.equal(step.state_dict()[name], expected), name
     assert step.taken.item() == 5
 
 
@@ -88,10 +88,10 @@ def test_a_large_loss_of_the_fresh_network_is_not_divergence() -> None:
 def test_a_loss_that_is_not_finite_is_divergence_even_at_first() -> None:
     step = stepper(tiny(), images())
     step.network.fc.bias.data[0] = float("nan")
-    was = flat(step)
+    before = flat(step)
     step()
     assert step.diverged.item() == 0
-    assert torch.equal(flat(step).nan_to_num(), was.nan_to_num())
+    assert torch.equal(flat(step).nan_to_num(), before.nan_to_num())
 
 
 class _Reads(TorchDispatchMode):
@@ -129,56 +129,56 @@ def test_the_host_reads_nothing_back() -> None:
 def test_state_passes_to_another_step() -> None:
     """After one step, the same two steps in both have the same bits."""
     config = tiny(lr=0.01)
-    one, other = (stepper(config, images()) for _ in range(2))
-    one()
-    other.load_state_dict({name: t.clone() for name, t in one.state_dict().items()})
-    other.network.load_state_dict(one.network.state_dict())
-    for step in (one, other):
+    first, second = (stepper(config, images()) for _ in range(2))
+    first()
+    second.load_state_dict({name: t.clone() for name, t in first.state_dict().items()})
+    second.network.load_state_dict(first.network.state_dict())
+    for step in (first, second):
         step()
         step()
-    assert torch.equal(flat(one), flat(other)) and torch.equal(before_of(one), before_of(other))
-    assert torch.equal(one.ring, other.ring)
-    shapes = {name: p.shape for name, p in one.network.named_parameters()}
-    assert {name: t.shape for name, t in one.before_by_name().items()} == shapes
-    assert {name: t.shape for name, t in one.velocity_by_name().items()} == shapes
+    assert torch.equal(flat(first), flat(second)) and torch.equal(before_of(first), before_of(second))
+    assert torch.equal(first.ring, second.ring)
+    shapes = {name: p.shape for name, p in first.network.named_parameters()}
+    assert {name: t.shape for name, t in first.before_by_name().items()} == shapes
+    assert {name: t.shape for name, t in first.velocity_by_name().items()} == shapes
 
 
 def test_the_state_of_an_earlier_version_is_loaded() -> None:
     """It has the parameters before the last update as one tensor, each in the order of its indices."""
     config = tiny(lr=0.01, channels_last=True)
-    one, other = (stepper(config, images()) for _ in range(2))
-    one()
-    state = {name: t.clone() for name, t in one.state_dict().items() if not name.startswith("before")}
-    state["before"] = before_of(one)
-    other.network.load_state_dict(one.network.state_dict())
-    other.load_state_dict(state)
-    for name, t in one.state_dict().items():
-        assert torch.equal(t, other.state_dict()[name]), name
+    first, second = (stepper(config, images()) for _ in range(2))
+    first()
+    state = {name: t.clone() for name, t in first.state_dict().items() if not name.startswith("before")}
+    state["before"] = before_of(first)
+    second.network.load_state_dict(first.network.state_dict())
+    second.load_state_dict(state)
+    for name, t in first.state_dict().items():
+        assert torch.equal(t, second.state_dict()[name]), name
 
 
 def test_weights_that_the_update_rounds_are_those_that_autocast_casts(monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without bfloat16 copies of the weights, parameters and evaluations have the same bits."""
     for channels_last in (False, True):
         config = tiny(lr=0.05, precision="bf16", channels_last=channels_last)
-        one = stepper(config, images())
+        first = stepper(config, images())
         with monkeypatch.context() as patch:
             patch.setattr("bnkern.train.step.Sgd", lambda *args: Sgd(*args[:3]))
-            other = stepper(config, images())
-        assert one.network.conv.weight.grad_dtype is None and other.network.conv.weight.grad_dtype is torch.float32
+            second = stepper(config, images())
+        assert first.network.conv.weight.grad_dtype is None and second.network.conv.weight.grad_dtype is torch.float32
         for _ in range(3):
-            one()
-            other()
-            for (name, p), q in zip(one.network.named_parameters(), other.network.parameters(), strict=True):
+            first()
+            second()
+            for (name, p), q in zip(first.network.named_parameters(), second.network.parameters(), strict=True):
                 assert torch.equal(p, q), name
                 assert torch.equal(p.grad.float(), q.grad), name
-        assert one.network.conv.weight.grad.dtype is torch.bfloat16
+        assert first.network.conv.weight.grad.dtype is torch.bfloat16
         # a state from elsewhere, whose weights must be rounded again
-        other.network.fc.weight.data *= 2
-        one.network.load_state_dict(other.network.state_dict())
-        one.load_state_dict(other.state_dict())
-        one()
-        other()
-        assert torch.equal(flat(one), flat(other))
+        second.network.fc.weight.data *= 2
+        first.network.load_state_dict(second.network.state_dict())
+        first.load_state_dict(second.state_dict())
+        first()
+        second()
+        assert torch.equal(flat(first), flat(second))
 
 
 def test_a_network_whose_parameters_have_gaps_is_refused() -> None:
@@ -241,7 +241,7 @@ def test_operations_of_a_step(precision: str, casts: int, channels_last: bool, m
     assert recorded.counts == Counter(kinds | {"other": 34})
 
 
-def test_a_probe_sees_every_loss_and_the_gradients() -> None:
+def test_a_probe_receives_every_loss_and_the_gradients() -> None:
     step = stepper(tiny(), images())
     recorded = []
     step._probe = lambda loss: recorded.append((loss.item(), step.network.conv.weight.grad.abs().sum().item()))

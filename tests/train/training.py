@@ -47,22 +47,22 @@ def tensors(folder: Path, name: str = "checkpoint.pt") -> dict[str, Tensor]:
     """Every tensor in a checkpoint by its path."""
     results = {}
 
-    def walk(at: str, value: object) -> None:
+    def walk(path: str, value: object) -> None:
         if isinstance(value, Tensor):
-            results[at] = value
+            results[path] = value
         elif isinstance(value, dict):
             for key, inside in value.items():
-                walk(f"{at}/{key}", inside)
+                walk(f"{path}/{key}", inside)
 
     walk("", checkpoint.read(folder / name))
     return results
 
 
-def assert_same_run(one: Path, other: Path, checkpoint: str = "checkpoint.pt") -> None:
+def assert_same_run(first: Path, second: Path, checkpoint: str = "checkpoint.pt") -> None:
     """Both runs finished, with the same metrics and the same bits of all tensors."""
-    assert (one / "DONE").exists() and (other / "DONE").exists()
-    assert untimed(one) == untimed(other)
-    ours, theirs = tensors(one, checkpoint), tensors(other, checkpoint)
+    assert (first / "DONE").exists() and (second / "DONE").exists()
+    assert untimed(first) == untimed(second)
+    ours, theirs = tensors(first, checkpoint), tensors(second, checkpoint)
     assert len(ours) > 20 and ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name

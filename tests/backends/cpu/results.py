@@ -24,7 +24,7 @@ LARGE = [
 ]
 
 
-def everything(target: Target, case: Case, precision: Precision) -> list[Tensor]:
+def all_results(target: Target, case: Case, precision: Precision) -> list[Tensor]:
     """All results of a forward and a backward, with and without the saved mask, and the records."""
     p = case.problem(precision, target.device)
     kernels = backends.choose(target.backend, target.device, p.x.dtype)

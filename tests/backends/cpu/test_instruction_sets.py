@@ -14,14 +14,14 @@ import torch
 from bnkern import _native
 from bnkern.backends import cpu
 from tests import ROOT
-from tests.backends.cpu.results import LARGE, everything
+from tests.backends.cpu.results import LARGE, all_results
 from tests.support.cases import CASE, FEW, MIXED, Target
 from tests.support.images import FORMATS, MANY, augment
 from tests.support.updates import CASES, FP64, call_of, update
 from tests.support.winograd import SIZES, gradient_of, operands
 
 
-def child(isa: str) -> subprocess.CompletedProcess:
+def run_child(isa: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "tests.backends.cpu.test_instruction_sets"],
         cwd=ROOT,
@@ -32,24 +32,24 @@ def child(isa: str) -> subprocess.CompletedProcess:
 
 
 def digests(isa: str) -> list[str]:
-    done = child(isa)
-    if "this machine cannot run it" in done.stderr:
+    process = run_child(isa)
+    if "this machine cannot run it" in process.stderr:
         pytest.skip(f"this machine does not run {isa}")
-    assert done.returncode == 0, done.stderr
-    first, *lines = done.stdout.splitlines()
+    assert process.returncode == 0, process.stderr
+    first, *lines = process.stdout.splitlines()
     assert first == isa
     return lines
 
 
 @pytest.mark.parametrize("isa", [isa for isa in _native.build_info()["isas"] if isa != _native.isa()])
-def test_same_bits_as_the_one_in_use(isa: str) -> None:
-    for one, other in zip(digests(_native.isa()), digests(isa), strict=True):
-        assert one == other
+def test_same_bits_as_the_instruction_set_in_use(isa: str) -> None:
+    for expected, actual in zip(digests(_native.isa()), digests(isa), strict=True):
+        assert expected == actual
 
 
-def test_an_unknown_one_is_refused() -> None:
-    done = child("sse9")
-    assert done.returncode != 0 and "BNKERN_ISA=sse9" in done.stderr
+def test_an_unknown_instruction_set_is_refused() -> None:
+    process = run_child("sse9")
+    assert process.returncode != 0 and "BNKERN_ISA=sse9" in process.stderr
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     for case in [*FEW, *LARGE, CASE["inf_rows"], CASE["ratio_1e4"]]:
         for precision in MIXED:
             bits = hashlib.sha256()
-            for result in everything(Target("cpu", "cpu"), case, precision):
+            for result in all_results(Target("cpu", "cpu"), case, precision):
                 # The sign and payload of a NaN are not specified.
                 result = torch.where(result.isnan(), torch.nan, result) if result.is_floating_point() else result
                 bits.update(result.contiguous().view(torch.uint8).numpy().tobytes())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import bnkern
 from bnkern import backends
-from tests.backends.cpu.results import LARGE, everything
+from tests.backends.cpu.results import LARGE, all_results
 from tests.support.cases import CASE, CASES, FEW, MIXED, Case, Precision, Target
 
 MEGABYTES = Case("megabytes", (8, 16, 128, 130), "8.5 MB of fp32: the results have their own huge pages")
@@ -32,7 +32,7 @@ def assert_same(runs: list[list[Tensor]]) -> None:
 def with_threads(threads: None) -> Callable:
     def run(count: int, *args: object) -> list[Tensor]:
         torch.set_num_threads(count)
-        return everything(*args)
+        return all_results(*args)
 
     return run
 
@@ -54,7 +54,7 @@ def test_number_of_threads_beyond_the_caches(with_threads: Callable, case: Case)
 def test_repeated_runs(target: Target, case: Case) -> None:
     for precision in MIXED:
         if backends.unavailable(target.backend, target.device, precision.dtype) is None:
-            assert_same([everything(target, case, precision) for _ in range(3)])
+            assert_same([all_results(target, case, precision) for _ in range(3)])
 
 
 @pytest.mark.parametrize("case", [*LARGE, MEGABYTES], ids=str)
@@ -62,7 +62,7 @@ def test_recycled_memory(target: Target, case: Case) -> None:
     """The memory of earlier results is reused. It is filled with NaN before it is freed."""
     runs = []
     for _ in range(3):
-        results = everything(target, case, MIXED[0])
+        results = all_results(target, case, MIXED[0])
         runs.append([t.clone() for t in results])
         for t in results:
             t.fill_(torch.nan if t.is_floating_point() else 255)
@@ -74,22 +74,22 @@ def test_results_outlive_later_calls(target: Target) -> None:
     """A view of a result keeps the memory from later calls, even after the result itself is gone."""
     p = MEGABYTES.problem(MIXED[0], target.device)
     with bnkern.use_backend(target.backend):
-        kept = [bnkern.add_act(p.x + k)[1:, 2:] for k in range(3)]
+        views = [bnkern.add_act(p.x + k)[1:, 2:] for k in range(3)]
         for _ in range(3):
             bnkern.add_act(p.x * 0)
-    for k, view in enumerate(kept):
+    for k, view in enumerate(views):
         assert torch.equal(view, (p.x + k).relu()[1:, 2:])
 
 
 def test_calls_from_several_threads(target: Target) -> None:
     """Calls in several Python threads at the same time, in kernels that release the GIL, are independent."""
     cases = [MEGABYTES, *LARGE[:6], MEGABYTES]
-    alone = [everything(target, case, MIXED[0]) for case in cases]
+    expected = [all_results(target, case, MIXED[0]) for case in cases]
     with ThreadPoolExecutor(len(cases)) as pool:
         for _ in range(3):
-            together = pool.map(lambda case: everything(target, case, MIXED[0]), cases)
-            for one, other in zip(alone, together, strict=True):
-                assert_same([one, other])
+            concurrent = pool.map(lambda case: all_results(target, case, MIXED[0]), cases)
+            for first, second in zip(expected, concurrent, strict=True):
+                assert_same([first, second])
 
 
 @pytest.mark.slow

@@ -82,8 +82,8 @@ def test_clusters_need_code_that_has_them(
     assert [limits["clusters"] for limits in messages] == [clusters]
 
 
-def test_clusters_are_queried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal devices have equal plans, also if other work on one of them leaves less room at a later query."""
+def test_the_number_of_clusters_is_queried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal devices have equal plans, even if other work on one of them would reduce the number of clusters."""
     answers = iter([(66, 32, 16), (66, 32, 12)])
     monkeypatch.setattr(cuda._native, "cuda_clusters", lambda index, shared_bytes: next(answers), raising=False)
     monkeypatch.setattr(cuda, "_queried", {})

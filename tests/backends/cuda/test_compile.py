@@ -95,9 +95,9 @@ def test_resources(architecture: int) -> None:
     assert 0 < len(found) < resources.MOST_INSTANCES
     assert not {name for name, values in found.items() if values.stack}, "spills"
     table = json.loads(resources.TABLE.read_text()).get(resources.nvcc_version() or "", {})
-    tabled = table.get(f"sm_{architecture}")
-    if tabled is not None:
-        assert {name: list(values) for name, values in found.items()} == tabled
+    expected = table.get(f"sm_{architecture}")
+    if expected is not None:
+        assert {name: list(values) for name, values in found.items()} == expected
 
 
 @EVERY_ARCHITECTURE
@@ -121,7 +121,7 @@ def test_the_update_accesses_whole_vectors(architecture: int) -> None:
 
 
 @EVERY_ARCHITECTURE
-def test_loads_of_a_tile_are_under_way_together(architecture: int) -> None:
+def test_loads_of_a_tile_are_issued_together(architecture: int) -> None:
     """A thread waits for the first load of its first tile when all loads of the tile have been issued.
 
     The bytes of the mask belong to them. Coefficients are read later.
@@ -137,12 +137,12 @@ def test_loads_of_a_tile_are_under_way_together(architecture: int) -> None:
 def test_instructions_before_the_first_load(architecture: int) -> None:
     """Before the first load there are only addresses. Reading coefficients first took 430 to 1,500 instructions."""
     for kernel, values in octet_kernels(architecture):
-        most = 130 if kernel.family.startswith("rows") else 240
-        assert values.before_loads < most, f"{kernel.name}: {values}"
+        limit = 130 if kernel.family.startswith("rows") else 240
+        assert values.before_loads < limit, f"{kernel.name}: {values}"
 
 
 @EVERY_ARCHITECTURE
-def test_the_next_tile_is_under_way(architecture: int) -> None:
+def test_the_next_tile_is_loaded_ahead(architecture: int) -> None:
     """Each loop over tiles issues the loads of the next tile before it waits for them."""
     for kernel, values in octet_kernels(architecture):
         tile = 8 if kernel.family == "planes_backward" else 4

@@ -92,11 +92,11 @@ def equal(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 
 def captured(step: Step) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
         step()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = step()
@@ -108,13 +108,13 @@ def test_a_replayed_graph_has_the_bits_of_a_call(strategy: str, case: Case) -> N
     step = Step(case)
     expected = step()
     graph, results = captured(step)
-    counted = step.counter.item()
+    count_before = step.counter.item()
     for _ in range(3):
         for t in results:
             t.fill_(torch.nan)
         graph.replay()
         assert equal(results, expected)
-    assert step.counter.item() == counted + 3
+    assert step.counter.item() == count_before + 3
 
 
 @pytest.mark.parametrize("case", [PLANES, FEW, ROWS, ODD_ROWS], ids=str)
@@ -126,18 +126,18 @@ def test_graphs_captured_on_one_stream_replay_side_by_side(strategy: str, case: 
         expected = step()
         pairs.append((*captured(step), expected))
     streams = [torch.cuda.Stream() for _ in pairs]
-    right = [torch.ones((), dtype=torch.bool, device="cuda") for _ in pairs]
+    all_equal = [torch.ones((), dtype=torch.bool, device="cuda") for _ in pairs]
     torch.cuda.synchronize()
     for _ in range(500):
         for k, (stream, (graph, results, expected)) in enumerate(zip(streams, pairs, strict=True)):
             with torch.cuda.stream(stream):
                 graph.replay()
-                right[k] &= equal(results, expected)
+                all_equal[k] &= equal(results, expected)
     torch.cuda.synchronize()
-    assert all(right)
+    assert all(all_equal)
 
 
-def test_the_memory_of_graphs_that_are_gone_is_used_again(strategy: str) -> None:
+def test_memory_of_destroyed_graphs_is_reused(strategy: str) -> None:
     step = Step(ROWS)
     step()
 
@@ -160,7 +160,7 @@ def test_two_threads_on_one_stream(strategy: str, case: Case) -> None:
 
     def call(scale: float, rounds: int) -> list[Tensor]:
         x, dy = p.x * scale, p.dy * scale
-        right = torch.ones((), dtype=torch.bool, device="cuda")
+        all_equal = torch.ones((), dtype=torch.bool, device="cuda")
         first = None
         for _ in range(rounds):
             y, mean, invstd, mask = backend.forward(
@@ -169,13 +169,13 @@ def test_two_threads_on_one_stream(strategy: str, case: Case) -> None:
             saved = (mean, invstd, mask, "relu", True, (True,) * 4)
             results = [y, mean, invstd, mask, *backend.backward(BackwardCall(dy, x, p.weight, p.bias, *saved))]
             first = first or results
-            right &= equal(results, first)
-        return [right, *first]
+            all_equal &= equal(results, first)
+        return [all_equal, *first]
 
-    quiet = [call(scale, 1) for scale in (1, -3)]
+    sequential = [call(scale, 1) for scale in (1, -3)]
     with ThreadPoolExecutor(2) as pool:
-        result = list(pool.map(call, (1, -3), (300, 300)))
-    for ours, expected in zip(result, quiet, strict=True):
+        concurrent = list(pool.map(call, (1, -3), (300, 300)))
+    for ours, expected in zip(concurrent, sequential, strict=True):
         assert ours[0] and equal(ours, expected)
 
 
@@ -203,7 +203,7 @@ def test_100_000_launches_beside_a_busy_stream(strategy: str, case: Case) -> Non
     address, signals, size = _native.cuda_workspace(torch.cuda.current_stream().cuda_stream)
     parts = torch.as_tensor(Raw(address + signals, size), device="cuda")
     noise, busy = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
-    right = torch.ones((), dtype=torch.bool, device="cuda")
+    all_equal = torch.ones((), dtype=torch.bool, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(busy), torch.cuda.graph(graph, stream=busy):
         for _ in range(10):
@@ -211,14 +211,14 @@ def test_100_000_launches_beside_a_busy_stream(strategy: str, case: Case) -> Non
     for k in range(25_000):
         parts.fill_(255)
         results = [t for t in backend.forward(ForwardCall(x, *arguments)) if t is not None]
-        more = backend.backward(BackwardCall(p.dy, x, *backward))
-        right &= equal([*results, *more], [*expected, *gradients])
+        backward_results = backend.backward(BackwardCall(p.dy, x, *backward))
+        all_equal &= equal([*results, *backward_results], [*expected, *gradients])
         if k % 50 == 0:
             with torch.cuda.stream(busy):
                 graph.replay()
         if k % 2000 == 0:
-            assert right, f"wrong after {4 * k} launches"
-    assert right
+            assert all_equal, f"wrong after {4 * k} launches"
+    assert all_equal
 
 
 def test_one_launch_and_no_memset(strategy: str) -> None:

@@ -7,15 +7,15 @@
 #include "../../../csrc/cuda/workspaces.h"
 
 namespace {
-thread_local std::string said;
-const char* keep(std::string words) {
-  said = std::move(words);
-  return said.c_str();
+thread_local std::string message;
+const char* store(std::string text) {
+  message = std::move(text);
+  return message.c_str();
 }
 template <class F>
-const char* keep_or_no_memory(F f) {
+const char* store_or_no_memory(F f) {
   try {
-    return keep(f());
+    return store(f());
   } catch (const std::bad_alloc&) {
     return "no memory";
   }
@@ -24,14 +24,14 @@ const char* keep_or_no_memory(F f) {
 
 extern "C" {
 const char* forward(const bnkern::CudaForward* p, std::uintptr_t stream) {
-  return keep_or_no_memory([&] { return bnkern::cuda_forward(*p, stream); });
+  return store_or_no_memory([&] { return bnkern::cuda_forward(*p, stream); });
 }
 const char* backward(const bnkern::CudaBackward* p, std::uintptr_t stream) {
-  return keep_or_no_memory([&] { return bnkern::cuda_backward(*p, stream); });
+  return store_or_no_memory([&] { return bnkern::cuda_backward(*p, stream); });
 }
-const char* forward_within(const bnkern::CudaForward* p) { return keep(bnkern::forward_within(*p, 0)); }
-const char* backward_within(const bnkern::CudaBackward* p) { return keep(bnkern::backward_within(*p, 0)); }
-const char* merge(const bnkern::CudaMerge* p) { return keep(bnkern::cuda_merge(*p, 0)); }
+const char* forward_within(const bnkern::CudaForward* p) { return store(bnkern::forward_within(*p, 0)); }
+const char* backward_within(const bnkern::CudaBackward* p) { return store(bnkern::backward_within(*p, 0)); }
+const char* merge(const bnkern::CudaMerge* p) { return store(bnkern::cuda_merge(*p, 0)); }
 void forward_workspace(const bnkern::CudaForward* p, bnkern::WorkspaceSize* size) {
   *size = bnkern::forward_workspace(*p);
 }
@@ -40,16 +40,16 @@ void backward_workspace(const bnkern::CudaBackward* p, bnkern::WorkspaceSize* si
 }
 std::int64_t signal_bytes(std::int64_t groups) { return bnkern::signal_bytes(groups); }
 // The workspace of a call on the stream with this many groups and bytes.
-const char* workspace(std::uintptr_t stream, std::int64_t groups, std::int64_t bytes, bnkern::CudaWorkspace* got) {
-  return keep_or_no_memory([&] {
+const char* workspace(std::uintptr_t stream, std::int64_t groups, std::int64_t bytes, bnkern::CudaWorkspace* result) {
+  return store_or_no_memory([&] {
     return bnkern::with_workspace("call", stream, {groups, bytes}, [&](const bnkern::CudaWorkspace& workspace) {
-      *got = workspace;
+      *result = workspace;
       return std::string();
     });
   });
 }
 const char* allow_shared_memory(const void* kernel) {
-  return keep(bnkern::error_text("call", bnkern::allow_shared_memory(kernel)));
+  return store(bnkern::error_text("call", bnkern::allow_shared_memory(kernel)));
 }
 int allowed_shared_memory(const void* kernel) { return cuda_on_cpu::allowed_shared_memory(kernel); }
 std::int64_t sizes(int which) {

@@ -72,7 +72,7 @@ struct Fiber {
   const char* waits_for = nullptr;
   int barrier_or = 0;
   unsigned arrivals = 0, waits = 0;  // at cluster barriers
-  std::uint64_t given = 0, got[kWarp] = {};
+  std::uint64_t sent = 0, received[kWarp] = {};
   Stack stack;
   ucontext_t context;
   void* fake_stack = nullptr;
@@ -113,10 +113,10 @@ class Scheduler {
   std::string run() {
     // Clusters (of one block, if the launch has none) begin in a random order, few or many at a time.
     const std::size_t blocks = std::size_t{grid_.blocks.x} * grid_.blocks.y * grid_.blocks.z;
-    for (std::size_t first = 0; first < blocks; first += grid_.cluster) to_come_.push_back(first);
-    std::shuffle(to_come_.begin(), to_come_.end(), random_);
-    const std::size_t some = 1 + random_() % 4;
-    std::size_t at_once = grid_.resident ? to_come_.size() : std::min(some, to_come_.size());
+    for (std::size_t first = 0; first < blocks; first += grid_.cluster) pending_.push_back(first);
+    std::shuffle(pending_.begin(), pending_.end(), random_);
+    const std::size_t few = 1 + random_() % 4;
+    std::size_t at_once = grid_.resident ? pending_.size() : std::min(few, pending_.size());
     while (at_once-- > 0) begin_cluster();
     next();  // returns when no fiber is ready
     return error_;
@@ -176,17 +176,17 @@ class Scheduler {
   }
   void fail(const std::string& what) {
     std::ostringstream text;
-    const Place& at = running_->place;
-    text << grid_.name << ": " << what << ": thread " << at.thread.x << " of block (" << at.block.x << ", "
-         << at.block.y << ")" << others();
+    const Place& position = running_->place;
+    text << grid_.name << ": " << what << ": thread " << position.thread.x << " of block (" << position.block.x << ", "
+         << position.block.y << ")" << waiting_threads();
     error_ = text.str();
     leave();
   }
 
  private:
   void begin_cluster() {
-    const std::size_t first = to_come_.back();
-    to_come_.pop_back();
+    const std::size_t first = pending_.back();
+    pending_.pop_back();
     const dim3 size = grid_.threads;
     const std::size_t threads = std::size_t{size.x} * size.y * size.z;
     clusters_.push_back(std::make_unique<Cluster>());
@@ -233,16 +233,16 @@ class Scheduler {
     if (--block.live == 0) {
       const auto ended = [](const Block* b) { return b->live == 0; };
       const auto& others = block.cluster->blocks;
-      if (!to_come_.empty() && std::all_of(others.begin(), others.end(), ended)) begin_cluster();
+      if (!pending_.empty() && std::all_of(others.begin(), others.end(), ended)) begin_cluster();
     }
     next(true);
   }
 
   // Switches from the running fiber to one of those that are ready, or to run() if there is none.
-  void next(bool for_good = false) {
+  void next(bool last_switch = false) {
     if (ready_.empty()) {
       for (const auto& block : blocks_)
-        if (block->live && error_.empty()) error_ = std::string(grid_.name) + ": deadlock" + others();
+        if (block->live && error_.empty()) error_ = std::string(grid_.name) + ": deadlock" + waiting_threads();
       return leave();
     }
     std::swap(ready_[random_() % ready_.size()], ready_.back());
@@ -253,7 +253,7 @@ class Scheduler {
     if (from == to) return;
     ucontext_t* const context = from ? &from->context : &outside_;
     void** const fake = from ? &from->fake_stack : &outside_fake_stack_;
-    __sanitizer_start_switch_fiber(for_good ? nullptr : fake, to->stack.data(), kStackBytes);
+    __sanitizer_start_switch_fiber(last_switch ? nullptr : fake, to->stack.data(), kStackBytes);
     swapcontext(context, &to->context);
     arrived();
   }
@@ -272,15 +272,15 @@ class Scheduler {
     __sanitizer_finish_switch_fiber(running_ ? running_->fake_stack : outside_fake_stack_, nullptr, nullptr);
   }
 
-  std::string others() const {
+  std::string waiting_threads() const {
     std::ostringstream text;
     for (const auto& block : blocks_) {
       std::vector<std::pair<const char*, int>> counts;
       for (const auto& fiber : block->fibers) {
         const char* const what = fiber->waits_for ? fiber->waits_for : "its turn";
-        auto at = std::find_if(counts.begin(), counts.end(), [&](const auto& c) { return c.first == what; });
-        if (at == counts.end()) at = counts.insert(at, {what, 0});
-        ++at->second;
+        auto entry = std::find_if(counts.begin(), counts.end(), [&](const auto& c) { return c.first == what; });
+        if (entry == counts.end()) entry = counts.insert(entry, {what, 0});
+        ++entry->second;
       }
       const dim3 b = block->fibers[0]->place.block;
       if (!block->live) continue;
@@ -293,7 +293,7 @@ class Scheduler {
   const Grid& grid_;
   const std::function<void()>& body_;
   std::mt19937_64 random_;
-  std::vector<std::size_t> to_come_;
+  std::vector<std::size_t> pending_;
   std::vector<std::unique_ptr<Cluster>> clusters_;
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<Fiber*> ready_;
@@ -328,9 +328,9 @@ std::string run(const Grid& grid, const void* kernel, const std::function<void()
   std::string error;
   {
     const std::lock_guard<std::mutex> lock(one_launch);
-    Scheduler here(grid, body);
-    scheduler = &here;
-    error = here.run();
+    Scheduler current(grid, body);
+    scheduler = &current;
+    error = current.run();
     scheduler = nullptr;
     seed = seed * 6364136223846793005u + 1442695040888963407u;  // the next launch gets another order
   }
@@ -381,31 +381,32 @@ std::uint64_t exchange(unsigned mask, std::uint64_t value, unsigned from) {
   Fiber& self = scheduler->self();
   Warp& warp = self.block->warps[self.index / kWarp];
   const unsigned own = 1u << lane();
-  if (!(mask & own) || (warp.arrived && warp.mask != mask)) scheduler->fail("lanes of a warp disagree who takes part");
+  if (!(mask & own) || (warp.arrived && warp.mask != mask))
+    scheduler->fail("lanes of a warp disagree about which lanes take part");
   scheduler->progress();
   warp.mask = mask;
   warp.arrived |= own;
   warp.waiting[lane()] = &self;
-  self.given = value;
+  self.sent = value;
   if (warp.arrived != mask) {
     scheduler->wait("a shuffle");
   } else {
     for (int to = 0; to < kWarp; ++to) {
       if (!(mask >> to & 1)) continue;
-      for (int i = 0; i < kWarp; ++i) warp.waiting[to]->got[i] = mask >> i & 1 ? warp.waiting[i]->given : ~value;
+      for (int i = 0; i < kWarp; ++i) warp.waiting[to]->received[i] = mask >> i & 1 ? warp.waiting[i]->sent : ~value;
       if (warp.waiting[to] != &self) scheduler->wake(warp.waiting[to]);
     }
     warp.arrived = 0;
     scheduler->yield();
   }
-  return self.got[from % kWarp];
+  return self.received[from % kWarp];
 }
 
 unsigned ballot(unsigned mask, bool value) {
   exchange(mask, value, 0);
   unsigned bits = 0;
   for (int i = 0; i < kWarp; ++i)
-    if (mask >> i & 1) bits |= unsigned(scheduler->self().got[i] & 1) << i;
+    if (mask >> i & 1) bits |= unsigned(scheduler->self().received[i] & 1) << i;
   return bits;
 }
 

@@ -5,11 +5,11 @@ namespace {
 
 using namespace bnkern;
 
-std::string said;
+std::string message;
 
-const char* say(std::string words) {
-  said = std::move(words);
-  return said.c_str();
+const char* store(std::string text) {
+  message = std::move(text);
+  return message.c_str();
 }
 
 // out[t] = n - 1 - t, by way of shared memory.
@@ -21,15 +21,15 @@ void reverse_kernel(int* out, bool barrier) {
   out[t] = shared[n - 1 - t];
 }
 
-void shift_kernel(int* out, int by) {
+void shift_kernel(int* out, int offset) {
   int* const shared = shared_memory<int>();
   const int t = static_cast<int>(threadIdx.x);
   shared[t] = t;
   __syncthreads();
-  out[t] = shared[t + by];
+  out[t] = shared[t + offset];
 }
 
-void misaligned_kernel(const char* in, Words* out, int at) { out[0] = load_words(in + at); }
+void misaligned_kernel(const char* in, Words* out, int offset) { out[0] = load_words(in + offset); }
 
 // The sum of one value per block: added by each block when it runs, or by the last block in a fixed order.
 void sum_kernel(const float* in, float* partial, float* out, unsigned* word, bool in_order) {
@@ -84,29 +84,29 @@ void warp_kernel(int* out) {
 
 extern "C" {
 const char* fault_reverse(int* out, int threads, bool barrier) {
-  return say(launch({"reverse", 1, threads, threads * sizeof(int), 0}, reverse_kernel, out, barrier));
+  return store(launch({"reverse", 1, threads, threads * sizeof(int), 0}, reverse_kernel, out, barrier));
 }
-const char* fault_shift(int* out, int threads, int by) {
-  return say(launch({"shift", 1, threads, threads * sizeof(int), 0}, shift_kernel, out, by));
+const char* fault_shift(int* out, int threads, int offset) {
+  return store(launch({"shift", 1, threads, threads * sizeof(int), 0}, shift_kernel, out, offset));
 }
-const char* fault_misaligned(const char* in, void* out, int at) {
-  return say(launch({"misaligned", 1, 1, 0, 0}, misaligned_kernel, in, static_cast<Words*>(out), at));
+const char* fault_misaligned(const char* in, void* out, int offset) {
+  return store(launch({"misaligned", 1, 1, 0, 0}, misaligned_kernel, in, static_cast<Words*>(out), offset));
 }
 const char* fault_sum(const float* in, float* partial, float* out, unsigned* word, int blocks, bool in_order) {
-  return say(launch({"sum", blocks, 2, 0, 0}, sum_kernel, in, partial, out, word, in_order));
+  return store(launch({"sum", blocks, 2, 0, 0}, sum_kernel, in, partial, out, word, in_order));
 }
-const char* fault_half_barrier() { return say(launch({"half barrier", 1, 4, 0, 0}, half_barrier_kernel)); }
+const char* fault_half_barrier() { return store(launch({"half barrier", 1, 4, 0, 0}, half_barrier_kernel)); }
 const char* fault_meet(unsigned* word, int blocks, bool resident) {
-  const Launch how{"meet", blocks, 2, 0, 0};
-  if (!resident) return say(launch(how, meet_kernel, word));
+  const Launch geometry{"meet", blocks, 2, 0, 0};
+  if (!resident) return store(launch(geometry, meet_kernel, word));
   std::string error;
-  return say(launch_resident(how, &error, meet_kernel, word) ? error : "not resident");
+  return store(launch_resident(geometry, &error, meet_kernel, word) ? error : "not resident");
 }
 const char* fault_swap(int* out, int blocks) {
-  return say(launch({"swap", blocks, 1, sizeof(int), 0, 2}, swap_kernel, out));
+  return store(launch({"swap", blocks, 1, sizeof(int), 0, 2}, swap_kernel, out));
 }
 const char* fault_half_cluster_barrier(int arrivals, int waits) {
-  return say(launch({"half cluster barrier", 2, 1, 0, 0, 2}, half_cluster_barrier_kernel, arrivals, waits));
+  return store(launch({"half cluster barrier", 2, 1, 0, 0, 2}, half_cluster_barrier_kernel, arrivals, waits));
 }
-const char* fault_warp(int* out) { return say(launch({"warp", 1, 32, 0, 0}, warp_kernel, out)); }
+const char* fault_warp(int* out) { return store(launch({"warp", 1, 32, 0, 0}, warp_kernel, out)); }
 }

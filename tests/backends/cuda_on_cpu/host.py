@@ -14,14 +14,14 @@ from tests.backends.cuda_on_cpu import native
 class Counting:
     """The native module on the host. It counts the calls that were not declined."""
 
-    taken = 0
+    accepted = 0
 
     def __getattr__(self, name: str) -> Callable:
         function = getattr(native.module(), name)
 
         def counted(*args: object) -> object:
             results = function(*args)
-            Counting.taken += results is not None or name == "update"  # which has no results
+            Counting.accepted += results is not None or name == "update"  # which has no results
             return results
 
         return counted
@@ -36,12 +36,12 @@ def on_the_host(check: Callable, *args: object, single_read_from: int = 0) -> No
     lib = native.kernels()
     lib.configure(1, 1 << 20)
     native.module().connect(backend_functions)
-    lib.know_device(native.Device().struct, single_read_from)
+    lib.register_device(native.Device().struct, single_read_from)
     with ExitStack() as patches:
         patches.enter_context(patch.object(backend_functions, "_native", Counting()))
         patches.enter_context(patch.object(backends, "choose", lambda name, device, dtype: cuda))
         patches.enter_context(bnkern.use_backend("cuda"))
-        before = Counting.taken
+        before = Counting.accepted
         check(*args)
-        if Counting.taken == before:
+        if Counting.accepted == before:
             raise NothingLaunched

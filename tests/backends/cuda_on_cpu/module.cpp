@@ -19,7 +19,7 @@ PyObject* native_module() {
   if (module && !(bnkern::add_calls(module) && bnkern::add_update(module))) return nullptr;
   return module;
 }
-void know_device(const bnkern::CudaDevice* device, std::int64_t single_read_from) {
+void register_device(const bnkern::CudaDevice* device, std::int64_t single_read_from) {
   bnkern::register_cuda_device(0, *device, single_read_from);
 }
 }

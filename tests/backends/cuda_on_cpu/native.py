@@ -51,8 +51,8 @@ def build(sources: list[Path], flags: list[str]) -> Path:
             def compile(source: Path) -> str:
                 target = str(folder / f"{key}-{source.name}.o")
                 command = [COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", target]
-                done = subprocess.run(command, capture_output=True, text=True, env=environment)
-                assert done.returncode == 0, done.stderr
+                process = subprocess.run(command, capture_output=True, text=True, env=environment)
+                assert process.returncode == 0, process.stderr
                 return target
 
             with ThreadPoolExecutor(2) as pool:
@@ -78,15 +78,15 @@ def kernels(optimized: bool = False) -> ctypes.CDLL:
     csrc = ROOT / "csrc"
     call = [csrc / "call" / f"{name}.cpp" for name in ("batch_norm", "cuda", "dlpack", "tensors", "update")]
     sources = [*sorted((csrc / "cuda").glob("*.cu")), *call, csrc / "cpu" / "pool.cpp", *sorted(HERE.glob("*.cpp"))]
-    more = SANITIZERS if INSIDE in os.environ else ["-O3"] if optimized else []
-    lib = load(build(sources, FLAGS + more))
-    for which, (name, struct) in enumerate({"forward": CudaForward, "backward": CudaBackward}.items()):
+    extra_flags = SANITIZERS if INSIDE in os.environ else ["-O3"] if optimized else []
+    lib = load(build(sources, FLAGS + extra_flags))
+    for index, (name, struct) in enumerate({"forward": CudaForward, "backward": CudaBackward}.items()):
         getattr(lib, name).restype, getattr(lib, name).argtypes = c_char_p, [POINTER(struct), c_size_t]
         within, workspace = getattr(lib, f"{name}_within"), getattr(lib, f"{name}_workspace")
         within.restype, within.argtypes = c_char_p, [POINTER(struct)]
         workspace.restype, workspace.argtypes = None, [POINTER(struct), POINTER(WorkspaceSize)]
-        assert lib.sizes(which) == ctypes.sizeof(struct), f"{struct.__name__} is not as in kernels.h"
-    lib.know_device.argtypes = [POINTER(CudaDevice), c_int64]
+        assert lib.sizes(index) == ctypes.sizeof(struct), f"{struct.__name__} is not as in kernels.h"
+    lib.register_device.argtypes = [POINTER(CudaDevice), c_int64]
     lib.leave_out_launches.argtypes = [c_bool]
     lib.signal_bytes.restype, lib.signal_bytes.argtypes = c_int64, [c_int64]
     return lib
@@ -266,29 +266,29 @@ class OnCpu(NamedTuple):
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype is not torch.float64 else "no float64"
 
-    def _forward(self, of: ForwardCall, phases: tuple[bool, bool], saved=None) -> list[Tensor | None]:
+    def _forward(self, arguments: ForwardCall, phases: tuple[bool, bool], saved=None) -> list[Tensor | None]:
         """y, mask, mean, spread, and the running statistics and the counter after the call."""
         moments, normalize = phases
-        x, weight, bias, residual, running_mean, running_var, counter, _, momentum, eps, act, _, record = of
-        like = layout(x)
-        x = addressed(x, like.rows)
-        residual = None if residual is None else addressed(residual, like.rows)
+        x, weight, bias, residual, running_mean, running_var, counter, _, momentum, eps, act, _, record = arguments
+        x_layout = layout(x)
+        x = addressed(x, x_layout.rows)
+        residual = None if residual is None else addressed(residual, x_layout.rows)
 
         def call(seed: int) -> list[Tensor | None]:
             state = [None if t is None else t.clone() for t in (running_mean, running_var, counter)]
-            y = _noise(empty_like(x, like.rows)) if normalize else None
-            mask = _noise(torch.empty(like.mask_shape, dtype=torch.uint8)) if of.has_mask else None
+            y = _noise(empty_like(x, x_layout.rows)) if normalize else None
+            mask = _noise(torch.empty(x_layout.mask_shape, dtype=torch.uint8)) if arguments.has_mask else None
             mean, spread = saved or (None, None)
             if moments or running_mean is not None:
-                mean, spread = _noise(torch.empty(like.c)), _noise(torch.empty(like.c))
+                mean, spread = _noise(torch.empty(x_layout.c)), _noise(torch.empty(x_layout.c))
             recorded = None if record is None else torch.full_like(record, -1.0)
             run(
                 Forward(
-                    Shape(*like),
+                    Shape(*x_layout),
                     DTYPES[x.dtype],
                     *phases,
                     act is not None,
-                    *(view(t, like.rows) for t in (x, residual, y)),
+                    *(view(t, x_layout.rows) for t in (x, residual, y)),
                     address(mask),
                     *map(vector, (weight, bias)),
                     *map(address, (mean, spread)),
@@ -328,33 +328,35 @@ class OnCpu(NamedTuple):
                 old.copy_(new)
         return y, mean, invstd, mask
 
-    def _backward(self, of: BackwardCall, phases: tuple[bool, bool], centred: bool, sums, wanted):
+    def _backward(self, arguments: BackwardCall, phases: tuple[bool, bool], centred: bool, sums, needed):
         """dx, dresidual, the sums, dweight and dbias."""
-        dy, x, weight, bias, mean, invstd, mask, act, *_ = of
-        like = layout(x)
-        dy, x = addressed(dy, like.rows), addressed(x, like.rows)
-        want_dx, want_dresidual, weight_dtype, bias_dtype = wanted
+        dy, x, weight, bias, mean, invstd, mask, act, *_ = arguments
+        x_layout = layout(x)
+        dy, x = addressed(dy, x_layout.rows), addressed(x, x_layout.rows)
+        needs_dx, needs_dresidual, weight_dtype, bias_dtype = needed
         records = (
-            of.record_gradient if want_dx and phases[1] else None,
-            of.record_affine if mean is not None and phases[0] else None,
+            arguments.record_gradient if needs_dx and phases[1] else None,
+            arguments.record_affine if mean is not None and phases[0] else None,
         )
 
         def call(seed: int) -> list[Tensor | None]:
-            dx, dresidual = (_noise(empty_like(x, like.rows)) if w else None for w in (want_dx, want_dresidual))
-            dweight, dbias = (_noise(torch.empty(like.c, dtype=t)) if t else None for t in (weight_dtype, bias_dtype))
-            own = sums or ([_noise(torch.empty(like.c)) for _ in range(2)] if phases[0] else (None, None))
+            dx, dresidual = (_noise(empty_like(x, x_layout.rows)) if w else None for w in (needs_dx, needs_dresidual))
+            dweight, dbias = (
+                _noise(torch.empty(x_layout.c, dtype=t)) if t else None for t in (weight_dtype, bias_dtype)
+            )
+            sum_tensors = sums or ([_noise(torch.empty(x_layout.c)) for _ in range(2)] if phases[0] else (None, None))
             recorded = [None if r is None else torch.full_like(r, -1.0) for r in records]
             run(
                 Backward(
-                    Shape(*like),
+                    Shape(*x_layout),
                     DTYPES[x.dtype],
                     *phases,
                     act is not None,
                     centred,
-                    *(view(t, like.rows) for t in (dy, x, dx, dresidual)),
+                    *(view(t, x_layout.rows) for t in (dy, x, dx, dresidual)),
                     address(mask),
                     *map(vector, (weight, bias)),
-                    *map(address, (mean, invstd, *own)),
+                    *map(address, (mean, invstd, *sum_tensors)),
                     *map(vector, (dweight, dbias)),
                     *map(address, recorded),
                 ),
@@ -362,7 +364,7 @@ class OnCpu(NamedTuple):
                 self.strategy,
                 seed,
             )
-            return [dx, dresidual, *own, dweight, dbias, *recorded]
+            return [dx, dresidual, *sum_tensors, dweight, dbias, *recorded]
 
         *results, gradient, affine = self._agree(call)
         for record, recorded in zip(records, (gradient, affine), strict=True):
@@ -375,14 +377,14 @@ class OnCpu(NamedTuple):
 
     def grad_input(self, call: BackwardCall, sums):
         need_x, _, _, need_residual = call.needs
-        wanted = (need_x, need_residual, None, None)
-        return self._backward(call, (False, True), sums is not None, sums and sums[:2], wanted)[:2]
+        needed = (need_x, need_residual, None, None)
+        return self._backward(call, (False, True), sums is not None, sums and sums[:2], needed)[:2]
 
     def backward(self, call: BackwardCall):
         need_x, need_weight, need_bias, need_residual = call.needs
-        wanted = (need_x, need_residual, need_weight and call.weight.dtype, need_bias and call.bias.dtype)
+        needed = (need_x, need_residual, need_weight and call.weight.dtype, need_bias and call.bias.dtype)
         phases = (call.needs_sums, need_x or need_residual)
-        dx, dresidual, _, _, dweight, dbias = self._backward(call, phases, call.training and need_x, None, wanted)
+        dx, dresidual, _, _, dweight, dbias = self._backward(call, phases, call.training and need_x, None, needed)
         return dx, dweight, dbias, dresidual
 
 

@@ -31,15 +31,15 @@ def reverse(seed: int, barrier: bool) -> list[int]:
 
 def test_missing_barrier() -> None:
     """Without the barrier a thread reads values that were not written yet, in every order that is tried."""
-    right = list(reversed(range(N)))
-    assert all(reverse(seed, True) == right for seed in SEEDS)
-    assert all(reverse(seed, False) != right for seed in SEEDS)
+    expected = list(reversed(range(N)))
+    assert all(reverse(seed, True) == expected for seed in SEEDS)
+    assert all(reverse(seed, False) != expected for seed in SEEDS)
 
 
 @sandboxed
-def shift(by: int) -> list[int]:
+def shift(offset: int) -> list[int]:
     out = torch.zeros(N, dtype=torch.int32)
-    assert call("shift", out, N, by) == ""
+    assert call("shift", out, N, offset) == ""
     return out.tolist()
 
 
@@ -76,28 +76,28 @@ def sums(in_order: bool) -> set[float]:
 
 
 def test_sum_that_depends_on_order() -> None:
-    """The sum depends on the order if every block adds its part, and does not if the last block adds all of them in
-    order.
-    """
+    """The sum depends on the order if every block adds its own part. It does not if the last block adds all parts."""
     assert len(sums(True)) == 1
     assert len(sums(False)) > 1
 
 
 @sandboxed
-def stuck(name: str, *args: object, blocks: int = 1 << 20) -> str:
+def launch_fault(name: str, *args: object, blocks: int = 1 << 20) -> str:
     return call(name, *(torch.zeros(1, dtype=torch.int32) if a == "word" else a for a in args), blocks=blocks)
 
 
 def test_barrier_that_not_all_reach() -> None:
-    words = stuck("half_barrier")
-    assert "half barrier: deadlock; block (0, 0)" in words and "a block barrier 2" in words and "the end 2" in words
+    message = launch_fault("half_barrier")
+    assert (
+        "half barrier: deadlock; block (0, 0)" in message and "a block barrier 2" in message and "the end 2" in message
+    )
 
 
-def test_waiting_for_blocks_that_may_not_be_there() -> None:
+def test_barrier_between_blocks_that_are_not_resident() -> None:
     """A barrier between blocks under an ordinary launch waits for blocks that start only after the barrier."""
-    assert stuck("meet", "word", 6, True) == ""
-    assert "waits forever" in stuck("meet", "word", 6, False)
-    assert stuck("meet", "word", 6, True, blocks=5) == "not resident"
+    assert launch_fault("meet", "word", 6, True) == ""
+    assert "waits forever" in launch_fault("meet", "word", 6, False)
+    assert launch_fault("meet", "word", 6, True, blocks=5) == "not resident"
 
 
 @sandboxed
@@ -116,7 +116,7 @@ def test_clusters_shuffles_and_ballots() -> None:
 
 def test_halves_of_a_cluster_barrier() -> None:
     """Every thread must arrive once, wait once, and not end between."""
-    assert stuck("half_cluster_barrier", 1, 1) == ""
-    assert "arrives twice" in stuck("half_cluster_barrier", 2, 1)
-    assert "without an arrival" in stuck("half_cluster_barrier", 0, 1)
-    assert "ends between the halves" in stuck("half_cluster_barrier", 1, 0)
+    assert launch_fault("half_cluster_barrier", 1, 1) == ""
+    assert "arrives twice" in launch_fault("half_cluster_barrier", 2, 1)
+    assert "without an arrival" in launch_fault("half_cluster_barrier", 0, 1)
+    assert "ends between the halves" in launch_fault("half_cluster_barrier", 1, 0)

@@ -14,7 +14,7 @@ from tests.support.record_cases import Call, check_backward, check_forward
 TARGET = Target("cuda", "cpu")
 ROOM = 1024  # bytes of shared memory that planes need in addition to their tiles
 # Devices and the strategies that they cause. A tile of 32 or 64 threads has 2 KB or 4 KB of each tensor.
-WAYS = {
+SETUPS = {
     "two_kernels": OnCpu(Device(), TWO_KERNELS),
     "clusters": OnCpu(Device(multiprocessors=64), SINGLE_READ),
     # one part per channel, held completely
@@ -46,29 +46,29 @@ SWEEP = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("setup", SETUPS)
 @pytest.mark.parametrize(("precision", "case"), [(FP32, LONG), (BF16, ODD)], ids=["fp32-long", "bf16-odd"])
 @sandboxed
-def test_every_way(way: str, precision: Precision, case: Case) -> None:
+def test_every_setup(setup: str, precision: Precision, case: Case) -> None:
     """Forward and backward as one call each, with every strategy."""
     for act, residual in (("relu", False), ("relu", True)):
-        WAYS[way].in_five_orders().passes(check_batch_norm, TARGET, case, precision, "training", act, residual)
+        SETUPS[setup].in_five_orders().passes(check_batch_norm, TARGET, case, precision, "training", act, residual)
 
 
 @SWEEP
 @sandboxed
 def test_training(precision: Precision, case: Case) -> None:
     for act, residual in (("relu", False), ("relu", True)):
-        WAYS["hybrid"].passes(check_batch_norm, TARGET, case, precision, "training", act, residual)
+        SETUPS["hybrid"].passes(check_batch_norm, TARGET, case, precision, "training", act, residual)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("setup", SETUPS)
 @pytest.mark.parametrize(("precision", "case"), [(FP32, LONG), (BF16, ODD)], ids=["fp32-long", "bf16-odd"])
 @sandboxed
-def test_records_every_way(way: str, precision: Precision, case: Case) -> None:
+def test_records_of_every_setup(setup: str, precision: Precision, case: Case) -> None:
     p, call = case.problem(precision), Call("training", "saved mask")
-    check_forward(WAYS[way].in_five_orders(), p, call)
-    check_backward(WAYS[way].in_five_orders(), p, call)
+    check_forward(SETUPS[setup].in_five_orders(), p, call)
+    check_backward(SETUPS[setup].in_five_orders(), p, call)
 
 
 @pytest.mark.parametrize(
@@ -79,32 +79,32 @@ def test_records_every_way(way: str, precision: Precision, case: Case) -> None:
 def test_records(precision: Precision, case: Case) -> None:
     p = case.problem(precision)
     for call in (Call("training", None), Call("eval", "relu"), Call("identity", "saved mask")):
-        check_forward(WAYS["hybrid"], p, call)
-        check_backward(WAYS["hybrid"], p, call)
+        check_forward(SETUPS["hybrid"], p, call)
+        check_backward(SETUPS["hybrid"], p, call)
 
 
 @SWEEP
 @sandboxed
 def test_phases(precision: Precision, case: Case) -> None:
     """Each phase alone: moments, normalize, grad_sums, grad_input."""
-    way = WAYS["two_kernels"]
-    way.passes(check_moments, TARGET, precision, case)
+    setup = SETUPS["two_kernels"]
+    setup.passes(check_moments, TARGET, precision, case)
     for residual, act in ((False, "relu"), (True, "relu"), (True, None)):
-        way.passes(check_normalize, TARGET, precision, case, residual, act)
+        setup.passes(check_normalize, TARGET, precision, case, residual, act)
     for act in ("relu", "saved mask"):
-        way.passes(check_grad_sums, TARGET, precision, case, act)
-        way.passes(check_grad_input, TARGET, precision, case, act, True)
+        setup.passes(check_grad_sums, TARGET, precision, case, act)
+        setup.passes(check_grad_input, TARGET, precision, case, act, True)
 
 
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=lambda p: p.name)
 @pytest.mark.parametrize("case", [LONG, ODD], ids=str)
 @sandboxed
-def test_where_clusters_find_no_room_the_bits_stay(precision: Precision, case: Case) -> None:
+def test_same_bits_if_clusters_do_not_fit(precision: Precision, case: Case) -> None:
     p, results = case.problem(precision), []
-    for way in (WAYS["clusters"], WAYS["not_resident"]):
-        y, *saved = way.forward(ForwardCall(
+    for setup in (SETUPS["clusters"], SETUPS["not_resident"]):
+        y, *saved = setup.forward(ForwardCall(
             p.x, p.weight, p.bias, p.residual, None, None, None, True, 0.1, EPS, "relu", True
         ))  # fmt: skip
-        grads = way.backward(BackwardCall(p.dy, p.x, p.weight, p.bias, *saved, "relu", True, (True,) * 4))
+        grads = setup.backward(BackwardCall(p.dy, p.x, p.weight, p.bias, *saved, "relu", True, (True,) * 4))
         results.append([t.contiguous().view(torch.uint8) for t in (y, *saved, *grads)])
     assert all(map(torch.equal, *results))

@@ -24,5 +24,5 @@ def test_same_bits_as_the_cpu() -> None:
 
 
 def _same_bits(case: Case, expected: list[torch.Tensor]) -> None:
-    for t, other in zip(update(TARGET, call_of(case)).results(), expected, strict=True):
-        torch.testing.assert_close(t, other, rtol=0, atol=0, equal_nan=True)
+    for t, expected_result in zip(update(TARGET, call_of(case)).results(), expected, strict=True):
+        torch.testing.assert_close(t, expected_result, rtol=0, atol=0, equal_nan=True)

@@ -49,19 +49,19 @@ class Runtime:
 
     def counted(self) -> dict[str, int]:
         names = ("allocations", "allocated_bytes", "memsets", "limits_set")
-        return {name: self.lib.counted(which) for which, name in enumerate(names)}
+        return {name: self.lib.counted(index) for index, name in enumerate(names)}
 
     def workspace(self, stream: int, groups: int = 8, size: int = 1000) -> range:
         """The addresses of a call's workspace. The call overwrites all of it except the signals."""
-        got = native.CudaWorkspace()
-        message = self.lib.workspace(stream, groups, size, got).decode()
+        result = native.CudaWorkspace()
+        message = self.lib.workspace(stream, groups, size, result).decode()
         if message:
             raise RuntimeError(message)
-        signals = self.lib.signal_bytes(got.size.groups)
-        assert got.size.groups >= groups and got.size.bytes >= size
-        assert ctypes.string_at(got.data, signals) == bytes(signals), "a signal is not zero"
-        ctypes.memset(got.data + signals, 255, got.size.bytes)
-        return range(got.data, got.data + signals + got.size.bytes)
+        signals = self.lib.signal_bytes(result.size.groups)
+        assert result.size.groups >= groups and result.size.bytes >= size
+        assert ctypes.string_at(result.data, signals) == bytes(signals), "a signal is not zero"
+        ctypes.memset(result.data + signals, 255, result.size.bytes)
+        return range(result.data, result.data + signals + result.size.bytes)
 
     @contextmanager
     def capture(self, stream: int) -> Iterator[ctypes.c_void_p]:
@@ -95,43 +95,43 @@ def test_calls_of_a_stream_share_memory() -> None:
 def test_captured_calls_share_the_workspace_of_their_graph() -> None:
     """Earlier, the launches of a ResNet-110 took 9 MB, mostly signals for 4096 groups, and never freed them."""
     r, stream = Runtime(), STREAM
-    own = r.workspace(stream)
+    uncaptured = r.workspace(stream)
     before = r.counted()
     with r.capture(stream) as graph:
-        given = {r.workspace(stream, groups=8, size=17_000) for _ in range(220)}
-    (captured,) = given
-    made = {name: value - before[name] for name, value in r.counted().items()}
-    assert made == {"allocations": 1, "allocated_bytes": 512 + 32_768, "memsets": 1, "limits_set": 0}
-    assert not overlap(own, captured) and r.workspace(stream) == own
+        workspaces = {r.workspace(stream, groups=8, size=17_000) for _ in range(220)}
+    (captured,) = workspaces
+    changes = {name: value - before[name] for name, value in r.counted().items()}
+    assert changes == {"allocations": 1, "allocated_bytes": 512 + 32_768, "memsets": 1, "limits_set": 0}
+    assert not overlap(uncaptured, captured) and r.workspace(stream) == uncaptured
     r.lib.destroy_graph(graph)
 
 
 @sandboxed
-def test_graphs_and_streams_of_a_graph_have_workspaces_of_their_own() -> None:
+def test_graphs_and_streams_of_a_graph_have_separate_workspaces() -> None:
     """They may run at the same time."""
     r, stream, joined = Runtime(), STREAM, OTHER
-    graphs, given = [], [r.workspace(stream), r.workspace(joined)]
+    graphs, workspaces = [], [r.workspace(stream), r.workspace(joined)]
     for _ in range(3):
         with r.capture(stream) as graph:
             r.lib.join_capture(joined, stream)
-            given += [r.workspace(stream), r.workspace(joined)]
+            workspaces += [r.workspace(stream), r.workspace(joined)]
             r.lib.end_capture(joined)
         graphs.append(graph)
-    assert not any(overlap(a, b) for a, b in combinations(given, 2))
+    assert not any(overlap(a, b) for a, b in combinations(workspaces, 2))
     for graph in graphs:
         r.lib.destroy_graph(graph)
 
 
 @sandboxed
-def test_workspaces_of_graphs_that_are_gone_are_used_again() -> None:
+def test_workspaces_of_destroyed_graphs_are_reused() -> None:
     r, stream = Runtime(), STREAM
     alive = []
     for k in range(5):
         before = r.counted()["allocations"]
         for _ in range(10):
             with r.capture(stream) as graph:
-                got = r.workspace(stream, groups=50, size=10_000)
-                assert not any(overlap(got, other) for other in alive)
+                workspace = r.workspace(stream, groups=50, size=10_000)
+                assert not any(overlap(workspace, other) for other in alive)
             r.lib.destroy_graph(graph)
         assert r.counted()["allocations"] - before == 1, f"10 captures beside {k} living graphs"
         with r.capture(stream):
@@ -139,7 +139,7 @@ def test_workspaces_of_graphs_that_are_gone_are_used_again() -> None:
 
 
 @sandboxed
-def test_a_capture_that_comes_to_need_more() -> None:
+def test_a_capture_that_needs_a_larger_workspace() -> None:
     """The memory of its first kernels remains with the graph."""
     r, stream = Runtime(), STREAM
     with r.capture(stream) as graph:
@@ -157,7 +157,7 @@ def test_a_capture_that_comes_to_need_more() -> None:
 
 
 @sandboxed
-def test_memory_may_be_allocated_while_others_capture() -> None:
+def test_memory_may_be_allocated_while_another_stream_captures() -> None:
     r, capturing, stream = Runtime(), OTHER, STREAM
     with r.capture(capturing) as graph:
         r.workspace(stream)
@@ -216,10 +216,10 @@ def _side_by_side(case: Case) -> None:
     first, second = case.problem(FP32), case.problem(FP32)
     second.x.mul_(-3).add_(1), second.dy.mul_(5)
     expected = [_results(p) for p in (first, second)]
-    together = Barrier(2)
+    barrier = Barrier(2)
 
     def call(p: Problem) -> list[Tensor]:
-        together.wait()
+        barrier.wait()
         return _results(p)
 
     lib = native.kernels()
@@ -229,17 +229,15 @@ def _side_by_side(case: Case) -> None:
             results = list(pool.map(call, (first, second)))
     finally:
         lib.pause_between_launches(0)
-    for which, (ours, quiet) in enumerate(zip(results, expected, strict=True)):
-        for k, (a, b) in enumerate(zip(ours, quiet, strict=True)):
-            assert torch.equal(a, b), f"thread {which}: result {k} has another call's parts in it"
+    for thread, (ours, reference) in enumerate(zip(results, expected, strict=True)):
+        for k, (a, b) in enumerate(zip(ours, reference, strict=True)):
+            assert torch.equal(a, b), f"thread {thread}: result {k} has another call's parts in it"
 
 
 @pytest.mark.parametrize("case", SEVERAL_PARTS, ids=str)
 @sandboxed
 def test_two_threads_on_one_stream(case: Case) -> None:
-    """The kernels of a call pass results in the workspace of the stream.
-
-    Kernels of another call must not run in between.
+    """The kernels of a call pass results in the workspace of the stream. No kernel of another call may run in between.
 
     Each thread waits after each of its launches, so that the other one could launch.
     """

@@ -38,7 +38,7 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 }
 
 # A tensor for each way of addressing memory. Other sizes give the same kernels.
-WAYS = {
+ADDRESSINGS = {
     "planes": ((2, 3, 32, 32), torch.contiguous_format),  # vectors, long lines
     "planes_short": ((64, 3, 8, 8), torch.contiguous_format),  # vectors, lines of 64
     "planes_tiny": ((64, 3, 4, 4), torch.contiguous_format),
@@ -75,7 +75,7 @@ CONV_DTYPES = ("fp32", "bf16", "fp16", "fp64")
 
 # Whether the kernels record: in a training step, or without normalisation, where ``normalize`` also computes moments.
 RECORDINGS = ("", "recorded", "recorded identity")
-RECORDED_WAYS = ("planes", "planes_odd", "rows_16", "rows_odd")  # in the table; the other ways are between them
+RECORDED_ADDRESSINGS = ("planes", "planes_odd", "rows_16", "rows_odd")  # in the table; the others are between them
 
 
 class Variant(NamedTuple):
@@ -109,10 +109,10 @@ def _variant(kernel: JITFunction, arguments: tuple, constants: dict) -> Variant:
 
     Only types count, because no kernel specialises on values.
     """
-    given = iter(arguments)
+    remaining = iter(arguments)
     signature, fixed = {}, dict(constants)
     for p in kernel.params:
-        value = None if p.is_constexpr else next(given)
+        value = None if p.is_constexpr else next(remaining)
         if value is None:
             signature[p.name] = "constexpr"
             fixed.setdefault(p.name, None)
@@ -142,12 +142,12 @@ def launches():
             module.launch = _launch
 
 
-def variants(way: str, precision: str, fused: bool, recording: str = "") -> dict[str, Variant]:
+def variants(addressing: str, precision: str, fused: bool, recording: str = "") -> dict[str, Variant]:
     """The kernels of a training step by name: BN + add + ReLU with its mask if ``fused``, else BN + ReLU.
 
     With ``recording`` (one of RECORDINGS), only the kernels that then take a record or parts of one.
     """
-    (shape, memory_format), (dtype, params) = WAYS[way], DTYPES[precision]
+    (shape, memory_format), (dtype, params) = ADDRESSINGS[addressing], DTYPES[precision]
     x = torch.empty(shape, dtype=dtype).contiguous(memory_format=memory_format)
     vector = torch.empty(shape[1], dtype=params)
     residual = x if fused else None
@@ -180,9 +180,9 @@ def variants(way: str, precision: str, fused: bool, recording: str = "") -> dict
 
 def _augment(dtype: torch.dtype) -> None:
     """A batch of images: one kernel for each dtype."""
-    images, one = torch.empty(1, 3, 32, 32, dtype=torch.uint8), torch.empty(1, dtype=torch.int64)
+    images, vector = torch.empty(1, 3, 32, 32, dtype=torch.uint8), torch.empty(1, dtype=torch.int64)
     table = torch.empty(3, 256, dtype=dtype)
-    backend.augment(images, one, one, one, one, table, images.to(dtype), one, 1, 0, True)
+    backend.augment(images, vector, vector, vector, vector, table, images.to(dtype), vector, 1, 0, True)
 
 
 def _update(dtype: torch.dtype) -> None:
@@ -212,18 +212,18 @@ def compile_for(variant: Variant, architecture: int) -> Usage:
 
 
 def entries_of(
-    architecture: int, ways: list[str], precisions: list[str], recordings: tuple[str, ...] = RECORDINGS
+    architecture: int, addressings: list[str], precisions: list[str], recordings: tuple[str, ...] = RECORDINGS
 ) -> dict[str, tuple[Variant, Usage]]:
-    """The distinct variants, compiled, by a readable name: kernel, way, dtype, fusion, recording."""
+    """The distinct variants, compiled, by a readable name: kernel, addressing, dtype, fusion, recording."""
     entries, recorded = {}, set()
-    for way, precision, fused, recording in product(ways, precisions, (False, True), recordings):
-        for name, variant in variants(way, precision, fused, recording).items():
+    for addressing, precision, fused, recording in product(addressings, precisions, (False, True), recordings):
+        for name, variant in variants(addressing, precision, fused, recording).items():
             if variant.key not in recorded:
                 recorded.add(variant.key)
-                what = f"{way} {precision}{' residual' if fused else ''}"
+                description = f"{addressing} {precision}{' residual' if fused else ''}"
                 if "ALIGN" not in variant.constants:  # this kernel works only on vectors and partial results
-                    what = " ".join(sorted({t for t in variant.signature.values() if t.startswith("*")}))
-                entry = f"{name.removesuffix('_kernel')} {what} {recording}".rstrip()
+                    description = " ".join(sorted({t for t in variant.signature.values() if t.startswith("*")}))
+                entry = f"{name.removesuffix('_kernel')} {description} {recording}".rstrip()
                 entries[entry] = (variant, compile_for(variant, architecture))
     return entries
 
@@ -236,26 +236,26 @@ def conv_variants(arguments: tuple, wanted: tuple[bool, ...]) -> list[Variant]:
 
 
 def conv_entries_of(architecture: int, precisions: list[str]) -> dict[str, tuple[Variant, Usage]]:
-    """Like ``entries_of``, for the convolutions: kernel, dtype, way, the requested sums."""
+    """Like ``entries_of``, for the convolutions: kernel, dtype, addressing, the requested sums."""
     entries, recorded = {}, set()
-    for (way, (inputs, outputs, kernel, memory_format)), precision in product(CONVOLUTIONS.items(), precisions):
+    for (addressing, (inputs, outputs, kernel, memory_format)), precision in product(CONVOLUTIONS.items(), precisions):
         shapes = (8, inputs, 32, 32), (8, outputs, 32, 32)
         x, dy = (torch.empty(s, dtype=DTYPES[precision][0]).contiguous(memory_format=memory_format) for s in shapes)
-        for what, wanted in WANTED.items():
+        for description, wanted in WANTED.items():
             for variant in conv_variants((x, dy, (kernel, kernel), (1, 1), (kernel // 2, kernel // 2)), wanted):
                 if variant.key not in recorded:
                     recorded.add(variant.key)
-                    entry = f"conv_grad_signs {precision} {way} {what}"
+                    entry = f"conv_grad_signs {precision} {addressing} {description}"
                     if "ROWS" not in variant.constants:  # this kernel works only on partial results
-                        entry = f"conv_fold {'fp64' if precision == 'fp64' else 'fp32'} {what}"
+                        entry = f"conv_fold {'fp64' if precision == 'fp64' else 'fp32'} {description}"
                     entries[entry] = (variant, compile_for(variant, architecture))
     return entries
 
 
 def table_entries(architecture: int) -> dict[str, tuple[Variant, Usage]]:
     """All entries of the committed table."""
-    plain = entries_of(architecture, list(WAYS), list(TABLED), RECORDINGS[:1])
-    recorded = entries_of(architecture, list(RECORDED_WAYS), list(TABLED), RECORDINGS[1:])
+    plain = entries_of(architecture, list(ADDRESSINGS), list(TABLED), RECORDINGS[:1])
+    recorded = entries_of(architecture, list(RECORDED_ADDRESSINGS), list(TABLED), RECORDINGS[1:])
     return plain | recorded | conv_entries_of(architecture, list(TABLED))
 
 

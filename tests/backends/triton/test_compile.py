@@ -24,7 +24,12 @@ EVERY_TEST = [
 ]
 ALL = [
     pytest.param(
-        arch, list(resources.WAYS), list(resources.DTYPES), RECORDINGS, id=f"sm_{arch}_all", marks=pytest.mark.slow
+        arch,
+        list(resources.ADDRESSINGS),
+        list(resources.DTYPES),
+        RECORDINGS,
+        id=f"sm_{arch}_all",
+        marks=pytest.mark.slow,
     )
     for arch in resources.ARCHITECTURES
 ]
@@ -39,14 +44,16 @@ SPILLED = {
 }
 
 
-@pytest.mark.parametrize(("architecture", "ways", "precisions", "recordings"), EVERY_TEST + ALL)
-def test_resources(architecture: int, ways: list[str], precisions: list[str], recordings: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("architecture", "addressings", "precisions", "recordings"), EVERY_TEST + ALL)
+def test_resources(
+    architecture: int, addressings: list[str], precisions: list[str], recordings: tuple[str, ...]
+) -> None:
     """No kernel spills, aligned tensors are accessed 16 bytes at a time, and the table agrees with the kernels.
 
     After a change of the kernels run ``python -m tests.backends.triton.resources --write`` and review the changes of
     the table.
     """
-    entries = resources.entries_of(architecture, ways, precisions, recordings)
+    entries = resources.entries_of(architecture, addressings, precisions, recordings)
     table = json.loads(resources.TABLE.read_text()).get(triton.__version__, {}).get(f"sm_{architecture}", {})
     for name, (variant, usage) in entries.items():
         assert usage.spilled <= SPILLED.get((triton.__version__, name), 0), f"{name} spills"
@@ -62,18 +69,27 @@ def test_resources(architecture: int, ways: list[str], precisions: list[str], re
 def test_instances() -> None:
     """Few kernels are compiled for a residual network of three widths, its data and its update, in one dtype."""
 
-    def count(ways: list[str]) -> int:
-        return len({v.key for way in ways for fused in (0, 1) for v in resources.variants(way, "bf16", fused).values()})
+    def count(addressings: list[str]) -> int:
+        return len(
+            {
+                v.key
+                for addressing in addressings
+                for fused in (0, 1)
+                for v in resources.variants(addressing, "bf16", fused).values()
+            }
+        )
 
     assert count(["planes", "planes_short"]) <= 19
     assert count(["rows_16", "rows_32", "rows_64"]) <= 26
-    assert count(list(resources.WAYS)) <= 68
+    assert count(list(resources.ADDRESSINGS)) <= 68
 
 
 def test_instances_that_record() -> None:
     """With records each kernel of a training step is compiled once more, and ``normalize`` twice."""
-    for way in resources.WAYS:
-        plain, training, identity = (resources.variants(way, "bf16", True, recording) for recording in RECORDINGS)
+    for addressing in resources.ADDRESSINGS:
+        plain, training, identity = (
+            resources.variants(addressing, "bf16", True, recording) for recording in RECORDINGS
+        )
         assert set(training) == set(plain) - {"merge_kernel", "augment_kernel", "update_kernel"} | {"gradient_kernel"}
         assert set(identity) == {"normalize_kernel", "activation_kernel"}
 
@@ -86,10 +102,10 @@ def reductions(variant: resources.Variant) -> list[str]:
     return sorted(re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), text) for text in operands)
 
 
-@pytest.mark.parametrize("way", list(resources.WAYS))
-def test_recording_keeps_the_order_of_sums(way: str) -> None:
+@pytest.mark.parametrize("addressing", list(resources.ADDRESSINGS))
+def test_recording_keeps_the_order_of_sums(addressing: str) -> None:
     """The interpreter cannot test this. With records the reductions of the results must keep their layouts."""
-    plain, recorded = (resources.variants(way, "bf16", True, recording) for recording in RECORDINGS[:2])
+    plain, recorded = (resources.variants(addressing, "bf16", True, recording) for recording in RECORDINGS[:2])
     for name in ("moments_kernel", "statistics_kernel", "grad_sums_kernel", "fold_kernel"):
         before, after = reductions(plain[name]), reductions(recorded[name])
         assert before

@@ -84,7 +84,7 @@ def kernels(device: str = "cpu", dtype: torch.dtype = torch.float32):
     return backends.choose("triton", device, dtype)
 
 
-def holds(arguments: tuple, results: tuple[Tensor | None, ...], wanted: tuple[bool, ...] = ALL) -> None:
+def check_sums(arguments: tuple, results: tuple[Tensor | None, ...], wanted: tuple[bool, ...] = ALL) -> None:
     """Compares with float64 arithmetic: counts must be exact, and sums exact to rounding."""
     x, dy, *sizes = arguments
     truth = reference.conv_grad_signs(x.double(), dy.double(), *sizes, ALL)
@@ -94,8 +94,8 @@ def holds(arguments: tuple, results: tuple[Tensor | None, ...], wanted: tuple[bo
     # Sums of up to a few hundred terms have errors below 32 roundings of sum |d|; the worst case is one rounding per
     # term.
     bound = 32 * torch.finfo(acc).eps * truth[1]
-    for result, expected, want, dtype in zip(results, truth, wanted, dtypes, strict=True):
-        if not want:
+    for result, expected, is_requested, dtype in zip(results, truth, wanted, dtypes, strict=True):
+        if not is_requested:
             assert result is None
             continue
         assert result.dtype is dtype
@@ -113,7 +113,7 @@ def against_float64(case: Conv, dtype: torch.dtype) -> None:
     for memory_format in FORMATS:
         arguments = case.arguments(dtype, memory_format)
         with tiny():
-            holds(arguments, kernels().conv_grad_signs(*arguments, ALL))
+            check_sums(arguments, kernels().conv_grad_signs(*arguments, ALL))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -130,7 +130,7 @@ def test_dtypes(case: Conv, dtype: torch.dtype) -> None:
 def blocks_as_launched(dtype: torch.dtype) -> None:
     for memory_format in FORMATS:
         arguments = Conv("blocks", (2, 8, 6, 8), (36, 3, 3), padding=(1, 1)).arguments(dtype, memory_format)
-        holds(arguments, kernels().conv_grad_signs(*arguments, ALL))
+        check_sums(arguments, kernels().conv_grad_signs(*arguments, ALL))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -145,9 +145,9 @@ def subsets(case: Conv) -> None:
         with tiny():
             every = kernels().conv_grad_signs(*arguments, ALL)
             for wanted in SUBSETS if memory_format is torch.channels_last else SUBSETS[:1]:
-                some = kernels().conv_grad_signs(*arguments, wanted)
-                for result, expected, want in zip(some, every, wanted, strict=True):
-                    assert torch.equal(result, expected) if want else result is None
+                selected = kernels().conv_grad_signs(*arguments, wanted)
+                for result, expected, is_requested in zip(selected, every, wanted, strict=True):
+                    assert torch.equal(result, expected) if is_requested else result is None
 
 
 @pytest.mark.parametrize("case", FEW[1:2], ids=str)
@@ -160,21 +160,21 @@ def views() -> None:
     x, dy, *sizes = CASES[0].arguments(torch.float32, torch.contiguous_format)
     with tiny():
         expected = kernels().conv_grad_signs(x, dy, *sizes, ALL)
-        holds((x, dy, *sizes), expected)
+        check_sums((x, dy, *sizes), expected)
         nan = torch.full((2, 24, *x.shape[2:]), torch.nan)
         inside = [torch.cat([nan[:, :8], t, nan[:, :8]], 1)[:, 8:-8] for t in (x[:2], dy[:2])]
-        holds((x[:2], dy[:2], *sizes), kernels().conv_grad_signs(*inside, *sizes, ALL))
+        check_sums((x[:2], dy[:2], *sizes), kernels().conv_grad_signs(*inside, *sizes, ALL))
         # A batch of 70 positions, no whole number of blocks, followed by NaN.
-        few = CASES[1].arguments(torch.float32, torch.channels_last)
-        inside = [torch.cat([t, torch.full_like(t, torch.nan)])[:2] for t in few[:2]]
-        holds(few, kernels().conv_grad_signs(*inside, *few[2:], ALL))
+        short = CASES[1].arguments(torch.float32, torch.channels_last)
+        inside = [torch.cat([t, torch.full_like(t, torch.nan)])[:2] for t in short[:2]]
+        check_sums(short, kernels().conv_grad_signs(*inside, *short[2:], ALL))
         for other in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
-            holds((x, dy, *sizes), kernels().conv_grad_signs(other, dy, *sizes, ALL))
-        one = torch.ones(()).expand(dy.shape)
-        holds((x, one, *sizes), kernels().conv_grad_signs(x, one, *sizes, ALL))
+            check_sums((x, dy, *sizes), kernels().conv_grad_signs(other, dy, *sizes, ALL))
+        ones = torch.ones(()).expand(dy.shape)
+        check_sums((x, ones, *sizes), kernels().conv_grad_signs(x, ones, *sizes, ALL))
         # One element after an aligned address.
-        off = torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
-        assert all(map(torch.equal, kernels().conv_grad_signs(off, dy, *sizes, ALL), expected))
+        misaligned = torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
+        assert all(map(torch.equal, kernels().conv_grad_signs(misaligned, dy, *sizes, ALL), expected))
 
 
 def test_views() -> None:
@@ -220,7 +220,7 @@ def test_wide_offsets() -> None:
     interpreted(wide_offsets)
 
 
-def nothing() -> None:
+def no_positions() -> None:
     for x, dy in (((0, 3, 4, 4), (0, 5, 4, 4)), ((2, 3, 0, 4), (2, 5, 0, 4)), ((2, 0, 4, 4), (2, 5, 4, 4))):
         for memory_format in FORMATS:
             t = torch.ones(x).contiguous(memory_format=memory_format)
@@ -230,9 +230,9 @@ def nothing() -> None:
                 assert torch.equal(result, torch.zeros(5, x[1], 3, 3, dtype=dtype))
 
 
-def test_nothing() -> None:
+def test_no_positions() -> None:
     """Sums over no positions are zero."""
-    interpreted(nothing)
+    interpreted(no_positions)
 
 
 def memory_format_of(case: Conv) -> None:
@@ -334,5 +334,8 @@ def test_on_gpu(case: Conv, dtype: torch.dtype, memory_format: torch.memory_form
         assert ((result.double() - expected).abs() <= 2**12 * torch.finfo(acc).eps * truth[1]).all()
     assert all(map(torch.equal, every[2:], truth[2:]))
     for wanted in SUBSETS:
-        some = kernels("cuda", dtype).conv_grad_signs(*arguments, wanted)
-        assert all(torch.equal(s, e) if want else s is None for s, e, want in zip(some, every, wanted, strict=True))
+        selected = kernels("cuda", dtype).conv_grad_signs(*arguments, wanted)
+        assert all(
+            torch.equal(s, e) if is_requested else s is None
+            for s, e, is_requested in zip(selected, every, wanted, strict=True)
+        )

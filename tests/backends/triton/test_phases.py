@@ -35,7 +35,7 @@ pytest.importorskip("triton")
 TRITON = Target("triton", "cpu")
 
 # Each way of addressing memory: planes and rows, by vectors of 8, of 4 and element by element, flat, strided, copied.
-WAYS = [
+CASES = [
     Case("octets", (3, 3, 8, 8), "planes of whole octets: 16-byte vectors"),
     Case("quads", (3, 2, 4, 5), "planes that end with half an octet"),
     Case("octet_rows", (5, 16, 3, 3), "rows of whole octets", "channels_last"),
@@ -43,7 +43,7 @@ WAYS = [
     *(CASE[name] for name in ("nchw_s49", "nc_small", "nhwc_c5_s49", "nhwc_c17", "c1", "two_values")),
     *(CASE[name] for name in ("sliced_channels", "expanded_batch_rows", "expanded_space", "misaligned")),
 ]
-FEW = [case for case in WAYS if case.name in ("octets", "octet_rows", "nchw_s49", "nhwc_c17")]
+FEW = [case for case in CASES if case.name in ("octets", "octet_rows", "nchw_s49", "nhwc_c17")]
 HARD = [
     Case(f"{odd or 'ratio_1e4'}_{layout}", (4, 3, 7, 8), "many tiles of few values", layout, 1.0 if odd else 1e4, odd)
     for odd in ("", "constant", "inf", "nan", "outlier")
@@ -52,8 +52,8 @@ HARD = [
 
 
 def sweep(hard: list[Case]) -> pytest.MarkDecorator:
-    """All ways in float32, the main ones in the other dtypes, and difficult values."""
-    selection = ((FP32, WAYS + hard), (FP64, FEW[:2]), (BF16, FEW), (FP16, FEW))
+    """All cases in float32, the main ones in the other dtypes, and difficult values."""
+    selection = ((FP32, CASES + hard), (FP64, FEW[:2]), (BF16, FEW), (FP16, FEW))
     return pytest.mark.parametrize(
         ("precision", "case"),
         [

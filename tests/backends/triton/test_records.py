@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 # Each way of addressing memory, with partial tiles of lines and of channels. Rows that cannot be read by vectors are
 # processed eight at a time if a kernel also works element by element.
-WAYS = [
+CASES = [
     Case("octets", (3, 3, 8, 8), "planes of whole octets: 16-byte vectors"),
     Case("quads", (3, 2, 4, 5), "planes that end with half an octet"),
     Case("octet_rows", (5, 16, 3, 3), "rows of whole octets", "channels_last"),
@@ -27,7 +27,7 @@ WAYS = [
     *(CASE[name] for name in ("nchw_s49", "nc_small", "c1", "two_values", "two_values_planes")),
     *(CASE[name] for name in ("sliced_channels", "sliced_channels_last", "expanded_batch_rows", "misaligned")),
 ]
-FEW = [case for case in WAYS if case.name in ("octets", "octet_rows", "nchw_s49", "odd_rows")]
+FEW = [case for case in CASES if case.name in ("octets", "octet_rows", "nchw_s49", "odd_rows")]
 HARD = [
     Case(f"{odd or 'ratio_1e4'}_{layout}", (2, 3, 5, 6), "several tiles", layout, 1.0 if odd else 1e4, odd)
     for odd in ("", "constant", "inf", "nan", "outlier")
@@ -35,7 +35,7 @@ HARD = [
 ]
 SWEEP = [
     pytest.param(precision, case, id=f"{precision.name}-{case}")
-    for precision, cases in ((FP32, WAYS + HARD), (FP64, FEW), (BF16, FEW), (FP16, FEW))
+    for precision, cases in ((FP32, CASES + HARD), (FP64, FEW), (BF16, FEW), (FP16, FEW))
     for case in cases
 ]
 
@@ -91,13 +91,13 @@ def backward(p, mode: str, act: str | None, saved: list[Tensor | None], needs, *
     return list(grads)
 
 
-def near(actual: Tensor, truth: Tensor, bound: Tensor, what: str) -> None:
+def near(actual: Tensor, truth: Tensor, bound: Tensor, label: str) -> None:
     """Within ``bound``, or both not finite."""
-    lost = ~truth.isfinite()
-    assert not actual[lost].isfinite().any(), what
+    not_finite = ~truth.isfinite()
+    assert not actual[not_finite].isfinite().any(), label
     # 0 / 0: no error is allowed, and there is none
-    excess = ((actual - truth).abs() / bound)[~lost].nan_to_num(nan=0.0)
-    assert (excess <= 1).all(), f"{what}: {excess.max():.3g} times its bound"
+    excess = ((actual - truth).abs() / bound)[~not_finite].nan_to_num(nan=0.0)
+    assert (excess <= 1).all(), f"{label}: {excess.max():.3g} times its bound"
 
 
 def check_activation(record: Tensor, x: Tensor, y: Tensor) -> None:
@@ -168,7 +168,7 @@ def test_recomputed_mask(case: Case) -> None:
     interpreted(check, FP32, case, "training", None, False)
 
 
-@pytest.mark.parametrize("case", WAYS + HARD[2:], ids=str)
+@pytest.mark.parametrize("case", CASES + HARD[2:], ids=str)
 def test_without_normalisation(case: Case) -> None:
     """``normalize`` also computes the moments, and with a ReLU many gradients are zero."""
     interpreted(check, FP32, case, "identity", "relu", True)
@@ -265,15 +265,15 @@ def empty_batch(shape: tuple[int, ...]) -> None:
         records = []
         for kernels in (triton, reference):
             running = [torch.ones(c), torch.full((c,), 2.0), torch.tensor(2)]
-            of_kernels = blank(ACTIVATION, x), blank(GRADIENT, x), blank(AFFINE, x)
+            own_records = blank(ACTIVATION, x), blank(GRADIENT, x), blank(AFFINE, x)
             _, *saved = kernels.forward(
-                ForwardCall(x, None, None, x, *running, training, 0.1, 1e-5, "relu", True, record=of_kernels[0])
+                ForwardCall(x, None, None, x, *running, training, 0.1, 1e-5, "relu", True, record=own_records[0])
             )
             kernels.backward(BackwardCall(
                 x, x, None, None, *saved, "relu", training, (True, False, False, True),
-                record_gradient=of_kernels[1], record_affine=of_kernels[2],
+                record_gradient=own_records[1], record_affine=own_records[2],
             ))  # fmt: skip
-            records.append(of_kernels)
+            records.append(own_records)
         torch.testing.assert_close(*records, rtol=0, atol=0)
 
 

@@ -19,6 +19,6 @@ def environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    words = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]]
+    argv = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]]
     os.chdir(ROOT)
-    os.execve(sys.executable, words, environment())
+    os.execve(sys.executable, argv, environment())

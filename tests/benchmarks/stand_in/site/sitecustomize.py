@@ -85,8 +85,8 @@ def _compile(module: torch.nn.Module, *, fullgraph: bool, dynamic: bool, mode: s
     """Checks the arguments of torch.compile and compiles nothing."""
     if mode != "default":
         torch._inductor.list_mode_options(mode)
-    known = torch._inductor.list_options()
-    assert all(name in known for name in options or {}), options
+    available = torch._inductor.list_options()
+    assert all(name in available for name in options or {}), options
     return module
 
 
