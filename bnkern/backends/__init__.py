@@ -30,7 +30,7 @@ from .protocol import Backend, ConvolutionBackend, ImageBackend, WinogradBackend
 # to record, and were measured on devices that have it.
 NAMES = ("cuda", "triton", "cpu", "reference")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-ROOM = 160 << 10  # bytes of shared memory that a block must be able to have; records of rows take up to 159 KB
+ROOM = 160 << 10  # bytes of shared memory that a block must be able to have; records of rows take up to 135 KB
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -6,7 +6,7 @@ tensors' device. Results come from torch's caching allocator. No function waits 
 
 A record needs one more small launch, which joins the blocks' parts. Rows (channels_last, N x C) are read once more for
 it only if their number of channels is not a multiple of 8 or they are not aligned to 16 bytes. RuntimeError if a block
-has too little shared memory to record rows (142 to 159 KB for 512 threads).
+has too little shared memory to record rows (118 to 135 KB for 512 threads).
 """
 
 import functools

@@ -110,6 +110,13 @@ BNKERN_DEVICE void add_tile(ThreadRecord<GradientSums>& record, const OctetCoord
 #pragma unroll
     for (int j = 0; j < 8; ++j)
       if (exists<T, kWide>(coords.of[u], j)) addend.add(dx.octets[u][j]);
+  if (!addend.finite()) {
+#pragma unroll
+    for (int u = 0; u < kOctets<T>; ++u)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (exists<T, kWide>(coords.of[u], j)) record.sums.add_nonfinite(dx.octets[u][j]);
+  }
   record.add(addend);
 }
 

@@ -171,6 +171,13 @@ BNKERN_DEVICE void add_tile(ThreadRecord<ActivationSums>& record, const OctetCoo
         addend.add_powers(x.octets[u][j] - centre);
         record.sums.add_rest(x.octets[u][j], y.octets[u][j] > 0);  // exact, so no partial sums for the tile are needed
       }
+  if (!addend.finite()) {
+#pragma unroll
+    for (int u = 0; u < kOctets<T>; ++u)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (exists<T, kWide>(coords.of[u], j)) record.sums.add_nonfinite(x.octets[u][j]);
+  }
   record.add(addend);
 }
 

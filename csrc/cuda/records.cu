@@ -29,10 +29,10 @@ __global__ void __launch_bounds__(kLanes) fold_activation_kernel(Forward p, Reco
   const double m2 = fma(-row[kSum1], delta, row[kSum2]);
   const double m3 = fma(delta, fma(2 * delta, row[kSum1], -3 * row[kSum2]), row[kSum3]);
   const double m4 = fma(delta, fma(delta, fma(-3 * delta, row[kSum1], 6 * row[kSum2]), -4 * row[kSum3]), row[kSum4]);
-  const double values[] = {
-      n,           parts.at(0, kCentre, c) + delta, m2 < 0 ? 0 : m2, m3, m4 < 0 ? 0 : m4, row[kLeast], row[kLargest],
-      row[kActive]};
-  for (int r = 0; r < 8; ++r) p.record[r * p.shape.c + c] = values[r];
+  const double mean = parts.at(0, kCentre, c) + delta;
+  const double values[] = {n,           mean,          m2 < 0 ? 0 : m2, m3,          m4 < 0 ? 0 : m4,
+                           row[kLeast], row[kLargest], row[kNonfinite], row[kActive]};
+  for (int r = 0; r < 9; ++r) p.record[r * p.shape.c + c] = values[r];
 }
 
 // Joins the parts of GRADIENT, of AFFINE, or of both.

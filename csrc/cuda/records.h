@@ -9,10 +9,10 @@
 namespace bnkern {
 
 // The rows of a part. For x: the sums of d^1 to d^4 for distances d from the channel's centre, the least and the
-// largest value, the number of values of y above zero, and the centre. For dx: the rows of GRADIENT without the count.
-// For the summands: the rows of AFFINE without the two sums.
-enum ActivationRow { kSum1, kSum2, kSum3, kSum4, kLeast, kLargest, kActive, kCentre, kActivationRows };
-enum GradientRow { kSum, kAbsolute, kSquares, kPositive, kNegative, kZero, kGradientRows };
+// largest value, the number of values that are not finite, the number of values of y above zero, and the centre. For
+// dx: the rows of GRADIENT without the count. For the summands: the rows of AFFINE without the two sums.
+enum ActivationRow { kSum1, kSum2, kSum3, kSum4, kLeast, kLargest, kNonfinite, kActive, kCentre, kActivationRows };
+enum GradientRow { kSum, kAbsolute, kSquares, kPositive, kNegative, kZero, kNonfiniteDx, kGradientRows };
 enum AffineRow { kBiasAbs, kBiasSigns, kBiasNonzero, kWeightAbs, kWeightSigns, kWeightNonzero, kAffineRows };
 
 struct RecordParts {
@@ -56,11 +56,16 @@ std::string fold_records(const Forward& p, const RecordSpace& space, int parts, 
 std::string fold_records(const Backward& p, const RecordSpace& space, int parts, std::uintptr_t stream);
 
 // ---- the sums of a few values, those of one channel in a tile, before they are added to the thread's sums
+//
+// finite() tests a sum that cannot be finite if a value is not. If it returns false, which is rare, add_nonfinite() is
+// called for each value.
+
+BNKERN_DEVICE bool is_finite(float x) { return fabsf(x) < float_of(0x7f800000u); }
 
 struct ActivationSums {
   float row[kCentre];
 
-  BNKERN_DEVICE ActivationSums() : row{0, 0, 0, 0, float_of(0x7f800000u), float_of(0xff800000u), 0} {}
+  BNKERN_DEVICE ActivationSums() : row{0, 0, 0, 0, float_of(0x7f800000u), float_of(0xff800000u), 0, 0} {}
   BNKERN_DEVICE void add(float x, float centre, bool active) {
     add_powers(x - centre);
     add_rest(x, active);
@@ -77,6 +82,8 @@ struct ActivationSums {
     row[kLargest] = largest(x, row[kLargest]);
     row[kActive] += active ? 1.0f : 0.0f;
   }
+  BNKERN_DEVICE bool finite() const { return is_finite(row[kSum4]); }
+  BNKERN_DEVICE void add_nonfinite(float x) { row[kNonfinite] += is_finite(x) ? 0.0f : 1.0f; }
 };
 struct GradientSums {
   float row[kGradientRows] = {};
@@ -89,6 +96,8 @@ struct GradientSums {
     row[kNegative] += dx < 0 ? 1.0f : 0.0f;
     row[kZero] += dx == 0 ? 1.0f : 0.0f;
   }
+  BNKERN_DEVICE bool finite() const { return is_finite(row[kAbsolute]); }
+  BNKERN_DEVICE void add_nonfinite(float dx) { row[kNonfiniteDx] += is_finite(dx) ? 0.0f : 1.0f; }
 };
 struct AffineSums {
   float row[kAffineRows] = {};

@@ -53,7 +53,8 @@ constexpr int kGroupElements = 64;              // the same for channels that ar
 constexpr std::int64_t kFewPartials = 4 << 10;  // bytes of parts that every block may read at little cost
 
 // The shared memory of a block: coefficients and means of its channels, scratch memory of sum_over_block(), the pairs
-// of sums of its threads, and tiles. Kernels without sums use the first two only.
+// of sums of its threads, and tiles. Kernels without sums use the first two only. A record (Tally) is never in use
+// together with scratch and pairs, so it begins at `scratch`. If it is larger than both, the tiles are behind it.
 struct RowsShared {
   Affine* coefficients;  // [8, columns] or [columns]: neighbouring columns are adjacent, and so use different banks
   Pair* means;           // the same
@@ -69,12 +70,13 @@ struct RowsShared {
     return channel_bytes(plan) + Chains::scratch(plan.threads()) * sizeof(PivotSums) +
            (plan.threads() + 2) * 8 * sizeof(Pair);
   }
-  BNKERN_DEVICE explicit RowsShared(const RowsPlan& plan) {
+  BNKERN_DEVICE explicit RowsShared(const RowsPlan& plan) : RowsShared(plan, fixed_bytes(plan)) {}
+  BNKERN_DEVICE RowsShared(const RowsPlan& plan, std::size_t before_tiles) {
     coefficients = shared_memory<Affine>();
     means = shared_memory<Pair>(plan.width * sizeof(Affine));
     scratch = shared_memory<PivotSums>(channel_bytes(plan));
     pairs = shared_memory<Pair>(channel_bytes(plan) + Chains::scratch(plan.threads()) * sizeof(PivotSums));
-    tiles = shared_memory<Words>(fixed_bytes(plan));
+    tiles = shared_memory<Words>(before_tiles);
   }
   // The pair of channel j of a thread. Neighbouring threads write adjacent pairs. The padding of two pairs after each
   // channel puts neighbouring channels into different banks.
@@ -132,25 +134,27 @@ inline RowsPlan plan_strategy(const Shape& shape, const CudaDevice& device, bool
   }
   return plan;
 }
-BNKERN_HD std::size_t shared_bytes(const RowsPlan& plan) {
-  return RowsShared::fixed_bytes(plan) +
-         static_cast<std::size_t>(plan.tiles_in_shared) * plan.threads() * plan.tile_bytes;
+inline std::size_t shared_bytes(const RowsPlan& plan, std::size_t before_tiles) {
+  return before_tiles + static_cast<std::size_t>(plan.tiles_in_shared) * plan.threads() * plan.tile_bytes;
 }
 
-// The additional shared memory of a block that computes a record: the sums of its threads. The sums of a thread are
-// adjacent, so one base address serves all of them. The distance between two threads is an odd number of words, so
-// neighbouring threads use different banks.
+// The number of floats of a thread for a record. They are adjacent, so one base address serves all of them. The
+// distance between two threads is an odd number of words, so neighbouring threads use different banks.
 template <class Sums, int W>
 constexpr int kTallySize = static_cast<int>(sizeof(Sums) / sizeof(float)) * W | 1;
+// The bytes before `tiles` in a block that computes a record.
 template <class Sums, int W>
-std::size_t tally_bytes(const RowsPlan& plan) {
-  return std::size_t{kTallySize<Sums, W>} * plan.threads() * sizeof(float);
+BNKERN_HD std::size_t recording_bytes(const RowsPlan& plan) {
+  const std::size_t sums = std::size_t{kTallySize<Sums, W>} * plan.threads() * sizeof(float);
+  const std::size_t bytes = (RowsShared::channel_bytes(plan) + sums + 15) / 16 * 16;
+  const std::size_t fixed = RowsShared::fixed_bytes(plan);
+  return bytes < fixed ? fixed : bytes;
 }
 
-// Makes room for these sums in the shared memory of a block, which then holds fewer tiles. Nothing else of the plan
+// Makes room for a record in the shared memory of a block, which may then hold fewer tiles. Nothing else of the plan
 // changes, so the bits stay the same. Returns "" or the reason why there is not enough memory.
-inline std::string make_room(RowsPlan* plan, std::size_t tally, const CudaDevice& device) {
-  const std::int64_t fixed = static_cast<std::int64_t>(RowsShared::fixed_bytes(*plan) + tally);
+inline std::string make_room(RowsPlan* plan, std::size_t before_tiles, const CudaDevice& device) {
+  const std::int64_t fixed = static_cast<std::int64_t>(before_tiles);
   const std::int64_t room = device.shared_bytes - fixed, tile = plan->threads() * plan->tile_bytes;
   if (room < 0)
     return "record: a block needs " + std::to_string(fixed) + " bytes of shared memory, the device gives it " +
@@ -301,14 +305,16 @@ struct Vector<T, 1> {
   static BNKERN_DEVICE Vector load(const T* p) { return {*p}; }
 };
 
-// The sums of a record for a thread's W channels. They are in shared memory, because there are not enough registers. No
-// other thread reads them before publish(). add(j, sums) joins the sums of a few values of channel j.
+// The sums of a record for a thread's W channels. They are in shared memory, because there are not enough registers,
+// from RowsShared::scratch on. No other thread reads them before publish(). add(j, sums) joins the sums of a few values
+// of channel j. A barrier of the block belongs between the last add() and the next use of scratch and pairs; publish()
+// ends with one.
 template <class Sums, int W>
 struct Tally {
   float* sums;
 
-  BNKERN_DEVICE explicit Tally(std::size_t offset)
-      : sums(shared_memory<float>(offset) + threadIdx.x * kTallySize<Sums, W>) {
+  BNKERN_DEVICE explicit Tally(const RowsPlan& plan)
+      : sums(shared_memory<float>(RowsShared::channel_bytes(plan)) + threadIdx.x * kTallySize<Sums, W>) {
     const Sums none{};
 #pragma unroll
     for (int j = 0; j < W; ++j)

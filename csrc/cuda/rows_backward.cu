@@ -79,6 +79,11 @@ BNKERN_DEVICE void add_tile(const Tally<GradientSums, W>& tally, const Values (&
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u)
       if (coord.row<UNROLL>(number, u) < coord.rows) addend.add(dx[u][j]);
+    if (!addend.finite()) {
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u)
+        if (coord.row<UNROLL>(number, u) < coord.rows) addend.add_nonfinite(dx[u][j]);
+    }
     tally.add(j, addend);
   }
 }
@@ -163,7 +168,7 @@ __global__ void __launch_bounds__(512, 1)
   read_coefficients(p, plan, coord, shared, coefficients);
   ThreadSums<W> sums;
   if constexpr (kRecord) {
-    const Tally<AffineSums, W> tally(RowsShared::fixed_bytes(plan));
+    const Tally<AffineSums, W> tally(plan);
     sums = sums_of_rows(p, plan, coord, {}, coefficients, tile, tally);
     tally.publish(plan, coord, parts);
   } else {
@@ -252,7 +257,7 @@ __global__ void __launch_bounds__(512, 1)
   read_coefficients(p, plan, coord, shared, coefficients);
   read_channels(plan, coord, shared.means, centre);
   if constexpr (kRecord) {
-    const Tally<GradientSums, 8> tally(RowsShared::channel_bytes(plan));
+    const Tally<GradientSums, 8> tally(plan);
     write_tiles<false, T, kTile>(p, plan, coord, shared, {}, coefficients, centre, tile, tally);
     tally.publish(plan, coord, parts);
   } else {
@@ -267,7 +272,7 @@ __global__ void __launch_bounds__(512, 1)
     rows_gradient_kernel(const __grid_constant__ Backward p, const __grid_constant__ RowsPlan plan, RecordParts parts) {
   constexpr int kTile = kUnroll<T, 2>;
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 1);
-  const Tally<GradientSums, 1> tally(0);
+  const Tally<GradientSums, 1> tally(plan);
 #pragma unroll 1
   for (int t = 0; t < plan.tiles; ++t) {
     Vector<T, 1> dx[kTile];
@@ -319,7 +324,7 @@ __global__ void __launch_bounds__(512, 1)
                          RecordSpace records) {
   constexpr int kTile = kUnroll<T, 2>;
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 8);
-  const RowsShared shared(plan);
+  const RowsShared shared(plan, kRecord ? recording_bytes<GradientSums, 8>(plan) : RowsShared::fixed_bytes(plan));
   const HeldTiles<T, kTile, 2> held{shared.tiles, plan.tiles_in_shared};  // tensor 0 is g, and tensor 1 is x
   GradientTile<T, 8, kTile> tile;
   Affine coefficients[8];
@@ -327,9 +332,12 @@ __global__ void __launch_bounds__(512, 1)
   read_coefficients(p, plan, coord, shared, coefficients);
   ThreadSums<8> sums;
   if constexpr (kRecord) {
-    const Tally<AffineSums, 8> tally(shared_bytes(plan));
+    const Tally<AffineSums, 8> tally(plan);
     sums = sums_of_rows(p, plan, coord, held, coefficients, tile, tally);
-    if (records.affine.data) tally.publish(plan, coord, records.affine);
+    if (records.affine.data)
+      tally.publish(plan, coord, records.affine);
+    else
+      __syncthreads();  // publish_sums() uses the same memory
   } else {
     sums = sums_of_rows(p, plan, coord, held, coefficients, tile, NoTally{});
   }
@@ -345,7 +353,7 @@ __global__ void __launch_bounds__(512, 1)
   Pair centre[8];
   read_channels(plan, coord, shared.means, centre);
   if constexpr (kRecord) {
-    const Tally<GradientSums, 8> tally(shared_bytes(plan));
+    const Tally<GradientSums, 8> tally(plan);
     write_tiles<true, T, kTile>(p, plan, coord, shared, held, coefficients, centre, tile, tally);
     if (records.gradient.data) tally.publish(plan, coord, records.gradient);
   } else {
@@ -368,13 +376,15 @@ std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
   const Workspace space = lay_out(p.workspace, plan.splits, call.shape.c);
   const RecordSpace records = record_space(call, p.workspace, plan.splits);
   const bool of_sums = records_affine(call), of_input = records_gradient(call), record = of_sums || of_input;
-  static_assert(int(kGradientRows) == int(kAffineRows), "one tally's room serves for both");
-  const std::size_t tally = plan.octets ? tally_bytes<AffineSums, 8>(plan) : tally_bytes<AffineSums, 1>(plan);
+  static_assert(int(kGradientRows) >= int(kAffineRows), "the room for a record of dx serves for both");
+  const std::size_t fixed = RowsShared::fixed_bytes(plan);
+  const std::size_t recording =
+      plan.octets ? recording_bytes<GradientSums, 8>(plan) : recording_bytes<GradientSums, 1>(plan);
   if (record) {
     // If a block of the one kernel does not have enough shared memory for the record, two kernels with the same plan
     // run instead. They give the same bits.
-    plan.single = plan.single && make_room(&plan, tally, p.device).empty();
-    if (std::string reason = make_room(&plan, tally, p.device); !plan.single && !reason.empty()) return reason;
+    plan.single = plan.single && make_room(&plan, recording, p.device).empty();
+    if (std::string reason = make_room(&plan, recording, p.device); !plan.single && !reason.empty()) return reason;
   }
   const dim3 blocks(plan.splits, plan.groups);
   const unsigned threads = plan.threads();
@@ -383,13 +393,13 @@ std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
   };
   std::string error;
   if (plan.single) {
-    const Launch settings{"grad_input", blocks, threads, shared_bytes(plan) + (record ? tally : 0), stream};
+    const Launch settings{"grad_input", blocks, threads, shared_bytes(plan, record ? recording : fixed), stream};
     const auto kernel = record ? rows_backward_kernel<T, true> : rows_backward_kernel<T, false>;
     if (plan.splits == 1) return with_record(launch(settings, kernel, call, plan, space, records));
     if (launch_resident(settings, &error, kernel, call, plan, space, records)) return with_record(error);
   }
   if (call.sums) {
-    const Launch settings{"grad_sums", blocks, threads, RowsShared::fixed_bytes(plan) + (of_sums ? tally : 0), stream};
+    const Launch settings{"grad_sums", blocks, threads, of_sums ? recording : fixed, stream};
     const auto kernel = plan.octets
                             ? (of_sums ? rows_grad_sums_kernel<T, 8, true> : rows_grad_sums_kernel<T, 8, false>)
                             : (of_sums ? rows_grad_sums_kernel<T, 1, true> : rows_grad_sums_kernel<T, 1, false>);
@@ -397,7 +407,7 @@ std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
   }
   if (call.input && error.empty()) {
     if (plan.octets) {
-      const Launch settings{"grad_input", blocks, threads, RowsShared::channel_bytes(plan) + (of_input ? tally : 0),
+      const Launch settings{"grad_input", blocks, threads, of_input ? recording : RowsShared::channel_bytes(plan),
                             stream};
       const auto kernel = of_input ? rows_grad_input_kernel<T, true> : rows_grad_input_kernel<T, false>;
       error = launch(settings, kernel, call, plan, space, records.gradient);
@@ -405,7 +415,7 @@ std::string backward_as(const CudaBackward& p, std::uintptr_t stream) {
       const Launch settings{"grad_input", flat_blocks(call.shape, p.device), unsigned(p.device.threads), 0, stream};
       error = launch(settings, rows_grad_input_flat_kernel<T>, call, plan.all, space);
       if (error.empty() && of_input) {
-        const Launch record_settings{"record", blocks, threads, tally, stream};
+        const Launch record_settings{"record", blocks, threads, recording, stream};
         error = launch(record_settings, rows_gradient_kernel<T>, call, plan, records.gradient);
       }
     }

@@ -174,9 +174,9 @@ struct ActivationTally {
   Tally<ActivationSums, W> sums;
   float centre[W];
 
-  BNKERN_DEVICE ActivationTally(std::size_t offset, const Forward& p, const RowsPlan& plan, const RowsCoord& coord,
+  BNKERN_DEVICE ActivationTally(const Forward& p, const RowsPlan& plan, const RowsCoord& coord,
                                 const Affine (&coefficients)[W])
-      : sums(offset), centre{} {
+      : sums(plan), centre{} {
     if (!coord.active) return;
 #pragma unroll
     for (int j = 0; j < W; ++j) centre[j] = centre_of<T>(p, plan, coord.channel + j, coefficients[j].mean);
@@ -191,6 +191,11 @@ struct ActivationTally {
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u)
         if (coord.row<UNROLL>(number, u) < coord.rows) addend.add(x[u][j], centre[j], active[u] >> j & 1);
+      if (!addend.finite()) {
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u)
+          if (coord.row<UNROLL>(number, u) < coord.rows) addend.add_nonfinite(x[u][j]);
+      }
       sums.add(j, addend);
     }
   }
@@ -283,7 +288,7 @@ __global__ void __launch_bounds__(512, 1)
   Affine coefficients[8];
   read_channels(plan, coord, shared.coefficients, coefficients);
   if constexpr (kRecord) {
-    const ActivationTally<T, 8> tally(RowsShared::channel_bytes(plan), p, plan, coord, coefficients);
+    const ActivationTally<T, 8> tally(p, plan, coord, coefficients);
     write_tiles<T, true>(p, plan, coord, {}, coefficients, tile, residual, tally);
     tally.publish(plan, coord, parts);
   } else {
@@ -300,7 +305,7 @@ __global__ void __launch_bounds__(512, 1)
   constexpr int kTile = kUnroll<T, 1>;
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 1);
   const Affine coefficients[1] = {{coord.active ? given_statistics(p, coord.channel).mean : 0.0f, 0, 0, 0}};
-  const ActivationTally<T, 1> tally(0, p, plan, coord, coefficients);
+  const ActivationTally<T, 1> tally(p, plan, coord, coefficients);
 #pragma unroll 1
   for (int t = 0; t < plan.tiles; ++t) {
     Vector<T, 1> x[kTile], y[kTile];
@@ -358,7 +363,7 @@ __global__ void __launch_bounds__(512, 1)
                         RecordParts parts) {
   constexpr int kTile = kUnroll<T, 1>;
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, 8);
-  const RowsShared shared(plan);
+  const RowsShared shared(plan, kRecord ? recording_bytes<ActivationSums, 8>(plan) : RowsShared::fixed_bytes(plan));
   const HeldTiles<T, kTile, 1> held{shared.tiles, plan.tiles_in_shared};
   const bool saves = coord.split == 0;  // whether this block saves the statistics
   Vector<T, 8> tile[kTile], residual[kTile];
@@ -390,7 +395,7 @@ __global__ void __launch_bounds__(512, 1)
     if (owned >= 0 && channel < plan.channels) save_statistics(p, channel, plan.all, moments, statistics, state);
   }
   if constexpr (kRecord) {
-    const ActivationTally<T, 8> tally(shared_bytes(plan), p, plan, coord, coefficients);
+    const ActivationTally<T, 8> tally(p, plan, coord, coefficients);
     write_tiles<T, true>(p, plan, coord, held, coefficients, tile, residual, tally);
     tally.publish(plan, coord, parts);
   } else {
@@ -414,9 +419,11 @@ std::string forward_as(const CudaForward& p, std::uintptr_t stream) {
   const Workspace space = lay_out(p.workspace, plan.splits, call.shape.c);
   const bool record = call.record && call.normalize;
   const RecordSpace records = record_space(call, p.workspace, plan.splits);
-  const std::size_t tally = plan.octets ? tally_bytes<ActivationSums, 8>(plan) : tally_bytes<ActivationSums, 1>(plan);
+  const std::size_t fixed = RowsShared::fixed_bytes(plan);
+  const std::size_t recording =
+      plan.octets ? recording_bytes<ActivationSums, 8>(plan) : recording_bytes<ActivationSums, 1>(plan);
   if (record)
-    if (std::string reason = make_room(&plan, tally, p.device); !reason.empty()) return reason;
+    if (std::string reason = make_room(&plan, recording, p.device); !reason.empty()) return reason;
   const dim3 blocks(plan.splits, plan.groups);
   const unsigned threads = plan.threads();
   const auto with_record = [&](std::string error) {
@@ -424,25 +431,25 @@ std::string forward_as(const CudaForward& p, std::uintptr_t stream) {
   };
   std::string error;
   if (plan.single) {
-    const Launch settings{"normalize", blocks, threads, shared_bytes(plan) + (record ? tally : 0), stream};
+    const Launch settings{"normalize", blocks, threads, shared_bytes(plan, record ? recording : fixed), stream};
     const auto kernel = record ? rows_forward_kernel<T, true> : rows_forward_kernel<T, false>;
     if (plan.splits == 1) return with_record(launch(settings, kernel, call, plan, space, records.activation));
     if (launch_resident(settings, &error, kernel, call, plan, space, records.activation)) return with_record(error);
   }
   if (call.moments) {
-    const Launch settings{"moments", blocks, threads, RowsShared::fixed_bytes(plan), stream};
+    const Launch settings{"moments", blocks, threads, fixed, stream};
     error = launch(settings, plan.octets ? rows_moments_kernel<T, 8> : rows_moments_kernel<T, 1>, call, plan, space);
   }
   if (!call.normalize || !error.empty()) return error;
   if (plan.octets) {
-    const Launch settings{"normalize", blocks, threads, RowsShared::channel_bytes(plan) + (record ? tally : 0), stream};
+    const Launch settings{"normalize", blocks, threads, record ? recording : RowsShared::channel_bytes(plan), stream};
     const auto kernel = record ? rows_normalize_kernel<T, true> : rows_normalize_kernel<T, false>;
     return with_record(launch(settings, kernel, call, plan, records.activation));
   }
   const Launch settings{"normalize", flat_blocks(call.shape, p.device), unsigned(p.device.threads), 0, stream};
   error = launch(settings, rows_normalize_flat_kernel<T>, call);
   if (error.empty() && record) {
-    const Launch settings{"record", blocks, threads, tally, stream};
+    const Launch settings{"record", blocks, threads, recording, stream};
     error = launch(settings, rows_activation_kernel<T>, call, plan, records.activation);
   }
   return with_record(error);

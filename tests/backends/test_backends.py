@@ -232,7 +232,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, *properties: types.SimpleNamespace, cu
 def test_triton_comes_first_where_shared_memory_is_small(
     kilobytes: int, first: str, monkeypatch: pytest.MonkeyPatch, fresh_table: None
 ) -> None:
-    """H100, A100, RTX 4090, T4: with records of rows a block of the CUDA kernels needs 159 KB of shared memory."""
+    """H100, A100, RTX 4090, T4: with records of rows a block of the CUDA kernels needs 135 KB of shared memory."""
     for name in ("cuda", "triton"):
         module = types.SimpleNamespace(refuses=lambda device, dtype: None, __name__=name)
         monkeypatch.setitem(sys.modules, f"bnkern.backends.{name}", module)

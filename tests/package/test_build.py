@@ -196,7 +196,7 @@ def test_architectures_are_named_one_by_one(tmp_path):
     """build_info() would repeat names of groups, and the module could not tell which GPUs it serves."""
     process = configured(tmp_path, BNKERN_CUDA=1, BNKERN_CUDA_ARCHS="80-real;all-major")
     assert process.returncode != 0
-    assert "all-major is no architecture" in " ".join(process.stderr.split()), process.stderr
+    assert "all-major is not an architecture" in " ".join(process.stderr.split()), process.stderr
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("cmake", "ninja"))), reason="cmake or ninja is missing")

@@ -210,7 +210,11 @@ def _kernels(target: Target, dtype: torch.dtype) -> ModuleType:
 
 def check_special_values(target: Target, precision: Precision, layout: str) -> None:
     """Each sign, both zeros, infinities and NaN, in vectors and in tails. Eval mode and identity keep them distinct."""
-    c = 5
+    for c in (7, 8):  # rows are read one element at a time, and by octets
+        _check_special_values(target, precision, layout, c)
+
+
+def _check_special_values(target: Target, precision: Precision, layout: str, c: int) -> None:
     values = torch.tensor([0.0, -0.0, 1.5, -2.5, torch.inf, -torch.inf, torch.nan], dtype=precision.dtype)
     generator = torch.Generator().manual_seed(7)
     place = LAYOUTS[layout]
@@ -219,6 +223,9 @@ def check_special_values(target: Target, precision: Precision, layout: str) -> N
         chosen = values[torch.randint(len(values), (3, c, 7, 9), generator=generator)]
         chosen[:, 1] = torch.nan  # a channel in which every value is NaN
         chosen[:, 2] = 0.0
+        chosen[:, 3] = torch.where(chosen[:, 3] > 0, torch.inf, -torch.inf)
+        chosen[:, 4] = 1.5
+        chosen[-1, 4, -1, -1] = torch.inf
         return place(chosen).to(target.device)
 
     ones = torch.ones(c, dtype=precision.params, device=target.device)

@@ -62,6 +62,7 @@ def grad_input_kernel(
         positive = tl.zeros((GROUP, 8), tl.int32)
         negative = tl.zeros((GROUP, 8), tl.int32)
         zero = tl.zeros((GROUP, 8), tl.int32)
+        nonfinite = tl.zeros((GROUP, 8), tl.float32)  # takes fewer registers than an integer
     for t in range(first, tl.minimum(first + share, tiles)):
         places, dys, xs = (), (), ()
         for u in tl.static_range(UNROLL):
@@ -99,6 +100,7 @@ def grad_input_kernel(
                 positive += (value > 0).to(tl.int32)
                 negative += (value < 0).to(tl.int32)
                 zero += (valid & (value == 0)).to(tl.int32)
+                nonfinite += tl.where(tl.abs(value) < float("inf"), 0.0, 1.0)
     if parts_ptr is not None:
         WIDTH: tl.constexpr = OCTETS * 8 if ROWS else 1
         total = columns_sum(total, WIDTH)
@@ -107,9 +109,10 @@ def grad_input_kernel(
         positive = columns_sum(positive, WIDTH)
         negative = columns_sum(negative, WIDTH)
         zero = columns_sum(zero, WIDTH)
+        nonfinite = columns_sum(nonfinite.to(tl.int32), WIDTH)
         part, channel, in_bounds = owned(channels, WIDTH, FLAT)
-        rows = (total, absolute, squares, positive, negative, zero)
-        write_part(parts_ptr, rows, 0, 6, part, channel, channels, in_bounds)
+        rows = (total, absolute, squares, positive, negative, zero, nonfinite)
+        write_part(parts_ptr, rows, 0, 7, part, channel, channels, in_bounds)
 
 
 def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
@@ -133,7 +136,7 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
     total, dot, count = (vectors[0], vectors[0], 1) if sums is None else sums
     total, dot = total.contiguous(), dot.contiguous()
     walk = plan(like, [dy, x, *written], [*vectors, total, dot], pointwise=True, recording=record is not None)
-    parts = None if record is None else torch.empty((walk.parts, 6, like.c), dtype=torch.float64, device=x.device)
+    parts = None if record is None else torch.empty((walk.parts, 7, like.c), dtype=torch.float64, device=x.device)
     flags = (code(call.act), int(sums is not None), int(need_dx), int(need_dresidual))
     launch(
         grad_input_kernel, walk.grid, x.device, dy, x, *written, mask if call.act else None, *vectors, total, dot,

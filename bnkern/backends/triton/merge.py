@@ -114,7 +114,7 @@ def statistics_kernel(
                 channel = first + tl.arange(0, CHANNELS)
                 fold_moments(parts_ptr, record_ptr, total, parts, channel, channels, PARTS, CHANNELS)
                 zero = tl.zeros((CHANNELS,), tl.float64)  # all bits are 0, as for the integer 0
-                tl.store(record_ptr + 7 * channels + channel, zero, mask=channel < channels)
+                tl.store(record_ptr + 8 * channels + channel, zero, mask=channel < channels)
             return
     share = momentum
     if tracked_ptr is not None:
@@ -146,7 +146,7 @@ def statistics_kernel(
 def statistics(parts: tuple[Tensor, ...] | None, count: int, call: ForwardCall) -> tuple[Tensor, Tensor]:
     """mean and invstd [C] from partial moments of ``count`` values, which also update the running statistics.
 
-    Without parts they come from the running statistics, which are not changed. If there is a ``call.record`` [8, C],
+    Without parts they come from the running statistics, which are not changed. If there is a ``call.record`` [9, C],
     the parts must include the parts of the record. It is filled, except for its last row, which becomes 0. Without
     parts it is not written.
     """

@@ -6,22 +6,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import addressed, layout
+from ..records import ACTIVATION
 from ..reference import accumulator
 from .common import addresses, inside, kernel, launch, locate, plan
 from .merge import chan, merge
-from .records import about, owned, write_part
+from .records import about, columns_sum, owned, write_part
 
 
 @triton.jit
 def no_moments(ACC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr):
-    """The state of lanes before their first value: count, pivot, mean, M2 and, for records, M3, M4, least, largest.
+    """The state of lanes before their first value: count, pivot, mean, M2 and, for records, M3, M4, least, largest and
+    the number of values that are not finite.
 
     The lanes of an octet share one count, unless a line, or one of the rows in a line, may end within an octet.
     """
     COUNTED: tl.constexpr = 1 if (ROWS and not FLAT) or ALIGN == 8 else 8
     zero = tl.zeros((GROUP, 8), ACC)
     infinite = tl.full((GROUP, 8), float("inf"), ACC)
-    return tl.zeros((GROUP, COUNTED), ACC), zero, zero, zero, zero, zero, infinite, -infinite
+    none = tl.zeros((GROUP, 8), tl.float32)  # of a lane it is exact, and takes fewer registers than an integer
+    return tl.zeros((GROUP, COUNTED), ACC), zero, zero, zero, zero, zero, infinite, -infinite, none
 
 
 @triton.jit
@@ -37,12 +40,13 @@ def counted(line, octet, valid, lines, length, ROWS: tl.constexpr, FLAT: tl.cons
 
 @triton.jit
 def add_tile(lanes, xs, valid, tile_count, UNROLL: tl.constexpr, RECORD: tl.constexpr):
-    """Adds the values ``xs`` of a tile, UNROLL for each lane, to the moments of the lanes, where ``valid``.
+    """Adds the values ``xs`` of a tile, UNROLL for each lane, to the moments of the lanes, where ``valid``. The other
+    values must be 0.
 
     Means are relative to the first value of a lane, its pivot. So they are small even if the mean is large, and zero in
     a constant channel.
     """
-    count, pivot, mean, m2, m3, m4, least, largest = lanes
+    count, pivot, mean, m2, m3, m4, least, largest, nonfinite = lanes
     tile_mean = tl.zeros_like(mean)
     tile_m2 = tl.zeros_like(mean)
     pivot = tl.where(count == 0, xs[0].to(mean.dtype), pivot)
@@ -61,19 +65,20 @@ def add_tile(lanes, xs, valid, tile_count, UNROLL: tl.constexpr, RECORD: tl.cons
             value = xs[u].to(mean.dtype)
             least = tl.where(valid[u] & (value < least), value, least)  # ignores NaN, as does the next line
             largest = tl.where(valid[u] & (value > largest), value, largest)
+            nonfinite = tl.where(tl.abs(value) < float("inf"), nonfinite, nonfinite + 1.0)
     total, middle, m2_of_both = chan(count, mean, m2, tile_count, tile_mean, tile_m2)
     if RECORD:
         m3, m4 = about(count, m2, m3, m4, mean - middle)
         tile_m3, tile_m4 = about(tile_count, tile_m2, tile_m3, tile_m4, tile_mean - middle)
         m3 += tile_m3
         m4 += tile_m4
-    return total, pivot, middle, m2_of_both, m3, m4, least, largest
+    return total, pivot, middle, m2_of_both, m3, m4, least, largest, nonfinite
 
 
 @triton.jit
 def join_lanes(lanes, WIDTH: tl.constexpr, RECORD: tl.constexpr):
     """Joins the lanes of each of WIDTH channels: count, a centre, the mean relative to the centre, and the rest."""
-    count, pivot, mean, m2, m3, m4, least, largest = lanes
+    count, pivot, mean, m2, m3, m4, least, largest, nonfinite = lanes
     LANES: tl.constexpr = mean.numel // WIDTH
     count = tl.reshape(tl.broadcast_to(count, mean.shape), (LANES, WIDTH))
     pivot = tl.reshape(pivot, (LANES, WIDTH))
@@ -90,16 +95,18 @@ def join_lanes(lanes, WIDTH: tl.constexpr, RECORD: tl.constexpr):
         m4 = tl.sum(m4, 0)
         least = tl.min(tl.reshape(least, (LANES, WIDTH)), 0)
         largest = tl.max(tl.reshape(largest, (LANES, WIDTH)), 0)
-    return total, centre, middle, m2_of_all, m3, m4, least, largest
+        nonfinite = columns_sum(nonfinite.to(tl.int32), WIDTH)
+    return total, centre, middle, m2_of_all, m3, m4, least, largest, nonfinite
 
 
 @triton.jit
 def write_moments(parts_ptr, joined, part, channel, channels, valid):
-    """Writes the first seven rows of a part of ``records.ACTIVATION``. The mean is not rounded, because rounding would
+    """Writes the first eight rows of a part of ``records.ACTIVATION``. The mean is not rounded, because rounding would
     change M3."""
-    count, centre, mean, m2, m3, m4, least, largest = joined
+    count, centre, mean, m2, m3, m4, least, largest, nonfinite = joined
     mean = centre.to(tl.float64) + mean.to(tl.float64)
-    write_part(parts_ptr, (count, mean, m2, m3, m4, least, largest), 0, 8, part, channel, channels, valid)
+    rows = (count, mean, m2, m3, m4, least, largest, nonfinite)
+    write_part(parts_ptr, rows, 0, 9, part, channel, channels, valid)
 
 
 @kernel
@@ -142,14 +149,14 @@ def moments_kernel(
 def partial_moments(x: Tensor, recording: bool = False) -> tuple[Tensor, ...]:
     """Counts [K], means [K, C] and M2s [K, C] of the K parts into which the partition divides each channel of x.
 
-    If ``recording`` also the parts [K, 8, C] of ``records.ACTIVATION``, without their last row.
+    If ``recording`` also the parts [K, 9, C] of ``records.ACTIVATION``, without their last row.
     """
     like = layout(x)
     x = addressed(x, like.rows)
     walk = plan(like, [x], [])
     means, m2s = torch.empty((2, walk.grid[1], like.c), dtype=accumulator(x.dtype), device=x.device)
     counts = means.new_empty(walk.grid[1])
-    parts = means.new_empty((walk.grid[1], 8, like.c), dtype=torch.float64) if recording else None
+    parts = means.new_empty((walk.grid[1], len(ACTIVATION), like.c), dtype=torch.float64) if recording else None
     launch(
         moments_kernel, walk.grid, x.device, x, counts, means, m2s, parts, *walk.strides, *walk.sizes, **walk.constants
     )

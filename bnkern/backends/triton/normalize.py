@@ -7,7 +7,7 @@ from torch import Tensor
 from ..activations import code
 from ..calls import ForwardCall
 from ..layout import addressed, empty_like, layout
-from ..records import fill_empty_activation
+from ..records import ACTIVATION, fill_empty_activation
 from .common import (
     activate,
     addresses,
@@ -89,7 +89,7 @@ def normalize_kernel(
         active = columns_sum(active, WIDTH)
         if parts_ptr is not None:
             write_moments(parts_ptr, join_lanes(lanes, WIDTH, 1), part, channel, channels, in_bounds)
-            write_part(parts_ptr, (active,), 7, 8, part, channel, channels, in_bounds)
+            write_part(parts_ptr, (active,), 8, 9, part, channel, channels, in_bounds)
         else:
             tell(tally_ptr, row_ptr, active, part_count, channel, in_bounds)
 
@@ -119,7 +119,7 @@ def normalize(
         row = record[-1]
         tally = row.view(torch.int64)
     elif record is not None:
-        parts = torch.empty((part_count, 8, like.c), dtype=torch.float64, device=x.device)
+        parts = torch.empty((part_count, len(ACTIVATION), like.c), dtype=torch.float64, device=x.device)
     launch(
         normalize_kernel, walk.grid, x.device, x, z, y, mask, *vectors, parts, tally, row,
         *walk.strides, *walk.sizes, *present, int(residual is not None), code(call.act), part_count,

@@ -106,13 +106,13 @@ def fold_row(
 def fold_moments(
     parts_ptr, record_ptr, count, parts, channel, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """Writes the first seven rows of ``records.ACTIVATION``, about the mean of all ``count`` values."""
+    """Writes the first eight rows of ``records.ACTIVATION``, about the mean of all ``count`` values."""
     valid = channel < channels
     count = tl.full((CHANNELS,), count, tl.float64)
     mean = tl.zeros((CHANNELS,), tl.float64)
     for first in range(0, parts, PARTS):
-        counts = block(parts_ptr, 0, 8, first, parts, channel, channels, PARTS)
-        means = block(parts_ptr, 1, 8, first, parts, channel, channels, PARTS)
+        counts = block(parts_ptr, 0, 9, first, parts, channel, channels, PARTS)
+        means = block(parts_ptr, 1, 9, first, parts, channel, channels, PARTS)
         mean += tl.sum(counts * means, 0)
     mean /= count
     m2 = tl.zeros((CHANNELS,), tl.float64)
@@ -121,20 +121,21 @@ def fold_moments(
     least = tl.full((CHANNELS,), float("inf"), tl.float64)
     largest = tl.full((CHANNELS,), float("-inf"), tl.float64)
     for first in range(0, parts, PARTS):
-        counts = block(parts_ptr, 0, 8, first, parts, channel, channels, PARTS)
-        delta = tl.where(counts > 0, block(parts_ptr, 1, 8, first, parts, channel, channels, PARTS) - mean, 0.0)
-        m2s = block(parts_ptr, 2, 8, first, parts, channel, channels, PARTS)
-        m3s = block(parts_ptr, 3, 8, first, parts, channel, channels, PARTS)
-        m4s = block(parts_ptr, 4, 8, first, parts, channel, channels, PARTS)
+        counts = block(parts_ptr, 0, 9, first, parts, channel, channels, PARTS)
+        delta = tl.where(counts > 0, block(parts_ptr, 1, 9, first, parts, channel, channels, PARTS) - mean, 0.0)
+        m2s = block(parts_ptr, 2, 9, first, parts, channel, channels, PARTS)
+        m3s = block(parts_ptr, 3, 9, first, parts, channel, channels, PARTS)
+        m4s = block(parts_ptr, 4, 9, first, parts, channel, channels, PARTS)
         m3s, m4s = about(counts, m2s, m3s, m4s, delta)
         m2 += tl.sum(tl.fma(delta * delta, counts, m2s), 0)
         m3 += tl.sum(m3s, 0)
         m4 += tl.sum(m4s, 0)
-        leasts = block(parts_ptr, 5, 8, first, parts, channel, channels, PARTS)
-        largests = block(parts_ptr, 6, 8, first, parts, channel, channels, PARTS)
+        leasts = block(parts_ptr, 5, 9, first, parts, channel, channels, PARTS)
+        largests = block(parts_ptr, 6, 9, first, parts, channel, channels, PARTS)
         least = tl.minimum(least, tl.min(tl.where(counts > 0, leasts, float("inf")), 0))
         largest = tl.maximum(largest, tl.max(tl.where(counts > 0, largests, float("-inf")), 0))
-    write_part(record_ptr, (count, mean, m2, m3, m4, least, largest), 0, 8, 0, channel, channels, valid)
+    write_part(record_ptr, (count, mean, m2, m3, m4, least, largest), 0, 9, 0, channel, channels, valid)
+    fold_row(parts_ptr, 7, 9, record_ptr, 7, parts, channel, channels, PARTS, CHANNELS)
 
 
 @kernel
@@ -145,11 +146,11 @@ def activation_kernel(
     if tl.program_id(1) == 0:
         fold_moments(parts_ptr, record_ptr, count, parts, channel, channels, PARTS, CHANNELS)
     else:
-        fold_row(parts_ptr, 7, 8, record_ptr, 7, parts, channel, channels, PARTS, CHANNELS)
+        fold_row(parts_ptr, 8, 9, record_ptr, 8, parts, channel, channels, PARTS, CHANNELS)
 
 
 def fold_activation(parts: Tensor, record: Tensor, count: int) -> None:
-    """Fills ``record`` [8, C] from its parts [K, 8, C], which have ``count`` values per channel together."""
+    """Fills ``record`` [9, C] from its parts [K, 9, C], which have ``count`` values per channel together."""
     grid = (triton.cdiv(parts.shape[2], CHANNELS), 2)
     launch(
         activation_kernel, grid, parts.device, parts, record, len(parts), parts.shape[2], count,
@@ -171,7 +172,7 @@ def gradient_kernel(
 
 
 def fold_gradient(parts: Tensor, record: Tensor, count: int) -> None:
-    """Fills ``record`` [7, C] for ``count`` values per channel, from its parts [K, 6, C], which lack the count."""
+    """Fills ``record`` [8, C] for ``count`` values per channel, from its parts [K, 7, C], which lack the count."""
     grid = (triton.cdiv(parts.shape[2], CHANNELS), len(GRADIENT))
     launch(
         gradient_kernel, grid, parts.device, parts, record, len(parts), parts.shape[2], count,

@@ -86,8 +86,8 @@ def test_every_setup(setup: str, precision: Precision, case: Case) -> None:
 
 # Records need shared memory in addition to the held tiles.
 RECORDING = SETUPS | {
-    "registers_alone": OnCpu(Device(shared_bytes=22 << 10), SINGLE_READ),
-    "hybrid": OnCpu(Device(multiprocessors=2, shared_bytes=31 << 10), SINGLE_READ),
+    "registers_alone": OnCpu(Device(shared_bytes=18 << 10), SINGLE_READ),
+    "hybrid": OnCpu(Device(multiprocessors=2, shared_bytes=27 << 10), SINGLE_READ),
 }
 
 

@@ -103,7 +103,7 @@ def near(actual: Tensor, truth: Tensor, bound: Tensor, label: str) -> None:
 def check_activation(record: Tensor, x: Tensor, y: Tensor) -> None:
     actual = dict(zip(ACTIVATION, record, strict=True))
     truth = dict(zip(ACTIVATION, reference.activation(x, y), strict=True))
-    for exact in ("count", "min", "max", "active"):
+    for exact in ("count", "min", "max", "nonfinite", "active"):
         assert torch.equal(actual[exact], truth[exact]), exact
     # Deviations d from a lane's first value are exact or rounded once. So errors are a few eps32 of their range,
     # whatever the mean: 2e-7 of the range in the mean, and 1e-6 sum |d|^k in m_k, as for the variance elsewhere. (With
@@ -232,11 +232,13 @@ def test_wide_offsets(case: Case) -> None:
 
 
 def odd_values(case: Case) -> None:
-    """Values with special order: only NaN, only the largest and smallest numbers, zeros of both signs."""
+    """Values with special order: only NaN, only infinities, one infinity at the end, zeros of both signs."""
     p = case.problem()
     x, dy = p.x.clone(), p.dy.clone()
     x[:, 0] = torch.nan
     x[:, 1] = torch.where(x[:, 1] > 0, torch.inf, -torch.inf)
+    x[-1, -1, -1, -1] = torch.inf
+    dy[-1, 0, -1, -1] = -torch.inf
     dy[:, 1] = torch.nan
     dy[:1, 2], dy[1:, 2] = 0.0, -0.0
     p = p._replace(x=x, dy=dy)
@@ -251,6 +253,9 @@ def odd_values(case: Case) -> None:
     )
     assert gradient[GRADIENT.index("zero"), 2] == layout(x).count
     assert activation[ACTIVATION.index("min"), 0] == torch.inf
+    count = layout(x).count
+    assert activation[ACTIVATION.index("nonfinite"), [0, 1, -1]].tolist() == [count, count, 1]
+    assert gradient[GRADIENT.index("nonfinite"), [0, 2]].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
