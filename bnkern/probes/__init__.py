@@ -1,7 +1,7 @@
 """Probes record per-channel moments, gradient signs and other quantities while a network trains.
 
 :func:`record` is the context around the training, :func:`load` reads its files, and ``QUANTITIES`` is the table of all
-quantities.
+quantities. :func:`flight_recorder` keeps the last steps, and names the first value that is not finite.
 """
 
 from .files import Recording, load, truncate

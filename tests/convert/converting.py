@@ -1,8 +1,10 @@
 """A network into which the tests of conversion insert a form, and comparisons of models."""
 
 import copy
+import importlib
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,20 @@ import bnkern
 
 C = 6
 RELU, ADD, PLAIN, LEFT = "batch norm + ReLU", "batch norm + add + ReLU", "batch norm", "left alone"
+
+
+def package(name: str) -> object:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # torchvision raises RuntimeError with a torch for which it was not built
+        pytest.skip(f"{name} cannot be imported here: {type(error).__name__}: {error}")
+
+
+def pytorchcv(family: str, name: str, **options: object) -> nn.Module:
+    """Imports the module of the model directly, because the package's index of models imports torchvision."""
+    model = getattr(package(f"pytorchcv.models.{family}"), name)(**options)
+    model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # replaces a pooling of 7x7, because inputs are small here
+    return model
 
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

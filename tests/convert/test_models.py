@@ -4,7 +4,6 @@ If a package is not installed, or cannot be imported with this torch, its tests 
 """
 
 import copy
-import importlib
 import pickle
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,21 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bnkern
-from tests.convert.converting import ADD, PLAIN, RELU, assert_same_model, image, replaced
-
-
-def package(name: str) -> object:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # torchvision raises RuntimeError with a torch for which it was not built
-        pytest.skip(f"{name} cannot be imported here: {type(error).__name__}: {error}")
-
-
-def pytorchcv(family: str, name: str, **options: object) -> nn.Module:
-    """Imports the module of the model directly, because the package's index of models imports torchvision."""
-    model = getattr(package(f"pytorchcv.models.{family}"), name)(**options)
-    model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # replaces a pooling of 7x7, because inputs are small here
-    return model
+from tests.convert.converting import ADD, PLAIN, RELU, assert_same_model, image, package, pytorchcv, replaced
 
 
 def transformers(name: str, **options: object) -> nn.Module:

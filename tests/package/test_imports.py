@@ -91,6 +91,7 @@ RULES = {
     ),
     "bnkern.statistics": Rule(("bnkern.norm", "bnkern.norm.ranks", "bnkern.backends.reference")),
     "bnkern.convert*": Rule(("bnkern.nn", "bnkern.convert*")),
+    "bnkern.probes.flight_figure": Rule(("bnkern.probes.diagnosis",), ("numpy", "matplotlib")),
     "bnkern.probes*": Rule(
         (*LEAVES, "bnkern", "bnkern.nn", "bnkern.conv", "bnkern.norm", "bnkern.norm.context", "bnkern.probes*"),
         ("torch", "numpy"),

@@ -15,7 +15,7 @@ import bnkern
 from bnkern import probes
 from bnkern.probes.diagnosis import Event, diagnose
 from tests import ROOT
-from tests.convert.test_models import pytorchcv
+from tests.convert.converting import pytorchcv
 from tests.probes.flight_ranks import fly_rank
 from tests.support.probing import batch, make_net, train
 from tests.support.ranks import Ranks

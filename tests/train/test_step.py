@@ -244,7 +244,9 @@ def test_operations_of_a_step(precision: str, casts: int, channels_last: bool, m
 def test_a_probe_receives_every_loss_and_the_gradients() -> None:
     step = stepper(tiny(), images())
     recorded = []
-    step._probe = lambda loss: recorded.append((loss.item(), step.network.conv.weight.grad.abs().sum().item()))
+    step._observers.append(
+        lambda loss: recorded.append((loss.item(), step.network.conv.weight.grad.abs().sum().item()))
+    )
     step()
     step()
     assert [loss for loss, _ in recorded] == step.ring[:2, 0].tolist()
