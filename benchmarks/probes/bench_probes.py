@@ -154,7 +154,10 @@ def test_flight_recorder(compare, network: Callable, images: tuple, tmp_path: Pa
         compare(
             "flight recorder",
             case,
-            {"unprobed": step_of(network()), "with flight recorder": partial(step_of(flown), closed=flight.step)},
+            {
+                "unprobed": step_of(network()),
+                "recorded: flight recorder": partial(step_of(flown), end_step=flight.step),
+            },
             make_data=lambda: batch,
             nbytes=ACTIVATION_BYTES,
             budget_s=40,
