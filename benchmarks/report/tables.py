@@ -46,6 +46,10 @@ def _table(measurement: dict) -> str:
         "augment": "Batches of images",
         "records": "Records",
         "conv_grad_signs": "Signs of a convolution's weight gradient",
+        "channel_quantities": "Recording",
+        "flight_recorder": "Recording",
+        "weight_gradient_signs": "Recording",
+        "recorded_graph": "Recording",
     }
     if "axis" in measurement:
         return "Growth"
@@ -96,6 +100,12 @@ def _batch_norms(measurements: list[dict]) -> Iterator[str]:
         times = [_time(cells[name], eager_error) if name in cells else "" for name in providers]
         speedup = cells["bnkern"].get("speedup", {}).get("best")
         yield line(case, *times, f"{speedup:.2f}x" if speedup else "")
+    yield from _absent(measurements)
+
+
+def _absent(measurements: list[dict]) -> Iterator[str]:
+    """A line on the providers without any time, and the reasons."""
+    available = {m["provider"] for m in measurements if "missing" not in m}
     absent = {m["provider"]: m["missing"] for m in measurements if m["provider"] not in available}
     if absent:
         yield ""
@@ -158,7 +168,9 @@ def _recording(measurements: list[dict]) -> Iterator[str]:
     yield from header("what", "provider", "ms", "times unprobed")
     for measurement in measurements:
         base = "unprobed torch" if "torch" in measurement["provider"] else "unprobed"
-        yield line(measurement["op"], measurement["provider"], _time(measurement), f"{measurement['times'][base]:.2f}x")
+        times = (_time(measurement), f"{measurement['times'][base]:.2f}x") if "times" in measurement else ("", "")
+        yield line(measurement["op"], measurement["provider"], *times)
+    yield from _absent(measurements)
 
 
 def _batches(measurements: list[dict]) -> Iterator[str]:

@@ -48,7 +48,7 @@ class Diagnosis(NamedTuple):
     def text(self) -> str:
         """The sentence, the numbers around the fault, and what followed in the same step."""
         lines = [self.sentence, ""]
-        if self.reason not in ("fault", "asked"):
+        if self.events and self.reason not in ("fault", "asked"):
             lines += [f"The training ended with {self.reason.rstrip('.')}.", ""]
         lines += self.table
         places = groupby(self.events, lambda event: (event.phase, event.name))
@@ -81,7 +81,9 @@ def diagnose(folder: str | PathLike) -> Diagnosis:
     rank = "" if flight["rank"] is None else f" on rank {flight['rank']}"
     if not first:
         count = len(np.unique(flown.steps))
-        sentence = f"No value that is not finite or beyond a limit in the last {count} steps{rank}."
+        sentence = f"No value in the last {count} steps{rank} is infinite, NaN or beyond a limit."
+        if flight["reason"] not in ("fault", "asked"):
+            sentence = f"The training ended with {flight['reason'].rstrip('.')}. {sentence}"
         return Diagnosis(flight["reason"], flight["rank"], sentence, [], [], flown)
     event = first[0]
     sentence = f"First seen at step {event.step}{rank}, {describe(event)}{flown.before(event)}."

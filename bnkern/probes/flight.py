@@ -50,7 +50,7 @@ def flight_recorder(
     convolution before it. A step is *faulty* if one of these values is infinite or NaN, or passes a limit. At the first
     faulty step the recorder writes the ring and a report into ``out``, says in one sentence what it saw first, and ends
     recording. ``python -m bnkern.probes show OUT`` prints and draws the report. An exception that leaves the context
-    also writes the ring. Otherwise nothing is written.
+    also writes the ring (not an interrupt). Otherwise nothing is written.
 
     It works under torch.compile, and a step can be captured in a CUDA graph together with ``flight.step``. Then call
     ``flight.poll()`` from time to time outside the graph. With several processes each writes into ``out/rank0``,
@@ -78,7 +78,7 @@ def flight_recorder(
     flight = FlightRecorder(model, steps, out, dict(limits or {}), on_fault, first_step)
     try:
         yield flight
-    except Exception as error:
+    except BaseException as error:
         flight.close(error)
         raise
     flight.close()
@@ -220,23 +220,30 @@ class FlightRecorder(Attachment):
         self._buffer.rewind(step)
         self._faulty_step.fill_(-1)
 
-    def close(self, error: Exception | None = None) -> None:
-        """Removes the hooks. Reports a faulty step, or writes the ring if ``error`` has ended the training."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Removes the hooks. Reports a faulty step, or writes the ring if an exception has ended the training.
+
+        An interrupt or an exit (:class:`BaseException` only) is no failure of the training, so nothing is written.
+        """
         self._forget()
         if error is None:
             self.poll(wait=True)
-        elif self.active:
-            self.active = False
-            self._measure()
-            if not self._buffer.grown():
-                self._buffer.close_step(len(self._buffer.calls))  # what the step that failed has recorded
-            try:
-                self.write(f"{type(error).__name__}: {error}")
-                error.add_note(f"flight_recorder: the last steps are in {self.folder}")
-            except Exception as failure:  # must not replace the error of the training
-                error.add_note(f"flight_recorder: cannot write {self.folder}: {failure}")
+        elif self.active and isinstance(error, Exception):
+            self._write_after(error)
+        self.active = False
 
     # ---- internal
+
+    def _write_after(self, error: Exception) -> None:
+        """Writes the ring, with what the step that failed has recorded. Must not replace the error by another one."""
+        try:
+            self._measure()
+            if not self._buffer.grown():
+                self._buffer.close_step(len(self._buffer.calls))
+            self.write(f"{type(error).__name__}: {error}")
+            error.add_note(f"flight_recorder: the last steps are in {self.folder}")
+        except Exception as failure:
+            error.add_note(f"flight_recorder: cannot write {self.folder}: {failure}")
 
     def _grow(self) -> None:
         """Gives new records a place. The ring begins anew."""

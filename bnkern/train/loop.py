@@ -435,7 +435,7 @@ def _flight_recorder(
     flight = FlightRecorder(network, steps, out, {}, "warn", first_step)
 
     def close(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        flight.close(error if isinstance(error, Exception) and not isinstance(error, Stopped) else None)
+        flight.close(None if isinstance(error, Stopped) else error)
 
     stack.push(close)
     return flight

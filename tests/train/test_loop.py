@@ -192,10 +192,10 @@ def test_a_flight_recorder_reports_a_divergence(tmp_path: Path, capsys: pytest.C
     train(config, plain, images())
     train(config, tmp_path / "flown", images(), flight_steps=64)
     assert untimed(plain) == untimed(tmp_path / "flown")
-    report = diagnose(tmp_path / "flown/flight")
-    step = outcome(plain).diverged
+    report, step = diagnose(tmp_path / "flown/flight"), outcome(plain).diverged
     assert report.flight.steps[0] == 0 and step in report.flight.steps
-    assert report.events or report.reason.startswith("a loss of")
+    assert report.reason == f"a loss of {float(rows(plain)[-1]['loss']):.4g}" and report.events == []
+    assert report.sentence.startswith(f"The training ended with {report.reason}. No value in the last")
     assert report.sentence in capsys.readouterr().out
     assert (tmp_path / "flown/flight/report.txt").read_text().startswith(report.sentence)
 
