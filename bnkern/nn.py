@@ -63,12 +63,15 @@ class _Fused(_Parent):
         dtype: torch.dtype | None = None,
         *,
         act: str | None = None,
+        skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
         # Keywords that only newer versions of torch have (bias=, in 2.13) are passed to the parent.
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
         activations.check(type(self).__name__, act)
         self.act = act
+        if skip_nonfinite:
+            _count_skips(self, type(self).__name__)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if type(input) is not Tensor and isinstance(input, fx.Proxy):
@@ -79,12 +82,12 @@ class _Fused(_Parent):
             self._check_input_dim(input)
         training, momentum = self.training and not self.statistics_frozen, self.momentum
         buffers, parameters = self._buffers, self._parameters
-        running_mean = running_var = counter = None
+        running_mean = running_var = counter = skipped = None
         # A recomputation in a backward pass normalises by the batch again and updates nothing.
         if not training or (self.track_running_stats and not is_recomputed()):
             running_mean, running_var = _tensor(self, buffers, "running_mean"), _tensor(self, buffers, "running_var")
             if training:
-                counter = self.num_batches_tracked
+                counter, skipped = self.num_batches_tracked, buffers.get("num_batches_skipped")
         if momentum is None and counter is None:
             momentum = 0.0  # without a counter torch does not update the running statistics, and neither does this
         return batch_norm(
@@ -99,11 +102,13 @@ class _Fused(_Parent):
             residual=residual,
             act=self.act,
             num_batches_tracked=counter,
+            num_batches_skipped=skipped,
             records=self.taps[0].records(self, input) if self.taps else None,
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", act={self.act!r}" if self.act else "")
+        skips = ", skip_nonfinite=True" if "num_batches_skipped" in self._buffers else ""
+        return super().extra_repr() + (f", act={self.act!r}" if self.act else "") + skips
 
 
 class BatchNorm1d(_Fused, torch.nn.BatchNorm1d):
@@ -209,9 +214,21 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         act: str | None = None,
+        skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, act=act, **kwargs)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            act=act,
+            skip_nonfinite=skip_nonfinite,
+            **kwargs,
+        )
         self.process_group = process_group
 
     _check_input_dim = torch.nn.SyncBatchNorm._check_input_dim
@@ -239,6 +256,7 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
             residual=residual,
             act=self.act,
             num_batches_tracked=counter,
+            num_batches_skipped=self._buffers.get("num_batches_skipped") if tracked else None,
             records=self.taps[0].records(self, input) if self.taps else None,
         )
 
@@ -254,17 +272,52 @@ def freeze_statistics(model: torch.nn.Module, frozen: bool = True) -> None:
         ValueError: A batch norm is not bnkern's, or it has no running statistics. The message names it. Nothing has
             been changed.
     """
-    norms = []
+    for _, module in _tracking_norms(model, "freeze_statistics"):
+        module.statistics_frozen = frozen
+
+
+def skip_nonfinite(model: torch.nn.Module, skip: bool = True) -> None:
+    """Makes bnkern's batch norms in ``model`` ignore batches with infinite or NaN statistics.
+
+    In training such a batch changes neither the running statistics of a norm nor its ``num_batches_tracked``. It
+    increments the norm's ``num_batches_skipped``, an int64 buffer that begins at 0 and is not part of the state_dict.
+    The output of the batch is what it is without this setting. The decision is made on the device for each norm, from
+    the statistics of all its channels (in a :class:`SyncBatchNorm` those of the joint batch), so the host does not
+    wait. ``skip_nonfinite(model, False)`` undoes it. The argument ``skip_nonfinite=True`` of the modules does the same.
+
+    Raises:
+        ValueError: A batch norm is not bnkern's, or it has no running statistics. The message names it. Nothing has
+            been changed.
+    """
+    for name, module in _tracking_norms(model, "skip_nonfinite"):
+        if skip:
+            _count_skips(module, name)
+        else:
+            module._buffers.pop("num_batches_skipped", None)
+            module._non_persistent_buffers_set.discard("num_batches_skipped")
+
+
+def _tracking_norms(model: torch.nn.Module, function: str) -> "list[tuple[str, _Fused]]":
+    """All batch norms of the model, which must be bnkern's and have running statistics."""
+    norms: list[tuple[str, _Fused]] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.modules.batchnorm._NormBase) and not _is_instance_norm(module):
             if not isinstance(module, _Fused):
                 kind = f"{type(module).__module__}.{type(module).__name__}"
-                raise ValueError(f"freeze_statistics: {name or 'the model'} is a {kind}; call bnkern.convert first")
+                raise ValueError(f"{function}: {name or 'the model'} is a {kind}; call bnkern.convert first")
             if module.running_mean is None:
-                raise ValueError(f"freeze_statistics: {name or 'the model'} has no running statistics")
-            norms.append(module)
-    for module in norms:
-        module.statistics_frozen = frozen
+                raise ValueError(f"{function}: {name or 'the model'} has no running statistics")
+            norms.append((name or "the model", module))
+    return norms
+
+
+def _count_skips(module: "_Fused", name: str) -> None:
+    """Adds the counter ``num_batches_skipped``, unless the module has one."""
+    if module.running_mean is None:
+        raise ValueError(f"skip_nonfinite: {name} has no running statistics")
+    if "num_batches_skipped" not in module._buffers:
+        counter = torch.zeros((), dtype=torch.int64, device=module.running_mean.device)
+        module.register_buffer("num_batches_skipped", counter, persistent=False)
 
 
 def _is_instance_norm(module: torch.nn.Module) -> bool:

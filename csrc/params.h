@@ -13,10 +13,12 @@ namespace bnkern {
 #define BNKERN_FORWARD_FIELDS(FIELD)                                            \
   FIELD(x) FIELD(weight) FIELD(bias) FIELD(residual)                            \
   FIELD(running_mean) FIELD(running_var) FIELD(num_batches_tracked)             \
-  FIELD(training) FIELD(momentum) FIELD(eps) FIELD(act) FIELD(save_mask) FIELD(record)
+  FIELD(training) FIELD(momentum) FIELD(eps) FIELD(act)                   \
+  FIELD(num_batches_skipped) FIELD(save_mask) FIELD(record)
 #define BNKERN_BACKWARD_FIELDS(FIELD)                                           \
   FIELD(dy) FIELD(x) FIELD(weight) FIELD(bias) FIELD(mean) FIELD(invstd)        \
-  FIELD(mask) FIELD(act) FIELD(training) FIELD(needs) FIELD(record_gradient) FIELD(record_affine)
+  FIELD(mask) FIELD(act) FIELD(training) FIELD(needs)                           \
+  FIELD(record_gradient) FIELD(record_affine) FIELD(record_samples)
 // clang-format on
 
 // The activations of bnkern/backends/activations.py. Each is the identity if z > 0 or z is NaN, and linear otherwise.
@@ -62,7 +64,9 @@ struct Forward {
   void *mean, *spread;
   ChannelVector running_mean, running_var;  // updated in place if not null
   std::int64_t* counter;                    // increased by one if not null
-  bool cumulative;                          // momentum is 1 / counter
+  // If not null, it counts the batches whose statistics are not all finite. They change neither of the above.
+  std::int64_t* skipped;
+  bool cumulative;  // momentum is 1 / counter
   double momentum, eps;
   double* record;  // a call with normalize writes it if not null: [9, C], rows ACTIVATION of bnkern/backends/records.py
   int threads;
@@ -83,6 +87,7 @@ struct Backward {
   ChannelVector dweight, dbias;  // the same sums in the dtypes of the parameters, written if not null
   // The rows GRADIENT [8, C] and AFFINE [8, C] of records.py. If not null, they are written with dx and with the sums.
   double *record_gradient, *record_affine;
+  double* record_samples;  // the rows SAMPLES [5, C], written with the sums if not null
   int threads;
 };
 

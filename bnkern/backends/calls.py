@@ -28,6 +28,9 @@ class ForwardCall(NamedTuple):
     momentum: float | None = 0.1  # None: the cumulative mean, 1 / num_batches_tracked
     eps: float = 1e-5
     act: str | None = None  # a name of activations.ACTIVATIONS
+    # int64 scalar. If it is given, a batch whose statistics are not all finite increments it in training, and changes
+    # neither the running statistics nor num_batches_tracked.
+    num_batches_skipped: Tensor | None = None
     save_mask: bool = False  # return the activation's mask; there is none without a residual
     record: Tensor | None = None  # float64 [9, C]; the same pass writes the rows records.ACTIVATION
 
@@ -60,12 +63,13 @@ class BackwardCall(NamedTuple):
     needs: tuple[bool, bool, bool, bool] = (True, True, True, True)
     record_gradient: Tensor | None = None  # float64 [8, C], filled with records.GRADIENT if dx is needed
     record_affine: Tensor | None = None  # float64 [8, C], filled with records.AFFINE unless this is the identity
+    record_samples: Tensor | None = None  # float64 [5, C], filled with records.SAMPLES unless this is the identity
 
     @property
     def needs_sums(self) -> bool:
-        """Whether the per-channel sums are needed: for parameters, for dx in training, or for the record AFFINE."""
+        """Whether the per-channel sums are needed: for parameters, for dx in training, or for a record of them."""
         need_x, need_weight, need_bias, _ = self.needs
-        recorded = self.record_affine is not None and self.mean is not None
+        recorded = self.mean is not None and not (self.record_affine is None and self.record_samples is None)
         return need_weight or need_bias or (need_x and self.training) or recorded
 
 

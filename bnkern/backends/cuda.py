@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import architectures, native
+from .calls import BackwardCall, Forward, ForwardCall, Gradients
 from .native import _native, update
 
 __all__ = [
@@ -154,13 +155,47 @@ def _out_of_memory() -> torch.OutOfMemoryError:
     return torch.OutOfMemoryError("CUDA has no memory left for the workspace of this stream (about 1 MB)")
 
 
-try_forward = _with_memory(native.try_forward)
-forward = _with_memory(native.forward)
-backward = _with_memory(native.backward)
+_try_forward = _with_memory(native.try_forward)
+_forward = _with_memory(native.forward)
+_backward = _with_memory(native.backward)
 moments = _with_memory(native.moments)
 normalize = _with_memory(native.normalize)
-grad_sums = _with_memory(native.grad_sums)
+_grad_sums = _with_memory(native.grad_sums)
 grad_input = _with_memory(native.grad_input)
+
+
+def try_forward(call: ForwardCall) -> Forward | None:
+    """:func:`bnkern.backends.native.try_forward`. ``num_batches_skipped`` needs two more small launches."""
+    return _try_forward(call) if call.num_batches_skipped is None else _with_skips(_try_forward, call)
+
+
+def forward(call: ForwardCall) -> Forward:
+    """:func:`bnkern.backends.native.forward`. ``num_batches_skipped`` needs two more small launches."""
+    return _forward(call) if call.num_batches_skipped is None else _with_skips(_forward, call)
+
+
+def _with_skips(function: Callable, call: ForwardCall):
+    from .triton import forward_with_skips  # imports Triton, which takes a second
+
+    return forward_with_skips(function, call)
+
+
+def backward(call: BackwardCall) -> Gradients:
+    """:func:`bnkern.backends.native.backward`. A kernel in Triton computes ``record_samples``, by another pass."""
+    return _backward(call if call.record_samples is None else _without_samples(call))
+
+
+def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
+    """:func:`bnkern.backends.native.grad_sums`. A kernel in Triton computes ``record_samples``, by another pass."""
+    return _grad_sums(call if call.record_samples is None else _without_samples(call))
+
+
+def _without_samples(call: BackwardCall) -> BackwardCall:
+    """Fills ``call.record_samples``, and returns the call without it."""
+    from .triton import record_samples
+
+    record_samples(call)
+    return call._replace(record_samples=None)
 
 
 def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,6 +74,7 @@ READS_TABLE = _connect()  # whether tensors are read through the exchange table
 # ------------------------------------------------------------------------------------------------- readable operands
 # C++ reads all operands that these functions return, so its result for them is not None.
 
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
 OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
 
@@ -103,8 +104,8 @@ def _readable_forward(call: ForwardCall) -> ForwardCall:
     rows = layout(call.x).rows
     x, residual = _readable(call.x, rows), _readable(call.residual, rows)
     weight, bias = _vector(call.weight), _vector(call.bias)
-    mean, var, counter = plain(call.running_mean), plain(call.running_var), plain(call.num_batches_tracked)
-    return ForwardCall(x, weight, bias, residual, mean, var, counter, *call[7:])
+    running = {name: plain(getattr(call, name)) for name in _RUNNING}
+    return call._replace(x=x, weight=weight, bias=bias, residual=residual, **running)
 
 
 def _readable_backward(call: BackwardCall) -> BackwardCall:

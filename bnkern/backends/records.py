@@ -2,8 +2,8 @@
 
 A record is a float64 tensor [rows, C] that the caller provides and a kernel fills. float64 holds every count exactly.
 Kernels record values as they are stored, after rounding. So a computation from the stored tensors gives the same
-counts, and the same sums to within rounding. The formulas are :func:`activation`, :func:`gradient` and :func:`affine`
-of ``reference``.
+counts, and the same sums to within rounding. The formulas are :func:`activation`, :func:`gradient`, :func:`affine`
+and :func:`samples` of ``reference``.
 """
 
 from typing import NamedTuple
@@ -29,6 +29,11 @@ AFFINE = (
     "weight_nonzero",
 )
 
+# For the contributions of the samples to the gradients of the affine parameters. The contribution of sample n is
+# sum g (bias) or sum g * xhat (weight) over its S positions. m2 is the sum over the samples of squared distances from
+# their mean.
+SAMPLES = ("samples", "bias_sum", "bias_m2", "weight_sum", "weight_m2")
+
 
 def fill_empty_activation(record: Tensor) -> None:
     """Fills ``record``, a tensor [9, C], with the rows ``ACTIVATION`` of an empty batch."""
@@ -45,6 +50,7 @@ class Records(NamedTuple):
     activation: Tensor | None = None
     gradient: Tensor | None = None
     affine: Tensor | None = None
+    samples: Tensor | None = None
     mirrors: tuple["Records", ...] = ()
 
     def forward_written(self) -> None:
@@ -54,9 +60,8 @@ class Records(NamedTuple):
                 mirror.activation.copy_(self.activation)
 
     def backward_written(self) -> None:
-        """Called when a backward has filled ``gradient`` and ``affine``."""
+        """Called when a backward has filled ``gradient``, ``affine`` and ``samples``."""
         for mirror in self.mirrors:
-            if mirror.gradient is not None and self.gradient is not None:
-                mirror.gradient.copy_(self.gradient)
-            if mirror.affine is not None and self.affine is not None:
-                mirror.affine.copy_(self.affine)
+            for copy, filled in zip(mirror[1:4], self[1:4], strict=True):
+                if isinstance(copy, Tensor) and isinstance(filled, Tensor):
+                    copy.copy_(filled)

@@ -31,6 +31,7 @@ def batch_norm(
     residual: Tensor | None = None,
     act: str | None = None,
     num_batches_tracked: Tensor | None = None,
+    num_batches_skipped: Tensor | None = None,
     records: "Records | None" = None,
 ) -> Tensor:
     """``act(batch_norm(input) + residual)`` in one fused operation. Without both it is ``F.batch_norm``.
@@ -64,6 +65,11 @@ def batch_norm(
         act: None or "relu".
         num_batches_tracked: int64 scalar counter, increased by one in training if it is given. Required if momentum is
             None.
+        num_batches_skipped: int64 scalar counter. If it is given, a batch whose statistics are not all finite (an
+            infinity or NaN in any channel, or a variance that overflows) increases it by one in training, and leaves
+            running_mean, running_var and num_batches_tracked as they were. y is computed as without it. The decision
+            is made on the device, so the host does not wait, and a CUDA graph can capture the call. On CUDA tensors it
+            costs two more small launches.
         records: buffers for the records that the kernels write in the same pass (from :mod:`bnkern.probes`). The
             results keep their bits.
 
@@ -85,7 +91,18 @@ def batch_norm(
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
     call = ForwardCall(
-        input, weight, bias, residual, running_mean, running_var, num_batches_tracked, training, momentum, eps, act
+        input,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+        act,
+        num_batches_skipped,
     )
     if context.is_plain_eager():
         y = autograd.try_batch_norm(call, records)
@@ -95,7 +112,12 @@ def batch_norm(
         batch_norm,
         input,
         (running_mean, running_var, weight, bias, training, momentum, eps),
-        {"residual": residual, "act": act, "num_batches_tracked": num_batches_tracked},
+        {
+            "residual": residual,
+            "act": act,
+            "num_batches_tracked": num_batches_tracked,
+            "num_batches_skipped": num_batches_skipped,
+        },
     )
     if node is not None:
         return node  # type: ignore[return-value]  # the result is a Proxy
@@ -162,13 +184,18 @@ def _dispatch(call: ForwardCall, records: Records | None) -> Tensor:
     call = autograd.with_residual_in_format(call)
     if context.is_transformed():
         return _transformed(call)
-    if context.is_direct(*call[:7]):
+    if context.is_direct(*call[:7], call.num_batches_skipped):
         return autograd.batch_norm(call, records)
     return op.batch_norm(call, records)
 
 
 def _transformed(call: ForwardCall) -> Tensor:
     """Serves a call within torch.func's transforms or forward-mode differentiation."""
+    if call.training and call.num_batches_skipped is not None:
+        raise RuntimeError(
+            "batch_norm: torch.func transforms and forward-mode differentiation do not support num_batches_skipped "
+            "(skip_nonfinite of a module) in training"
+        )
     if vmap.serves(call):
         return vmap.batch_norm(call, backends.forced())
     mean = call.running_mean

@@ -42,6 +42,8 @@ def batch_norm(call: ForwardCall, records: Records | None) -> Tensor:
     x = context.unwrapped(call.x)
     weight, bias, residual, running_mean, running_var, counter = map(context.unwrapped, call[1:7])
     call = ForwardCall(x, weight, bias, residual, running_mean, running_var, counter, *call[7:])
+    if call.num_batches_skipped is not None:
+        call = call._replace(num_batches_skipped=context.unwrapped(call.num_batches_skipped))
     return _run(call, records, backend, backend.forward)
 
 
@@ -66,7 +68,8 @@ def _run(
             records.forward_written()
     if call.training:
         # The kernels write through addresses, which does not change autograd's version counters.
-        torch.autograd.graph.increment_version([t for t in (running_mean, running_var, counter) if t is not None])
+        updated = (running_mean, running_var, counter, call.num_batches_skipped)
+        torch.autograd.graph.increment_version([t for t in updated if t is not None])
     return y
 
 
@@ -101,7 +104,7 @@ class _BatchNorm(torch.autograd.Function):
             grads = backend.backward(BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, training, needs))
         else:
             dy = dy.resolve_neg()
-            requested = (records.gradient, records.affine)
+            requested = (records.gradient, records.affine, records.samples)
             call = BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, training, needs, *requested)
             grads = backend.backward(call)
             records.backward_written()

@@ -26,7 +26,7 @@ from .. import backends
 from ..backends.activations import ACTIVATIONS
 from ..backends.calls import BackwardCall, ForwardCall
 from ..backends.layout import empty_like, layout
-from ..backends.records import ACTIVATION, AFFINE, GRADIENT, Records
+from ..backends.records import ACTIVATION, AFFINE, GRADIENT, SAMPLES, Records
 from ..backends.reference import accumulator, pack_mask
 from . import context, ranks
 
@@ -40,6 +40,7 @@ class Extra(NamedTuple):
     record: bool = False  # whether to return the record ACTIVATION
     record_gradient: Tensor | None = None  # the buffers of the records of the backward
     record_affine: Tensor | None = None
+    record_samples: Tensor | None = None
 
 
 class BackwardExtra(NamedTuple):
@@ -51,10 +52,12 @@ class BackwardExtra(NamedTuple):
     count: Tensor | None = None  # type: ignore[assignment]  # hides tuple.count
     record_gradient: bool = False
     record_affine: bool = False
+    record_samples: bool = False
 
 
 _FORWARD = ForwardCall._fields[:-1]
-_BACKWARD = BackwardCall._fields[:-2]
+_BACKWARD = BackwardCall._fields[:-3]
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")  # updated in training
 
 
 # ---------------------------------------------------------------------------------------------------- the schema
@@ -88,11 +91,11 @@ _library = torch.library.Library("bnkern", "DEF")
 _library.define(
     f"batch_norm_forward({_arguments(ForwardCall, _FORWARD, Extra)})"
     " -> (Tensor y, Tensor mean, Tensor invstd, Tensor mask, Tensor new_running_mean, Tensor new_running_var,"
-    " Tensor new_num_batches_tracked, Tensor count, Tensor activation)"
+    " Tensor new_num_batches_tracked, Tensor new_num_batches_skipped, Tensor count, Tensor activation)"
 )
 _library.define(
     f"batch_norm_backward({_arguments(BackwardCall, _BACKWARD, BackwardExtra)})"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, Tensor gradient, Tensor affine)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, Tensor gradient, Tensor affine, Tensor samples)"
 )
 
 
@@ -102,13 +105,13 @@ def batch_norm(call: ForwardCall, records: Records | None, group: tuple[str, int
         raise RuntimeError("torch.compile does not support several recordings of one layer at once; eager calls do")
     needs_backward = context.grad_needed(call.x, call.weight, call.bias, call.residual) or context.is_recorded()
     save_mask = call.act is not None and call.residual is not None and needs_backward
-    buffers = (None, None, None) if records is None else (records.activation, records.gradient, records.affine)
-    y, _, _, _, new_mean, new_var, new_counter, _, activation = torch.ops.bnkern.batch_norm_forward(
+    buffers = (None,) * 4 if records is None else records[:4]
+    y, _, _, _, *new, _, activation = torch.ops.bnkern.batch_norm_forward(
         *call[:-2], save_mask, backends.forced(), *group, buffers[0] is not None, *buffers[1:]
     )
     if call.training:
-        running = (call.running_mean, call.running_var, call.num_batches_tracked)
-        for buffer, value in zip(running, (new_mean, new_var, new_counter), strict=True):
+        for name, value in zip(_RUNNING, new, strict=True):
+            buffer = getattr(call, name)
             if buffer is not None:
                 buffer.copy_(value)
     if buffers[0] is not None:
@@ -146,15 +149,11 @@ def _record(x: Tensor, rows: tuple[str, ...], requested: bool) -> Tensor:
 
 def _forward(*arguments):
     call, extra = _split(arguments)
-    x, running = call.x, call[4:7]
+    x, running = call.x, {name: getattr(call, name) for name in _RUNNING}
     if call.training:
-        running_mean, running_var, counter = (None if t is None else t.clone() for t in running)
-        running = (running_mean, running_var, counter)
+        running = {name: None if t is None else t.clone() for name, t in running.items()}
     activation = _record(x, ACTIVATION, extra.record)
-    record = activation if extra.record else None
-    call = ForwardCall(
-        x, call.weight, call.bias, call.residual, running[0], running[1], running[2], *call[7:-1], record
-    )
+    call = call._replace(**running, record=activation if extra.record else None)
     kernels = backends.choose(extra.backend, x.device, x.dtype)
     mean: Tensor | None
     invstd: Tensor | None
@@ -164,10 +163,10 @@ def _forward(*arguments):
     else:
         y, mean, invstd, mask = kernels.forward(call)
     if not call.training:
-        running = (None, None, None)
+        running = dict.fromkeys(_RUNNING)
     acc = accumulator(x.dtype)
     statistics = (_or_empty(mean, x, acc), _or_empty(invstd, x, acc), _or_empty(mask, x, torch.uint8))
-    return (y, *statistics, *(_or_empty(t, x) for t in running), _or_empty(count, x, torch.int64), activation)
+    return (y, *statistics, *(_or_empty(t, x) for t in running.values()), _or_empty(count, x, torch.int64), activation)
 
 
 def _forward_fake(*arguments):
@@ -176,7 +175,8 @@ def _forward_fake(*arguments):
     x, like = call.x, layout(call.x)
     statistic = [x.new_empty(like.c if call.normalizes else 0, dtype=accumulator(x.dtype)) for _ in range(2)]
     mask = x.new_empty(like.mask_shape if call.has_mask else 0, dtype=torch.uint8)
-    running = [torch.empty_like(t) if call.training and t is not None else x.new_empty(0) for t in call[4:7]]
+    buffers = [getattr(call, name) for name in _RUNNING]
+    running = [torch.empty_like(t) if call.training and t is not None else x.new_empty(0) for t in buffers]
     count = x.new_empty(() if extra.group else 0, dtype=torch.int64)
     return (empty_like(x, like.rows), *statistic, mask, *running, count, _record(x, ACTIVATION, extra.record))
 
@@ -201,17 +201,23 @@ def _allow_in_inductor() -> None:
 def _backward(*arguments):
     call, extra = _split_backward(arguments)
     x = call.x
-    gradient, affine = _record(x, GRADIENT, extra.record_gradient), _record(x, AFFINE, extra.record_affine)
-    records = (gradient if extra.record_gradient else None, affine if extra.record_affine else None)
+    records = _backward_records(x, extra)
+    requested = (t if flag else None for t, flag in zip(records, extra[-3:], strict=True))
     need_x, need_weight, need_bias, need_residual = call.needs  # an operator receives a list
-    call = BackwardCall(*call[:9], (need_x, need_weight, need_bias, need_residual), records[0], records[1])
+    call = BackwardCall(*call[:9], (need_x, need_weight, need_bias, need_residual), *requested)
     kernels = backends.choose(extra.backend, x.device, x.dtype)
     if extra.group:
         assert extra.count is not None, "the backward with a group requires the count that the forward returned"
         grads = ranks.backward(kernels, call, extra.group, extra.count)
     else:
         grads = kernels.backward(call)
-    return (*(_or_empty(grad, x) for grad in grads), gradient, affine)
+    return (*(_or_empty(grad, x) for grad in grads), *records)
+
+
+def _backward_records(x: Tensor, extra: BackwardExtra) -> tuple[Tensor, ...]:
+    """The buffers of the records, in the order of the last fields of ``extra``."""
+    rows = (GRADIENT, AFFINE, SAMPLES)
+    return tuple(_record(x, names, flag) for names, flag in zip(rows, extra[-3:], strict=True))
 
 
 def _backward_fake(*arguments):
@@ -223,8 +229,7 @@ def _backward_fake(*arguments):
         torch.empty_like(call.weight) if need_weight and call.weight is not None else x.new_empty(0),
         torch.empty_like(call.bias) if need_bias and call.bias is not None else x.new_empty(0),
         empty_like(x, rows) if need_residual else x.new_empty(0),
-        _record(x, GRADIENT, extra.record_gradient),
-        _record(x, AFFINE, extra.record_affine),
+        *_backward_records(x, extra),
     )
 
 
@@ -250,12 +255,13 @@ def _autograd(ctx, dy, *_):
     x, weight, bias, *saved = ctx.saved_tensors
     mean, invstd, mask, count = map(_or_none, saved)
     needs, extra = ctx.needs_input_grad[:4], ctx.extra
-    buffers = (extra.record_gradient, extra.record_affine)  # they are written, so they are not saved tensors
-    flags = [buffer is not None and need for buffer, need in zip(buffers, (needs[0], mean is not None), strict=True)]
-    *grads, gradient, affine = torch.ops.bnkern.batch_norm_backward(
+    buffers = extra[-3:]  # they are written, so they are not saved tensors
+    possible = (needs[0], mean is not None, mean is not None)
+    flags = [buffer is not None and need for buffer, need in zip(buffers, possible, strict=True)]
+    *grads, gradient, affine, samples = torch.ops.bnkern.batch_norm_backward(
         dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs, extra.backend, extra.group, count, *flags
     )
-    for buffer, record, flag in zip(buffers, (gradient, affine), flags, strict=True):
+    for buffer, record, flag in zip(buffers, (gradient, affine, samples), flags, strict=True):
         if flag:
             buffer.copy_(record)
     others = [None] * (len(_FORWARD) + len(Extra._fields) - 4)
@@ -298,7 +304,7 @@ def _decomposition(*arguments):
     if call.running_mean is not None and call.running_var is not None:
         mean, invstd = call.running_mean.to(acc, copy=True), torch.rsqrt(call.running_var.to(acc) + call.eps)
     mask = pack_mask(~(y <= 0), layout(x)) if call.has_mask else x.new_empty(0, dtype=torch.uint8)
-    running = (empty, empty.clone(), empty.clone())
+    running = (empty, empty.clone(), empty.clone(), empty.clone())
     return y, mean, invstd, mask, *running, x.new_empty(0, dtype=torch.int64), _record(x, ACTIVATION, False)
 
 

@@ -22,6 +22,7 @@ def sync_batch_norm(
     residual: Tensor | None = None,
     act: str | None = None,
     num_batches_tracked: Tensor | None = None,
+    num_batches_skipped: Tensor | None = None,
     records: Records | None = None,
 ) -> Tensor:
     """:func:`bnkern.batch_norm` in training, with the mean and variance over the batches of all ranks of a group.
@@ -38,6 +39,8 @@ def sync_batch_norm(
     Args:
         group: name and size of the group, from :func:`ranks_of`. The other arguments are as in
             :func:`bnkern.batch_norm`.
+        num_batches_skipped: as in :func:`bnkern.batch_norm`. The statistics of the joint batch decide, so all ranks
+            make the same decision.
         records: as in :func:`bnkern.batch_norm`, for this rank's own values.
 
     Raises:
@@ -47,7 +50,18 @@ def sync_batch_norm(
     Source: as :func:`bnkern.batch_norm`; merging by Chan, Golub and LeVeque 1979.
     """
     call = ForwardCall(
-        input, weight, bias, residual, running_mean, running_var, num_batches_tracked, True, momentum, eps, act
+        input,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        True,
+        momentum,
+        eps,
+        act,
+        num_batches_skipped,
     )
     check_call("sync_batch_norm", call, joint=True)
     if context.is_transformed():

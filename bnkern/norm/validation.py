@@ -41,7 +41,7 @@ def check_call(name: str, call: ForwardCall, *, joint: bool = False) -> None:
 
     ``joint``: the statistics include the values of other ranks, so one value per channel is enough on this rank.
     """
-    x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, *_ = call
+    x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, skipped, *_ = call
     check_tensors(name, x, residual, act)
     if not isinstance(training, bool):
         raise TypeError(f"{name}: training must be True or False, got {training!r}")
@@ -65,14 +65,14 @@ def check_call(name: str, call: ForwardCall, *, joint: bool = False) -> None:
     for argument, vector in running.items():
         if vector is not None and not vector.is_contiguous():
             raise ValueError(f"{name}: {argument} must be contiguous, because it is updated in place")
-    if counter is not None:
-        if not isinstance(counter, Tensor) or counter.dtype is not torch.int64 or counter.numel() != 1:
-            raise TypeError(f"{name}: num_batches_tracked must be an int64 tensor of one element or None")
-        if counter.device != x.device:
-            raise ValueError(
-                f"{name}: num_batches_tracked must be on the device of input, {x.device}, got {counter.device}"
-            )
-    elif training and momentum is None and running_mean is not None:
+    for argument, scalar in (("num_batches_tracked", counter), ("num_batches_skipped", skipped)):
+        if scalar is None:
+            continue
+        if not isinstance(scalar, Tensor) or scalar.dtype is not torch.int64 or scalar.numel() != 1:
+            raise TypeError(f"{name}: {argument} must be an int64 tensor of one element or None")
+        if scalar.device != x.device:
+            raise ValueError(f"{name}: {argument} must be on the device of input, {x.device}, got {scalar.device}")
+    if counter is None and training and momentum is None and running_mean is not None:
         raise ValueError(f"{name}: num_batches_tracked must be given when momentum is None (cumulative mean)")
     if training and not joint and x.shape[0] * x.shape[2:].numel() == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")

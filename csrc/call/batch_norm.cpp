@@ -229,7 +229,8 @@ bool certainly_valid(PyObject* call, const Fields<F>& field, const Input& x) {
     return false;
   if (tracked != (field[F::running_var] != Py_None) || !(tracked || training)) return false;
   if (training && x.count() == 1) return false;
-  return std::none_of(&PyTuple_GET_ITEM(call, 0), &PyTuple_GET_ITEM(call, 0) + 7, negated);
+  return std::none_of(&PyTuple_GET_ITEM(call, 0), &PyTuple_GET_ITEM(call, 0) + 7, negated) &&
+         !negated(field[F::num_batches_skipped]);
 }
 
 // Reads the operands that forward and normalize share. Returns false if one is not supported.
@@ -255,6 +256,7 @@ PyObject* forward(PyObject* const* args) {
   if (!read_forward(field, x, p) || !x.read_channels(field[F::running_mean], p.running_mean) ||
       !x.read_channels(field[F::running_var], p.running_var) ||
       !x.read_run(field[F::num_batches_tracked], dlpack::kInt64, 1, p.counter) ||
+      !x.read_run(field[F::num_batches_skipped], dlpack::kInt64, 1, p.skipped) || (p.skipped && !x.on_cpu()) ||
       (args[1] != Py_True && !certainly_valid(args[0], field, x)))
     Py_RETURN_NONE;
   p.moments = field(F::training), p.normalize = true;
@@ -321,10 +323,12 @@ bool read_backward(const Fields<B>& field, Input& x, Backward& p) {
       !x.read_statistic(field[B::mean], p.mean) || !x.read_statistic(field[B::invstd], p.invstd) ||
       !x.read_run(field[B::mask], dlpack::kUInt8, mask_bytes(x.shape()), p.mask) ||
       !x.read_record(field[B::record_gradient], 8, p.record_gradient) ||
-      !x.read_record(field[B::record_affine], 8, p.record_affine) || !read_activation(field[B::act], p.act))
+      !x.read_record(field[B::record_affine], 8, p.record_affine) ||
+      !x.read_record(field[B::record_samples], 5, p.record_samples) || (p.record_samples && !x.on_cpu()) ||
+      !read_activation(field[B::act], p.act))
     return false;
   p.shape = x.shape(), p.dtype = x.dtype(), p.x = x.view();
-  if (!p.mean) p.record_affine = nullptr;  // the identity has no affine parameters
+  if (!p.mean) p.record_affine = p.record_samples = nullptr;  // the identity has no affine parameters
   return true;
 }
 
@@ -345,7 +349,7 @@ PyObject* backward(PyObject* const* args) {
   if (need.residual) p.dresidual = results.alike(outputs[3]);
   // Only dx needs the batch statistics' terms. If dx is not requested, skip them and the sums that they need.
   p.training = field(B::training) && need.x;
-  p.sums = need.weight || need.bias || p.training || p.record_affine;
+  p.sums = need.weight || need.bias || p.training || p.record_affine || p.record_samples;
   p.input = need.x || need.residual;
   if (p.sums || p.input) launch(x, p);
   return tuple_of(outputs);
@@ -375,7 +379,7 @@ PyObject* grad_input(PyObject* const* args) {
   const Needs need = needs_of(field[B::needs]);
   if (!read_backward(field, x, p) || !x.read_statistic(args[1], p.sum_dy) || !x.read_statistic(args[2], p.sum_dy_xhat))
     Py_RETURN_NONE;
-  p.record_affine = nullptr;
+  p.record_affine = p.record_samples = nullptr;
   if (!need.x) p.record_gradient = nullptr;
   p.input = true, p.training = p.sum_dy;
   Object outputs[2];

@@ -1,4 +1,6 @@
 // grad_sums and grad_input over all tiles. Adds up the partial sums, and computes the coefficients of grad_input.
+#include <algorithm>
+
 #include "cpu.h"
 #include "drive.h"
 
@@ -21,13 +23,19 @@ class BackwardPhases : public Phases<T> {
         p_(p),
         record_affine_(p.record_affine && p.sums),
         record_gradient_(p.record_gradient && p.dx),
+        record_samples_(p.record_samples && p.sums),
         width_(this->part.width),
         count_(static_cast<double>(this->part.count())),
         space_(7 * Workspace::bytes<A>(width_) + 3 * Workspace::bytes<double>(kMostRows * width_)),
+        samples_space_(Workspace::bytes<A>(samples_size(this->part))),
         sum_dy_(static_cast<A*>(p.sum_dy)),
         sum_dy_xhat_(static_cast<A*>(p.sum_dy_xhat)) {
     for (A** array : {&k_.mean, &k_.invstd, &k_.weight, &k_.bias, &k_.mean_dy, &k_.mean_dy_xhat, &k_.scale})
       *array = space_.template take<A>(width_);
+    if (record_samples_) {
+      samples_ = SampleSums<A>(this->part, samples_space_.template take<A>(samples_size(this->part)));
+      std::memset(samples_.data, 0, samples_size(this->part) * sizeof(A));
+    }
     this->measured = make_totals(space_, p.sums ? kGradSumsRows : 0, width_);
     this->measured_sums = make_totals(space_, record_affine_ ? kRecordedGradSumsRows : 0, width_);
     this->applied_sums = make_totals(space_, record_gradient_ ? kRecordedGradInputRows : 0, width_);
@@ -41,6 +49,7 @@ class BackwardPhases : public Phases<T> {
   void measure(std::int64_t group, std::int64_t tile, const Rows<double>& out, const Rows<A>& sums) {
     record_affine_ ? grad_sums_tile<T, true>(this->part, t_, k_, group, tile, out, sums)
                    : grad_sums_tile<T, false>(this->part, t_, k_, group, tile, out, sums);
+    if (record_samples_) sample_sums_tile<T>(this->part, t_, k_, group, tile, samples_);
   }
 
   void join(std::int64_t channels, double, const Rows<double>& total, double, const Rows<double>& tile) {
@@ -48,6 +57,7 @@ class BackwardPhases : public Phases<T> {
   }
 
   void finish(std::int64_t group) {
+    if (record_samples_) finish_samples(group);
     for_channels(this->part, group, [&](std::int64_t c, const Columns& columns) {
       const double sum = add_up(this->measured.values[kSumDy], columns);
       const double product = add_up(this->measured.values[kSumDyXhat], columns);
@@ -80,6 +90,45 @@ class BackwardPhases : public Phases<T> {
   }
 
  private:
+  std::int64_t samples_size(const Partition& part) const {
+    return record_samples_ ? 2 * SampleSums<A>::units_of(part) * part.shape.c : 0;
+  }
+
+  // Computes the record of the samples from their sums, some channels at a time.
+  void finish_samples(std::int64_t group) {
+    constexpr std::int64_t kSome = 32;
+    const Partition& part = this->part;
+    const std::int64_t end = std::min((group + 1) * part.group, part.shape.c), channels = part.shape.c;
+    for (std::int64_t c0 = group * part.group; c0 < end; c0 += kSome) {
+      const std::int64_t some = std::min(end - c0, kSome);
+      for (int which = 0; which < 2; ++which) {
+        // Calls f(values) for the sums [some] of each sample.
+        const auto for_samples = [&](auto f) {
+          for (std::int64_t n = 0; n < part.shape.n; ++n) {
+            double values[kSome] = {};
+            const Units units = units_of_sample(part, n);
+            for (std::int64_t unit = units.first; unit <= units.last; ++unit) {
+              const A* const sums = which ? samples_.of_product(unit, c0) : samples_.of_g(unit, c0);
+              for (std::int64_t i = 0; i < some; ++i) values[i] += sums[i];
+            }
+            f(values);
+          }
+        };
+        double total[kSome] = {}, m2[kSome] = {}, mean[kSome];
+        for_samples([&](const double* values) {
+          for (std::int64_t i = 0; i < some; ++i) total[i] += values[i];
+        });
+        for (std::int64_t i = 0; i < some; ++i) mean[i] = total[i] / static_cast<double>(part.shape.n);
+        for_samples([&](const double* values) {
+          for (std::int64_t i = 0; i < some; ++i) m2[i] += (values[i] - mean[i]) * (values[i] - mean[i]);
+        });
+        double* const rows = p_.record_samples + (1 + 2 * which) * channels + c0;
+        for (std::int64_t i = 0; i < some; ++i) rows[i] = total[i], rows[channels + i] = m2[i];
+      }
+      for (std::int64_t i = 0; i < some; ++i) p_.record_samples[c0 + i] = static_cast<double>(part.shape.n);
+    }
+  }
+
   static Partition partition_of(const Backward& p) {
     return make_partition(p.shape, p.shape.rows && gapless(p.dy, p.shape) && gapless(p.x, p.shape) &&
                                        gapless(p.dx, p.shape) && gapless(p.dresidual, p.shape));
@@ -101,10 +150,11 @@ class BackwardPhases : public Phases<T> {
   }
 
   const Backward& p_;
-  const bool record_affine_, record_gradient_;
+  const bool record_affine_, record_gradient_, record_samples_;
   const std::int64_t width_;
   const double count_;
-  Workspace space_;
+  Workspace space_, samples_space_;
+  SampleSums<A> samples_{};
   Coefficients<A> k_{};
   Tensors<T> t_{};
   A *const sum_dy_, *const sum_dy_xhat_;

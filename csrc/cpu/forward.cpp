@@ -72,7 +72,8 @@ class ForwardPhases : public Phases<T> {
         record_(p.record != nullptr),
         as_one_(record_ && !p.moments),
         width_(this->part.width),
-        space_(4 * Workspace::bytes<A>(width_) + 3 * Workspace::bytes<double>(kMostRows * width_)),
+        space_(4 * Workspace::bytes<A>(width_) + 3 * Workspace::bytes<double>(kMostRows * width_) +
+               2 * Workspace::bytes<double>(p.shape.c)),
         means_(static_cast<A*>(p.mean)),
         spreads_(static_cast<A*>(p.spread)) {
     for (A** array : {&k_.mean, &k_.invstd, &k_.weight, &k_.bias}) *array = space_.template take<A>(width_);
@@ -83,8 +84,10 @@ class ForwardPhases : public Phases<T> {
     this->applied_sums = make_totals(space_, record_ && !as_one_ ? kRecordedNormalizeRows : 0, width_);
     t_.x = p.x, t_.residual = p.residual, t_.y = p.y, t_.mask = p.mask, t_.act = p.act;
     t_.stream = this->elements() * static_cast<std::int64_t>(sizeof(T)) > kStreamBytes;
-    if (p.counter && p.moments) ++*p.counter;
-    momentum_ = p.cumulative && p.counter ? 1.0 / static_cast<double>(*p.counter) : p.momentum;
+    if (p.skipped && p.moments)
+      for (double** row : {&batch_mean_, &batch_var_}) *row = space_.template take<double>(p.shape.c);
+    else if (p.moments)
+      count_batch();
     if (!p.moments) use_given_statistics();
   }
 
@@ -122,10 +125,10 @@ class ForwardPhases : public Phases<T> {
       if (!p_.moments) return;
       means_[c] = static_cast<A>(all.mean);
       spreads_[c] = static_cast<A>(p_.normalize ? 1 / std::sqrt(m2 / all.count + p_.eps) : m2);
-      if (p_.running_mean) {
-        update(p_.running_mean, c, all.mean);
-        update(p_.running_var, c, m2 / (all.count - 1));
-      }
+      if (p_.skipped)
+        batch_mean_[c] = all.mean, batch_var_[c] = m2 / (all.count - 1);
+      else
+        update_running(c, all.mean, m2 / (all.count - 1));
       if (p_.normalize) set_coefficients(c, columns);
     });
     if (as_one_) record_active(group, this->measured_sums);
@@ -140,14 +143,40 @@ class ForwardPhases : public Phases<T> {
     if (this->applied_sums.rows) record_active(group, this->applied_sums);
   }
 
+  // Call it after the phases. If batches may be skipped, the running statistics are updated here, because the decision
+  // needs the statistics of all channels.
+  void update_unless_skipped() {
+    if (!p_.skipped || !p_.moments) return;
+    bool finite = true;
+    for (std::int64_t c = 0; c < p_.shape.c; ++c)
+      finite = finite && std::isfinite(static_cast<A>(batch_mean_[c])) && std::isfinite(static_cast<A>(batch_var_[c]));
+    if (!finite) {
+      ++*p_.skipped;
+      return;
+    }
+    count_batch();
+    for (std::int64_t c = 0; c < p_.shape.c; ++c) update_running(c, batch_mean_[c], batch_var_[c]);
+  }
+
  private:
   static Partition partition_of(const Forward& p) {
     return make_partition(
         p.shape, p.shape.rows && gapless(p.x, p.shape) && gapless(p.residual, p.shape) && gapless(p.y, p.shape));
   }
 
-  void update(const ChannelVector& running, std::int64_t c, double batch) {
-    write(running, c, read(running, c, 0.0) * (1 - momentum_) + batch * momentum_);
+  // Increments the counter, and computes the momentum from it.
+  void count_batch() {
+    if (p_.counter) ++*p_.counter;
+    momentum_ = p_.cumulative && p_.counter ? 1.0 / static_cast<double>(*p_.counter) : p_.momentum;
+  }
+
+  void update_running(std::int64_t c, double mean, double variance) {
+    if (!p_.running_mean) return;
+    const auto update = [&](const ChannelVector& running, double batch) {
+      write(running, c, read(running, c, 0.0) * (1 - momentum_) + batch * momentum_);
+    };
+    update(p_.running_mean, mean);
+    update(p_.running_var, variance);
   }
 
   // For a call without moments. Uses the running statistics, the statistics of the call, or none.
@@ -183,7 +212,8 @@ class ForwardPhases : public Phases<T> {
   Workspace space_;
   Coefficients<A> k_{};
   Tensors<T> t_{};
-  double momentum_;
+  double momentum_ = 0;
+  double *batch_mean_ = nullptr, *batch_var_ = nullptr;  // [C], if batches may be skipped
   A *const means_, *const spreads_;
 };
 
@@ -193,6 +223,7 @@ void forward(const Forward& p) {
   with_dtype(p.dtype, [&](auto* t) {
     ForwardPhases<std::remove_pointer_t<decltype(t)>> phases(p);
     run(phases);
+    phases.update_unless_skipped();
   });
 }
 

@@ -152,6 +152,40 @@ constexpr int kDxSum = 0, kDxAbsSum = 1, kDxSquareSum = 2, kDxPositive = 3, kDxN
 constexpr int kRecordedGradInputRows = 7;
 constexpr int kMostRows = 7;
 
+// Sums of g and of g * xhat of each sample. A tile adds to the units of its samples. No two tiles write one unit:
+//   planes   a unit is a span, so a sample has spans_per_plane units, from sample * spans_per_plane on
+//   rows     unit tile + sample has the rows of the sample in the tile
+template <class A>
+struct SampleSums {
+  A* data = nullptr;
+  std::int64_t units, channels;
+  bool rows;  // if true, the channels of a unit are adjacent, and otherwise the units of a channel
+
+  SampleSums() = default;
+  SampleSums(const Partition& part, A* memory)
+      : data(memory), units(units_of(part)), channels(part.shape.c), rows(part.shape.rows) {}
+  static std::int64_t units_of(const Partition& part) {
+    return part.shape.rows ? part.tiles + part.shape.n : part.shape.n * part.spans_per_plane;
+  }
+  BNKERN_INLINE A* of_g(std::int64_t unit, std::int64_t c) const {
+    return data + (rows ? unit * channels + c : c * units + unit);
+  }
+  BNKERN_INLINE A* of_product(std::int64_t unit, std::int64_t c) const { return of_g(unit, c) + units * channels; }
+};
+
+// The first unit of a sample and the last, which is included.
+struct Units {
+  std::int64_t first, last;
+};
+inline Units units_of_sample(const Partition& part, std::int64_t sample) {
+  if (!part.shape.rows) return {sample * part.spans_per_plane, (sample + 1) * part.spans_per_plane - 1};
+  const auto tile_of = [&](std::int64_t row) {  // of rows of C values
+    const std::int64_t wide_row = row * part.shape.c / part.width;
+    return wide_row >= part.rows ? part.tiles - 1 : wide_row / part.rows_per_tile;
+  };
+  return {tile_of(sample * part.shape.s) + sample, tile_of((sample + 1) * part.shape.s - 1) + sample};
+}
+
 template <class T, bool record>
 void moments_tile(const Partition&, const View& x, std::int64_t group, std::int64_t tile, Rows<double> out);
 template <class T, bool record>
@@ -163,6 +197,9 @@ void grad_sums_tile(const Partition&, const Tensors<T>&, const Coefficients<Accu
 template <class T, bool record>
 void grad_input_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, std::int64_t group,
                      std::int64_t tile, Rows<Accumulator<T>> sums);
+template <class T>
+void sample_sums_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, std::int64_t group,
+                      std::int64_t tile, const SampleSums<Accumulator<T>>& out);
 
 #define BNKERN_FOR_STORAGE_TYPES(macro) macro(float) macro(BFloat16) macro(Float16) macro(double)
 

@@ -88,10 +88,13 @@ def normalize(call: ForwardCall, mean: Tensor | None, invstd: Tensor | None) -> 
 def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
     """sum g [C] and sum g * xhat [C]: the gradients of bias and weight.
 
-    ``call.record_affine`` is filled with :func:`affine`, unless the normalisation is the identity.
+    ``call.record_affine`` and ``call.record_samples`` are filled with :func:`affine` and :func:`samples`, unless the
+    normalisation is the identity.
     """
     if call.record_affine is not None and call.mean is not None:
         call.record_affine.copy_(affine(call))
+    if call.record_samples is not None and call.mean is not None:
+        call.record_samples.copy_(samples(call))
     g, axes = _masked(call), _axes(call.x)
     return g.sum(axes), (g * _xhat(call.x, call.mean, call.invstd)).sum(axes)
 
@@ -144,10 +147,18 @@ def update_running(call: ForwardCall, count: int | Tensor, mean: Tensor, m2: Ten
 
     The counter, if given, is first increased by one. Momentum None means 1 / counter, the cumulative mean. If the count
     is 0, the running statistics do not change. The host does not read a count that is a tensor.
+
+    With ``call.num_batches_skipped`` a batch whose mean or unbiased variance is not finite in some channel increments
+    this number only. The host does not wait for the decision.
     """
-    counter = call.num_batches_tracked
+    counter, skipped = call.num_batches_tracked, call.num_batches_skipped
+    finite: Tensor | None = None
+    if skipped is not None:
+        variance = m2 / (count - 1).clamp(min=1) if isinstance(count, Tensor) else m2 / max(count - 1, 1)
+        finite = (mean.isfinite() & variance.isfinite()).all()
+        skipped += (~finite).view(skipped.shape)
     if counter is not None:
-        counter += 1
+        counter += 1 if finite is None else finite.view(counter.shape)
     if call.running_mean is None or call.running_var is None:
         return
     share: float | Tensor
@@ -164,7 +175,8 @@ def update_running(call: ForwardCall, count: int | Tensor, mean: Tensor, m2: Ten
     else:
         variance = m2 / (count - 1)
     for running, batch in ((call.running_mean, mean), (call.running_var, variance)):
-        running.copy_(running.to(mean.dtype) * (1 - share) + batch * share)
+        updated = running.to(mean.dtype) * (1 - share) + batch * share
+        running.copy_(updated if finite is None else torch.where(finite, updated, running.to(mean.dtype)))
 
 
 def backward(call: BackwardCall) -> Gradients:
@@ -257,6 +269,25 @@ def affine(call: BackwardCall) -> Tensor:
     for d in (g, g * _xhat(x, call.mean, call.invstd)):
         signs = (d > 0).double() - (d < 0).double()
         rows += [total.sum(_axes(x)) for total in (d.double(), d.double().abs(), signs, (d != 0).double())]
+    return torch.stack(rows)
+
+
+def samples(call: BackwardCall) -> Tensor:
+    """The rows ``records.SAMPLES`` [5, C] of the samples' contributions to the gradients of bias and weight.
+
+    Per channel, the contribution of sample n is b_n = sum g to the bias and w_n = sum g * xhat to the weight, over the
+    S positions of the sample. The rows are the number of samples N, sum b_n, sum (b_n - mean b)^2, and the same two of
+    w_n. An empty batch has only zeros. Batch norm couples the samples: w_n depends on the other samples by the mean and
+    invstd in xhat, and g by all later layers. So these are contributions to one gradient and not gradients of
+    independent losses.
+    """
+    x, g = call.x, _masked(call).double()
+    like = layout(x)
+    rows = [torch.full((like.c,), like.n, dtype=torch.float64, device=x.device)]
+    for d in (g, g * _xhat(x, call.mean, call.invstd)):
+        contributions = d.flatten(2).sum(2) if d.dim() > 2 else d
+        total = contributions.sum(0)
+        rows += [total, (contributions - total / max(like.n, 1)).square().sum(0)]
     return torch.stack(rows)
 
 

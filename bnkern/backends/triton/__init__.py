@@ -1,5 +1,7 @@
 """Batch norm in Triton for CUDA devices. Tests also run it on the CPU with Triton's interpreter, which is slow."""
 
+from typing import cast
+
 import torch
 from triton import JITFunction
 
@@ -12,6 +14,7 @@ from .grad_sums import grad_sums
 from .merge import merge, statistics
 from .moments import moments, moments_kernel, partial_moments
 from .normalize import normalize
+from .running import forward_with_skips
 from .update import update
 
 __all__ = [
@@ -45,8 +48,11 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 def forward(call: ForwardCall) -> Forward:
     """y, mean, invstd and the mask, as :func:`bnkern.backends.reference.forward`; three launches in training.
 
-    A record needs no more launches in training, and one more if there are no batch statistics.
+    A record needs no more launches in training, and one more if there are no batch statistics. ``num_batches_skipped``
+    needs two more.
     """
+    if call.num_batches_skipped is not None:
+        return cast(Forward, forward_with_skips(forward, call))
     x = call.x
     mean = invstd = None
     if call.training and x.numel() == 0:
@@ -64,6 +70,7 @@ def backward(call: BackwardCall) -> Gradients:
     """(dx, dweight, dbias, dresidual), with None for those not in ``call.needs``; three launches if all are needed.
 
     ``record_gradient`` needs one more launch. ``record_affine`` needs none, unless only the record needs the sums.
+    ``record_samples`` needs one more pass over dy and x.
     """
     _, need_weight, need_bias, _ = call.needs
     dweight = dbias = sums = None

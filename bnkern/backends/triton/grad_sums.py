@@ -11,6 +11,7 @@ from ..layout import addressed, layout
 from ..reference import accumulator
 from .common import addresses, affine, channel_of, channel_vectors, gated, kernel, launch, locate, plan, position
 from .records import columns_sum, fold_row, owned, write_part
+from .samples import record_samples
 
 PARTS, CHANNELS = 32, 16  # the block that a program of fold_kernel adds at a time
 
@@ -123,7 +124,11 @@ def fold_kernel(
 
 
 def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
-    """sum g [C] and sum g * xhat [C]. These launches also fill ``call.record_affine``, unless this is the identity."""
+    """sum g [C] and sum g * xhat [C]. These launches also fill ``call.record_affine``, unless this is the identity.
+
+    ``call.record_samples`` needs launches of its own.
+    """
+    record_samples(call)
     dy, x, mask = call.dy, call.x, call.mask
     record = None if call.mean is None else call.record_affine
     like, acc = layout(x), accumulator(x.dtype)

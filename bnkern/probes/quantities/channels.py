@@ -169,6 +169,77 @@ class AffineGradientSigns(_ChannelQuantity):
         return raw | ratios
 
 
+class NormGradientNoise(_ChannelQuantity):
+    """``norm_gradient_noise``: the noise of the gradients of a norm layer's bias and weight over the samples of a batch.
+
+    For a loss that is the mean over the N samples of a batch, let c_n be the contribution of sample n to the gradient
+    of a parameter: the sum of g (bias) or of g * xhat (weight) over the positions of the sample. The gradient is
+    G = sum c_n, the mean of h_n = N c_n. For each parameter, with the prefix ``bias_`` or ``weight_``, per channel:
+
+        noise   = sum (h_n - G)^2 / (N - 1)     the variance of one sample's contribution, scaled to the whole gradient
+        square  = G^2 - noise / N               the square of the expected gradient, without bias
+        sum     = G
+
+    and ``samples`` = N, and for the layer, over both parameters and all channels, ``noise``, ``square`` and the simple
+    noise scale ``scale`` = noise / square. For several layers add up their ``noise`` and ``square``, and average both
+    over steps before you divide them. ``square`` may be negative. A batch of one sample has noise NaN.
+
+    Batch norm couples the samples, so h_n is a sample's contribution to the gradient of this batch. It is not the
+    gradient of an independent loss: the statistics in xhat, and g by all later norm layers, depend on the whole batch.
+    A loss that is a sum over the samples multiplies noise and square by N^2 and leaves the scale.
+
+    Recorded by ``grad_sums``. On a GPU it takes one more pass over the gradient and the input. Ranks are merged as the
+    samples of one batch, for gradients that are averaged over the ranks.
+    Source: McCandlish et al. 2018, appendix A; for layer norm, Gray et al. 2024 (arXiv 2411.00999); equation 2 of the
+    paper.
+    """
+
+    name = "norm_gradient_noise"
+    record = "samples"
+    rows = records.SAMPLES
+
+    def concerns(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.modules.batchnorm._NormBase)
+
+    @staticmethod
+    def oracle(g: Tensor, xhat: Tensor) -> dict[str, Tensor]:
+        """Returns the derived arrays for the masked gradient and the normalised input [N, C, ...]."""
+        count = len(g)
+        arrays: dict[str, Tensor] = {"samples": g.new_full((g.shape[1],), count, dtype=torch.float64)}
+        for name, d in (("bias", g), ("weight", g * xhat)):
+            h = count * d.detach().double().flatten(2).sum(2) if d.dim() > 2 else count * d.detach().double()
+            arrays[f"{name}_sum"] = h.mean(0)
+            arrays[f"{name}_noise"] = h.var(0)
+            arrays[f"{name}_square"] = h.mean(0).square() - h.var(0) / count
+        for name in ("noise", "square"):
+            arrays[name] = (arrays[f"bias_{name}"] + arrays[f"weight_{name}"]).sum()
+        return arrays | {"scale": arrays["noise"] / arrays["square"]}
+
+    def merge(self, ranks: np.ndarray) -> np.ndarray:
+        samples = ranks[:, :, :1]  # [ranks, steps, 1, C]
+        total = samples.sum(0)
+        # A sample's h is the same in its rank and in the joint batch, so its contribution changes with the count.
+        scale = ratio(samples, total)
+        sums, m2 = ranks[:, :, 1::2] * scale, ranks[:, :, 2::2] * scale**2
+        joint = sums.sum(0)
+        between = samples * (ratio(sums, samples) - ratio(joint, total)) ** 2
+        merged = np.empty_like(ranks[0])
+        merged[:, :1], merged[:, 1::2], merged[:, 2::2] = total, joint, (m2 + between).sum(0)
+        return merged
+
+    def derive(self, values: np.ndarray) -> Arrays:
+        raw = super().derive(values)
+        samples = raw["samples"]
+        arrays: Arrays = {"samples": samples}
+        for name in ("bias", "weight"):
+            noise = ratio(samples**2 * raw[f"{name}_m2"], samples - 1)
+            arrays[f"{name}_sum"], arrays[f"{name}_noise"] = raw[f"{name}_sum"], noise
+            arrays[f"{name}_square"] = raw[f"{name}_sum"] ** 2 - ratio(noise, samples)
+        for name in ("noise", "square"):
+            arrays[name] = (arrays[f"bias_{name}"] + arrays[f"weight_{name}"]).sum(-1)
+        return arrays | {"scale": ratio(arrays["noise"], arrays["square"])}
+
+
 def _merged_moments(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Merges two records.ACTIVATION [steps, 9, C] (Chan et al. 1979; Pebay 2008, equations 2.1, 3.1)."""
     (na, ma, a2, a3, a4, amin, amax, anon, aact), (nb, mb, b2, b3, b4, bmin, bmax, bnon, bact) = (
