@@ -14,7 +14,7 @@ namespace bnkern {
   FIELD(x) FIELD(weight) FIELD(bias) FIELD(residual)                            \
   FIELD(running_mean) FIELD(running_var) FIELD(num_batches_tracked)             \
   FIELD(training) FIELD(momentum) FIELD(eps) FIELD(act)                   \
-  FIELD(num_batches_skipped) FIELD(save_mask) FIELD(record)
+  FIELD(save_mask) FIELD(record) FIELD(num_batches_skipped)
 #define BNKERN_BACKWARD_FIELDS(FIELD)                                           \
   FIELD(dy) FIELD(x) FIELD(weight) FIELD(bias) FIELD(mean) FIELD(invstd)        \
   FIELD(mask) FIELD(act) FIELD(training) FIELD(needs)                           \

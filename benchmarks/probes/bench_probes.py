@@ -147,6 +147,19 @@ def test_channel_quantities(compare, network: Callable, images: tuple, recording
     )
 
 
+def test_norm_gradient_noise(compare, network: Callable, images: tuple, recordings: Callable) -> None:
+    """The noise of the samples' gradients, against a step without it."""
+    case, batch = images
+    compare(
+        "norm gradient noise",
+        case,
+        {"unprobed": step_of(network()), "recorded": recordings(network(), "norm_gradient_noise")},
+        make_data=lambda: batch,
+        nbytes=ACTIVATION_BYTES,
+        budget_s=40,
+    )
+
+
 def test_flight_recorder(compare, network: Callable, images: tuple, tmp_path: Path) -> None:
     case, batch = images
     flown = network()

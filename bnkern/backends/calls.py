@@ -28,11 +28,11 @@ class ForwardCall(NamedTuple):
     momentum: float | None = 0.1  # None: the cumulative mean, 1 / num_batches_tracked
     eps: float = 1e-5
     act: str | None = None  # a name of activations.ACTIVATIONS
+    save_mask: bool = False  # return the activation's mask; there is none without a residual
+    record: Tensor | None = None  # float64 [9, C]; the same pass writes the rows records.ACTIVATION
     # int64 scalar. If it is given, a batch whose statistics are not all finite increments it in training, and changes
     # neither the running statistics nor num_batches_tracked.
     num_batches_skipped: Tensor | None = None
-    save_mask: bool = False  # return the activation's mask; there is none without a residual
-    record: Tensor | None = None  # float64 [9, C]; the same pass writes the rows records.ACTIVATION
 
     @property
     def normalizes(self) -> bool:

@@ -192,7 +192,7 @@ def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
 
 def _without_samples(call: BackwardCall) -> BackwardCall:
     """Fills ``call.record_samples``, and returns the call without it."""
-    from .triton import record_samples
+    from .triton.samples import record_samples
 
     record_samples(call)
     return call._replace(record_samples=None)

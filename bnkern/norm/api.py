@@ -102,7 +102,7 @@ def batch_norm(
         momentum,
         eps,
         act,
-        num_batches_skipped,
+        num_batches_skipped=num_batches_skipped,
     )
     if context.is_plain_eager():
         y = autograd.try_batch_norm(call, records)

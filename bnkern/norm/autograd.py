@@ -59,7 +59,7 @@ def _run(
     if needs_grad or records is not None:
         save_mask = needs_grad and call.act is not None and residual is not None
         record = None if records is None else records.activation
-        call = ForwardCall(*call[:-2], save_mask, record)
+        call = ForwardCall(*call[:11], save_mask, record, *call[13:])
     if needs_grad:
         y = _apply(x, weight, bias, residual, call, backend, forward, records)
     else:

@@ -4,7 +4,7 @@ The operator writes nothing in place. It returns the new running statistics and 
 functionalisation has nothing to undo. Absent results are tensors without elements, because an operator cannot return
 None.
 
-The arguments are the fields of :class:`ForwardCall` up to ``record``, and those of :class:`Extra`. With a group, the
+The arguments are the fields of :class:`ForwardCall` without ``record``, and those of :class:`Extra`. With a group, the
 statistics and the sums of the backward are those of all its ranks (:mod:`bnkern.norm.ranks`).
 
 ``torch._decomp`` has a decomposition of the forward in eval mode into torch's operators. torch.onnx.export uses it, and
@@ -55,7 +55,7 @@ class BackwardExtra(NamedTuple):
     record_samples: bool = False
 
 
-_FORWARD = ForwardCall._fields[:-1]
+_FORWARD = tuple(name for name in ForwardCall._fields if name != "record")
 _BACKWARD = BackwardCall._fields[:-3]
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")  # updated in training
 
@@ -107,7 +107,7 @@ def batch_norm(call: ForwardCall, records: Records | None, group: tuple[str, int
     save_mask = call.act is not None and call.residual is not None and needs_backward
     buffers = (None,) * 4 if records is None else records[:4]
     y, _, _, _, *new, _, activation = torch.ops.bnkern.batch_norm_forward(
-        *call[:-2], save_mask, backends.forced(), *group, buffers[0] is not None, *buffers[1:]
+        *operands(call._replace(save_mask=save_mask)), backends.forced(), *group, buffers[0] is not None, *buffers[1:]
     )
     if call.training:
         for name, value in zip(_RUNNING, new, strict=True):
@@ -127,7 +127,13 @@ def batch_norm(call: ForwardCall, records: Records | None, group: tuple[str, int
 
 
 def _split(arguments: tuple) -> tuple[ForwardCall, Extra]:
-    return ForwardCall(*arguments[: len(_FORWARD)]), Extra(*arguments[len(_FORWARD) :])
+    fields = dict(zip(_FORWARD, arguments, strict=False))
+    return ForwardCall(**fields), Extra(*arguments[len(_FORWARD) :])
+
+
+def operands(call: ForwardCall) -> list:
+    """The arguments of the forward operator for a call, without those of :class:`Extra`."""
+    return [getattr(call, name) for name in _FORWARD]
 
 
 def _split_backward(arguments: tuple) -> tuple[BackwardCall, BackwardExtra]:

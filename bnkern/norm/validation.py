@@ -41,7 +41,7 @@ def check_call(name: str, call: ForwardCall, *, joint: bool = False) -> None:
 
     ``joint``: the statistics include the values of other ranks, so one value per channel is enough on this rank.
     """
-    x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, skipped, *_ = call
+    x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, *_ = call
     check_tensors(name, x, residual, act)
     if not isinstance(training, bool):
         raise TypeError(f"{name}: training must be True or False, got {training!r}")
@@ -65,7 +65,7 @@ def check_call(name: str, call: ForwardCall, *, joint: bool = False) -> None:
     for argument, vector in running.items():
         if vector is not None and not vector.is_contiguous():
             raise ValueError(f"{name}: {argument} must be contiguous, because it is updated in place")
-    for argument, scalar in (("num_batches_tracked", counter), ("num_batches_skipped", skipped)):
+    for argument, scalar in (("num_batches_tracked", counter), ("num_batches_skipped", call.num_batches_skipped)):
         if scalar is None:
             continue
         if not isinstance(scalar, Tensor) or scalar.dtype is not torch.int64 or scalar.numel() != 1:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bnkern
 from bnkern import recompute_statistics
-from bnkern.nn import BatchNorm2d, freeze_statistics
+from bnkern.nn import BatchNorm2d, freeze_statistics, skip_nonfinite
 from tests.support.ranks import Ranks
 
 
@@ -98,6 +98,110 @@ def test_layers_that_cannot_be_frozen_are_errors(layer: nn.Module, message: str)
     with pytest.raises(ValueError, match=f"^freeze_statistics: {message}$"):
         freeze_statistics(model)
     assert not model[0].statistics_frozen
+
+
+# ------------------------------------------------------------------------------------------------ skipped
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 1e30], ids=["inf", "nan", "overflow"])
+def test_skipped_batches_leave_the_statistics(
+    value: float, compiled: bool, momentum: float | None, memory_format: torch.memory_format
+) -> None:
+    """The statistics are those of torch's layer that never had the batch. One channel of one sample is not finite.
+
+    The variance of 1e30 overflows float32, although the values are finite.
+    """
+    torch._dynamo.reset()
+    ours, theirs = BatchNorm2d(8, momentum=momentum, skip_nonfinite=True), nn.BatchNorm2d(8, momentum=momentum)
+    forward = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
+    for step in range(4):
+        x = torch.randn(4, 8, 5, 5, generator=torch.Generator().manual_seed(step)).to(memory_format=memory_format)
+        if step in (0, 2):
+            x[1, 3, 2, 2] = value
+            plain = BatchNorm2d(8)(x)
+            torch.testing.assert_close(forward(x), plain, equal_nan=True)
+        else:
+            theirs(x), forward(x)
+    assert ours.num_batches_skipped == 2 and ours.num_batches_tracked == 2
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+def test_skipping_is_set_and_undone() -> None:
+    model, bad = network(), torch.full((4, 3, 8, 8), torch.nan)
+    skip_nonfinite(model)
+    model(batches()[0])
+    skip_nonfinite(model)  # the counters stay
+    before = copied(model)
+    assert set(before) == set(network(nn.BatchNorm2d).state_dict())
+    for variant in (model, copy.deepcopy(model), pickled(model)):
+        variant(bad)
+        assert_unchanged(variant, before)
+        assert [variant[k].num_batches_skipped.item() for k in (1, 4)] == [1, 1]
+        assert "skip_nonfinite=True" in repr(variant[1])
+    model.eval()(bad)
+    assert model[1].num_batches_skipped == 1
+    skip_nonfinite(model.train(), False)
+    assert not dict(model.named_buffers()).keys() & {"1.num_batches_skipped"} and "skip" not in repr(model)
+    model(bad)
+    assert model[1].running_mean.isnan().all() and model[1].num_batches_tracked == 2
+
+
+def test_skipping_by_recomputation_counts_once() -> None:
+    model, x = network(skip_nonfinite=True), batches()[0]
+    x[0, 0, 0, 0] = torch.nan
+    checkpoint(model, x.requires_grad_(), use_reentrant=False).sum().backward()
+    assert [model[k].num_batches_skipped.item() for k in (1,)] == [1]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_last_channel_decides_for_all(threads: int) -> None:
+    """The channels of a batch are computed in several groups and by several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for memory_format in FORMATS.values():
+            norm, x = BatchNorm2d(600, skip_nonfinite=True), torch.randn(4, 600, 6, 6).to(memory_format=memory_format)
+            x[3, 599, 5, 5] = -torch.inf
+            norm(x)
+            assert norm.num_batches_skipped == 1 and not norm.running_mean.any() and (norm.running_var == 1).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+def skip_rank(x: Tensor, group) -> list[Tensor]:
+    norm = bnkern.nn.SyncBatchNorm(3, process_group=group, skip_nonfinite=True)
+    norm(x), norm(x.nan_to_num(0.5))
+    return [norm.num_batches_skipped, norm.num_batches_tracked, norm.running_mean]
+
+
+def test_all_ranks_skip_the_same_batch(ranks: Ranks) -> None:
+    x = batches((4,))[0]
+    x[3, 2, 1, 1] = torch.nan  # on the second rank
+    results = ranks.run(skip_rank, [(x[:2],), (x[2:],)])
+    for skipped, tracked, mean in results:
+        assert skipped == 1 and tracked == 1
+        torch.testing.assert_close(mean, 0.1 * x.nan_to_num(0.5).mean((0, 2, 3)))
+
+
+def test_layers_that_cannot_skip_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"^skip_nonfinite: BatchNorm2d has no running statistics$"):
+        BatchNorm2d(4, track_running_stats=False, skip_nonfinite=True)
+    with pytest.raises(ValueError, match=r"^skip_nonfinite: 1 is a torch.*BatchNorm2d; call bnkern.convert first$"):
+        skip_nonfinite(nn.Sequential(BatchNorm2d(3), nn.BatchNorm2d(4)))
+    norm, x = BatchNorm2d(3, skip_nonfinite=True), batches()[0]
+    with pytest.raises(RuntimeError, match="do not support num_batches_skipped"):
+        torch.func.grad(lambda x: norm(x).sum())(x)
+    norm.eval()
+    torch.func.grad(lambda x: norm(x).sum())(x)
+    for wrong, message in ((torch.tensor(0.0), "an int64 tensor"), (torch.zeros(2, dtype=torch.int64), "one element")):
+        with pytest.raises(TypeError, match=f"num_batches_skipped must be .*{message}"):
+            bnkern.batch_norm(x, None, None, training=True, num_batches_skipped=wrong)
 
 
 # ------------------------------------------------------------------------------------------------ recomputed

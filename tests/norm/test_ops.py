@@ -36,12 +36,12 @@ def arguments(p: Problem, mode: str, act: str | None, with_residual: bool) -> tu
     """The arguments of the forward operator. The mode is training, untracked, eval or identity."""
     tracked = mode in ("training", "eval")
     running = [p.mean.to(p.weight.dtype), (p.invstd**-2).to(p.weight.dtype)] if tracked else [None, None]
-    counter = torch.tensor(3, device=p.x.device) if mode == "training" else None
+    counter, skipped = torch.tensor([3, 2], device=p.x.device).unbind() if mode == "training" else (None, None)
     affine = (None, None) if mode == "identity" else (p.weight, p.bias)
     residual = p.residual if with_residual else None
     training = mode in ("training", "untracked")
     momentum = None if mode == "training" else 0.1
-    return (p.x, *affine, residual, *running, counter, training, momentum, EPS, act, True, backends.forced())
+    return (p.x, *affine, residual, *running, counter, training, momentum, EPS, act, True, skipped, backends.forced())
 
 
 def requiring_grad(args: tuple) -> tuple:
@@ -96,7 +96,7 @@ def test_opcheck_of_ops_that_record(target: Target, act: str | None, with_residu
         needs = [True, weight is not None, bias is not None, with_residual]
         affine = mode != "identity"
         saved = (x, weight, bias, *map(or_none, (mean, invstd, mask)))
-        torch.library.opcheck(BACKWARD, (p.dy, *saved, act, args[7], needs, args[-1], "", None, True, affine))
+        torch.library.opcheck(BACKWARD, (p.dy, *saved, act, args[7], needs, args[-1], "", None, True, affine, affine))
 
 
 @pytest.mark.parametrize("mode", ["training", "identity"])
@@ -134,14 +134,20 @@ def test_op_equals_direct_call(target: Target, case: Case, mode: str, act: str |
     """
     args = requiring_grad(arguments(case.problem(FP32, target.device), mode, act, with_residual))
     leaves = [t for t in args[:4] if t is not None]
-    before = copy.deepcopy([None if t is None else t.detach() for t in args[4:7]])
+    running = (*args[4:7], args[12])
+    before = copy.deepcopy([None if t is None else t.detach() for t in running])
     y, mean, invstd, mask, *new, count, activation = FORWARD(*args)
     assert count.numel() == activation.numel() == 0
-    for old, untouched in zip(before, args[4:7], strict=True):
+    for old, untouched in zip(before, running, strict=True):
         assert old is None or torch.equal(old, untouched)
     kernels = backends.choose(target.backend, target.device, torch.float32)
     direct = kernels.forward(
-        ForwardCall(*(t.detach() if isinstance(t, Tensor) else t for t in args[:4]), *before, *args[7:-1])
+        ForwardCall(
+            *(t.detach() if isinstance(t, Tensor) else t for t in args[:4]),
+            *before[:3],
+            *args[7:12],
+            num_batches_skipped=before[3],
+        )
     )
     for actual, expected in zip((y, mean, invstd, mask), direct, strict=True):
         assert torch.equal(actual, expected) if expected is not None else actual.numel() == 0

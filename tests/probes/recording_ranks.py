@@ -24,7 +24,7 @@ def record_rank(out: str | Path, norm: bool, shares: list[int], rank: int) -> No
     """Five steps with batches of 6 images, of which this process takes its share."""
     net = make_net(norm)
     net = bnkern.nn.convert_sync_batchnorm(net) if norm and len(shares) > 1 else net
-    quantities = [*SUMMED, "signal_propagation", *["affine_gradient_signs"] * norm]
+    quantities = [*SUMMED, "signal_propagation", *["affine_gradient_signs", "norm_gradient_noise"] * norm]
     part = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
     with (
         probes.record(net, quantities, out=out, capacity=2) as rec,

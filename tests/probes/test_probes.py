@@ -60,7 +60,7 @@ def compare(ours: dict[str, np.ndarray], oracle: dict[str, Tensor], what: str) -
             np.testing.assert_array_equal(result, expected, f"{what} {name}")
             continue
         scale = np.abs(expected).max()
-        if name in ("sum", "bias_sum", "weight_sum"):
+        if name in ("sum", "bias_sum", "weight_sum") and name.replace("sum", "abs_sum") in oracle:
             scale = np.asarray(oracle[name.replace("sum", "abs_sum")]).max()
         elif name.endswith("ratio"):
             scale = max(scale, 1)
@@ -75,7 +75,7 @@ def test_quantities_agree_with_their_oracles(target: Target, norm: bool, layout:
     net = make_net(norm, layout, target.device)
     wanted = [*CHANNEL, "signal_propagation", "weight_gradient_signs", "parameter_gradient_histogram"]
     wanted += [make("output_gradient", layers="fc"), make("output_moments", layers=["fc", "norm1"])]
-    wanted += ["affine_gradient_signs"] if norm else []
+    wanted += ["affine_gradient_signs", "norm_gradient_noise"] if norm else []
     with probes.record(net, wanted, out=tmp_path) as rec:
         recorded = Seen(net)
         images, labels = batch(0, device=target.device)
@@ -98,6 +98,8 @@ def test_quantities_agree_with_their_oracles(target: Target, norm: bool, layout:
             g = recorded.dy[layer] * (y > 0) if module.act else recorded.dy[layer]
             signs = make("affine_gradient_signs").oracle(g, xhat)
             compare(result["affine_gradient_signs"][layer], signs, layer)
+            noise = make("norm_gradient_noise").oracle(g, xhat)
+            compare(result["norm_gradient_noise"][layer], noise, layer)
             np.testing.assert_allclose(
                 result["affine_gradient_signs"][layer]["bias_sum"][0], module.bias.grad, rtol=1e-5, atol=1e-7
             )

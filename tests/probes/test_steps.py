@@ -244,18 +244,19 @@ def test_torch_compile_recompiles_on_entering_and_never_again(tmp_path: Path) ->
     torch._dynamo.reset()
     counters.clear()
     eager, net = make_net(), make_net()
+    quantities = [*CHANNEL, "affine_gradient_signs", "norm_gradient_noise"]
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    with probes.record(eager, [*CHANNEL, "affine_gradient_signs"], out=tmp_path / "eager") as rec:
+    with probes.record(eager, quantities, out=tmp_path / "eager") as rec:
         train(eager, 6, rec)
     train(copy.deepcopy(net), 1)
     compiled(batch(0)[0])
     before = counters["stats"]["unique_graphs"]
     net.load_state_dict(make_net().state_dict())
-    with probes.record(net, [*CHANNEL, "affine_gradient_signs"], out=tmp_path / "compiled") as rec:
+    with probes.record(net, quantities, out=tmp_path / "compiled") as rec:
         train(net, 2, rec, compiled)
         assert counters["stats"]["unique_graphs"] == before + 1
     net.load_state_dict(make_net().state_dict())
-    with probes.record(net, [*CHANNEL, "affine_gradient_signs"], out=tmp_path / "again") as rec:
+    with probes.record(net, quantities, out=tmp_path / "again") as rec:
         train(net, 6, rec, compiled)
     expected, result = probes.load(tmp_path / "eager"), probes.load(tmp_path / "again")
     assert result.steps.tolist() == list(range(6))
@@ -286,10 +287,10 @@ def test_ranks_are_merged_into_one_file(norm: bool, shares: list[int], tmp_path:
     assert [rank.wait(timeout=120) for rank in ranks] == [0] * len(shares)
     expected, result = probes.load(joint), probes.load(out)
     assert result.steps.tolist() == [0, 1, 2, 3, 4] and result.index["ranks"] == len(shares)
-    for quantity in SUMMED + ["affine_gradient_signs"] * norm:
+    for quantity in SUMMED + ["affine_gradient_signs", "norm_gradient_noise"] * norm:
         for layer, arrays in expected[quantity].items():
             for name, values in arrays.items():
-                if "ratio" in name:
+                if "ratio" in name or name == "scale":
                     continue  # the ratio of a sum that cancels
                 # Sums of parts differ from those of the whole by the order of addition in float32.
                 scale = np.abs(arrays.get(name.replace("sum", "abs_sum"), values)).max()

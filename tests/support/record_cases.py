@@ -106,13 +106,18 @@ def check_forward(kernels: ModuleType, p: Problem, call: Call, shift: float = 0.
     assert_activation(record, x, y, p.x.dtype, shift)
 
 
-def check_backward(kernels: ModuleType, p: Problem, call: Call) -> None:
-    """Checks the gradient and affine records, each alone and both, and that they change no result."""
+def check_backward(kernels: ModuleType, p: Problem, call: Call, samples: bool = True) -> None:
+    """Checks the records of the backward, each alone and all, and that they change no result.
+
+    ``samples``: whether the kernels compute the record of the samples.
+    """
     y, *saved = call.forward(kernels, p)[:4]
     needs = call.needs(p)
     plain = call.backward(kernels, p, saved, needs)
-    for names in (["record_gradient"], ["record_affine"], ["record_gradient", "record_affine"]):
-        rows = {"record_gradient": records.GRADIENT, "record_affine": records.AFFINE}
+    rows = {"record_gradient": records.GRADIENT, "record_affine": records.AFFINE, "record_samples": records.SAMPLES}
+    if not samples:
+        del rows["record_samples"]
+    for names in (*([name] for name in rows), list(rows)):
         wanted = {name: empty_record(rows[name], p.x) for name in names}
         recorded = call.backward(kernels, p, saved, needs, **wanted)
         assert_same_bits(plain, recorded, " and ".join(names))
@@ -125,6 +130,10 @@ def check_backward(kernels: ModuleType, p: Problem, call: Call) -> None:
             )
         elif "record_affine" in wanted:
             assert_affine(wanted["record_affine"], p, saved[0], saved[1], y, call.relu())
+        if "record_samples" in wanted and saved[0] is None:
+            assert torch.equal(wanted["record_samples"], empty_record(records.SAMPLES, p.x))
+        elif "record_samples" in wanted:
+            assert_samples(wanted["record_samples"], p, saved[0], saved[1], y, call.relu())
 
 
 # ------------------------------------------------------------------------------------------------ the records
@@ -201,6 +210,33 @@ def assert_affine(record: Tensor, p: Problem, mean: Tensor, invstd: Tensor, y: T
             assert_close(got[f"{d}_{what}"], truth[f"{d}_{what}"], bound, f"{d}_{what}")
 
 
+def assert_samples(record: Tensor, p: Problem, mean: Tensor, invstd: Tensor, y: Tensor, relu: str | None) -> None:
+    """Compares with float64 sums of each sample. The sums of a sample have the errors of the phase grad_sums.
+
+    The largest error of the sum of squared distances is that of each sample's sum, twice its distance, plus its square.
+    """
+    dy, x, mean, invstd = (t.detach().cpu() for t in (p.dy, p.x, mean, invstd))
+    g = dy.where(passed(y).cpu(), 0.0) if relu else dy
+    got = _rows(records.SAMPLES, record)
+    truth = _rows(records.SAMPLES, reference.samples(BackwardCall(g, x, mean=mean, invstd=invstd)))
+    _assert_exact(got, truth, ("samples",))
+    xhat = (x.to(mean.dtype) - by_channel(mean, x)) * by_channel(invstd, x)
+    wide, wide_xhat = exact(g, xhat)
+    for k, d in enumerate((wide, wide * wide_xhat)):
+        lost = ~truth[f"{('bias', 'weight')[k]}_sum"].isfinite()
+        name = ("bias", "weight")[k]
+        assert not got[f"{name}_sum"][lost].isfinite().any() and not got[f"{name}_m2"][lost].isfinite().any()
+        samples = d.flatten(2).sum(2) if d.dim() > 2 else d  # [N, C]
+        bounds = [
+            sums_bound(wide[n : n + 1], wide_xhat[n : n + 1], x.dtype)[k] for n in range(len(x))
+        ]  # of each sample's sum
+        bound = torch.stack(bounds) if bounds else samples
+        distance = (samples - samples.mean(0)).abs() if len(samples) else samples
+        of_sum, of_m2 = bound.sum(0), (2 * distance * bound + bound**2).sum(0) + 1e-12 * distance.square().sum(0)
+        assert_close(got[f"{name}_sum"][~lost], truth[f"{name}_sum"][~lost], of_sum[~lost], f"{name}_sum")
+        assert_close(got[f"{name}_m2"][~lost], truth[f"{name}_m2"][~lost], of_m2[~lost], f"{name}_m2")
+
+
 # ------------------------------------------------------------------------------------- checks of a backend
 
 
@@ -264,8 +300,11 @@ def check_empty(target: Target, shape: tuple[int, ...], mode: str) -> None:
     expected = torch.zeros(len(records.ACTIVATION), 3, dtype=torch.float64)
     expected[5], expected[6] = torch.inf, -torch.inf
     assert torch.equal(record.cpu(), expected)
-    call.backward(_kernels(target, x.dtype), p, saved, call.needs(p), record_gradient=gradient, record_affine=affine)
+    samples = empty_record(records.SAMPLES, x)
+    wanted = {"record_gradient": gradient, "record_affine": affine, "record_samples": samples}
+    call.backward(_kernels(target, x.dtype), p, saved, call.needs(p), **wanted)
     assert not gradient.any()
+    assert mode == "identity" or ((samples[0] == shape[0]).all() and not samples[1:].any())
     assert not affine.any() or mode == "identity"
 
 

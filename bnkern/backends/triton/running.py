@@ -65,15 +65,8 @@ def forward_with_skips(forward: Callable[[ForwardCall], Forward | None], call: F
     channels = call.x.shape[1]
     batch = torch.zeros((2, channels), dtype=accumulator(call.x.dtype), device=call.x.device)
     # With momentum 1 the update of zeros is the statistics of the batch.
-    results = forward(
-        call._replace(
-            running_mean=batch[0],
-            running_var=batch[1],
-            num_batches_tracked=None,
-            num_batches_skipped=None,
-            momentum=1.0,
-        )
-    )
+    scratch = {"running_mean": batch[0], "running_var": batch[1], "num_batches_tracked": None, "momentum": 1.0}
+    results = forward(call._replace(num_batches_skipped=None, **scratch))
     if results is None:
         return None
     has_running = call.running_mean is not None

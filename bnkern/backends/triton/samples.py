@@ -21,7 +21,7 @@ def sample_sums_kernel(
     has_weight, has_bias, act,
     ROWS: tl.constexpr, WIDE: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """sum g and sum g * xhat over the positions of one sample, for CHANNELS channels: two rows of ``sums`` [2, N, C]."""
+    """sum g and sum g * xhat over the positions of one sample, for CHANNELS channels, into ``sums`` [2, N, C]."""
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     sample = tl.program_id(0)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[:, None]

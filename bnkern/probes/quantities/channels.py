@@ -170,7 +170,7 @@ class AffineGradientSigns(_ChannelQuantity):
 
 
 class NormGradientNoise(_ChannelQuantity):
-    """``norm_gradient_noise``: the noise of the gradients of a norm layer's bias and weight over the samples of a batch.
+    """``norm_gradient_noise``: the noise over the samples in the gradients of a norm layer's bias and weight.
 
     For a loss that is the mean over the N samples of a batch, let c_n be the contribution of sample n to the gradient
     of a parameter: the sum of g (bias) or of g * xhat (weight) over the positions of the sample. The gradient is
@@ -189,7 +189,8 @@ class NormGradientNoise(_ChannelQuantity):
     A loss that is a sum over the samples multiplies noise and square by N^2 and leaves the scale.
 
     Recorded by ``grad_sums``. On a GPU it takes one more pass over the gradient and the input. Ranks are merged as the
-    samples of one batch, for gradients that are averaged over the ranks.
+    samples of one batch, and G is the sum of their gradients, as for the other quantities. If each rank's loss is the
+    mean over its own samples, noise and square are multiplied by the square of the number of ranks.
     Source: McCandlish et al. 2018, appendix A; for layer norm, Gray et al. 2024 (arXiv 2411.00999); equation 2 of the
     paper.
     """
@@ -218,13 +219,9 @@ class NormGradientNoise(_ChannelQuantity):
     def merge(self, ranks: np.ndarray) -> np.ndarray:
         samples = ranks[:, :, :1]  # [ranks, steps, 1, C]
         total = samples.sum(0)
-        # A sample's h is the same in its rank and in the joint batch, so its contribution changes with the count.
-        scale = ratio(samples, total)
-        sums, m2 = ranks[:, :, 1::2] * scale, ranks[:, :, 2::2] * scale**2
-        joint = sums.sum(0)
-        between = samples * (ratio(sums, samples) - ratio(joint, total)) ** 2
-        merged = np.empty_like(ranks[0])
-        merged[:, :1], merged[:, 1::2], merged[:, 2::2] = total, joint, (m2 + between).sum(0)
+        merged = ranks.sum(0)
+        distance = ranks[:, :, 1::2] / np.maximum(samples, 1) - merged[:, 1::2] / np.maximum(total, 1)
+        merged[:, 2::2] += (samples * distance**2).sum(0)
         return merged
 
     def derive(self, values: np.ndarray) -> Arrays:

@@ -68,7 +68,7 @@ def test_training(precision: Precision, case: Case) -> None:
 def test_records_of_every_setup(setup: str, precision: Precision, case: Case) -> None:
     p, call = case.problem(precision), Call("training", "saved mask")
     check_forward(SETUPS[setup].in_five_orders(), p, call)
-    check_backward(SETUPS[setup].in_five_orders(), p, call)
+    check_backward(SETUPS[setup].in_five_orders(), p, call, samples=False)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_records(precision: Precision, case: Case) -> None:
     p = case.problem(precision)
     for call in (Call("training", None), Call("eval", "relu"), Call("identity", "saved mask")):
         check_forward(SETUPS["hybrid"], p, call)
-        check_backward(SETUPS["hybrid"], p, call)
+        check_backward(SETUPS["hybrid"], p, call, samples=False)
 
 
 @SWEEP
