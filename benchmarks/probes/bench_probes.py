@@ -153,7 +153,7 @@ def test_norm_gradient_noise(compare, network: Callable, images: tuple, recordin
     compare(
         "norm gradient noise",
         case,
-        {"unprobed": step_of(network()), "recorded": recordings(network(), "norm_gradient_noise")},
+        {"unprobed": step_of(network()), "recorded: norm_gradient_noise": recordings(network(), "norm_gradient_noise")},
         make_data=lambda: batch,
         nbytes=ACTIVATION_BYTES,
         budget_s=40,

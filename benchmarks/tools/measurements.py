@@ -77,6 +77,7 @@ def targets(measurements: list[dict]) -> list[dict]:
     times = {m["provider"]: m["times"] for m in measurements if "times" in m}
     for provider, bar in (
         ("recorded", 1.05),
+        ("recorded: norm_gradient_noise", 1.05),
         ("recorded: sum and abs_sum", 1.35),
         ("recorded: all four sums", 1.6),
         ("recorded: signs and counts", 1.15),

@@ -19,7 +19,7 @@ def is_finite(v):
 
 
 @kernel
-def update_kernel(
+def update_running_kernel(
     batch_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, skipped_ptr, channels, momentum: tl.float64,
     has_running, cumulative, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def forward_with_skips(forward: Callable[[ForwardCall], Forward | None], call: F
     has_running = call.running_mean is not None
     running = (call.running_mean, call.running_var) if has_running else batch.unbind()
     launch(
-        update_kernel, (1,), batch.device, batch, *running, call.num_batches_tracked, skipped, channels,
+        update_running_kernel, (1,), batch.device, batch, *running, call.num_batches_tracked, skipped, channels,
         call.momentum or 0.0, int(has_running), int(call.momentum is None),
         BLOCK=min(triton.next_power_of_2(2 * channels), LARGEST_BLOCK),
     )  # fmt: skip

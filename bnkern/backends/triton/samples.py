@@ -11,7 +11,7 @@ from ..layout import addressed, layout, strides
 from ..reference import accumulator
 from .common import INT32_OFFSETS, activate, channel_vectors, kernel, launch, per_channel
 
-ELEMENTS = 2048  # of a tile
+ELEMENTS = 1024  # of a tile
 
 
 @kernel

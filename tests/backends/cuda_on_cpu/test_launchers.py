@@ -96,7 +96,7 @@ def test_records_of_the_shared_tests() -> None:
     """Every sign, infinities and NaN, parameters without gradients, values that round to zero, and empty tensors."""
     for layout_of in ("contiguous", "channels_last"):
         for precision in (FP32, BF16):
-            on_the_host(record_cases.check_special_values, TARGET, precision, layout_of)
+            on_the_host(record_cases.check_special_values, TARGET, precision, layout_of, False)
     for mode in MODES:
         on_the_host(record_cases.check_frozen_parameters, TARGET, mode)
         with pytest.raises(NothingLaunched):

@@ -25,6 +25,7 @@ from bnkern.backends import records
 from bnkern.backends import triton as backend
 from bnkern.backends.calls import BackwardCall, ForwardCall, UpdateCall
 from bnkern.backends.triton import common
+from bnkern.backends.triton.running import forward_with_skips
 from tests.backends.triton.occupancy import WARP, resident_blocks
 
 _launch = common.launch
@@ -153,9 +154,9 @@ def variants(addressing: str, precision: str, fused: bool, recording: str = "") 
     residual = x if fused else None
     training = recording != "recorded identity"
     running = (vector, vector, torch.tensor(1)) if training else (None, None, None)
-    activation, gradient, affine = (
+    activation, gradient, affine, samples = (
         torch.empty(len(fields), shape[1], dtype=torch.float64) if recording else None
-        for fields in (records.ACTIVATION, records.GRADIENT, records.AFFINE)
+        for fields in (records.ACTIVATION, records.GRADIENT, records.AFFINE, records.SAMPLES)
     )
     with launches() as launched:
         y, mean, invstd, mask = backend.forward(
@@ -164,17 +165,20 @@ def variants(addressing: str, precision: str, fused: bool, recording: str = "") 
         if training:
             backend.backward(BackwardCall(
                 y, x, vector, vector, mean, invstd, mask, "relu", True, (True, True, True, fused),
-                record_gradient=gradient, record_affine=affine,
+                record_gradient=gradient, record_affine=affine, record_samples=samples,
             ))  # fmt: skip
         if not recording:
             backend.moments(x)
             _augment(dtype)
             _update(dtype)
+            _skip(dtype, params)
     recorded = {"parts_ptr", "row_ptr", "record_ptr"}
     return {
         variant.kernel.fn.__name__: variant
         for variant in launched
-        if not recording or any(variant.signature.get(name) == "*fp64" for name in recorded)
+        if not recording
+        or variant.kernel.fn.__name__ == "sample_sums_kernel"
+        or any(variant.signature.get(name) == "*fp64" for name in recorded)
     }
 
 
@@ -191,6 +195,13 @@ def _update(dtype: torch.dtype) -> None:
     shadow = values.bfloat16() if dtype is torch.bfloat16 else None
     scalar = torch.empty(())
     backend.update(UpdateCall([values], [values], values, values, values, shadow, scalar, scalar, 0.9, 1e-4))
+
+
+def _skip(dtype: torch.dtype, params: torch.dtype) -> None:
+    """The update of the running statistics by a batch that may be skipped."""
+    x, vector, counter = torch.empty((2, 3, 4, 4), dtype=dtype), torch.empty(3, dtype=params), torch.tensor(0)
+    call = ForwardCall(x, running_mean=vector, running_var=vector, num_batches_tracked=counter)
+    forward_with_skips(lambda _: (x, None, None, None), call._replace(num_batches_skipped=counter))
 
 
 def compile_for(variant: Variant, architecture: int) -> Usage:
@@ -221,7 +232,9 @@ def entries_of(
             if variant.key not in recorded:
                 recorded.add(variant.key)
                 description = f"{addressing} {precision}{' residual' if fused else ''}"
-                if "ALIGN" not in variant.constants:  # this kernel works only on vectors and partial results
+                if (
+                    not {"ALIGN", "ROWS"} & variant.constants.keys()
+                ):  # this kernel works only on vectors and partial results
                     description = " ".join(sorted({t for t in variant.signature.values() if t.startswith("*")}))
                 entry = f"{name.removesuffix('_kernel')} {description} {recording}".rstrip()
                 entries[entry] = (variant, compile_for(variant, architecture))
