@@ -1,8 +1,10 @@
 // grad_sums and grad_input over all tiles. Adds up the partial sums, and computes the coefficients of grad_input.
 #include <algorithm>
+#include <cmath>
 
 #include "cpu.h"
 #include "drive.h"
+#include "sums.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
@@ -39,6 +41,7 @@ class BackwardPhases : public Phases<T> {
     this->measured = make_totals(space_, p.sums ? kGradSumsRows : 0, width_);
     this->measured_sums = make_totals(space_, record_affine_ ? kRecordedGradSumsRows : 0, width_);
     this->applied_sums = make_totals(space_, record_gradient_ ? kRecordedGradInputRows : 0, width_);
+    nonfinite_ = make_totals(space_, record_gradient_ ? 1 : 0, width_).values[0];
     t_.x = p.x, t_.dy = p.dy, t_.dx = p.dx, t_.dresidual = p.dresidual;
     t_.mask = const_cast<std::uint8_t*>(p.mask), t_.act = p.act, t_.training = p.training;
     t_.stream = this->elements() * static_cast<std::int64_t>(sizeof(T)) > kStreamBytes;
@@ -81,11 +84,19 @@ class BackwardPhases : public Phases<T> {
 
   void close(std::int64_t group) {
     if (!record_gradient_) return;
+    const auto total = [&](int r, const Columns& columns) { return add_up(this->applied_sums.values[r], columns); };
+    bool finite = true;
+    for_channels(this->part, group, [&](std::int64_t, const Columns& columns) {
+      finite = finite && std::isfinite(total(kDxAbsSum, columns));
+    });
+    if (!finite)  // this reads dx again
+      for (std::int64_t tile = 0; tile < this->part.tiles; ++tile)
+        add_nonfinite<T>(this->part, p_.dx, group, tile, nonfinite_ + group * this->part.group);
     for_channels(this->part, group, [&](std::int64_t c, const Columns& columns) {
-      const auto total = [&](int r) { return add_up(this->applied_sums.values[r], columns); };
       write_record(p_.record_gradient, p_.shape.c, c,
-                   {count_, total(kDxSum), total(kDxAbsSum), total(kDxSquareSum), total(kDxPositive),
-                    total(kDxNegative), total(kDxZero), total(kDxNonfinite)});
+                   {count_, total(kDxSum, columns), total(kDxAbsSum, columns), total(kDxSquareSum, columns),
+                    total(kDxPositive, columns), total(kDxNegative, columns), total(kDxZero, columns),
+                    add_up(nonfinite_, columns)});
     });
   }
 
@@ -157,6 +168,7 @@ class BackwardPhases : public Phases<T> {
   SampleSums<A> samples_{};
   Coefficients<A> k_{};
   Tensors<T> t_{};
+  double* nonfinite_;  // the numbers of values of dx that are infinite or NaN
   A *const sum_dy_, *const sum_dy_xhat_;
 };
 

@@ -1,6 +1,7 @@
 // grad_input computes dx = weight * invstd * (g - sum g / M - xhat * sum g xhat / M), or weight * invstd * g in eval
 // mode, and the gradient g of the residual. It reads dy and x once, and writes each result once. For a record it also
-// computes sums of dx and the numbers of its positive, negative, zero, and infinite or NaN values, all of dx as stored.
+// computes sums of dx and the numbers of its positive, negative and zero values, all of dx as stored. backward.cpp
+// counts the values that are infinite or NaN, if the sums show that there are some.
 #include "gradient.h"
 #include "sums.h"
 
@@ -18,7 +19,6 @@ struct InputSums : Sums<A, kRecordedGradInputRows> {
     row[kDxPositive] = row[kDxPositive].plus_where_positive(dx, one);
     row[kDxNegative] = row[kDxNegative].plus_where_negative(dx, one);
     row[kDxZero] = row[kDxZero].plus_where_zero(dx, one);
-    row[kDxNonfinite] = row[kDxNonfinite].plus_where_nonfinite(dx, one);
   }
 };
 

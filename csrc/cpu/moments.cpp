@@ -8,10 +8,12 @@
 // for all values. A sample that is the part f of a tile implies M2 >= f n (m - mean)^2 (Chan's formula), so the error
 // of the first m is at most sigma / sqrt(f), and d / n corrects it to within rounding.
 //
-// A record's third and fourth moments, extremes and number of values that are infinite or NaN are computed in the same
-// pass. With t and f the sums of (x - m)^3 and (x - m)^4, and e = d / n:
+// A record's third and fourth moments and extremes are computed in the same pass. The values that are infinite or NaN
+// are counted only in a tile whose mean shows that there are some. With t and f the sums of (x - m)^3 and (x - m)^4,
+// and e = d / n:
 //
 //   M3 = t - e (3 q - 2 e d),   M4 = f - e (4 t - e (6 q - 3 e d))
+#include <cmath>
 #include <limits>
 
 #include "sums.h"
@@ -39,7 +41,7 @@ BNKERN_INLINE void higher_moments(double count, double error, double square, dou
 template <class A>
 struct TileSums {
   double error, square, cube, fourth;
-  A low, high, nonfinite;
+  A low, high;
 };
 
 template <class T>
@@ -78,22 +80,20 @@ __attribute__((noinline)) TileSums<Accumulator<T>> pass_over_planes(const Partit
   V cubes[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
   V fourths[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
   V lows[2] = {V::all(kInfinity<A>), V::all(kInfinity<A>)}, highs[2] = {V::all(-kInfinity<A>), V::all(-kInfinity<A>)};
-  V nonfinite[2] = {V::all(0), V::all(0)};
-  const auto add_higher = [&](int k, V value, V delta, V one) __attribute__((always_inline)) {
+  const auto add_higher = [&](int k, V value, V delta) __attribute__((always_inline)) {
     compactly<A>([&]() __attribute__((always_inline)) {
       const V square = delta * delta;
       cubes[k] = fma(square, delta, cubes[k]);
       fourths[k] = fma(square, square, fourths[k]);
       lows[k % 2] = least(value, lows[k % 2]);
       highs[k % 2] = largest(value, highs[k % 2]);
-      nonfinite[k % 2] = nonfinite[k % 2].plus_where_nonfinite(value, one);
     });
   };
   const auto add = [&](int k, V value) __attribute__((always_inline)) {
     const V delta = value - shift;
     errors[k] = errors[k] + delta;
     squares[k] = fma(delta, delta, squares[k]);
-    if constexpr (record) add_higher(k, value, delta, V::all(1));
+    if constexpr (record) add_higher(k, value, delta);
   };
   const std::int64_t next = next_tile(part, x);
   for_spans(part, group, tile, [&](const Span& span) __attribute__((always_inline)) {
@@ -115,7 +115,7 @@ __attribute__((noinline)) TileSums<Accumulator<T>> pass_over_planes(const Partit
       const V delta = (load_some(p + i, n) - shift).keep(present);
       errors[1] = errors[1] + delta;
       squares[1] = fma(delta, delta, squares[1]);
-      if constexpr (record) add_higher(1, load_some(p + i, n, p[i]), delta, V::all(1).keep(present));
+      if constexpr (record) add_higher(1, load_some(p + i, n, p[i]), delta);
     }
   });
   TileSums<A> sums{};
@@ -126,7 +126,6 @@ __attribute__((noinline)) TileSums<Accumulator<T>> pass_over_planes(const Partit
     sums.fourth = sum<A>((fourths[0] + fourths[1]) + (fourths[2] + fourths[3]));
     sums.low = least_lane<A>(least(lows[0], lows[1]));
     sums.high = largest_lane<A>(largest(highs[0], highs[1]));
-    sums.nonfinite = sum<A>(nonfinite[0] + nonfinite[1]);
   }
   return sums;
 }
@@ -146,7 +145,7 @@ void planes_tile(const Partition& part, const View& x, std::int64_t group, std::
   *out[kM2] = m2();
   if constexpr (record) {
     higher_moments(count, sums.error, sums.square, sums.cube, sums.fourth, out[kM3], out[kM4]);
-    *out[kMin] = sums.low, *out[kMax] = sums.high, *out[kNonfinite] = sums.nonfinite;
+    *out[kMin] = sums.low, *out[kMax] = sums.high;
   }
 }
 
@@ -177,7 +176,7 @@ struct TileRows {
 
 template <class A>
 struct ColumnSums {
-  A *shifts, *errors, *squares, *cubes, *fourths, *lows, *highs, *nonfinite;
+  A *shifts, *errors, *squares, *cubes, *fourths, *lows, *highs;
 };
 
 // Computes m of every channel. All sums must be zero before.
@@ -230,13 +229,6 @@ __attribute__((noinline)) void pass_over_rows(TileRows<T, kVectors> rows, Column
         (V::load(sums.fourths + c) + (fma(s2, s2, s0 * s0) + fma(s3, s3, s1 * s1))).store(sums.fourths + c);
         least(x0, least(x1, least(x2, least(x3, V::load(sums.lows + c))))).store(sums.lows + c);
         largest(x0, largest(x1, largest(x2, largest(x3, V::load(sums.highs + c))))).store(sums.highs + c);
-        const V one = V::all(1);
-        V::load(sums.nonfinite + c)
-            .plus_where_nonfinite(x0, one)
-            .plus_where_nonfinite(x1, one)
-            .plus_where_nonfinite(x2, one)
-            .plus_where_nonfinite(x3, one)
-            .store(sums.nonfinite + c);
       });
   };
   const auto one = [&](std::int64_t c, V value) __attribute__((always_inline)) {
@@ -249,7 +241,6 @@ __attribute__((noinline)) void pass_over_rows(TileRows<T, kVectors> rows, Column
       fma(square, square, V::load(sums.fourths + c)).store(sums.fourths + c);
       least(value, V::load(sums.lows + c)).store(sums.lows + c);
       largest(value, V::load(sums.highs + c)).store(sums.highs + c);
-      V::load(sums.nonfinite + c).plus_where_nonfinite(value, V::all(1)).store(sums.nonfinite + c);
     }
   };
   // Prefetch in the order of addresses, because the hardware prefetchers follow that order. Prefetch the sample of the
@@ -284,18 +275,12 @@ template <bool record, class T, int kVectors>
 void whole_rows(TileRows<T, kVectors> rows, Rows<double> out) {
   using A = Accumulator<T>;
   const std::int64_t channels = rows.channels;
-  constexpr int arrays = record ? 8 : 3;
+  constexpr int arrays = record ? 7 : 3;
   A* const all = zeroed_scratch<A>(arrays * channels);
   const auto sums_from = [&](std::int64_t c) {
     A* const a = all + c;
-    return ColumnSums<A>{a,
-                         a + channels,
-                         a + 2 * channels,
-                         a + 3 * channels,
-                         a + 4 * channels,
-                         a + 5 * channels,
-                         a + 6 * channels,
-                         a + 7 * channels};
+    return ColumnSums<A>{
+        a, a + channels, a + 2 * channels, a + 3 * channels, a + 4 * channels, a + 5 * channels, a + 6 * channels};
   };
   const ColumnSums<A> sums = sums_from(0);
   sample_rows(rows, sums.shifts);
@@ -331,7 +316,7 @@ void whole_rows(TileRows<T, kVectors> rows, Rows<double> out) {
     for (std::int64_t c = 0; c < channels; ++c) {
       higher_moments(count, sums.errors[c], sums.squares[c], sums.cubes[c], sums.fourths[c], out[kM3] + c,
                      out[kM4] + c);
-      out[kMin][c] = sums.lows[c], out[kMax][c] = sums.highs[c], out[kNonfinite][c] = sums.nonfinite[c];
+      out[kMin][c] = sums.lows[c], out[kMax][c] = sums.highs[c];
     }
 }
 
@@ -349,7 +334,6 @@ void rows_tile(const Partition& part, const View& x, std::int64_t group, std::in
         out[kM3][c] = out[kM4][c] = 0;
         out[kMin][c] = least<double>(widen(p[c]), kInfinity<double>);
         out[kMax][c] = largest<double>(widen(p[c]), -kInfinity<double>);
-        out[kNonfinite][c] = widen(p[c]) - widen(p[c]) == 0 ? 0 : 1;
       }
     return;
   }
@@ -363,6 +347,12 @@ void rows_tile(const Partition& part, const View& x, std::int64_t group, std::in
 template <class T, bool record>
 void moments_tile(const Partition& part, const View& x, std::int64_t group, std::int64_t tile, Rows<double> out) {
   (part.shape.rows ? rows_tile<T, record> : planes_tile<T, record>)(part, x, group, tile, out);
+  if constexpr (record) {
+    const std::int64_t channels = tile_channels(part, group, tile);
+    bool finite = true;
+    for (std::int64_t c = 0; c < channels; ++c) out[kNonfinite][c] = 0, finite &= std::isfinite(out[kMean][c]);
+    if (!finite) add_nonfinite<T>(part, x, group, tile, out[kNonfinite]);
+  }
 }
 
 #define BNKERN_INSTANTIATE(T)                                                                                    \

@@ -88,6 +88,23 @@ void second_look_at(const Partition& part, const View& view, std::int64_t group,
                   : second_look<Tally, false>(part, group, tile, sums, visit);
 }
 
+template <class A>
+struct NonfiniteCount : Sums<A, 1> {
+  BNKERN_INLINE void add(Vec<A> value, Vec<A> one) { this->row[0] = this->row[0].plus_where_nonfinite(value, one); }
+};
+
+// Adds the numbers of values of a tile that are infinite or NaN to `counts`, one for each channel of the tile. It reads
+// the tile again, so call it only if a sum shows that there are such values.
+template <class T>
+__attribute__((noinline)) void add_nonfinite(const Partition& part, const View& view, std::int64_t group,
+                                             std::int64_t tile, double* counts) {
+  using A = Accumulator<T>;
+  const std::int64_t channels = tile_channels(part, group, tile);
+  A* const found = zeroed_scratch<A>((channels + kLanes - 1) / kLanes * kLanes);
+  second_look_at<T, NonfiniteCount<A>>(part, view, group, tile, Rows<A>{found, 0});
+  for (std::int64_t c = 0; c < channels; ++c) counts[c] += found[c];
+}
+
 // Writes the spans of a tile. Place(part, t, k, span) is one span. Its write(i) and write_some(i, n) write 16 or n
 // lanes, from i on, to `written`, and return them. With `record` they are added to Tally, which is a kind of Sums, by
 // add(value, one).

@@ -141,15 +141,14 @@ struct Rows {
 //   moments      kMean, kM2; record: kM3 to kNonfinite
 //   normalize                                           kActive
 //   grad_sums    kSumDy, kSumDyXhat                     kOfDy and kOfDyXhat: kAbsSum, kSignSum, kZeros of the summands
-//   grad_input                                          kDxSum to kDxNonfinite
+//   grad_input                                          kDxSum to kDxZero
 constexpr int kMean = 0, kM2 = 1, kMomentsRows = 2, kM3 = 2, kM4 = 3, kMin = 4, kMax = 5, kNonfinite = 6;
 constexpr int kRecordedMomentsRows = 7;
 constexpr int kActive = 0, kRecordedNormalizeRows = 1;
 constexpr int kSumDy = 0, kSumDyXhat = 1, kGradSumsRows = 2;
 constexpr int kAbsSum = 0, kSignSum = 1, kZeros = 2, kOfDy = 0, kOfDyXhat = 3, kRecordedGradSumsRows = 6;
-constexpr int kDxSum = 0, kDxAbsSum = 1, kDxSquareSum = 2, kDxPositive = 3, kDxNegative = 4, kDxZero = 5,
-              kDxNonfinite = 6;
-constexpr int kRecordedGradInputRows = 7;
+constexpr int kDxSum = 0, kDxAbsSum = 1, kDxSquareSum = 2, kDxPositive = 3, kDxNegative = 4, kDxZero = 5;
+constexpr int kRecordedGradInputRows = 6;
 constexpr int kMostRows = 7;
 
 // Sums of g and of g * xhat of each sample. A tile adds to the units of its samples. No two tiles write one unit:
