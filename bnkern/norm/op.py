@@ -4,7 +4,7 @@ The operator writes nothing in place. It returns the new running statistics and 
 functionalisation has nothing to undo. Absent results are tensors without elements, because an operator cannot return
 None.
 
-The arguments are the fields of :class:`ForwardCall` up to ``record``, and those of :class:`Extra`. With a group, the
+The arguments are the fields of :class:`ForwardCall` without ``record``, and those of :class:`Extra`. With a group, the
 statistics and the sums of the backward are those of all its ranks (:mod:`bnkern.norm.ranks`).
 
 ``torch._decomp`` has a decomposition of the forward in eval mode into torch's operators. torch.onnx.export uses it, and
@@ -55,8 +55,8 @@ class BackwardExtra(NamedTuple):
     record_samples: bool = False
 
 
-_FORWARD = ForwardCall._fields[:-1]
-_BACKWARD = BackwardCall._fields[:-3]
+_FORWARD = tuple(name for name in ForwardCall._fields if name != "record")
+_BACKWARD = tuple(name for name in BackwardCall._fields if not name.startswith("record_"))
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")  # updated in training
 
 
@@ -107,7 +107,7 @@ def batch_norm(call: ForwardCall, records: Records | None, group: tuple[str, int
     save_mask = call.act is not None and call.residual is not None and needs_backward
     buffers = (None,) * 4 if records is None else records[:4]
     y, _, _, _, *new, _, activation = torch.ops.bnkern.batch_norm_forward(
-        *call[:-2], save_mask, backends.forced(), *group, buffers[0] is not None, *buffers[1:]
+        *operands(call._replace(save_mask=save_mask)), backends.forced(), *group, buffers[0] is not None, *buffers[1:]
     )
     if call.training:
         for name, value in zip(_RUNNING, new, strict=True):
@@ -127,11 +127,18 @@ def batch_norm(call: ForwardCall, records: Records | None, group: tuple[str, int
 
 
 def _split(arguments: tuple) -> tuple[ForwardCall, Extra]:
-    return ForwardCall(*arguments[: len(_FORWARD)]), Extra(*arguments[len(_FORWARD) :])
+    fields = dict(zip(_FORWARD, arguments, strict=False))
+    return ForwardCall(**fields), Extra(*arguments[len(_FORWARD) :])
+
+
+def operands(call: ForwardCall) -> list:
+    """The arguments of the forward operator for a call, without those of :class:`Extra`."""
+    return [getattr(call, name) for name in _FORWARD]
 
 
 def _split_backward(arguments: tuple) -> tuple[BackwardCall, BackwardExtra]:
-    return BackwardCall(*arguments[: len(_BACKWARD)]), BackwardExtra(*arguments[len(_BACKWARD) :])
+    fields = dict(zip(_BACKWARD, arguments, strict=False))
+    return BackwardCall(**fields), BackwardExtra(*arguments[len(_BACKWARD) :])
 
 
 def _or_empty(t: Tensor | None, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -204,7 +211,8 @@ def _backward(*arguments):
     records = _backward_records(x, extra)
     requested = (t if flag else None for t, flag in zip(records, extra[-3:], strict=True))
     need_x, need_weight, need_bias, need_residual = call.needs  # an operator receives a list
-    call = BackwardCall(*call[:9], (need_x, need_weight, need_bias, need_residual), *requested)
+    needs = (need_x, need_weight, need_bias, need_residual)
+    call = BackwardCall(*call[:9], needs, *requested, sample_weight=call.sample_weight)
     kernels = backends.choose(extra.backend, x.device, x.dtype)
     if extra.group:
         assert extra.count is not None, "the backward with a group requires the count that the forward returned"
@@ -241,7 +249,7 @@ def _setup_context(ctx, inputs, output):
     _, mean, invstd, mask, *_, count, _ = output
     ctx.act, ctx.training = call.act, call.training
     ctx.lacks_mask = call.act is not None and call.residual is not None and not call.save_mask
-    ctx.save_for_backward(call.x, call.weight, call.bias, mean, invstd, mask, count)
+    ctx.save_for_backward(call.x, call.weight, call.bias, call.sample_weight, mean, invstd, mask, count)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # only y has a gradient, so no zeros for the others
 
@@ -252,14 +260,15 @@ def _autograd(ctx, dy, *_):
             "batch_norm: this graph was recorded where no gradient was needed and keeps no activation mask for the "
             "backward; record the graph with an input or parameter that requires a gradient"
         )
-    x, weight, bias, *saved = ctx.saved_tensors
+    x, weight, bias, sample_weight, *saved = ctx.saved_tensors
     mean, invstd, mask, count = map(_or_none, saved)
     needs, extra = ctx.needs_input_grad[:4], ctx.extra
     buffers = extra[-3:]  # they are written, so they are not saved tensors
     possible = (needs[0], mean is not None, mean is not None)
     flags = [buffer is not None and need for buffer, need in zip(buffers, possible, strict=True)]
     *grads, gradient, affine, samples = torch.ops.bnkern.batch_norm_backward(
-        dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs, extra.backend, extra.group, count, *flags
+        *(dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs, sample_weight),
+        *(extra.backend, extra.group, count, *flags),
     )
     for buffer, record, flag in zip(buffers, (gradient, affine, samples), flags, strict=True):
         if flag:

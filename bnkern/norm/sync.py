@@ -61,7 +61,7 @@ def sync_batch_norm(
         momentum,
         eps,
         act,
-        num_batches_skipped,
+        num_batches_skipped=num_batches_skipped,
     )
     check_call("sync_batch_norm", call, joint=True)
     if context.is_transformed():

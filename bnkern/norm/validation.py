@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import backends
 from ..backends import activations
 from ..backends.calls import ForwardCall
+from ..backends.reference import accumulator
 
 
 def check_tensors(name: str, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> None:
@@ -41,7 +42,7 @@ def check_call(name: str, call: ForwardCall, *, joint: bool = False) -> None:
 
     ``joint``: the statistics include the values of other ranks, so one value per channel is enough on this rank.
     """
-    x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, skipped, *_ = call
+    x, weight, bias, residual, running_mean, running_var, counter, training, momentum, eps, act, *_ = call
     check_tensors(name, x, residual, act)
     if not isinstance(training, bool):
         raise TypeError(f"{name}: training must be True or False, got {training!r}")
@@ -65,17 +66,34 @@ def check_call(name: str, call: ForwardCall, *, joint: bool = False) -> None:
     for argument, vector in running.items():
         if vector is not None and not vector.is_contiguous():
             raise ValueError(f"{name}: {argument} must be contiguous, because it is updated in place")
-    for argument, scalar in (("num_batches_tracked", counter), ("num_batches_skipped", skipped)):
+    for argument, scalar in (("num_batches_tracked", counter), ("num_batches_skipped", call.num_batches_skipped)):
         if scalar is None:
             continue
         if not isinstance(scalar, Tensor) or scalar.dtype is not torch.int64 or scalar.numel() != 1:
             raise TypeError(f"{name}: {argument} must be an int64 tensor of one element or None")
         if scalar.device != x.device:
             raise ValueError(f"{name}: {argument} must be on the device of input, {x.device}, got {scalar.device}")
+    if call.sample_weight is not None:
+        _check_weights(f"{name}: sample_weight", call.sample_weight, x)
     if counter is None and training and momentum is None and running_mean is not None:
         raise ValueError(f"{name}: num_batches_tracked must be given when momentum is None (cumulative mean)")
     if training and not joint and x.shape[0] * x.shape[2:].numel() == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+
+
+def _check_weights(name: str, weights: Tensor, x: Tensor) -> None:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(weights).__name__}")
+    if weights.layout is not torch.strided:
+        raise TypeError(f"{name} must be a strided (dense) tensor, got {weights.layout}")
+    shapes = [[x.shape[0]], [x.shape[0], *x.shape[2:]]]
+    if list(weights.shape) not in shapes:
+        expected = " or ".join(str(shape) for shape in shapes[: 1 if x.dim() == 2 else 2])
+        raise ValueError(f"{name} must have one weight per sample or position, {expected}, got {list(weights.shape)}")
+    if weights.device != x.device:
+        raise ValueError(f"{name} must be on the device of input, {x.device}, got {weights.device}")
+    if weights.dtype != accumulator(x.dtype):
+        raise TypeError(f"{name} must be {accumulator(x.dtype)} for {x.dtype} input, got {weights.dtype}")
 
 
 def _check_vector(name: str, vector: Tensor, x: Tensor) -> None:

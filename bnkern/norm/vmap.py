@@ -16,7 +16,8 @@ from ..backends import reference
 from ..backends.activations import ACTIVATIONS
 from ..backends.calls import BackwardCall, ForwardCall
 from ..backends.layout import layout
-from . import context, op  # noqa: F401 (op registers the operators)
+from . import context
+from .op import operands
 
 
 def serves(call: ForwardCall) -> bool:
@@ -73,7 +74,7 @@ class _Forward(torch.autograd.Function):
         call = ForwardCall(
             x, weight, bias, residual, running_mean, running_var, training=training, momentum=0.0, eps=eps, act=act
         )
-        return torch.ops.bnkern.batch_norm_forward(*call[:-1], backend)[:3]
+        return torch.ops.bnkern.batch_norm_forward(*operands(call), backend)[:3]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -113,7 +114,7 @@ class _Backward(torch.autograd.Function):
         call = BackwardCall(
             g, x, vectors[0], vectors[1], mean, invstd, training=training, needs=(True, True, True, False)
         )
-        return torch.ops.bnkern.batch_norm_backward(*call[:-3], backend)[:3]
+        return torch.ops.bnkern.batch_norm_backward(*call[:10], call.sample_weight, backend)[:3]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
