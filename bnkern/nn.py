@@ -74,9 +74,7 @@ class _Fused(_Parent):
         if skip_nonfinite:
             _count_skips(self, type(self).__name__)
 
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, sample_weight: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         if type(input) is not Tensor and isinstance(input, fx.Proxy):
             node = fx_leaf(self, input, residual, sample_weight=sample_weight)
             if node is not None:
@@ -238,9 +236,7 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
     _check_input_dim = torch.nn.SyncBatchNorm._check_input_dim
     _check_non_zero_input_channels = torch.nn.SyncBatchNorm._check_non_zero_input_channels
 
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, sample_weight: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         group = ranks_of(self.process_group) if self.training and not self.statistics_frozen else None
         if group is None or isinstance(input, fx.Proxy):
             return super().forward(input, residual, sample_weight)

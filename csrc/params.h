@@ -90,7 +90,7 @@ struct Backward {
   ChannelVector dweight, dbias;  // the same sums in the dtypes of the parameters, written if not null
   // The rows GRADIENT [8, C] and AFFINE [8, C] of records.py. If not null, they are written with dx and with the sums.
   double *record_gradient, *record_affine;
-  double* record_samples;  // the rows SAMPLES [5, C], written with the sums if not null
+  double* record_samples;     // the rows SAMPLES [5, C], written with the sums if not null
   const void* sample_weight;  // that of the forward; null without weights
   int threads;
 };

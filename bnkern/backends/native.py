@@ -171,8 +171,8 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
     if not call.x.numel():
         return reference.grad_input(call, sums)
     sum_dy, sum_dy_xhat, count = (None, None, 0) if sums is None else sums
-    own_count = layout(call.x).count
-    if sums is not None and count != own_count and call.sample_weight is None:  # the sums are those of all ranks; the kernel divides by its own count
+    own_count = layout(call.x).count if call.sample_weight is None else count
+    if sums is not None and count != own_count:  # the sums are those of all ranks; the kernel divides by its own count
         sum_dy, sum_dy_xhat = sums[0] * (own_count / count), sums[1] * (own_count / count)
     results = _native.grad_input(call, sum_dy, sum_dy_xhat)
     results = results or _native.grad_input(_readable_backward(call), _vector(sum_dy), _vector(sum_dy_xhat))

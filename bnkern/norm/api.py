@@ -80,12 +80,13 @@ def batch_norm(
             is made on the device, so the host does not wait, and a CUDA graph can capture the call. On CUDA tensors it
             costs two more small launches.
         sample_weight: [N] or [N, ...], the shape of ``input`` without the channel axis. A weight of a shape [N] counts
-            for all positions of its sample. float32, or float64 for float64 input; on the device of ``input``. Weights
-            must not be negative, which is not checked. They are constants: no gradient flows to them. Values of weight
-            0 do not change the statistics, even if they are infinite or NaN. But the gradients of weight and bias are
-            sums over all values, so NaN in the padding of ``input`` makes the gradient of ``weight`` NaN. If all weights
-            are 0, the statistics and y are NaN, and ``num_batches_skipped`` then counts the batch as skipped. Used in
-            training only. Not with ``records``, torch.func's transforms, or statistics across ranks. On CUDA tensors
+            for all positions of its sample. float32, or float64 for float64 input, on the device of ``input``. Weights
+            must not be negative, which is not checked. They are constants, and get no gradient. Values of weight 0 do
+            not change the statistics, even if they are infinite or NaN. But the gradients of ``weight`` and ``bias``
+            are sums over all values, so a NaN in the padding of ``input`` makes the gradient of ``weight`` NaN, even if
+            the loss ignores the padding. If all weights are 0, the statistics and y are NaN, and with
+            ``num_batches_skipped`` the batch is skipped. Eval mode checks the weights and ignores them. In training
+            they exclude ``records``, torch.func's transforms, forward mode and statistics across ranks. On CUDA tensors
             Triton's kernels serve the call.
         records: buffers for the records that the kernels write in the same pass (from :mod:`bnkern.probes`). The
             results keep their bits.
@@ -231,7 +232,8 @@ def _transformed(call: ForwardCall) -> Tensor:
         )
     if call.sample_weight is not None:
         raise RuntimeError(
-            "batch_norm: torch.func transforms and forward-mode differentiation do not support sample_weight in training"
+            "batch_norm: torch.func transforms and forward-mode differentiation do not support sample_weight "
+            "in training"
         )
     if vmap.serves(call):
         return vmap.batch_norm(call, backends.forced())

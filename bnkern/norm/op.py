@@ -209,10 +209,10 @@ def _backward(*arguments):
     call, extra = _split_backward(arguments)
     x = call.x
     records = _backward_records(x, extra)
-    requested = (t if flag else None for t, flag in zip(records, extra[-3:], strict=True))
+    gradient, affine, samples = (t if flag else None for t, flag in zip(records, extra[-3:], strict=True))
     need_x, need_weight, need_bias, need_residual = call.needs  # an operator receives a list
     needs = (need_x, need_weight, need_bias, need_residual)
-    call = BackwardCall(*call[:9], needs, *requested, sample_weight=call.sample_weight)
+    call = call._replace(needs=needs, record_gradient=gradient, record_affine=affine, record_samples=samples)
     kernels = backends.choose(extra.backend, x.device, x.dtype)
     if extra.group:
         assert extra.count is not None, "the backward with a group requires the count that the forward returned"

@@ -188,8 +188,8 @@ template <class T>
 void weighted_grad_input_tile(const Partition& part, const Tensors<T>& t, const Coefficients<Accumulator<T>>& k,
                               const Accumulator<T>* weights, std::int64_t group, std::int64_t tile) {
   using A = Accumulator<T>;
-  (part.shape.rows ? grad_input_of<RowChannels<A>, T>
-                   : grad_input_of<PlaneChannel<A>, T>)(part, t, k, weights, group, tile);
+  (part.shape.rows ? grad_input_of<RowChannels<A>, T> : grad_input_of<PlaneChannel<A>, T>)(part, t, k, weights, group,
+                                                                                           tile);
 }
 
 template <class A>

@@ -36,12 +36,13 @@ def arguments(p: Problem, mode: str, act: str | None, with_residual: bool) -> tu
     """The arguments of the forward operator. The mode is training, untracked, eval or identity."""
     tracked = mode in ("training", "eval")
     running = [p.mean.to(p.weight.dtype), (p.invstd**-2).to(p.weight.dtype)] if tracked else [None, None]
-    counter = torch.tensor(3, device=p.x.device) if mode == "training" else None
+    counter, skipped = torch.tensor([3, 2], device=p.x.device).unbind() if mode == "training" else (None, None)
     affine = (None, None) if mode == "identity" else (p.weight, p.bias)
     residual = p.residual if with_residual else None
     training = mode in ("training", "untracked")
     momentum = None if mode == "training" else 0.1
-    return (p.x, *affine, residual, *running, counter, training, momentum, EPS, act, True, backends.forced())
+    settings = (training, momentum, EPS, act, True)
+    return (p.x, *affine, residual, *running, counter, *settings, skipped, None, backends.forced())
 
 
 def requiring_grad(args: tuple) -> tuple:
@@ -82,7 +83,7 @@ def test_opcheck_of_the_backward(target: Target, act: str | None, with_residual:
         x, weight, bias = args[:3]
         for needs in ((True, weight is not None, bias is not None, with_residual), (False, False, False, True)):
             saved = (x, weight, bias, *map(or_none, (mean, invstd, mask)))
-            torch.library.opcheck(BACKWARD, (p.dy, *saved, act, args[7], list(needs), args[-1]))
+            torch.library.opcheck(BACKWARD, (p.dy, *saved, act, args[7], list(needs), None, args[-1]))
 
 
 @FUSED
@@ -96,7 +97,8 @@ def test_opcheck_of_ops_that_record(target: Target, act: str | None, with_residu
         needs = [True, weight is not None, bias is not None, with_residual]
         affine = mode != "identity"
         saved = (x, weight, bias, *map(or_none, (mean, invstd, mask)))
-        torch.library.opcheck(BACKWARD, (p.dy, *saved, act, args[7], needs, args[-1], "", None, True, affine))
+        settings = (act, args[7], needs, None, args[-1], "", None)
+        torch.library.opcheck(BACKWARD, (p.dy, *saved, *settings, True, affine, affine))
 
 
 @pytest.mark.parametrize("mode", ["training", "identity"])
@@ -113,7 +115,7 @@ def test_fake_results_match_real_ones(
     def run_both(*args: object) -> list[Tensor]:
         y, mean, invstd, mask, *running = FORWARD(*args[:-1])
         saved = (*args[:3], *map(or_none, (mean, invstd, mask)))
-        backward = (args[-1], *saved, args[10], args[7], needs, args[-2])
+        backward = (args[-1], *saved, args[10], args[7], needs, None, args[-2])
         return [y, mean, invstd, mask, *running, *BACKWARD(*backward)]
 
     fake_mode = FakeTensorMode()
@@ -134,14 +136,20 @@ def test_op_equals_direct_call(target: Target, case: Case, mode: str, act: str |
     """
     args = requiring_grad(arguments(case.problem(FP32, target.device), mode, act, with_residual))
     leaves = [t for t in args[:4] if t is not None]
-    before = copy.deepcopy([None if t is None else t.detach() for t in args[4:7]])
+    running = (*args[4:7], args[12])
+    before = copy.deepcopy([None if t is None else t.detach() for t in running])
     y, mean, invstd, mask, *new, count, activation = FORWARD(*args)
     assert count.numel() == activation.numel() == 0
-    for old, untouched in zip(before, args[4:7], strict=True):
+    for old, untouched in zip(before, running, strict=True):
         assert old is None or torch.equal(old, untouched)
     kernels = backends.choose(target.backend, target.device, torch.float32)
     direct = kernels.forward(
-        ForwardCall(*(t.detach() if isinstance(t, Tensor) else t for t in args[:4]), *before, *args[7:-1])
+        ForwardCall(
+            *(t.detach() if isinstance(t, Tensor) else t for t in args[:4]),
+            *before[:3],
+            *args[7:12],
+            num_batches_skipped=before[3],
+        )
     )
     for actual, expected in zip((y, mean, invstd, mask), direct, strict=True):
         assert torch.equal(actual, expected) if expected is not None else actual.numel() == 0

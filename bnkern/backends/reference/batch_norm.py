@@ -62,8 +62,10 @@ def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
 
 
 def weighted_moments(x: Tensor, sample_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W (a scalar), mean [C] and M2 [C] of x with the weights of its values, in two passes. All are NaN if W = 0,
-    except for W."""
+    """W (a scalar), mean [C] and M2 [C] of x with the weights of its values, in two passes.
+
+    If W = 0, mean and M2 are NaN.
+    """
     weight = _per_value(sample_weight, x)
     counted = ~(weight <= 0)
     acc, total = x.to(accumulator(x.dtype)).where(counted, 0.0), sample_weight.sum()
@@ -182,8 +184,8 @@ def update_running(call: ForwardCall, count: int | Tensor, mean: Tensor, m2: Ten
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance M2 / (M - 1), in place.
 
     The counter, if given, is first increased by one. Momentum None means 1 / counter, the cumulative mean. If the count
-    is 0, the running statistics do not change. The host does not read a count that is a tensor. A count of at most 1, as
-    a sum of weights may be, means the biased variance M2 / M.
+    is 0, the running statistics do not change. The host does not read a count that is a tensor. If such a count is at
+    most 1, as a sum of weights may be, the variance is the biased one, M2 / M.
 
     With ``call.num_batches_skipped`` a batch whose mean or unbiased variance is not finite in some channel increments
     this number only. The host does not wait for the decision.
@@ -244,7 +246,7 @@ def differentiable_backward(call: BackwardCall, eps: float) -> Gradients:
     In training the statistics are recomputed from x, because the second derivative includes their derivatives. The sign
     of z is constant almost everywhere and is treated as a constant.
     """
-    dy, x, weight, bias, mean, invstd, mask, act, training, needs, *_ = call
+    _, x, weight, bias, mean, invstd, mask, act, training, needs, *_ = call
     if mask is None and act is not None:
         with torch.no_grad():
             positive = ~(_pre_activation(x, mean, invstd, weight, bias).to(x.dtype) <= 0)

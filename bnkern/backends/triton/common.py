@@ -227,8 +227,10 @@ def addresses(
 def load_weights(
     weights_ptr, line, octet, valid, length, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip
-    """The weights (``sample_weight``, [N * S]) of the elements, or 0 where not ``valid``. They are [GROUP, 1] and
-    ``valid`` has this shape too, if a line is a single row."""
+    """The weights (``sample_weight``, [N * S]) of the elements, or 0 where not ``valid``.
+
+    They have the shape of ``valid``: [GROUP, 1] if a line is a single row, otherwise [GROUP, 8].
+    """
     coord = position(octet)
     if ROWS and FLAT:
         index = line * 8 + coord // channels

@@ -91,8 +91,8 @@ def grad_input_kernel(
             if weights_ptr is None:
                 dx = tl.where(training != 0, g - tl.fma(xhat, mean_dot, mean_g), g) * (weight * invstd)
             else:
-                exists = line < lines if ROWS and not FLAT else valid
-                w = load_weights(weights_ptr, line, octet, exists, length, channels, ROWS, FLAT, ALIGN)
+                weighted = line < lines if ROWS and not FLAT else valid
+                w = load_weights(weights_ptr, line, octet, weighted, length, channels, ROWS, FLAT, ALIGN)
                 common = tl.where(w == 0, 0.0, w * tl.fma(xhat, mean_dot, mean_g))
                 dx = tl.where(training != 0, g - common, g) * (weight * invstd)
             pointers = addresses(dx_ptr, dx_outer, dx_inner, line, octet, channels, ROWS, FLAT, ALIGN)

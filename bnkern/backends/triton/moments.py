@@ -49,8 +49,8 @@ def add_tile(
     """Adds the values ``xs`` of a tile, UNROLL for each lane, to the moments of the lanes, where ``valid``. The other
     values must be 0.
 
-    If ``WEIGHTED``, ``weights`` has their weights, ``valid`` is false for weights of 0, and ``tile_count`` is the sum of
-    the weights.
+    If ``WEIGHTED``, ``weights`` has their weights, ``valid`` is false where these are 0, and ``tile_count`` is their
+    sum.
 
     Means are relative to the first value of a lane, its pivot. So they are small even if the mean is large, and zero in
     a constant channel.

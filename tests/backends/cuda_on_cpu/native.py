@@ -130,10 +130,10 @@ class Forward(Structure):
         *_fields("weight bias", ChannelVector),
         *_fields("mean spread", c_void_p),
         *_fields("running_mean running_var", ChannelVector),
-        ("counter", c_void_p),
+        *_fields("counter skipped", c_void_p),
         ("cumulative", c_bool),
         *_fields("momentum eps", c_double),
-        ("record", c_void_p),
+        *_fields("record sample_weight", c_void_p),
         ("threads", c_int),
     ]
 
@@ -150,7 +150,7 @@ class Backward(Structure):
         *_fields("weight bias", ChannelVector),
         *_fields("mean invstd sum_dy sum_dy_xhat", c_void_p),
         *_fields("dweight dbias", ChannelVector),
-        *_fields("record_gradient record_affine", c_void_p),
+        *_fields("record_gradient record_affine record_samples sample_weight", c_void_p),
         ("threads", c_int),
     ]
 
@@ -269,7 +269,7 @@ class OnCpu(NamedTuple):
     def _forward(self, arguments: ForwardCall, phases: tuple[bool, bool], saved=None) -> list[Tensor | None]:
         """y, mask, mean, spread, and the running statistics and the counter after the call."""
         moments, normalize = phases
-        x, weight, bias, residual, running_mean, running_var, counter, _, momentum, eps, act, _, record = arguments
+        x, weight, bias, residual, running_mean, running_var, counter, _, momentum, eps, act, _, record, *_ = arguments
         x_layout = layout(x)
         x = addressed(x, x_layout.rows)
         residual = None if residual is None else addressed(residual, x_layout.rows)
@@ -294,6 +294,7 @@ class OnCpu(NamedTuple):
                     *map(address, (mean, spread)),
                     *map(vector, state[:2]),
                     address(state[2]),
+                    None,
                     momentum is None,
                     momentum or 0.0,
                     eps,
