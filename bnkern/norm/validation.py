@@ -6,7 +6,6 @@ from torch import Tensor
 from .. import backends
 from ..backends import activations
 from ..backends.calls import ForwardCall
-from ..backends.reference import accumulator
 
 
 def check_tensors(name: str, x: Tensor, residual: Tensor | None = None, act: str | None = None) -> None:
@@ -92,8 +91,9 @@ def _check_weights(name: str, weights: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} must have one weight per sample or position, {expected}, got {list(weights.shape)}")
     if weights.device != x.device:
         raise ValueError(f"{name} must be on the device of input, {x.device}, got {weights.device}")
-    if weights.dtype != accumulator(x.dtype):
-        raise TypeError(f"{name} must be {accumulator(x.dtype)} for {x.dtype} input, got {weights.dtype}")
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    if weights.dtype is not dtype:
+        raise TypeError(f"{name} must be {dtype} for {x.dtype} input, got {weights.dtype}")
 
 
 def _check_vector(name: str, vector: Tensor, x: Tensor) -> None:

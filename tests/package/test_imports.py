@@ -55,7 +55,15 @@ RULES = {
         ("bnkern.backends.native", "bnkern.backends.cpu.convolution", "bnkern.backends.reference.merge")
     ),
     "bnkern.backends.architectures": Rule((), ()),
-    "bnkern.backends.cuda": Rule(("bnkern.backends.native", "bnkern.backends.architectures")),
+    # Triton's kernels do what the C++/CUDA kernels do not, and are imported where they are needed.
+    "bnkern.backends.cuda": Rule(
+        (
+            "bnkern.backends.calls",
+            "bnkern.backends.native",
+            "bnkern.backends.architectures",
+            "bnkern.backends.triton",
+        )
+    ),
     "bnkern.backends.triton*": Rule((*LEAVES, "bnkern.backends.triton*"), ("torch", "triton")),
     "bnkern.backends": Rule(("bnkern.backends.protocol",)),  # imports its backends by name, from the table
     # Batch norm, from the lowest to the highest layer.
