@@ -22,7 +22,7 @@ def _tensor(module: torch.nn.Module, stored: Mapping[str, Tensor | None], name: 
     return getattr(module, name)  # the module is parametrized, pruned or a replica
 
 
-def fx_leaf(module: torch.nn.Module, input: object, *others: object) -> fx.Proxy | None:
+def fx_leaf(module: torch.nn.Module, input: object, *others: object, **keywords: object) -> fx.Proxy | None:
     """Returns the call of ``module`` as one node if torch.fx is tracing, as it does for modules of torch.nn, else None.
 
     The result is also None if the module is the root of the trace, because the trace then goes into its forward.
@@ -30,7 +30,8 @@ def fx_leaf(module: torch.nn.Module, input: object, *others: object) -> fx.Proxy
     if not isinstance(input, fx.Proxy) or not isinstance(input.tracer, fx.Tracer) or module is input.tracer.root:
         return None
     args = (input, *(other for other in others if other is not None))
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, {})
+    keywords = {name: value for name, value in keywords.items() if value is not None}
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, keywords)
 
 
 if TYPE_CHECKING:
@@ -73,9 +74,9 @@ class _Fused(_Parent):
         if skip_nonfinite:
             _count_skips(self, type(self).__name__)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         if type(input) is not Tensor and isinstance(input, fx.Proxy):
-            node = fx_leaf(self, input, residual)
+            node = fx_leaf(self, input, residual, sample_weight=sample_weight)
             if node is not None:
                 return node
         else:
@@ -103,6 +104,7 @@ class _Fused(_Parent):
             act=self.act,
             num_batches_tracked=counter,
             num_batches_skipped=skipped,
+            sample_weight=sample_weight,
             records=self.taps[0].records(self, input) if self.taps else None,
         )
 
@@ -234,10 +236,12 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
     _check_input_dim = torch.nn.SyncBatchNorm._check_input_dim
     _check_non_zero_input_channels = torch.nn.SyncBatchNorm._check_non_zero_input_channels
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, sample_weight: Tensor | None = None) -> Tensor:
         group = ranks_of(self.process_group) if self.training and not self.statistics_frozen else None
         if group is None or isinstance(input, fx.Proxy):
-            return super().forward(input, residual)
+            return super().forward(input, residual, sample_weight)
+        if sample_weight is not None:
+            raise RuntimeError("SyncBatchNorm: sample_weight is not supported with statistics across ranks")
         # These methods are of another class. They read only attributes that this class has too.
         self._check_input_dim(input)  # type: ignore[misc]
         self._check_non_zero_input_channels(input)  # type: ignore[misc]

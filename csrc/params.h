@@ -14,11 +14,11 @@ namespace bnkern {
   FIELD(x) FIELD(weight) FIELD(bias) FIELD(residual)                            \
   FIELD(running_mean) FIELD(running_var) FIELD(num_batches_tracked)             \
   FIELD(training) FIELD(momentum) FIELD(eps) FIELD(act)                   \
-  FIELD(save_mask) FIELD(record) FIELD(num_batches_skipped)
+  FIELD(save_mask) FIELD(record) FIELD(num_batches_skipped) FIELD(sample_weight)
 #define BNKERN_BACKWARD_FIELDS(FIELD)                                           \
   FIELD(dy) FIELD(x) FIELD(weight) FIELD(bias) FIELD(mean) FIELD(invstd)        \
   FIELD(mask) FIELD(act) FIELD(training) FIELD(needs)                           \
-  FIELD(record_gradient) FIELD(record_affine) FIELD(record_samples)
+  FIELD(record_gradient) FIELD(record_affine) FIELD(record_samples) FIELD(sample_weight)
 // clang-format on
 
 // The activations of bnkern/backends/activations.py. Each is the identity if z > 0 or z is NaN, and linear otherwise.
@@ -69,6 +69,9 @@ struct Forward {
   bool cumulative;  // momentum is 1 / counter
   double momentum, eps;
   double* record;  // a call with normalize writes it if not null: [9, C], rows ACTIVATION of bnkern/backends/records.py
+  // If not null, the weights of the values in moments: [N * S] in the order n, s, of the accumulator type. Only on the
+  // CPU, and without a record.
+  const void* sample_weight;
   int threads;
 };
 
@@ -87,7 +90,8 @@ struct Backward {
   ChannelVector dweight, dbias;  // the same sums in the dtypes of the parameters, written if not null
   // The rows GRADIENT [8, C] and AFFINE [8, C] of records.py. If not null, they are written with dx and with the sums.
   double *record_gradient, *record_affine;
-  double* record_samples;  // the rows SAMPLES [5, C], written with the sums if not null
+  double* record_samples;     // the rows SAMPLES [5, C], written with the sums if not null
+  const void* sample_weight;  // that of the forward; null without weights
   int threads;
 };
 

@@ -33,6 +33,9 @@ class ForwardCall(NamedTuple):
     # int64 scalar. If it is given, a batch whose statistics are not all finite increments it in training, and changes
     # neither the running statistics nor num_batches_tracked.
     num_batches_skipped: Tensor | None = None
+    # [N * S] in the order n, s, contiguous and of the accumulator's dtype. The weights of the values in the statistics
+    # of a batch. Only in training, and without a record.
+    sample_weight: Tensor | None = None
 
     @property
     def normalizes(self) -> bool:
@@ -64,6 +67,7 @@ class BackwardCall(NamedTuple):
     record_gradient: Tensor | None = None  # float64 [8, C], filled with records.GRADIENT if dx is needed
     record_affine: Tensor | None = None  # float64 [8, C], filled with records.AFFINE unless this is the identity
     record_samples: Tensor | None = None  # float64 [5, C], filled with records.SAMPLES unless this is the identity
+    sample_weight: Tensor | None = None  # that of the forward
 
     @property
     def needs_sums(self) -> bool:

@@ -13,13 +13,14 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import architectures, native
-from .calls import BackwardCall, Forward, ForwardCall, Gradients
+from .calls import BackwardCall, Forward, ForwardCall, Gradients, Sums
 from .native import _native, update
 
 __all__ = [
@@ -161,17 +162,31 @@ _backward = _with_memory(native.backward)
 moments = _with_memory(native.moments)
 normalize = _with_memory(native.normalize)
 _grad_sums = _with_memory(native.grad_sums)
-grad_input = _with_memory(native.grad_input)
+_grad_input = _with_memory(native.grad_input)
 
 
 def try_forward(call: ForwardCall) -> Forward | None:
-    """:func:`bnkern.backends.native.try_forward`. ``num_batches_skipped`` needs two more small launches."""
+    """:func:`bnkern.backends.native.try_forward`. ``num_batches_skipped`` needs two more small launches.
+
+    It declines ``sample_weight``, for which :func:`forward` has other kernels.
+    """
     return _try_forward(call) if call.num_batches_skipped is None else _with_skips(_try_forward, call)
 
 
 def forward(call: ForwardCall) -> Forward:
-    """:func:`bnkern.backends.native.forward`. ``num_batches_skipped`` needs two more small launches."""
+    """:func:`bnkern.backends.native.forward`. ``num_batches_skipped`` needs two more small launches.
+
+    Triton's kernels serve a call with ``sample_weight``.
+    """
+    if call.sample_weight is not None:
+        return _triton().forward(call)
     return _forward(call) if call.num_batches_skipped is None else _with_skips(_forward, call)
+
+
+def _triton() -> ModuleType:
+    from . import triton  # imports Triton, which takes a second
+
+    return triton
 
 
 def _with_skips(function: Callable, call: ForwardCall):
@@ -181,13 +196,23 @@ def _with_skips(function: Callable, call: ForwardCall):
 
 
 def backward(call: BackwardCall) -> Gradients:
-    """:func:`bnkern.backends.native.backward`. A kernel in Triton computes ``record_samples``, by another pass."""
+    """:func:`bnkern.backends.native.backward`. A kernel in Triton computes ``record_samples``, by another pass.
+
+    Triton's kernels serve a call with ``sample_weight``.
+    """
+    if call.sample_weight is not None:
+        return _triton().backward(call)
     return _backward(call if call.record_samples is None else _without_samples(call))
 
 
 def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
     """:func:`bnkern.backends.native.grad_sums`. A kernel in Triton computes ``record_samples``, by another pass."""
     return _grad_sums(call if call.record_samples is None else _without_samples(call))
+
+
+def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`bnkern.backends.native.grad_input`. Triton's kernel serves a call with ``sample_weight``."""
+    return _grad_input(call, sums) if call.sample_weight is None else _triton().grad_input(call, sums)
 
 
 def _without_samples(call: BackwardCall) -> BackwardCall:

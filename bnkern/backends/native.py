@@ -105,14 +105,16 @@ def _readable_forward(call: ForwardCall) -> ForwardCall:
     x, residual = _readable(call.x, rows), _readable(call.residual, rows)
     weight, bias = _vector(call.weight), _vector(call.bias)
     running = {name: plain(getattr(call, name)) for name in _RUNNING}
-    return call._replace(x=x, weight=weight, bias=bias, residual=residual, **running)
+    call = call._replace(x=x, weight=weight, bias=bias, residual=residual, **running)
+    return call if call.sample_weight is None else call._replace(sample_weight=_vector(call.sample_weight))
 
 
 def _readable_backward(call: BackwardCall) -> BackwardCall:
     rows = layout(call.x).rows
     dy, x = _readable(call.dy, rows), _readable(call.x, rows)
     weight, bias, mean, invstd = _vector(call.weight), _vector(call.bias), _vector(call.mean), _vector(call.invstd)
-    return BackwardCall(dy, x, weight, bias, mean, invstd, plain(call.mask), *call[7:])
+    call = BackwardCall(dy, x, weight, bias, mean, invstd, plain(call.mask), *call[7:])
+    return call if call.sample_weight is None else call._replace(sample_weight=_vector(call.sample_weight))
 
 
 # ----------------------------------------------------------------------------------------- the functions of a backend
@@ -162,11 +164,14 @@ def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
 
 
 def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
-    """dx and the residual's gradient, if needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode."""
+    """dx and the residual's gradient, if needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
+
+    With weights the kernel divides by their sum, and M is not read.
+    """
     if not call.x.numel():
         return reference.grad_input(call, sums)
     sum_dy, sum_dy_xhat, count = (None, None, 0) if sums is None else sums
-    own_count = layout(call.x).count
+    own_count = layout(call.x).count if call.sample_weight is None else count
     if sums is not None and count != own_count:  # the sums are those of all ranks; the kernel divides by its own count
         sum_dy, sum_dy_xhat = sums[0] * (own_count / count), sums[1] * (own_count / count)
     results = _native.grad_input(call, sum_dy, sum_dy_xhat)

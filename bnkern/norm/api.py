@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import backends
 from ..backends import reference
 from ..backends.calls import ForwardCall
+from ..backends.layout import layout
 from ..backends.records import Records
 from . import autograd, context, op, vmap
 from .validation import check_call, check_tensors
@@ -32,6 +33,7 @@ def batch_norm(
     act: str | None = None,
     num_batches_tracked: Tensor | None = None,
     num_batches_skipped: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     records: "Records | None" = None,
 ) -> Tensor:
     """``act(batch_norm(input) + residual)`` in one fused operation. Without both it is ``F.batch_norm``.
@@ -41,6 +43,13 @@ def batch_norm(
         mean = sum x / M,  var = sum (x - mean)^2 / M          (training; else the running statistics)
         y    = act(weight * (x - mean) / sqrt(var + eps) + bias + residual)
         running = (1 - momentum) * running + momentum * batch, the variance unbiased (M - 1)
+
+    With ``sample_weight`` w and W = sum w over the M values:
+
+        mean = sum w x / W,  var = sum w (x - mean)^2 / W      (training; in eval mode the weights are ignored)
+        running: as above, with the variance sum w (x - mean)^2 / (W - 1) if W > 1, and var otherwise
+
+    So integer weights are numbers of repetitions, and values of weight 0 do not count. y is computed for all values.
 
     Arithmetic and statistics are float32 for float32, bfloat16 and float16 input, and float64 for float64 input. The
     sum is rounded once, to the dtype of ``input``, before the activation.
@@ -70,6 +79,15 @@ def batch_norm(
             running_mean, running_var and num_batches_tracked as they were. y is computed as without it. The decision
             is made on the device, so the host does not wait, and a CUDA graph can capture the call. On CUDA tensors it
             costs two more small launches.
+        sample_weight: [N] or [N, ...], the shape of ``input`` without the channel axis. A weight of a shape [N] counts
+            for all positions of its sample. float32, or float64 for float64 input, on the device of ``input``. Weights
+            must not be negative, which is not checked. They are constants, and get no gradient. Values of weight 0 do
+            not change the statistics, even if they are infinite or NaN. But the gradients of ``weight`` and ``bias``
+            are sums over all values, so a NaN in the padding of ``input`` makes the gradient of ``weight`` NaN, even if
+            the loss ignores the padding. If all weights are 0, the statistics and y are NaN, and with
+            ``num_batches_skipped`` the batch is skipped. Eval mode checks the weights and ignores them. In training
+            they exclude ``records``, torch.func's transforms, forward mode and statistics across ranks. On CUDA tensors
+            Triton's kernels serve the call.
         records: buffers for the records that the kernels write in the same pass (from :mod:`bnkern.probes`). The
             results keep their bits.
 
@@ -86,7 +104,8 @@ def batch_norm(
 
     Raises:
         TypeError, ValueError: an argument is not as described above. The message names it. Nothing has been written.
-        RuntimeError: a forced backend cannot serve the call. The message has the reason.
+        RuntimeError: a forced backend cannot serve the call, or arguments that exclude each other are given. The
+            message has the reason.
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
@@ -103,8 +122,9 @@ def batch_norm(
         eps,
         act,
         num_batches_skipped=num_batches_skipped,
+        sample_weight=sample_weight,
     )
-    if context.is_plain_eager():
+    if sample_weight is None and context.is_plain_eager():
         y = autograd.try_batch_norm(call, records)
         if y is not None:
             return y
@@ -117,6 +137,7 @@ def batch_norm(
             "act": act,
             "num_batches_tracked": num_batches_tracked,
             "num_batches_skipped": num_batches_skipped,
+            "sample_weight": sample_weight,
         },
     )
     if node is not None:
@@ -124,7 +145,20 @@ def batch_norm(
     if torch.jit.is_tracing() and not training:  # a trace in training records bnkern's operator
         return op.eval_in_torch(call)
     check_call("batch_norm", call)
+    if sample_weight is not None:
+        if training and records is not None:
+            raise RuntimeError("batch_norm: sample_weight is not supported while a probe records this batch norm")
+        call = call._replace(sample_weight=_flat_weights(sample_weight, input) if training else None)
     return _dispatch(call, records)
+
+
+def _flat_weights(sample_weight: Tensor, x: Tensor) -> Tensor:
+    """The weights as the kernels read them: contiguous [N * S], in the order n, s."""
+    n, _, s = layout(x)[1:]
+    weights = sample_weight.detach()
+    if weights.dim() == 1:
+        weights = weights.view(n, 1).expand(n, s)
+    return weights.reshape(n * s).contiguous()
 
 
 def add_act(
@@ -184,7 +218,7 @@ def _dispatch(call: ForwardCall, records: Records | None) -> Tensor:
     call = autograd.with_residual_in_format(call)
     if context.is_transformed():
         return _transformed(call)
-    if context.is_direct(*call[:7], call.num_batches_skipped):
+    if context.is_direct(*call[:7], call.num_batches_skipped, call.sample_weight):
         return autograd.batch_norm(call, records)
     return op.batch_norm(call, records)
 
@@ -195,6 +229,11 @@ def _transformed(call: ForwardCall) -> Tensor:
         raise RuntimeError(
             "batch_norm: torch.func transforms and forward-mode differentiation do not support num_batches_skipped "
             "(skip_nonfinite of a module) in training"
+        )
+    if call.sample_weight is not None:
+        raise RuntimeError(
+            "batch_norm: torch.func transforms and forward-mode differentiation do not support sample_weight "
+            "in training"
         )
     if vmap.serves(call):
         return vmap.batch_norm(call, backends.forced())

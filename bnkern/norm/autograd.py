@@ -44,6 +44,8 @@ def batch_norm(call: ForwardCall, records: Records | None) -> Tensor:
     call = ForwardCall(x, weight, bias, residual, running_mean, running_var, counter, *call[7:])
     if call.num_batches_skipped is not None:
         call = call._replace(num_batches_skipped=context.unwrapped(call.num_batches_skipped))
+    if call.sample_weight is not None:
+        call = call._replace(sample_weight=context.unwrapped(call.sample_weight))
     return _run(call, records, backend, backend.forward)
 
 
@@ -87,26 +89,26 @@ class _BatchNorm(torch.autograd.Function):
         y, mean, invstd, mask = _accepted(forward(call))
         if records is not None:
             records.forward_written()
-        ctx.save_for_backward(x, weight, bias, mean, invstd, mask)
+        ctx.save_for_backward(x, weight, bias, mean, invstd, mask, call.sample_weight)
         ctx.call = call.act, call.training, call.eps, backend, records
         return y
 
     @staticmethod
     def backward(ctx, dy):
         act, training, eps, backend, records = ctx.call
-        x, weight, bias, mean, invstd, mask = ctx.saved_tensors
+        x, weight, bias, mean, invstd, mask, sample_weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
+        arguments = (x, weight, bias, mean, invstd, mask, act, training, needs)
         if torch.is_grad_enabled() or context.is_batched(dy):
-            call = BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, training, needs)
+            call = BackwardCall(dy, *arguments, sample_weight=sample_weight)
             grads = reference.differentiable_backward(call, eps)
         elif records is None:
             dy = dy.resolve_neg()
-            grads = backend.backward(BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, training, needs))
+            grads = backend.backward(BackwardCall(dy, *arguments, sample_weight=sample_weight))
         else:
             dy = dy.resolve_neg()
             requested = (records.gradient, records.affine, records.samples)
-            call = BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, training, needs, *requested)
-            grads = backend.backward(call)
+            grads = backend.backward(BackwardCall(dy, *arguments, *requested))
             records.backward_written()
         return (*grads, None, None, None, None)
 

@@ -56,7 +56,7 @@ class BackwardExtra(NamedTuple):
 
 
 _FORWARD = tuple(name for name in ForwardCall._fields if name != "record")
-_BACKWARD = BackwardCall._fields[:-3]
+_BACKWARD = tuple(name for name in BackwardCall._fields if not name.startswith("record_"))
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")  # updated in training
 
 
@@ -137,7 +137,8 @@ def operands(call: ForwardCall) -> list:
 
 
 def _split_backward(arguments: tuple) -> tuple[BackwardCall, BackwardExtra]:
-    return BackwardCall(*arguments[: len(_BACKWARD)]), BackwardExtra(*arguments[len(_BACKWARD) :])
+    fields = dict(zip(_BACKWARD, arguments, strict=False))
+    return BackwardCall(**fields), BackwardExtra(*arguments[len(_BACKWARD) :])
 
 
 def _or_empty(t: Tensor | None, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -208,9 +209,10 @@ def _backward(*arguments):
     call, extra = _split_backward(arguments)
     x = call.x
     records = _backward_records(x, extra)
-    requested = (t if flag else None for t, flag in zip(records, extra[-3:], strict=True))
+    gradient, affine, samples = (t if flag else None for t, flag in zip(records, extra[-3:], strict=True))
     need_x, need_weight, need_bias, need_residual = call.needs  # an operator receives a list
-    call = BackwardCall(*call[:9], (need_x, need_weight, need_bias, need_residual), *requested)
+    needs = (need_x, need_weight, need_bias, need_residual)
+    call = call._replace(needs=needs, record_gradient=gradient, record_affine=affine, record_samples=samples)
     kernels = backends.choose(extra.backend, x.device, x.dtype)
     if extra.group:
         assert extra.count is not None, "the backward with a group requires the count that the forward returned"
@@ -247,7 +249,7 @@ def _setup_context(ctx, inputs, output):
     _, mean, invstd, mask, *_, count, _ = output
     ctx.act, ctx.training = call.act, call.training
     ctx.lacks_mask = call.act is not None and call.residual is not None and not call.save_mask
-    ctx.save_for_backward(call.x, call.weight, call.bias, mean, invstd, mask, count)
+    ctx.save_for_backward(call.x, call.weight, call.bias, call.sample_weight, mean, invstd, mask, count)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # only y has a gradient, so no zeros for the others
 
@@ -258,14 +260,15 @@ def _autograd(ctx, dy, *_):
             "batch_norm: this graph was recorded where no gradient was needed and keeps no activation mask for the "
             "backward; record the graph with an input or parameter that requires a gradient"
         )
-    x, weight, bias, *saved = ctx.saved_tensors
+    x, weight, bias, sample_weight, *saved = ctx.saved_tensors
     mean, invstd, mask, count = map(_or_none, saved)
     needs, extra = ctx.needs_input_grad[:4], ctx.extra
     buffers = extra[-3:]  # they are written, so they are not saved tensors
     possible = (needs[0], mean is not None, mean is not None)
     flags = [buffer is not None and need for buffer, need in zip(buffers, possible, strict=True)]
     *grads, gradient, affine, samples = torch.ops.bnkern.batch_norm_backward(
-        dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs, extra.backend, extra.group, count, *flags
+        *(dy, x, weight, bias, mean, invstd, mask, ctx.act, ctx.training, needs, sample_weight),
+        *(extra.backend, extra.group, count, *flags),
     )
     for buffer, record, flag in zip(buffers, (gradient, affine, samples), flags, strict=True):
         if flag:

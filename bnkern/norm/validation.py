@@ -72,10 +72,28 @@ def check_call(name: str, call: ForwardCall, *, joint: bool = False) -> None:
             raise TypeError(f"{name}: {argument} must be an int64 tensor of one element or None")
         if scalar.device != x.device:
             raise ValueError(f"{name}: {argument} must be on the device of input, {x.device}, got {scalar.device}")
+    if call.sample_weight is not None:
+        _check_weights(f"{name}: sample_weight", call.sample_weight, x)
     if counter is None and training and momentum is None and running_mean is not None:
         raise ValueError(f"{name}: num_batches_tracked must be given when momentum is None (cumulative mean)")
     if training and not joint and x.shape[0] * x.shape[2:].numel() == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+
+
+def _check_weights(name: str, weights: Tensor, x: Tensor) -> None:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(weights).__name__}")
+    if weights.layout is not torch.strided:
+        raise TypeError(f"{name} must be a strided (dense) tensor, got {weights.layout}")
+    shapes = [[x.shape[0]], [x.shape[0], *x.shape[2:]]]
+    if list(weights.shape) not in shapes:
+        expected = " or ".join(str(shape) for shape in shapes[: 1 if x.dim() == 2 else 2])
+        raise ValueError(f"{name} must have one weight per sample or position, {expected}, got {list(weights.shape)}")
+    if weights.device != x.device:
+        raise ValueError(f"{name} must be on the device of input, {x.device}, got {weights.device}")
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    if weights.dtype is not dtype:
+        raise TypeError(f"{name} must be {dtype} for {x.dtype} input, got {weights.dtype}")
 
 
 def _check_vector(name: str, vector: Tensor, x: Tensor) -> None:

@@ -114,7 +114,7 @@ class _Backward(torch.autograd.Function):
         call = BackwardCall(
             g, x, vectors[0], vectors[1], mean, invstd, training=training, needs=(True, True, True, False)
         )
-        return torch.ops.bnkern.batch_norm_backward(*call[:-3], backend)[:3]
+        return torch.ops.bnkern.batch_norm_backward(*call[:10], call.sample_weight, backend)[:3]
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -104,6 +104,10 @@ class Input {
   bool read_statistic(PyObject* object, T*& data) const {
     return read_run(object, type_of(accumulator()), channels(), data);
   }
+  template <class T>
+  bool read_weights(PyObject* object, T*& data) const {
+    return read_run(object, type_of(accumulator()), count(), data) && (!data || on_cpu());
+  }
   bool read_record(PyObject* object, int rows, double*& data) const {
     return read_run(object, dlpack::kFloat64, rows * channels(), data);
   }
@@ -229,6 +233,7 @@ bool certainly_valid(PyObject* call, const Fields<F>& field, const Input& x) {
     return false;
   if (tracked != (field[F::running_var] != Py_None) || !(tracked || training)) return false;
   if (training && x.count() == 1) return false;
+  if (field[F::sample_weight] != Py_None) return false;
   return std::none_of(&PyTuple_GET_ITEM(call, 0), &PyTuple_GET_ITEM(call, 0) + 7, negated) &&
          !negated(field[F::num_batches_skipped]);
 }
@@ -257,6 +262,7 @@ PyObject* forward(PyObject* const* args) {
       !x.read_channels(field[F::running_var], p.running_var) ||
       !x.read_run(field[F::num_batches_tracked], dlpack::kInt64, 1, p.counter) ||
       !x.read_run(field[F::num_batches_skipped], dlpack::kInt64, 1, p.skipped) || (p.skipped && !x.on_cpu()) ||
+      !x.read_weights(field[F::sample_weight], p.sample_weight) || (p.sample_weight && p.record) ||
       (args[1] != Py_True && !certainly_valid(args[0], field, x)))
     Py_RETURN_NONE;
   p.moments = field(F::training), p.normalize = true;
@@ -325,6 +331,8 @@ bool read_backward(const Fields<B>& field, Input& x, Backward& p) {
       !x.read_record(field[B::record_gradient], 8, p.record_gradient) ||
       !x.read_record(field[B::record_affine], 8, p.record_affine) ||
       !x.read_record(field[B::record_samples], 5, p.record_samples) || (p.record_samples && !x.on_cpu()) ||
+      !x.read_weights(field[B::sample_weight], p.sample_weight) ||
+      (p.sample_weight && (p.record_gradient || p.record_affine || p.record_samples)) ||
       !read_activation(field[B::act], p.act))
     return false;
   p.shape = x.shape(), p.dtype = x.dtype(), p.x = x.view();

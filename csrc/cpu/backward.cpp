@@ -27,7 +27,8 @@ class BackwardPhases : public Phases<T> {
         record_gradient_(p.record_gradient && p.dx),
         record_samples_(p.record_samples && p.sums),
         width_(this->part.width),
-        count_(static_cast<double>(this->part.count())),
+        weights_(p.training && p.dx ? static_cast<const A*>(p.sample_weight) : nullptr),
+        count_(weights_ ? sum_of_weights(weights_, this->part.count()) : static_cast<double>(this->part.count())),
         space_(7 * Workspace::bytes<A>(width_) + 3 * Workspace::bytes<double>(kMostRows * width_)),
         samples_space_(Workspace::bytes<A>(samples_size(this->part))),
         sum_dy_(static_cast<A*>(p.sum_dy)),
@@ -78,6 +79,7 @@ class BackwardPhases : public Phases<T> {
   }
 
   void apply(std::int64_t group, std::int64_t tile, const Rows<A>& sums) {
+    if (weights_) return weighted_grad_input_tile<T>(this->part, t_, k_, weights_, group, tile);
     record_gradient_ ? grad_input_tile<T, true>(this->part, t_, k_, group, tile, sums)
                      : grad_input_tile<T, false>(this->part, t_, k_, group, tile, sums);
   }
@@ -163,7 +165,8 @@ class BackwardPhases : public Phases<T> {
   const Backward& p_;
   const bool record_affine_, record_gradient_, record_samples_;
   const std::int64_t width_;
-  const double count_;
+  const A* const weights_;
+  const double count_;  // of values per channel, or the sum of their weights
   Workspace space_, samples_space_;
   SampleSums<A> samples_{};
   Coefficients<A> k_{};

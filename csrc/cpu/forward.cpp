@@ -26,6 +26,17 @@ void join_moments(std::int64_t channels, double before, const Rows<double>& tota
   }
 }
 
+// The same for a tile with weights. A tile of weight zero changes nothing.
+void join_weighted_moments(std::int64_t channels, const Rows<double>& total, const Rows<double>& tile) {
+  const auto of = [](const Rows<double>& rows, std::int64_t c) {
+    return Moments<double>{rows[kWeight][c], rows[kMean][c], rows[kM2][c]};
+  };
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const Moments<double> both = chan_merge(of(total, c), of(tile, c));
+    total[kWeight][c] = both.count, total[kMean][c] = both.mean, total[kM2][c] = both.m2;
+  }
+}
+
 // Joins the rows that only a record needs. Call it before join_moments(), which changes the mean and M2 that it reads.
 void join_higher(std::int64_t channels, double before, const Rows<double>& total, double count,
                  const Rows<double>& tile) {
@@ -71,6 +82,7 @@ class ForwardPhases : public Phases<T> {
         p_(p),
         record_(p.record != nullptr),
         as_one_(record_ && !p.moments),
+        weights_(p.moments ? static_cast<const A*>(p.sample_weight) : nullptr),
         width_(this->part.width),
         space_(4 * Workspace::bytes<A>(width_) + 3 * Workspace::bytes<double>(kMostRows * width_) +
                2 * Workspace::bytes<double>(p.shape.c)),
@@ -78,7 +90,7 @@ class ForwardPhases : public Phases<T> {
         spreads_(static_cast<A*>(p.spread)) {
     for (A** array : {&k_.mean, &k_.invstd, &k_.weight, &k_.bias}) *array = space_.template take<A>(width_);
     this->applying = p.normalize && !as_one_;
-    const int rows = record_ ? kRecordedMomentsRows : p.moments ? kMomentsRows : 0;
+    const int rows = record_ ? kRecordedMomentsRows : weights_ ? kWeightedMomentsRows : p.moments ? kMomentsRows : 0;
     this->measured = make_totals(space_, rows, width_);
     this->measured_sums = make_totals(space_, as_one_ ? kRecordedNormalizeRows : 0, width_);
     this->applied_sums = make_totals(space_, record_ && !as_one_ ? kRecordedNormalizeRows : 0, width_);
@@ -92,12 +104,14 @@ class ForwardPhases : public Phases<T> {
   }
 
   void measure(std::int64_t group, std::int64_t tile, const Rows<double>& out, const Rows<A>& sums) {
+    if (weights_) return weighted_moments_tile<T>(this->part, p_.x, weights_, group, tile, out);
     record_ ? moments_tile<T, true>(this->part, p_.x, group, tile, out)
             : moments_tile<T, false>(this->part, p_.x, group, tile, out);
     if (as_one_) apply(group, tile, sums);
   }
 
   void join(std::int64_t channels, double before, const Rows<double>& total, double count, const Rows<double>& tile) {
+    if (weights_) return join_weighted_moments(channels, total, tile);
     if (record_) join_higher(channels, before, total, count, tile);
     join_moments(channels, before, total, count, tile);
   }
@@ -109,7 +123,8 @@ class ForwardPhases : public Phases<T> {
       HigherMoments<double> higher{0, 0};
       double low = kInfinity, high = -kInfinity, nonfinite = 0;
       for (std::int64_t v = columns.first; v < columns.end; v += columns.step) {
-        const Moments<double> column{values_of(this->part, v), totals[kMean][v], totals[kM2][v]};
+        const double count = weights_ ? totals[kWeight][v] : values_of(this->part, v);
+        const Moments<double> column{count, totals[kMean][v], totals[kM2][v]};
         if (record_ && column.count > 0) {
           higher = pebay_merge(all, higher, column, HigherMoments<double>{totals[kM3][v], totals[kM4][v]});
           low = least(low, totals[kMin][v]), high = largest(high, totals[kMax][v]);
@@ -123,12 +138,14 @@ class ForwardPhases : public Phases<T> {
         write_record(p_.record, p_.shape.c, c, {all.count, all.mean, m2, higher.m3, m4, low, high, nonfinite});
       }
       if (!p_.moments) return;
+      if (weights_ && all.count == 0) all.mean = std::numeric_limits<double>::quiet_NaN();  // so y is NaN
       means_[c] = static_cast<A>(all.mean);
       spreads_[c] = static_cast<A>(p_.normalize ? 1 / std::sqrt(m2 / all.count + p_.eps) : m2);
+      const double variance = m2 / (weights_ && all.count <= 1 ? all.count : all.count - 1);
       if (p_.skipped)
-        batch_mean_[c] = all.mean, batch_var_[c] = m2 / (all.count - 1);
+        batch_mean_[c] = all.mean, batch_var_[c] = variance;
       else
-        update_running(c, all.mean, m2 / (all.count - 1));
+        update_running(c, all.mean, variance);
       if (p_.normalize) set_coefficients(c, columns);
     });
     if (as_one_) record_active(group, this->measured_sums);
@@ -208,6 +225,7 @@ class ForwardPhases : public Phases<T> {
   // The phase moments computes the moments of a record. In a call with a record but without moments (as_one_), the
   // first phase computes the moments of a tile and then normalises the tile. Such a call has no second phase.
   const bool record_, as_one_;
+  const A* const weights_;
   const std::int64_t width_;
   Workspace space_;
   Coefficients<A> k_{};

@@ -144,6 +144,7 @@ struct Rows {
 //   grad_input                                          kDxSum to kDxZero
 constexpr int kMean = 0, kM2 = 1, kMomentsRows = 2, kM3 = 2, kM4 = 3, kMin = 4, kMax = 5, kNonfinite = 6;
 constexpr int kRecordedMomentsRows = 7;
+constexpr int kWeight = 2, kWeightedMomentsRows = 3;  // with sample_weight, which excludes a record
 constexpr int kActive = 0, kRecordedNormalizeRows = 1;
 constexpr int kSumDy = 0, kSumDyXhat = 1, kGradSumsRows = 2;
 constexpr int kAbsSum = 0, kSignSum = 1, kZeros = 2, kOfDy = 0, kOfDyXhat = 3, kRecordedGradSumsRows = 6;
@@ -199,6 +200,16 @@ void grad_input_tile(const Partition&, const Tensors<T>&, const Coefficients<Acc
 template <class T>
 void sample_sums_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&, std::int64_t group,
                       std::int64_t tile, const SampleSums<Accumulator<T>>& out);
+
+// moments and grad_input with sample_weight. The former writes kMean, kM2 and kWeight, the sum of the tile's weights.
+template <class T>
+void weighted_moments_tile(const Partition&, const View& x, const Accumulator<T>* weights, std::int64_t group,
+                           std::int64_t tile, Rows<double> out);
+template <class T>
+void weighted_grad_input_tile(const Partition&, const Tensors<T>&, const Coefficients<Accumulator<T>>&,
+                              const Accumulator<T>* weights, std::int64_t group, std::int64_t tile);
+template <class A>
+double sum_of_weights(const A* weights, std::int64_t count);
 
 #define BNKERN_FOR_STORAGE_TYPES(macro) macro(float) macro(BFloat16) macro(Float16) macro(double)
 

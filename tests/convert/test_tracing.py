@@ -171,7 +171,7 @@ def test_decomposition_is_the_op(dtype: torch.dtype, with_residual: bool, act: s
     """
     x, residual = image(2, 5, 3, 3, dtype=dtype), image(2, 5, 3, 3, seed=2, dtype=dtype) if with_residual else None
     mean, var, weight, bias = (torch.rand(5).to(dtype if dtype is torch.float64 else torch.float32) for _ in range(4))
-    arguments = (x, weight, bias, residual, mean, var, None, False, 0.1, 1e-5, act, True, "")
+    arguments = (x, weight, bias, residual, mean, var, None, False, 0.1, 1e-5, act, True, None, None, "")
     for ours, expected in zip(get_decompositions([OP])[OP](*arguments), OP(*arguments), strict=True):
         assert ours.dtype == expected.dtype and ours.shape == expected.shape
         # One unit in the last place of bfloat16, because the two may round differently. In float32 the error is 1e-6.

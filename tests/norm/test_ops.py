@@ -41,7 +41,8 @@ def arguments(p: Problem, mode: str, act: str | None, with_residual: bool) -> tu
     residual = p.residual if with_residual else None
     training = mode in ("training", "untracked")
     momentum = None if mode == "training" else 0.1
-    return (p.x, *affine, residual, *running, counter, training, momentum, EPS, act, True, skipped, backends.forced())
+    settings = (training, momentum, EPS, act, True)
+    return (p.x, *affine, residual, *running, counter, *settings, skipped, None, backends.forced())
 
 
 def requiring_grad(args: tuple) -> tuple:
@@ -82,7 +83,7 @@ def test_opcheck_of_the_backward(target: Target, act: str | None, with_residual:
         x, weight, bias = args[:3]
         for needs in ((True, weight is not None, bias is not None, with_residual), (False, False, False, True)):
             saved = (x, weight, bias, *map(or_none, (mean, invstd, mask)))
-            torch.library.opcheck(BACKWARD, (p.dy, *saved, act, args[7], list(needs), args[-1]))
+            torch.library.opcheck(BACKWARD, (p.dy, *saved, act, args[7], list(needs), None, args[-1]))
 
 
 @FUSED
@@ -96,7 +97,8 @@ def test_opcheck_of_ops_that_record(target: Target, act: str | None, with_residu
         needs = [True, weight is not None, bias is not None, with_residual]
         affine = mode != "identity"
         saved = (x, weight, bias, *map(or_none, (mean, invstd, mask)))
-        torch.library.opcheck(BACKWARD, (p.dy, *saved, act, args[7], needs, args[-1], "", None, True, affine, affine))
+        settings = (act, args[7], needs, None, args[-1], "", None)
+        torch.library.opcheck(BACKWARD, (p.dy, *saved, *settings, True, affine, affine))
 
 
 @pytest.mark.parametrize("mode", ["training", "identity"])
@@ -113,7 +115,7 @@ def test_fake_results_match_real_ones(
     def run_both(*args: object) -> list[Tensor]:
         y, mean, invstd, mask, *running = FORWARD(*args[:-1])
         saved = (*args[:3], *map(or_none, (mean, invstd, mask)))
-        backward = (args[-1], *saved, args[10], args[7], needs, args[-2])
+        backward = (args[-1], *saved, args[10], args[7], needs, None, args[-2])
         return [y, mean, invstd, mask, *running, *BACKWARD(*backward)]
 
     fake_mode = FakeTensorMode()

@@ -136,7 +136,7 @@ def test_the_op_takes_either_format(target: Target, case: Case, act: str | None)
     """An exported program may get other formats than the traced ones. The operator accepts them, with the same bits."""
     p = case.problem(FP32, target.device)
     other = LAYOUTS[OTHER[case.layout]](p.residual)
-    rest = (None, None, None, True, 0.1, EPS, act, True, None, backends.forced())
+    rest = (None, None, None, True, 0.1, EPS, act, True, None, None, backends.forced())
     result, expected = (FORWARD(p.x, p.weight, p.bias, r, *rest) for r in (other, p.residual))
     assert all(map(torch.equal, result, expected))
     torch.library.opcheck(FORWARD, (p.x.detach().requires_grad_(), p.weight, p.bias, other.requires_grad_(), *rest))

@@ -272,7 +272,8 @@ def checked_by_torch(group) -> None:
         for act, added in ((None, None), ("relu", None), ("relu", residual)):
             leaves = [t if t is None else t.clone().requires_grad_() for t in (x, weight, bias, added)]
             running = (torch.zeros(5), torch.ones(5), torch.tensor(0))
-            settings = (*running, True, 0.1, 1e-5, act, added is not None, torch.tensor(0), "", group.group_name, 1)
+            settings = (*running, True, 0.1, 1e-5, act, added is not None, torch.tensor(0), None)
+            settings += ("", group.group_name, 1)
             forward = torch.ops.bnkern.batch_norm_forward.default
             backward = torch.ops.bnkern.batch_norm_backward.default
             torch.library.opcheck(forward, (*leaves, *settings))
@@ -280,7 +281,8 @@ def checked_by_torch(group) -> None:
             _, mean, invstd, mask, *_, count, _ = forward(x, weight, bias, added, *settings)
             mask = mask if mask.numel() else None
             for needs in ([True, True, True, added is not None], [False, True, False, False]):
-                arguments = (dy, x, weight, bias, mean, invstd, mask, act, True, needs, "", group.group_name, count)
+                arguments = (dy, x, weight, bias, mean, invstd, mask, act, True, needs, None)
+                arguments += ("", group.group_name, count)
                 torch.library.opcheck(backward, arguments)
             torch.library.opcheck(backward, (*arguments, False, True, True))
 

@@ -61,7 +61,7 @@ RULES = {
             "bnkern.backends.calls",
             "bnkern.backends.native",
             "bnkern.backends.architectures",
-            "bnkern.backends.triton.forward_with_skips",
+            "bnkern.backends.triton",
             "bnkern.backends.triton.samples",
         )
     ),

@@ -10,6 +10,14 @@ per channel
     g      = dy * act'(z), by the mask z > 0  dbias   = sum g,  dweight = sum g * xhat
     dx     = weight * invstd * (g - dbias / M - xhat * dweight / M)
 
+With weights w of the values (``sample_weight``) and W = sum w
+
+    mean   = sum w x / W                      M2      = sum w (x - mean)^2
+    invstd = 1 / sqrt(M2 / W + eps)           dx      = weight * invstd * (g - w / W * (dbias + xhat * dweight))
+
+and M is W elsewhere. A value of weight 0 is not in the statistics, even if it is infinite or NaN. The other formulas
+are for all values.
+
 round() is the rounding to the dtype of x. The mask is set where not (round(z) <= 0), so a NaN passes, as in torch's
 threshold_backward. If ``mean`` and ``invstd`` are None, normalisation is the identity: xhat = x.
 
@@ -29,6 +37,11 @@ def _axes(x: Tensor) -> list[int]:
     return [0, *range(2, x.dim())]
 
 
+def _per_value(sample_weight: Tensor, x: Tensor) -> Tensor:
+    """The weights [N * S] in a shape that broadcasts against x."""
+    return sample_weight.view(x.shape[0], 1, *x.shape[2:])
+
+
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:
     """The vector v [C] in a shape that broadcasts against x, in the accumulator dtype of x."""
     return v.to(accumulator(x.dtype)).view(1, -1, *[1] * (x.dim() - 2))
@@ -46,6 +59,19 @@ def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     mean = acc.mean(_axes(x))
     m2 = (acc - _per_channel(mean, x)).square().sum(_axes(x))
     return count, mean, m2
+
+
+def weighted_moments(x: Tensor, sample_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W (a scalar), mean [C] and M2 [C] of x with the weights of its values, in two passes.
+
+    If W = 0, mean and M2 are NaN.
+    """
+    weight = _per_value(sample_weight, x)
+    counted = ~(weight <= 0)
+    acc, total = x.to(accumulator(x.dtype)).where(counted, 0.0), sample_weight.sum()
+    mean = (weight * acc).sum(_axes(x)) / total
+    m2 = (weight * (acc - _per_channel(mean, x)).square()).sum(_axes(x))
+    return total, mean, m2
 
 
 def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,6 +128,8 @@ def grad_sums(call: BackwardCall) -> tuple[Tensor, Tensor]:
 def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
     """dx and the residual's gradient g, if needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
 
+    With ``call.sample_weight`` the sums are divided by W, and M is not read.
+
     ``call.record_gradient`` is filled with :func:`gradient` of dx if dx is needed.
     """
     x, mean, invstd = call.x, call.mean, call.invstd
@@ -110,7 +138,12 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
     wide = g
     if sums is not None:
         sum_dy, sum_dy_xhat, count = sums
-        wide = wide - (_per_channel(sum_dy / count, x) + _xhat(x, mean, invstd) * _per_channel(sum_dy_xhat / count, x))
+        divisor = count if call.sample_weight is None else call.sample_weight.sum()
+        common = _per_channel(sum_dy / divisor, x) + _xhat(x, mean, invstd) * _per_channel(sum_dy_xhat / divisor, x)
+        if call.sample_weight is not None:
+            weight = _per_value(call.sample_weight, x)
+            common = (weight * common).where(~(weight <= 0), 0.0)
+        wide = wide - common
     if call.weight is not None:
         wide = wide * _per_channel(call.weight, x)
     if invstd is not None:
@@ -133,8 +166,13 @@ def forward(call: ForwardCall) -> Forward:
     acc = accumulator(call.x.dtype)
     mean = invstd = None
     if call.training:
-        count, mean, m2 = moments(call.x)
-        invstd = torch.rsqrt(m2 / count + call.eps) if count else torch.zeros_like(mean)
+        count: int | Tensor
+        if call.sample_weight is None or call.x.numel() == 0:
+            count, mean, m2 = moments(call.x)
+            invstd = torch.rsqrt(m2 / count + call.eps) if count else torch.zeros_like(mean)
+        else:
+            count, mean, m2 = weighted_moments(call.x, call.sample_weight)
+            invstd = torch.rsqrt(m2 / count + call.eps)
         update_running(call, count, mean, m2)
     elif call.running_mean is not None and call.running_var is not None:
         mean, invstd = call.running_mean.to(acc, copy=True), torch.rsqrt(call.running_var.to(acc) + call.eps)
@@ -146,7 +184,8 @@ def update_running(call: ForwardCall, count: int | Tensor, mean: Tensor, m2: Ten
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance M2 / (M - 1), in place.
 
     The counter, if given, is first increased by one. Momentum None means 1 / counter, the cumulative mean. If the count
-    is 0, the running statistics do not change. The host does not read a count that is a tensor.
+    is 0, the running statistics do not change. The host does not read a count that is a tensor. If such a count is at
+    most 1, as a sum of weights may be, the variance is the biased one, M2 / M.
 
     With ``call.num_batches_skipped`` a batch whose mean or unbiased variance is not finite in some channel increments
     this number only. The host does not wait for the decision.
@@ -154,7 +193,7 @@ def update_running(call: ForwardCall, count: int | Tensor, mean: Tensor, m2: Ten
     counter, skipped = call.num_batches_tracked, call.num_batches_skipped
     finite: Tensor | None = None
     if skipped is not None:
-        variance = m2 / (count - 1).clamp(min=1) if isinstance(count, Tensor) else m2 / max(count - 1, 1)
+        variance = m2 / (_degrees(count) if isinstance(count, Tensor) else max(count - 1, 1))
         finite = (mean.isfinite() & variance.isfinite()).all()
         skipped += (~finite).view(skipped.shape)
     if counter is not None:
@@ -169,7 +208,7 @@ def update_running(call: ForwardCall, count: int | Tensor, mean: Tensor, m2: Ten
         share = 1.0 / counter.to(mean.dtype)
     if isinstance(count, Tensor):
         share = (count > 0).to(mean.dtype) * share
-        variance = m2 / (count - 1).clamp(min=1)
+        variance = m2 / _degrees(count)
     elif count == 0:
         return
     else:
@@ -177,6 +216,11 @@ def update_running(call: ForwardCall, count: int | Tensor, mean: Tensor, m2: Ten
     for running, batch in ((call.running_mean, mean), (call.running_var, variance)):
         updated = running.to(mean.dtype) * (1 - share) + batch * share
         running.copy_(updated if finite is None else torch.where(finite, updated, running.to(mean.dtype)))
+
+
+def _degrees(count: Tensor) -> Tensor:
+    """The divisor of M2 in the running variance: M - 1 if M > 1, and M, or 1 if M is 0, otherwise."""
+    return torch.where(count > 1, count - 1, torch.where(count > 0, count, torch.ones_like(count)))
 
 
 def backward(call: BackwardCall) -> Gradients:
@@ -202,15 +246,16 @@ def differentiable_backward(call: BackwardCall, eps: float) -> Gradients:
     In training the statistics are recomputed from x, because the second derivative includes their derivatives. The sign
     of z is constant almost everywhere and is treated as a constant.
     """
-    dy, x, weight, bias, mean, invstd, mask, act, training, needs, *_ = call
+    _, x, weight, bias, mean, invstd, mask, act, training, needs, *_ = call
     if mask is None and act is not None:
         with torch.no_grad():
             positive = ~(_pre_activation(x, mean, invstd, weight, bias).to(x.dtype) <= 0)
             mask = pack_mask(positive, layout(x))
     if training:
-        count, mean, m2 = moments(x)
+        count: int | Tensor
+        count, mean, m2 = moments(x) if call.sample_weight is None else weighted_moments(x, call.sample_weight)
         invstd = torch.rsqrt(m2 / count + eps)
-    call = BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, training, needs)
+    call = call._replace(mean=mean, invstd=invstd, mask=mask)
     need_x, need_weight, need_bias, need_residual = needs
     sum_dy, sum_dy_xhat = grad_sums(call)
     dx, dresidual = grad_input(call, (sum_dy, sum_dy_xhat, layout(x).count) if training else None)

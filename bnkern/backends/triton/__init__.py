@@ -60,7 +60,7 @@ def forward(call: ForwardCall) -> Forward:
         if call.num_batches_tracked is not None:
             call.num_batches_tracked.add_(1)
     elif call.normalizes:
-        parts = partial_moments(x, call.record is not None) if call.training else None
+        parts = partial_moments(x, call.record is not None, call.sample_weight) if call.training else None
         mean, invstd = statistics(parts, layout(x).count, call)
     y, mask = normalize(call, mean, invstd, tallied=call.training)
     return y, mean, invstd, mask

@@ -224,6 +224,26 @@ def addresses(
 
 
 @triton.jit
+def load_weights(
+    weights_ptr, line, octet, valid, length, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr
+):  # fmt: skip
+    """The weights (``sample_weight``, [N * S]) of the elements, or 0 where not ``valid``.
+
+    They have the shape of ``valid``: [GROUP, 1] if a line is a single row, otherwise [GROUP, 8].
+    """
+    coord = position(octet)
+    if ROWS and FLAT:
+        index = line * 8 + coord // channels
+    elif FLAT:
+        index = coord // channels
+    elif ROWS:
+        index = line
+    else:
+        index = line * (length * ALIGN) + coord
+    return tl.load(weights_ptr + index, mask=valid, other=0.0)
+
+
+@triton.jit
 def mask_addresses(
     mask_ptr, line, octet, lines, length, channels, ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip

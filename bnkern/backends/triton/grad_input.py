@@ -17,6 +17,7 @@ from .common import (
     inside,
     kernel,
     launch,
+    load_weights,
     locate,
     per_channel,
     plan,
@@ -37,13 +38,15 @@ def mean_gradients(sums, count, training, channel, valid, ROWS: tl.constexpr, AL
 @kernel
 def grad_input_kernel(
     dy_ptr, x_ptr, dx_ptr, dresidual_ptr, mask_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, sum_ptr, dot_ptr,
-    parts_ptr, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner, dresidual_outer, dresidual_inner,
+    parts_ptr, weights_ptr, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner, dresidual_outer, dresidual_inner,
     lines, length, channels, tiles, share, spans, beside,
     has_statistics, has_weight, has_bias, count, act, training, need_dx, need_dresidual,
     ROWS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, OCTETS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """With ``parts_ptr`` it also writes parts of the record of dx, which is that of the stored (rounded) values."""
+    """With ``weights_ptr`` the sums are divided by ``count`` and multiplied by the weight of each value.
+
+    With ``parts_ptr`` it also writes parts of the record of dx, which is that of the stored (rounded) values."""
     STORED: tl.constexpr = x_ptr.dtype.element_ty
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     vectors = (mean_ptr, invstd_ptr, weight_ptr, bias_ptr)
@@ -85,7 +88,13 @@ def grad_input_kernel(
                 STORED, ROWS, FLAT, ALIGN,
             )  # fmt: skip
             # In eval mode the sums are 0. Their product with an infinite xhat would be NaN.
-            dx = tl.where(training != 0, g - tl.fma(xhat, mean_dot, mean_g), g) * (weight * invstd)
+            if weights_ptr is None:
+                dx = tl.where(training != 0, g - tl.fma(xhat, mean_dot, mean_g), g) * (weight * invstd)
+            else:
+                weighted = line < lines if ROWS and not FLAT else valid
+                w = load_weights(weights_ptr, line, octet, weighted, length, channels, ROWS, FLAT, ALIGN)
+                common = tl.where(w == 0, 0.0, w * tl.fma(xhat, mean_dot, mean_g))
+                dx = tl.where(training != 0, g - common, g) * (weight * invstd)
             pointers = addresses(dx_ptr, dx_outer, dx_inner, line, octet, channels, ROWS, FLAT, ALIGN)
             tl.store(pointers, dx, mask=valid & (need_dx != 0))
             pointers = addresses(
@@ -118,7 +127,8 @@ def grad_input_kernel(
 def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
     """dx and the residual's gradient g, if needed. ``sums`` is (sum g, sum g * xhat, M), or None in eval mode.
 
-    A second launch fills ``call.record_gradient`` if dx is needed.
+    A second launch fills ``call.record_gradient`` if dx is needed. With ``call.sample_weight`` the sums are divided by
+    its sum W, for which there are three small launches of torch, and M is not read.
     """
     dy, x, mask = call.dy, call.x, call.mask
     need_dx, _, _, need_dresidual = call.needs
@@ -134,13 +144,17 @@ def grad_input(call: BackwardCall, sums: Sums | None) -> tuple[Tensor | None, Te
     written = [dresidual if dx is None else dx, dx if dresidual is None else dresidual]
     vectors, present = channel_vectors(x, call.mean, call.invstd, call.weight, call.bias)
     total, dot, count = (vectors[0], vectors[0], 1) if sums is None else sums
+    weights = None if sums is None else call.sample_weight
+    if weights is not None:  # W is only on the device
+        whole = weights.sum()
+        total, dot, count = total / whole, dot / whole, 1
     total, dot = total.contiguous(), dot.contiguous()
     walk = plan(like, [dy, x, *written], [*vectors, total, dot], pointwise=True, recording=record is not None)
     parts = None if record is None else torch.empty((walk.parts, 7, like.c), dtype=torch.float64, device=x.device)
     flags = (code(call.act), int(sums is not None), int(need_dx), int(need_dresidual))
     launch(
         grad_input_kernel, walk.grid, x.device, dy, x, *written, mask if call.act else None, *vectors, total, dot,
-        parts, *walk.strides, *walk.sizes, *present, count, *flags, **walk.constants,
+        parts, weights, *walk.strides, *walk.sizes, *present, count, *flags, **walk.constants,
     )  # fmt: skip
     if record is not None:
         fold_gradient(parts, record, like.count)

@@ -11,6 +11,8 @@ from .common import kernel, launch
 from .records import fold_moments
 
 PARTS, CHANNELS = 32, 16  # the block that a program merges at a time
+# Counts of zero are replaced by this number before a division by them. It is less than any sum of weights.
+LEAST_COUNT = tl.constexpr(1e-30)
 
 
 @triton.jit
@@ -18,7 +20,7 @@ def chan(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     """(count, mean, M2) of a and b together, by Chan, Golub and LeVeque. A part with count zero changes nothing."""
     count = count_a + count_b
     delta = mean_b - mean_a
-    part = count_b / tl.maximum(count, 1.0)
+    part = count_b / tl.maximum(count, LEAST_COUNT)
     return count, tl.fma(delta, part, mean_a), m2_a + m2_b + (delta * count_a) * (delta * part)
 
 
@@ -100,12 +102,13 @@ def statistics_kernel(
     counts_ptr, means_ptr, m2s_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, mean_ptr, invstd_ptr,
     parts_ptr, record_ptr, parts, channels, total, momentum: tl.float64, eps: tl.float64,
     training, has_running, cumulative, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+    WEIGHTED: tl.constexpr = False,
 ):  # fmt: skip
     """mean and invstd from the parts, or from the running statistics if there are no parts. Parts update the latter.
 
     The first program increments the counter. A cumulative momentum is 1 / counter, and then there is one program that
     reads and increments it. With ``record_ptr`` a second row of programs joins the parts of the record, and sets the
-    tallies in its last row to zero.
+    tallies in its last row to zero. If ``WEIGHTED``, the counts are sums of weights, and so is their total.
     """
     ACC: tl.constexpr = mean_ptr.dtype.element_ty
     if record_ptr is not None:  # noqa: SIM102 (only this condition is known at compile time)
@@ -128,9 +131,14 @@ def statistics_kernel(
         running_var = tl.load(running_var_ptr + channel, mask=valid & (has_running != 0), other=0.0).to(ACC)
         mean, var = running_mean, running_var
         if training != 0:
-            _, mean, m2 = merged(counts_ptr, means_ptr, m2s_ptr, parts, channel, channels, PARTS, CHANNELS)
-            var = divide(m2, tl.full((CHANNELS,), total, ACC))
-            unbiased = divide(m2, tl.full((CHANNELS,), total - 1, ACC))
+            weight, mean, m2 = merged(counts_ptr, means_ptr, m2s_ptr, parts, channel, channels, PARTS, CHANNELS)
+            if WEIGHTED:
+                mean = tl.where(weight == 0, float("nan"), mean)
+                var = divide(m2, tl.full((CHANNELS,), weight, ACC))
+                unbiased = divide(m2, tl.full((CHANNELS,), tl.where(weight > 1, weight - 1, weight), ACC))
+            else:
+                var = divide(m2, tl.full((CHANNELS,), total, ACC))
+                unbiased = divide(m2, tl.full((CHANNELS,), total - 1, ACC))
             running_mean = running_mean * keep + mean * share
             running_var = running_var * keep + unbiased * share
             tl.store(running_mean_ptr + channel, running_mean, mask=valid & (has_running != 0))
@@ -145,6 +153,8 @@ def statistics_kernel(
 
 def statistics(parts: tuple[Tensor, ...] | None, count: int, call: ForwardCall) -> tuple[Tensor, Tensor]:
     """mean and invstd [C] from partial moments of ``count`` values, which also update the running statistics.
+
+    With ``call.sample_weight`` the number of values is the sum of the parts' weights, and ``count`` is not read.
 
     Without parts they come from the running statistics, which are not changed. If there is a ``call.record`` [9, C],
     the parts must include the parts of the record. It is filled, except for its last row, which becomes 0. Without
@@ -164,5 +174,6 @@ def statistics(parts: tuple[Tensor, ...] | None, count: int, call: ForwardCall) 
         statistics_kernel, grid, like.device, counts, means, m2s, *running, call.num_batches_tracked, mean,
         invstd, *recorded, len(counts), channels, count, call.momentum or 0.0, call.eps, int(training),
         int(has_running), int(cumulative), PARTS=PARTS, CHANNELS=CHANNELS,
+        WEIGHTED=training and call.sample_weight is not None,
     )  # fmt: skip
     return mean, invstd

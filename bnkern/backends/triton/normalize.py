@@ -47,7 +47,7 @@ def normalize_kernel(
     if RECORD:
         active = tl.zeros((GROUP, 8), tl.int32)
     if parts_ptr is not None:
-        lanes = no_moments(mean_ptr.dtype.element_ty, GROUP, ROWS, FLAT, ALIGN)
+        lanes = no_moments(mean_ptr.dtype.element_ty, GROUP, ROWS, FLAT, ALIGN, False)
     for t in range(first, tl.minimum(first + share, tiles)):
         places, xs, residuals = (), (), ()
         for u in tl.static_range(UNROLL):
@@ -82,7 +82,7 @@ def normalize_kernel(
                 line, octet, valid = places[u]
                 everywhere += (valid,)
                 tile_count += counted(line, octet, valid, lines, length, ROWS, FLAT, ALIGN).to(mean.dtype)
-            lanes = add_tile(lanes, xs, everywhere, tile_count, UNROLL, 1)
+            lanes = add_tile(lanes, xs, everywhere, tile_count, xs, UNROLL, 1, False)
     if RECORD:
         WIDTH: tl.constexpr = OCTETS * 8 if ROWS else 1
         part, channel, in_bounds = owned(channels, WIDTH, FLAT)

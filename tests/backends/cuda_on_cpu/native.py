@@ -133,7 +133,7 @@ class Forward(Structure):
         *_fields("counter skipped", c_void_p),
         ("cumulative", c_bool),
         *_fields("momentum eps", c_double),
-        ("record", c_void_p),
+        *_fields("record sample_weight", c_void_p),
         ("threads", c_int),
     ]
 
@@ -150,7 +150,7 @@ class Backward(Structure):
         *_fields("weight bias", ChannelVector),
         *_fields("mean invstd sum_dy sum_dy_xhat", c_void_p),
         *_fields("dweight dbias", ChannelVector),
-        *_fields("record_gradient record_affine record_samples", c_void_p),
+        *_fields("record_gradient record_affine record_samples sample_weight", c_void_p),
         ("threads", c_int),
     ]
 
