@@ -190,7 +190,7 @@ def test_measuring_noise_changes_nothing_of_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_measuring_noise_changes_no_bit_of_the_network(tmp_path: Path, precision: str) -> None:
     settings = training.settings_of(configuration(precision=precision, images=64), IMAGES)
-    noise = training._Noise(settings, IMAGES, CPU, tmp_path / "noise", 5)
+    noise = training.Noise(settings, IMAGES, CPU, tmp_path / "noise", 5)
     for name, before_step in (("plain", None), ("noisy", noise)):
         loop.train(settings, tmp_path / name, IMAGES, before_step=before_step)
     plain, noisy = (tensors(tmp_path / name) for name in ("plain", "noisy"))
