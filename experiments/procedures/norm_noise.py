@@ -59,9 +59,9 @@ class NormNoise(training.Noise):
 
             rank correlation            of the scales "samples" and "network" over the measurements
             rank correlation of norms   the same of "norms" and "network"
-            departure                   the largest factor between the ratio of these scales and its median
-            noise, samples / norms      the geometric mean of the ratio
-            scale, samples / norms      the median of the ratio
+            departure                   the largest factor between the ratio of "samples" to "network" and its median
+            noise, samples / norms      the geometric mean of the ratio of the noises
+            scale, samples / norms      the median of the ratio of the scales
         """
         rows = self.measured(steps)
         found: dict[str, Any] = {name: np.array([row[name].item() for row in rows]) for name in rows[0]}

@@ -351,9 +351,9 @@ def test_a_limit_at_the_edge_of_the_grid_is_a_bound() -> None:
         assert tuple(searched(stable, learns, lrs)[0][name] for name in names) == expected
 
 
-def test_quick_runs_stay_within_20_minutes() -> None:
+def test_quick_runs_stay_within_22_minutes() -> None:
     """`make reproduce` has 30 minutes for everything. Of training, 4 minutes are runs that experiments share."""
-    assert sum(spec(name).minutes.get("quick", 0) for name in TRAINED) <= 20
+    assert sum(spec(name).minutes.get("quick", 0) for name in TRAINED) <= 22
 
 
 @pytest.mark.parametrize("name", TRAINED)
