@@ -15,7 +15,7 @@ import bnkern
 import bnkern.nn
 
 WIDTHS = (16, 32, 64)  # channels of the three stages, on 32 x 32, 16 x 16 and 8 x 8 pixels
-NORMS = ("batch", "none", "final", "layer", "group", "instance")
+NORMS = ("batch", "none", "final", "layer", "group", "instance", "affine")
 SHORTCUTS = ("projection", "padding")
 INITS = ("xavier_normal", "xavier_uniform", "kaiming", "fixup")
 KERNELS = ("bnkern", "torch")
@@ -33,7 +33,8 @@ class ResNet(nn.Module):
         depth: 6n + 2: 8, 14, 20, ... 110, ... 1202, ...
         norm: "batch"; "none" for the un-normalised network; "final" for one batch norm of the last block's output,
             before the pooling, and no other norm; "layer", "group" (8 groups) and "instance" for those norms with a
-            weight and a bias per channel. "layer" normalises over the channels and pixels of an image.
+            weight and a bias per channel. "layer" normalises over the channels and pixels of an image. "affine" for
+            batch norms whose statistics are frozen at mean 0 and variance 1, with eps 0: only weight and bias are left.
         shortcut: The shortcut where the shape changes: "projection" (1 x 1 convolution, normalised like the others;
             option B of He et al.) or "padding" (every second pixel, zero channels on both sides; option A).
         kernels: "bnkern" for the fused kernels, or "torch" for torch's own modules, called one after the other. The
@@ -180,9 +181,13 @@ def _torch_act(x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
 class _TorchBatchNorm2d(nn.BatchNorm2d):
     """Has the call of bnkern.nn.BatchNorm2d and runs torch's kernels, one operation after the other."""
 
-    def __init__(self, channels: int, act: str | None) -> None:
-        super().__init__(channels)
-        self.act = act
+    def __init__(self, channels: int, act: str | None, frozen: bool = False) -> None:
+        super().__init__(channels, eps=0.0 if frozen else 1e-5)
+        self.act, self.frozen = act, frozen
+        self.train()
+
+    def train(self, mode: bool = True) -> "_TorchBatchNorm2d":
+        return super().train(mode and not self.frozen)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return _torch_act(super().forward(x), residual, self.act)
@@ -267,6 +272,12 @@ def _norm_act(norm: str, kernels: str, channels: int, act: str | None) -> nn.Mod
     fused = kernels == "bnkern"
     if norm == "batch":
         return bnkern.nn.BatchNorm2d(channels, act=act) if fused else _TorchBatchNorm2d(channels, act)
+    if norm == "affine":
+        if not fused:
+            return _TorchBatchNorm2d(channels, act, frozen=True)
+        affine = bnkern.nn.BatchNorm2d(channels, eps=0.0, act=act)
+        bnkern.nn.freeze_statistics(affine)
+        return affine
     if norm in ("layer", "group"):
         return _GroupNorm(1 if norm == "layer" else GROUPS, channels, act, fused)
     if norm == "instance":

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnkern.probes import load, record
 from bnkern.train import loop
@@ -21,21 +21,27 @@ from bnkern.train.step import autocast, loss_of
 from . import Arrays, Tick
 
 # The options of this procedure and of rates.py. All others are settings of bnkern.train.
-PROCEDURE_OPTIONS = ("images", "tests", "noise", "lrs", "search")
+PROCEDURE_OPTIONS = ("images", "tests", "noise", "parts", "lrs", "search")
 
 
-def measure(config: dict, data: Cifar10, device: torch.device, folder: Path, tick: Tick) -> dict[str, Arrays]:
+def measure(
+    config: dict, data: Cifar10, device: torch.device, folder: Path, tick: Tick, kind: "type[Noise] | None" = None
+) -> dict[str, Arrays]:
     """The results of a training run with the options as settings, on the first ``images`` training images or on all.
 
     Accuracies are measured on the first ``tests`` test images, or on all.
 
-    With ``noise`` the noise of the gradient is measured that many times during the run, see :class:`_Noise`. This
-    changes no bit of the run.
+    With ``noise`` the noise of the gradient is measured that many times during the run, by ``kind`` or by
+    :class:`Noise`, on ``parts`` batches. This changes no bit of the run.
     """
     options = config["options"]
     data = subset(data, options)
     settings = settings_of(config, data)
-    noise = _Noise(settings, data, device, folder / "noise", options["noise"]) if options.get("noise") else None
+    noise = None
+    if options.get("noise"):
+        noise = (kind or Noise)(
+            settings, data, device, folder / "noise", options["noise"], options.get("parts", Noise.PARTS)
+        )
     loop.train(settings, folder / "train", data, device, before_step=noise, watch=progress(settings, data, tick))
     results = {"training": curves(folder / "train", settings.epochs)}
     if noise:
@@ -108,10 +114,10 @@ def progress(config: Config, data: Cifar10, tick: Tick) -> Callable[[int], None]
 # ------------------------------------------------------------------------------------------------ noise during training
 
 
-class _Noise:
+class Noise:
     """Measures C, the variance of the gradient times the batch size, a number of times in a run, evenly in ln step.
 
-    Before those steps ``PARTS`` additional batches of the run's own size pass through the network in training mode.
+    Before those steps ``parts`` additional batches of the run's own size pass through the network in training mode.
     They come from epochs that training does not reach. Gradients and running statistics are restored afterwards. The
     probe ``gradient_noise_scale`` computes the sums.
 
@@ -121,8 +127,10 @@ class _Noise:
 
     PARTS, FIRST_EPOCH = 8, 2**31
 
-    def __init__(self, config: Config, data: Cifar10, device: torch.device, out: Path, times: int) -> None:
-        self.config, self.data, self.device, self.out = config, data, device, out
+    def __init__(
+        self, config: Config, data: Cifar10, device: torch.device, out: Path, times: int, parts: int = PARTS
+    ) -> None:
+        self.config, self.data, self.device, self.out, self.parts = config, data, device, out, parts
         self.steps = config.epochs * (len(data.train.labels) // config.batch)
         self.due = {0, *np.unique(np.geomspace(1, self.steps - 1, times - 1).round().astype(int)).tolist()}
 
@@ -139,15 +147,7 @@ class _Noise:
         gradients = [parameter.grad for parameter in network.parameters()]
         statistics = {name: t.clone() for name, t in network.named_buffers()}
         network.zero_grad()
-        with TemporaryDirectory() as out:
-            with record(network, ["gradient_noise_scale"], out=out) as recording:
-                for part in range(self.PARTS):
-                    images, labels = self.batches.at(self.FIRST_EPOCH + step, part % len(self.batches))
-                    with autocast(self.config, self.device):
-                        logits = network(images)
-                    (loss_of(logits, labels) / self.PARTS).backward()
-                recording.step()
-            recorded = load(out)["gradient_noise_scale"][""]
+        recorded = self.record(network, step)
         self.out.mkdir(exist_ok=True)
         np.savez(self.out / f"{step:07d}.npz", step=step, **recorded)  # type: ignore[arg-type]
         for parameter, gradient in zip(network.parameters(), gradients, strict=True):
@@ -155,11 +155,32 @@ class _Noise:
         for name, t in network.named_buffers():
             t.copy_(statistics[name])
 
+    def record(self, network: nn.Module, step: int) -> dict[str, np.ndarray]:
+        """One measurement on a network without gradients: named arrays with one number."""
+        with TemporaryDirectory() as out:
+            with record(network, ["gradient_noise_scale"], out=out) as recording:
+                for loss in self.losses(network, step):
+                    (loss / self.parts).backward()
+                recording.step()
+            return load(out)["gradient_noise_scale"][""]
+
+    def losses(self, network: nn.Module, step: int) -> Iterator[Tensor]:
+        """The mean loss of each part."""
+        for part in range(self.parts):
+            images, labels = self.batches.at(self.FIRST_EPOCH + step, part % len(self.batches))
+            with autocast(self.config, self.device):
+                logits = network(images)
+            yield loss_of(logits, labels)
+
+    def measured(self, steps: int) -> list[dict[str, np.ndarray]]:
+        """The measurements up to ``steps``, in the order of their steps."""
+        rows = [dict(np.load(file)) for file in sorted(self.out.glob("*.npz"))]
+        return [row for row in rows if row["step"] <= steps]
+
     def arrays(self, steps: int) -> Arrays:
         """For each measurement up to ``steps``: ``step``, ``C`` = |B| times the variance, ``|g|^2``, ``lr C / |B|``."""
         size = self.config.batch
-        measured = [dict(np.load(file)) for file in sorted(self.out.glob("*.npz"))]
-        measured = [row for row in measured if row["step"] <= steps]
+        measured = self.measured(steps)
         step, noise, square = (np.array([row[name].item() for row in measured]) for name in ("step", "noise", "square"))
         rates = np.array([learning_rate(self.config, int(number), self.steps) for number in step])
         early = step < self.config.drops[0] * self.steps if self.config.drops else step >= 0

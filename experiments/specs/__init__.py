@@ -9,7 +9,12 @@ from typing import Any, Protocol
 SCALES = ("smoke", "quick", "reduced", "full")
 JUDGED = ("reduced", "full")
 
-TRAINING = ("training", "rates", "layer_products")  # procedures that train, with the settings of bnkern.train
+TRAINING = (
+    "training",
+    "rates",
+    "layer_products",
+    "norm_noise",
+)  # procedures that train, with the settings of bnkern.train
 PRECISIONS = ("fp32", "bf16")  # of training. The paper does not state its own; other measurements choose theirs
 LAYOUTS = ("channels_last", "contiguous")  # of activations in training. They differ in speed and in rounding
 
@@ -160,6 +165,7 @@ NETWORKS = {  # for the reader, by Run.norm or by the first part of a label
     "layer": "layer norm",
     "group": "group norm",
     "instance": "instance norm",
+    "affine": "affine layers",
 }
 
 

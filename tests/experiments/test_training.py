@@ -190,7 +190,7 @@ def test_measuring_noise_changes_nothing_of_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_measuring_noise_changes_no_bit_of_the_network(tmp_path: Path, precision: str) -> None:
     settings = training.settings_of(configuration(precision=precision, images=64), IMAGES)
-    noise = training._Noise(settings, IMAGES, CPU, tmp_path / "noise", 5)
+    noise = training.Noise(settings, IMAGES, CPU, tmp_path / "noise", 5)
     for name, before_step in (("plain", None), ("noisy", noise)):
         loop.train(settings, tmp_path / name, IMAGES, before_step=before_step)
     plain, noisy = (tensors(tmp_path / name) for name in ("plain", "noisy"))
@@ -351,9 +351,9 @@ def test_a_limit_at_the_edge_of_the_grid_is_a_bound() -> None:
         assert tuple(searched(stable, learns, lrs)[0][name] for name in names) == expected
 
 
-def test_quick_runs_stay_within_20_minutes() -> None:
+def test_quick_runs_stay_within_22_minutes() -> None:
     """`make reproduce` has 30 minutes for everything. Of training, 4 minutes are runs that experiments share."""
-    assert sum(spec(name).minutes.get("quick", 0) for name in TRAINED) <= 20
+    assert sum(spec(name).minutes.get("quick", 0) for name in TRAINED) <= 22
 
 
 @pytest.mark.parametrize("name", TRAINED)
