@@ -121,10 +121,11 @@ def backward(native, rows, dtype, sizes, fused, recorded) -> Callable[[], object
     dy, x = (normal(sizes, dtype, rows) for _ in range(2))
     mask = Array(((n * c * s + 7) // 8,) if rows else (n, c, (s + 7) // 8), "uint8", bytes(range(256)))
     weight, bias, mean, invstd = (ones(c) for _ in range(4))
-    records = (Array((8, c), "fp64"), Array((8, c), "fp64")) if recorded else (None, None)
+    names = ("record_gradient", "record_affine") if recorded else ()
+    records = {name: Array((8, c), "fp64") for name in names}
     act, mask = ("relu", mask) if fused else (None, None)
     needs = (True, True, True, fused)
-    call = native.BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, True, needs, *records)
+    call = native.BackwardCall(dy, x, weight, bias, mean, invstd, mask, act, True, needs, **records)
     return lambda: native.backward(call)
 
 
@@ -158,7 +159,9 @@ class Torch:
 
     def __init__(self, native: ModuleType) -> None:
         names = native.fields()[:2]
-        self.ForwardCall, self.BackwardCall = (namedtuple("Call", fields) for fields in names)
+        self.ForwardCall, self.BackwardCall = (
+            namedtuple("Call", fields, defaults=[None] * len(fields)) for fields in names
+        )
 
     describe = staticmethod(lambda t: t.described)
     from_dlpack = staticmethod(lambda capsule: capsule)
