@@ -64,7 +64,7 @@ SPEC = Spec(
     thresholds="Set on 2026-11-30 before any measurement.",
     minutes={"quick": 1.7, "reduced": 50, "full": 8000},
     remark="At quick scale (2026-11-30) the samples do not show the noise with batch norm: their tr Sigma is 2.5 times "
-    "that of the batches at first and 5.5 to 7 times from step 72 on. The estimate of |G|^2 is then negative at every "
+    "that of the batches at first and 5.5 to 7 times from step 72 on. The estimate of |G|^2 is negative at every "
     "step, and B does not exist. The contributions of the samples of a batch cancel in part, because the statistics "
     "couple them. Without batch norm tr Sigma agrees (0.97 times), but B from the samples does not follow that of the "
     "network (rank correlations 0.44, 0.14 and 0.22): batches of 32 are too small for a B of several hundred images. "

@@ -1,12 +1,19 @@
-"""Made-up results of whole experiments, and a stand-in for their procedures."""
+"""Made-up results of whole experiments, a stand-in for their procedures, and the configuration of a small training."""
 
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from bnkern.train.cifar10 import synthetic
 from experiments import results as result_files
 from experiments import run as runner
 from experiments import spec
 from experiments.results import Finished, Results
 from tests.experiments.made_up import made_up
+
+IMAGES = synthetic(64, 20)
+CPU = torch.device("cpu")
 
 
 def results_of(name: str, holds: bool = True, seeds: int | None = None, **changes: float) -> Results:
@@ -48,3 +55,20 @@ def read(folder: Path, scale: str | None = None) -> Results:
 
 def run(out: Path, **options: object) -> int:
     return runner.run(["moments_by_depth"], **{"scale": "smoke", "out": out, **options})
+
+
+def ignore_progress(share: float, what: str) -> None:
+    pass
+
+
+def configuration(norm: str = "batch", **options: object) -> dict:
+    common = {"label": "run", "seed": 0, "depth": 8, "batch": 4, "norm": norm, "shortcut": "projection"}
+    common |= {"init": "xavier_normal", "kernels": "bnkern", "layers": [], "quantities": []}
+    return common | {"options": {"lr": 0.01, "epochs": 2, "images": 16, "tests": 10} | options}
+
+
+def same_arrays(ours: dict[str, dict[str, np.ndarray]], theirs: dict[str, dict[str, np.ndarray]]) -> None:
+    assert ours.keys() == theirs.keys()
+    for file, arrays in ours.items():
+        for name, values in arrays.items():
+            np.testing.assert_array_equal(values, theirs[file][name], err_msg=name)

@@ -14,7 +14,7 @@ from bnkern.train import loop
 from experiments import spec
 from experiments.procedures import norm_noise, training
 from experiments.specs import SCALES
-from tests.experiments.test_training import CPU, IMAGES, configuration, ignore_progress, same_arrays
+from tests.experiments.support import CPU, IMAGES, configuration, ignore_progress, same_arrays
 
 BATCH, PARTS = 4, 3
 

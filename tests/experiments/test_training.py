@@ -9,26 +9,14 @@ import pytest
 import torch
 
 from bnkern.train import loop, runlog
-from bnkern.train.cifar10 import Split, synthetic
+from bnkern.train.cifar10 import Split
 from bnkern.train.step import Step
 from experiments import names, spec
 from experiments.procedures import rates, training
 from experiments.run import plan
 from experiments.specs import PRECISIONS, QUICK, QUICK_EPOCHS, REDUCED_EPOCHS, SCALES, TRAINING, Run
+from tests.experiments.support import CPU, IMAGES, configuration, ignore_progress, same_arrays
 from tests.train.training import tensors, untimed
-
-IMAGES = synthetic(64, 20)
-CPU = torch.device("cpu")
-
-
-def ignore_progress(share: float, what: str) -> None:
-    pass
-
-
-def configuration(norm: str = "batch", **options: object) -> dict:
-    common = {"label": "run", "seed": 0, "depth": 8, "batch": 4, "norm": norm, "shortcut": "projection"}
-    common |= {"init": "xavier_normal", "kernels": "bnkern", "layers": [], "quantities": []}
-    return common | {"options": {"lr": 0.01, "epochs": 2, "images": 16, "tests": 10} | options}
 
 
 def measure(
@@ -37,13 +25,6 @@ def measure(
     folder.mkdir(exist_ok=True)
     procedure = rates if "lrs" in config["options"] else training
     return procedure.measure(config, IMAGES, device, folder, tick)
-
-
-def same_arrays(ours: dict[str, dict[str, np.ndarray]], theirs: dict[str, dict[str, np.ndarray]]) -> None:
-    assert ours.keys() == theirs.keys()
-    for file, arrays in ours.items():
-        for name, values in arrays.items():
-            np.testing.assert_array_equal(values, theirs[file][name], err_msg=name)
 
 
 @pytest.fixture(autouse=True)
