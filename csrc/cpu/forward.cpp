@@ -123,8 +123,7 @@ class ForwardPhases : public Phases<T> {
       HigherMoments<double> higher{0, 0};
       double low = kInfinity, high = -kInfinity, nonfinite = 0;
       for (std::int64_t v = columns.first; v < columns.end; v += columns.step) {
-        const double count = weights_ ? totals[kWeight][v] : values_of(this->part, v);
-        const Moments<double> column{count, totals[kMean][v], totals[kM2][v]};
+        const Moments<double> column{values_of(this->part, v), totals[kMean][v], totals[kM2][v]};
         if (record_ && column.count > 0) {
           higher = pebay_merge(all, higher, column, HigherMoments<double>{totals[kM3][v], totals[kM4][v]});
           low = least(low, totals[kMin][v]), high = largest(high, totals[kMax][v]);
@@ -132,13 +131,13 @@ class ForwardPhases : public Phases<T> {
         }
         all = chan_merge(all, column);
       }
+      if (weights_) all = weighted_moments(columns);
       const double m2 = all.m2 < 0 ? 0 : all.m2;  // rounding may make it negative; NaN stays NaN
       if (record_) {
         const double m4 = higher.m4 < 0 ? 0 : higher.m4;
         write_record(p_.record, p_.shape.c, c, {all.count, all.mean, m2, higher.m3, m4, low, high, nonfinite});
       }
       if (!p_.moments) return;
-      if (weights_ && all.count == 0) all.mean = std::numeric_limits<double>::quiet_NaN();  // so y is NaN
       means_[c] = static_cast<A>(all.mean);
       spreads_[c] = static_cast<A>(p_.normalize ? 1 / std::sqrt(m2 / all.count + p_.eps) : m2);
       const double variance = m2 / (weights_ && all.count <= 1 ? all.count : all.count - 1);
@@ -179,6 +178,16 @@ class ForwardPhases : public Phases<T> {
   static Partition partition_of(const Forward& p) {
     return make_partition(
         p.shape, p.shape.rows && gapless(p.x, p.shape) && gapless(p.residual, p.shape) && gapless(p.y, p.shape));
+  }
+
+  // The moments of a channel with weights. Without any weight they are NaN, and so is y.
+  __attribute__((noinline)) Moments<double> weighted_moments(const Columns& columns) const {
+    const Rows<double>& totals = this->measured.values;
+    Moments<double> all{0, 0, 0};
+    for (std::int64_t v = columns.first; v < columns.end; v += columns.step)
+      all = chan_merge(all, Moments<double>{totals[kWeight][v], totals[kMean][v], totals[kM2][v]});
+    if (all.count == 0) all.mean = std::numeric_limits<double>::quiet_NaN();
+    return all;
   }
 
   // Increments the counter, and computes the momentum from it.
