@@ -186,7 +186,7 @@ class NormGradientNoise(_ChannelQuantity):
 
     Batch norm couples the samples, so h_n is a sample's contribution to the gradient of this batch. It is not the
     gradient of an independent loss: the statistics in xhat, and g by all later norm layers, depend on the whole batch.
-    The contributions to one gradient cancel in part. With batch norm noise was 2 to 7 times the variance that separate
+    The contributions to one gradient cancel in part. With batch norm noise was 2 to 9 times the variance that separate
     batches show, and square was negative, so the scale is not the noise scale of the gradient. Without normalisation
     the two agree (experiment ``norm_noise``).
     A loss that is a sum over the samples multiplies noise and square by N^2 and leaves the scale.
