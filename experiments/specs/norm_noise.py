@@ -63,8 +63,8 @@ SPEC = Spec(
     given="derived",
     thresholds="Set on 2026-11-30 before any measurement.",
     minutes={"quick": 1.7, "reduced": 50, "full": 8000},
-    remark="With batch norm the samples do not show the noise. For ResNet-20 their tr Sigma is 2.0 to 2.4 times that of "
-    "the batches at first and 7 to 9 times after 1,000 steps, and the estimate of |G|^2 is negative at all 48 "
+    remark="With batch norm the samples do not show the noise. For ResNet-20 their tr Sigma is 2.0 to 2.4 times that "
+    "of the batches at first and 7 to 9 times after 1,000 steps, and the estimate of |G|^2 is negative at all 48 "
     "measurements, so B does not exist. The contributions of the samples of a batch cancel in part, because the "
     "statistics couple them. Without batch norm tr Sigma agrees, and B from the samples follows that of the network "
     "with rank correlations of 0.85, 0.82 and 0.79, as Gray et al. find for layer norm. Single values differ by much "
