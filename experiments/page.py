@@ -200,6 +200,28 @@ def _shared(markers: re.Match) -> str:
     return f'<g class="{name}">' + markers[1].replace(f' class="{name}"', "") + "</g>"
 
 
+def _shorter(path: str) -> str:
+    """The data of an SVG path, rounded to 0.1, without spaces at commands. Lines are relative, so numbers are short."""
+    path = re.sub(r"\s*([MLCQz])\s*", r"\1", path.strip())
+    if re.search("[^MLz0-9. -]", path):
+        return path
+    result, last, here, start = "", "", (0, 0), (0, 0)
+    for command, arguments in re.findall(r"([MLz])([^MLz]*)", path):
+        if command == "z":
+            result, last, here = result + "z", "z", start
+            continue
+        x, y = (round(10 * float(number)) for number in arguments.split())  # tenths, so that no rounding adds up
+        dx, dy = x - here[0], y - here[1]
+        if command == "M":
+            start, numbers = (x, y), [x, y]
+        else:
+            command, numbers = ("h", [dx]) if dy == 0 else ("v", [dy]) if dx == 0 else ("l", [dx, dy])
+        text = " ".join(re.sub(r"^(-?)0\.", r"\1.", f"{tenths / 10:g}") for tenths in numbers)
+        result += f" {text}" if command == last != "M" else command + text  # numbers after M would be lines
+        last, here = command, (x, y)
+    return result.replace(" -", "-")
+
+
 class Figures:
     """SVG files for the page. Equal styles of all figures become one class. This and rounding halve the page."""
 
@@ -217,7 +239,7 @@ class Figures:
         svg = re.sub(r">\s+<", "><", svg)
         svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
         svg = draw.rounded(svg, 1)
-        svg = re.sub(r' d="([^"]*)"', lambda path: ' d="' + re.sub(r"\s*([MLCQz])\s*", r"\1", path[1]) + '"', svg)
+        svg = re.sub(r' d="([^"]*)"', lambda path: f' d="{_shorter(path[1])}"', svg)
         svg = re.sub(rf' clip-path="[^"]*"(?= style="[^"]*{draw.GRID})', "", svg)  # the grid ends at the axes
         svg = re.sub(r'style="([^"]*)"', lambda match: f'class="{self._class(match[1])}"', svg)
         svg = re.sub(r"((?:<use [^>]*/>)+)(?=</g>)", _shared, svg.replace("xlink:href", "href"))

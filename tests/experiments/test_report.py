@@ -5,10 +5,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bnkern.train import cifar10
-from experiments import names, spec, words
+from experiments import names, page, spec, words
 from experiments import report as reporting
 from experiments import results as result_files
 from experiments import run as runner
@@ -168,6 +169,26 @@ def test_figures_keep_their_text_and_lose_decimals() -> None:
 def test_published_files_are_small() -> None:
     for file in (ROOT / "experiments/published").rglob("*"):
         assert not file.is_file() or file.stat().st_size < 500_000, file
+
+
+def test_shorter_paths_have_the_same_points() -> None:
+    random = np.random.default_rng(0)
+    points = random.choice([0.0, 0.04, 1.25, -3.5, 120.0, 41.6], (200, 2)) + random.choice([0, 0, 0.3], (200, 2))
+    commands = ["M", *random.choice(["L", "L", "L", "M"], 199)]
+    text = " \n".join(f"{command} {x} {y}" for command, (x, y) in zip(commands, points, strict=True)) + " \nz\n"
+    found, here, kind = [], [0.0, 0.0], ""
+    tokens = iter(re.findall(r"[Mhvlz]|-?(?:\d+\.?\d*|\.\d+)", page._shorter(text)))
+    for token in tokens:
+        if token in "Mhvlz":
+            kind, token = token, "" if token == "z" else next(tokens)
+        if token:
+            numbers = [float(token)] if kind in "hv" else [float(token), float(next(tokens))]
+            step = {"h": [*numbers, 0.0], "v": [0.0, *numbers]}.get(kind, numbers)
+            here = step if kind == "M" else [here[0] + step[0], here[1] + step[1]]
+            found.append((kind == "M", *here))
+    expected = [(command == "M", *point) for command, point in zip(commands, points, strict=True)]
+    np.testing.assert_allclose(np.array(found, float), np.array(expected, float), atol=0.0501)
+    assert page._shorter("M 1 2 \nC 1 2 3 4 5 6 \n") == "M1 2C1 2 3 4 5 6"
 
 
 def test_a_report_without_results_has_the_commands(tmp_path: Path) -> None:
