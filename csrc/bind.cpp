@@ -116,7 +116,8 @@ void launch_cuda(Update&, PyObject*, const dlpack::Device&) { refuse(); }
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "bnkern's compiled kernels. They take torch's tensors, but do not link to a library of torch.";
-  if (!bnkern::add_calls(m.ptr()) || !bnkern::add_cpu_functions(m.ptr()) || !bnkern::add_update(m.ptr()))
+  if (!bnkern::add_calls(m.ptr()) || !bnkern::add_cpu_functions(m.ptr()) || !bnkern::add_conv_norm(m.ptr()) ||
+      !bnkern::add_update(m.ptr()))
     throw py::error_already_set();
   m.def("build_info", &build_info, "Compiler, instruction sets, CUDA version or None, CUDA architectures.");
   m.def("isa", [] { return bnkern::cpu_kernels().isa; }, "The instruction set of the CPU kernels on this machine.");

@@ -11,10 +11,11 @@ struct Forward;
 struct Backward;
 struct Update;
 
-// Add the functions of batch_norm.cpp, convolution.cpp and update.cpp to the module. They return false and set a Python
-// error if they fail.
+// Add the functions of batch_norm.cpp, convolution.cpp, conv_norm.cpp and update.cpp to the module. They return false
+// and set a Python error if they fail.
 bool add_calls(PyObject* module);
 bool add_cpu_functions(PyObject* module);
+bool add_conv_norm(PyObject* module);
 bool add_update(PyObject* module);
 
 // Queues a call whose tensors are on a CUDA device. `x` is one of these tensors.

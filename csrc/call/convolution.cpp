@@ -6,31 +6,10 @@
 
 #include "../cpu/cpu.h"
 #include "calls.h"
-#include "layout.h"
-#include "tensors.h"
+#include "images.h"
 
 namespace bnkern {
 namespace {
-
-[[noreturn]] void refuse(const char* name, const char* expected) {
-  PyErr_Format(PyExc_TypeError, "%s must be %s", name, expected);
-  throw PythonError();
-}
-
-// Reads a tensor on the CPU with this dtype and number of axes. Throws a TypeError for any other object.
-Tensor operand(PyObject* object, const char* name, const char* expected, dlpack::DataType type, int ndim) {
-  Tensor t;
-  if (!read(object, t) || t.device.type != dlpack::kCpu || !(t.dtype == type) || t.ndim != ndim) refuse(name, expected);
-  return t;
-}
-
-bool is_contiguous(const Tensor& t) {
-  return one_run(t.shape, t.strides, t.ndim, [&](int k) { return t.ndim - 1 - k; });
-}
-bool is_channels_last(const Tensor& t) {
-  constexpr std::array<int, 4> axes{1, 3, 2, 0};
-  return t.ndim == 4 && one_run(t.shape, t.strides, 4, [&](int k) { return axes[k]; });
-}
 
 std::array<std::int64_t, 2> pair(PyObject* object, const char* name) {
   if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 2) refuse(name, "a pair of ints");
@@ -43,37 +22,8 @@ std::array<std::int64_t, 2> pair(PyObject* object, const char* name) {
 // conv3x3(x, weight, flipped) -> y, for float32 in channels_last. If `flipped`, the weight is rotated by 180 degrees,
 // and its first two axes are exchanged.
 PyObject* conv3x3(PyObject* const* args) {
-  constexpr const char* kInput = "a float32 tensor [N, I, H, W] on the CPU, dense in channels_last";
-  constexpr const char* kWeight = "a float32 tensor [O, I, 3, 3] on the CPU that fits the input";
-  const Tensor x = operand(args[0], "conv3x3: x", kInput, dlpack::kFloat32, 4);
-  const Tensor weight = operand(args[1], "conv3x3: weight", kWeight, dlpack::kFloat32, 4);
-  const bool flipped = args[2] == Py_True;
-  const int output = flipped ? 1 : 0, input = flipped ? 0 : 1, sign = flipped ? -1 : 1;
-  const std::int64_t *const size = x.shape, *const step = weight.strides;
-  if (!is_channels_last(x)) refuse("conv3x3: x", kInput);
-  if (weight.shape[2] != 3 || weight.shape[3] != 3 || weight.shape[input] != size[1])
-    refuse("conv3x3: weight", kWeight);
-  const std::int64_t outputs = weight.shape[output];
-  const std::int64_t shape[] = {size[0], outputs, size[2], size[3]};
-  const std::int64_t strides[] = {size[2] * size[3] * outputs, 1, size[3] * outputs, outputs};
-  void* data;
-  Object y = make(args[0], x.device, x.dtype, 4, shape, strides, data);
-  const auto* const first = static_cast<const float*>(weight.data) + (flipped ? 2 * (step[2] + step[3]) : 0);
-  const Conv3x3 p{
-      .x = static_cast<const float*>(x.data),
-      .n = size[0],
-      .inputs = size[1],
-      .outputs = outputs,
-      .h = size[2],
-      .w = size[3],
-      .weight = first,
-      .weight_output = step[output],
-      .weight_input = step[input],
-      .weight_h = sign * step[2],
-      .weight_w = sign * step[3],
-      .y = static_cast<float*>(data),
-      .threads = threads(),
-  };
+  Conv3x3 p = conv3x3_of(args[0], args[1], args[2] == Py_True);
+  Object y = make_images(args[0], p, p.outputs, p.y);
   run_released(cpu_kernels().conv3x3, p);
   return y.release();
 }

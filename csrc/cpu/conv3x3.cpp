@@ -87,76 +87,104 @@ void weight_tile(const Conv3x3& p, std::int64_t output, std::int64_t input, floa
 }
 
 template <int kTiles, int kVectors, int kInputs>
-void convolve(const Conv3x3& p) {
-  constexpr std::int64_t kOutputs = kVectors * kLanes;  // outputs of one product
-  const Bands bands(p.n, p.h, p.w);
-  const std::int64_t x_pitch = bands.pitch(p.inputs), m_pitch = bands.pitch(p.outputs), zeros = p.w * p.inputs;
-  const std::int64_t thread_size = round_up(kElements * (x_pitch + m_pitch) + zeros, kLanes);
-  const std::int64_t weight_size = kElements * p.inputs * p.outputs, w_pitch = p.inputs * p.outputs;
-  const int threads = static_cast<int>(std::min<std::int64_t>(p.threads, bands.count()));
-  // A product reads whole rows before it writes rows. If both have the same length, x and m share one buffer, which
-  // takes half as much cache.
-  const bool in_place = kInputs == kOutputs && p.outputs == kOutputs;
-  const PoolSpace pool((weight_size + threads * thread_size) * static_cast<std::int64_t>(sizeof(float)));
-  float* const weights = reinterpret_cast<float*>(pool.data());  // [element][outputs / kOutputs][input][kOutputs]
+class Convolution final : public RowConvolution {
+ public:
+  explicit Convolution(const Conv3x3& p)
+      : p_(p),
+        bands_(p.n, p.h, p.w),
+        x_pitch_(bands_.pitch(p.inputs)),
+        m_pitch_(bands_.pitch(p.outputs)),
+        w_pitch_(p.inputs * p.outputs),
+        zeros_(p.w * p.inputs),
+        pool_(kElements * w_pitch_ * static_cast<std::int64_t>(sizeof(float))),
+        weights_(reinterpret_cast<float*>(pool_.data())) {}
 
-#pragma omp parallel num_threads(threads)
-  {
-    float* const zero = weights + weight_size + omp_get_thread_num() * thread_size;
-    float* const x = zero + zeros;
-    float* const m = in_place ? x : x + kElements * x_pitch;
-    std::memset(zero, 0, thread_size * sizeof(float));  // tiles that fill up a group stay zero
+  std::int64_t scratch() const override { return round_up(kElements * (x_pitch_ + m_pitch_) + zeros_, kLanes); }
+
+  void prepare(float* scratch) override {
+    std::memset(scratch, 0, this->scratch() * sizeof(float));  // tiles that fill up a group stay zero
 #pragma omp for schedule(static)
-    for (std::int64_t i = 0; i < p.inputs; ++i)
-      for (std::int64_t o = 0; o < p.outputs; o += kLanes)
-        weight_tile(p, o, i, weights + o / kOutputs * kOutputs * p.inputs + i * kOutputs + o % kOutputs, w_pitch);
-#pragma omp for schedule(static)
-    for (std::int64_t band = 0; band < bands.count(); ++band) {
-      const std::int64_t first = bands.first(band), last = bands.last(band);
-      const std::int64_t tiles = round_up((last - first) * bands.across, kTiles);
-      for (std::int64_t row = first; row < last; ++row)
-        input_tiles<false>(bands, row, p.x, p.inputs, zero, x + (row - first) * bands.across * p.inputs, x_pitch);
-      const BandPrefetch next_x(bands, std::min(band + 1, bands.count() - 1), p.x, p.inputs);
-      const BandPrefetch y(bands, band, p.y, p.outputs);
+    for (std::int64_t i = 0; i < p_.inputs; ++i)
+      for (std::int64_t o = 0; o < p_.outputs; o += kLanes)
+        weight_tile(p_, o, i, weights_ + o / kOutputs * kOutputs * p_.inputs + i * kOutputs + o % kOutputs, w_pitch_);
+  }
+
+  void run(std::int64_t first, std::int64_t last, ImageRows x, float* scratch) const override {
+    float* const zero = scratch;
+    float* const x_tiles = zero + zeros_;
+    // A product reads whole rows before it writes rows. If both have the same length, x and m share one buffer, which
+    // takes half as much cache.
+    const bool in_place = kInputs == kOutputs && p_.outputs == kOutputs;
+    float* const m = in_place ? x_tiles : x_tiles + kElements * x_pitch_;
+    for (std::int64_t begin = first; begin < last; begin += bands_.rows) {
+      const std::int64_t end = std::min(begin + bands_.rows, last), next = std::min(end + bands_.rows, last);
+      const std::int64_t tiles = round_up((end - begin) * bands_.across, kTiles);
+      for (std::int64_t row = begin; row < end; ++row)
+        input_tiles<false>(bands_, row, x, p_.inputs, zero, x_tiles + (row - begin) * bands_.across * p_.inputs,
+                           x_pitch_);
+      const BandPrefetch next_x(bands_, end, next, x, p_.inputs);
+      const BandPrefetch y(bands_, begin, end, ImageRows{p_.y, 0}, p_.outputs);
       for (int element = 0; element < kElements; ++element) {
         next_x.prefetch(element), y.prefetch(element);
-        for (std::int64_t o = 0; o < p.outputs; o += kOutputs)
+        for (std::int64_t o = 0; o < p_.outputs; o += kOutputs)
           for (std::int64_t t = 0; t < tiles; t += kTiles)
-            product<kTiles, kVectors, kInputs>(x + element * x_pitch + t * p.inputs, p.inputs,
-                                               weights + element * w_pitch + o * p.inputs,
-                                               m + element * m_pitch + t * p.outputs + o, p.outputs);
+            product<kTiles, kVectors, kInputs>(x_tiles + element * x_pitch_ + t * p_.inputs, p_.inputs,
+                                               weights_ + element * w_pitch_ + o * p_.inputs,
+                                               m + element * m_pitch_ + t * p_.outputs + o, p_.outputs);
       }
-      for (std::int64_t row = first; row < last; ++row)
-        output_tiles(bands, row, m + (row - first) * bands.across * p.outputs, m_pitch, p.outputs, p.y);
+      for (std::int64_t row = begin; row < end; ++row)
+        output_tiles(bands_, row, m + (row - begin) * bands_.across * p_.outputs, m_pitch_, p_.outputs, p_.y);
     }
   }
-}
+
+ private:
+  static constexpr std::int64_t kOutputs = kVectors * kLanes;  // outputs of one product
+  const Conv3x3 p_;
+  const Bands bands_;
+  const std::int64_t x_pitch_, m_pitch_, w_pitch_, zeros_;
+  const PoolSpace pool_;
+  float* const weights_;  // [element][outputs / kOutputs][input][kOutputs]
+};
 
 template <int kTiles, int kVectors>
-void convolve_from(const Conv3x3& p) {
+std::unique_ptr<RowConvolution> convolution(const Conv3x3& p) {
   switch (p.inputs) {
     case 16:
-      return convolve<kTiles, kVectors, 16>(p);
+      return std::make_unique<Convolution<kTiles, kVectors, 16>>(p);
     case 32:
-      return convolve<kTiles, kVectors, 32>(p);
+      return std::make_unique<Convolution<kTiles, kVectors, 32>>(p);
     case 64:
-      return convolve<kTiles, kVectors, 64>(p);
+      return std::make_unique<Convolution<kTiles, kVectors, 64>>(p);
   }
-  convolve<kTiles, kVectors, 0>(p);
+  return std::make_unique<Convolution<kTiles, kVectors, 0>>(p);
 }
 
 }  // namespace
 
-void conv3x3(const Conv3x3& p) {
+std::unique_ptr<RowConvolution> row_convolution(const Conv3x3& p) {
   check_channels(p.inputs, p.outputs);
 #if defined(__AVX512F__)
-  if (p.outputs % (2 * kLanes) == 0)
-    convolve_from<8, 2>(p);
-  else
-    convolve_from<16, 1>(p);
+  if (p.outputs % (2 * kLanes) == 0) return convolution<8, 2>(p);
+  return convolution<16, 1>(p);
 #else
-  convolve_from<4, 1>(p);
+  return convolution<4, 1>(p);
 #endif
+}
+
+void conv3x3(const Conv3x3& p) {
+  const Bands bands(p.n, p.h, p.w);
+  const auto convolution = row_convolution(p);
+  const std::int64_t scratch = convolution->scratch();
+  const int threads = static_cast<int>(std::min<std::int64_t>(p.threads, bands.count()));
+  const PoolSpace pool(threads * scratch * static_cast<std::int64_t>(sizeof(float)));
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    float* const space = reinterpret_cast<float*>(pool.data()) + thread * scratch;
+    convolution->prepare(space);
+    const std::int64_t first = bands.first(thread * bands.count() / team);
+    convolution->run(first, bands.first((thread + 1) * bands.count() / team), ImageRows{p.x, 0}, space);
+  }
 }
 
 }  // namespace bnkern::BNKERN_ISA

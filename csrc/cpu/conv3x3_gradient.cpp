@@ -31,10 +31,10 @@ BNKERN_INLINE void gradient_tile(const float* dy, std::int64_t column, std::int6
 
 // The same for a row of tiles.
 template <bool kAbsolute>
-void gradient_tiles(const Bands& bands, std::int64_t row, const float* dy, std::int64_t channels, float* out,
+void gradient_tiles(const Bands& bands, std::int64_t row, ImageRows dy, std::int64_t channels, float* out,
                     std::int64_t pitch) {
   const std::int64_t top = row % bands.down * 2, dy_row = bands.w * channels;
-  const float* const first = dy + (row / bands.down * bands.h + top) * dy_row;
+  const float* const first = dy.data + (bands.image_row(row) - dy.first) * dy_row;
   const bool lower = top + 1 < bands.h;
   for (std::int64_t tile = 0; tile < bands.across; ++tile)
     for (std::int64_t c = 0; c < channels; c += kLanes) {
@@ -97,90 +97,130 @@ void to_weights(const float* sums, std::int64_t size, float* partial) {
 }
 
 template <int kInputs, int kVectors>
-class Conv3x3Gradient final : public Summation {
+class Gradient3x3 final : public RowGradient {
  public:
-  Conv3x3Gradient(const ConvGradSigns& p, bool absolute)
-      : p_(p),
+  Gradient3x3(const Bands& bands, std::int64_t inputs, std::int64_t outputs, std::int64_t chunks, bool absolute)
+      : bands_(bands),
+        inputs_(inputs),
+        outputs_(outputs),
+        size_(inputs * outputs),
+        x_pitch_(bands.pitch(inputs)),
+        dy_pitch_(bands.pitch(outputs)),
+        zeros_(round_up(bands.w * inputs, kLanes)),
+        chunks_(chunks),
         absolute_(absolute),
-        bands_(p.x.n, p.x.h, p.x.w),
-        size_(p.x.c * p.dy.c),
-        chunks_(std::clamp<std::int64_t>(p.x.n * bands_.down * bands_.across / kLeastTiles, 1,
-                                         std::min(kMostChunks, bands_.count()))),
-        pool_(chunks_ * 9 * size_ * static_cast<std::int64_t>(sizeof(float))),
+        pool_(chunks * 9 * size_ * static_cast<std::int64_t>(sizeof(float))),
         partials_(reinterpret_cast<float*>(pool_.data())) {}
 
-  std::int64_t tasks() const override { return chunks_; }
+  std::int64_t scratch() const override { return zeros_ + kElements * (x_pitch_ + dy_pitch_ + size_); }
 
-  std::int64_t scratch_bytes() const override {
-    return (zeros() + kElements * (bands_.pitch(p_.x.c) + bands_.pitch(p_.dy.c) + size_)) *
-           static_cast<std::int64_t>(sizeof(float));
+  void begin(float* scratch) const override {
+    std::memset(scratch, 0, zeros_ * sizeof(float));
+    std::memset(sums_in(scratch), 0, kElements * size_ * sizeof(float));
   }
 
-  void run(std::int64_t chunk, char* scratch) override {
-    const std::int64_t inputs = p_.x.c, outputs = p_.dy.c;
-    const std::int64_t x_pitch = bands_.pitch(inputs), dy_pitch = bands_.pitch(outputs);
-    const float *const x = static_cast<const float*>(p_.x.data), *const dy = static_cast<const float*>(p_.dy.data);
-    float* const zero = reinterpret_cast<float*>(scratch);
-    float* const x_tiles = zero + zeros();
-    float* const dy_tiles = x_tiles + kElements * x_pitch;
-    float* const sums = dy_tiles + kElements * dy_pitch;
-    std::memset(zero, 0, zeros() * sizeof(float));
-    std::memset(sums, 0, kElements * size_ * sizeof(float));
-    const std::int64_t end = (chunk + 1) * bands_.count() / chunks_;
-    for (std::int64_t band = chunk * bands_.count() / chunks_; band < end; ++band) {
-      const std::int64_t first = bands_.first(band), last = bands_.last(band);
-      for (std::int64_t row = first; row < last; ++row) {
-        const std::int64_t tile = (row - first) * bands_.across;
+  void add(std::int64_t first, std::int64_t last, ImageRows x, ImageRows dy, float* scratch) const override {
+    float* const zero = scratch;
+    float* const x_tiles = zero + zeros_;
+    float* const dy_tiles = x_tiles + kElements * x_pitch_;
+    float* const sums = sums_in(scratch);
+    for (std::int64_t begin = first; begin < last; begin += bands_.rows) {
+      const std::int64_t end = std::min(begin + bands_.rows, last), next = std::min(end + bands_.rows, last);
+      for (std::int64_t row = begin; row < end; ++row) {
+        const std::int64_t tile = (row - begin) * bands_.across;
         const auto input = absolute_ ? input_tiles<true> : input_tiles<false>;
         const auto gradient = absolute_ ? gradient_tiles<true> : gradient_tiles<false>;
-        input(bands_, row, x, inputs, zero, x_tiles + tile * inputs, x_pitch);
-        gradient(bands_, row, dy, outputs, dy_tiles + tile * outputs, dy_pitch);
+        input(bands_, row, x, inputs_, zero, x_tiles + tile * inputs_, x_pitch_);
+        gradient(bands_, row, dy, outputs_, dy_tiles + tile * outputs_, dy_pitch_);
       }
-      const std::int64_t next = std::min(band + 1, bands_.count() - 1);
-      const BandPrefetch next_x(bands_, next, x, inputs), next_dy(bands_, next, dy, outputs);
+      const BandPrefetch next_x(bands_, end, next, x, inputs_), next_dy(bands_, end, next, dy, outputs_);
       for (int element = 0; element < kElements; ++element) {
         next_x.prefetch(element), next_dy.prefetch(element);
-        for (std::int64_t i = 0; i < inputs; i += kInputs)
-          for (std::int64_t o = 0; o < outputs; o += kVectors * kLanes)
-            add_product<kInputs, kVectors>(x_tiles + element * x_pitch + i, inputs, dy_tiles + element * dy_pitch + o,
-                                           outputs, (last - first) * bands_.across,
-                                           sums + element * size_ + i * outputs + o);
+        for (std::int64_t i = 0; i < inputs_; i += kInputs)
+          for (std::int64_t o = 0; o < outputs_; o += kVectors * kLanes)
+            add_product<kInputs, kVectors>(x_tiles + element * x_pitch_ + i, inputs_,
+                                           dy_tiles + element * dy_pitch_ + o, outputs_, (end - begin) * bands_.across,
+                                           sums + element * size_ + i * outputs_ + o);
       }
     }
-    to_weights(sums, size_, partials_ + chunk * 9 * size_);
   }
 
-  void join() override {
-    float* const result = static_cast<float*>(absolute_ ? p_.abs_sum : p_.sum);
+  void end(std::int64_t chunk, float* scratch) override {
+    to_weights(sums_in(scratch), size_, partials_ + chunk * 9 * size_);
+  }
+
+  void join(float* result) const override {
 #pragma omp for collapse(2) schedule(static) nowait
-    for (std::int64_t i = 0; i < p_.x.c; ++i)
+    for (std::int64_t i = 0; i < inputs_; ++i)
       for (std::int64_t k = 0; k < 9; ++k)
-        for (std::int64_t o = 0; o < p_.dy.c; o += kLanes) {
+        for (std::int64_t o = 0; o < outputs_; o += kLanes) {
           double totals[kLanes] = {};
           for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
-            const float* const from = partials_ + (chunk * 9 + k) * size_ + i * p_.dy.c + o;
+            const float* const from = partials_ + (chunk * 9 + k) * size_ + i * outputs_ + o;
             for (int lane = 0; lane < kLanes; ++lane) totals[lane] += static_cast<double>(from[lane]);
           }
           for (int lane = 0; lane < kLanes; ++lane)
-            result[((o + lane) * p_.x.c + i) * 9 + k] = static_cast<float>(totals[lane]);
+            result[((o + lane) * inputs_ + i) * 9 + k] = static_cast<float>(totals[lane]);
         }
   }
 
  private:
-  std::int64_t zeros() const { return round_up(p_.x.w * p_.x.c, kLanes); }
+  float* sums_in(float* scratch) const { return scratch + zeros_ + kElements * (x_pitch_ + dy_pitch_); }
 
-  const ConvGradSigns p_;
-  const bool absolute_;
   const Bands bands_;
-  const std::int64_t size_, chunks_;
+  const std::int64_t inputs_, outputs_, size_, x_pitch_, dy_pitch_, zeros_, chunks_;
+  const bool absolute_;
   const PoolSpace pool_;
   float* const partials_;  // [chunk][tap of the kernel][input][output]
 };
 
+// The sums of conv_grad_signs.
+class Gradient3x3Summation final : public Summation {
+ public:
+  Gradient3x3Summation(const ConvGradSigns& p, bool absolute)
+      : p_(p),
+        result_(static_cast<float*>(absolute ? p.abs_sum : p.sum)),
+        bands_(p.x.n, p.x.h, p.x.w),
+        chunks_(std::clamp<std::int64_t>(p.x.n * bands_.down * bands_.across / kLeastTiles, 1,
+                                         std::min(kMostChunks, bands_.count()))),
+        gradient_(row_gradient(bands_, p.x.c, p.dy.c, chunks_, absolute)) {}
+
+  std::int64_t tasks() const override { return chunks_; }
+  std::int64_t scratch_bytes() const override {
+    return gradient_->scratch() * static_cast<std::int64_t>(sizeof(float));
+  }
+  void run(std::int64_t chunk, char* scratch) override {
+    float* const space = reinterpret_cast<float*>(scratch);
+    const auto rows_of = [](const Image& image) { return ImageRows{static_cast<const float*>(image.data), 0}; };
+    gradient_->begin(space);
+    gradient_->add(bands_.first(chunk * bands_.count() / chunks_), bands_.first((chunk + 1) * bands_.count() / chunks_),
+                   rows_of(p_.x), rows_of(p_.dy), space);
+    gradient_->end(chunk, space);
+  }
+  void join() override { gradient_->join(result_); }
+
+ private:
+  const ConvGradSigns p_;
+  float* const result_;
+  const Bands bands_;
+  const std::int64_t chunks_;
+  const std::unique_ptr<RowGradient> gradient_;
+};
+
 }  // namespace
 
+std::unique_ptr<RowGradient> row_gradient(const Bands& bands, std::int64_t inputs, std::int64_t outputs,
+                                          std::int64_t chunks, bool absolute) {
+  check_channels(inputs, outputs);
+#if defined(__AVX512F__)
+  if (outputs % (2 * kLanes) == 0) return std::make_unique<Gradient3x3<8, 2>>(bands, inputs, outputs, chunks, absolute);
+  return std::make_unique<Gradient3x3<16, 1>>(bands, inputs, outputs, chunks, absolute);
+#else
+  return std::make_unique<Gradient3x3<4, 1>>(bands, inputs, outputs, chunks, absolute);
+#endif
+}
+
 std::unique_ptr<Summation> conv3x3_gradient(const ConvGradSigns& p, bool absolute) {
-  check_channels(p.x.c, p.dy.c);
   for (const std::int64_t value : {p.stride_h, p.stride_w, p.padding_h, p.padding_w, p.kernel_h - 2, p.kernel_w - 2})
     if (value != 1) throw std::invalid_argument("conv3x3: the kernel must be 3 x 3, stride and padding 1");
   for (const Image* t : {&p.x, &p.dy}) {
@@ -189,12 +229,7 @@ std::unique_ptr<Summation> conv3x3_gradient(const ConvGradSigns& p, bool absolut
     if (p.dtype != DType::kFloat32 || !dense)
       throw std::invalid_argument("conv3x3: tensors must be float32, dense in channels_last");
   }
-#if defined(__AVX512F__)
-  if (p.dy.c % (2 * kLanes) == 0) return std::make_unique<Conv3x3Gradient<8, 2>>(p, absolute);
-  return std::make_unique<Conv3x3Gradient<16, 1>>(p, absolute);
-#else
-  return std::make_unique<Conv3x3Gradient<4, 1>>(p, absolute);
-#endif
+  return std::make_unique<Gradient3x3Summation>(p, absolute);
 }
 
 }  // namespace bnkern::BNKERN_ISA

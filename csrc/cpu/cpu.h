@@ -18,6 +18,26 @@ struct Conv3x3 {
   int threads;
 };
 
+// A call of conv_norm_forward: the convolution r = conv3x3(y) of the output y of a batch norm, and the statistics of r.
+// All tensors are float32 and contiguous in channels_last.
+struct ConvNorm {
+  Forward input;   // the call of normalize that computes y. If it has no x, then y is conv.x; if it has no y, then y is
+                   // not stored
+  Conv3x3 conv;    // conv.y is r
+  Forward output;  // a call of moments of r, with mean, spread and running statistics. `spread` becomes invstd
+};
+
+// A call of conv_norm_backward. g is a gradient before the activation of a batch norm, z its value there.
+struct ConvNormBackward {
+  Backward output;  // the call of grad_input for the norm of r: its dy is g of this norm, its x is r
+  Conv3x3 conv;     // from the gradient of r to that of y, with a flipped weight. conv.y receives g of the input's norm
+  const float* y;   // if null, it is recomputed from `input`
+  const float* shortcut;  // added to the gradient of y if not null
+  float* dweight;         // [O, I, 3, 3], contiguous; not computed if null
+  Backward input;         // the call of grad_sums for the norm of y. If it has no x, then y has no norm before it, and
+                          // conv.y receives the gradient of y
+};
+
 struct CpuKernels {
   const char* isa;
   void (*forward)(const Forward&);
@@ -25,6 +45,8 @@ struct CpuKernels {
   void (*augment)(const Augment&);
   void (*conv_grad_signs)(const ConvGradSigns&);
   void (*conv3x3)(const Conv3x3&);
+  void (*conv_norm_forward)(const ConvNorm&);
+  void (*conv_norm_backward)(const ConvNormBackward&);
   void (*update)(const Update&);
 };
 
@@ -37,14 +59,16 @@ const CpuKernels& cpu_kernels();
 bool with_extensions();
 
 // Each instruction set has its own definitions, compiled from the same sources. The tensors must not be empty.
-#define BNKERN_DECLARE_ISA(isa)                 \
-  namespace isa {                               \
-  void forward(const Forward& p);               \
-  void backward(const Backward& p);             \
-  void conv_grad_signs(const ConvGradSigns& p); \
-  void augment(const Augment& p);               \
-  void conv3x3(const Conv3x3& p);               \
-  void update(const Update& p);                 \
+#define BNKERN_DECLARE_ISA(isa)                       \
+  namespace isa {                                     \
+  void forward(const Forward& p);                     \
+  void backward(const Backward& p);                   \
+  void conv_grad_signs(const ConvGradSigns& p);       \
+  void augment(const Augment& p);                     \
+  void conv3x3(const Conv3x3& p);                     \
+  void conv_norm_forward(const ConvNorm& p);          \
+  void conv_norm_backward(const ConvNormBackward& p); \
+  void update(const Update& p);                       \
   }
 BNKERN_DECLARE_ISA(generic)
 BNKERN_DECLARE_ISA(avx2)

@@ -4,6 +4,7 @@
 
 #include "cpu.h"
 #include "drive.h"
+#include "running.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
@@ -11,22 +12,7 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::int64_t kActiveRow = 8;  // the row of a record from normalize; the rows before it are from moments
 
-// Joins (mean, M2) of a tile to those of the previous tiles.
-void join_moments(std::int64_t channels, double before, const Rows<double>& total, double count,
-                  const Rows<double>& tile) {
-  if (before == 0) {
-    std::memcpy(total[kMean], tile[kMean], channels * sizeof(double));
-    std::memcpy(total[kM2], tile[kM2], channels * sizeof(double));
-    return;
-  }
-  // The formula of chan_merge. The ratio of counts is the same for all channels, so it is computed before the loop.
-  const double share = count / (before + count), weight = before * share;
-  for (std::int64_t c = 0; c < channels; ++c) {
-    chan_join(&total[kMean][c], &total[kM2][c], tile[kMean][c], tile[kM2][c], share, weight);
-  }
-}
-
-// The same for a tile with weights. A tile of weight zero changes nothing.
+// join_moments() for a tile with weights. A tile of weight zero changes nothing.
 void join_weighted_moments(std::int64_t channels, const Rows<double>& total, const Rows<double>& tile) {
   const auto of = [](const Rows<double>& rows, std::int64_t c) {
     return Moments<double>{rows[kWeight][c], rows[kMean][c], rows[kM2][c]};
@@ -80,6 +66,7 @@ class ForwardPhases : public Phases<T> {
                   .measured_sums = {},
                   .applied_sums = {}},
         p_(p),
+        running_(p),
         record_(p.record != nullptr),
         as_one_(record_ && !p.moments),
         weights_(p.moments ? static_cast<const A*>(p.sample_weight) : nullptr),
@@ -99,7 +86,7 @@ class ForwardPhases : public Phases<T> {
     if (p.skipped && p.moments)
       for (double** row : {&batch_mean_, &batch_var_}) *row = space_.template take<double>(p.shape.c);
     else if (p.moments)
-      count_batch();
+      running_.count_batch();
     if (!p.moments) use_given_statistics();
   }
 
@@ -144,7 +131,7 @@ class ForwardPhases : public Phases<T> {
       if (p_.skipped)
         batch_mean_[c] = all.mean, batch_var_[c] = variance;
       else
-        update_running(c, all.mean, variance);
+        running_.update(c, all.mean, variance);
       if (p_.normalize) set_coefficients(c, columns);
     });
     if (as_one_) record_active(group, this->measured_sums);
@@ -163,15 +150,7 @@ class ForwardPhases : public Phases<T> {
   // needs the statistics of all channels.
   void update_unless_skipped() {
     if (!p_.skipped || !p_.moments) return;
-    bool finite = true;
-    for (std::int64_t c = 0; c < p_.shape.c; ++c)
-      finite = finite && std::isfinite(static_cast<A>(batch_mean_[c])) && std::isfinite(static_cast<A>(batch_var_[c]));
-    if (!finite) {
-      ++*p_.skipped;
-      return;
-    }
-    count_batch();
-    for (std::int64_t c = 0; c < p_.shape.c; ++c) update_running(c, batch_mean_[c], batch_var_[c]);
+    running_.update_unless_skipped<A>(batch_mean_, batch_var_);
   }
 
  private:
@@ -188,21 +167,6 @@ class ForwardPhases : public Phases<T> {
       all = chan_merge(all, Moments<double>{totals[kWeight][v], totals[kMean][v], totals[kM2][v]});
     if (all.count == 0) all.mean = std::numeric_limits<double>::quiet_NaN();
     return all;
-  }
-
-  // Increments the counter, and computes the momentum from it.
-  void count_batch() {
-    if (p_.counter) ++*p_.counter;
-    momentum_ = p_.cumulative && p_.counter ? 1.0 / static_cast<double>(*p_.counter) : p_.momentum;
-  }
-
-  void update_running(std::int64_t c, double mean, double variance) {
-    if (!p_.running_mean) return;
-    const auto update = [&](const ChannelVector& running, double batch) {
-      write(running, c, read(running, c, 0.0) * (1 - momentum_) + batch * momentum_);
-    };
-    update(p_.running_mean, mean);
-    update(p_.running_var, variance);
   }
 
   // For a call without moments. Uses the running statistics, the statistics of the call, or none.
@@ -231,6 +195,7 @@ class ForwardPhases : public Phases<T> {
   }
 
   const Forward& p_;
+  RunningStatistics running_;
   // The phase moments computes the moments of a record. In a call with a record but without moments (as_one_), the
   // first phase computes the moments of a tile and then normalises the tile. Such a call has no second phase.
   const bool record_, as_one_;
@@ -239,7 +204,6 @@ class ForwardPhases : public Phases<T> {
   Workspace space_;
   Coefficients<A> k_{};
   Tensors<T> t_{};
-  double momentum_ = 0;
   double *batch_mean_ = nullptr, *batch_var_ = nullptr;  // [C], if batches may be skipped
   A *const means_, *const spreads_;
 };

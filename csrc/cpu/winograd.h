@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 
 #include "conv.h"
@@ -37,26 +38,32 @@ struct Bands {
   std::int64_t rows;          // rows of tiles in a band, which may belong to several images
   Bands(std::int64_t n, std::int64_t h, std::int64_t w)
       : n(n), h(h), w(w), across(divide_up(w, 2)), down(divide_up(h, 2)), rows(divide_up(kBandTiles, across)) {}
-  std::int64_t count() const { return divide_up(n * down, rows); }
+  std::int64_t tile_rows() const { return n * down; }  // of all images
+  std::int64_t count() const { return divide_up(tile_rows(), rows); }
   std::int64_t tiles() const { return round_up(rows * across, kBandTiles); }  // including those that fill up a group
-  std::int64_t first(std::int64_t band) const { return band * rows; }
-  std::int64_t last(std::int64_t band) const { return std::min(n * down, (band + 1) * rows); }
+  std::int64_t first(std::int64_t band) const { return std::min(tile_rows(), band * rows); }
+  // The first image row of a row of tiles, counted over all images.
+  std::int64_t image_row(std::int64_t tile_row) const { return tile_row / down * h + tile_row % down * 2; }
   // The distance between two elements of a tile in a buffer with this number of channels. kLanes is added, because a
   // power of two would place all elements of a tile in a few sets of the cache.
   std::int64_t pitch(std::int64_t channels) const { return tiles() * channels + kLanes; }
 };
 
-// Prefetches the rows of the images that belong to a band, a 16th of them during each element of the previous band.
+// Rows of w x C values. Row r, counted over all images, begins at data + (r - first) * w * C. The data may be a part of
+// the images, from row `first` on.
+struct ImageRows {
+  const float* data;
+  std::int64_t first;
+};
+
+// Prefetches the image rows of some rows of tiles, a 16th of them during each element of the previous band.
 class BandPrefetch {
  public:
-  BandPrefetch(const Bands& bands, std::int64_t band, const float* images, std::int64_t channels) {
-    const std::int64_t row = bands.w * channels, all = bands.n * bands.h;
-    const auto image_row = [&](std::int64_t tile_row) {  // the first row of a row of tiles, over all images
-      return std::min(all, tile_row / bands.down * bands.h + tile_row % bands.down * 2);
-    };
-    const std::int64_t first = image_row(bands.first(band)), last = image_row(bands.last(band));
-    from_ = reinterpret_cast<const char*>(images + first * row);
-    bytes_ = (last - first) * row * static_cast<std::int64_t>(sizeof(float));
+  BandPrefetch(const Bands& bands, std::int64_t first, std::int64_t last, ImageRows images, std::int64_t channels) {
+    const std::int64_t row = bands.w * channels;
+    from_ = reinterpret_cast<const char*>(images.data) +
+            (bands.image_row(first) - images.first) * row * static_cast<std::int64_t>(sizeof(float));
+    bytes_ = (bands.image_row(last) - bands.image_row(first)) * row * static_cast<std::int64_t>(sizeof(float));
   }
   BNKERN_INLINE void prefetch(int element) const {
     for (std::int64_t k = bytes_ * element / kElements; k < bytes_ * (element + 1) / kElements; k += 64)
@@ -71,14 +78,15 @@ class BandPrefetch {
 // Computes B' d B for a row of tiles, and stores it from the tile at `out` on. `row` counts the rows of tiles of all
 // images. `zeros` is a row of zeros.
 template <bool kAbsolute>
-BNKERN_INLINE void input_tiles(const Bands& bands, std::int64_t row, const float* x, std::int64_t channels,
+BNKERN_INLINE void input_tiles(const Bands& bands, std::int64_t row, ImageRows x, std::int64_t channels,
                                const float* zeros, float* out, std::int64_t pitch) {
   using V = Vec<float>;
   const std::int64_t top = row % bands.down * 2 - 1;
   const float* rows[4];
   for (int i = 0; i < 4; ++i)
-    rows[i] =
-        top + i >= 0 && top + i < bands.h ? x + (row / bands.down * bands.h + top + i) * bands.w * channels : zeros;
+    rows[i] = top + i >= 0 && top + i < bands.h
+                  ? x.data + (row / bands.down * bands.h + top + i - x.first) * bands.w * channels
+                  : zeros;
   const auto column = [&](std::int64_t w, std::int64_t c, V* to) {  // B' d
     const auto load = [&](int i) {
       const V value = V::load(rows[i] + w * channels + c);
@@ -112,5 +120,33 @@ BNKERN_INLINE void input_tiles(const Bands& bands, std::int64_t row, const float
     }
   }
 }
+
+// The convolution of Conv3x3 for some rows at a time. Threads share the object.
+class RowConvolution {
+ public:
+  virtual ~RowConvolution() = default;
+  virtual std::int64_t scratch() const = 0;  // the number of floats that a thread needs
+  // Transforms the weights. All threads of a parallel region call it and divide its loop among them.
+  virtual void prepare(float* scratch) = 0;
+  // Computes the rows of tiles first, ..., last - 1, from `x`. Writes to y of Conv3x3.
+  virtual void run(std::int64_t first, std::int64_t last, ImageRows x, float* scratch) const = 0;
+};
+std::unique_ptr<RowConvolution> row_convolution(const Conv3x3& p);
+
+// The weight gradient of this convolution, or the sum of the magnitudes of its summands, as sums over `chunks` chunks
+// of rows. A chunk is a begin(), an add() for some rows at a time, and an end().
+class RowGradient {
+ public:
+  virtual ~RowGradient() = default;
+  virtual std::int64_t scratch() const = 0;
+  virtual void begin(float* scratch) const = 0;
+  virtual void add(std::int64_t first, std::int64_t last, ImageRows x, ImageRows dy, float* scratch) const = 0;
+  virtual void end(std::int64_t chunk, float* scratch) = 0;
+  // Writes the sum over all chunks to result [O, I, 3, 3]. All threads of a parallel region call it and divide its
+  // loop.
+  virtual void join(float* result) const = 0;
+};
+std::unique_ptr<RowGradient> row_gradient(const Bands& bands, std::int64_t inputs, std::int64_t outputs,
+                                          std::int64_t chunks, bool absolute);
 
 }  // namespace bnkern::BNKERN_ISA

@@ -1,0 +1,151 @@
+// The gradients of the 3 x 3 convolution between two batch norms, with grad_input of the batch norm behind it and
+// grad_sums of the one before it, in one pass over memory. See conv_norm.h.
+//
+// For each strip:
+//   dr = grad_input of the norm behind                   (conv.inputs channels; not stored)
+//   weight gradient: from y and dr
+//   dy = the convolution of dr with the flipped weight, + the shortcut's gradient
+//   g  = dy where the activation passed it, and the sums of g and of g xhat
+#include "conv_norm.h"
+
+namespace bnkern::BNKERN_ISA {
+namespace {
+
+class ConvNormBackwardPass {
+ public:
+  explicit ConvNormBackwardPass(const ConvNormBackward& p)
+      : p_(p),
+        strips_(Bands(p.conv.n, p.conv.h, p.conv.w), std::max(p.conv.inputs, p.conv.outputs)),
+        r_(p.conv.w, p.conv.inputs),
+        y_(p.conv.w, p.conv.outputs),
+        convolution_(p.conv.y ? row_convolution(p.conv) : nullptr),
+        gradient_(p.dweight
+                      ? row_gradient(strips_.bands, p.conv.outputs, p.conv.inputs, strips_.chunks(), /*absolute=*/false)
+                      : nullptr),
+        space_(coefficients_bytes(r_) + coefficients_bytes(y_) + ChunkTotals::bytes(strips_.chunks(), y_) +
+               Workspace::bytes<double>(2 * y_.width() * p.conv.threads)),
+        r_k_(make_coefficients(space_, r_)),
+        y_k_(make_coefficients(space_, y_)),
+        totals_(space_, strips_.chunks(), y_) {
+    if (p.output.x) {
+      set_coefficients(r_k_, r_, p.conv.inputs, p.output.mean, p.output.invstd, p.output.weight, p.output.bias);
+      const double count = static_cast<double>(p.conv.n * p.conv.h * p.conv.w);
+      for (std::int64_t c = 0; c < p.conv.inputs; ++c) {
+        const Columns columns{c, r_.width(), p.conv.inputs};
+        const auto mean = [&](const void* sums) {
+          return static_cast<float>(static_cast<const float*>(sums)[c] / count);
+        };
+        set_all(r_k_.mean_dy, columns, mean(p.output.sum_dy));
+        set_all(r_k_.mean_dy_xhat, columns, mean(p.output.sum_dy_xhat));
+      }
+    }
+    if (p.input.x)
+      set_coefficients(y_k_, y_, p.conv.outputs, p.input.mean, p.input.invstd, p.input.weight, p.input.bias);
+    forward_.x = p.input.x, forward_.act = p.input.act;
+  }
+
+  void run() {
+    const auto size_of = [&](const WideRows& rows) { return round_up(strips_.most_rows() * rows.row(), kLanes); };
+    const std::int64_t dr_size = size_of(r_), y_size = p_.dweight && !p_.y ? size_of(y_) : 0;
+    const std::int64_t convolution_size = convolution_ ? convolution_->scratch() : 0;
+    const std::int64_t scratch = dr_size + y_size + convolution_size + (gradient_ ? gradient_->scratch() : 0);
+    const int threads = static_cast<int>(std::min<std::int64_t>(p_.conv.threads, strips_.chunks()));
+    const PoolSpace pool(threads * scratch * static_cast<std::int64_t>(sizeof(float)));
+    double* const tiles = space_.take<double>(2 * y_.width() * threads);
+#pragma omp parallel num_threads(threads)
+    {
+      const int thread = omp_get_thread_num();
+      float* const dr_space = reinterpret_cast<float*>(pool.data()) + thread * scratch;
+      float* const y_space = dr_space + dr_size;
+      float* const convolution_space = y_space + y_size;
+      float* const gradient_space = convolution_space + convolution_size;
+      const Rows<double> tile{tiles + 2 * y_.width() * thread, y_.width()};
+      if (convolution_) convolution_->prepare(convolution_space);
+#pragma omp for schedule(static)
+      for (std::int64_t chunk = 0; chunk < strips_.chunks(); ++chunk) {
+        totals_.clear(chunk);
+        if (gradient_) gradient_->begin(gradient_space);
+        for (std::int64_t s = strips_.first_of_chunk(chunk); s < strips_.first_of_chunk(chunk + 1); ++s) {
+          const std::int64_t first = strips_.first(s), last = strips_.first(s + 1);
+          const StripRows rows(strips_.bands, first, last);
+          const ImageRows dr = gradient_rows(rows, dr_space);
+          if (gradient_) gradient_->add(first, last, input_rows(rows, y_space), dr, gradient_space);
+          if (!convolution_) continue;
+          convolution_->run(first, last, dr, convolution_space);
+          if (p_.shortcut) add_shortcut(rows);
+          if (p_.input.x) finish_rows(chunk, rows, tile);
+        }
+        if (gradient_) gradient_->end(chunk, gradient_space);
+      }
+      if (gradient_) gradient_->join(p_.dweight);
+    }
+    if (p_.input.x && convolution_) finish();
+  }
+
+ private:
+  // Returns the rows of dr.
+  ImageRows gradient_rows(const StripRows& rows, float* scratch) const {
+    if (!p_.output.x) return {static_cast<const float*>(p_.output.dy.data), 0};
+    Tensors<float> t{};
+    t.x = r_.view(p_.output.x.data, rows.wide_first), t.dy = r_.view(p_.output.dy.data, rows.wide_first);
+    t.dx = r_.view(scratch, 0), t.act = Activation::none, t.training = true;
+    const Partition part = r_.partition(rows.wide_last - rows.wide_first);
+    for (std::int64_t group = 0; group < part.groups; ++group)
+      grad_input_tile<float, false>(part, t, r_k_, group, 0, {});
+    return {scratch, rows.wide_first};
+  }
+
+  // Returns the rows of y.
+  ImageRows input_rows(const StripRows& rows, float* scratch) const {
+    if (p_.y) return {p_.y, 0};
+    normalize_rows(forward_, y_k_, y_, rows.wide_first, rows.wide_last, scratch, false);
+    return {scratch, rows.wide_first};
+  }
+
+  void add_shortcut(const StripRows& rows) const {
+    float* const to = p_.conv.y;
+    for (std::int64_t i = rows.first * y_.row(); i < rows.last * y_.row(); i += kLanes)
+      (Vec<float>::load(to + i) + Vec<float>::load(p_.shortcut + i)).store(to + i);
+  }
+
+  // Computes the sums over a strip, and applies the mask to it.
+  void finish_rows(std::int64_t chunk, const StripRows& rows, const Rows<double>& tile) const {
+    Tensors<float> t{};
+    t.x = y_.view(p_.input.x.data, rows.first), t.dy = t.dresidual = y_.view(p_.conv.y, rows.first);
+    if (p_.input.mask) t.mask = const_cast<std::uint8_t*>(p_.input.mask) + rows.first * y_.row() / 8;
+    t.act = p_.input.act;
+    const Partition part = y_.partition(rows.last - rows.first);
+    for (std::int64_t group = 0; group < part.groups; ++group) {
+      grad_sums_tile<float, false>(part, t, y_k_, group, 0, tile.at(group * part.group), {});
+      if (t.act != Activation::none) grad_input_tile<float, false>(part, t, y_k_, group, 0, {});
+    }
+    join_sums(kGradSumsRows, y_.width(), totals_.of(chunk), tile);
+  }
+
+  void finish() const {
+    const Rows<double> all = totals_.of(0);
+    for (std::int64_t chunk = 1; chunk < strips_.chunks(); ++chunk)
+      join_sums(kGradSumsRows, y_.width(), all, totals_.of(chunk));
+    for (std::int64_t c = 0; c < p_.conv.outputs; ++c) {
+      const Columns columns{c, y_.width(), p_.conv.outputs};
+      static_cast<float*>(p_.input.sum_dy)[c] = static_cast<float>(add_up(all[kSumDy], columns));
+      static_cast<float*>(p_.input.sum_dy_xhat)[c] = static_cast<float>(add_up(all[kSumDyXhat], columns));
+    }
+  }
+
+  const ConvNormBackward& p_;
+  const Strips strips_;
+  const WideRows r_, y_;
+  const std::unique_ptr<RowConvolution> convolution_;
+  const std::unique_ptr<RowGradient> gradient_;
+  Workspace space_;
+  const Coefficients<float> r_k_, y_k_;
+  const ChunkTotals totals_;
+  Forward forward_{};  // the normalisation that recomputes y
+};
+
+}  // namespace
+
+void conv_norm_backward(const ConvNormBackward& p) { ConvNormBackwardPass(p).run(); }
+
+}  // namespace bnkern::BNKERN_ISA

@@ -1,0 +1,120 @@
+// The 3 x 3 convolution of the output of a batch norm, and the moments of its result, in one pass over memory. See
+// conv_norm.h.
+#include <cmath>
+
+#include "conv_norm.h"
+#include "running.h"
+
+namespace bnkern::BNKERN_ISA {
+namespace {
+
+class ConvNormForward {
+ public:
+  explicit ConvNormForward(const ConvNorm& p)
+      : p_(p),
+        strips_(Bands(p.conv.n, p.conv.h, p.conv.w), std::max(p.conv.inputs, p.conv.outputs)),
+        inputs_(p.conv.w, p.conv.inputs),
+        outputs_(p.conv.w, p.conv.outputs),
+        convolution_(row_convolution(p.conv)),
+        space_(coefficients_bytes(inputs_) + ChunkTotals::bytes(strips_.chunks(), outputs_) +
+               Workspace::bytes<double>(2 * outputs_.width()) * (1 + p.conv.threads) +
+               2 * Workspace::bytes<double>(p.conv.outputs)),
+        k_(make_coefficients(space_, inputs_)),
+        totals_(space_, strips_.chunks(), outputs_) {
+    if (p.input.x)
+      set_coefficients(k_, inputs_, p.conv.inputs, p.input.mean, p.input.spread, p.input.weight, p.input.bias);
+  }
+
+  void run() {
+    const std::int64_t y_size = round_up(strips_.most_rows() * inputs_.row(), kLanes);
+    const std::int64_t scratch = y_size + convolution_->scratch();
+    const int threads = static_cast<int>(std::min<std::int64_t>(p_.conv.threads, strips_.chunks()));
+    const PoolSpace pool(threads * scratch * static_cast<std::int64_t>(sizeof(float)));
+    double* const tiles = space_.take<double>(2 * outputs_.width() * threads);
+#pragma omp parallel num_threads(threads)
+    {
+      const int thread = omp_get_thread_num();
+      float* const y = reinterpret_cast<float*>(pool.data()) + thread * scratch;
+      convolution_->prepare(y + y_size);
+      const Rows<double> tile{tiles + 2 * outputs_.width() * thread, outputs_.width()};
+#pragma omp for schedule(static)
+      for (std::int64_t chunk = 0; chunk < strips_.chunks(); ++chunk) {
+        totals_.clear(chunk);
+        for (std::int64_t s = strips_.first_of_chunk(chunk); s < strips_.first_of_chunk(chunk + 1); ++s) {
+          const std::int64_t first = strips_.first(s), last = strips_.first(s + 1);
+          const StripRows rows(strips_.bands, first, last);
+          convolution_->run(first, last, input_rows(rows, y), y + y_size);
+          if (p_.output.mean) add_moments(chunk, rows, tile);
+        }
+      }
+    }
+    if (p_.output.mean) finish();
+  }
+
+ private:
+  // Returns the rows of y that the strip needs.
+  ImageRows input_rows(const StripRows& rows, float* scratch) const {
+    if (!p_.input.x) return {p_.conv.x, 0};
+    float* const stored = static_cast<float*>(p_.input.y.data);
+    const auto normalize = [&](std::int64_t first, std::int64_t last, float* y, bool own) {
+      normalize_rows(p_.input, k_, inputs_, first, last, y, own);
+    };
+    const auto place = [&](std::int64_t row) { return scratch + (row - rows.wide_first) * inputs_.row(); };
+    if (stored && rows.wide_first == rows.first && rows.wide_last == rows.last) {
+      normalize(rows.first, rows.last, stored + rows.first * inputs_.row(), true);
+      return {stored, 0};
+    }
+    normalize(rows.wide_first, rows.first, scratch, false);
+    normalize(rows.first, rows.last, place(rows.first), true);
+    normalize(rows.last, rows.wide_last, place(rows.last), false);
+    if (stored)
+      std::memcpy(stored + rows.first * inputs_.row(), place(rows.first),
+                  (rows.last - rows.first) * inputs_.row() * sizeof(float));
+    return {scratch, rows.wide_first};
+  }
+
+  void add_moments(std::int64_t chunk, const StripRows& rows, const Rows<double>& tile) const {
+    const Partition part = outputs_.partition(rows.last - rows.first);
+    const View r = outputs_.view(p_.conv.y, rows.first);
+    for (std::int64_t group = 0; group < part.groups; ++group)
+      moments_tile<float, false>(part, r, group, 0, tile.at(group * part.group));
+    const double count = static_cast<double>(part.rows);
+    join_moments(outputs_.width(), totals_.count(chunk), totals_.of(chunk), count, tile);
+    totals_.count(chunk) += count;
+  }
+
+  void finish() {
+    const std::int64_t channels = p_.conv.outputs;
+    const Rows<double> all = totals_.of(0);
+    double count = totals_.count(0);
+    for (std::int64_t chunk = 1; chunk < strips_.chunks(); ++chunk) {
+      join_moments(outputs_.width(), count, all, totals_.count(chunk), totals_.of(chunk));
+      count += totals_.count(chunk);
+    }
+    double *const means = space_.take<double>(channels), *const variances = space_.take<double>(channels);
+    for (std::int64_t c = 0; c < channels; ++c) {
+      Moments<double> moments{0, 0, 0};
+      for (std::int64_t v = c; v < outputs_.width(); v += channels)
+        moments = chan_merge(moments, Moments<double>{count, all[kMean][v], all[kM2][v]});
+      const double m2 = moments.m2 < 0 ? 0 : moments.m2;  // rounding may make it negative; NaN stays NaN
+      static_cast<float*>(p_.output.mean)[c] = static_cast<float>(moments.mean);
+      static_cast<float*>(p_.output.spread)[c] = static_cast<float>(1 / std::sqrt(m2 / moments.count + p_.output.eps));
+      means[c] = moments.mean, variances[c] = m2 / (moments.count - 1);
+    }
+    RunningStatistics(p_.output).update_unless_skipped<float>(means, variances);
+  }
+
+  const ConvNorm& p_;
+  const Strips strips_;
+  const WideRows inputs_, outputs_;
+  const std::unique_ptr<RowConvolution> convolution_;
+  Workspace space_;
+  const Coefficients<float> k_;
+  const ChunkTotals totals_;
+};
+
+}  // namespace
+
+void conv_norm_forward(const ConvNorm& p) { ConvNormForward(p).run(); }
+
+}  // namespace bnkern::BNKERN_ISA
