@@ -11,6 +11,7 @@ from typing import TypedDict
 from torch import Tensor
 
 from .backends.calls import BackwardCall, Forward, ForwardCall, Gradients
+from .backends.protocol import ConvNormBackward, ConvNormForward
 
 class BuildInfo(TypedDict):
     compiler: str
@@ -57,6 +58,26 @@ def conv_grad_signs(
     winograd: bool,
     /,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None: ...
+def conv_norm_forward(
+    source: ForwardCall | Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    keep: bool,
+    weight: Tensor,
+    norm: ForwardCall,
+    /,
+) -> ConvNormForward: ...
+def conv_norm_backward(
+    behind: BackwardCall,
+    sums: Tensor,
+    weight: Tensor,
+    before: BackwardCall | None,
+    y: Tensor | None,
+    shortcut: Tensor | None,
+    needs: tuple[bool, bool],
+    /,
+) -> ConvNormBackward: ...
+def grad_before_act(call: BackwardCall, /) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]: ...
 def augment(
     images: Tensor,
     labels: Tensor,

@@ -87,6 +87,7 @@ struct Backward {
   ChannelVector weight, bias;
   const void *mean, *invstd;     // [C], of the accumulator type; null for the identity
   void *sum_dy, *sum_dy_xhat;    // [C], of the accumulator type; written with grad_sums, read by grad_input alone
+  double* double_sums;           // [2, C], the same sums; written with grad_sums if not null, only on the CPU
   ChannelVector dweight, dbias;  // the same sums in the dtypes of the parameters, written if not null
   // The rows GRADIENT [8, C] and AFFINE [8, C] of records.py. If not null, they are written with dx and with the sums.
   double *record_gradient, *record_affine;

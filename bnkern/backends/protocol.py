@@ -14,6 +14,9 @@ from .calls import BackwardCall, Forward, ForwardCall, Gradients, Sums, UpdateCa
 
 Flags = tuple[bool, bool, bool, bool]
 Pair = tuple[int, int]
+ConvNormForward = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]  # y, mask, r, mean, invstd
+# g or dx, the sums of g, dweight, dbias, the convolution's dweight
+ConvNormBackward = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Backend(Protocol):
@@ -96,3 +99,35 @@ class WinogradBackend(Backend, Protocol):
     def prefers_winograd(
         self, x: Tensor, outputs: int, kernel_size: Sequence[int], stride: Pair, padding: Pair
     ) -> bool: ...
+
+
+class ChainBackend(Backend, Protocol):
+    """A backend with kernels for a 3 x 3 convolution between two batch norms. Only the CPU's backend has them.
+
+    ``reference`` documents the functions.
+    """
+
+    def conv_norm_forward(
+        self,
+        source: ForwardCall | Tensor,
+        mean: Tensor | None,
+        invstd: Tensor | None,
+        keep: bool,
+        weight: Tensor,
+        norm: ForwardCall,
+    ) -> ConvNormForward: ...
+
+    def conv_norm_backward(
+        self,
+        behind: BackwardCall,
+        sums: Tensor,
+        weight: Tensor,
+        before: BackwardCall | None,
+        y: Tensor | None,
+        shortcut: Tensor | None,
+        needs: tuple[bool, bool],
+    ) -> ConvNormBackward: ...
+
+    def grad_before_act(self, call: BackwardCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]: ...
+
+    def prefers_conv_norm(self, x: Tensor, channels: Sequence[int]) -> bool: ...

@@ -62,34 +62,68 @@ PyObject* conv_norm_forward(PyObject* const* args) {
   return tuple_of(outputs);
 }
 
-// conv_norm_backward(output, sum g, sum g * xhat, weight, input, y, shortcut, needs) -> (g, dweight, sum g, sum g *
-// xhat)
+// Makes a contiguous float64 tensor [2, C] for the sums of g and of g * xhat.
+double* make_sums(const Input& x, Object& result) {
+  const std::int64_t shape[] = {2, x.channels()}, strides[] = {x.channels(), 1};
+  void* data;
+  result = make(x.object(), x.tensor().device, dlpack::kFloat64, 2, shape, strides, data);
+  return static_cast<double*>(data);
+}
+
+// Makes the gradients of a norm's parameters.
+void make_parameter_gradients(const Input& x, Backward& p, Object& dweight, Object& dbias) {
+  Results results(x);
+  if (p.weight) p.dweight = {results.channels(dweight, p.weight.dtype), p.weight.dtype};
+  if (p.bias) p.dbias = {results.channels(dbias, p.bias.dtype), p.bias.dtype};
+}
+
+// grad_before_act(call) -> (g, sums, dweight, dbias): the gradient before the activation, and the sums of it
+PyObject* grad_before_act(PyObject* const* args) {
+  check_backward_call(args[0]);
+  const Fields<B> field(args[0]);
+  Input x;
+  read_input(field[B::x], x, "grad_before_act: x");
+  Backward p{};
+  if (!read_backward(field, x, p) || !p.mean || !p.invstd) refuse("grad_before_act: call", kNorm);
+  Object outputs[4];
+  p.sums = p.input = true;
+  p.dresidual = Results(x).alike(outputs[0]);
+  p.double_sums = make_sums(x, outputs[1]);
+  make_parameter_gradients(x, p, outputs[2], outputs[3]);
+  p.threads = threads();
+  run_released(cpu_kernels().backward, p);
+  return tuple_of(outputs);
+}
+
+// conv_norm_backward(output, sums, weight, input, y, shortcut, needs) -> (g, sums, dweight, dbias, dconv)
 //   output    the BackwardCall of the norm behind the convolution, whose dy is the gradient g before its activation
-//   input     the BackwardCall of the norm before it, without a dy, or None
+//   sums      float64 [2, O]: the sums of g and of g * xhat
+//   input     the BackwardCall of the norm before the convolution, without a dy, or None
 //   y         the convolution's input, or None if `input` is to recompute it
 //   shortcut  a gradient that is added to that of y, or None
-//   needs     whether g of the input's norm (or without a norm the gradient of y) and dweight are needed
+//   needs     whether the first four results are needed, and dconv, the gradient of the convolution's weight. The first
+//             is g of the input's norm, or without a norm the gradient of y; sums, dweight and dbias belong to it
 PyObject* conv_norm_backward(PyObject* const* args) {
   ConvNormBackward p{};
-  Object outputs[4];
+  Object outputs[5];
   check_backward_call(args[0]);
   const Fields<B> behind(args[0]);
   Input r, x;
   read_input(behind[B::x], r, "conv_norm_backward: r");
-  if (!read_backward(behind, r, p.output) || !r.read_statistic(args[1], p.output.sum_dy) ||
-      !r.read_statistic(args[2], p.output.sum_dy_xhat) || !p.output.mean || !p.output.invstd || !p.output.sum_dy ||
-      !p.output.sum_dy_xhat || p.output.act != Activation::none)
+  if (!read_backward(behind, r, p.output) || !p.output.mean || !p.output.invstd || p.output.act != Activation::none ||
+      !r.read_run(args[1], dlpack::kFloat64, 2 * r.channels(), p.output_sums) || !p.output_sums)
     refuse("conv_norm_backward: output", kNorm);
   images_like(behind[B::dy], r, "conv_norm_backward: g");
-  p.conv = conv3x3_of(behind[B::x], args[3], true);
-  const bool has_norm = args[4] != Py_None;
-  if (has_norm) check_backward_call(args[4]);
-  PyObject* const images = has_norm ? Fields<B>(args[4])[B::x] : args[5];
+  p.conv = conv3x3_of(behind[B::x], args[2], true);
+  const bool has_norm = args[3] != Py_None;
+  if (has_norm) check_backward_call(args[3]);
+  PyObject* const images = has_norm ? Fields<B>(args[3])[B::x] : args[4];
   read_input(images, x, "conv_norm_backward: x");
-  if (x.channels() != p.conv.outputs || x.count() != r.count() || x.shape().n != r.shape().n)
+  const std::int64_t *const r_size = r.tensor().shape, *const x_size = x.tensor().shape;
+  if (x_size[1] != p.conv.outputs || x_size[0] != r_size[0] || x_size[2] != r_size[2] || x_size[3] != r_size[3])
     refuse("conv_norm_backward: x", "of the size of the convolution's input");
   if (has_norm) {
-    const Fields<B> before(args[4]);
+    const Fields<B> before(args[3]);
     p.input.x = x.view(), p.input.shape = x.shape();
     if (!x.read_channels(before[B::weight], p.input.weight) || !x.read_channels(before[B::bias], p.input.bias) ||
         !x.read_statistic(before[B::mean], p.input.mean) || !x.read_statistic(before[B::invstd], p.input.invstd) ||
@@ -97,22 +131,22 @@ PyObject* conv_norm_backward(PyObject* const* args) {
         !read_activation(before[B::act], p.input.act) || !p.input.mean || !p.input.invstd)
       refuse("conv_norm_backward: input", kNorm);
   }
-  p.y = images_like(args[5], x, "conv_norm_backward: y");
-  p.shortcut = images_like(args[6], x, "conv_norm_backward: shortcut");
-  PyObject* const needs = args[7];
+  p.y = images_like(args[4], x, "conv_norm_backward: y");
+  p.shortcut = images_like(args[5], x, "conv_norm_backward: shortcut");
+  PyObject* const needs = args[6];
   if (!PyTuple_Check(needs) || PyTuple_GET_SIZE(needs) != 2) refuse("conv_norm_backward: needs", "2 booleans");
   if (PyTuple_GET_ITEM(needs, 0) == Py_True) {
     outputs[0] = make_images(images, p.conv, p.conv.outputs, p.conv.y);
     if (has_norm) {
-      Results results(x);
-      p.input.sum_dy = results.statistic(outputs[2]), p.input.sum_dy_xhat = results.statistic(outputs[3]);
+      p.input_sums = make_sums(x, outputs[1]);
+      make_parameter_gradients(x, p.input, outputs[2], outputs[3]);
     }
   }
   if (PyTuple_GET_ITEM(needs, 1) == Py_True) {
     const std::int64_t shape[] = {p.conv.inputs, p.conv.outputs, 3, 3};
     const std::int64_t strides[] = {p.conv.outputs * 9, 9, 3, 1};
     void* data;
-    outputs[1] = make(images, x.tensor().device, dlpack::kFloat32, 4, shape, strides, data);
+    outputs[4] = make(images, x.tensor().device, dlpack::kFloat32, 4, shape, strides, data);
     p.dweight = static_cast<float*>(data);
   }
   run_released(cpu_kernels().conv_norm_backward, p);
@@ -126,10 +160,10 @@ bool add_conv_norm(PyObject* module) {
       method<conv_norm_forward, 6>("conv_norm_forward",
                                    "conv_norm_forward(call, mean, invstd, keep, weight, statistics) -> (y, mask, r, "
                                    "mean, invstd); see ConvNorm in csrc/cpu/cpu.h."),
-      method<conv_norm_backward, 8>("conv_norm_backward",
-                                    "conv_norm_backward(output, sum g, sum g * xhat, weight, input, y, shortcut, "
-                                    "needs) -> (g, dweight, sum g, sum g * xhat); see ConvNormBackward in "
-                                    "csrc/cpu/cpu.h."),
+      method<conv_norm_backward, 7>("conv_norm_backward",
+                                    "conv_norm_backward(output, sums, weight, input, y, shortcut, needs) -> (g, sums, "
+                                    "dweight, dbias, dconv); see ConvNormBackward in csrc/cpu/cpu.h."),
+      method<grad_before_act, 1>("grad_before_act", "grad_before_act(call) -> (g, sums, dweight, dbias)."),
       {nullptr, nullptr, 0, nullptr},
   };
   return PyModule_AddFunctions(module, methods) == 0;

@@ -67,6 +67,7 @@ class BackwardPhases : public Phases<T> {
       const double product = add_up(this->measured.values[kSumDyXhat], columns);
       if (sum_dy_) sum_dy_[c] = static_cast<A>(sum);
       if (sum_dy_xhat_) sum_dy_xhat_[c] = static_cast<A>(product);
+      if (p_.double_sums) p_.double_sums[c] = sum, p_.double_sums[p_.shape.c + c] = product;
       if (p_.dbias) write(p_.dbias, c, sum);
       if (p_.dweight) write(p_.dweight, c, product);
       set_means(columns, sum, product);

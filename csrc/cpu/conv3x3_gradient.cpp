@@ -1,16 +1,14 @@
 // The weight gradient of the convolution of conv3x3.cpp, and the sum of the magnitudes of its summands. Both use
 // F(2 x 2, 3 x 3), for x and dy or for their magnitudes.
 //
-// A chunk is a sequence of bands. Within a band each sum is a chain of fma over the tiles. The sums of bands are added
-// within a chunk, and those of chunks in double.
+// Within a band each sum is a chain of fma over the tiles. The sums of bands are added within a chunk, and those of
+// chunks in double.
 #include "winograd.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
 
 using V = Vec<float>;
-
-constexpr std::int64_t kLeastTiles = 256;  // the least number of tiles in a chunk
 
 // Computes A dy A' for a tile. Its right column and its lower row may be outside of the image. The last row and column
 // of the result are stored with the opposite sign, which to_weights corrects.
@@ -99,17 +97,17 @@ void to_weights(const float* sums, std::int64_t size, float* partial) {
 template <int kInputs, int kVectors>
 class Gradient3x3 final : public RowGradient {
  public:
-  Gradient3x3(const Bands& bands, std::int64_t inputs, std::int64_t outputs, std::int64_t chunks, bool absolute)
-      : bands_(bands),
+  Gradient3x3(const Strips& strips, std::int64_t inputs, std::int64_t outputs, bool absolute)
+      : bands_(strips.bands),
         inputs_(inputs),
         outputs_(outputs),
         size_(inputs * outputs),
-        x_pitch_(bands.pitch(inputs)),
-        dy_pitch_(bands.pitch(outputs)),
-        zeros_(round_up(bands.w * inputs, kLanes)),
-        chunks_(chunks),
+        x_pitch_(bands_.pitch(inputs)),
+        dy_pitch_(bands_.pitch(outputs)),
+        zeros_(round_up(bands_.w * inputs, kLanes)),
+        chunks_(strips.chunks()),
         absolute_(absolute),
-        pool_(chunks * 9 * size_ * static_cast<std::int64_t>(sizeof(float))),
+        pool_(chunks_ * 9 * size_ * static_cast<std::int64_t>(sizeof(float))),
         partials_(reinterpret_cast<float*>(pool_.data())) {}
 
   std::int64_t scratch() const override { return zeros_ + kElements * (x_pitch_ + dy_pitch_ + size_); }
@@ -119,11 +117,14 @@ class Gradient3x3 final : public RowGradient {
     std::memset(sums_in(scratch), 0, kElements * size_ * sizeof(float));
   }
 
-  void add(std::int64_t first, std::int64_t last, ImageRows x, ImageRows dy, float* scratch) const override {
+  void add(std::int64_t first, std::int64_t last, ImageRows x, ImageRows dy, float* scratch,
+           const Ahead* ahead) const override {
     float* const zero = scratch;
     float* const x_tiles = zero + zeros_;
     float* const dy_tiles = x_tiles + kElements * x_pitch_;
     float* const sums = sums_in(scratch);
+    const std::int64_t steps = divide_up(last - first, bands_.rows) * kElements;
+    std::int64_t step = 0;
     for (std::int64_t begin = first; begin < last; begin += bands_.rows) {
       const std::int64_t end = std::min(begin + bands_.rows, last), next = std::min(end + bands_.rows, last);
       for (std::int64_t row = begin; row < end; ++row) {
@@ -135,7 +136,10 @@ class Gradient3x3 final : public RowGradient {
       }
       const BandPrefetch next_x(bands_, end, next, x, inputs_), next_dy(bands_, end, next, dy, outputs_);
       for (int element = 0; element < kElements; ++element) {
-        next_x.prefetch(element), next_dy.prefetch(element);
+        if (ahead)
+          ahead->prefetch(step++, steps);
+        else
+          next_x.prefetch(element), next_dy.prefetch(element);
         for (std::int64_t i = 0; i < inputs_; i += kInputs)
           for (std::int64_t o = 0; o < outputs_; o += kVectors * kLanes)
             add_product<kInputs, kVectors>(x_tiles + element * x_pitch_ + i, inputs_,
@@ -180,12 +184,10 @@ class Gradient3x3Summation final : public Summation {
   Gradient3x3Summation(const ConvGradSigns& p, bool absolute)
       : p_(p),
         result_(static_cast<float*>(absolute ? p.abs_sum : p.sum)),
-        bands_(p.x.n, p.x.h, p.x.w),
-        chunks_(std::clamp<std::int64_t>(p.x.n * bands_.down * bands_.across / kLeastTiles, 1,
-                                         std::min(kMostChunks, bands_.count()))),
-        gradient_(row_gradient(bands_, p.x.c, p.dy.c, chunks_, absolute)) {}
+        strips_(Bands(p.x.n, p.x.h, p.x.w), p.x.c),
+        gradient_(row_gradient(strips_, p.x.c, p.dy.c, absolute)) {}
 
-  std::int64_t tasks() const override { return chunks_; }
+  std::int64_t tasks() const override { return strips_.chunks(); }
   std::int64_t scratch_bytes() const override {
     return gradient_->scratch() * static_cast<std::int64_t>(sizeof(float));
   }
@@ -193,8 +195,8 @@ class Gradient3x3Summation final : public Summation {
     float* const space = reinterpret_cast<float*>(scratch);
     const auto rows_of = [](const Image& image) { return ImageRows{static_cast<const float*>(image.data), 0}; };
     gradient_->begin(space);
-    gradient_->add(bands_.first(chunk * bands_.count() / chunks_), bands_.first((chunk + 1) * bands_.count() / chunks_),
-                   rows_of(p_.x), rows_of(p_.dy), space);
+    for (std::int64_t strip = strips_.of_chunk(chunk); strip < strips_.of_chunk(chunk + 1); ++strip)
+      gradient_->add(strips_.first(strip), strips_.first(strip + 1), rows_of(p_.x), rows_of(p_.dy), space, nullptr);
     gradient_->end(chunk, space);
   }
   void join() override { gradient_->join(result_); }
@@ -202,21 +204,20 @@ class Gradient3x3Summation final : public Summation {
  private:
   const ConvGradSigns p_;
   float* const result_;
-  const Bands bands_;
-  const std::int64_t chunks_;
+  const Strips strips_;
   const std::unique_ptr<RowGradient> gradient_;
 };
 
 }  // namespace
 
-std::unique_ptr<RowGradient> row_gradient(const Bands& bands, std::int64_t inputs, std::int64_t outputs,
-                                          std::int64_t chunks, bool absolute) {
+std::unique_ptr<RowGradient> row_gradient(const Strips& strips, std::int64_t inputs, std::int64_t outputs,
+                                          bool absolute) {
   check_channels(inputs, outputs);
 #if defined(__AVX512F__)
-  if (outputs % (2 * kLanes) == 0) return std::make_unique<Gradient3x3<8, 2>>(bands, inputs, outputs, chunks, absolute);
-  return std::make_unique<Gradient3x3<16, 1>>(bands, inputs, outputs, chunks, absolute);
+  if (outputs % (2 * kLanes) == 0) return std::make_unique<Gradient3x3<8, 2>>(strips, inputs, outputs, absolute);
+  return std::make_unique<Gradient3x3<16, 1>>(strips, inputs, outputs, absolute);
 #else
-  return std::make_unique<Gradient3x3<4, 1>>(bands, inputs, outputs, chunks, absolute);
+  return std::make_unique<Gradient3x3<4, 1>>(strips, inputs, outputs, absolute);
 #endif
 }
 

@@ -1,10 +1,10 @@
 // Shared by conv_norm_forward.cpp and conv_norm_backward.cpp, which compute a 3 x 3 convolution together with the
-// phases of the batch norms before and behind it.
+// phases of the batch norms before and behind it. All work on a strip (winograd.h) is done while its values are in the
+// second-level cache: the phases of the batch norms by the functions of tiles.h, the convolution by those of
+// winograd.h. The convolution needs one more row on both sides of a strip within an image.
 //
-// A strip is a number of whole images, or some rows of one image. All work on a strip is done while its values are in
-// the second-level cache: the phases of the batch norm by the functions of tiles.h, the convolution by those of
-// winograd.h. The convolution needs one more row on both sides of a strip within an image. A chunk is a sequence of
-// strips, which one thread processes in order. Strips and chunks depend on shapes alone, and so does the order of sums.
+// If the strips are whole images they are also the tiles of the batch norms' own kernels. Then all results have the
+// bits of these kernels and of the convolution's, called one after the other.
 #pragma once
 
 #include <omp.h>
@@ -14,52 +14,29 @@
 
 namespace bnkern::BNKERN_ISA {
 
-constexpr std::int64_t kStripElements = 16384;  // of the tensor with more channels
-
-class Strips {
- public:
-  Strips(const Bands& bands, std::int64_t channels)
-      : bands(bands), images_(std::max<std::int64_t>(1, kStripElements / (bands.h * bands.w * channels))) {
-    const std::int64_t most = std::max<std::int64_t>(1, kStripElements / (2 * bands.w * channels));
-    rows_ = divide_up(bands.down, divide_up(bands.down, most));
-    pieces_ = divide_up(bands.down, rows_);
-    count_ = divide_up(bands.n, images_) * pieces_;
-    chunks_ = std::min(count_, kMostChunks);
-  }
-
-  std::int64_t chunks() const { return chunks_; }
-  std::int64_t first_of_chunk(std::int64_t chunk) const { return chunk * count_ / chunks_; }
-  // The first row of tiles of a strip, over all images.
-  std::int64_t first(std::int64_t strip) const {
-    return std::min(bands.n, strip / pieces_ * images_) * bands.down + strip % pieces_ * rows_;
-  }
-  // The most rows of an image that the work on a strip reads.
-  std::int64_t most_rows() const { return images_ > 1 ? images_ * bands.h : std::min(bands.h, 2 * rows_ + 2); }
-
-  const Bands bands;
-
- private:
-  const std::int64_t images_;   // images of a strip
-  std::int64_t pieces_, rows_;  // strips of an image, and the rows of tiles in one of them
-  std::int64_t count_, chunks_;
-};
-
 // A strip's own rows of all images, and those with the rows that the convolution needs beside them.
 struct StripRows {
   std::int64_t first, last, wide_first, wide_last;
+  StripRows(const Strips& strips, std::int64_t strip)
+      : StripRows(strips.bands, strips.first(strip), strips.first(strip + 1)) {}
   StripRows(const Bands& bands, std::int64_t from, std::int64_t to)
       : first(bands.image_row(from)),
         last(bands.image_row(to)),
         wide_first(first - (from % bands.down != 0)),
         wide_last(last + (to % bands.down != 0)) {}
+  // The values of these rows in a tensor of all images whose rows have `row` values.
+  void add_to(Ahead& ahead, const void* images, std::int64_t row) const {
+    if (images) ahead.add(static_cast<const float*>(images) + first * row, (last - first) * row);
+  }
 };
 
 // The channels of rows of images as the functions of tiles.h read them: several pixels form a wide row.
 class WideRows {
  public:
-  WideRows(std::int64_t w, std::int64_t channels) : w_(w), channels_(channels), width_(channels) {
-    for (std::int64_t pixels = 2; w % pixels == 0 && pixels * channels <= kWideRow; pixels *= 2)
-      width_ = pixels * channels;
+  WideRows(std::int64_t w, std::int64_t channels) : w_(w), channels_(channels) {
+    std::int64_t pixels = 1;
+    while (pixels * channels < kWideRow && w % (2 * pixels) == 0) pixels *= 2;
+    width_ = pixels * channels;
   }
   std::int64_t row() const { return w_ * channels_; }
   std::int64_t width() const { return width_; }
@@ -84,7 +61,6 @@ class WideRows {
   std::int64_t w_, channels_, width_;
 };
 
-// The number of doubles or floats of coefficients(), and of the totals of a chunk.
 inline Coefficients<float> make_coefficients(Workspace& space, const WideRows& rows) {
   Coefficients<float> k{};
   for (float** array : {&k.mean, &k.invstd, &k.weight, &k.bias, &k.mean_dy, &k.mean_dy_xhat, &k.scale})
@@ -119,27 +95,19 @@ inline void normalize_rows(const Forward& input, const Coefficients<float>& k, c
   for (std::int64_t group = 0; group < part.groups; ++group) normalize_tile<float, false>(part, t, k, group, 0, {});
 }
 
-// The partial sums of chunks, [chunk][2][width], and the number of values that each has per wide channel.
-class ChunkTotals {
+// Two sums for each wide channel of each strip: [strip][2][width].
+class StripTotals {
  public:
-  ChunkTotals(Workspace& space, std::int64_t chunks, const WideRows& rows)
-      : chunks_(chunks),
-        width_(rows.width()),
-        data_(space.take<double>(2 * chunks * rows.width())),
-        counts_(space.take<double>(chunks)) {}
-  static std::int64_t bytes(std::int64_t chunks, const WideRows& rows) {
-    return Workspace::bytes<double>(2 * chunks * rows.width()) + Workspace::bytes<double>(chunks);
-  }
-  Rows<double> of(std::int64_t chunk) const { return {data_ + 2 * chunk * width_, width_}; }
-  double& count(std::int64_t chunk) const { return counts_[chunk]; }
-  void clear(std::int64_t chunk) const {
-    std::memset(data_ + 2 * chunk * width_, 0, 2 * width_ * sizeof(double));
-    counts_[chunk] = 0;
-  }
+  StripTotals(std::int64_t strips, const WideRows& rows)
+      : width_(rows.width()),
+        space_(2 * strips * width_ * static_cast<std::int64_t>(sizeof(double))),
+        data_(reinterpret_cast<double*>(space_.data())) {}
+  Rows<double> operator[](std::int64_t strip) const { return {data_ + 2 * strip * width_, width_}; }
 
  private:
-  std::int64_t chunks_, width_;
-  double *data_, *counts_;
+  const std::int64_t width_;
+  const PoolSpace space_;
+  double* const data_;
 };
 
 }  // namespace bnkern::BNKERN_ISA

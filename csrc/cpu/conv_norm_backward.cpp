@@ -15,28 +15,22 @@ class ConvNormBackwardPass {
  public:
   explicit ConvNormBackwardPass(const ConvNormBackward& p)
       : p_(p),
-        strips_(Bands(p.conv.n, p.conv.h, p.conv.w), std::max(p.conv.inputs, p.conv.outputs)),
+        strips_(Bands(p.conv.n, p.conv.h, p.conv.w), p.conv.outputs),
         r_(p.conv.w, p.conv.inputs),
         y_(p.conv.w, p.conv.outputs),
         convolution_(p.conv.y ? row_convolution(p.conv) : nullptr),
-        gradient_(p.dweight
-                      ? row_gradient(strips_.bands, p.conv.outputs, p.conv.inputs, strips_.chunks(), /*absolute=*/false)
-                      : nullptr),
-        space_(coefficients_bytes(r_) + coefficients_bytes(y_) + ChunkTotals::bytes(strips_.chunks(), y_) +
-               Workspace::bytes<double>(2 * y_.width() * p.conv.threads)),
+        gradient_(p.dweight ? row_gradient(strips_, p.conv.outputs, p.conv.inputs, /*absolute=*/false) : nullptr),
+        space_(coefficients_bytes(r_) + coefficients_bytes(y_)),
         r_k_(make_coefficients(space_, r_)),
         y_k_(make_coefficients(space_, y_)),
-        totals_(space_, strips_.chunks(), y_) {
+        totals_(strips_.count(), y_) {
     if (p.output.x) {
       set_coefficients(r_k_, r_, p.conv.inputs, p.output.mean, p.output.invstd, p.output.weight, p.output.bias);
       const double count = static_cast<double>(p.conv.n * p.conv.h * p.conv.w);
       for (std::int64_t c = 0; c < p.conv.inputs; ++c) {
         const Columns columns{c, r_.width(), p.conv.inputs};
-        const auto mean = [&](const void* sums) {
-          return static_cast<float>(static_cast<const float*>(sums)[c] / count);
-        };
-        set_all(r_k_.mean_dy, columns, mean(p.output.sum_dy));
-        set_all(r_k_.mean_dy_xhat, columns, mean(p.output.sum_dy_xhat));
+        set_all(r_k_.mean_dy, columns, static_cast<float>(p.output_sums[c] / count));
+        set_all(r_k_.mean_dy_xhat, columns, static_cast<float>(p.output_sums[p.conv.inputs + c] / count));
       }
     }
     if (p.input.x)
@@ -51,29 +45,33 @@ class ConvNormBackwardPass {
     const std::int64_t scratch = dr_size + y_size + convolution_size + (gradient_ ? gradient_->scratch() : 0);
     const int threads = static_cast<int>(std::min<std::int64_t>(p_.conv.threads, strips_.chunks()));
     const PoolSpace pool(threads * scratch * static_cast<std::int64_t>(sizeof(float)));
-    double* const tiles = space_.take<double>(2 * y_.width() * threads);
 #pragma omp parallel num_threads(threads)
     {
-      const int thread = omp_get_thread_num();
-      float* const dr_space = reinterpret_cast<float*>(pool.data()) + thread * scratch;
+      float* const dr_space = reinterpret_cast<float*>(pool.data()) + omp_get_thread_num() * scratch;
       float* const y_space = dr_space + dr_size;
       float* const convolution_space = y_space + y_size;
       float* const gradient_space = convolution_space + convolution_size;
-      const Rows<double> tile{tiles + 2 * y_.width() * thread, y_.width()};
       if (convolution_) convolution_->prepare(convolution_space);
 #pragma omp for schedule(static)
       for (std::int64_t chunk = 0; chunk < strips_.chunks(); ++chunk) {
-        totals_.clear(chunk);
         if (gradient_) gradient_->begin(gradient_space);
-        for (std::int64_t s = strips_.first_of_chunk(chunk); s < strips_.first_of_chunk(chunk + 1); ++s) {
-          const std::int64_t first = strips_.first(s), last = strips_.first(s + 1);
-          const StripRows rows(strips_.bands, first, last);
+        for (std::int64_t strip = strips_.of_chunk(chunk); strip < strips_.of_chunk(chunk + 1); ++strip) {
+          const std::int64_t first = strips_.first(strip), last = strips_.first(strip + 1);
+          const StripRows rows(strips_, strip), next(strips_, std::min(strip + 1, strips_.count() - 1));
           const ImageRows dr = gradient_rows(rows, dr_space);
-          if (gradient_) gradient_->add(first, last, input_rows(rows, y_space), dr, gradient_space);
+          if (gradient_) {
+            Ahead ahead;
+            if (p_.y) rows.add_to(ahead, p_.input.x.data, y_.row());
+            rows.add_to(ahead, p_.shortcut, y_.row());
+            gradient_->add(first, last, input_rows(rows, y_space), dr, gradient_space, &ahead);
+          }
           if (!convolution_) continue;
-          convolution_->run(first, last, dr, convolution_space);
+          Ahead ahead;
+          for (const void* images : {p_.output.x.data, p_.output.dy.data}) next.add_to(ahead, images, r_.row());
+          next.add_to(ahead, p_.y ? p_.y : p_.input.x.data, y_.row());
+          convolution_->run(first, last, dr, convolution_space, &ahead);
           if (p_.shortcut) add_shortcut(rows);
-          if (p_.input.x) finish_rows(chunk, rows, tile);
+          if (p_.input.x) finish_rows(strip, rows);
         }
         if (gradient_) gradient_->end(chunk, gradient_space);
       }
@@ -109,27 +107,29 @@ class ConvNormBackwardPass {
   }
 
   // Computes the sums over a strip, and applies the mask to it.
-  void finish_rows(std::int64_t chunk, const StripRows& rows, const Rows<double>& tile) const {
+  void finish_rows(std::int64_t strip, const StripRows& rows) const {
     Tensors<float> t{};
     t.x = y_.view(p_.input.x.data, rows.first), t.dy = t.dresidual = y_.view(p_.conv.y, rows.first);
     if (p_.input.mask) t.mask = const_cast<std::uint8_t*>(p_.input.mask) + rows.first * y_.row() / 8;
     t.act = p_.input.act;
     const Partition part = y_.partition(rows.last - rows.first);
     for (std::int64_t group = 0; group < part.groups; ++group) {
-      grad_sums_tile<float, false>(part, t, y_k_, group, 0, tile.at(group * part.group), {});
+      grad_sums_tile<float, false>(part, t, y_k_, group, 0, totals_[strip].at(group * part.group), {});
       if (t.act != Activation::none) grad_input_tile<float, false>(part, t, y_k_, group, 0, {});
     }
-    join_sums(kGradSumsRows, y_.width(), totals_.of(chunk), tile);
   }
 
   void finish() const {
-    const Rows<double> all = totals_.of(0);
-    for (std::int64_t chunk = 1; chunk < strips_.chunks(); ++chunk)
-      join_sums(kGradSumsRows, y_.width(), all, totals_.of(chunk));
-    for (std::int64_t c = 0; c < p_.conv.outputs; ++c) {
-      const Columns columns{c, y_.width(), p_.conv.outputs};
-      static_cast<float*>(p_.input.sum_dy)[c] = static_cast<float>(add_up(all[kSumDy], columns));
-      static_cast<float*>(p_.input.sum_dy_xhat)[c] = static_cast<float>(add_up(all[kSumDyXhat], columns));
+    const Rows<double> all = totals_[0];
+    for (std::int64_t strip = 1; strip < strips_.count(); ++strip)
+      join_sums(kGradSumsRows, y_.width(), all, totals_[strip]);
+    const std::int64_t channels = p_.conv.outputs;
+    for (std::int64_t c = 0; c < channels; ++c) {
+      const Columns columns{c, y_.width(), channels};
+      const double sum = add_up(all[kSumDy], columns), product = add_up(all[kSumDyXhat], columns);
+      p_.input_sums[c] = sum, p_.input_sums[channels + c] = product;
+      if (p_.input.dbias) write(p_.input.dbias, c, sum);
+      if (p_.input.dweight) write(p_.input.dweight, c, product);
     }
   }
 
@@ -140,7 +140,7 @@ class ConvNormBackwardPass {
   const std::unique_ptr<RowGradient> gradient_;
   Workspace space_;
   const Coefficients<float> r_k_, y_k_;
-  const ChunkTotals totals_;
+  const StripTotals totals_;
   Forward forward_{};  // the normalisation that recomputes y
 };
 

@@ -12,15 +12,13 @@ class ConvNormForward {
  public:
   explicit ConvNormForward(const ConvNorm& p)
       : p_(p),
-        strips_(Bands(p.conv.n, p.conv.h, p.conv.w), std::max(p.conv.inputs, p.conv.outputs)),
+        strips_(Bands(p.conv.n, p.conv.h, p.conv.w), p.conv.outputs),
         inputs_(p.conv.w, p.conv.inputs),
         outputs_(p.conv.w, p.conv.outputs),
         convolution_(row_convolution(p.conv)),
-        space_(coefficients_bytes(inputs_) + ChunkTotals::bytes(strips_.chunks(), outputs_) +
-               Workspace::bytes<double>(2 * outputs_.width()) * (1 + p.conv.threads) +
-               2 * Workspace::bytes<double>(p.conv.outputs)),
+        space_(coefficients_bytes(inputs_) + 2 * Workspace::bytes<double>(p.conv.outputs)),
         k_(make_coefficients(space_, inputs_)),
-        totals_(space_, strips_.chunks(), outputs_) {
+        totals_(strips_.count(), outputs_) {
     if (p.input.x)
       set_coefficients(k_, inputs_, p.conv.inputs, p.input.mean, p.input.spread, p.input.weight, p.input.bias);
   }
@@ -28,24 +26,21 @@ class ConvNormForward {
   void run() {
     const std::int64_t y_size = round_up(strips_.most_rows() * inputs_.row(), kLanes);
     const std::int64_t scratch = y_size + convolution_->scratch();
-    const int threads = static_cast<int>(std::min<std::int64_t>(p_.conv.threads, strips_.chunks()));
+    const int threads = static_cast<int>(std::min<std::int64_t>(p_.conv.threads, strips_.count()));
     const PoolSpace pool(threads * scratch * static_cast<std::int64_t>(sizeof(float)));
-    double* const tiles = space_.take<double>(2 * outputs_.width() * threads);
 #pragma omp parallel num_threads(threads)
     {
-      const int thread = omp_get_thread_num();
-      float* const y = reinterpret_cast<float*>(pool.data()) + thread * scratch;
+      float* const y = reinterpret_cast<float*>(pool.data()) + omp_get_thread_num() * scratch;
       convolution_->prepare(y + y_size);
-      const Rows<double> tile{tiles + 2 * outputs_.width() * thread, outputs_.width()};
 #pragma omp for schedule(static)
-      for (std::int64_t chunk = 0; chunk < strips_.chunks(); ++chunk) {
-        totals_.clear(chunk);
-        for (std::int64_t s = strips_.first_of_chunk(chunk); s < strips_.first_of_chunk(chunk + 1); ++s) {
-          const std::int64_t first = strips_.first(s), last = strips_.first(s + 1);
-          const StripRows rows(strips_.bands, first, last);
-          convolution_->run(first, last, input_rows(rows, y), y + y_size);
-          if (p_.output.mean) add_moments(chunk, rows, tile);
-        }
+      for (std::int64_t strip = 0; strip < strips_.count(); ++strip) {
+        const StripRows rows(strips_, strip), next(strips_, std::min(strip + 1, strips_.count() - 1));
+        Ahead ahead;
+        for (const void* images : {p_.input.x.data, p_.input.residual.data, p_.input.y.data})
+          next.add_to(ahead, images, inputs_.row());
+        convolution_->run(strips_.first(strip), strips_.first(strip + 1), input_rows(rows, y), y + y_size,
+                          p_.input.x ? &ahead : nullptr);
+        if (p_.output.mean) measure(strip, rows);
       }
     }
     if (p_.output.mean) finish();
@@ -73,23 +68,25 @@ class ConvNormForward {
     return {scratch, rows.wide_first};
   }
 
-  void add_moments(std::int64_t chunk, const StripRows& rows, const Rows<double>& tile) const {
+  // The moments of a strip of r.
+  void measure(std::int64_t strip, const StripRows& rows) const {
     const Partition part = outputs_.partition(rows.last - rows.first);
     const View r = outputs_.view(p_.conv.y, rows.first);
     for (std::int64_t group = 0; group < part.groups; ++group)
-      moments_tile<float, false>(part, r, group, 0, tile.at(group * part.group));
-    const double count = static_cast<double>(part.rows);
-    join_moments(outputs_.width(), totals_.count(chunk), totals_.of(chunk), count, tile);
-    totals_.count(chunk) += count;
+      moments_tile<float, false>(part, r, group, 0, totals_[strip].at(group * part.group));
   }
 
   void finish() {
     const std::int64_t channels = p_.conv.outputs;
-    const Rows<double> all = totals_.of(0);
-    double count = totals_.count(0);
-    for (std::int64_t chunk = 1; chunk < strips_.chunks(); ++chunk) {
-      join_moments(outputs_.width(), count, all, totals_.count(chunk), totals_.of(chunk));
-      count += totals_.count(chunk);
+    const auto count_of = [&](std::int64_t strip) {
+      const StripRows rows(strips_, strip);
+      return static_cast<double>(outputs_.partition(rows.last - rows.first).rows);
+    };
+    const Rows<double> all = totals_[0];
+    double count = count_of(0);
+    for (std::int64_t strip = 1; strip < strips_.count(); ++strip) {
+      join_moments(outputs_.width(), count, all, count_of(strip), totals_[strip]);
+      count += count_of(strip);
     }
     double *const means = space_.take<double>(channels), *const variances = space_.take<double>(channels);
     for (std::int64_t c = 0; c < channels; ++c) {
@@ -110,7 +107,7 @@ class ConvNormForward {
   const std::unique_ptr<RowConvolution> convolution_;
   Workspace space_;
   const Coefficients<float> k_;
-  const ChunkTotals totals_;
+  const StripTotals totals_;
 };
 
 }  // namespace

@@ -29,13 +29,16 @@ struct ConvNorm {
 
 // A call of conv_norm_backward. g is a gradient before the activation of a batch norm, z its value there.
 struct ConvNormBackward {
-  Backward output;  // the call of grad_input for the norm of r: its dy is g of this norm, its x is r
-  Conv3x3 conv;     // from the gradient of r to that of y, with a flipped weight. conv.y receives g of the input's norm
-  const float* y;   // if null, it is recomputed from `input`
+  Backward output;            // the call of grad_input for the norm of r: its dy is g of this norm, its x is r
+  const double* output_sums;  // [2, O]: the sums of g and of g * xhat of this norm
+  Conv3x3 conv;    // from the gradient of r to that of y, with a flipped weight. conv.y receives g of the input's
+                   // norm; if it is null, this gradient is not computed
+  const float* y;  // if null, it is recomputed from `input`
   const float* shortcut;  // added to the gradient of y if not null
   float* dweight;         // [O, I, 3, 3], contiguous; not computed if null
   Backward input;         // the call of grad_sums for the norm of y. If it has no x, then y has no norm before it, and
                           // conv.y receives the gradient of y
+  double* input_sums;     // [2, I], written
 };
 
 struct CpuKernels {

@@ -36,6 +36,10 @@ Partition make_partition(const Shape& shape, bool dense) {
     // channels, and large tiles keep it small.
     const std::int64_t tile = std::clamp(elements / kRowTiles, 2 * kTileElements, 8 * kTileElements);
     part.rows_per_tile = tile / part.group < 8 ? 8 : tile / part.group;
+    // Tiles of whole samples, if a sample is not larger than a tile. csrc/cpu/conv_norm.h then has the same tiles.
+    const std::int64_t sample = shape.s * shape.c / part.width;
+    if (dense && shape.s * shape.c % part.width == 0 && sample <= part.rows_per_tile)
+      part.rows_per_tile -= part.rows_per_tile % sample;
     part.tiles = divide_up(part.rows, part.rows_per_tile) + (part.leftover > 0);
     // A block's sums are as long as those of a tile of a large tensor, but there are enough blocks for many threads.
     const std::int64_t by_rows = kBlockRows / part.rows_per_tile, by_blocks = part.tiles / kBlocks;

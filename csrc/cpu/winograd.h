@@ -21,6 +21,7 @@
 
 #include "conv.h"
 #include "cpu.h"
+#include "tiles.h"
 
 namespace bnkern::BNKERN_ISA {
 
@@ -49,6 +50,43 @@ struct Bands {
   std::int64_t pitch(std::int64_t channels) const { return tiles() * channels + kLanes; }
 };
 
+// The division of images into strips: some whole images, or some rows of one image. If an image is not larger than a
+// tile of the batch norm of these channels, a strip is such a tile. A chunk is a sequence of strips whose sums are
+// added in order.
+class Strips {
+ public:
+  Strips(const Bands& bands, std::int64_t channels) : bands(bands) {
+    const Partition part = make_partition({true, bands.n, channels, bands.h * bands.w}, true);
+    const std::int64_t elements = part.rows_per_tile * part.width, image = bands.h * bands.w * channels;
+    images_ = std::max<std::int64_t>(1, elements / image);
+    const std::int64_t most = std::max<std::int64_t>(1, elements / (2 * bands.w * channels));
+    rows_ = divide_up(bands.down, divide_up(bands.down, most));
+    pieces_ = divide_up(bands.down, rows_);
+    count_ = divide_up(bands.n, images_) * pieces_;
+    chunks_ =
+        std::clamp<std::int64_t>(bands.n * bands.down * bands.across / kLeastTiles, 1, std::min(kMostChunks, count_));
+  }
+
+  std::int64_t count() const { return count_; }
+  std::int64_t chunks() const { return chunks_; }
+  // The first strip of a chunk.
+  std::int64_t of_chunk(std::int64_t chunk) const { return chunk * count_ / chunks_; }
+  // The first row of tiles of a strip, over all images.
+  std::int64_t first(std::int64_t strip) const {
+    return std::min(bands.n, strip / pieces_ * images_) * bands.down + strip % pieces_ * rows_;
+  }
+  // The most rows of images that a strip has, with those beside it.
+  std::int64_t most_rows() const { return images_ > 1 ? images_ * bands.h : std::min(bands.h, 2 * rows_ + 2); }
+
+  const Bands bands;
+
+ private:
+  static constexpr std::int64_t kLeastTiles = 256;  // the least number of tiles in a chunk
+  std::int64_t images_;                             // of a strip
+  std::int64_t pieces_, rows_;                      // strips of an image, and the rows of tiles in one of them
+  std::int64_t count_, chunks_;
+};
+
 // Rows of w x C values. Row r, counted over all images, begins at data + (r - first) * w * C. The data may be a part of
 // the images, from row `first` on.
 struct ImageRows {
@@ -73,6 +111,27 @@ class BandPrefetch {
  private:
   const char* from_;
   std::int64_t bytes_;
+};
+
+// Rows that are read later, and are prefetched in equal shares while a convolution computes.
+class Ahead {
+ public:
+  void add(const float* rows, std::int64_t count) {
+    if (!rows || count <= 0) return;
+    from_[size_] = reinterpret_cast<const char*>(rows);
+    bytes_[size_++] = count * static_cast<std::int64_t>(sizeof(float));
+  }
+  // Prefetches the share of one step of `steps`.
+  BNKERN_INLINE void prefetch(std::int64_t step, std::int64_t steps) const {
+    for (int i = 0; i < size_; ++i)
+      for (std::int64_t k = bytes_[i] * step / steps & -64; k < (bytes_[i] * (step + 1) / steps & -64); k += 64)
+        __builtin_prefetch(from_[i] + k, 0, 2);
+  }
+
+ private:
+  const char* from_[4];
+  std::int64_t bytes_[4];
+  int size_ = 0;
 };
 
 // Computes B' d B for a row of tiles, and stores it from the tile at `out` on. `row` counts the rows of tiles of all
@@ -128,25 +187,26 @@ class RowConvolution {
   virtual std::int64_t scratch() const = 0;  // the number of floats that a thread needs
   // Transforms the weights. All threads of a parallel region call it and divide its loop among them.
   virtual void prepare(float* scratch) = 0;
-  // Computes the rows of tiles first, ..., last - 1, from `x`. Writes to y of Conv3x3.
-  virtual void run(std::int64_t first, std::int64_t last, ImageRows x, float* scratch) const = 0;
+  // Computes the rows of tiles first, ..., last - 1, from `x`. Writes to y of Conv3x3. Without `ahead` it prefetches x.
+  virtual void run(std::int64_t first, std::int64_t last, ImageRows x, float* scratch, const Ahead* ahead) const = 0;
 };
 std::unique_ptr<RowConvolution> row_convolution(const Conv3x3& p);
 
-// The weight gradient of this convolution, or the sum of the magnitudes of its summands, as sums over `chunks` chunks
-// of rows. A chunk is a begin(), an add() for some rows at a time, and an end().
+// The weight gradient of this convolution, or the sum of the magnitudes of its summands. For each chunk call begin(),
+// add() for each of its strips, and end().
 class RowGradient {
  public:
   virtual ~RowGradient() = default;
   virtual std::int64_t scratch() const = 0;
   virtual void begin(float* scratch) const = 0;
-  virtual void add(std::int64_t first, std::int64_t last, ImageRows x, ImageRows dy, float* scratch) const = 0;
+  virtual void add(std::int64_t first, std::int64_t last, ImageRows x, ImageRows dy, float* scratch,
+                   const Ahead* ahead) const = 0;
   virtual void end(std::int64_t chunk, float* scratch) = 0;
   // Writes the sum over all chunks to result [O, I, 3, 3]. All threads of a parallel region call it and divide its
   // loop.
   virtual void join(float* result) const = 0;
 };
-std::unique_ptr<RowGradient> row_gradient(const Bands& bands, std::int64_t inputs, std::int64_t outputs,
-                                          std::int64_t chunks, bool absolute);
+std::unique_ptr<RowGradient> row_gradient(const Strips& strips, std::int64_t inputs, std::int64_t outputs,
+                                          bool absolute);
 
 }  // namespace bnkern::BNKERN_ISA

@@ -20,19 +20,32 @@ from ..native import (
     update,
 )
 from ..reference import merge
-from .convolution import conv3x3, conv_grad_signs, prefers_own_gradient, prefers_winograd
+from .convolution import (
+    conv3x3,
+    conv_grad_signs,
+    conv_norm_backward,
+    conv_norm_forward,
+    grad_before_act,
+    prefers_conv_norm,
+    prefers_own_gradient,
+    prefers_winograd,
+)
 
 __all__ = [
     "augment",
     "backward",
     "conv3x3",
     "conv_grad_signs",
+    "conv_norm_backward",
+    "conv_norm_forward",
     "forward",
+    "grad_before_act",
     "grad_input",
     "grad_sums",
     "merge",
     "moments",
     "normalize",
+    "prefers_conv_norm",
     "prefers_own_gradient",
     "prefers_winograd",
     "refuses",

@@ -1,12 +1,15 @@
 """The CPU's convolution kernels: sums over the summands of a weight's gradient, and Conv2d's own 3 x 3 convolution."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..calls import BackwardCall, ForwardCall
 from ..native import _native, plain
+from ..protocol import ConvNormBackward, ConvNormForward
 from ..reference import accumulator
 
 Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # sum, abs_sum, sign_sum, nonzero
@@ -49,6 +52,50 @@ def conv3x3(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor:
     return _native.conv3x3(plain(x), plain(weight), flipped)
 
 
+def conv_norm_forward(
+    source: ForwardCall | Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    keep: bool,
+    weight: Tensor,
+    norm: ForwardCall,
+) -> ConvNormForward:
+    """See ``reference.conv_norm_forward``. Tensors are float32 in channels_last, channels are multiples of 16."""
+    return _native.conv_norm_forward(source, mean, invstd, keep, weight, norm)
+
+
+def conv_norm_backward(
+    behind: BackwardCall,
+    sums: Tensor,
+    weight: Tensor,
+    before: BackwardCall | None,
+    y: Tensor | None,
+    shortcut: Tensor | None,
+    needs: tuple[bool, bool],
+) -> ConvNormBackward:
+    """See ``reference.conv_norm_backward``. Tensors are as in :func:`conv_norm_forward`."""
+    return _native.conv_norm_backward(behind, sums, weight, before, y, shortcut, needs)
+
+
+def grad_before_act(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """See ``reference.grad_before_act``. Tensors are as in :func:`conv_norm_forward`."""
+    return _native.grad_before_act(call)
+
+
+def prefers_conv_norm(x: Tensor, channels: Sequence[int]) -> bool:
+    """Whether these kernels are faster for a chain of 3 x 3 convolutions of x, with these numbers of channels.
+
+    ``channels`` are those of the values, from the input's on. The condition is :func:`prefers_winograd` for each
+    convolution, for float32 in channels_last.
+    """
+    n, _, h, w = x.shape
+    return (
+        x.dtype is torch.float32
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and all(_winograd_pays(n, *pair, h, w) for pair in pairwise(channels))
+    )
+
+
 def prefers_own_gradient(
     x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], groups: int
 ) -> bool:
@@ -82,10 +129,13 @@ def prefers_winograd(
     second-level cache.
     """
     n, inputs, h, w = x.shape
+    same_size = tuple(kernel_size) == (3, 3) and tuple(stride) == tuple(padding) == (1, 1)
+    return same_size and _winograd_pays(n, inputs, outputs, h, w)
+
+
+def _winograd_pays(n: int, inputs: int, outputs: int, h: int, w: int) -> bool:
     return (
-        tuple(kernel_size) == (3, 3)
-        and tuple(stride) == tuple(padding) == (1, 1)
-        and inputs % 16 == 0
+        inputs % 16 == 0
         and outputs % 16 == 0
         and inputs * outputs <= 256 * 256
         and n * -(-h // 2) * -(-w // 2) >= 256

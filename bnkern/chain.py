@@ -1,0 +1,173 @@
+"""Chains of 3 x 3 convolutions and batch norms in which the batch norms make no pass over memory of their own.
+
+A convolution's kernel normalises its input when it loads it, and computes the moments of its output when it stores it.
+Between two convolutions only the raw output of the first one is in memory. In the backward the kernel that computes the
+gradients of a convolution also computes ``grad_input`` of the batch norm behind it and ``grad_sums`` of the one before
+it. Only the CPU's backend has such kernels.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends
+from .backends.calls import BackwardCall, ForwardCall
+from .backends.protocol import ChainBackend
+from .norm import context
+
+
+class Link(NamedTuple):
+    """One step of a chain: ``act(batch_norm(conv2d(value, weight, padding=1)) + residual)``.
+
+    Value 0 is the chain's input, and value k the output of its k-th link.
+    """
+
+    weight: Tensor  # [O, I, 3, 3]
+    norm: ForwardCall  # of the batch norm in training, without x and residual
+    residual: Tensor | int | None = None  # a tensor of the output's shape, or the number of an earlier value
+
+
+def kernels_for(x: Tensor) -> ChainBackend | None:
+    """The backend whose kernels compute chains of this input, or None."""
+    if x.device.type != "cpu" or backends.unavailable("cpu", "cpu"):
+        return None
+    kernels = backends.choose(backends.forced(), x.device, x.dtype)
+    return kernels if hasattr(kernels, "conv_norm_forward") else None
+
+
+def chain(x: Tensor, links: Sequence[Link], kernels: ChainBackend) -> Tensor:
+    """The last value of a chain, differentiable. The batch norms use the statistics of the batch.
+
+    For link k, with value y_0 = x:
+
+        r_k = conv2d(y_{k-1}, weight_k, padding=1),   y_k = act(batch_norm(r_k) + residual_k)
+
+    The running statistics are updated. If every image has at most 65536 values, results and gradients have the bits of
+    :func:`bnkern.batch_norm` and :class:`bnkern.nn.Conv2d`, called one after the other. Saved for backward are x, the
+    raw r_k, the values that are used as a residual or have one, and one bit per element of the latter. Double backward
+    uses torch's formulas.
+
+    Args:
+        x: [N, I, H, W], float32 in channels_last on the CPU.
+        links: weights are float32, with multiples of 16 channels, and every norm has act None or "relu".
+        kernels: the backend of :func:`kernels_for`.
+
+    Returns:
+        [N, O, H, W] in channels_last, for O outputs of the last link.
+    """
+    specs, tensors, residuals = [], [], []
+    for link in links:
+        residual = link.residual
+        if isinstance(residual, Tensor):
+            residuals.append(residual)
+            residual = -len(residuals)
+        specs.append(_Spec(link.norm._replace(weight=None, bias=None), residual))
+        tensors += [link.weight, link.norm.weight, link.norm.bias]
+    y = _Chain.apply(kernels, tuple(specs), x, *tensors, *residuals)
+    updated = [t for link in links for t in (*link.norm[4:7], link.norm.num_batches_skipped) if t is not None]
+    torch.autograd.graph.increment_version(updated)  # the kernels write through addresses
+    return y
+
+
+class _Spec(NamedTuple):
+    """A link without its tensors. A residual >= 0 is the number of a value, and -k the k-th of the other residuals."""
+
+    norm: ForwardCall
+    residual: int | None
+
+    def residual_in(self, values: Sequence[Tensor | None], residuals: Sequence[Tensor]) -> Tensor | None:
+        if self.residual is None:
+            return None
+        return values[self.residual] if self.residual >= 0 else residuals[-self.residual - 1]
+
+
+def _split(specs: Sequence[_Spec], tensors: Sequence[Tensor | None]) -> tuple[list, Sequence]:
+    """The tensors of each link (convolution's weight, norm's weight and bias), and the residuals."""
+    end = 3 * len(specs)
+    return [tuple(tensors[k : k + 3]) for k in range(0, end, 3)], tensors[end:]
+
+
+class _Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernels, specs, x, *tensors):
+        parameters, residuals = _split(specs, tensors)
+        # A value with a residual is stored, because its recomputation in the backward would need the residual.
+        kept = {spec.residual for spec in specs} | {k for k, spec in enumerate(specs, 1) if spec.residual is not None}
+        values: list[Tensor | None] = [x]
+        saved = []
+        source, mean, invstd = x, None, None
+        for k, (spec, (weight, scale, bias)) in enumerate(zip(specs, parameters, strict=True)):
+            y, mask, r, next_mean, next_invstd = kernels.conv_norm_forward(
+                source, mean, invstd, k in kept, weight, spec.norm
+            )
+            if k:
+                values.append(y)
+                saved += [y, mask]
+            saved += [r, next_mean, next_invstd]
+            residual = spec.residual_in(values, residuals)
+            source = ForwardCall(r, scale, bias, residual, act=spec.norm.act, save_mask=True)
+            mean, invstd = next_mean, next_invstd
+        y, mask = kernels.normalize(source, mean, invstd)
+        ctx.save_for_backward(x, *tensors, *saved, mask)
+        ctx.kernels, ctx.specs, ctx.size = kernels, specs, len(tensors)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        kernels, specs = ctx.kernels, ctx.specs
+        x, *rest = ctx.saved_tensors
+        tensors, saved = rest[: ctx.size], rest[ctx.size :]
+        if torch.is_grad_enabled() or context.is_batched(dy):
+            return None, None, *_differentiable_backward(specs, x, tensors, dy, ctx.needs_input_grad[2:])
+        parameters, residuals = _split(specs, tensors)
+        need_x, *needs = ctx.needs_input_grad[2:]
+        grads: list[Tensor | None] = [None] * ctx.size
+        # The values before and behind each convolution: value 0 has no norm, and the last value is not stored.
+        stored = [x, *saved[3:-1:5], None]
+        masks = [None, *saved[4:-1:5], saved[-1]]
+        statistics = [saved[k : k + 3] for k in range(0, len(saved) - 1, 5)]  # r, mean, invstd
+
+        def norm_call(k: int, g: Tensor | None) -> BackwardCall:
+            """The call of the norm of link k, whose act is left out because g is the gradient before it."""
+            r, mean, invstd = statistics[k]
+            return BackwardCall(g, r, *parameters[k][1:], mean, invstd)
+
+        last = len(specs) - 1
+        call = norm_call(last, dy.contiguous(memory_format=torch.channels_last))
+        g, sums, *affine = kernels.grad_before_act(call._replace(mask=masks[-1], act=specs[last].norm.act))
+        shortcuts: dict[int, Tensor] = {}  # gradients of values from the links that use them as a residual
+        for k in range(last, -1, -1):
+            grads[3 * k + 1 : 3 * k + 3] = affine
+            residual = specs[k].residual
+            if residual is not None and residual < 0:
+                grads[3 * len(specs) - residual - 1] = g
+            elif residual is not None:
+                shortcuts[residual] = shortcuts[residual] + g if residual in shortcuts else g
+            behind = norm_call(k, g)
+            before = None if k == 0 else norm_call(k - 1, None)._replace(mask=masks[k], act=specs[k - 1].norm.act)
+            g, sums, *affine, grads[3 * k] = kernels.conv_norm_backward(
+                behind, sums, parameters[k][0], before, stored[k], shortcuts.pop(k, None), (k > 0 or need_x, needs[3 * k])
+            )
+        return None, None, g, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _differentiable_backward(
+    specs: Sequence[_Spec], x: Tensor, tensors: Sequence[Tensor | None], dy: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of x and ``tensors`` by torch's operators, which can be differentiated again."""
+    inputs = [x, *tensors]
+    with torch.enable_grad():
+        parameters, residuals = _split(specs, tensors)
+        values: list[Tensor | None] = [x]
+        for spec, (weight, scale, bias) in zip(specs, parameters, strict=True):
+            r = F.conv2d(values[-1], weight, padding=1)
+            z = F.batch_norm(r, None, None, scale, bias, training=True, eps=spec.norm.eps)
+            residual = spec.residual_in(values, residuals)
+            z = z if residual is None else z + residual
+            values.append(z if spec.norm.act is None else F.relu(z))
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(values[-1], wanted, dy, create_graph=torch.is_grad_enabled()))
+    return [next(found) if need else None for need in needs]
