@@ -1,18 +1,20 @@
 """The modules of torch.nn's batch norms with ``act`` and ``residual``. A state_dict fits both torch's and these."""
 
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
 from .backends import activations
+from .backends.calls import ForwardCall
+from .chain import Link, chain, kernels_for
 from .conv import conv2d, takes_gradient
 from .guard import Hyperparameter
 from .norm import add_act, batch_norm, ranks_of, sync_batch_norm
-from .norm.context import is_plain_eager, is_recomputed
+from .norm.context import is_plain, is_plain_eager, is_recomputed
 
 
 def _tensor(module: torch.nn.Module, stored: Mapping[str, Tensor | None], name: str) -> Tensor | None:
@@ -81,16 +83,8 @@ class _Fused(_Parent):
                 return node
         else:
             self._check_input_dim(input)
-        training, momentum = self.training and not self.statistics_frozen, self.momentum
-        buffers, parameters = self._buffers, self._parameters
-        running_mean = running_var = counter = skipped = None
-        # A recomputation in a backward pass normalises by the batch again and updates nothing.
-        if not training or (self.track_running_stats and not is_recomputed()):
-            running_mean, running_var = _tensor(self, buffers, "running_mean"), _tensor(self, buffers, "running_var")
-            if training:
-                counter, skipped = self.num_batches_tracked, buffers.get("num_batches_skipped")
-        if momentum is None and counter is None:
-            momentum = 0.0  # without a counter torch does not update the running statistics, and neither does this
+        training, parameters = self.training and not self.statistics_frozen, self._parameters
+        running_mean, running_var, counter, skipped, momentum = self._running(training)
         return batch_norm(
             input,
             running_mean,
@@ -107,6 +101,21 @@ class _Fused(_Parent):
             sample_weight=sample_weight,
             records=self.taps[0].records(self, input) if self.taps else None,
         )
+
+    def _running(
+        self, training: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float | None]:
+        """The running statistics, counters and momentum of a call."""
+        running_mean = running_var = counter = skipped = None
+        buffers, momentum = self._buffers, self.momentum
+        # A recomputation in a backward pass normalises by the batch again and updates nothing.
+        if not training or (self.track_running_stats and not is_recomputed()):
+            running_mean, running_var = _tensor(self, buffers, "running_mean"), _tensor(self, buffers, "running_var")
+            if training:
+                counter, skipped = self.num_batches_tracked, buffers.get("num_batches_skipped")
+        if momentum is None and counter is None:
+            momentum = 0.0  # without a counter torch does not update the running statistics, and neither does this
+        return running_mean, running_var, counter, skipped, momentum
 
     def extra_repr(self) -> str:
         skips = ", skip_nonfinite=True" if "num_batches_skipped" in self._buffers else ""
@@ -192,6 +201,202 @@ class Conv2d(torch.nn.Conv2d):
         ):
             return conv2d(input, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
         return super().forward(input)
+
+
+class ChainLink(NamedTuple):
+    """One step of :func:`run_chain`: ``norm(conv(value), residual)``."""
+
+    conv: torch.nn.Module
+    norm: torch.nn.Module
+    residual: Tensor | int | None = None  # a tensor, or the number of an earlier value; value 0 is the chain's input
+
+
+def run_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor:
+    """Applies ``norm(conv(value), residual)`` for each link to the value of the link before it, and returns the last.
+
+    If bnkern's kernels for chains serve all links, the batch norms make no pass over memory of their own: a convolution
+    normalises its input when it loads it, and computes the moments of its output when it stores it. They serve float32
+    tensors in channels_last on the CPU in training, 3 x 3 convolutions (:class:`Conv2d` or torch's) of stride and
+    padding 1 without bias whose channels are multiples of 16, and :class:`BatchNorm2d`. Autograd must be on, outside of
+    compilers and transforms, and the modules must have no hooks and no probes. Otherwise the modules are called one
+    after the other, so everything that looks at a value between them gets it.
+
+    On the images of the CIFAR networks the results and gradients have the bits of the modules called one by one. With
+    other sizes sums may be added in another order.
+    """
+    kernels = None
+    if (
+        is_plain_eager()
+        and type(x) is Tensor
+        and links
+        and torch.is_grad_enabled()
+        and all(is_chainable(link) for link in links)
+        and not torch.is_autocast_enabled(x.device.type)
+        and x.dim() == 4
+        and not x.is_neg()
+        and x.shape[1] == links[0].conv.in_channels
+    ):
+        kernels = kernels_for(x)
+    if kernels is not None:
+        channels = [links[0].conv.in_channels, *(link.conv.out_channels for link in links)]
+        if kernels.prefers_conv_norm(x, channels) and all(_fits(link, x, channels) for link in links):
+            return chain(x, [_link_call(link) for link in links], kernels)
+    values = [x]
+    for conv, norm, residual in links:
+        residual = values[residual] if isinstance(residual, int) else residual
+        values.append(norm(conv(values[-1]), residual))
+    return values[-1]
+
+
+def is_chainable(link: ChainLink) -> bool:
+    """Whether the modules of the link are of the kinds that :func:`run_chain` fuses, without hooks and probes."""
+    conv, norm = link.conv, link.norm
+    return (
+        type(conv) in (Conv2d, torch.nn.Conv2d)
+        and type(norm) is BatchNorm2d
+        and norm.training
+        and not norm.statistics_frozen
+        and not norm.taps
+        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        and conv.groups == 1
+        and conv.bias is None
+        and conv.padding_mode == "zeros"
+        and norm.num_features == conv.out_channels
+        and not _has_hooks(conv)
+        and not _has_hooks(norm)
+        and not torch.nn.modules.module._has_any_global_hook()
+        and _is_plain_parameter(conv.weight)
+        and conv.weight.requires_grad
+        and all(p is None or _is_plain_parameter(p) for p in (norm.weight, norm.bias, norm.running_mean))
+    )
+
+
+def _is_plain_parameter(p: Tensor) -> bool:
+    return is_plain(p) and p.dtype is torch.float32 and p.device.type == "cpu"
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _fits(link: ChainLink, x: Tensor, channels: list[int]) -> bool:
+    """Whether the link's residual is a tensor that the kernels read."""
+    residual = link.residual
+    if not isinstance(residual, Tensor):
+        return True
+    return (
+        is_plain(residual)
+        and residual.dtype is x.dtype
+        and residual.shape == (x.shape[0], link.conv.out_channels, *x.shape[2:])
+        and residual.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _link_call(link: ChainLink) -> Link:
+    conv, norm, residual = link
+    running_mean, running_var, counter, skipped, momentum = norm._running(training=True)
+    call = ForwardCall(
+        None,  # type: ignore[arg-type]  # the kernels make it
+        norm.weight,
+        norm.bias,
+        None,
+        running_mean,
+        running_var,
+        counter,
+        True,
+        momentum,
+        norm.__dict__["eps"],
+        norm.act,
+        num_batches_skipped=skipped,
+    )
+    return Link(conv.weight, call, residual)
+
+
+class ConvBNAct(torch.nn.Module):
+    """``act(batch_norm(conv(input)) + residual)``: a convolution without bias and a batch norm, as one module.
+
+    The children are ``conv`` (:class:`Conv2d`) and ``norm`` (:class:`BatchNorm2d`). Where the kernels of
+    :func:`run_chain` serve the call, the convolution's kernel computes the moments of the batch norm, and the gradient
+    of its input. In a :class:`Chain` the following convolution also normalises.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as torch.nn.Conv2d.
+            The default padding keeps the size of an image with stride 1 and an odd kernel.
+        act: None or "relu".
+        eps, momentum: of the batch norm.
+
+    forward: [N, in_channels, H, W], and optionally a residual of the output's shape -> [N, out_channels, H', W'].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        *,
+        act: str | None = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        padding = dilation * (kernel_size - 1) // 2 if padding is None else padding
+        where = {"device": device, "dtype": dtype}
+        self.conv = Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode, **where
+        )
+        self.norm = BatchNorm2d(out_channels, eps, momentum, act=act, **where)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return run_chain(input, [ChainLink(self.conv, self.norm, residual)])
+
+    def chain_links(self) -> list[ChainLink]:
+        return [ChainLink(self.conv, self.norm)]
+
+
+class Chain(torch.nn.Sequential):
+    """``torch.nn.Sequential`` that joins the convolutions and batch norms of its modules to chains (:func:`run_chain`).
+
+    It joins :class:`ConvBNAct` modules, and modules with one of these methods. All other modules, and those with hooks,
+    are called.
+
+        chain_links() -> list of ChainLink, or None
+            The forward of the module is ``run_chain(input, links)``. The number 0 as a residual means the input.
+        start_chain(input) -> (value, list of ChainLink)
+            The forward of the module is ``run_chain(value, links)``. It is called if chain_links() is absent or None.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not is_plain_eager():
+            return super().forward(input)
+        value: Tensor = input
+        links: list[ChainLink] = []
+        for module in self:
+            part = None
+            if not _has_hooks(module):
+                part = module.chain_links() if hasattr(module, "chain_links") else None  # type: ignore[operator]
+                if part is None and hasattr(module, "start_chain"):
+                    value, part = module.start_chain(run_chain(value, links))  # type: ignore[operator]
+                    links = []
+            if part is None:
+                value, links = module(run_chain(value, links)), []
+            elif all(is_chainable(link) for link in part):
+                first = len(links)
+                links += [
+                    link._replace(residual=link.residual + first) if isinstance(link.residual, int) else link
+                    for link in part
+                ]
+            else:
+                value, links = run_chain(run_chain(value, links), part), []
+        return run_chain(value, links)
 
 
 class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):

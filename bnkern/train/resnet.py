@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import bnkern
 import bnkern.nn
+from bnkern.nn import ChainLink
 
 WIDTHS = (16, 32, 64)  # channels of the three stages, on 32 x 32, 16 x 16 and 8 x 8 pixels
 NORMS = ("batch", "none", "final", "layer", "group", "instance", "affine")
@@ -77,7 +78,7 @@ class ResNet(nn.Module):
             for _ in range((depth - 2) // 6):
                 blocks.append(_Block(conv, channels, width, shortcut, norm_act, fixup))
                 channels = width
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = bnkern.nn.Chain(*blocks) if kernels == "bnkern" else nn.Sequential(*blocks)
         self.final = _norm_act("batch", kernels, channels, None) if norm == "final" else None
         self.bias = _scalar(0.0) if fixup else None  # the bias of Fixup before the classifier
         self.fc = nn.Linear(channels, classes)
@@ -145,6 +146,16 @@ class _Block(nn.Module):
         else:
             normed = nn.Identity() if fixup else norm_act(width, act=None)
             self.shortcut = nn.Sequential(conv(channels, width, 1, stride, bias=False), normed)
+
+    def chain_links(self) -> list[ChainLink] | None:
+        if self.bias1 is not None or not isinstance(self.shortcut, nn.Identity):
+            return None
+        return [ChainLink(self.conv1, self.norm1), ChainLink(self.conv2, self.norm2, 0)]
+
+    def start_chain(self, x: Tensor) -> tuple[Tensor, list[ChainLink]]:
+        if self.bias1 is not None:
+            return self(x), []
+        return self.norm1(self.conv1(x)), [ChainLink(self.conv2, self.norm2, self.shortcut(x))]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias1 is None or self.bias2 is None:

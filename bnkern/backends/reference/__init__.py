@@ -22,6 +22,7 @@ from .batch_norm import (
     unpack_mask,
     update_running,
 )
+from .conv_norm import conv_norm_backward, conv_norm_forward, grad_before_act
 from .convolution import conv_grad_signs
 from .dtypes import accumulator
 from .images import augment
@@ -34,8 +35,11 @@ __all__ = [
     "augment",
     "backward",
     "conv_grad_signs",
+    "conv_norm_backward",
+    "conv_norm_forward",
     "differentiable_backward",
     "forward",
+    "grad_before_act",
     "grad_input",
     "grad_sums",
     "gradient",
