@@ -109,15 +109,14 @@ class Convolution final : public RowConvolution {
         weight_tile(p_, o, i, weights_ + o / kOutputs * kOutputs * p_.inputs + i * kOutputs + o % kOutputs, w_pitch_);
   }
 
-  void run(std::int64_t first, std::int64_t last, ImageRows x, float* scratch, const Ahead* ahead) const override {
+  void run(std::int64_t first, std::int64_t last, ImageRows x, float* scratch, Ahead* ahead) const override {
     float* const zero = scratch;
     float* const x_tiles = zero + zeros_;
     // A product reads whole rows before it writes rows. If both have the same length, x and m share one buffer, which
     // takes half as much cache.
     const bool in_place = kInputs == kOutputs && p_.outputs == kOutputs;
     float* const m = in_place ? x_tiles : x_tiles + kElements * x_pitch_;
-    const std::int64_t steps = divide_up(last - first, bands_.rows) * kElements;
-    std::int64_t step = 0;
+    if (ahead) ahead->divide(divide_up(last - first, bands_.rows) * kElements);
     for (std::int64_t begin = first; begin < last; begin += bands_.rows) {
       const std::int64_t end = std::min(begin + bands_.rows, last), next = std::min(end + bands_.rows, last);
       const std::int64_t tiles = round_up((end - begin) * bands_.across, kTiles);
@@ -127,7 +126,7 @@ class Convolution final : public RowConvolution {
       const BandPrefetch next_x(bands_, end, next, x, p_.inputs);
       const BandPrefetch y(bands_, begin, end, ImageRows{p_.y, 0}, p_.outputs);
       for (int element = 0; element < kElements; ++element) {
-        ahead ? ahead->prefetch(step++, steps) : next_x.prefetch(element);
+        ahead ? ahead->prefetch() : next_x.prefetch(element);
         y.prefetch(element);
         for (std::int64_t o = 0; o < p_.outputs; o += kOutputs)
           for (std::int64_t t = 0; t < tiles; t += kTiles)

@@ -118,13 +118,12 @@ class Gradient3x3 final : public RowGradient {
   }
 
   void add(std::int64_t first, std::int64_t last, ImageRows x, ImageRows dy, float* scratch,
-           const Ahead* ahead) const override {
+           Ahead* ahead) const override {
     float* const zero = scratch;
     float* const x_tiles = zero + zeros_;
     float* const dy_tiles = x_tiles + kElements * x_pitch_;
     float* const sums = sums_in(scratch);
-    const std::int64_t steps = divide_up(last - first, bands_.rows) * kElements;
-    std::int64_t step = 0;
+    if (ahead) ahead->divide(divide_up(last - first, bands_.rows) * kElements);
     for (std::int64_t begin = first; begin < last; begin += bands_.rows) {
       const std::int64_t end = std::min(begin + bands_.rows, last), next = std::min(end + bands_.rows, last);
       for (std::int64_t row = begin; row < end; ++row) {
@@ -137,7 +136,7 @@ class Gradient3x3 final : public RowGradient {
       const BandPrefetch next_x(bands_, end, next, x, inputs_), next_dy(bands_, end, next, dy, outputs_);
       for (int element = 0; element < kElements; ++element) {
         if (ahead)
-          ahead->prefetch(step++, steps);
+          ahead->prefetch();
         else
           next_x.prefetch(element), next_dy.prefetch(element);
         for (std::int64_t i = 0; i < inputs_; i += kInputs)

@@ -117,20 +117,28 @@ class BandPrefetch {
 class Ahead {
  public:
   void add(const float* rows, std::int64_t count) {
-    if (!rows || count <= 0) return;
-    from_[size_] = reinterpret_cast<const char*>(rows);
-    bytes_[size_++] = count * static_cast<std::int64_t>(sizeof(float));
+    if (rows && count > 0)
+      ranges_[size_++] = {reinterpret_cast<const char*>(rows), reinterpret_cast<const char*>(rows + count), 0};
   }
-  // Prefetches the share of one step of `steps`.
-  BNKERN_INLINE void prefetch(std::int64_t step, std::int64_t steps) const {
-    for (int i = 0; i < size_; ++i)
-      for (std::int64_t k = bytes_[i] * step / steps & -64; k < (bytes_[i] * (step + 1) / steps & -64); k += 64)
-        __builtin_prefetch(from_[i] + k, 0, 2);
+  // Divides the rows among this number of steps.
+  void divide(std::int64_t steps) {
+    for (int i = 0; i < size_; ++i) ranges_[i].share = divide_up(ranges_[i].end - ranges_[i].next, steps);
+  }
+  // Prefetches the share of the next step.
+  BNKERN_INLINE void prefetch() {
+    for (int i = 0; i < size_; ++i) {
+      Range& range = ranges_[i];
+      const char* const end = std::min(range.next + range.share, range.end);
+      for (; range.next < end; range.next += 64) __builtin_prefetch(range.next, 0, 2);
+    }
   }
 
  private:
-  const char* from_[4];
-  std::int64_t bytes_[4];
+  struct Range {
+    const char *next, *end;
+    std::int64_t share;
+  };
+  Range ranges_[4];
   int size_ = 0;
 };
 
@@ -188,7 +196,7 @@ class RowConvolution {
   // Transforms the weights. All threads of a parallel region call it and divide its loop among them.
   virtual void prepare(float* scratch) = 0;
   // Computes the rows of tiles first, ..., last - 1, from `x`. Writes to y of Conv3x3. Without `ahead` it prefetches x.
-  virtual void run(std::int64_t first, std::int64_t last, ImageRows x, float* scratch, const Ahead* ahead) const = 0;
+  virtual void run(std::int64_t first, std::int64_t last, ImageRows x, float* scratch, Ahead* ahead) const = 0;
 };
 std::unique_ptr<RowConvolution> row_convolution(const Conv3x3& p);
 
@@ -200,7 +208,7 @@ class RowGradient {
   virtual std::int64_t scratch() const = 0;
   virtual void begin(float* scratch) const = 0;
   virtual void add(std::int64_t first, std::int64_t last, ImageRows x, ImageRows dy, float* scratch,
-                   const Ahead* ahead) const = 0;
+                   Ahead* ahead) const = 0;
   virtual void end(std::int64_t chunk, float* scratch) = 0;
   // Writes the sum over all chunks to result [O, I, 3, 3]. All threads of a parallel region call it and divide its
   // loop.
