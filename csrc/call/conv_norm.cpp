@@ -43,12 +43,12 @@ PyObject* conv_norm_forward(PyObject* const* args) {
     Results results(x);
     if (args[3] == Py_True) {
       float* y;
-      outputs[0] = make_images(images, p.conv, p.conv.inputs, y);
+      outputs[0] = make_images(images, p.conv.n, p.conv.inputs, p.conv.h, p.conv.w, y);
       p.input.y = {y, p.conv.inputs, 1};
     }
     if (has_mask(field, p.input)) p.input.mask = results.mask(outputs[1]);
   }
-  outputs[2] = make_images(images, p.conv, p.conv.outputs, p.conv.y);
+  outputs[2] = make_images(images, p.conv.n, p.conv.outputs, p.conv.h, p.conv.w, p.conv.y);
   if (args[5] != Py_None) {
     check_forward_call(args[5]);
     Input r;
@@ -136,7 +136,7 @@ PyObject* conv_norm_backward(PyObject* const* args) {
   PyObject* const needs = args[6];
   if (!PyTuple_Check(needs) || PyTuple_GET_SIZE(needs) != 2) refuse("conv_norm_backward: needs", "2 booleans");
   if (PyTuple_GET_ITEM(needs, 0) == Py_True) {
-    outputs[0] = make_images(images, p.conv, p.conv.outputs, p.conv.y);
+    outputs[0] = make_images(images, p.conv.n, p.conv.outputs, p.conv.h, p.conv.w, p.conv.y);
     if (has_norm) {
       p.input_sums = make_sums(x, outputs[1]);
       make_parameter_gradients(x, p.input, outputs[2], outputs[3]);

@@ -23,8 +23,56 @@ std::array<std::int64_t, 2> pair(PyObject* object, const char* name) {
 // and its first two axes are exchanged.
 PyObject* conv3x3(PyObject* const* args) {
   Conv3x3 p = conv3x3_of(args[0], args[1], args[2] == Py_True);
-  Object y = make_images(args[0], p, p.outputs, p.y);
+  Object y = make_images(args[0], p.n, p.outputs, p.h, p.w, p.y);
   run_released(cpu_kernels().conv3x3, p);
+  return y.release();
+}
+
+// conv_direct(x, weight, stride, padding, size) -> y, for float32 in channels_last. `size` is None, or the size (H, W)
+// of the input of a convolution whose input gradient is computed from x, the gradient of its output.
+PyObject* conv_direct(PyObject* const* args) {
+  constexpr const char* kInput = "a float32 tensor [N, C, H, W] on the CPU, dense in channels_last";
+  constexpr const char* kWeight = "a float32 tensor [O, I, rows, columns] on the CPU that fits x";
+  const Tensor x = operand(args[0], "conv_direct: x", kInput, dlpack::kFloat32, 4);
+  const Tensor weight = operand(args[1], "conv_direct: weight", kWeight, dlpack::kFloat32, 4);
+  const auto stride = pair(args[2], "conv_direct: stride"), padding = pair(args[3], "conv_direct: padding");
+  const bool transposed = args[4] != Py_None;
+  const int output_axis = transposed ? 1 : 0, input_axis = transposed ? 0 : 1;
+  const std::int64_t *const size = x.shape, *const kernel = weight.shape + 2;
+  if (!is_channels_last(x)) refuse("conv_direct: x", kInput);
+  if (weight.shape[input_axis] != size[1]) refuse("conv_direct: weight", kWeight);
+  const auto outer = [&](int i, std::int64_t length) { return (length + 2 * padding[i] - kernel[i]) / stride[i] + 1; };
+  std::array<std::int64_t, 2> y_size{outer(0, size[2]), outer(1, size[3])};
+  if (transposed) y_size = pair(args[4], "conv_direct: size");
+  for (int i = 0; i < 2; ++i)
+    if (y_size[i] < 1 || (transposed && outer(i, y_size[i]) != size[2 + i]))
+      refuse("conv_direct: size", "the size of an image whose convolution has the size of x");
+  ConvDirect p{
+      .x = static_cast<const float*>(x.data),
+      .n = size[0],
+      .inputs = size[1],
+      .h = size[2],
+      .w = size[3],
+      .weight = static_cast<const float*>(weight.data),
+      .weight_output = weight.strides[output_axis],
+      .weight_input = weight.strides[input_axis],
+      .weight_h = weight.strides[2],
+      .weight_w = weight.strides[3],
+      .kernel_h = kernel[0],
+      .kernel_w = kernel[1],
+      .stride_h = stride[0],
+      .stride_w = stride[1],
+      .padding_h = padding[0],
+      .padding_w = padding[1],
+      .transposed = transposed,
+      .y = nullptr,
+      .outputs = weight.shape[output_axis],
+      .y_h = y_size[0],
+      .y_w = y_size[1],
+      .threads = threads(),
+  };
+  Object y = make_images(args[0], p.n, p.outputs, p.y_h, p.y_w, p.y);
+  run_released(cpu_kernels().conv_direct, p);
   return y.release();
 }
 
@@ -129,6 +177,8 @@ PyObject* augment(PyObject* const* args) {
 bool add_cpu_functions(PyObject* module) {
   static PyMethodDef methods[] = {
       method<conv3x3, 3>("conv3x3", "conv3x3(x, weight, flipped) -> y; see Conv3x3 in csrc/cpu/cpu.h."),
+      method<conv_direct, 5>("conv_direct",
+                             "conv_direct(x, weight, stride, padding, size) -> y; see ConvDirect in csrc/cpu/cpu.h."),
       method<conv_grad_signs, 7>(
           "conv_grad_signs",
           "conv_grad_signs(x, dy, kernel, stride, padding, wanted, winograd) -> four tensors, or "

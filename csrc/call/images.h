@@ -59,10 +59,10 @@ inline Conv3x3 conv3x3_of(PyObject* input, PyObject* weights, bool flipped) {
   };
 }
 
-// Makes a float32 tensor [N, channels, H, W] in channels_last, with the sizes of the images of `p`.
-inline Object make_images(PyObject* like, const Conv3x3& p, std::int64_t channels, float*& data) {
-  const std::int64_t shape[] = {p.n, channels, p.h, p.w};
-  const std::int64_t strides[] = {p.h * p.w * channels, 1, p.w * channels, channels};
+// Makes a float32 tensor [N, C, H, W] in channels_last.
+inline Object make_images(PyObject* like, std::int64_t n, std::int64_t c, std::int64_t h, std::int64_t w,
+                          float*& data) {
+  const std::int64_t shape[] = {n, c, h, w}, strides[] = {h * w * c, 1, w * c, c};
   void* memory;
   Object images = make(like, {dlpack::kCpu, 0}, dlpack::kFloat32, 4, shape, strides, memory);
   data = static_cast<float*>(memory);

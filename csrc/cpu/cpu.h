@@ -18,6 +18,22 @@ struct Conv3x3 {
   int threads;
 };
 
+// A call of conv_direct: a convolution with any kernel, stride and padding by its definition. x is [N, I, H, W] and y
+// is [N, O, H', W']. Both are float32 and contiguous in channels_last, and O is a multiple of 16. With `transposed` it
+// is the transposed convolution, which computes an input gradient: x is the gradient of the output, y that of the
+// input, and the sizes of y belong to the call.
+struct ConvDirect {
+  const float* x;
+  std::int64_t n, inputs, h, w;
+  const float* weight;  // any strides
+  std::int64_t weight_output, weight_input, weight_h, weight_w;
+  std::int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
+  bool transposed;
+  float* y;
+  std::int64_t outputs, y_h, y_w;
+  int threads;
+};
+
 // A call of conv_norm_forward: the convolution r = conv3x3(y) of the output y of a batch norm, and the statistics of r.
 // All tensors are float32 and contiguous in channels_last.
 struct ConvNorm {
@@ -48,6 +64,7 @@ struct CpuKernels {
   void (*augment)(const Augment&);
   void (*conv_grad_signs)(const ConvGradSigns&);
   void (*conv3x3)(const Conv3x3&);
+  void (*conv_direct)(const ConvDirect&);
   void (*conv_norm_forward)(const ConvNorm&);
   void (*conv_norm_backward)(const ConvNormBackward&);
   void (*update)(const Update&);
@@ -69,6 +86,7 @@ bool with_extensions();
   void conv_grad_signs(const ConvGradSigns& p);       \
   void augment(const Augment& p);                     \
   void conv3x3(const Conv3x3& p);                     \
+  void conv_direct(const ConvDirect& p);              \
   void conv_norm_forward(const ConvNorm& p);          \
   void conv_norm_backward(const ConvNormBackward& p); \
   void update(const Update& p);                       \

@@ -20,10 +20,10 @@ CpuKernels choose() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif
-#define BNKERN_KERNELS(isa)                                                                                      \
-  {                                                                                                              \
-    #isa, isa::forward, isa::backward, isa::augment, isa::conv_grad_signs, isa::conv3x3, isa::conv_norm_forward, \
-        isa::conv_norm_backward, isa::update                                                                     \
+#define BNKERN_KERNELS(isa)                                                                                \
+  {                                                                                                        \
+    #isa, isa::forward, isa::backward, isa::augment, isa::conv_grad_signs, isa::conv3x3, isa::conv_direct, \
+        isa::conv_norm_forward, isa::conv_norm_backward, isa::update                                       \
   }
   const Candidate candidates[] = {
 #ifdef BNKERN_HAS_AVX512
