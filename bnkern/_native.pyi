@@ -48,6 +48,9 @@ def grad_input(
 # ---- csrc/call/convolution.cpp
 
 def conv3x3(x: Tensor, weight: Tensor, flipped: bool, /) -> Tensor: ...
+def conv_direct(
+    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int] | None, /
+) -> Tensor: ...
 def conv_grad_signs(
     x: Tensor,
     dy: Tensor,

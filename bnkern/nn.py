@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from .backends import activations
 from .backends.calls import ForwardCall
 from .chain import Link, chain, kernels_for
-from .conv import conv2d, takes_gradient
+from .conv import conv2d, plan
 from .guard import Hyperparameter
 from .norm import add_act, batch_norm, ranks_of, sync_batch_norm
 from .norm.context import is_plain, is_plain_eager, is_recomputed
@@ -165,16 +165,19 @@ class Activation(torch.nn.Module):
 
 
 class Conv2d(torch.nn.Conv2d):
-    """``torch.nn.Conv2d`` with kernels that compute the weight gradient and its probe in one pass.
+    """``torch.nn.Conv2d`` with bnkern's CPU kernels where these were measured to be faster than torch's.
 
-    The probe is ``weight_gradient_signs``. Where bnkern's CPU kernels were measured to be faster than torch's
-    (``prefers_own_gradient`` of bnkern/backends/cpu: float32 in channels_last, multiples of 16 input channels), the
-    backward computes the weight gradient with the kernel that also computes the sums of the probe. The gradient has the
-    same bits with and without a probe. A 3 x 3 convolution of stride and padding 1 without bias uses Winograd's
-    F(2 x 2, 3 x 3), forward and backward, if ``prefers_winograd`` returns True. Then results may be NaN where the
-    definition gives an infinity, and a value that is not finite may spread to all nine weight gradients of its channel.
-    The choice depends on the CPU's instruction set. In all other cases torch's convolution is used, and the probe is
-    computed in addition. Arguments and state_dict are those of torch.
+    All of them are for float32 in channels_last. Which convolutions they serve is decided for the output, the input
+    gradient and the weight gradient apart, by the ``prefers`` functions of bnkern/backends/cpu/convolution.py:
+
+        3 x 3, stride and padding 1, no bias, multiples of 16 channels   Winograd's F(2 x 2, 3 x 3)
+        stride 2, 1 x 1 kernels, few input channels                      the definition, for up to some hundred products
+        the weight gradient of all these                                 the kernel that also computes the probe's sums
+
+    With the probe ``weight_gradient_signs`` the weight gradient has the same bits as without it. Where Winograd's form
+    is used, results may be NaN where the definition gives an infinity, and a value that is not finite may spread to all
+    nine weight gradients of its channel. The choice depends on the CPU's instruction set. In all other cases torch's
+    convolution is used, and the probe is computed in addition. Arguments and state_dict are those of torch.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -190,16 +193,11 @@ class Conv2d(torch.nn.Conv2d):
             and is_plain_eager()
             and not torch.is_autocast_enabled(input.device.type)
             and input.dim() == 4
-            and takes_gradient(
-                input,
-                self.weight,
-                self.stride,  # type: ignore[arg-type]  # a pair, as the next two
-                self.padding,  # type: ignore[arg-type]
-                self.dilation,  # type: ignore[arg-type]
-                self.groups,
-            )
         ):
-            return conv2d(input, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+            options = (self.stride, self.padding)
+            kernels = plan(input, self.weight, self.bias, *options, self.dilation, self.groups)  # type: ignore[arg-type]
+            if kernels is not None:
+                return conv2d(input, self.weight, self.bias, *options, kernels)  # type: ignore[arg-type]
         return super().forward(input)
 
 

@@ -21,7 +21,7 @@ from typing import Literal, cast, overload
 
 import torch
 
-from .protocol import Backend, ConvolutionBackend, ImageBackend, WinogradBackend
+from .protocol import Backend, ConvolutionBackend, ImageBackend, OwnConvolutionBackend
 
 # The table has the backends of each device in order of preference. The first one that does not refuse serves the call.
 # On CUDA devices this is CUDA C++: on an H200 a training step takes 0.87 of its time with Triton's kernels, and a call
@@ -117,7 +117,7 @@ def _unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | N
 
 
 @overload
-def choose(name: Literal["cpu"], device: torch.device | str, dtype: torch.dtype) -> WinogradBackend: ...
+def choose(name: Literal["cpu"], device: torch.device | str, dtype: torch.dtype) -> OwnConvolutionBackend: ...
 @overload
 def choose(name: str, device: torch.device | str, dtype: torch.dtype) -> Backend: ...
 @overload

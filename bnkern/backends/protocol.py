@@ -75,8 +75,8 @@ class ImageBackend(Backend, Protocol):
     ) -> None: ...
 
 
-class WinogradBackend(Backend, Protocol):
-    """A backend with its own convolution. Only the CPU's backend has one."""
+class OwnConvolutionBackend(Backend, Protocol):
+    """A backend with convolutions of its own. Only the CPU's backend has them."""
 
     def conv_grad_signs(
         self,
@@ -91,6 +91,19 @@ class WinogradBackend(Backend, Protocol):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
 
     def conv3x3(self, x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor: ...
+
+    def conv_direct(self, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, size: Pair | None = None) -> Tensor: ...
+
+    def prefers_direct(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        groups: int,
+        transposed: bool = False,
+    ) -> bool: ...
 
     def prefers_own_gradient(
         self, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int

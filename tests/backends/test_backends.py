@@ -34,7 +34,7 @@ def test_a_backend_implements_the_protocol(name: str) -> None:
     module = backends._load(name)
     if isinstance(module, str):
         pytest.skip(module)
-    others = (protocol.ConvolutionBackend, protocol.ImageBackend, protocol.WinogradBackend)
+    others = (protocol.ConvolutionBackend, protocol.ImageBackend, protocol.OwnConvolutionBackend)
     for kind in (protocol.Backend, *(other for other in others if all(hasattr(module, f) for f in functions(other)))):
         for function, requested in functions(kind).items():
             parameters = inspect.signature(getattr(module, function)).parameters

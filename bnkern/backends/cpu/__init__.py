@@ -22,11 +22,13 @@ from ..native import (
 from ..reference import merge
 from .convolution import (
     conv3x3,
+    conv_direct,
     conv_grad_signs,
     conv_norm_backward,
     conv_norm_forward,
     grad_before_act,
     prefers_conv_norm,
+    prefers_direct,
     prefers_own_gradient,
     prefers_winograd,
 )
@@ -35,6 +37,7 @@ __all__ = [
     "augment",
     "backward",
     "conv3x3",
+    "conv_direct",
     "conv_grad_signs",
     "conv_norm_backward",
     "conv_norm_forward",
@@ -46,6 +49,7 @@ __all__ = [
     "moments",
     "normalize",
     "prefers_conv_norm",
+    "prefers_direct",
     "prefers_own_gradient",
     "prefers_winograd",
     "refuses",

@@ -52,6 +52,21 @@ def conv3x3(x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor:
     return _native.conv3x3(plain(x), plain(weight), flipped)
 
 
+def conv_direct(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """The convolution of x [N, I, H, W], float32 in channels_last, with weight [O, I, *kernel_size], by its definition.
+
+    ``size``: (H, W) of the input of a convolution. x is then the gradient of its output, with O channels, and the
+    result is the gradient of its input. The result has a multiple of 16 channels.
+    """
+    return _native.conv_direct(plain(x), plain(weight), stride, padding, size)
+
+
 def conv_norm_forward(
     source: ForwardCall | Tensor,
     mean: Tensor | None,
@@ -102,9 +117,9 @@ def prefers_own_gradient(
     """Whether these kernels are faster than torch's for the backward of such a convolution.
 
     The rule follows measurements (docs/log/2026-11.md). It accepts float32 in channels_last with a multiple of 16 input
-    channels, if :func:`prefers_winograd` is true. With AVX-512 it also accepts every other kernel larger than 1 x 1,
-    for which ``conv_grad_signs`` takes 0.77 to 1.00 times as long as oneDNN for the weight gradient. Other cases are
-    slower (the stem with 3 channels 1.4 times, bfloat16), or were not measured.
+    channels, if :func:`prefers_winograd` is true. With AVX-512 it also accepts every other kernel, a 1 x 1 kernel only
+    with at most 64 input channels, for which ``conv_grad_signs`` takes 0.55 to 1.00 times as long as oneDNN for the
+    weight gradient. Other cases are slower (the stem with 3 channels 1.2 times, bfloat16), or were not measured.
     """
     return (
         x.dtype is torch.float32
@@ -112,10 +127,43 @@ def prefers_own_gradient(
         and groups == 1
         and tuple(dilation) == (1, 1)
         and x.shape[1] % 16 == 0
-        and weight.shape[2] * weight.shape[3] > 1
+        and (weight.shape[2] * weight.shape[3] > 1 or x.shape[1] <= 64)
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and (_native.isa() == "avx512" or prefers_winograd(x, weight.shape[0], weight.shape[2:], stride, padding))
+    )
+
+
+def prefers_direct(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    transposed: bool = False,
+) -> bool:
+    """Whether :func:`conv_direct` is faster than torch for such a convolution, or for its input gradient (transposed).
+
+    The rule follows measurements with AVX-512 (docs/log/2026-11.md). It accepts float32 in channels_last. oneDNN is
+    faster if the sum of an output has many products. For input gradients with stride 1 only 1 x 1 kernels are accepted.
+    """
+    outputs, inputs, *kernel = weight.shape
+    taps = kernel[0] * kernel[1]
+    if transposed:
+        accepted = inputs % 16 == 0 and taps * outputs <= 1152 and (taps == 1 or max(stride) > 1)
+    else:
+        accepted = outputs % 16 == 0 and taps * inputs <= 288
+    return (
+        accepted
+        and x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and groups == 1
+        and tuple(dilation) == (1, 1)
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and min(s + 2 * p - k for s, p, k in zip(x.shape[2:], padding, kernel, strict=True)) >= 0
+        and _native.isa() == "avx512"
     )
 
 
