@@ -35,7 +35,7 @@ def kernels_for(x: Tensor) -> ChainBackend | None:
     if x.device.type != "cpu" or backends.unavailable("cpu", "cpu"):
         return None
     kernels = backends.choose(backends.forced(), x.device, x.dtype)
-    return kernels if hasattr(kernels, "conv_norm_forward") else None
+    return kernels if hasattr(kernels, "prefers_conv_norm") else None
 
 
 def chain(x: Tensor, links: Sequence[Link], kernels: ChainBackend) -> Tensor:

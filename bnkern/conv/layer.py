@@ -107,7 +107,7 @@ class _Conv2d(torch.autograd.Function):
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         kernels = _kernels(x)
         if kernels is not None and plan.forward == "winograd":
-            return kernels.conv3x3(x, weight)
+            return kernels.conv3x3(x, weight, False)
         if kernels is not None and plan.forward == "direct":
             return kernels.conv_direct(x, weight, stride, padding)
         return torch.nn.functional.conv2d(x, weight, bias, stride, padding)
@@ -123,7 +123,7 @@ class _Conv2d(torch.autograd.Function):
         kernels = _kernels(dy)
         if need_x and first_order and kernels is not None:
             if ctx.plan.input_gradient == "winograd":
-                dx = kernels.conv3x3(dy, weight, flipped=True)
+                dx = kernels.conv3x3(dy, weight, True)
             elif ctx.plan.input_gradient == "direct":
                 dx = kernels.conv_direct(dy, weight, ctx.stride, ctx.padding, tuple(x.shape[2:]))
         torch_needs = (need_x and dx is None, need_weight and not own_weight_gradient, need_bias)

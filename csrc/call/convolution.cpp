@@ -36,11 +36,12 @@ PyObject* conv_direct(PyObject* const* args) {
   const Tensor x = operand(args[0], "conv_direct: x", kInput, dlpack::kFloat32, 4);
   const Tensor weight = operand(args[1], "conv_direct: weight", kWeight, dlpack::kFloat32, 4);
   const auto stride = pair(args[2], "conv_direct: stride"), padding = pair(args[3], "conv_direct: padding");
+  if (std::min(stride[0], stride[1]) < 1) refuse("conv_direct: stride", "at least 1");
   const bool transposed = args[4] != Py_None;
   const int output_axis = transposed ? 1 : 0, input_axis = transposed ? 0 : 1;
   const std::int64_t *const size = x.shape, *const kernel = weight.shape + 2;
   if (!is_channels_last(x)) refuse("conv_direct: x", kInput);
-  if (weight.shape[input_axis] != size[1]) refuse("conv_direct: weight", kWeight);
+  if (weight.shape[input_axis] != size[1] || std::min(kernel[0], kernel[1]) < 1) refuse("conv_direct: weight", kWeight);
   const auto outer = [&](int i, std::int64_t length) { return (length + 2 * padding[i] - kernel[i]) / stride[i] + 1; };
   std::array<std::int64_t, 2> y_size{outer(0, size[2]), outer(1, size[3])};
   if (transposed) y_size = pair(args[4], "conv_direct: size");

@@ -102,7 +102,6 @@ def test_a_gradient_changed_by_a_later_hook_is_computed_again(tmp_path: Path) ->
         "float64",
         "bfloat16",
         "three channels",
-        "1x1",
         "groups",
         "dilation",
         "same",
@@ -113,7 +112,6 @@ def test_a_gradient_changed_by_a_later_hook_is_computed_again(tmp_path: Path) ->
 )
 def test_other_convolutions_are_torchs(case: str) -> None:
     options = {
-        "1x1": {"kernel_size": 1, "padding": 0},
         "groups": {"groups": 2},
         "dilation": {"dilation": 2},
         "same": {"padding": "same"},

@@ -1,13 +1,12 @@
 """The CPU's 3 x 3 convolution by F(2 x 2, 3 x 3), both its gradients, and the absolute sums of the weight gradient."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bnkern.backends import cpu
+from tests.support.threads import for_any_number_of_threads
 from tests.support.winograd import SIZES, gradient_of, operands
 
 B = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], dtype=torch.float64).T
@@ -38,15 +37,6 @@ def largest_output(x: Tensor, weight: Tensor) -> Tensor:
 def largest_gradient(x: Tensor, dy: Tensor) -> Tensor:
     spread = both_sides(B.T.abs(), tiles(x.abs(), 4, 1)), both_sides(A.abs(), tiles(dy.abs(), 2, 0))
     return both_sides(G.T.abs(), torch.einsum("nihwab,nohwab->oiab", *spread))
-
-
-def for_any_number_of_threads(kernel: Callable[[], Tensor]) -> Tensor:
-    result, threads = [], torch.get_num_threads()
-    for torch_threads in (1, 2, 3, threads):
-        torch.set_num_threads(torch_threads)
-        result.append(kernel())
-    assert torch.equal(result[0], result[1]) and torch.equal(result[0], result[2])
-    return result[0]
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last_weight", "plain_weight"])

@@ -49,7 +49,7 @@ RULES = {
     ),
     # The native module declines some operands. The reference serves empty batches.
     "bnkern.backends.native": Rule((*LEAVES, "bnkern._native", "bnkern.backends.reference")),
-    "bnkern.backends.cpu.convolution": Rule((*LEAVES, "bnkern.backends.native")),
+    "bnkern.backends.cpu.convolution": Rule((*LEAVES, "bnkern.backends.native", "bnkern.backends.protocol")),
     # Merging a few [C] vectors on the CPU needs no kernel.
     "bnkern.backends.cpu": Rule(
         ("bnkern.backends.native", "bnkern.backends.cpu.convolution", "bnkern.backends.reference.merge")
@@ -94,9 +94,16 @@ RULES = {
     "bnkern.norm": Rule(("bnkern.norm.*",)),
     "bnkern.conv.*": Rule(("bnkern.backends", "bnkern.backends.protocol", "bnkern.conv.*")),
     "bnkern.conv": Rule(("bnkern.conv.*",)),
+    "bnkern.chain": Rule(
+        ("bnkern.backends", "bnkern.backends.calls", "bnkern.backends.protocol", "bnkern.norm.context")
+    ),
     "bnkern.guard": Rule(()),
     "bnkern.nn": Rule(
-        ("bnkern.backends.activations", "bnkern.norm", "bnkern.norm.context", "bnkern.conv", "bnkern.guard")
+        (
+            "bnkern.backends.activations",
+            "bnkern.backends.calls",
+            *("bnkern.norm", "bnkern.norm.context", "bnkern.conv", "bnkern.chain", "bnkern.guard"),
+        )
     ),
     "bnkern.statistics": Rule(("bnkern.norm", "bnkern.norm.ranks", "bnkern.backends.reference")),
     "bnkern.convert*": Rule(("bnkern.nn", "bnkern.convert*")),

@@ -1,0 +1,443 @@
+"""Convolutions between batch norms: the kernels against the reference in float64, and chains of modules."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnkern
+import bnkern.nn as fused
+from bnkern import probes
+from bnkern.backends import cpu, reference
+from bnkern.backends.calls import BackwardCall, ForwardCall
+from bnkern.nn import Chain, ChainLink, ConvBNAct, run_chain
+from bnkern.train.resnet import ResNet
+from tests.support.threads import for_any_number_of_threads
+
+# Images, channels in and out, rows, columns: strips of whole images and of rows, odd sizes, a few and many channels.
+SIZES = [
+    (8, 16, 16, 32, 32),
+    (7, 32, 32, 16, 16),
+    (9, 64, 64, 8, 8),
+    (3, 16, 32, 31, 29),
+    (2, 64, 16, 57, 57),
+    (1, 16, 16, 33, 200),
+    (5, 272, 48, 7, 7),
+    (2, 16, 16, 1, 6),
+]
+# Relative to the largest value of the result: sums of up to 9 * 272 products, through two transforms and a norm.
+TOLERANCE = 3e-6
+
+
+@pytest.fixture(autouse=True)
+def any_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules require vector instructions, but the kernels run on every machine."""
+    monkeypatch.setattr(cpu._native, "isa", lambda: "avx512")
+
+
+def last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def close(actual: Tensor | None, expected: Tensor | None) -> None:
+    assert (actual is None) == (expected is None)
+    if actual is not None and actual.dtype is torch.uint8:
+        differing = (actual ^ expected).view(-1, 1).bitwise_and(1 << torch.arange(8)).bool().sum()
+        assert differing <= 4e-6 * 8 * actual.numel() + 1  # where z is 0 up to rounding
+    elif actual is not None:
+        error = (actual.double() - expected.double()).abs().max()
+        assert error <= TOLERANCE * expected.double().abs().max(), float(error)
+
+
+def double(call: ForwardCall | BackwardCall) -> ForwardCall | BackwardCall:
+    return type(call)(*(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in call))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("act", [None, "relu"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_kernels(sizes: tuple[int, ...], act: str | None, residual: bool) -> None:
+    n, inputs, outputs, h, w = sizes
+    torch.manual_seed(0)
+    x, shortcut = (last(torch.randn(n, inputs, h, w)) for _ in range(2))
+    x = x * 2 + 1
+    weight = torch.randn(outputs, inputs, 3, 3) / (3 * inputs**0.5)
+    scales, biases = [torch.rand(c) + 0.5 for c in (inputs, outputs)], [torch.randn(c) for c in (inputs, outputs)]
+    mean, invstd = x.mean((0, 2, 3)), torch.rsqrt(x.var((0, 2, 3), unbiased=False) + 1e-5)
+    call = ForwardCall(x, scales[0], biases[0], shortcut if residual else None, act=act, save_mask=True)
+
+    def norm(dtype: torch.dtype) -> ForwardCall:
+        running = torch.zeros(outputs, dtype=dtype), torch.ones(outputs, dtype=dtype)
+        return ForwardCall(None, None, None, None, *running, torch.tensor(4), momentum=None)
+
+    def forward() -> tuple:
+        behind = norm(torch.float32)
+        return *cpu.conv_norm_forward(call, mean, invstd, residual, weight, behind), *behind[4:7]
+
+    y, mask, r, r_mean, r_invstd, *running = for_any_number_of_threads(forward)
+    wide = norm(torch.float64)
+    truth = reference.conv_norm_forward(
+        double(call), mean.double(), invstd.double(), residual, weight.double(), wide
+    )
+    for actual, expected in zip((y, mask, r, r_mean, r_invstd), truth, strict=True):
+        close(actual, expected)
+    for actual, expected in zip(running, wide[4:7], strict=True):
+        close(actual, expected)
+
+    g = last(torch.randn(r.shape))
+    behind = BackwardCall(g, r, scales[1], biases[1], r_mean, r_invstd)
+    _, sums, *_ = cpu.grad_before_act(behind)
+    before = BackwardCall(None, x, scales[0], biases[0], mean, invstd, mask, act)
+    options = (y, shortcut if residual else None, (True, True))
+    results = for_any_number_of_threads(lambda: cpu.conv_norm_backward(behind, sums, weight, before, *options))
+    truth = reference.conv_norm_backward(
+        double(behind), sums, weight.double(), double(before), *(t.double() if t is not None else t for t in options[:2]),
+        options[2],
+    )
+    for actual, expected in zip(results, truth, strict=True):
+        close(actual, expected)
+    # without one of the results, and without a norm before the convolution
+    only = cpu.conv_norm_backward(behind, sums, weight, before, *options[:2], (False, True))
+    assert only[:4] == (None,) * 4 and torch.equal(only[4], results[4])
+    only = cpu.conv_norm_backward(behind, sums, weight, before, *options[:2], (True, False))
+    assert only[4] is None and torch.equal(only[0], results[0])
+    plain = cpu.conv_norm_backward(behind, sums, weight, None, x, None, (True, True))
+    truth = reference.conv_norm_backward(double(behind), sums, weight.double(), None, x.double(), None, (True, True))
+    for actual, expected in zip(plain, truth, strict=True):
+        close(actual, expected)
+
+
+def test_grad_before_act() -> None:
+    torch.manual_seed(1)
+    x, dy, residual = (last(torch.randn(3, 16, 9, 7)) for _ in range(3))
+    mean, invstd, weight, bias = torch.randn(16), torch.rand(16) + 0.5, torch.randn(16), torch.randn(16)
+    _, mask = cpu.normalize(ForwardCall(x, weight, bias, residual, act="relu", save_mask=True), mean, invstd)
+    call = BackwardCall(dy, x, weight, bias, mean, invstd, mask, "relu")
+    for actual, expected in zip(cpu.grad_before_act(call), reference.grad_before_act(double(call)), strict=True):
+        close(actual, expected)
+    assert cpu.grad_before_act(call)[1].dtype is torch.float64
+
+
+def test_wrong_operands() -> None:
+    x, weight = last(torch.randn(2, 16, 8, 8)), torch.randn(16, 16, 3, 3)
+    vector = torch.ones(16)
+    call, norm = ForwardCall(x), ForwardCall(None)
+    for arguments in (
+        (call, None, None, True, weight, norm),  # no statistics
+        (call._replace(x=x.contiguous()), vector, vector, True, weight, norm),
+        (call._replace(x=x.double()), vector.double(), vector.double(), True, weight.double(), norm),
+        (call, vector, vector, True, weight[:, :8], norm),
+        (call._replace(residual=x[:1]), vector, vector, True, weight, norm),
+        (call, vector, vector, True, weight, norm._replace(running_mean=vector[:8], running_var=vector[:8])),
+    ):
+        with pytest.raises(TypeError, match=r"must be"):
+            cpu.conv_norm_forward(*arguments)
+    behind, sums = BackwardCall(x, x, None, None, vector, vector), torch.zeros(2, 16, dtype=torch.float64)
+    for arguments in (
+        (behind._replace(act="relu"), sums, weight, None, x, None, (True, True)),
+        (behind, sums[:, :8], weight, None, x, None, (True, True)),
+        (behind, sums, weight, None, x[:1], None, (True, True)),
+        (behind, sums, weight, None, x, x.contiguous(), (True, True)),
+        (behind, sums, weight, None, x, None, True),
+    ):
+        with pytest.raises(TypeError, match=r"must be"):
+            cpu.conv_norm_backward(*arguments)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        cpu.conv_norm_forward(x, None, None, False, weight[:8], norm)
+
+
+# ------------------------------------------------------------------------------------------------- modules
+
+
+def is_fused(y: Tensor) -> bool:
+    seen, functions = set(), [y.grad_fn]
+    while functions:
+        function = functions.pop()
+        if function is not None and function not in seen:
+            seen.add(function)
+            functions += [f for f, _ in function.next_functions]
+    return any(type(f).__name__ == "_ChainBackward" for f in seen)
+
+
+class Block(nn.Module):
+    """Two convolutions with a residual, at half the resolution and with a projection if ``stride`` is 2."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.first = ConvBNAct(inputs, outputs, stride=stride)
+        self.second = ConvBNAct(outputs, outputs)
+        self.shortcut = ConvBNAct(inputs, outputs, 1, stride, act=None) if stride > 1 else nn.Identity()
+
+    def chain_links(self) -> list[ChainLink] | None:
+        if not isinstance(self.shortcut, nn.Identity):
+            return None
+        return [
+            ChainLink(self.first.conv, self.first.norm),
+            ChainLink(self.second.conv, self.second.norm, residual=0),
+        ]
+
+    def start_chain(self, x: Tensor) -> tuple[Tensor, list[ChainLink]]:
+        return self.first(x), [ChainLink(self.second.conv, self.second.norm, self.shortcut(x))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x), self.shortcut(x))
+
+
+def network() -> Chain:
+    torch.manual_seed(0)
+    layers = [ConvBNAct(16, 16), Block(16, 16), Block(16, 16), Block(16, 32, 2), Block(32, 32), nn.Identity()]
+    return Chain(*layers, ConvBNAct(32, 64, act=None)).to(memory_format=torch.channels_last)
+
+
+def images(n: int = 6) -> Tensor:
+    return last(torch.randn(n, 16, 32, 32, generator=torch.Generator().manual_seed(1)))
+
+
+def run(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.backward(last(torch.linspace(-1, 1, y.numel()).view(y.shape)))
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return y, gradients | {"x": x.grad, "y": y.detach()} | dict(model.named_buffers())
+
+
+def one_by_one(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, dict[str, Tensor]]:
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "kernels_for", lambda x: None)
+        return run(model, x)
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, t in one.items():
+        assert torch.equal(t, other[name]), name
+
+
+@pytest.mark.parametrize("n", [4, 5, 16])
+def test_bits_of_the_modules_one_by_one(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output, gradients, running statistics and counters."""
+    model = network()
+    other = copy.deepcopy(model)
+    for _ in range(2):
+        y, results = run(model, images(n))
+        other_y, expected = one_by_one(other, images(n), monkeypatch)
+        assert is_fused(y) and not is_fused(other_y)
+        equal(results, expected)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_options_of_the_norms(momentum: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Chain(
+        ConvBNAct(16, 32, momentum=momentum, eps=0.1), ConvBNAct(32, 16, act=None, momentum=momentum), ConvBNAct(16, 16)
+    ).to(memory_format=torch.channels_last)
+    model[0].norm = bnkern.nn.BatchNorm2d(32, affine=False, momentum=momentum, act="relu")
+    model[2].norm = bnkern.nn.BatchNorm2d(16, track_running_stats=False)
+    other = copy.deepcopy(model)
+    for _ in range(2):
+        y, results = run(model, images())
+        equal(results, one_by_one(other, images(), monkeypatch)[1])
+    assert is_fused(y)
+
+
+def test_skipped_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    bnkern.nn.skip_nonfinite(model)
+    other = copy.deepcopy(model)
+    bad = images()
+    bad[0, 0, 0, 0] = torch.inf
+    for x in (images(), bad):
+        run(model, x)
+        one_by_one(other, x, monkeypatch)
+        equal(dict(model.named_buffers()), dict(other.named_buffers()))
+    assert all(m.num_batches_skipped == 1 for m in model.modules() if isinstance(m, bnkern.nn.BatchNorm2d))
+
+
+def test_only_some_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of norms and of the input. A convolution that is frozen is called by itself."""
+    model = network()
+    for part in (model[0].norm, model[1].second.norm, model[2].first.conv):
+        part.requires_grad_(False)
+    y = model(images())
+    assert is_fused(y)
+    y.sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "kernels_for", lambda x: None)
+        model(images()).sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == (expected[name] is None) == (not p.requires_grad)
+        assert p.grad is None or torch.equal(p.grad, expected[name]), name
+
+
+def test_residuals_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that is used twice, the chain's input, and two other tensors."""
+    torch.manual_seed(0)
+    parts = [ConvBNAct(16, 16).to(memory_format=torch.channels_last) for _ in range(5)]
+    results = []
+    for serves in (True, False):
+        x, first, second = (images(6).mul(k).requires_grad_() for k in (1, 2, 3))
+        links = [
+            ChainLink(part.conv, part.norm, residual)
+            for part, residual in zip(parts, [None, 0, 1, first, 1], strict=True)
+        ]
+        links.append(ChainLink(parts[0].conv, parts[1].norm, second))
+        with monkeypatch.context() as patch:
+            if not serves:
+                patch.setattr(fused, "kernels_for", lambda x: None)
+            y = run_chain(x, links)
+        assert is_fused(y) is serves
+        parameters = [p for part in parts for p in part.parameters()]
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, first, second, *parameters], allow_unused=True)])
+    for actual, expected in zip(*results, strict=True):
+        # A convolution that is used twice has two gradients, which autograd adds in the order of the functions.
+        assert actual is expected is None or torch.allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives() -> None:
+    """Against torch's modules in float64."""
+    torch.manual_seed(0)
+    model = Chain(*(ConvBNAct(16, 16, act=None) for _ in range(3))).to(memory_format=torch.channels_last)
+    truth = copy.deepcopy(model).double()
+    results = []
+    for module, x in ((model, images()), (truth, images().double())):
+        x = x.requires_grad_()
+        y = module(x)
+        assert is_fused(y) is (module is model)
+        (first,) = torch.autograd.grad(y.sigmoid().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), [x, module[0].conv.weight]))
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+NOT_FUSED = {
+    "eval": lambda model, x: (model.eval(), x),
+    "frozen statistics": lambda model, x: (bnkern.nn.freeze_statistics(model) or model, x),
+    "frozen weights": lambda model, x: (model.requires_grad_(False), x.clone().requires_grad_()),
+    "hooks": lambda model, x: ([m.register_forward_hook(lambda *_: None) for m in model.modules()] and model, x),
+    "contiguous": lambda model, x: (model.to(memory_format=torch.contiguous_format), x.contiguous()),
+    "few tiles": lambda model, x: (model, last(x[:1, :, :8, :8])),
+    "float64": lambda model, x: (model.double(), x.double()),
+    "other class": lambda model, x: (_with_subclass(model), x),
+}
+
+
+def _with_subclass(model: nn.Module) -> nn.Module:
+    class Norm(bnkern.nn.BatchNorm2d):
+        pass
+
+    for module in model.modules():
+        if type(module) is bnkern.nn.BatchNorm2d:
+            module.__class__ = Norm
+    return model
+
+
+@pytest.mark.parametrize("case", NOT_FUSED)
+def test_calls_that_are_not_fused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = NOT_FUSED[case](network(), images())
+    y = model(x)
+    assert not is_fused(y)
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "kernels_for", lambda x: None)
+        assert torch.equal(y, model(x))
+
+
+def test_contexts_that_are_not_fused() -> None:
+    model, x = network(), images()
+    with torch.no_grad():
+        assert model(x).grad_fn is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_fused(model(x))
+    with bnkern.use_backend("reference"):
+        assert not is_fused(model(x))
+    graph = torch.fx.symbolic_trace(model)
+    assert sum(node.op == "call_module" for node in graph.graph.nodes) > 10
+    expected = copy.deepcopy(model)(x)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+def test_hooks_and_probes_get_the_values_between() -> None:
+    """A hook or a probe on one block stops the fusion of that block only, and changes no bit."""
+    model = network()
+    expected = copy.deepcopy(model)(images())
+    found = []
+    handle = model[1].second.norm.register_forward_hook(lambda module, args, y: found.append(y))
+    y = model(images())
+    assert is_fused(y) and torch.equal(y, expected) and found[0].shape == (6, 16, 32, 32)
+    handle.remove()
+    module_handle = model[2].register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    assert torch.equal(model(images()), expected) and found[1].shape == (6, 16, 32, 32)
+    module_handle.remove()
+
+
+def test_a_recorded_step_has_the_same_bits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ResNet(8).to(memory_format=torch.channels_last)
+    x = last(torch.randn(8, 3, 32, 32))
+    recorded = copy.deepcopy(model)
+    model(x).square().sum().backward()
+    with probes.record(recorded, ["activation_moments"], out=tmp_path / "probes") as recorder:
+        recorded(x).square().sum().backward()
+        recorder.step()
+    for one, other in zip(model.parameters(), recorded.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_retained_graph_and_accumulation() -> None:
+    model, x = network(), images()
+    y = model(x)
+    y.sum().backward(retain_graph=True)
+    once = [p.grad.clone() for p in model.parameters()]
+    y.sum().backward()
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(model.parameters(), once, strict=True))
+
+
+def test_changed_operands_are_an_error() -> None:
+    model, x = network(), images()
+    y = model(x)
+    with torch.no_grad():
+        model[0].conv.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_checkpoint() -> None:
+    """The recomputation updates no running statistics."""
+    model = network()
+    other = copy.deepcopy(model)
+    run(model, images())
+    run(nn.Sequential(other), images())
+    x = images().requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(other, x, use_reentrant=False)
+    y.sum().backward()
+    model(images()).sum().backward()
+    for one, two in zip(model.buffers(), other.buffers(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_state_dict_of_conv_bn_act() -> None:
+    module = ConvBNAct(16, 32, 3, 2)
+    theirs = nn.Sequential()
+    theirs.conv, theirs.norm = nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
+    theirs.load_state_dict(module.state_dict())
+    x = images()
+    torch.testing.assert_close(module(x), theirs(x).relu())
+    assert module(x, torch.ones(6, 32, 16, 16)).min() >= 0 and "relu" in repr(module)
+
+
+def test_the_resnet_is_fused() -> None:
+    torch.manual_seed(0)
+    model = ResNet(20).to(memory_format=torch.channels_last)
+    y = model(last(torch.randn(16, 3, 32, 32)))
+    functions, counted = [y.grad_fn], set()
+    while functions:
+        function = functions.pop()
+        if function is not None and function not in counted:
+            counted.add(function)
+            functions += [f for f, _ in function.next_functions]
+    names = [type(f).__name__ for f in counted]
+    assert names.count("_ChainBackward") == 3 and names.count("_BatchNormBackward") == 5
