@@ -35,7 +35,7 @@ def kernels_for(x: Tensor) -> ChainBackend | None:
     if x.device.type != "cpu" or backends.unavailable("cpu", "cpu"):
         return None
     kernels = backends.choose(backends.forced(), x.device, x.dtype)
-    return kernels if hasattr(kernels, "prefers_conv_norm") else None
+    return kernels if hasattr(kernels, "prefers_conv_norm") else None  # type: ignore[return-value]
 
 
 def chain(x: Tensor, links: Sequence[Link], kernels: ChainBackend) -> Tensor:
@@ -78,7 +78,7 @@ class _Spec(NamedTuple):
     norm: ForwardCall
     residual: int | None
 
-    def residual_in(self, values: Sequence[Tensor | None], residuals: Sequence[Tensor]) -> Tensor | None:
+    def residual_in(self, values: Sequence, residuals: Sequence) -> Tensor | None:
         if self.residual is None:
             return None
         return values[self.residual] if self.residual >= 0 else residuals[-self.residual - 1]
@@ -122,7 +122,7 @@ class _Chain(torch.autograd.Function):
         tensors, saved = rest[: ctx.size], rest[ctx.size :]
         if torch.is_grad_enabled() or context.is_batched(dy):
             return None, None, *_differentiable_backward(specs, x, tensors, dy, ctx.needs_input_grad[2:])
-        parameters, residuals = _split(specs, tensors)
+        parameters = _split(specs, tensors)[0]
         need_x, *needs = ctx.needs_input_grad[2:]
         grads: list[Tensor | None] = [None] * ctx.size
         # The values before and behind each convolution: value 0 has no norm, and the last value is not stored.
@@ -133,7 +133,8 @@ class _Chain(torch.autograd.Function):
         def norm_call(k: int, g: Tensor | None) -> BackwardCall:
             """The call of the norm of link k, whose act is left out because g is the gradient before it."""
             r, mean, invstd = statistics[k]
-            return BackwardCall(g, r, *parameters[k][1:], mean, invstd)
+            _, scale, bias = parameters[k]
+            return BackwardCall(g, r, scale, bias, mean, invstd)  # type: ignore[arg-type]  # g is None without a dy
 
         last = len(specs) - 1
         call = norm_call(last, dy.contiguous(memory_format=torch.channels_last))
@@ -149,7 +150,13 @@ class _Chain(torch.autograd.Function):
             behind = norm_call(k, g)
             before = None if k == 0 else norm_call(k - 1, None)._replace(mask=masks[k], act=specs[k - 1].norm.act)
             g, sums, *affine, grads[3 * k] = kernels.conv_norm_backward(
-                behind, sums, parameters[k][0], before, stored[k], shortcuts.pop(k, None), (k > 0 or need_x, needs[3 * k])
+                behind,
+                sums,
+                parameters[k][0],
+                before,
+                stored[k],
+                shortcuts.pop(k, None),
+                (k > 0 or need_x, needs[3 * k]),
             )
         return None, None, g, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
@@ -161,13 +168,13 @@ def _differentiable_backward(
     inputs = [x, *tensors]
     with torch.enable_grad():
         parameters, residuals = _split(specs, tensors)
-        values: list[Tensor | None] = [x]
+        values: list[Tensor] = [x]
         for spec, (weight, scale, bias) in zip(specs, parameters, strict=True):
             r = F.conv2d(values[-1], weight, padding=1)
             z = F.batch_norm(r, None, None, scale, bias, training=True, eps=spec.norm.eps)
             residual = spec.residual_in(values, residuals)
             z = z if residual is None else z + residual
             values.append(z if spec.norm.act is None else F.relu(z))
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
         found = iter(torch.autograd.grad(values[-1], wanted, dy, create_graph=torch.is_grad_enabled()))
     return [next(found) if need else None for need in needs]

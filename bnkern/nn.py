@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -202,10 +202,10 @@ class Conv2d(torch.nn.Conv2d):
 
 
 class ChainLink(NamedTuple):
-    """One step of :func:`run_chain`: ``norm(conv(value), residual)``."""
+    """One step of :func:`run_chain`: ``norm(conv(value), residual)``. The modules may be of any class."""
 
-    conv: torch.nn.Module
-    norm: torch.nn.Module
+    conv: Any
+    norm: Any
     residual: Tensor | int | None = None  # a tensor, or the number of an earlier value; value 0 is the chain's input
 
 
@@ -222,8 +222,19 @@ def run_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor:
     On the images of the CIFAR networks the results and gradients have the bits of the modules called one by one. With
     other sizes sums may be added in another order.
     """
-    kernels = None
-    if (
+    y = fused_chain(x, links)
+    if y is not None:
+        return y
+    values = [x]
+    for conv, norm, residual in links:
+        residual = values[residual] if isinstance(residual, int) else residual
+        values.append(norm(conv(values[-1]), residual))
+    return values[-1]
+
+
+def fused_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor | None:
+    """:func:`run_chain` by the kernels for chains, or None if they do not serve this call. Then nothing was done."""
+    if not (
         is_plain_eager()
         and type(x) is Tensor
         and links
@@ -234,16 +245,14 @@ def run_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor:
         and not x.is_neg()
         and x.shape[1] == links[0].conv.in_channels
     ):
-        kernels = kernels_for(x)
-    if kernels is not None:
-        channels = [links[0].conv.in_channels, *(link.conv.out_channels for link in links)]
-        if kernels.prefers_conv_norm(x, channels) and all(_fits(link, x, channels) for link in links):
-            return chain(x, [_link_call(link) for link in links], kernels)
-    values = [x]
-    for conv, norm, residual in links:
-        residual = values[residual] if isinstance(residual, int) else residual
-        values.append(norm(conv(values[-1]), residual))
-    return values[-1]
+        return None
+    kernels = kernels_for(x)
+    if kernels is None:
+        return None
+    channels: list[int] = [links[0].conv.in_channels, *(link.conv.out_channels for link in links)]
+    if not kernels.prefers_conv_norm(x, channels) or not all(_fits(link, x, channels) for link in links):
+        return None
+    return chain(x, [_link_call(link) for link in links], kernels)
 
 
 def is_chainable(link: ChainLink) -> bool:
@@ -280,9 +289,11 @@ def _has_hooks(module: torch.nn.Module) -> bool:
 
 
 def _fits(link: ChainLink, x: Tensor, channels: list[int]) -> bool:
-    """Whether the link's residual is a tensor that the kernels read."""
+    """Whether the kernels can read the link's residual, and it has the size of the output."""
     residual = link.residual
-    if not isinstance(residual, Tensor):
+    if isinstance(residual, int):
+        return channels[residual] == link.conv.out_channels
+    if residual is None:
         return True
     return (
         is_plain(residual)
@@ -296,7 +307,7 @@ def _link_call(link: ChainLink) -> Link:
     conv, norm, residual = link
     running_mean, running_var, counter, skipped, momentum = norm._running(training=True)
     call = ForwardCall(
-        None,  # type: ignore[arg-type]  # the kernels make it
+        None,  # type: ignore[arg-type]  # the kernels make x
         norm.weight,
         norm.bias,
         None,
@@ -337,7 +348,7 @@ class ConvBNAct(torch.nn.Module):
         padding: int | None = None,
         dilation: int = 1,
         groups: int = 1,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         *,
         act: str | None = "relu",
         eps: float = 1e-5,
@@ -347,11 +358,9 @@ class ConvBNAct(torch.nn.Module):
     ) -> None:
         super().__init__()
         padding = dilation * (kernel_size - 1) // 2 if padding is None else padding
-        where = {"device": device, "dtype": dtype}
-        self.conv = Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode, **where
-        )
-        self.norm = BatchNorm2d(out_channels, eps, momentum, act=act, **where)
+        sizes = (kernel_size, stride, padding, dilation, groups)
+        self.conv = Conv2d(in_channels, out_channels, *sizes, False, padding_mode, device, dtype)
+        self.norm = BatchNorm2d(out_channels, eps, momentum, device=device, dtype=dtype, act=act)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return run_chain(input, [ChainLink(self.conv, self.norm, residual)])

@@ -92,7 +92,9 @@ class OwnConvolutionBackend(Backend, Protocol):
 
     def conv3x3(self, x: Tensor, weight: Tensor, flipped: bool = False) -> Tensor: ...
 
-    def conv_direct(self, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, size: Pair | None = None) -> Tensor: ...
+    def conv_direct(
+        self, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, size: Pair | None = None
+    ) -> Tensor: ...
 
     def prefers_direct(
         self,

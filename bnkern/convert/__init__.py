@@ -35,7 +35,7 @@ class Summary(tuple[Layer, ...]):
         return "\n".join([*lines, f"{len(self)} batch norms: {total}" if self else "no batch norms"])
 
 
-def convert(model: nn.Module, fuse: bool = True) -> nn.Module:
+def convert(model: nn.Module, fuse: bool = True, fuse_conv: bool = False) -> nn.Module:
     """Makes the batch norms of ``model`` use bnkern's kernels, in place, and returns the model.
 
     Every ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` becomes bnkern's. It is the same module object
@@ -58,11 +58,18 @@ def convert(model: nn.Module, fuse: bool = True) -> nn.Module:
         model: any module, on any device. It is changed in place. A converted model is reverted first, so two calls
             have the same effect as one.
         fuse: False exchanges the batch norms and nothing else.
+        fuse_conv: True also joins 3 x 3 convolutions of stride and padding 1 without bias to the batch norms before and
+            behind them, within one forward (:func:`bnkern.nn.run_chain`). In training on the CPU, in float32 and
+            channels_last, such a chain uses Winograd's form. The results differ from torch's by rounding. The summary
+            says "convolution + batch norm ..." for the batch norms in chains.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
+        ValueError: fuse_conv is True and fuse is False.
         RuntimeError: Other code has changed the classes of converted modules since; see :func:`revert`.
     """
+    if fuse_conv and not fuse:
+        raise ValueError("convert: fuse_conv=True requires fuse=True")
     revert(model)
     for module in model.modules():
         note = Note(type(module), "" if fuse else "fuse=False")
@@ -72,7 +79,7 @@ def convert(model: nn.Module, fuse: bool = True) -> nn.Module:
         elif type(module) in _REPLACEMENTS.values() and module.act is None:
             module._conversion = note
     if fuse:
-        fuse_all(model)
+        fuse_all(model, fuse_conv)
     return model
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ..nn import fx_leaf
+from ..nn import ChainLink, fused_chain, fx_leaf
 
 
 class Note:
@@ -62,6 +62,31 @@ def norm_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None, in_place
         note_of(bn).separate_adds += 1
     y = (without_act(bn) if fused else bn)(x)
     return torch.relu(y.add_(residual) if in_place else y + residual)
+
+
+class Step(NamedTuple):
+    """One step of :func:`conv_chain`: ``norm(conv(value))``, or ``relu(norm(conv(value)) + residual)``."""
+
+    conv: nn.Module
+    norm: nn.Module
+    residual: Tensor | int | None = None  # a tensor, or the number of an earlier value; value 0 is the chain's input
+    relu: bool = False
+    in_place: bool = False  # see norm_relu
+
+
+def conv_chain(x: Tensor, *steps: tuple) -> Tensor:
+    """Computes the steps one after the other, by the kernels of :func:`bnkern.nn.run_chain` if they serve the call."""
+    links = [Step(*step) for step in steps]
+    if not isinstance(x, fx.Proxy) and all(link.norm.act == ("relu" if link.relu else None) for link in links):
+        y = fused_chain(x, [ChainLink(link.conv, link.norm, link.residual) for link in links])
+        if y is not None:
+            return y
+    values = [x]
+    for link in links:
+        r = link.conv(values[-1])
+        residual = values[link.residual] if isinstance(link.residual, int) else link.residual
+        values.append(norm_relu(link.norm, r, residual, link.in_place) if link.relu else link.norm(r))
+    return values[-1]
 
 
 def without_act(bn: nn.Module) -> nn.Module:

@@ -6,12 +6,13 @@ import torch
 from torch import fx, nn
 
 from .block import AbsorbedReLU, Guard, Recipe, block_class, has_hooks, norm_relu, note_of
+from .chains import join_chains
 from .match import Match, Patterns, path_of
 from .reach import has_forward, reached_in_source, reached_in_trace
 from .trace import Untraceable, parameters, trace
 
 
-def fuse_all(model: nn.Module) -> None:
+def fuse_all(model: nn.Module, fuse_conv: bool = False) -> None:
     """Goes through the modules that hold batch norms, outer modules first, because a block may fuse the batch norm at
     the end of a module that it calls."""
     holders = Counter(id(child) for m in model.modules() for child in m._modules.values() if child is not None)
@@ -21,7 +22,7 @@ def fuse_all(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         is_block = not is_norm(module) and has_forward(module)
         if is_block and any(is_norm(m) for m in module.modules()) and module not in entered:
-            fusion = _Fusion(module, holders, reached)
+            fusion = _Fusion(module, holders, reached, fuse_conv)
             entered |= fusion.apply()
             reached |= fusion.reaches
             views[name] = fusion.view
@@ -66,8 +67,10 @@ def has_plain_forward(module: nn.Module) -> bool:
 class _Fusion:
     """The fusion of one block. ``apply`` finds the patterns in its forward and fuses them."""
 
-    def __init__(self, block: nn.Module, holders: Counter[int], reached: set[nn.Module]) -> None:
-        self.block, self.holders, self.reached = block, holders, reached
+    def __init__(
+        self, block: nn.Module, holders: Counter[int], reached: set[nn.Module], fuse_conv: bool = False
+    ) -> None:
+        self.block, self.holders, self.reached, self.fuse_conv = block, holders, reached, fuse_conv
         self.name = type(block).__name__
         self.reaches: set[nn.Module] = set()  # the modules that this forward adds to ``reached``
         self.barred: set[str] = set()  # submodules that must be called and not inlined
@@ -97,16 +100,21 @@ class _Fusion:
                 replaced.append(match)
         for path, why in patterns.why.items():
             self._set_reason(self.block.get_submodule(path), why)
-        if not replaced:
+        if not replaced and not (self.fuse_conv and self._replaceable()):
             return set()
         try:
-            recipe = self._recipe(graph, constants, patterns, replaced, inline)
+            recipe, chained = self._recipe(graph, constants, patterns, replaced, inline)
         except Exception as error:  # torch.fx does not accept the graph; the block keeps its own forward
             for match in replaced:
                 self._set_reason(self._module(match.bn), f"{self.name}.forward could not be replaced: {error}")
             return set()
+        if not replaced and not chained:
+            return set()
         for match in replaced:
             self._fused(self._module(match.bn), "batch norm + ReLU" if match.add is None else "batch norm + add + ReLU")
+        for path in chained:
+            note = note_of(self.block.get_submodule(path))
+            note.outcome = f"convolution + {note.outcome}"
         self.block._recipe = recipe  # type: ignore[assignment]
         self.block.__class__ = block_class(type(self.block))  # type: ignore[arg-type]  # a class is hashable
         return {self.block.get_submodule(path) for path in inline}
@@ -193,8 +201,11 @@ class _Fusion:
 
     def _recipe(
         self, graph: fx.Graph, constants: dict, patterns: Patterns, matches: list[Match], inline: frozenset[str]
-    ) -> Recipe:
-        """Makes the block's forward with one call for each match. It changes ``graph``, but not the modules."""
+    ) -> tuple[Recipe, set[str]]:
+        """Makes the block's forward with one call for each match, and for each chain of convolutions if they are fused.
+
+        It changes ``graph``, but not the modules. Returns also the paths of the batch norms in chains.
+        """
         erased = set()
         for match in matches:
             last = match.bn if match.add is None else match.add
@@ -209,13 +220,18 @@ class _Fusion:
                     graph.erase_node(node)
                     if node.op == "call_module":
                         erased.add(node.target)
+        chained: set[str] = set()
+        if self.fuse_conv:
+            chained, uncalled = join_chains(graph, self.block.get_submodule)
+            # Convolutions and batch norms are called by the chain if they have hooks. ReLUs are not.
+            erased |= {path for path in uncalled if type(self.block.get_submodule(path)) is AbsorbedReLU}
         graph.lint()
         guards = [
             Guard(path, type(module), is_norm(module))
             for path in sorted(erased.union(inline))
             for module in [self.block.get_submodule(path)]
         ]
-        return Recipe(graph, parameters(type(self.block))[0], constants, guards)
+        return Recipe(graph, parameters(type(self.block))[0], constants, guards), chained
 
     # ---------------------------------------------------------------------------------------------- reasons
 

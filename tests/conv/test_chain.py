@@ -78,9 +78,7 @@ def test_kernels(sizes: tuple[int, ...], act: str | None, residual: bool) -> Non
 
     y, mask, r, r_mean, r_invstd, *running = for_any_number_of_threads(forward)
     wide = norm(torch.float64)
-    truth = reference.conv_norm_forward(
-        double(call), mean.double(), invstd.double(), residual, weight.double(), wide
-    )
+    truth = reference.conv_norm_forward(double(call), mean.double(), invstd.double(), residual, weight.double(), wide)
     for actual, expected in zip((y, mask, r, r_mean, r_invstd), truth, strict=True):
         close(actual, expected)
     for actual, expected in zip(running, wide[4:7], strict=True):
@@ -93,7 +91,11 @@ def test_kernels(sizes: tuple[int, ...], act: str | None, residual: bool) -> Non
     options = (y, shortcut if residual else None, (True, True))
     results = for_any_number_of_threads(lambda: cpu.conv_norm_backward(behind, sums, weight, before, *options))
     truth = reference.conv_norm_backward(
-        double(behind), sums, weight.double(), double(before), *(t.double() if t is not None else t for t in options[:2]),
+        double(behind),
+        sums,
+        weight.double(),
+        double(before),
+        *(t.double() if t is not None else t for t in options[:2]),
         options[2],
     )
     for actual, expected in zip(results, truth, strict=True):
