@@ -16,6 +16,7 @@ from torch import Tensor
 from . import backends
 from .backends.calls import BackwardCall, ForwardCall
 from .backends.protocol import ChainBackend
+from .backends.records import Records
 from .norm import context
 
 
@@ -28,6 +29,7 @@ class Link(NamedTuple):
     weight: Tensor  # [O, I, 3, 3]
     norm: ForwardCall  # of the batch norm in training, without x and residual
     residual: Tensor | int | None = None  # a tensor of the output's shape, or the number of an earlier value
+    records: Records | None = None  # what the kernels record of the norm; not the samples
 
 
 def kernels_for(x: Tensor) -> ChainBackend | None:
@@ -64,7 +66,7 @@ def chain(x: Tensor, links: Sequence[Link], kernels: ChainBackend) -> Tensor:
         if isinstance(residual, Tensor):
             residuals.append(residual)
             residual = -len(residuals)
-        specs.append(_Spec(link.norm._replace(weight=None, bias=None), residual))
+        specs.append(_Spec(link.norm._replace(weight=None, bias=None), residual, link.records or _NO_RECORDS))
         tensors += [link.weight, link.norm.weight, link.norm.bias]
     y = _Chain.apply(kernels, tuple(specs), x, *tensors, *residuals)
     updated = [t for link in links for t in (*link.norm[4:7], link.norm.num_batches_skipped) if t is not None]
@@ -72,11 +74,15 @@ def chain(x: Tensor, links: Sequence[Link], kernels: ChainBackend) -> Tensor:
     return y
 
 
+_NO_RECORDS = Records()
+
+
 class _Spec(NamedTuple):
     """A link without its tensors. A residual >= 0 is the number of a value, and -k the k-th of the other residuals."""
 
     norm: ForwardCall
     residual: int | None
+    records: Records
 
     def residual_in(self, values: Sequence, residuals: Sequence) -> Tensor | None:
         if self.residual is None:
@@ -99,18 +105,24 @@ class _Chain(torch.autograd.Function):
         values: list[Tensor | None] = [x]
         saved = []
         source, mean, invstd = x, None, None
+        last = len(specs) - 1
         for k, (spec, (weight, scale, bias)) in enumerate(zip(specs, parameters, strict=True)):
+            record = spec.records.activation
+            # normalize computes the whole record of the last norm
+            norm = spec.norm if k == last else spec.norm._replace(record=record)
             y, mask, r, next_mean, next_invstd = kernels.conv_norm_forward(
-                source, mean, invstd, k in kept, weight, spec.norm
+                source, mean, invstd, k in kept, weight, norm
             )
             if k:
                 values.append(y)
                 saved += [y, mask]
             saved += [r, next_mean, next_invstd]
             residual = spec.residual_in(values, residuals)
-            source = ForwardCall(r, scale, bias, residual, act=spec.norm.act, save_mask=True)
+            source = ForwardCall(r, scale, bias, residual, act=spec.norm.act, save_mask=True, record=record)
             mean, invstd = next_mean, next_invstd
         y, mask = kernels.normalize(source, mean, invstd)
+        for spec in specs:
+            spec.records.forward_written()
         ctx.save_for_backward(x, *tensors, *saved, mask)
         ctx.kernels, ctx.specs, ctx.size = kernels, specs, len(tensors)
         return y
@@ -130,15 +142,16 @@ class _Chain(torch.autograd.Function):
         masks = [None, *saved[4:-1:5], saved[-1]]
         statistics = [saved[k : k + 3] for k in range(0, len(saved) - 1, 5)]  # r, mean, invstd
 
-        def norm_call(k: int, g: Tensor | None) -> BackwardCall:
-            """The call of the norm of link k, whose act is left out because g is the gradient before it."""
+        def norm_call(k: int, g: Tensor | None, mask: Tensor | None = None, act: str | None = None) -> BackwardCall:
             r, mean, invstd = statistics[k]
             _, scale, bias = parameters[k]
-            return BackwardCall(g, r, scale, bias, mean, invstd)  # type: ignore[arg-type]  # g is None without a dy
+            _, gradient, affine, *_ = specs[k].records
+            options = {"record_gradient": gradient, "record_affine": affine}
+            return BackwardCall(g, r, scale, bias, mean, invstd, mask, act, **options)  # type: ignore[arg-type]
 
         last = len(specs) - 1
-        call = norm_call(last, dy.contiguous(memory_format=torch.channels_last))
-        g, sums, *affine = kernels.grad_before_act(call._replace(mask=masks[-1], act=specs[last].norm.act))
+        call = norm_call(last, dy.contiguous(memory_format=torch.channels_last), masks[-1], specs[last].norm.act)
+        g, sums, *affine = kernels.grad_before_act(call)
         shortcuts: dict[int, Tensor] = {}  # gradients of values from the links that use them as a residual
         for k in range(last, -1, -1):
             grads[3 * k + 1 : 3 * k + 3] = affine
@@ -147,8 +160,8 @@ class _Chain(torch.autograd.Function):
                 grads[3 * len(specs) - residual - 1] = g
             elif residual is not None:
                 shortcuts[residual] = shortcuts[residual] + g if residual in shortcuts else g
-            behind = norm_call(k, g)
-            before = None if k == 0 else norm_call(k - 1, None)._replace(mask=masks[k], act=specs[k - 1].norm.act)
+            behind = norm_call(k, g)  # g is the gradient before the act, so the call has none
+            before = None if k == 0 else norm_call(k - 1, None, masks[k], specs[k - 1].norm.act)
             g, sums, *affine, grads[3 * k] = kernels.conv_norm_backward(
                 behind,
                 sums,
@@ -158,6 +171,8 @@ class _Chain(torch.autograd.Function):
                 shortcuts.pop(k, None),
                 (k > 0 or need_x, needs[3 * k]),
             )
+        for spec in specs:
+            spec.records.backward_written()
         return None, None, g, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 

@@ -99,7 +99,7 @@ class _Fused(_Parent):
             num_batches_tracked=counter,
             num_batches_skipped=skipped,
             sample_weight=sample_weight,
-            records=self.taps[0].records(self, input) if self.taps else None,
+            records=self.taps[0].records(self, input.shape[1:2], input.device) if self.taps else None,
         )
 
     def _running(
@@ -157,7 +157,7 @@ class Activation(torch.nn.Module):
         node = fx_leaf(self, input, residual)
         if node is not None:
             return node  # type: ignore[return-value]  # a Proxy stands for the result
-        records = self.taps[0].records(self, input) if self.taps else None
+        records = self.taps[0].records(self, input.shape[1:2], input.device) if self.taps else None
         return add_act(input, residual, self.act, records=records)
 
     def extra_repr(self) -> str:
@@ -216,8 +216,9 @@ def run_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor:
     normalises its input when it loads it, and computes the moments of its output when it stores it. They serve float32
     tensors in channels_last on the CPU in training, 3 x 3 convolutions (:class:`Conv2d` or torch's) of stride and
     padding 1 without bias whose channels are multiples of 16, and :class:`BatchNorm2d`. Autograd must be on, outside of
-    compilers and transforms, and the modules must have no hooks and no probes. Otherwise the modules are called one
-    after the other, so everything that looks at a value between them gets it.
+    compilers and transforms, and the modules must have no hooks. The probes of batch norms record in the same pass,
+    except ``norm_gradient_noise``. Otherwise the modules are called one after the other, so everything that looks at a
+    value between them gets it.
 
     On the images of the CIFAR networks the results and gradients have the bits of the modules called one by one. With
     other sizes sums may be added in another order.
@@ -256,19 +257,19 @@ def fused_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor | None:
 
 
 def is_chainable(link: ChainLink) -> bool:
-    """Whether the modules of the link are of the kinds that :func:`run_chain` fuses, without hooks and probes."""
+    """Whether the modules of the link are of the kinds that :func:`run_chain` fuses, without hooks."""
     conv, norm = link.conv, link.norm
     return (
         type(conv) in (Conv2d, torch.nn.Conv2d)
         and type(norm) is BatchNorm2d
         and norm.training
         and not norm.statistics_frozen
-        and not norm.taps
+        and (not norm.taps or "samples" not in norm.taps[0].requested(norm))
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and conv.groups == 1
         and conv.bias is None
         and conv.padding_mode == "zeros"
-        and norm.num_features == conv.out_channels
+        and norm.__dict__["num_features"] == conv.out_channels
         and not _has_hooks(conv)
         and not _has_hooks(norm)
         and not torch.nn.modules.module._has_any_global_hook()
@@ -320,7 +321,8 @@ def _link_call(link: ChainLink) -> Link:
         norm.act,
         num_batches_skipped=skipped,
     )
-    return Link(conv.weight, call, residual)
+    records = norm.taps[0].records(norm, (conv.out_channels,), conv.weight.device) if norm.taps else None
+    return Link(conv.weight, call, residual, records)
 
 
 class ConvBNAct(torch.nn.Module):
@@ -473,7 +475,7 @@ class SyncBatchNorm(_Fused, torch.nn.modules.batchnorm._BatchNorm):
             act=self.act,
             num_batches_tracked=counter,
             num_batches_skipped=self._buffers.get("num_batches_skipped") if tracked else None,
-            records=self.taps[0].records(self, input) if self.taps else None,
+            records=self.taps[0].records(self, input.shape[1:2], input.device) if self.taps else None,
         )
 
 

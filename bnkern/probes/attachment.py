@@ -35,8 +35,18 @@ class Tap:
         return Tap, (None, self.layer)
 
     @staticmethod
-    def records(module: nn.Module, x: Tensor) -> Records | None:
-        """Returns the memory for the records of this call of a module with ``taps``, or None."""
+    def requested(module: nn.Module) -> set[str]:
+        """Returns the fields of Records that a call of a module with ``taps`` would fill now."""
+        taps: tuple[Tap, ...] = module.taps  # type: ignore[assignment]
+        active = (tap for tap in taps if tap.recorder is not None and tap.recorder.is_recording(module))
+        return {field for tap in active for field in tap.quantities}
+
+    @staticmethod
+    def records(module: nn.Module, shape: tuple[int, ...], device: torch.device) -> Records | None:
+        """Returns the memory for the records of this call of a module with ``taps``, or None.
+
+        ``shape`` is (C,), for the C channels of the call, and empty without an axis of channels.
+        """
         first: dict[str, Tensor] = {}
         mirrors = []
         taps: tuple[Tap, ...] = module.taps  # type: ignore[assignment]
@@ -44,17 +54,17 @@ class Tap:
             recorder = tap.recorder
             if recorder is None or not recorder.is_recording(module):
                 continue
-            places = tap._places(recorder, x)
+            places = tap._places(recorder, shape, device)
             mirrors.append(Records(**{field: place for field, place in places.items() if field in first}))  # type: ignore[arg-type]
             first |= {field: place for field, place in places.items() if field not in first}
         return Records(**first, mirrors=tuple(mirrors[1:])) if first else None
 
-    def _places(self, recorder: "Attachment", x: Tensor) -> dict[str, Tensor]:
+    def _places(self, recorder: "Attachment", shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
         call = recorder.call_of(self.layer, self)
         if not torch.compiler.is_compiling():
             recorder.order.setdefault(self.layer)
         return {
-            field: recorder.slot(quantity, self.layer, call, tuple(x.shape[1:2]), x.device)
+            field: recorder.slot(quantity, self.layer, call, tuple(shape), device)
             for field, quantity in self.quantities.items()
         }
 

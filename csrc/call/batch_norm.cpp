@@ -57,6 +57,7 @@ PyObject* forward(PyObject* const* args) {
       (args[1] != Py_True && !certainly_valid(args[0], field, x)))
     Py_RETURN_NONE;
   p.moments = field(F::training), p.normalize = true;
+  read_numbers(field, p);
   Object outputs[4];
   Results results(x);
   p.y = results.alike(outputs[0]);

@@ -36,7 +36,7 @@ PyObject* conv_norm_forward(PyObject* const* args) {
   p.conv = conv3x3_of(images, args[4], false);
   if (normalizes) {
     const Fields<F> field(args[0]);
-    if (!read_forward(field, x, p.input) || p.input.record || !x.read_statistic(args[1], p.input.mean) ||
+    if (!read_forward(field, x, p.input) || !x.read_statistic(args[1], p.input.mean) ||
         !x.read_statistic(args[2], p.input.spread) || !p.input.mean || !p.input.spread)
       refuse("conv_norm_forward: call", kNorm);
     images_like(field[F::residual], x, "conv_norm_forward: residual");
@@ -53,7 +53,10 @@ PyObject* conv_norm_forward(PyObject* const* args) {
     check_forward_call(args[5]);
     Input r;
     read_input(outputs[2].get(), r, "conv_norm_forward: r");
-    if (!read_running(Fields<F>(args[5]), r, p.output)) refuse("conv_norm_forward: statistics", kNorm);
+    if (!read_running(Fields<F>(args[5]), r, p.output) ||
+        !r.read_record(Fields<F>(args[5])[F::record], 9, p.output.record))
+      refuse("conv_norm_forward: statistics", kNorm);
+    read_numbers(Fields<F>(args[5]), p.output);
     p.output.shape = r.shape();
     Results results(r);
     p.output.mean = results.statistic(outputs[3]), p.output.spread = results.statistic(outputs[4]);
@@ -128,6 +131,7 @@ PyObject* conv_norm_backward(PyObject* const* args) {
     if (!x.read_channels(before[B::weight], p.input.weight) || !x.read_channels(before[B::bias], p.input.bias) ||
         !x.read_statistic(before[B::mean], p.input.mean) || !x.read_statistic(before[B::invstd], p.input.invstd) ||
         !x.read_run(before[B::mask], dlpack::kUInt8, mask_bytes(x.shape()), p.input.mask) ||
+        !x.read_record(before[B::record_affine], 8, p.input.record_affine) ||
         !read_activation(before[B::act], p.input.act) || !p.input.mean || !p.input.invstd)
       refuse("conv_norm_backward: input", kNorm);
   }

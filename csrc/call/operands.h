@@ -213,17 +213,19 @@ inline bool read_forward(const Fields<F>& field, Input& x, Forward& p) {
   return true;
 }
 
-// Reads the running statistics of a norm in training and what their update needs. x has the norm's channels.
+// Reads the running statistics of a norm and its counters. x has the norm's channels.
 inline bool read_running(const Fields<F>& field, const Input& x, Forward& p) {
-  if (!x.read_channels(field[F::running_mean], p.running_mean) ||
-      !x.read_channels(field[F::running_var], p.running_var) ||
-      !x.read_run(field[F::num_batches_tracked], dlpack::kInt64, 1, p.counter) ||
-      !x.read_run(field[F::num_batches_skipped], dlpack::kInt64, 1, p.skipped) || (p.skipped && !x.on_cpu()))
-    return false;
+  return x.read_channels(field[F::running_mean], p.running_mean) &&
+         x.read_channels(field[F::running_var], p.running_var) &&
+         x.read_run(field[F::num_batches_tracked], dlpack::kInt64, 1, p.counter) &&
+         x.read_run(field[F::num_batches_skipped], dlpack::kInt64, 1, p.skipped) && (!p.skipped || x.on_cpu());
+}
+
+// Reads the numbers of a valid call.
+inline void read_numbers(const Fields<F>& field, Forward& p) {
   p.cumulative = field[F::momentum] == Py_None;
   p.momentum = p.cumulative ? 0.0 : number(field[F::momentum]);
   p.eps = number(field[F::eps]);
-  return true;
 }
 
 inline bool has_mask(const Fields<F>& field, const Forward& p) {

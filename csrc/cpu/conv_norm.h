@@ -85,29 +85,53 @@ inline void set_coefficients(const Coefficients<float>& k, const WideRows& rows,
 }
 
 // Normalises rows of images. `input` is the call of normalize for all images.
+// `active` receives the sums of a record, if it has memory.
 inline void normalize_rows(const Forward& input, const Coefficients<float>& k, const WideRows& rows, std::int64_t first,
-                           std::int64_t last, float* y, bool with_mask) {
+                           std::int64_t last, float* y, bool with_mask, Rows<float> active = {}) {
   if (first >= last) return;
   Tensors<float> t{};
   t.x = rows.view(input.x.data, first), t.residual = rows.view(input.residual.data, first), t.y = rows.view(y, 0);
   t.mask = with_mask && input.mask ? input.mask + first * rows.row() / 8 : nullptr, t.act = input.act;
   const Partition part = rows.partition(last - first);
-  for (std::int64_t group = 0; group < part.groups; ++group) normalize_tile<float, false>(part, t, k, group, 0, {});
+  for (std::int64_t group = 0; group < part.groups; ++group)
+    active.data ? normalize_tile<float, true>(part, t, k, group, 0, active.at(group * part.group))
+                : normalize_tile<float, false>(part, t, k, group, 0, {});
 }
 
-// Two sums for each wide channel of each strip: [strip][2][width].
-class StripTotals {
+// Some sums for each wide channel of each strip: [strip][row][width]. They are joined in the order of the strips.
+template <class A>
+class StripSums {
  public:
-  StripTotals(std::int64_t strips, const WideRows& rows)
-      : width_(rows.width()),
-        space_(2 * strips * width_ * static_cast<std::int64_t>(sizeof(double))),
-        data_(reinterpret_cast<double*>(space_.data())) {}
-  Rows<double> operator[](std::int64_t strip) const { return {data_ + 2 * strip * width_, width_}; }
+  StripSums(std::int64_t strips, int rows, const WideRows& wide)
+      : strips_(strips),
+        rows_(rows),
+        width_(wide.width()),
+        space_(rows ? rows * strips * width_ * static_cast<std::int64_t>(sizeof(A)) : 1),
+        data_(reinterpret_cast<A*>(space_.data())) {}
+  int rows() const { return rows_; }
+  Rows<A> operator[](std::int64_t strip) const { return {data_ + rows_ * strip * width_, width_}; }
+  // The same, set to zero, or no memory if there are no rows.
+  Rows<A> cleared(std::int64_t strip) const {
+    if (!rows_) return {};
+    const Rows<A> sums = (*this)[strip];
+    std::memset(sums.data, 0, rows_ * width_ * sizeof(A));
+    return sums;
+  }
+  // The sum of one row over all strips and over the wide channels of a channel.
+  double total(int row, const Columns& columns) const {
+    double sum = 0;
+    for (std::int64_t strip = 0; strip < strips_; ++strip)
+      for (std::int64_t v = columns.first; v < columns.end; v += columns.step)
+        sum += static_cast<double>((*this)[strip][row][v]);
+    return sum;
+  }
 
  private:
+  const std::int64_t strips_;
+  const int rows_;
   const std::int64_t width_;
   const PoolSpace space_;
-  double* const data_;
+  A* const data_;
 };
 
 }  // namespace bnkern::BNKERN_ISA

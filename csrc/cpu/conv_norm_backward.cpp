@@ -6,7 +6,10 @@
 //   weight gradient: from y and dr
 //   dy = the convolution of dr with the flipped weight, + the shortcut's gradient
 //   g  = dy where the activation passed it, and the sums of g and of g xhat
+#include <cmath>
+
 #include "conv_norm.h"
+#include "sums.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
@@ -15,6 +18,7 @@ class ConvNormBackwardPass {
  public:
   explicit ConvNormBackwardPass(const ConvNormBackward& p)
       : p_(p),
+        count_(static_cast<double>(p.conv.n * p.conv.h * p.conv.w)),
         strips_(Bands(p.conv.n, p.conv.h, p.conv.w), p.conv.outputs),
         r_(p.conv.w, p.conv.inputs),
         y_(p.conv.w, p.conv.outputs),
@@ -23,14 +27,16 @@ class ConvNormBackwardPass {
         space_(coefficients_bytes(r_) + coefficients_bytes(y_)),
         r_k_(make_coefficients(space_, r_)),
         y_k_(make_coefficients(space_, y_)),
-        totals_(strips_.count(), y_) {
+        totals_(strips_.count(), kGradSumsRows, y_),
+        affine_(strips_.count(), p.input.record_affine ? kRecordedGradSumsRows : 0, y_),
+        dr_sums_(strips_.count(), p.output.record_gradient ? kRecordedGradInputRows : 0, r_),
+        nonfinite_(strips_.count(), p.output.record_gradient ? 1 : 0, r_) {
     if (p.output.x) {
       set_coefficients(r_k_, r_, p.conv.inputs, p.output.mean, p.output.invstd, p.output.weight, p.output.bias);
-      const double count = static_cast<double>(p.conv.n * p.conv.h * p.conv.w);
       for (std::int64_t c = 0; c < p.conv.inputs; ++c) {
         const Columns columns{c, r_.width(), p.conv.inputs};
-        set_all(r_k_.mean_dy, columns, static_cast<float>(p.output_sums[c] / count));
-        set_all(r_k_.mean_dy_xhat, columns, static_cast<float>(p.output_sums[p.conv.inputs + c] / count));
+        set_all(r_k_.mean_dy, columns, static_cast<float>(p.output_sums[c] / count_));
+        set_all(r_k_.mean_dy_xhat, columns, static_cast<float>(p.output_sums[p.conv.inputs + c] / count_));
       }
     }
     if (p.input.x)
@@ -58,7 +64,7 @@ class ConvNormBackwardPass {
         for (std::int64_t strip = strips_.of_chunk(chunk); strip < strips_.of_chunk(chunk + 1); ++strip) {
           const std::int64_t first = strips_.first(strip), last = strips_.first(strip + 1);
           const StripRows rows(strips_, strip), next(strips_, std::min(strip + 1, strips_.count() - 1));
-          const ImageRows dr = gradient_rows(rows, dr_space);
+          const ImageRows dr = gradient_rows(strip, rows, dr_space);
           if (gradient_) {
             Ahead ahead;
             if (p_.y) rows.add_to(ahead, p_.input.x.data, y_.row());
@@ -78,19 +84,43 @@ class ConvNormBackwardPass {
       if (gradient_) gradient_->join(p_.dweight);
     }
     if (p_.input.x && convolution_) finish();
+    if (dr_sums_.rows()) record_gradient();
   }
 
  private:
   // Returns the rows of dr.
-  ImageRows gradient_rows(const StripRows& rows, float* scratch) const {
+  ImageRows gradient_rows(std::int64_t strip, const StripRows& rows, float* scratch) const {
     if (!p_.output.x) return {static_cast<const float*>(p_.output.dy.data), 0};
-    Tensors<float> t{};
-    t.x = r_.view(p_.output.x.data, rows.wide_first), t.dy = r_.view(p_.output.dy.data, rows.wide_first);
-    t.dx = r_.view(scratch, 0), t.act = Activation::none, t.training = true;
-    const Partition part = r_.partition(rows.wide_last - rows.wide_first);
-    for (std::int64_t group = 0; group < part.groups; ++group)
-      grad_input_tile<float, false>(part, t, r_k_, group, 0, {});
+    const auto compute = [&](std::int64_t first, std::int64_t last, bool own) {
+      if (first >= last) return;
+      float* const dr = scratch + (first - rows.wide_first) * r_.row();
+      Tensors<float> t{};
+      t.x = r_.view(p_.output.x.data, first), t.dy = r_.view(p_.output.dy.data, first), t.dx = r_.view(dr, 0);
+      t.act = Activation::none, t.training = true;
+      const Partition part = r_.partition(last - first);
+      const Rows<float> sums = own ? dr_sums_.cleared(strip) : Rows<float>{};
+      for (std::int64_t group = 0; group < part.groups; ++group)
+        sums.data ? grad_input_tile<float, true>(part, t, r_k_, group, 0, sums.at(group * part.group))
+                  : grad_input_tile<float, false>(part, t, r_k_, group, 0, {});
+      if (sums.data) count_nonfinite(strip, part, t.dx, sums);
+    };
+    if (dr_sums_.rows()) {  // a record has the strip's own rows
+      compute(rows.wide_first, rows.first, false);
+      compute(rows.first, rows.last, true);
+      compute(rows.last, rows.wide_last, false);
+    } else {
+      compute(rows.wide_first, rows.wide_last, false);
+    }
     return {scratch, rows.wide_first};
+  }
+
+  // Counts the values of dr that are infinite or NaN, if a sum shows that there are some.
+  void count_nonfinite(std::int64_t strip, const Partition& part, const View& dr, const Rows<float>& sums) const {
+    const Rows<double> counts = nonfinite_.cleared(strip);
+    bool finite = true;
+    for (std::int64_t v = 0; v < r_.width(); ++v) finite = finite && std::isfinite(sums[kDxAbsSum][v]);
+    for (std::int64_t group = 0; !finite && group < part.groups; ++group)
+      add_nonfinite<float>(part, dr, group, 0, counts[0] + group * part.group);
   }
 
   // Returns the rows of y.
@@ -113,8 +143,11 @@ class ConvNormBackwardPass {
     if (p_.input.mask) t.mask = const_cast<std::uint8_t*>(p_.input.mask) + rows.first * y_.row() / 8;
     t.act = p_.input.act;
     const Partition part = y_.partition(rows.last - rows.first);
+    const Rows<float> sums = affine_.cleared(strip);
     for (std::int64_t group = 0; group < part.groups; ++group) {
-      grad_sums_tile<float, false>(part, t, y_k_, group, 0, totals_[strip].at(group * part.group), {});
+      const Rows<double> out = totals_[strip].at(group * part.group);
+      sums.data ? grad_sums_tile<float, true>(part, t, y_k_, group, 0, out, sums.at(group * part.group))
+                : grad_sums_tile<float, false>(part, t, y_k_, group, 0, out, {});
       if (t.act != Activation::none) grad_input_tile<float, false>(part, t, y_k_, group, 0, {});
     }
   }
@@ -130,17 +163,36 @@ class ConvNormBackwardPass {
       p_.input_sums[c] = sum, p_.input_sums[channels + c] = product;
       if (p_.input.dbias) write(p_.input.dbias, c, sum);
       if (p_.input.dweight) write(p_.input.dweight, c, product);
+      if (!affine_.rows()) continue;
+      const auto total = [&](int row) { return affine_.total(row, columns); };
+      write_record(p_.input.record_affine, channels, c,
+                   {sum, total(kOfDy + kAbsSum), total(kOfDy + kSignSum), count_ - total(kOfDy + kZeros), product,
+                    total(kOfDyXhat + kAbsSum), total(kOfDyXhat + kSignSum), count_ - total(kOfDyXhat + kZeros)});
+    }
+  }
+
+  void record_gradient() const {
+    const std::int64_t channels = p_.conv.inputs;
+    for (std::int64_t c = 0; c < channels; ++c) {
+      const Columns columns{c, r_.width(), channels};
+      const auto total = [&](int row) { return dr_sums_.total(row, columns); };
+      write_record(p_.output.record_gradient, channels, c,
+                   {count_, total(kDxSum), total(kDxAbsSum), total(kDxSquareSum), total(kDxPositive),
+                    total(kDxNegative), total(kDxZero), nonfinite_.total(0, columns)});
     }
   }
 
   const ConvNormBackward& p_;
+  const double count_;  // of values per channel
   const Strips strips_;
   const WideRows r_, y_;
   const std::unique_ptr<RowConvolution> convolution_;
   const std::unique_ptr<RowGradient> gradient_;
   Workspace space_;
   const Coefficients<float> r_k_, y_k_;
-  const StripTotals totals_;
+  const StripSums<double> totals_;
+  const StripSums<float> affine_, dr_sums_;
+  const StripSums<double> nonfinite_;
   Forward forward_{};  // the normalisation that recomputes y
 };
 

@@ -3,10 +3,12 @@
 #include <cmath>
 
 #include "conv_norm.h"
-#include "running.h"
+#include "statistics.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
+
+constexpr std::int64_t kActiveRow = 8;  // of a record of activations, see forward.cpp
 
 class ConvNormForward {
  public:
@@ -18,7 +20,8 @@ class ConvNormForward {
         convolution_(row_convolution(p.conv)),
         space_(coefficients_bytes(inputs_) + 2 * Workspace::bytes<double>(p.conv.outputs)),
         k_(make_coefficients(space_, inputs_)),
-        totals_(strips_.count(), outputs_) {
+        totals_(strips_.count(), p.output.record ? kRecordedMomentsRows : kMomentsRows, outputs_),
+        active_(strips_.count(), p.input.record ? kRecordedNormalizeRows : 0, inputs_) {
     if (p.input.x)
       set_coefficients(k_, inputs_, p.conv.inputs, p.input.mean, p.input.spread, p.input.weight, p.input.bias);
   }
@@ -38,21 +41,24 @@ class ConvNormForward {
         Ahead ahead;
         for (const void* images : {p_.input.x.data, p_.input.residual.data, p_.input.y.data})
           next.add_to(ahead, images, inputs_.row());
-        convolution_->run(strips_.first(strip), strips_.first(strip + 1), input_rows(rows, y), y + y_size,
+        convolution_->run(strips_.first(strip), strips_.first(strip + 1), input_rows(strip, rows, y), y + y_size,
                           p_.input.x ? &ahead : nullptr);
         if (p_.output.mean) measure(strip, rows);
       }
     }
     if (p_.output.mean) finish();
+    if (active_.rows())
+      for (std::int64_t c = 0; c < p_.conv.inputs; ++c)
+        p_.input.record[kActiveRow * p_.conv.inputs + c] = active_.total(kActive, {c, inputs_.width(), p_.conv.inputs});
   }
 
  private:
   // Returns the rows of y that the strip needs.
-  ImageRows input_rows(const StripRows& rows, float* scratch) const {
+  ImageRows input_rows(std::int64_t strip, const StripRows& rows, float* scratch) const {
     if (!p_.input.x) return {p_.conv.x, 0};
     float* const stored = static_cast<float*>(p_.input.y.data);
     const auto normalize = [&](std::int64_t first, std::int64_t last, float* y, bool own) {
-      normalize_rows(p_.input, k_, inputs_, first, last, y, own);
+      normalize_rows(p_.input, k_, inputs_, first, last, y, own, own ? active_.cleared(strip) : Rows<float>{});
     };
     const auto place = [&](std::int64_t row) { return scratch + (row - rows.wide_first) * inputs_.row(); };
     if (stored && rows.wide_first == rows.first && rows.wide_last == rows.last) {
@@ -72,8 +78,11 @@ class ConvNormForward {
   void measure(std::int64_t strip, const StripRows& rows) const {
     const Partition part = outputs_.partition(rows.last - rows.first);
     const View r = outputs_.view(p_.conv.y, rows.first);
-    for (std::int64_t group = 0; group < part.groups; ++group)
-      moments_tile<float, false>(part, r, group, 0, totals_[strip].at(group * part.group));
+    for (std::int64_t group = 0; group < part.groups; ++group) {
+      const Rows<double> out = totals_[strip].at(group * part.group);
+      p_.output.record ? moments_tile<float, true>(part, r, group, 0, out)
+                       : moments_tile<float, false>(part, r, group, 0, out);
+    }
   }
 
   void finish() {
@@ -85,14 +94,15 @@ class ConvNormForward {
     const Rows<double> all = totals_[0];
     double count = count_of(0);
     for (std::int64_t strip = 1; strip < strips_.count(); ++strip) {
+      if (p_.output.record) join_higher(outputs_.width(), count, all, count_of(strip), totals_[strip]);
       join_moments(outputs_.width(), count, all, count_of(strip), totals_[strip]);
       count += count_of(strip);
     }
     double *const means = space_.take<double>(channels), *const variances = space_.take<double>(channels);
     for (std::int64_t c = 0; c < channels; ++c) {
-      Moments<double> moments{0, 0, 0};
-      for (std::int64_t v = c; v < outputs_.width(); v += channels)
-        moments = chan_merge(moments, Moments<double>{count, all[kMean][v], all[kM2][v]});
+      const Moments<double> moments = merge_columns(
+          all, {c, outputs_.width(), channels}, [&](std::int64_t) { return count; },
+          p_.output.record ? p_.output.record + c : nullptr, channels);
       const double m2 = moments.m2 < 0 ? 0 : moments.m2;  // rounding may make it negative; NaN stays NaN
       static_cast<float*>(p_.output.mean)[c] = static_cast<float>(moments.mean);
       static_cast<float*>(p_.output.spread)[c] = static_cast<float>(1 / std::sqrt(m2 / moments.count + p_.output.eps));
@@ -107,7 +117,8 @@ class ConvNormForward {
   const std::unique_ptr<RowConvolution> convolution_;
   Workspace space_;
   const Coefficients<float> k_;
-  const StripTotals totals_;
+  const StripSums<double> totals_;
+  const StripSums<float> active_;
 };
 
 }  // namespace

@@ -78,21 +78,6 @@ void join_sums(int rows, std::int64_t channels, const Rows<double>& total, const
     for (std::int64_t c = 0; c < channels; ++c) total[r][c] += part[r][c];
 }
 
-// Joins (mean, M2) of a tile to those of the previous tiles.
-inline void join_moments(std::int64_t channels, double before, const Rows<double>& total, double count,
-                         const Rows<double>& tile) {
-  if (before == 0) {
-    std::memcpy(total[kMean], tile[kMean], channels * sizeof(double));
-    std::memcpy(total[kM2], tile[kM2], channels * sizeof(double));
-    return;
-  }
-  // The formula of chan_merge. The ratio of counts is the same for all channels, so it is computed before the loop.
-  const double share = count / (before + count), weight = before * share;
-  for (std::int64_t c = 0; c < channels; ++c) {
-    chan_join(&total[kMean][c], &total[kM2][c], tile[kMean][c], tile[kM2][c], share, weight);
-  }
-}
-
 // ---- the two schedules of two phases
 
 // The sums over all tiles that a phase computes for each channel. There are `rows` of them, possibly none.

@@ -4,12 +4,11 @@
 
 #include "cpu.h"
 #include "drive.h"
-#include "running.h"
+#include "statistics.h"
 
 namespace bnkern::BNKERN_ISA {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::int64_t kActiveRow = 8;  // the row of a record from normalize; the rows before it are from moments
 
 // join_moments() for a tile with weights. A tile of weight zero changes nothing.
@@ -21,29 +20,6 @@ void join_weighted_moments(std::int64_t channels, const Rows<double>& total, con
     const Moments<double> both = chan_merge(of(total, c), of(tile, c));
     total[kWeight][c] = both.count, total[kMean][c] = both.mean, total[kM2][c] = both.m2;
   }
-}
-
-// Joins the rows that only a record needs. Call it before join_moments(), which changes the mean and M2 that it reads.
-void join_higher(std::int64_t channels, double before, const Rows<double>& total, double count,
-                 const Rows<double>& tile) {
-  if (before == 0) {
-    for (const int r : {kM3, kM4, kMin, kMax, kNonfinite}) std::memcpy(total[r], tile[r], channels * sizeof(double));
-    return;
-  }
-  const double *const mean = total[kMean], *const m2 = total[kM2];
-  const double *const tile_mean = tile[kMean], *const tile_m2 = tile[kM2];
-  const double *const tile_m3 = tile[kM3], *const tile_m4 = tile[kM4];
-  double *const m3 = total[kM3], *const m4 = total[kM4];
-#pragma GCC ivdep
-  for (std::int64_t c = 0; c < channels; ++c) {
-    const HigherMoments<double> both =
-        pebay_merge(Moments<double>{before, mean[c], m2[c]}, HigherMoments<double>{m3[c], m4[c]},
-                    Moments<double>{count, tile_mean[c], tile_m2[c]}, HigherMoments<double>{tile_m3[c], tile_m4[c]});
-    m3[c] = both.m3, m4[c] = both.m4;
-  }
-  for (std::int64_t c = 0; c < channels; ++c) total[kMin][c] = least(tile[kMin][c], total[kMin][c]);
-  for (std::int64_t c = 0; c < channels; ++c) total[kMax][c] = largest(tile[kMax][c], total[kMax][c]);
-  for (std::int64_t c = 0; c < channels; ++c) total[kNonfinite][c] += tile[kNonfinite][c];
 }
 
 // The number of values of wide channel v.
@@ -106,24 +82,11 @@ class ForwardPhases : public Phases<T> {
   void finish(std::int64_t group) {
     const Rows<double>& totals = this->measured.values;
     for_channels(this->part, group, [&](std::int64_t c, const Columns& columns) {
-      Moments<double> all{0, 0, 0};
-      HigherMoments<double> higher{0, 0};
-      double low = kInfinity, high = -kInfinity, nonfinite = 0;
-      for (std::int64_t v = columns.first; v < columns.end; v += columns.step) {
-        const Moments<double> column{values_of(this->part, v), totals[kMean][v], totals[kM2][v]};
-        if (record_ && column.count > 0) {
-          higher = pebay_merge(all, higher, column, HigherMoments<double>{totals[kM3][v], totals[kM4][v]});
-          low = least(low, totals[kMin][v]), high = largest(high, totals[kMax][v]);
-          nonfinite += totals[kNonfinite][v];
-        }
-        all = chan_merge(all, column);
-      }
-      if (weights_) all = weighted_moments(columns);
+      const auto count_of = [&](std::int64_t v) { return values_of(this->part, v); };
+      Moments<double> all =
+          weights_ ? weighted_moments(columns)
+                   : merge_columns(totals, columns, count_of, record_ ? p_.record + c : nullptr, p_.shape.c);
       const double m2 = all.m2 < 0 ? 0 : all.m2;  // rounding may make it negative; NaN stays NaN
-      if (record_) {
-        const double m4 = higher.m4 < 0 ? 0 : higher.m4;
-        write_record(p_.record, p_.shape.c, c, {all.count, all.mean, m2, higher.m3, m4, low, high, nonfinite});
-      }
       if (!p_.moments) return;
       means_[c] = static_cast<A>(all.mean);
       spreads_[c] = static_cast<A>(p_.normalize ? 1 / std::sqrt(m2 / all.count + p_.eps) : m2);

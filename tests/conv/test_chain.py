@@ -14,6 +14,7 @@ from bnkern.backends import cpu, reference
 from bnkern.backends.calls import BackwardCall, ForwardCall
 from bnkern.nn import Chain, ChainLink, ConvBNAct, run_chain
 from bnkern.train.resnet import ResNet
+from tests.support.threads import equal as same_values
 from tests.support.threads import for_any_number_of_threads
 
 # Images, channels in and out, rows, columns: strips of whole images and of rows, odd sizes, a few and many channels.
@@ -109,6 +110,63 @@ def test_kernels(sizes: tuple[int, ...], act: str | None, residual: bool) -> Non
     truth = reference.conv_norm_backward(double(behind), sums, weight.double(), None, x.double(), None, (True, True))
     for actual, expected in zip(plain, truth, strict=True):
         close(actual, expected)
+
+
+RECORDED = (("activation", 9), ("gradient", 8), ("affine", 8))
+
+
+@pytest.mark.parametrize("special", [None, torch.inf, torch.nan])
+@pytest.mark.parametrize("sizes", [(7, 16, 16, 32, 32), (3, 16, 32, 31, 29), (2, 64, 16, 57, 57)], ids=str)
+def test_records(sizes: tuple[int, ...], special: float | None) -> None:
+    """Against the reference's records of the tensors that the kernels computed. They change no bit of these."""
+    n, inputs, outputs, h, w = sizes
+    torch.manual_seed(0)
+    x, weight = last(torch.randn(n, inputs, h, w)), torch.randn(outputs, inputs, 3, 3)
+    vectors = torch.zeros(inputs), torch.ones(inputs)
+    call, norm = ForwardCall(x, act="relu", record=torch.empty(9, inputs, dtype=torch.float64)), ForwardCall(None)
+    call.record.fill_(-1)
+    results = cpu.conv_norm_forward(call._replace(record=None), *vectors, True, weight, norm)
+    record = torch.empty(9, outputs, dtype=torch.float64)
+    recorded = for_any_number_of_threads(
+        lambda: (*cpu.conv_norm_forward(call, *vectors, True, weight, norm._replace(record=record)), record.clone())
+    )
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(results, recorded[:-1], strict=True))
+    y, _, r, mean, invstd = results
+    assert torch.equal(call.record[8], (y > 0).sum((0, 2, 3)).double()) and (call.record[:8] == -1).all()
+    close_rows(record[:8], reference.activation(r, y.new_zeros(()).expand(r.shape))[:8])
+
+    g = last(torch.randn(r.shape))
+    if special is not None:
+        g[1, 3, 2:4, 1] = special
+    sums = torch.randn(2, outputs, dtype=torch.float64)
+    gradient, affine = torch.empty(8, outputs, dtype=torch.float64), torch.empty(8, inputs, dtype=torch.float64)
+    behind, before = (
+        BackwardCall(g, r, None, None, mean, invstd),
+        BackwardCall(None, x, None, None, *vectors, None, "relu"),
+    )
+    options = (weight, before._replace(record_affine=affine), y, None, (True, True))
+    behind = behind._replace(record_gradient=gradient)
+    recorded = for_any_number_of_threads(
+        lambda: (*cpu.conv_norm_backward(behind, sums, *options), gradient.clone(), affine.clone())
+    )
+    results = cpu.conv_norm_backward(behind._replace(record_gradient=None), sums, weight, before, *options[2:])
+    for a, b in zip(results, recorded[:5], strict=True):
+        assert same_values(a, b)
+    dr, _ = cpu.grad_input(
+        behind._replace(record_gradient=None, needs=(True, False, False, False)), (*sums.float(), n * h * w)
+    )
+    close_rows(gradient, reference.gradient(dr), exact=special is None)
+    if special is None:
+        close_rows(affine, reference.affine(before._replace(dy=results[0], act=None)))
+
+
+def close_rows(actual: Tensor, expected: Tensor, exact: bool = True) -> None:
+    """Sums are in float32 over a strip. Counts agree, unless rounding moves a value over zero."""
+    same = actual == expected
+    finite = expected.isfinite()
+    assert (same | finite | (actual.isnan() & expected.isnan())).all()
+    bound = 1e-4 * expected.where(finite, 0).abs().amax(1, keepdim=True) + (1e-3 if exact else 2)
+    assert ((actual - expected).where(finite, 0).abs() <= bound).all()
 
 
 def test_grad_before_act() -> None:
@@ -376,17 +434,44 @@ def test_hooks_and_probes_get_the_values_between() -> None:
     module_handle.remove()
 
 
-def test_a_recorded_step_has_the_same_bits(tmp_path: Path) -> None:
+QUANTITIES = ["activation_moments", "gradient_channel_signs", "affine_gradient_signs"]
+
+
+def test_a_recorded_step_is_fused_and_has_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = ResNet(8).to(memory_format=torch.channels_last)
     x = last(torch.randn(8, 3, 32, 32))
     recorded = copy.deepcopy(model)
+    separate, found = copy.deepcopy(model), []
     model(x).square().sum().backward()
-    with probes.record(recorded, ["activation_moments"], out=tmp_path / "probes") as recorder:
-        recorded(x).square().sum().backward()
-        recorder.step()
+    for network, serves in ((recorded, True), (separate, False)):
+        with monkeypatch.context() as patch, probes.record(network, QUANTITIES, out=tmp_path / str(serves)) as recorder:
+            if not serves:
+                patch.setattr(fused, "kernels_for", lambda x: None)
+            y = network(x)
+            assert is_fused(y) is serves
+            y.square().sum().backward()
+            recorder.step()
+        found.append(probes.load(tmp_path / str(serves)))
     for one, other in zip(model.parameters(), recorded.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
+    for quantity in QUANTITIES:
+        for layer in found[0][quantity]:
+            for name, values in found[0][quantity][layer].items():
+                expected = torch.as_tensor(found[1][quantity][layer][name])
+                torch.testing.assert_close(torch.as_tensor(values), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_probes_of_samples_are_not_fused(tmp_path: Path) -> None:
+    model = network()
+    expected = copy.deepcopy(model)(images())
+    with probes.record(model, ["norm_gradient_noise"], probes.every(2), tmp_path / "probes") as recorder:
+        for fuses in (False, True):
+            y = model(images())
+            y.sum().backward()
+            recorder.step()
+            assert is_fused(y) is fuses
+            assert fuses or torch.equal(y, expected)
 
 
 def test_retained_graph_and_accumulation() -> None:

@@ -20,5 +20,12 @@ def for_any_number_of_threads(kernel: Callable[[], Results]) -> Results:
             torch.set_num_threads(threads)
     first, *others = ((result,) if isinstance(result, Tensor) else result for result in results)
     for other in others:
-        assert all(a is b is None or torch.equal(a, b) for a, b in zip(first, other, strict=True))
+        assert all(equal(a, b) for a, b in zip(first, other, strict=True))
     return results[0]
+
+
+def equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors have the same values, where a NaN equals a NaN, or both are None."""
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

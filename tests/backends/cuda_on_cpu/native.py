@@ -148,7 +148,7 @@ class Backward(Structure):
         *_fields("dy x dx dresidual", View),
         ("mask", c_void_p),
         *_fields("weight bias", ChannelVector),
-        *_fields("mean invstd sum_dy sum_dy_xhat", c_void_p),
+        *_fields("mean invstd sum_dy sum_dy_xhat double_sums", c_void_p),
         *_fields("dweight dbias", ChannelVector),
         *_fields("record_gradient record_affine record_samples sample_weight", c_void_p),
         ("threads", c_int),
