@@ -32,6 +32,7 @@ def _table(measurement: dict) -> str:
         "overhead": "The fixed cost of a call",
         "host_time": "The host's part of a call on a GPU, launches left out",
         "conv2d": "Convolutions",
+        "block": "Convolutions",
         "cudnn": "cuDNN's convolutions",
         "step": "Training steps",
         "loop": "Training steps of the loop",

@@ -13,6 +13,7 @@ import torch
 
 from bnkern import _native
 from bnkern.backends import cpu
+from bnkern.backends.calls import BackwardCall, ForwardCall
 from tests import ROOT
 from tests.backends.cpu.results import LARGE, all_results
 from tests.support.cases import CASE, FEW, MIXED, Target
@@ -52,6 +53,20 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     assert process.returncode != 0 and "BNKERN_ISA=sse9" in process.stderr
 
 
+def chain_and_direct(x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
+    """Results of a convolution between two batch norms, and of a strided one with its input gradient."""
+    vectors = torch.linspace(-0.5, 0.5, x.shape[1]), torch.ones(x.shape[1])
+    call = ForwardCall(x, residual=x, act="relu", save_mask=True)
+    y, mask, r, mean, invstd = cpu.conv_norm_forward(call, *vectors, True, weight, ForwardCall(None))
+    behind = BackwardCall(dy, r, None, None, mean, invstd)
+    before = BackwardCall(None, x, None, None, *vectors, mask, "relu")
+    g, sums, *_ = cpu.grad_before_act(behind)
+    backward = cpu.conv_norm_backward(behind, sums, weight, before, y, None, (True, True))
+    small = cpu.conv_direct(x, weight, (2, 2), (1, 1))
+    dx = cpu.conv_direct(small, weight, (2, 2), (1, 1), tuple(x.shape[2:]))
+    return [t for t in (y, mask, r, mean, invstd, g, sums, *backward, small, dx) if t is not None]
+
+
 def main() -> None:
     print(_native.isa())
     torch.set_num_threads(2)
@@ -65,8 +80,12 @@ def main() -> None:
             print(case, precision.name, bits.hexdigest())
     for sizes in SIZES:
         x, weight, dy = operands(*sizes)
-        for result in (cpu.conv3x3(x, weight).permute(0, 2, 3, 1), gradient_of(x, dy)):
-            print(sizes, hashlib.sha256(result.numpy().tobytes()).hexdigest())
+        for result in (
+            cpu.conv3x3(x, weight).permute(0, 2, 3, 1),
+            gradient_of(x, dy),
+            *chain_and_direct(x, weight, dy),
+        ):
+            print(sizes, hashlib.sha256(result.contiguous().numpy().tobytes()).hexdigest())
     for precision in MIXED:
         for layout in FORMATS:
             images, _ = augment(Target("cpu", "cpu"), MANY, precision.dtype, layout)
