@@ -146,16 +146,18 @@ def prefers_direct(
     """Whether :func:`conv_direct` is faster than torch for such a convolution, or for its input gradient (transposed).
 
     The rule follows measurements with AVX-512 (docs/log/2026-11.md). It accepts float32 in channels_last. oneDNN is
-    faster if the sum of an output has many products. For input gradients with stride 1 only 1 x 1 kernels are accepted.
+    faster if the weight has more than some 20,000 elements, or the sum of an output has many products. For input
+    gradients with stride 1 only 1 x 1 kernels are accepted.
     """
     outputs, inputs, *kernel = weight.shape
     taps = kernel[0] * kernel[1]
     if transposed:
-        accepted = inputs % 16 == 0 and taps * outputs <= 1152 and (taps == 1 or max(stride) > 1)
+        accepted = inputs % 16 == 0 and (taps == 1 or max(stride) > 1)
     else:
         accepted = outputs % 16 == 0 and taps * inputs <= 288
     return (
         accepted
+        and weight.numel() <= 20_000
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and groups == 1

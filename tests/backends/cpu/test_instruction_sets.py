@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 from bnkern import _native
 from bnkern.backends import cpu
