@@ -38,9 +38,9 @@ BNKERN_INLINE void product(const float* x, std::int64_t any_inputs, const float*
     for (int q = 0; q < kVectors; ++q) sums[t][q].store(y + t * outputs + q * kLanes);
 }
 
-// Computes A' m A for a row of tiles.
+// Computes A' m A for a row of tiles, plus the addend if it is not null.
 void output_tiles(const Bands& bands, std::int64_t row, const float* m, std::int64_t pitch, std::int64_t channels,
-                  float* y) {
+                  const float* addend, float* y) {
   const std::int64_t top = row % bands.down * 2;
   float* const first = y + (row / bands.down * bands.h + top) * bands.w * channels;
   const bool second_row = top + 1 < bands.h;
@@ -56,11 +56,14 @@ void output_tiles(const Bands& bands, std::int64_t row, const float* m, std::int
         upper[j] = a + b + d, lower[j] = b - d - e;
       }
       float* const to = first + 2 * tile * channels + c;
-      (upper[0] + upper[1] + upper[2]).store(to);
-      if (second) (upper[1] - upper[2] - upper[3]).store(to + channels);
+      const auto store = [&](V value, std::int64_t offset) {
+        (addend ? value + V::load(addend + (to - y) + offset) : value).store(to + offset);
+      };
+      store(upper[0] + upper[1] + upper[2], 0);
+      if (second) store(upper[1] - upper[2] - upper[3], channels);
       if (!second_row) continue;
-      (lower[0] + lower[1] + lower[2]).store(to + bands.w * channels);
-      if (second) (lower[1] - lower[2] - lower[3]).store(to + (bands.w + 1) * channels);
+      store(lower[0] + lower[1] + lower[2], bands.w * channels);
+      if (second) store(lower[1] - lower[2] - lower[3], (bands.w + 1) * channels);
     }
   }
 }
@@ -89,8 +92,9 @@ void weight_tile(const Conv3x3& p, std::int64_t output, std::int64_t input, floa
 template <int kTiles, int kVectors, int kInputs>
 class Convolution final : public RowConvolution {
  public:
-  explicit Convolution(const Conv3x3& p)
+  Convolution(const Conv3x3& p, const float* addend)
       : p_(p),
+        addend_(addend),
         bands_(p.n, p.h, p.w),
         x_pitch_(bands_.pitch(p.inputs)),
         m_pitch_(bands_.pitch(p.outputs)),
@@ -135,13 +139,14 @@ class Convolution final : public RowConvolution {
                                                m + element * m_pitch_ + t * p_.outputs + o, p_.outputs);
       }
       for (std::int64_t row = begin; row < end; ++row)
-        output_tiles(bands_, row, m + (row - begin) * bands_.across * p_.outputs, m_pitch_, p_.outputs, p_.y);
+        output_tiles(bands_, row, m + (row - begin) * bands_.across * p_.outputs, m_pitch_, p_.outputs, addend_, p_.y);
     }
   }
 
  private:
   static constexpr std::int64_t kOutputs = kVectors * kLanes;  // outputs of one product
   const Conv3x3 p_;
+  const float* const addend_;
   const Bands bands_;
   const std::int64_t x_pitch_, m_pitch_, w_pitch_, zeros_;
   const PoolSpace pool_;
@@ -149,27 +154,27 @@ class Convolution final : public RowConvolution {
 };
 
 template <int kTiles, int kVectors>
-std::unique_ptr<RowConvolution> convolution(const Conv3x3& p) {
+std::unique_ptr<RowConvolution> convolution(const Conv3x3& p, const float* addend) {
   switch (p.inputs) {
     case 16:
-      return std::make_unique<Convolution<kTiles, kVectors, 16>>(p);
+      return std::make_unique<Convolution<kTiles, kVectors, 16>>(p, addend);
     case 32:
-      return std::make_unique<Convolution<kTiles, kVectors, 32>>(p);
+      return std::make_unique<Convolution<kTiles, kVectors, 32>>(p, addend);
     case 64:
-      return std::make_unique<Convolution<kTiles, kVectors, 64>>(p);
+      return std::make_unique<Convolution<kTiles, kVectors, 64>>(p, addend);
   }
-  return std::make_unique<Convolution<kTiles, kVectors, 0>>(p);
+  return std::make_unique<Convolution<kTiles, kVectors, 0>>(p, addend);
 }
 
 }  // namespace
 
-std::unique_ptr<RowConvolution> row_convolution(const Conv3x3& p) {
+std::unique_ptr<RowConvolution> row_convolution(const Conv3x3& p, const float* addend) {
   check_channels(p.inputs, p.outputs);
 #if defined(__AVX512F__)
-  if (p.outputs % (2 * kLanes) == 0) return convolution<8, 2>(p);
-  return convolution<16, 1>(p);
+  if (p.outputs % (2 * kLanes) == 0) return convolution<8, 2>(p, addend);
+  return convolution<16, 1>(p, addend);
 #else
-  return convolution<4, 1>(p);
+  return convolution<4, 1>(p, addend);
 #endif
 }
 

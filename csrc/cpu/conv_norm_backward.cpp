@@ -22,7 +22,7 @@ class ConvNormBackwardPass {
         strips_(Bands(p.conv.n, p.conv.h, p.conv.w), p.conv.outputs),
         r_(p.conv.w, p.conv.inputs),
         y_(p.conv.w, p.conv.outputs),
-        convolution_(p.conv.y ? row_convolution(p.conv) : nullptr),
+        convolution_(p.conv.y ? row_convolution(p.conv, p.shortcut) : nullptr),
         gradient_(p.dweight ? row_gradient(strips_, p.conv.outputs, p.conv.inputs, /*absolute=*/false) : nullptr),
         space_(coefficients_bytes(r_) + coefficients_bytes(y_)),
         r_k_(make_coefficients(space_, r_)),
@@ -76,7 +76,6 @@ class ConvNormBackwardPass {
           for (const void* images : {p_.output.x.data, p_.output.dy.data}) next.add_to(ahead, images, r_.row());
           next.add_to(ahead, p_.y ? p_.y : p_.input.x.data, y_.row());
           convolution_->run(first, last, dr, convolution_space, &ahead);
-          if (p_.shortcut) add_shortcut(rows);
           if (p_.input.x) finish_rows(strip, rows);
         }
         if (gradient_) gradient_->end(chunk, gradient_space);
@@ -130,16 +129,11 @@ class ConvNormBackwardPass {
     return {scratch, rows.wide_first};
   }
 
-  void add_shortcut(const StripRows& rows) const {
-    float* const to = p_.conv.y;
-    for (std::int64_t i = rows.first * y_.row(); i < rows.last * y_.row(); i += kLanes)
-      (Vec<float>::load(to + i) + Vec<float>::load(p_.shortcut + i)).store(to + i);
-  }
-
   // Computes the sums over a strip, and applies the mask to it.
   void finish_rows(std::int64_t strip, const StripRows& rows) const {
     Tensors<float> t{};
-    t.x = y_.view(p_.input.x.data, rows.first), t.dy = t.dresidual = y_.view(p_.conv.y, rows.first);
+    t.x = y_.view(p_.input.x.data, rows.first), t.dy = y_.view(p_.conv.y, rows.first);
+    if (p_.input.act != Activation::none) t.g = t.dy;
     if (p_.input.mask) t.mask = const_cast<std::uint8_t*>(p_.input.mask) + rows.first * y_.row() / 8;
     t.act = p_.input.act;
     const Partition part = y_.partition(rows.last - rows.first);
@@ -148,7 +142,6 @@ class ConvNormBackwardPass {
       const Rows<double> out = totals_[strip].at(group * part.group);
       sums.data ? grad_sums_tile<float, true>(part, t, y_k_, group, 0, out, sums.at(group * part.group))
                 : grad_sums_tile<float, false>(part, t, y_k_, group, 0, out, {});
-      if (t.act != Activation::none) grad_input_tile<float, false>(part, t, y_k_, group, 0, {});
     }
   }
 

@@ -82,10 +82,13 @@ BNKERN_INLINE void rows_tile(const Partition& part, const Tensors<T>& t, const C
   A* const sums = zeroed_scratch<A>(2 * vectors);
   A* const products = sums + vectors;
 
+  const auto place = [&](const Span& span) { return t.g ? at<T>(part, t.g, span) : nullptr; };
   const auto add_row = [&](const Span& span) __attribute__((always_inline)) {
     const Row row(part, t, k, span);
+    T* const stored = place(span);
     const auto add = [&](std::int64_t i, int n) __attribute__((always_inline)) {
       const V xhat = row.xhat(i, n), g = row.g(i, xhat, n);
+      if (stored) put_some(stored + i, Packed<T>::of(g), n);
       (V::load(sums + i) + g).store(sums + i);
       fma(g, xhat, V::load(products + i)).store(products + i);
       if constexpr (record) {
@@ -100,9 +103,14 @@ BNKERN_INLINE void rows_tile(const Partition& part, const Tensors<T>& t, const C
   };
   const auto add_four_rows = [&](const Span* spans) __attribute__((always_inline)) {
     const Row r0(part, t, k, spans[0]), r1(part, t, k, spans[1]), r2(part, t, k, spans[2]), r3(part, t, k, spans[3]);
+    T* const stored[] = {place(spans[0]), place(spans[1]), place(spans[2]), place(spans[3])};
     for (std::int64_t i = 0; i < channels; i += kLanes) {
       const V x0 = r0.xhat(i), x1 = r1.xhat(i), x2 = r2.xhat(i), x3 = r3.xhat(i);
       const V g0 = r0.g(i, x0), g1 = r1.g(i, x1), g2 = r2.g(i, x2), g3 = r3.g(i, x3);
+      if (stored[0]) {
+        put(stored[0] + i, Packed<T>::of(g0), false), put(stored[1] + i, Packed<T>::of(g1), false);
+        put(stored[2] + i, Packed<T>::of(g2), false), put(stored[3] + i, Packed<T>::of(g3), false);
+      }
       (V::load(sums + i) + ((g0 + g1) + (g2 + g3))).store(sums + i);
       const V even = fma(g2, x2, g0 * x0), odd = fma(g3, x3, g1 * x1);
       (V::load(products + i) + (even + odd)).store(products + i);

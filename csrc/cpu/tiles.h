@@ -118,6 +118,7 @@ struct Coefficients {
 template <class T>
 struct Tensors {
   View x, residual, y, dy, dx, dresidual;
+  View g;  // if it is not null, grad_sums stores g there; only for rows
   std::uint8_t* mask;
   Activation act;
   bool training, stream;  // stream: the results are too large for the caches and are stored past them

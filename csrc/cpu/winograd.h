@@ -198,7 +198,8 @@ class RowConvolution {
   // Computes the rows of tiles first, ..., last - 1, from `x`. Writes to y of Conv3x3. Without `ahead` it prefetches x.
   virtual void run(std::int64_t first, std::int64_t last, ImageRows x, float* scratch, Ahead* ahead) const = 0;
 };
-std::unique_ptr<RowConvolution> row_convolution(const Conv3x3& p);
+// `addend` is added to y if it is not null. It has the shape of y.
+std::unique_ptr<RowConvolution> row_convolution(const Conv3x3& p, const float* addend = nullptr);
 
 // The weight gradient of this convolution, or the sum of the magnitudes of its summands. For each chunk call begin(),
 // add() for each of its strips, and end().
