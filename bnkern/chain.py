@@ -47,10 +47,10 @@ def chain(x: Tensor, links: Sequence[Link], kernels: ChainBackend) -> Tensor:
 
         r_k = conv2d(y_{k-1}, weight_k, padding=1),   y_k = act(batch_norm(r_k) + residual_k)
 
-    The running statistics are updated. If every image has at most 65536 values, results and gradients have the bits of
-    :func:`bnkern.batch_norm` and :class:`bnkern.nn.Conv2d`, called one after the other. Saved for backward are x, the
-    raw r_k, the values that are used as a residual or have one, and one bit per element of the latter. Double backward
-    uses torch's formulas.
+    The running statistics are updated. For images of at most 16,384 values whose width is a multiple of 8, results and
+    gradients have the bits of :func:`bnkern.batch_norm` and :class:`bnkern.nn.Conv2d`, called one after the other.
+    Saved for backward are x, the raw r_k, the values that are used as a residual or have one, and one bit per element
+    of the latter. Double backward uses torch's formulas.
 
     Args:
         x: [N, I, H, W], float32 in channels_last on the CPU.

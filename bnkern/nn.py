@@ -220,8 +220,8 @@ def run_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor:
     except ``norm_gradient_noise``. Otherwise the modules are called one after the other, so everything that looks at a
     value between them gets it.
 
-    On the images of the CIFAR networks the results and gradients have the bits of the modules called one by one. With
-    other sizes sums may be added in another order.
+    For images of at most 16,384 values whose width is a multiple of 8, the results and gradients have the bits of the
+    modules called one by one. With other sizes sums may be added in another order.
     """
     y = fused_chain(x, links)
     if y is not None:
