@@ -29,7 +29,7 @@ class Link(NamedTuple):
     weight: Tensor  # [O, I, 3, 3]
     norm: ForwardCall  # of the batch norm in training, without x and residual
     residual: Tensor | int | None = None  # a tensor of the output's shape, or the number of an earlier value
-    records: Records | None = None  # what the kernels record of the norm; not the samples
+    records: Records | None = None  # what the kernels record of the norm
 
 
 def kernels_for(x: Tensor) -> ChainBackend | None:
@@ -145,8 +145,8 @@ class _Chain(torch.autograd.Function):
         def norm_call(k: int, g: Tensor | None, mask: Tensor | None = None, act: str | None = None) -> BackwardCall:
             r, mean, invstd = statistics[k]
             _, scale, bias = parameters[k]
-            _, gradient, affine, *_ = specs[k].records
-            options = {"record_gradient": gradient, "record_affine": affine}
+            _, gradient, affine, samples, _ = specs[k].records
+            options = {"record_gradient": gradient, "record_affine": affine, "record_samples": samples}
             return BackwardCall(g, r, scale, bias, mean, invstd, mask, act, **options)  # type: ignore[arg-type]
 
         last = len(specs) - 1

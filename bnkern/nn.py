@@ -216,9 +216,9 @@ def run_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor:
     normalises its input when it loads it, and computes the moments of its output when it stores it. They serve float32
     tensors in channels_last on the CPU in training, 3 x 3 convolutions (:class:`Conv2d` or torch's) of stride and
     padding 1 without bias whose channels are multiples of 16, and :class:`BatchNorm2d`. Autograd must be on, outside of
-    compilers and transforms, and the modules must have no hooks. The probes of batch norms record in the same pass,
-    except ``norm_gradient_noise``. Otherwise the modules are called one after the other, so everything that looks at a
-    value between them gets it.
+    compilers and transforms, and the modules must have no hooks. The probes of batch norms record in the same pass
+    (``norm_gradient_noise`` for images of at most 16,384 values). Otherwise the modules are called one after the other,
+    so everything that looks at a value between them gets it.
 
     For images of at most 16,384 values whose width is a multiple of 8, the results and gradients have the bits of the
     modules called one by one. With other sizes sums may be added in another order.
@@ -251,6 +251,9 @@ def fused_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor | None:
     if kernels is None:
         return None
     channels: list[int] = [links[0].conv.in_channels, *(link.conv.out_channels for link in links)]
+    recorded: set[str] = {field for link in links if link.norm.taps for field in link.norm.taps[0].requested(link.norm)}
+    if "samples" in recorded and x.shape[2] * x.shape[3] * max(channels) > 16_384:
+        return None
     if not kernels.prefers_conv_norm(x, channels) or not all(_fits(link, x, channels) for link in links):
         return None
     return chain(x, [_link_call(link) for link in links], kernels)
@@ -264,7 +267,6 @@ def is_chainable(link: ChainLink) -> bool:
         and type(norm) is BatchNorm2d
         and norm.training
         and not norm.statistics_frozen
-        and (not norm.taps or "samples" not in norm.taps[0].requested(norm))
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and conv.groups == 1
         and conv.bias is None

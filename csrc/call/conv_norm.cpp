@@ -132,6 +132,7 @@ PyObject* conv_norm_backward(PyObject* const* args) {
         !x.read_statistic(before[B::mean], p.input.mean) || !x.read_statistic(before[B::invstd], p.input.invstd) ||
         !x.read_run(before[B::mask], dlpack::kUInt8, mask_bytes(x.shape()), p.input.mask) ||
         !x.read_record(before[B::record_affine], 8, p.input.record_affine) ||
+        !x.read_record(before[B::record_samples], 5, p.input.record_samples) ||
         !read_activation(before[B::act], p.input.act) || !p.input.mean || !p.input.invstd)
       refuse("conv_norm_backward: input", kNorm);
   }

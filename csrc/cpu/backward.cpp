@@ -4,6 +4,7 @@
 
 #include "cpu.h"
 #include "drive.h"
+#include "samples.h"
 #include "sums.h"
 
 namespace bnkern::BNKERN_ISA {
@@ -108,39 +109,17 @@ class BackwardPhases : public Phases<T> {
     return record_samples_ ? 2 * SampleSums<A>::units_of(part) * part.shape.c : 0;
   }
 
-  // Computes the record of the samples from their sums, some channels at a time.
   void finish_samples(std::int64_t group) {
-    constexpr std::int64_t kSome = 32;
     const Partition& part = this->part;
-    const std::int64_t end = std::min((group + 1) * part.group, part.shape.c), channels = part.shape.c;
-    for (std::int64_t c0 = group * part.group; c0 < end; c0 += kSome) {
-      const std::int64_t some = std::min(end - c0, kSome);
-      for (int which = 0; which < 2; ++which) {
-        // Calls f(values) for the sums [some] of each sample.
-        const auto for_samples = [&](auto f) {
-          for (std::int64_t n = 0; n < part.shape.n; ++n) {
-            double values[kSome] = {};
-            const Units units = units_of_sample(part, n);
-            for (std::int64_t unit = units.first; unit <= units.last; ++unit) {
-              const A* const sums = which ? samples_.of_product(unit, c0) : samples_.of_g(unit, c0);
-              for (std::int64_t i = 0; i < some; ++i) values[i] += sums[i];
-            }
-            f(values);
-          }
-        };
-        double total[kSome] = {}, m2[kSome] = {}, mean[kSome];
-        for_samples([&](const double* values) {
-          for (std::int64_t i = 0; i < some; ++i) total[i] += values[i];
-        });
-        for (std::int64_t i = 0; i < some; ++i) mean[i] = total[i] / static_cast<double>(part.shape.n);
-        for_samples([&](const double* values) {
-          for (std::int64_t i = 0; i < some; ++i) m2[i] += (values[i] - mean[i]) * (values[i] - mean[i]);
-        });
-        double* const rows = p_.record_samples + (1 + 2 * which) * channels + c0;
-        for (std::int64_t i = 0; i < some; ++i) rows[i] = total[i], rows[channels + i] = m2[i];
+    const auto add_sums = [&](std::int64_t n, bool product, std::int64_t c0, std::int64_t count, double* values) {
+      const Units units = units_of_sample(part, n);
+      for (std::int64_t unit = units.first; unit <= units.last; ++unit) {
+        const A* const sums = product ? samples_.of_product(unit, c0) : samples_.of_g(unit, c0);
+        for (std::int64_t i = 0; i < count; ++i) values[i] += sums[i];
       }
-      for (std::int64_t i = 0; i < some; ++i) p_.record_samples[c0 + i] = static_cast<double>(part.shape.n);
-    }
+    };
+    const std::int64_t end = std::min((group + 1) * part.group, part.shape.c);
+    write_samples(p_.record_samples, part.shape.n, part.shape.c, group * part.group, end, add_sums);
   }
 
   static Partition partition_of(const Backward& p) {

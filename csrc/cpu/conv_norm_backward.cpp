@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "conv_norm.h"
+#include "samples.h"
 #include "sums.h"
 
 namespace bnkern::BNKERN_ISA {
@@ -30,7 +31,14 @@ class ConvNormBackwardPass {
         totals_(strips_.count(), kGradSumsRows, y_),
         affine_(strips_.count(), p.input.record_affine ? kRecordedGradSumsRows : 0, y_),
         dr_sums_(strips_.count(), p.output.record_gradient ? kRecordedGradInputRows : 0, r_),
-        nonfinite_(strips_.count(), p.output.record_gradient ? 1 : 0, r_) {
+        nonfinite_(strips_.count(), p.output.record_gradient ? 1 : 0, r_),
+        samples_space_(p.input.record_samples ? 2 * p.conv.n * p.conv.outputs * 4 : 1) {
+    if (p.input.record_samples) {
+      if (!strips_.of_whole_images()) throw std::invalid_argument("conv_norm_backward: images too large for samples");
+      samples_.data = reinterpret_cast<float*>(samples_space_.data());
+      samples_.units = p.conv.n, samples_.channels = p.conv.outputs, samples_.rows = true;
+      std::memset(samples_.data, 0, 2 * p.conv.n * p.conv.outputs * sizeof(float));
+    }
     if (p.output.x) {
       set_coefficients(r_k_, r_, p.conv.inputs, p.output.mean, p.output.invstd, p.output.weight, p.output.bias);
       for (std::int64_t c = 0; c < p.conv.inputs; ++c) {
@@ -83,6 +91,7 @@ class ConvNormBackwardPass {
       if (gradient_) gradient_->join(p_.dweight);
     }
     if (p_.input.x && convolution_) finish();
+    if (samples_.data) record_samples();
     if (dr_sums_.rows()) record_gradient();
   }
 
@@ -142,7 +151,18 @@ class ConvNormBackwardPass {
       const Rows<double> out = totals_[strip].at(group * part.group);
       sums.data ? grad_sums_tile<float, true>(part, t, y_k_, group, 0, out, sums.at(group * part.group))
                 : grad_sums_tile<float, false>(part, t, y_k_, group, 0, out, {});
+      if (samples_.data) add_samples(part, t, group, rows);
     }
+  }
+
+  // Adds the sums of the strip's samples. grad_sums has applied the mask already, and to apply it again changes
+  // nothing.
+  void add_samples(Partition part, const Tensors<float>& t, std::int64_t group, const StripRows& rows) const {
+    part.shape.s = strips_.bands.h * strips_.bands.w,
+    part.shape.n = part.rows * part.width / (part.shape.s * part.shape.c);
+    SampleSums<float> sums = samples_;
+    sums.data += rows.first / strips_.bands.h * part.shape.c;  // of the strip's first sample
+    sample_sums_tile<float>(part, t, y_k_, group, 0, sums);
   }
 
   void finish() const {
@@ -162,6 +182,14 @@ class ConvNormBackwardPass {
                    {sum, total(kOfDy + kAbsSum), total(kOfDy + kSignSum), count_ - total(kOfDy + kZeros), product,
                     total(kOfDyXhat + kAbsSum), total(kOfDyXhat + kSignSum), count_ - total(kOfDyXhat + kZeros)});
     }
+  }
+
+  void record_samples() const {
+    const auto add_sums = [&](std::int64_t n, bool product, std::int64_t c0, std::int64_t count, double* values) {
+      const float* const sums = product ? samples_.of_product(n, c0) : samples_.of_g(n, c0);
+      for (std::int64_t i = 0; i < count; ++i) values[i] += sums[i];
+    };
+    write_samples(p_.input.record_samples, p_.conv.n, p_.conv.outputs, 0, p_.conv.outputs, add_sums);
   }
 
   void record_gradient() const {
@@ -186,6 +214,8 @@ class ConvNormBackwardPass {
   const StripSums<double> totals_;
   const StripSums<float> affine_, dr_sums_;
   const StripSums<double> nonfinite_;
+  const PoolSpace samples_space_;
+  SampleSums<float> samples_{};
   Forward forward_{};  // the normalisation that recomputes y
 };
 

@@ -68,6 +68,7 @@ class Strips {
   }
 
   std::int64_t count() const { return count_; }
+  bool of_whole_images() const { return pieces_ == 1; }
   std::int64_t chunks() const { return chunks_; }
   // The first strip of a chunk.
   std::int64_t of_chunk(std::int64_t chunk) const { return chunk * count_ / chunks_; }
