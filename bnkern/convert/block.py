@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ..nn import ChainLink, fused_chain, fx_leaf
+from ..nn.chain import ChainLink, fused_chain
+from ..nn.leaf import fx_leaf
 
 
 class Note:

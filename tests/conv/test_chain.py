@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import bnkern
-import bnkern.nn as fused
+import bnkern.nn.chain as fused
 from bnkern import probes
 from bnkern.backends import cpu, reference
 from bnkern.backends.calls import BackwardCall, ForwardCall

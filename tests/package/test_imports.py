@@ -95,18 +95,27 @@ RULES = {
     "bnkern.conv.*": Rule(("bnkern.backends", "bnkern.backends.protocol", "bnkern.conv.*")),
     "bnkern.conv": Rule(("bnkern.conv.*",)),
     "bnkern.chain": Rule(
-        ("bnkern.backends", "bnkern.backends.calls", "bnkern.backends.protocol", "bnkern.norm.context")
-    ),
-    "bnkern.guard": Rule(()),
-    "bnkern.nn": Rule(
         (
-            "bnkern.backends.activations",
-            "bnkern.backends.calls",
-            *("bnkern.norm", "bnkern.norm.context", "bnkern.conv", "bnkern.chain", "bnkern.guard"),
+            *("bnkern.backends", "bnkern.backends.calls", "bnkern.backends.protocol", "bnkern.backends.records"),
+            "bnkern.norm.context",
         )
     ),
+    "bnkern.guard": Rule(()),
+    "bnkern.nn.leaf": Rule(()),
+    "bnkern.nn.norms": Rule(
+        ("bnkern.backends.activations", "bnkern.norm", "bnkern.norm.context", "bnkern.guard", "bnkern.nn.leaf")
+    ),
+    "bnkern.nn.convolution": Rule(("bnkern.conv", "bnkern.norm.context", "bnkern.nn.leaf")),
+    "bnkern.nn.chain": Rule(
+        (
+            *("bnkern.backends.calls", "bnkern.chain", "bnkern.norm.context"),
+            *("bnkern.nn.convolution", "bnkern.nn.norms"),
+        )
+    ),
+    "bnkern.nn.*": Rule(("bnkern.nn.norms",)),
+    "bnkern.nn": Rule(("bnkern.nn.*",)),
     "bnkern.statistics": Rule(("bnkern.norm", "bnkern.norm.ranks", "bnkern.backends.reference")),
-    "bnkern.convert*": Rule(("bnkern.nn", "bnkern.convert*")),
+    "bnkern.convert*": Rule(("bnkern.nn", "bnkern.nn.*", "bnkern.convert*")),
     "bnkern.probes.flight_figure": Rule(("bnkern.probes.diagnosis",), ("numpy", "matplotlib")),
     "bnkern.probes*": Rule(
         (*LEAVES, "bnkern", "bnkern.nn", "bnkern.conv", "bnkern.norm", "bnkern.norm.context", "bnkern.probes*"),
