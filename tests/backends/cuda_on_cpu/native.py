@@ -358,6 +358,7 @@ class OnCpu(NamedTuple):
                     address(mask),
                     *map(vector, (weight, bias)),
                     *map(address, (mean, invstd, *sum_tensors)),
+                    None,  # double_sums: only on the CPU
                     *map(vector, (dweight, dbias)),
                     *map(address, recorded),
                 ),
