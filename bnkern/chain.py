@@ -7,7 +7,7 @@ it. Only the CPU's backend has such kernels.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class Link(NamedTuple):
     """
 
     weight: Tensor  # [O, I, 3, 3]
-    norm: ForwardCall  # of the batch norm in training, without x and residual
+    norm: ForwardCall  # of the batch norm, without x and residual
     residual: Tensor | int | None = None  # a tensor of the output's shape, or the number of an earlier value
     records: Records | None = None  # what the kernels record of the norm
 
@@ -41,16 +41,19 @@ def kernels_for(x: Tensor) -> ChainBackend | None:
 
 
 def chain(x: Tensor, links: Sequence[Link], kernels: ChainBackend) -> Tensor:
-    """The last value of a chain, differentiable. The batch norms use the statistics of the batch.
+    """The last value of a chain, differentiable.
 
     For link k, with value y_0 = x:
 
         r_k = conv2d(y_{k-1}, weight_k, padding=1),   y_k = act(batch_norm(r_k) + residual_k)
 
-    The running statistics are updated. For images of at most 16,384 values whose width is a multiple of 8, results and
-    gradients have the bits of :func:`bnkern.batch_norm` and :class:`bnkern.nn.Conv2d`, called one after the other.
-    Saved for backward are x, the raw r_k, the values that are used as a residual or have one, and one bit per element
-    of the latter. Double backward uses torch's formulas.
+    A batch norm in training uses the statistics of the batch and updates the running ones. One in eval mode uses the
+    running statistics, as do those whose statistics are frozen.
+
+    For images of at most 16,384 values whose width is a multiple of 8, results and gradients have the bits of
+    :func:`bnkern.batch_norm` and :class:`bnkern.nn.Conv2d`, called one after the other. Saved for backward are x, the
+    raw r_k, the values that are used as a residual or have one, and one bit per element of the latter. Without
+    gradients no value is kept longer than a later link needs it. Double backward uses torch's formulas.
 
     Args:
         x: [N, I, H, W], float32 in channels_last on the CPU.
@@ -68,8 +71,12 @@ def chain(x: Tensor, links: Sequence[Link], kernels: ChainBackend) -> Tensor:
             residual = -len(residuals)
         specs.append(_Spec(link.norm._replace(weight=None, bias=None), residual, link.records or _NO_RECORDS))
         tensors += [link.weight, link.norm.weight, link.norm.bias]
-    y = _Chain.apply(kernels, tuple(specs), x, *tensors, *residuals)
-    updated = [t for link in links for t in (*link.norm[4:7], link.norm.num_batches_skipped) if t is not None]
+    tensors += residuals
+    if context.grad_needed(x, *tensors):
+        y = _Chain.apply(kernels, tuple(specs), x, *tensors)
+    else:
+        y = _forward(kernels, specs, x, tensors, save=False)[0]
+    updated = [t for k in links if k.norm.training for t in (*k.norm[4:7], k.norm.num_batches_skipped) if t is not None]
     torch.autograd.graph.increment_version(updated)  # the kernels write through addresses
     return y
 
@@ -96,34 +103,46 @@ def _split(specs: Sequence[_Spec], tensors: Sequence[Tensor | None]) -> tuple[li
     return [tuple(tensors[k : k + 3]) for k in range(0, end, 3)], tensors[end:]
 
 
+def _forward(
+    kernels: ChainBackend, specs: Sequence[_Spec], x: Tensor, tensors: Sequence[Tensor | None], save: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The last value, and what the backward needs: y and mask of each value but the last, each r, mean, invstd."""
+    parameters, residuals = _split(specs, tensors)
+    last_use = {spec.residual: k for k, spec in enumerate(specs)}
+    kept = set(last_use)
+    if save:  # A value with a residual is stored, because its recomputation in the backward would need the residual.
+        kept |= {k for k, spec in enumerate(specs, 1) if spec.residual is not None}
+    values: list[Tensor | None] = [x]
+    saved: list[Tensor | None] = []
+    source: Any = x  # then the call of each norm
+    mean = invstd = None
+    last = len(specs) - 1
+    for k, (spec, (weight, scale, bias)) in enumerate(zip(specs, parameters, strict=True)):
+        record = spec.records.activation
+        # normalize computes the whole record of the last norm
+        norm = spec.norm if k == last else spec.norm._replace(record=record)
+        y, mask, r, next_mean, next_invstd = kernels.conv_norm_forward(source, mean, invstd, k in kept, weight, norm)
+        if k:
+            values.append(y)
+        if save:
+            saved += [y, mask] if k else []
+            saved += [r, next_mean, next_invstd]
+        residual = spec.residual_in(values, residuals)
+        if spec.residual is not None and spec.residual >= 0 and last_use[spec.residual] == k:
+            values[spec.residual] = None
+        source = ForwardCall(r, scale, bias, residual, act=spec.norm.act, save_mask=save, record=record)
+        mean, invstd = next_mean, next_invstd
+    y, mask = kernels.normalize(source, mean, invstd)
+    for spec in specs:
+        spec.records.forward_written()
+    return y, [*saved, mask]
+
+
 class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels, specs, x, *tensors):
-        parameters, residuals = _split(specs, tensors)
-        # A value with a residual is stored, because its recomputation in the backward would need the residual.
-        kept = {spec.residual for spec in specs} | {k for k, spec in enumerate(specs, 1) if spec.residual is not None}
-        values: list[Tensor | None] = [x]
-        saved = []
-        source, mean, invstd = x, None, None
-        last = len(specs) - 1
-        for k, (spec, (weight, scale, bias)) in enumerate(zip(specs, parameters, strict=True)):
-            record = spec.records.activation
-            # normalize computes the whole record of the last norm
-            norm = spec.norm if k == last else spec.norm._replace(record=record)
-            y, mask, r, next_mean, next_invstd = kernels.conv_norm_forward(
-                source, mean, invstd, k in kept, weight, norm
-            )
-            if k:
-                values.append(y)
-                saved += [y, mask]
-            saved += [r, next_mean, next_invstd]
-            residual = spec.residual_in(values, residuals)
-            source = ForwardCall(r, scale, bias, residual, act=spec.norm.act, save_mask=True, record=record)
-            mean, invstd = next_mean, next_invstd
-        y, mask = kernels.normalize(source, mean, invstd)
-        for spec in specs:
-            spec.records.forward_written()
-        ctx.save_for_backward(x, *tensors, *saved, mask)
+        y, saved = _forward(kernels, specs, x, tensors, save=True)
+        ctx.save_for_backward(x, *tensors, *saved)
         ctx.kernels, ctx.specs, ctx.size = kernels, specs, len(tensors)
         return y
 
@@ -133,7 +152,7 @@ class _Chain(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         tensors, saved = rest[: ctx.size], rest[ctx.size :]
         if torch.is_grad_enabled() or context.is_batched(dy):
-            return None, None, *_differentiable_backward(specs, x, tensors, dy, ctx.needs_input_grad[2:])
+            return None, None, *_differentiable_backward(specs, x, tensors, saved, dy, ctx.needs_input_grad[2:])
         parameters = _split(specs, tensors)[0]
         need_x, *needs = ctx.needs_input_grad[2:]
         grads: list[Tensor | None] = [None] * ctx.size
@@ -147,7 +166,8 @@ class _Chain(torch.autograd.Function):
             _, scale, bias = parameters[k]
             _, gradient, affine, samples, _ = specs[k].records
             options = {"record_gradient": gradient, "record_affine": affine, "record_samples": samples}
-            return BackwardCall(g, r, scale, bias, mean, invstd, mask, act, **options)  # type: ignore[arg-type]
+            training = specs[k].norm.training
+            return BackwardCall(g, r, scale, bias, mean, invstd, mask, act, training, **options)  # type: ignore[arg-type]
 
         last = len(specs) - 1
         call = norm_call(last, dy.contiguous(memory_format=torch.channels_last), masks[-1], specs[last].norm.act)
@@ -177,16 +197,27 @@ class _Chain(torch.autograd.Function):
 
 
 def _differentiable_backward(
-    specs: Sequence[_Spec], x: Tensor, tensors: Sequence[Tensor | None], dy: Tensor, needs: Sequence[bool]
+    specs: Sequence[_Spec],
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    dy: Tensor,
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x and ``tensors`` by torch's operators, which can be differentiated again."""
     inputs = [x, *tensors]
     with torch.enable_grad():
         parameters, residuals = _split(specs, tensors)
         values: list[Tensor] = [x]
-        for spec, (weight, scale, bias) in zip(specs, parameters, strict=True):
+        for k, (spec, (weight, scale, bias)) in enumerate(zip(specs, parameters, strict=True)):
             r = F.conv2d(values[-1], weight, padding=1)
-            z = F.batch_norm(r, None, None, scale, bias, training=True, eps=spec.norm.eps)
+            if spec.norm.training:
+                z = F.batch_norm(r, None, None, scale, bias, training=True, eps=spec.norm.eps)
+            else:
+                mean, invstd = saved[5 * k + 1 : 5 * k + 3]
+                z = (r - mean.view(-1, 1, 1)) * invstd.view(-1, 1, 1)
+                z = z if scale is None else z * scale.view(-1, 1, 1)
+                z = z if bias is None else z + bias.view(-1, 1, 1)
             residual = spec.residual_in(values, residuals)
             z = z if residual is None else z + residual
             values.append(z if spec.norm.act is None else F.relu(z))

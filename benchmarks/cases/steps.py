@@ -28,6 +28,43 @@ def in_place(model: nn.Module) -> nn.Module:
     return model
 
 
+def folded(model: ResNet) -> ResNet:
+    """Multiplies each batch norm of the torch model in eval mode into its convolution. What is left acts in place."""
+    model.conv, model.norm = _folded(model.conv, model.norm)
+    for block in model.blocks:
+        block.conv1, block.norm1 = _folded(block.conv1, block.norm1)
+        block.conv2, block.norm2 = _folded(block.conv2, block.norm2)
+        if isinstance(block.shortcut, nn.Sequential):
+            block.shortcut = nn.Sequential(*_folded(*block.shortcut))
+    return model
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[nn.Conv2d, nn.Module]:
+    return torch.nn.utils.fusion.fuse_conv_bn_eval(conv, norm), _ActInPlace(norm.act)
+
+
+class _ActInPlace(nn.Module):
+    """``act(x + residual)``, written to the memory of x."""
+
+    def __init__(self, act: str | None) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = x if residual is None else x.add_(residual)
+        return F.relu_(x) if self.act else x
+
+
+def inference(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    model.eval().to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def infer(images: Tensor) -> Tensor:
+        return model(images)
+
+    return infer
+
+
 def networks(depth: int, without_compile: str | None) -> dict[str, Callable[[], nn.Module]]:
     torch_model = partial(ResNet, depth, kernels="torch")
     builders = {

@@ -1,7 +1,8 @@
 """A whole training step of a ResNet on CIFAR-sized images, batch 128, fp32: forward, loss, backward, SGD.
 
-``test_step`` gets its batches ready-made. ``test_loop`` is the step of ``python -m bnkern.train``, which also makes its
-batch, computes metrics, and checks for divergence; its provider "ready batch" is the step of ``test_step``.
+``test_step`` gets its batches ready-made. ``test_inference`` is the forward alone, in eval mode without gradients.
+``test_loop`` is the step of ``python -m bnkern.train``, which also makes its batch, computes metrics, and checks for
+divergence; its provider "ready batch" is the step of ``test_step``.
 ``test_graph`` is the step of the loop as one CUDA graph, for ResNet-20 and ResNet-110 in fp32 and bf16 autocast.
 ``test_compiled_graph`` has torch.compile among the peers, which takes up to minutes to compile, so it is a test of its
 own.
@@ -21,7 +22,7 @@ import torch
 import bnkern
 from benchmarks.cases import peers
 from benchmarks.cases.shapes import LAYOUTS, Case
-from benchmarks.cases.steps import ACTIVATION_BYTES, loop_step, networks, training_step
+from benchmarks.cases.steps import ACTIVATION_BYTES, folded, inference, loop_step, networks, training_step
 from bnkern.train import cifar10
 from bnkern.train.config import Config
 from bnkern.train.loop import numerics
@@ -58,6 +59,28 @@ def test_step(depth: int, compare, device: torch.device, quick: bool, without_co
         missing={"compile": f"left out by {without_compile}"} if without_compile else {},
         nbytes=ACTIVATION_BYTES,
         budget_s=40,
+    )
+
+
+@pytest.mark.parametrize("depth", [20, 110])
+def test_inference(depth: int, compare, device: torch.device, quick: bool, without_compile: str | None) -> None:
+    """The network in eval mode without gradients, channels_last. "folded" has the batch norms in the convolutions."""
+    deep = depth > 20
+    depth, case = (8, Case("few_images", "both", "fp32")) if quick else (depth, Case("images", "both", "fp32"))
+    without_compile = "its depth" if deep else without_compile
+    images = torch.randn(case.size, device=device).contiguous(memory_format=torch.channels_last)
+    builders = networks(depth, without_compile) | {
+        "eager folded": lambda: folded(ResNet(depth, kernels="torch").eval()),
+    }
+    del builders["no norm"]
+    compare(
+        f"resnet{depth} inference",
+        case,
+        {name: inference(build().to(device)) for name, build in builders.items()},
+        make_data=lambda: images,
+        missing={"compile": f"left out by {without_compile}"} if without_compile else {},
+        nbytes=ACTIVATION_BYTES,
+        budget_s=30,
     )
 
 

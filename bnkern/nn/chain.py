@@ -26,11 +26,12 @@ def run_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor:
 
     If bnkern's kernels for chains serve all links, the batch norms make no pass over memory of their own: a convolution
     normalises its input when it loads it, and computes the moments of its output when it stores it. They serve float32
-    tensors in channels_last on the CPU in training, 3 x 3 convolutions (:class:`Conv2d` or torch's) of stride and
-    padding 1 without bias whose channels are multiples of 16, and :class:`BatchNorm2d`. Autograd must be on, outside of
-    compilers and transforms, and the modules must have no hooks. The probes of batch norms record in the same pass
-    (``norm_gradient_noise`` for images of at most 16,384 values). Otherwise the modules are called one after the other,
-    so everything that looks at a value between them gets it.
+    tensors in channels_last on the CPU, in training, in eval mode and without gradients: 3 x 3 convolutions
+    (:class:`Conv2d` or torch's) of stride and padding 1 without bias whose channels are multiples of 16, and
+    :class:`BatchNorm2d`. The call must be outside of compilers and transforms, and the modules must have no hooks. The
+    probes of batch norms in training record in the same pass (``norm_gradient_noise`` for images of at most 16,384
+    values). Otherwise the modules are called one after the other, so everything that looks at a value between them gets
+    it.
 
     For images of at most 16,384 values whose width is a multiple of 8, the results and gradients have the bits of the
     modules called one by one. With other sizes sums may be added in another order.
@@ -51,7 +52,6 @@ def fused_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor | None:
         is_plain_eager()
         and type(x) is Tensor
         and links
-        and torch.is_grad_enabled()
         and all(is_chainable(link) for link in links)
         and not torch.is_autocast_enabled(x.device.type)
         and x.dim() == 4
@@ -64,6 +64,8 @@ def fused_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor | None:
         return None
     channels: list[int] = [links[0].conv.in_channels, *(link.conv.out_channels for link in links)]
     recorded: set[str] = {field for link in links if link.norm.taps for field in link.norm.taps[0].requested(link.norm)}
+    if recorded and not all(_uses_batch(link.norm) for link in links):
+        return None
     if "samples" in recorded and x.shape[2] * x.shape[3] * max(channels) > 16_384:
         return None
     if not kernels.prefers_conv_norm(x, channels) or not all(_fits(link, x, channels) for link in links):
@@ -77,20 +79,25 @@ def is_chainable(link: ChainLink) -> bool:
     return (
         type(conv) in (Conv2d, torch.nn.Conv2d)
         and type(norm) is BatchNorm2d
-        and norm.training
-        and not norm.statistics_frozen
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and conv.groups == 1
         and conv.bias is None
         and conv.padding_mode == "zeros"
         and norm.__dict__["num_features"] == conv.out_channels
+        and (norm.__dict__["eps"] > 0 or not _uses_batch(norm))  # with others the module raises an error
         and not _has_hooks(conv)
         and not _has_hooks(norm)
         and not torch.nn.modules.module._has_any_global_hook()
         and _is_plain_parameter(conv.weight)
-        and conv.weight.requires_grad
-        and all(p is None or _is_plain_parameter(p) for p in (norm.weight, norm.bias, norm.running_mean))
+        and all(
+            p is None or _is_plain_parameter(p) for p in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        )
     )
+
+
+def _uses_batch(norm: BatchNorm2d) -> bool:
+    """Whether the norm uses the statistics of the batch."""
+    return (norm.training and not norm.statistics_frozen) or norm.running_mean is None
 
 
 def _is_plain_parameter(p: Tensor) -> bool:
@@ -120,7 +127,8 @@ def _fits(link: ChainLink, x: Tensor, channels: list[int]) -> bool:
 
 def _link_call(link: ChainLink) -> Link:
     conv, norm, residual = link
-    running_mean, running_var, counter, skipped, momentum = norm._running(training=True)
+    training = norm.training and not norm.statistics_frozen
+    running_mean, running_var, counter, skipped, momentum = norm._running(training)
     call = ForwardCall(
         None,  # type: ignore[arg-type]  # the kernels make x
         norm.weight,
@@ -129,7 +137,7 @@ def _link_call(link: ChainLink) -> Link:
         running_mean,
         running_var,
         counter,
-        True,
+        _uses_batch(norm),
         momentum,
         norm.__dict__["eps"],
         norm.act,

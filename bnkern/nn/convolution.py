@@ -30,8 +30,6 @@ class Conv2d(torch.nn.Conv2d):
             return node  # type: ignore[return-value]
         if (
             type(input) is Tensor
-            and torch.is_grad_enabled()
-            and self.weight.requires_grad
             and not isinstance(self.padding, str)
             and self.padding_mode == "zeros"
             and is_plain_eager()

@@ -24,7 +24,8 @@ float* images_like(PyObject* object, const Input& x, const char* name) {
 // conv_norm_forward(call, mean, invstd, keep, weight, statistics) -> (y, mask, r, mean, invstd)
 //   call        the ForwardCall of the norm before the convolution, or its input y itself
 //   keep        whether y is returned
-//   statistics  the ForwardCall of the norm behind it, without an x, or None
+//   statistics  the ForwardCall of the norm behind it, without an x, or None. Without training, mean and invstd are
+//               those of the running statistics
 PyObject* conv_norm_forward(PyObject* const* args) {
   ConvNorm p{};
   Object outputs[5];
@@ -53,8 +54,10 @@ PyObject* conv_norm_forward(PyObject* const* args) {
     check_forward_call(args[5]);
     Input r;
     read_input(outputs[2].get(), r, "conv_norm_forward: r");
+    p.output.moments = Fields<F>(args[5])(F::training);
     if (!read_running(Fields<F>(args[5]), r, p.output) ||
-        !r.read_record(Fields<F>(args[5])[F::record], 9, p.output.record))
+        !r.read_record(Fields<F>(args[5])[F::record], 9, p.output.record) ||
+        (!p.output.moments && (!p.output.running_mean || !p.output.running_var || p.output.record)))
       refuse("conv_norm_forward: statistics", kNorm);
     read_numbers(Fields<F>(args[5]), p.output);
     p.output.shape = r.shape();
@@ -117,6 +120,7 @@ PyObject* conv_norm_backward(PyObject* const* args) {
       !r.read_run(args[1], dlpack::kFloat64, 2 * r.channels(), p.output_sums) || !p.output_sums)
     refuse("conv_norm_backward: output", kNorm);
   images_like(behind[B::dy], r, "conv_norm_backward: g");
+  p.output.training = behind(B::training);
   p.conv = conv3x3_of(behind[B::x], args[2], true);
   const bool has_norm = args[3] != Py_None;
   if (has_norm) check_backward_call(args[3]);

@@ -104,7 +104,7 @@ class ConvNormBackwardPass {
       float* const dr = scratch + (first - rows.wide_first) * r_.row();
       Tensors<float> t{};
       t.x = r_.view(p_.output.x.data, first), t.dy = r_.view(p_.output.dy.data, first), t.dx = r_.view(dr, 0);
-      t.act = Activation::none, t.training = true;
+      t.act = Activation::none, t.training = p_.output.training;
       const Partition part = r_.partition(last - first);
       const Rows<float> sums = own ? dr_sums_.cleared(strip) : Rows<float>{};
       for (std::int64_t group = 0; group < part.groups; ++group)

@@ -43,10 +43,13 @@ class ConvNormForward {
           next.add_to(ahead, images, inputs_.row());
         convolution_->run(strips_.first(strip), strips_.first(strip + 1), input_rows(strip, rows, y), y + y_size,
                           p_.input.x ? &ahead : nullptr);
-        if (p_.output.mean) measure(strip, rows);
+        if (p_.output.moments) measure(strip, rows);
       }
     }
-    if (p_.output.mean) finish();
+    if (p_.output.moments)
+      finish();
+    else if (p_.output.mean)
+      read_running();
     if (active_.rows())
       for (std::int64_t c = 0; c < p_.conv.inputs; ++c)
         p_.input.record[kActiveRow * p_.conv.inputs + c] = active_.total(kActive, {c, inputs_.width(), p_.conv.inputs});
@@ -109,6 +112,15 @@ class ConvNormForward {
       means[c] = moments.mean, variances[c] = m2 / (moments.count - 1);
     }
     RunningStatistics(p_.output).update_unless_skipped<float>(means, variances);
+  }
+
+  // In eval mode the statistics are the running ones, as in forward.cpp.
+  void read_running() const {
+    for (std::int64_t c = 0; c < p_.conv.outputs; ++c) {
+      static_cast<float*>(p_.output.mean)[c] = static_cast<float>(read(p_.output.running_mean, c, 0.0));
+      static_cast<float*>(p_.output.spread)[c] =
+          static_cast<float>(1 / std::sqrt(read(p_.output.running_var, c, 0.0) + p_.output.eps));
+    }
   }
 
   const ConvNorm& p_;

@@ -40,7 +40,8 @@ struct ConvNorm {
   Forward input;   // the call of normalize that computes y. If it has no x, then y is conv.x; if it has no y, then y is
                    // not stored
   Conv3x3 conv;    // conv.y is r
-  Forward output;  // a call of moments of r, with mean, spread and running statistics. `spread` becomes invstd
+  Forward output;  // the norm of r: mean and spread are written, and spread becomes invstd. If `moments` is set, they
+                   // are those of r, and the running statistics are updated. Otherwise they are the running ones
 };
 
 // A call of conv_norm_backward. g is a gradient before the activation of a batch norm, z its value there.

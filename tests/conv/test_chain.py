@@ -1,6 +1,8 @@
 """Convolutions between batch norms: the kernels against the reference in float64, and chains of modules."""
 
 import copy
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -322,7 +324,7 @@ def test_skipped_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_some_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of norms and of the input. A convolution that is frozen is called by itself."""
+    """Some norms and a convolution are frozen."""
     model = network()
     for part in (model[0].norm, model[1].second.norm, model[2].first.conv):
         part.requires_grad_(False)
@@ -337,6 +339,70 @@ def test_only_some_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, p in model.named_parameters():
         assert (p.grad is None) == (expected[name] is None) == (not p.requires_grad)
         assert p.grad is None or torch.equal(p.grad, expected[name]), name
+
+
+def _eval(model: nn.Module) -> None:
+    model.eval()
+
+
+def _partly_frozen(model: nn.Module) -> None:
+    """Some norms in eval mode between others in training, and frozen parameters."""
+    bnkern.nn.freeze_statistics(model[1])
+    model[2].second.norm.eval().requires_grad_(False)
+    model[2].first.conv.requires_grad_(False)
+
+
+@pytest.mark.parametrize("prepare", [_eval, bnkern.nn.freeze_statistics, _partly_frozen])
+def test_running_statistics(prepare: Callable[[nn.Module], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eval mode and with frozen statistics: output, gradients and buffers have the bits of the modules."""
+    model = network()
+    run(model, images())  # so that the running statistics are not 0 and 1
+    prepare(model)
+    other = copy.deepcopy(model)
+    y, results = run(model, images())
+    other_y, expected = one_by_one(other, images(), monkeypatch)
+    assert is_fused(y) and not is_fused(other_y)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert all(results.pop(name) is expected.pop(name) is None for name in frozen)
+    equal(results, expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [True, False])
+def test_without_gradients(mode: Callable, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, and values that no later link needs are freed: the peak is a part of all values."""
+    model = network().train(training)
+    other, calls = copy.deepcopy(model), []
+    kernels = fused.kernels_for(images())
+    monkeypatch.setattr(kernels, "conv_norm_forward", _counted(kernels.conv_norm_forward, calls))
+    with mode():
+        y = model(images())
+    assert y.grad_fn is None and len(calls) == 9
+    expected = other(images())
+    assert torch.equal(y, expected)
+    equal(dict(model.named_buffers()), dict(other.named_buffers()))
+    living = [reference() is not None for call in calls[:9] for reference in call]
+    assert not any(living[:-1])
+
+
+def _counted(function: Callable, calls: list) -> Callable:
+    """``function``, which appends weak references to the tensors of each call's results."""
+
+    def counted(*args: object) -> tuple:
+        results = function(*args)
+        calls.append([weakref.ref(t) for t in results[:3] if t is not None])
+        return results
+
+    return counted
+
+
+def test_second_derivatives_in_eval_mode() -> None:
+    """Against torch's modules in float64."""
+    torch.manual_seed(0)
+    model = Chain(*(ConvBNAct(16, 16, act=None) for _ in range(3))).to(memory_format=torch.channels_last)
+    run(model, images())
+    model.eval()
+    _compare_second_derivatives(model)
 
 
 def test_residuals_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,6 +433,10 @@ def test_second_derivatives() -> None:
     """Against torch's modules in float64."""
     torch.manual_seed(0)
     model = Chain(*(ConvBNAct(16, 16, act=None) for _ in range(3))).to(memory_format=torch.channels_last)
+    _compare_second_derivatives(model)
+
+
+def _compare_second_derivatives(model: Chain) -> None:
     truth = copy.deepcopy(model).double()
     results = []
     for module, x in ((model, images()), (truth, images().double())):
@@ -380,9 +450,6 @@ def test_second_derivatives() -> None:
 
 
 NOT_FUSED = {
-    "eval": lambda model, x: (model.eval(), x),
-    "frozen statistics": lambda model, x: (bnkern.nn.freeze_statistics(model) or model, x),
-    "frozen weights": lambda model, x: (model.requires_grad_(False), x.clone().requires_grad_()),
     "hooks": lambda model, x: ([m.register_forward_hook(lambda *_: None) for m in model.modules()] and model, x),
     "contiguous": lambda model, x: (model.to(memory_format=torch.contiguous_format), x.contiguous()),
     "few tiles": lambda model, x: (model, last(x[:1, :, :8, :8])),
@@ -413,8 +480,6 @@ def test_calls_that_are_not_fused(case: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_contexts_that_are_not_fused() -> None:
     model, x = network(), images()
-    with torch.no_grad():
-        assert model(x).grad_fn is None
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_fused(model(x))
     with bnkern.use_backend("reference"):

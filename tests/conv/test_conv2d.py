@@ -106,8 +106,6 @@ def test_a_gradient_changed_by_a_later_hook_is_computed_again(tmp_path: Path) ->
         "dilation",
         "same",
         "circular",
-        "no grad",
-        "frozen",
     ],
 )
 def test_other_convolutions_are_torchs(case: str) -> None:
@@ -124,11 +122,27 @@ def test_other_convolutions_are_torchs(case: str) -> None:
         ours, theirs, x = (t.to(getattr(torch, case)) for t in (ours, theirs, x))
     if case == "nchw":
         x = x.contiguous()
-    if case == "frozen":
-        ours.weight.requires_grad_(False)
-    with torch.set_grad_enabled(case != "no grad"):
-        y = ours(x)
+    y = ours(x)
     assert not takes_over(y) and torch.equal(y, theirs(x))
+
+
+def test_without_gradients() -> None:
+    """Inference, and a frozen weight: the output has the bits of training."""
+    ours, _ = pair()
+    x = images()
+    y = ours(x)
+    assert takes_over(y)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            found = ours(x)
+        assert not found.requires_grad and torch.equal(found, y)
+    ours.weight.requires_grad_(False)
+    x.requires_grad_()
+    found = ours(x)
+    assert takes_over(found) and torch.equal(found, y)
+    (dx,) = torch.autograd.grad(found.square().sum(), x)
+    ours.weight.requires_grad_(True)
+    assert torch.equal(dx, torch.autograd.grad(ours(x).square().sum(), x)[0])
 
 
 def test_double_backward_and_autocast() -> None:

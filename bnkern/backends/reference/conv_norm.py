@@ -21,7 +21,10 @@ def conv_norm_forward(
     weight: Tensor,
     norm: ForwardCall,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
-    """y (if ``keep``), its mask, r, and mean and invstd of r. The running statistics of ``norm`` are updated.
+    """y (if ``keep``), its mask, r, and mean and invstd of the norm of r.
+
+    In training they are those of r, and the running statistics of ``norm`` are updated. In eval mode they are the
+    running statistics.
 
     Args:
         source: the call of the norm before the convolution, or y itself, [N, I, H, W].
@@ -29,7 +32,7 @@ def conv_norm_forward(
         invstd: of the source, as mean.
         keep: whether y is returned.
         weight: of the convolution, [O, I, 3, 3].
-        norm: the call of the norm behind the convolution, in training; x is not read.
+        norm: the call of the norm behind the convolution; x is not read.
     """
     mask = None
     if isinstance(source, Tensor):
@@ -37,9 +40,12 @@ def conv_norm_forward(
     else:
         y, mask = normalize(source, mean, invstd)
     r = torch.nn.functional.conv2d(y, weight, padding=1)
-    count, r_mean, m2 = moments(r)
-    update_running(norm, count, r_mean, m2)
-    return y if keep else None, mask, r, r_mean, torch.rsqrt(m2 / count + norm.eps)
+    if norm.training:
+        count, r_mean, m2 = moments(r)
+        update_running(norm, count, r_mean, m2)
+        return y if keep else None, mask, r, r_mean, torch.rsqrt(m2 / count + norm.eps)
+    assert norm.running_mean is not None and norm.running_var is not None
+    return y if keep else None, mask, r, norm.running_mean.clone(), torch.rsqrt(norm.running_var + norm.eps)
 
 
 def conv_norm_backward(
@@ -57,7 +63,7 @@ def conv_norm_backward(
 
     Args:
         behind: the call of the norm behind the convolution: dy is its g, x is r, and act is None.
-        sums: sum g and sum g * xhat of this norm, [2, O].
+        sums: sum g and sum g * xhat of this norm, [2, O]. They are not read in eval mode.
         weight: of the convolution.
         before: the call of the norm before it, without a dy, or None if y has no norm before it.
         y: the convolution's input. If it is None it is computed from ``before``, whose norm then has no residual.
@@ -69,7 +75,8 @@ def conv_norm_backward(
         gradient of the convolution's weight. Those that are not needed or do not exist are None.
     """
     count = behind.x.numel() // behind.x.shape[1]
-    dr, _ = grad_input(behind._replace(needs=(True, False, False, False)), (sums[0], sums[1], count))
+    means = (sums[0], sums[1], count) if behind.training else None
+    dr, _ = grad_input(behind._replace(needs=(True, False, False, False)), means)
     assert dr is not None
     if y is None:
         assert before is not None, "y or the norm before the convolution is required"
