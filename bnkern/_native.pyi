@@ -67,6 +67,7 @@ def conv_norm_forward(
     invstd: Tensor | None,
     keep: bool,
     weight: Tensor,
+    bias: Tensor | None,
     norm: ForwardCall,
     /,
 ) -> ConvNormForward: ...

@@ -21,12 +21,13 @@ from .norm import context
 
 
 class Link(NamedTuple):
-    """One step of a chain: ``act(batch_norm(conv2d(value, weight, padding=1)) + residual)``.
+    """One step of a chain: ``act(batch_norm(conv2d(value, weight, bias, padding=1)) + residual)``.
 
     Value 0 is the chain's input, and value k the output of its k-th link.
     """
 
     weight: Tensor  # [O, I, 3, 3]
+    bias: Tensor | None  # [O], of the convolution
     norm: ForwardCall  # of the batch norm, without x and residual
     residual: Tensor | int | None = None  # a tensor of the output's shape, or the number of an earlier value
     records: Records | None = None  # what the kernels record of the norm
@@ -45,7 +46,7 @@ def chain(x: Tensor, links: Sequence[Link], kernels: ChainBackend) -> Tensor:
 
     For link k, with value y_0 = x:
 
-        r_k = conv2d(y_{k-1}, weight_k, padding=1),   y_k = act(batch_norm(r_k) + residual_k)
+        r_k = conv2d(y_{k-1}, weight_k, bias_k, padding=1),   y_k = act(batch_norm(r_k) + residual_k)
 
     A batch norm in training uses the statistics of the batch and updates the running ones. One in eval mode uses the
     running statistics, as do those whose statistics are frozen.
@@ -70,7 +71,7 @@ def chain(x: Tensor, links: Sequence[Link], kernels: ChainBackend) -> Tensor:
             residuals.append(residual)
             residual = -len(residuals)
         specs.append(_Spec(link.norm._replace(weight=None, bias=None), residual, link.records or _NO_RECORDS))
-        tensors += [link.weight, link.norm.weight, link.norm.bias]
+        tensors += [link.weight, link.bias, link.norm.weight, link.norm.bias]
     tensors += residuals
     if context.grad_needed(x, *tensors):
         y = _Chain.apply(kernels, tuple(specs), x, *tensors)
@@ -98,9 +99,9 @@ class _Spec(NamedTuple):
 
 
 def _split(specs: Sequence[_Spec], tensors: Sequence[Tensor | None]) -> tuple[list, Sequence]:
-    """The tensors of each link (convolution's weight, norm's weight and bias), and the residuals."""
-    end = 3 * len(specs)
-    return [tuple(tensors[k : k + 3]) for k in range(0, end, 3)], tensors[end:]
+    """The tensors of each link (weight and bias of the convolution and of the norm), and the residuals."""
+    end = 4 * len(specs)
+    return [tuple(tensors[k : k + 4]) for k in range(0, end, 4)], tensors[end:]
 
 
 def _forward(
@@ -117,11 +118,13 @@ def _forward(
     source: Any = x  # then the call of each norm
     mean = invstd = None
     last = len(specs) - 1
-    for k, (spec, (weight, scale, bias)) in enumerate(zip(specs, parameters, strict=True)):
+    for k, (spec, (weight, shift, scale, bias)) in enumerate(zip(specs, parameters, strict=True)):
         record = spec.records.activation
         # normalize computes the whole record of the last norm
         norm = spec.norm if k == last else spec.norm._replace(record=record)
-        y, mask, r, next_mean, next_invstd = kernels.conv_norm_forward(source, mean, invstd, k in kept, weight, norm)
+        y, mask, r, next_mean, next_invstd = kernels.conv_norm_forward(
+            source, mean, invstd, k in kept, weight, shift, norm
+        )
         if k:
             values.append(y)
         if save:
@@ -163,7 +166,7 @@ class _Chain(torch.autograd.Function):
 
         def norm_call(k: int, g: Tensor | None, mask: Tensor | None = None, act: str | None = None) -> BackwardCall:
             r, mean, invstd = statistics[k]
-            _, scale, bias = parameters[k]
+            _, _, scale, bias = parameters[k]
             _, gradient, affine, samples, _ = specs[k].records
             options = {"record_gradient": gradient, "record_affine": affine, "record_samples": samples}
             training = specs[k].norm.training
@@ -174,26 +177,36 @@ class _Chain(torch.autograd.Function):
         g, sums, *affine = kernels.grad_before_act(call)
         shortcuts: dict[int, Tensor] = {}  # gradients of values from the links that use them as a residual
         for k in range(last, -1, -1):
-            grads[3 * k + 1 : 3 * k + 3] = affine
+            grads[4 * k + 2 : 4 * k + 4] = affine
+            if needs[4 * k + 1]:
+                grads[4 * k + 1] = _bias_gradient(specs[k], parameters[k], statistics[k][2], sums)
             residual = specs[k].residual
             if residual is not None and residual < 0:
-                grads[3 * len(specs) - residual - 1] = g
+                grads[4 * len(specs) - residual - 1] = g
             elif residual is not None:
                 shortcuts[residual] = shortcuts[residual] + g if residual in shortcuts else g
             behind = norm_call(k, g)  # g is the gradient before the act, so the call has none
             before = None if k == 0 else norm_call(k - 1, None, masks[k], specs[k - 1].norm.act)
-            g, sums, *affine, grads[3 * k] = kernels.conv_norm_backward(
+            g, sums, *affine, grads[4 * k] = kernels.conv_norm_backward(
                 behind,
                 sums,
                 parameters[k][0],
                 before,
                 stored[k],
                 shortcuts.pop(k, None),
-                (k > 0 or need_x, needs[3 * k]),
+                (k > 0 or need_x, needs[4 * k]),
             )
         for spec in specs:
             spec.records.backward_written()
         return None, None, g, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _bias_gradient(spec: _Spec, parameters: tuple, invstd: Tensor, sums: Tensor) -> Tensor:
+    """The gradient of a convolution's bias, which is the sum of that of r: 0 in training, where the mean removes it."""
+    bias, scale = parameters[1:3]
+    if spec.norm.training:
+        return torch.zeros_like(bias)
+    return (sums[0] * (invstd if scale is None else scale * invstd)).to(bias.dtype)
 
 
 def _differentiable_backward(
@@ -209,12 +222,13 @@ def _differentiable_backward(
     with torch.enable_grad():
         parameters, residuals = _split(specs, tensors)
         values: list[Tensor] = [x]
-        for k, (spec, (weight, scale, bias)) in enumerate(zip(specs, parameters, strict=True)):
-            r = F.conv2d(values[-1], weight, padding=1)
+        for k, (spec, (weight, shift, scale, bias)) in enumerate(zip(specs, parameters, strict=True)):
+            r = F.conv2d(values[-1], weight, shift, padding=1)
             if spec.norm.training:
                 z = F.batch_norm(r, None, None, scale, bias, training=True, eps=spec.norm.eps)
             else:
                 mean, invstd = saved[5 * k + 1 : 5 * k + 3]
+                mean = mean if shift is None else mean + shift.detach()
                 z = (r - mean.view(-1, 1, 1)) * invstd.view(-1, 1, 1)
                 z = z if scale is None else z * scale.view(-1, 1, 1)
                 z = z if bias is None else z + bias.view(-1, 1, 1)

@@ -129,6 +129,7 @@ class ChainBackend(Backend, Protocol):
         invstd: Tensor | None,
         keep: bool,
         weight: Tensor,
+        bias: Tensor | None,
         norm: ForwardCall,
     ) -> ConvNormForward: ...
 

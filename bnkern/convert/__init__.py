@@ -58,10 +58,10 @@ def convert(model: nn.Module, fuse: bool = True, fuse_conv: bool = False) -> nn.
         model: any module, on any device. It is changed in place. A converted model is reverted first, so two calls
             have the same effect as one.
         fuse: False exchanges the batch norms and nothing else.
-        fuse_conv: True also joins 3 x 3 convolutions of stride and padding 1 without bias to the batch norms before and
-            behind them, within one forward (:func:`bnkern.nn.run_chain`). In training on the CPU, in float32 and
-            channels_last, such a chain uses Winograd's form. The results differ from torch's by rounding. The summary
-            says "convolution + batch norm ..." for the batch norms in chains.
+        fuse_conv: True also joins 3 x 3 convolutions of stride and padding 1 to the batch norms before and
+            behind them, within one forward (:func:`bnkern.nn.run_chain`). On the CPU, in float32 and channels_last,
+            such a chain uses Winograd's form. The results differ from torch's by rounding. The summary
+            says "convolution + batch norm ..." for the batch norms in chains, and for the others why they are in none.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
@@ -127,7 +127,7 @@ def summary(model: nn.Module) -> Summary:
             why = note.why
             if note.separate_adds:
                 why = f"torch added the residual in {note.separate_adds} calls, to broadcast or promote it"
-            layers.append(Layer(name, note.outcome, why))
+            layers.append(Layer(name, note.outcome, "; ".join(filter(None, [why, note.why_no_chain]))))
         elif isinstance(module, torch.jit.ScriptModule):
             if module.original_name in [cls.__name__ for cls in _REPLACEMENTS]:
                 layers.append(Layer(name, "left alone", "it is part of a torch.jit module"))

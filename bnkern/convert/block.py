@@ -16,12 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ..nn.chain import ChainLink, fused_chain
+from ..nn.chain import ChainLink, run_links
 from ..nn.leaf import fx_leaf
 
 
 class Note:
-    """The conversion of one batch norm: its former class ``was``, the ``outcome``, and ``why`` it is not fused."""
+    """The conversion of one batch norm: its former class ``was``, the ``outcome``, ``why`` it is not fused with a ReLU,
+    and ``why_no_chain``, which is set if convolutions were to be fused.
+    """
+
+    why_no_chain = ""
 
     def __init__(self, was: type[nn.Module], why: str) -> None:
         self.was, self.outcome, self.why = was, "batch norm", why
@@ -76,17 +80,19 @@ class Step(NamedTuple):
 
 
 def conv_chain(x: Tensor, *steps: tuple) -> Tensor:
-    """Computes the steps one after the other, by the kernels of :func:`bnkern.nn.run_chain` if they serve the call."""
+    """Computes the steps one after the other, by the kernels of :func:`bnkern.nn.run_chain` where they serve them."""
     links = [Step(*step) for step in steps]
-    if not isinstance(x, fx.Proxy) and all(link.norm.act == ("relu" if link.relu else None) for link in links):
-        y = fused_chain(x, [ChainLink(link.conv, link.norm, link.residual) for link in links])
-        if y is not None:
-            return y
+
+    def call(k: int, value: Tensor, residual: Tensor | None) -> Tensor:
+        link, r = links[k], links[k].conv(value)
+        return norm_relu(link.norm, r, residual, link.in_place) if link.relu else link.norm(r)
+
+    if all(link.norm.act == ("relu" if link.relu else None) for link in links):
+        return run_links(x, [ChainLink(link.conv, link.norm, link.residual) for link in links], call)
     values = [x]
-    for link in links:
-        r = link.conv(values[-1])
+    for k, link in enumerate(links):
         residual = values[link.residual] if isinstance(link.residual, int) else link.residual
-        values.append(norm_relu(link.norm, r, residual, link.in_place) if link.relu else link.norm(r))
+        values.append(call(k, values[-1], residual))
     return values[-1]
 
 

@@ -21,6 +21,38 @@ class _Part(NamedTuple):
         return self.norm.args[2] if self.norm.target is norm_relu and len(self.norm.args) > 2 else None  # type: ignore[return-value]
 
 
+def obstacles(graph: fx.Graph, module: Callable[[str], nn.Module]) -> dict[str, str]:
+    """The reason why a batch norm of ``graph`` is in no chain, by its path, for those without a chain."""
+    found = {}
+    for node in graph.nodes:
+        norm, args = node, node.args
+        if node.op == "call_function" and node.target is norm_relu:
+            norm, args = node.args[0], node.args[1:]
+        elif node.op != "call_module" or not isinstance(module(path_of(node)), nn.modules.batchnorm._BatchNorm):
+            continue
+        if "_conversion" in vars(module(path_of(norm))) and isinstance(args[0], fx.Node):
+            found[path_of(norm)] = _obstacle(args[0], module)
+    return {path: why for path, why in found.items() if why}
+
+
+def _obstacle(source: fx.Node, module: Callable[[str], nn.Module]) -> str:
+    conv = module(path_of(source)) if source.op == "call_module" else None
+    if not isinstance(conv, nn.Conv2d):
+        return "it does not follow a Conv2d in the same forward"
+    size = " x ".join(map(str, conv.kernel_size))
+    if len(source.users) > 1:
+        return "the convolution's output is used elsewhere too"
+    if conv.kernel_size != (3, 3):
+        return f"the convolution is {size}"
+    if conv.stride != (1, 1):
+        return f"the convolution has stride {conv.stride[0]}"
+    if (conv.padding, conv.dilation, conv.groups, conv.padding_mode) != ((1, 1), (1, 1), 1, "zeros"):
+        return "the convolution has groups, a dilation, or another padding than 1"
+    if conv.in_channels % 16 or conv.out_channels % 16:
+        return f"{conv.in_channels} to {conv.out_channels} channels are not multiples of 16"
+    return ""
+
+
 def join_chains(graph: fx.Graph, module: Callable[[str], nn.Module]) -> tuple[set[str], set[str]]:
     """Replaces sequences of convolutions and batch norms in ``graph``.
 
@@ -46,7 +78,7 @@ def join_chains(graph: fx.Graph, module: Callable[[str], nn.Module]) -> tuple[se
 
 
 def _part(conv: fx.Node, module: Callable[[str], nn.Module]) -> _Part | None:
-    if conv.op != "call_module" or not _is_chainable(module(path_of(conv))) or len(conv.users) != 1:
+    if conv.op != "call_module" or _obstacle(conv, module):
         return None
     (norm,) = conv.users
     if norm.op == "call_function" and norm.target is norm_relu and norm.args[1] is conv:
@@ -61,16 +93,6 @@ def _part(conv: fx.Node, module: Callable[[str], nn.Module]) -> _Part | None:
             break
         last = user
     return _Part(conv, norm, last)
-
-
-def _is_chainable(conv: nn.Module) -> bool:
-    return (
-        isinstance(conv, nn.Conv2d)
-        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
-        and conv.groups == 1
-        and conv.bias is None
-        and conv.padding_mode == "zeros"
-    )
 
 
 def _continues(chain: list[_Part], part: _Part) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from .block import AbsorbedReLU, Guard, Recipe, block_class, has_hooks, norm_relu, note_of
-from .chains import join_chains
+from .chains import join_chains, obstacles
 from .match import Match, Patterns, path_of
 from .reach import has_forward, reached_in_source, reached_in_trace
 from .trace import Untraceable, parameters, trace
@@ -100,6 +100,9 @@ class _Fusion:
                 replaced.append(match)
         for path, why in patterns.why.items():
             self._set_reason(self.block.get_submodule(path), why)
+        if self.fuse_conv:
+            for path, why in obstacles(graph, self.block.get_submodule).items():
+                note_of(self.block.get_submodule(path)).why_no_chain = why
         if not replaced and not (self.fuse_conv and self._replaceable()):
             return set()
         try:

@@ -1,12 +1,13 @@
 """Chains of convolutions and batch norms: what the kernels of :mod:`bnkern.chain` serve, and the modules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends.calls import ForwardCall
+from ..backends.protocol import ChainBackend
 from ..chain import Link, chain, kernels_for
 from ..norm.context import is_plain, is_plain_eager
 from .convolution import Conv2d
@@ -24,53 +25,88 @@ class ChainLink(NamedTuple):
 def run_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor:
     """Applies ``norm(conv(value), residual)`` for each link to the value of the link before it, and returns the last.
 
-    If bnkern's kernels for chains serve all links, the batch norms make no pass over memory of their own: a convolution
-    normalises its input when it loads it, and computes the moments of its output when it stores it. They serve float32
-    tensors in channels_last on the CPU, in training, in eval mode and without gradients: 3 x 3 convolutions
-    (:class:`Conv2d` or torch's) of stride and padding 1 without bias whose channels are multiples of 16, and
-    :class:`BatchNorm2d`. The call must be outside of compilers and transforms, and the modules must have no hooks. The
-    probes of batch norms in training record in the same pass (``norm_gradient_noise`` for images of at most 16,384
-    values). Otherwise the modules are called one after the other, so everything that looks at a value between them gets
-    it.
+    Where bnkern's kernels for chains serve a link, or several in sequence, the batch norms make no pass over memory of
+    their own: a convolution normalises its input when it loads it, and computes the moments of its output when it
+    stores it. The kernels serve float32 tensors in channels_last on the CPU, in training, in eval mode and without
+    gradients: 3 x 3 convolutions (:class:`Conv2d` or torch's) of stride and padding 1 whose channels are multiples of
+    16, and :class:`BatchNorm2d`. The call must be outside of compilers and transforms, and the modules must have no
+    hooks. The probes of batch norms in training record in the same pass, except after a convolution with a bias
+    (``norm_gradient_noise`` for images of at most 16,384 values). The modules of all other links are called, so
+    everything that looks at a value between them gets it.
 
-    For images of at most 16,384 values whose width is a multiple of 8, the results and gradients have the bits of the
-    modules called one by one. With other sizes sums may be added in another order.
+    For images of at most 16,384 values whose width is a multiple of 8, the results and gradients of convolutions
+    without bias have the bits of the modules called one by one. With other sizes sums may be added in another order.
+    The bias of a convolution has no effect on a batch norm in training but on its running mean, so its gradient is 0.
     """
-    y = fused_chain(x, links)
-    if y is not None:
-        return y
-    values = [x]
-    for conv, norm, residual in links:
-        residual = values[residual] if isinstance(residual, int) else residual
-        values.append(norm(conv(values[-1]), residual))
+
+    def call(k: int, value: Tensor, residual: Tensor | None) -> Tensor:
+        return links[k].norm(links[k].conv(value), residual)
+
+    return run_links(x, links, call)
+
+
+def run_links(x: Tensor, links: Sequence[ChainLink], call: Callable[[int, Tensor, Tensor | None], Tensor]) -> Tensor:
+    """:func:`run_chain`, where ``call(k, value, residual)`` calls the modules of link k."""
+    values: list[Any] = [x]  # those within a chain remain None
+    while len(values) <= len(links):
+        first = len(values) - 1
+        kernels = _kernels_for(values[first])
+        count = 0 if kernels is None else _count_served(values, links[first:], kernels)
+        if kernels is None or count == 0:
+            values.append(call(first, values[first], _residual(links[first], values)))
+            continue
+        # A value that a later link needs is the last one of its chain.
+        used = [link.residual - first for link in links[first + count :] if isinstance(link.residual, int)]
+        count = min([count, *(k for k in used if k > 0)])
+        calls = [_link_call(link, first, values) for link in links[first : first + count]]
+        values += [None] * (count - 1)
+        values.append(chain(values[first], calls, kernels))
     return values[-1]
 
 
-def fused_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor | None:
-    """:func:`run_chain` by the kernels for chains, or None if they do not serve this call. Then nothing was done."""
-    if not (
-        is_plain_eager()
-        and type(x) is Tensor
-        and links
-        and all(is_chainable(link) for link in links)
-        and not torch.is_autocast_enabled(x.device.type)
-        and x.dim() == 4
-        and not x.is_neg()
-        and x.shape[1] == links[0].conv.in_channels
-    ):
-        return None
-    kernels = kernels_for(x)
-    if kernels is None:
-        return None
-    channels: list[int] = [links[0].conv.in_channels, *(link.conv.out_channels for link in links)]
-    recorded: set[str] = {field for link in links if link.norm.taps for field in link.norm.taps[0].requested(link.norm)}
-    if recorded and not all(_uses_batch(link.norm) for link in links):
-        return None
-    if "samples" in recorded and x.shape[2] * x.shape[3] * max(channels) > 16_384:
-        return None
-    if not kernels.prefers_conv_norm(x, channels) or not all(_fits(link, x, channels) for link in links):
-        return None
-    return chain(x, [_link_call(link) for link in links], kernels)
+def _residual(link: ChainLink, values: Sequence[Tensor]) -> Tensor | None:
+    return values[link.residual] if isinstance(link.residual, int) else link.residual
+
+
+def _kernels_for(x: Tensor) -> ChainBackend | None:
+    """The backend with kernels for chains of this input, or None if there is none in the present context."""
+    plain = is_plain_eager() and type(x) is Tensor and x.dim() == 4 and not x.is_neg()
+    return kernels_for(x) if plain and not torch.is_autocast_enabled(x.device.type) else None
+
+
+def _count_served(values: Sequence[Tensor], links: Sequence[ChainLink], kernels: ChainBackend) -> int:
+    """The number of links from the first one on that the kernels serve as one chain of the last value."""
+    x, first = values[-1], len(values) - 1
+    if x.shape[1] != links[0].conv.in_channels:
+        return 0  # the module raises the error
+    channels = [x.shape[1]]
+    pixels, most, samples = x.shape[2] * x.shape[3], 0, False
+    for count, link in enumerate(links):
+        if not is_chainable(link) or link.conv.in_channels != channels[-1]:
+            return count
+        channels.append(link.conv.out_channels)
+        most = max(most, *channels[-2:])
+        if link.norm.taps:
+            samples = samples or "samples" in link.norm.taps[0].requested(link.norm)
+            if not _uses_batch(link.norm) or link.conv.bias is not None or (samples and pixels * most > 16_384):
+                return count
+        if isinstance(link.residual, int) and link.residual >= first:
+            fits = channels[link.residual - first] == channels[-1]
+        else:
+            fits = _fits(_residual(link, values), (x.shape[0], channels[-1], *x.shape[2:]), x.dtype)
+        if not fits or not kernels.prefers_conv_norm(x, channels[-2:]):
+            return count
+    return len(links)
+
+
+def _fits(residual: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether the kernels can read a residual."""
+    return residual is None or (
+        is_plain(residual)
+        and residual.dtype is dtype
+        and residual.shape == shape
+        and residual.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def is_chainable(link: ChainLink) -> bool:
@@ -81,7 +117,6 @@ def is_chainable(link: ChainLink) -> bool:
         and type(norm) is BatchNorm2d
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and conv.groups == 1
-        and conv.bias is None
         and conv.padding_mode == "zeros"
         and norm.__dict__["num_features"] == conv.out_channels
         and (norm.__dict__["eps"] > 0 or not _uses_batch(norm))  # with others the module raises an error
@@ -90,7 +125,8 @@ def is_chainable(link: ChainLink) -> bool:
         and not torch.nn.modules.module._has_any_global_hook()
         and _is_plain_parameter(conv.weight)
         and all(
-            p is None or _is_plain_parameter(p) for p in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            p is None or _is_plain_parameter(p)
+            for p in (conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
         )
     )
 
@@ -110,23 +146,11 @@ def _has_hooks(module: torch.nn.Module) -> bool:
     )
 
 
-def _fits(link: ChainLink, x: Tensor, channels: list[int]) -> bool:
-    """Whether the kernels can read the link's residual, and it has the size of the output."""
-    residual = link.residual
-    if isinstance(residual, int):
-        return channels[residual] == link.conv.out_channels
-    if residual is None:
-        return True
-    return (
-        is_plain(residual)
-        and residual.dtype is x.dtype
-        and residual.shape == (x.shape[0], link.conv.out_channels, *x.shape[2:])
-        and residual.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
-def _link_call(link: ChainLink) -> Link:
+def _link_call(link: ChainLink, first: int, values: Sequence[Tensor]) -> Link:
+    """The link of a chain whose input is value ``first``."""
     conv, norm, residual = link
+    if isinstance(residual, int):
+        residual = residual - first if residual >= first else values[residual]
     training = norm.training and not norm.statistics_frozen
     running_mean, running_var, counter, skipped, momentum = norm._running(training)
     call = ForwardCall(
@@ -144,7 +168,7 @@ def _link_call(link: ChainLink) -> Link:
         num_batches_skipped=skipped,
     )
     records = norm.taps[0].records(norm, (conv.out_channels,), conv.weight.device) if norm.taps else None
-    return Link(conv.weight, call, residual, records)
+    return Link(conv.weight, conv.bias, call, residual, records)
 
 
 class ConvBNAct(torch.nn.Module):
@@ -219,12 +243,10 @@ class Chain(torch.nn.Sequential):
                     links = []
             if part is None:
                 value, links = module(run_chain(value, links)), []
-            elif all(is_chainable(link) for link in part):
-                first = len(links)
-                links += [
-                    link._replace(residual=link.residual + first) if isinstance(link.residual, int) else link
-                    for link in part
-                ]
-            else:
-                value, links = run_chain(run_chain(value, links), part), []
+                continue
+            first = len(links)
+            links += [
+                link._replace(residual=link.residual + first) if isinstance(link.residual, int) else link
+                for link in part
+            ]
         return run_chain(value, links)

@@ -21,7 +21,7 @@ float* images_like(PyObject* object, const Input& x, const char* name) {
   return static_cast<float*>(view.data);
 }
 
-// conv_norm_forward(call, mean, invstd, keep, weight, statistics) -> (y, mask, r, mean, invstd)
+// conv_norm_forward(call, mean, invstd, keep, weight, bias, statistics) -> (y, mask, r, mean, invstd)
 //   call        the ForwardCall of the norm before the convolution, or its input y itself
 //   keep        whether y is returned
 //   statistics  the ForwardCall of the norm behind it, without an x, or None. Without training, mean and invstd are
@@ -50,16 +50,17 @@ PyObject* conv_norm_forward(PyObject* const* args) {
     if (has_mask(field, p.input)) p.input.mask = results.mask(outputs[1]);
   }
   outputs[2] = make_images(images, p.conv.n, p.conv.outputs, p.conv.h, p.conv.w, p.conv.y);
-  if (args[5] != Py_None) {
-    check_forward_call(args[5]);
+  if (args[6] != Py_None) {
+    check_forward_call(args[6]);
     Input r;
     read_input(outputs[2].get(), r, "conv_norm_forward: r");
-    p.output.moments = Fields<F>(args[5])(F::training);
-    if (!read_running(Fields<F>(args[5]), r, p.output) ||
-        !r.read_record(Fields<F>(args[5])[F::record], 9, p.output.record) ||
+    p.output.moments = Fields<F>(args[6])(F::training);
+    if (!r.read_run(args[5], dlpack::kFloat32, r.channels(), p.bias) ||
+        !read_running(Fields<F>(args[6]), r, p.output) ||
+        !r.read_record(Fields<F>(args[6])[F::record], 9, p.output.record) ||
         (!p.output.moments && (!p.output.running_mean || !p.output.running_var || p.output.record)))
       refuse("conv_norm_forward: statistics", kNorm);
-    read_numbers(Fields<F>(args[5]), p.output);
+    read_numbers(Fields<F>(args[6]), p.output);
     p.output.shape = r.shape();
     Results results(r);
     p.output.mean = results.statistic(outputs[3]), p.output.spread = results.statistic(outputs[4]);
@@ -166,9 +167,9 @@ PyObject* conv_norm_backward(PyObject* const* args) {
 
 bool add_conv_norm(PyObject* module) {
   static PyMethodDef methods[] = {
-      method<conv_norm_forward, 6>("conv_norm_forward",
-                                   "conv_norm_forward(call, mean, invstd, keep, weight, statistics) -> (y, mask, r, "
-                                   "mean, invstd); see ConvNorm in csrc/cpu/cpu.h."),
+      method<conv_norm_forward, 7>("conv_norm_forward",
+                                   "conv_norm_forward(call, mean, invstd, keep, weight, bias, statistics) -> (y, mask, "
+                                   "r, mean, invstd); see ConvNorm in csrc/cpu/cpu.h."),
       method<conv_norm_backward, 7>("conv_norm_backward",
                                     "conv_norm_backward(output, sums, weight, input, y, shortcut, needs) -> (g, sums, "
                                     "dweight, dbias, dconv); see ConvNormBackward in csrc/cpu/cpu.h."),

@@ -109,15 +109,17 @@ class ConvNormForward {
       const double m2 = moments.m2 < 0 ? 0 : moments.m2;  // rounding may make it negative; NaN stays NaN
       static_cast<float*>(p_.output.mean)[c] = static_cast<float>(moments.mean);
       static_cast<float*>(p_.output.spread)[c] = static_cast<float>(1 / std::sqrt(m2 / moments.count + p_.output.eps));
-      means[c] = moments.mean, variances[c] = m2 / (moments.count - 1);
+      means[c] = moments.mean + bias(c), variances[c] = m2 / (moments.count - 1);
     }
     RunningStatistics(p_.output).update_unless_skipped<float>(means, variances);
   }
 
+  double bias(std::int64_t c) const { return p_.bias ? p_.bias[c] : 0; }
+
   // In eval mode the statistics are the running ones, as in forward.cpp.
   void read_running() const {
     for (std::int64_t c = 0; c < p_.conv.outputs; ++c) {
-      static_cast<float*>(p_.output.mean)[c] = static_cast<float>(read(p_.output.running_mean, c, 0.0));
+      static_cast<float*>(p_.output.mean)[c] = static_cast<float>(read(p_.output.running_mean, c, 0.0) - bias(c));
       static_cast<float*>(p_.output.spread)[c] =
           static_cast<float>(1 / std::sqrt(read(p_.output.running_var, c, 0.0) + p_.output.eps));
     }

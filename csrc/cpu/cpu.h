@@ -37,9 +37,11 @@ struct ConvDirect {
 // A call of conv_norm_forward: the convolution r = conv3x3(y) of the output y of a batch norm, and the statistics of r.
 // All tensors are float32 and contiguous in channels_last.
 struct ConvNorm {
-  Forward input;   // the call of normalize that computes y. If it has no x, then y is conv.x; if it has no y, then y is
-                   // not stored
-  Conv3x3 conv;    // conv.y is r
+  Forward input;  // the call of normalize that computes y. If it has no x, then y is conv.x; if it has no y, then y is
+                  // not stored
+  Conv3x3 conv;   // conv.y is r
+  const float*
+      bias;        // [O], of the convolution, or null. It is not added to r, but the running mean is that of r + bias
   Forward output;  // the norm of r: mean and spread are written, and spread becomes invstd. If `moments` is set, they
                    // are those of r, and the running statistics are updated. Otherwise they are the running ones
 };

@@ -62,6 +62,7 @@ def double(call: ForwardCall | BackwardCall) -> ForwardCall | BackwardCall:
 @pytest.mark.parametrize("act", [None, "relu"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_kernels(sizes: tuple[int, ...], act: str | None, residual: bool) -> None:
+    """The convolution has a bias where the norm before it has a residual."""
     n, inputs, outputs, h, w = sizes
     torch.manual_seed(0)
     x, shortcut = (last(torch.randn(n, inputs, h, w)) for _ in range(2))
@@ -70,6 +71,7 @@ def test_kernels(sizes: tuple[int, ...], act: str | None, residual: bool) -> Non
     scales, biases = [torch.rand(c) + 0.5 for c in (inputs, outputs)], [torch.randn(c) for c in (inputs, outputs)]
     mean, invstd = x.mean((0, 2, 3)), torch.rsqrt(x.var((0, 2, 3), unbiased=False) + 1e-5)
     call = ForwardCall(x, scales[0], biases[0], shortcut if residual else None, act=act, save_mask=True)
+    shift = torch.randn(outputs) if residual else None
 
     def norm(dtype: torch.dtype) -> ForwardCall:
         running = torch.zeros(outputs, dtype=dtype), torch.ones(outputs, dtype=dtype)
@@ -77,11 +79,12 @@ def test_kernels(sizes: tuple[int, ...], act: str | None, residual: bool) -> Non
 
     def forward() -> tuple:
         behind = norm(torch.float32)
-        return *cpu.conv_norm_forward(call, mean, invstd, residual, weight, behind), *behind[4:7]
+        return *cpu.conv_norm_forward(call, mean, invstd, residual, weight, shift, behind), *behind[4:7]
 
     y, mask, r, r_mean, r_invstd, *running = for_any_number_of_threads(forward)
     wide = norm(torch.float64)
-    truth = reference.conv_norm_forward(double(call), mean.double(), invstd.double(), residual, weight.double(), wide)
+    options = (weight.double(), None if shift is None else shift.double(), wide)
+    truth = reference.conv_norm_forward(double(call), mean.double(), invstd.double(), residual, *options)
     for actual, expected in zip((y, mask, r, r_mean, r_invstd), truth, strict=True):
         close(actual, expected)
     for actual, expected in zip(running, wide[4:7], strict=True):
@@ -127,10 +130,13 @@ def test_records(sizes: tuple[int, ...], special: float | None) -> None:
     vectors = torch.zeros(inputs), torch.ones(inputs)
     call, norm = ForwardCall(x, act="relu", record=torch.empty(9, inputs, dtype=torch.float64)), ForwardCall(None)
     call.record.fill_(-1)
-    results = cpu.conv_norm_forward(call._replace(record=None), *vectors, True, weight, norm)
+    results = cpu.conv_norm_forward(call._replace(record=None), *vectors, True, weight, None, norm)
     record = torch.empty(9, outputs, dtype=torch.float64)
     recorded = for_any_number_of_threads(
-        lambda: (*cpu.conv_norm_forward(call, *vectors, True, weight, norm._replace(record=record)), record.clone())
+        lambda: (
+            *cpu.conv_norm_forward(call, *vectors, True, weight, None, norm._replace(record=record)),
+            record.clone(),
+        )
     )
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(results, recorded[:-1], strict=True))
     y, _, r, mean, invstd = results
@@ -192,12 +198,14 @@ def test_wrong_operands() -> None:
     vector = torch.ones(16)
     call, norm = ForwardCall(x), ForwardCall(None)
     for arguments in (
-        (call, None, None, True, weight, norm),  # no statistics
-        (call._replace(x=x.contiguous()), vector, vector, True, weight, norm),
-        (call._replace(x=x.double()), vector.double(), vector.double(), True, weight.double(), norm),
-        (call, vector, vector, True, weight[:, :8], norm),
-        (call._replace(residual=x[:1]), vector, vector, True, weight, norm),
-        (call, vector, vector, True, weight, norm._replace(running_mean=vector[:8], running_var=vector[:8])),
+        (call, None, None, True, weight, None, norm),  # no statistics
+        (call._replace(x=x.contiguous()), vector, vector, True, weight, None, norm),
+        (call._replace(x=x.double()), vector.double(), vector.double(), True, weight.double(), None, norm),
+        (call, vector, vector, True, weight[:, :8], None, norm),
+        (call, vector, vector, True, weight, vector[:8], norm),
+        (call, vector, vector, True, weight, None, norm._replace(training=False)),  # without running statistics
+        (call._replace(residual=x[:1]), vector, vector, True, weight, None, norm),
+        (call, vector, vector, True, weight, None, norm._replace(running_mean=vector[:8], running_var=vector[:8])),
     ):
         with pytest.raises(TypeError, match=r"must be"):
             cpu.conv_norm_forward(*arguments)
@@ -212,7 +220,7 @@ def test_wrong_operands() -> None:
         with pytest.raises(TypeError, match=r"must be"):
             cpu.conv_norm_backward(*arguments)
     with pytest.raises(ValueError, match="multiples of 16"):
-        cpu.conv_norm_forward(x, None, None, False, weight[:8], norm)
+        cpu.conv_norm_forward(x, None, None, False, weight[:8], None, norm)
 
 
 # ------------------------------------------------------------------------------------------------- modules
@@ -308,6 +316,54 @@ def test_options_of_the_norms(momentum: float | None, monkeypatch: pytest.Monkey
         y, results = run(model, images())
         equal(results, one_by_one(other, images(), monkeypatch)[1])
     assert is_fused(y)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_convolutions_with_a_bias(training: bool) -> None:
+    """Against torch's modules in float64: output, gradients, the running statistics. The gradient of the bias is 0."""
+    torch.manual_seed(0)
+    options = {"act": None}  # no value is near 0, where rounding changes the mask of a ReLU
+    model = Chain(
+        ConvBNAct(16, 32, **options), ConvBNAct(32, 16, momentum=None, **options), ConvBNAct(16, 16, **options)
+    )
+    for part, channels in zip(model, ((16, 32), (32, 16), (16, 16)), strict=True):
+        part.conv = nn.Conv2d(*channels, 3, padding=1)
+        nn.init.normal_(part.conv.bias)
+    model.to(memory_format=torch.channels_last)
+    run(model, images())
+    model.train(training)
+    truth = copy.deepcopy(model).double()
+    y, results = run(model, images())
+    other_y, expected = run(truth, images().double())
+    assert is_fused(y) and not is_fused(other_y)
+    for name, actual in results.items():
+        if training and name.endswith("conv.bias"):
+            assert not actual.any() and expected[name].abs().max() < 1e-9
+        else:
+            assert (actual - expected[name]).abs().max() <= 2e-4 * expected[name].abs().max(), name
+
+
+def test_only_some_links_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links of three channels, with a hook, and with a residual from within what would be one chain."""
+    torch.manual_seed(0)
+    parts = [ConvBNAct(*channels) for channels in ((3, 16), (16, 16), (16, 16), (16, 16), (16, 16), (16, 16))]
+    parts = [part.to(memory_format=torch.channels_last) for part in parts]
+    parts[4].norm.register_forward_hook(lambda module, args, y: None)
+    links = [ChainLink(part.conv, part.norm) for part in parts]
+    links[3] = links[3]._replace(residual=1)
+    links[5] = links[5]._replace(residual=3)  # value 3 ends a chain
+    sizes, results = [], []
+    found = fused.chain
+    monkeypatch.setattr(fused, "chain", lambda x, links, kernels: sizes.append(len(links)) or found(x, links, kernels))
+    for serves in (True, False):
+        with monkeypatch.context() as patch:
+            if not serves:
+                patch.setattr(fused, "kernels_for", lambda x: None)
+            y = run_chain(images()[:, :3].contiguous(memory_format=torch.channels_last), links)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [p for part in parts for p in part.parameters()])])
+    assert sizes == [2, 1, 1]
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_skipped_batches(monkeypatch: pytest.MonkeyPatch) -> None:

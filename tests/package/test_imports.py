@@ -108,7 +108,7 @@ RULES = {
     "bnkern.nn.convolution": Rule(("bnkern.conv", "bnkern.norm.context", "bnkern.nn.leaf")),
     "bnkern.nn.chain": Rule(
         (
-            *("bnkern.backends.calls", "bnkern.chain", "bnkern.norm.context"),
+            *("bnkern.backends.calls", "bnkern.backends.protocol", "bnkern.chain", "bnkern.norm.context"),
             *("bnkern.nn.convolution", "bnkern.nn.norms"),
         )
     ),

@@ -73,10 +73,11 @@ def conv_norm_forward(
     invstd: Tensor | None,
     keep: bool,
     weight: Tensor,
+    bias: Tensor | None,
     norm: ForwardCall,
 ) -> ConvNormForward:
     """See ``reference.conv_norm_forward``. Tensors are float32 in channels_last, channels are multiples of 16."""
-    return _native.conv_norm_forward(source, mean, invstd, keep, weight, norm)
+    return _native.conv_norm_forward(source, mean, invstd, keep, weight, bias, norm)
 
 
 def conv_norm_backward(

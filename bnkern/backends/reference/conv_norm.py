@@ -2,7 +2,8 @@
 
 The batch norm before it turns x into y = act(batch_norm(x) + residual), and the convolution y into r = conv2d(y,
 weight, padding=1). The batch norm behind it needs the moments of r. In the backward, g is the gradient before the
-activation of a batch norm. The formulas of the batch norms are those of batch_norm.py.
+activation of a batch norm. A bias of the convolution is not added to r: it only changes the running mean of the norm
+behind it, which is that of r + bias. The formulas of the batch norms are those of batch_norm.py.
 """
 
 import torch
@@ -19,6 +20,7 @@ def conv_norm_forward(
     invstd: Tensor | None,
     keep: bool,
     weight: Tensor,
+    bias: Tensor | None,
     norm: ForwardCall,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
     """y (if ``keep``), its mask, r, and mean and invstd of the norm of r.
@@ -32,6 +34,7 @@ def conv_norm_forward(
         invstd: of the source, as mean.
         keep: whether y is returned.
         weight: of the convolution, [O, I, 3, 3].
+        bias: of the convolution, [O], or None.
         norm: the call of the norm behind the convolution; x is not read.
     """
     mask = None
@@ -42,10 +45,11 @@ def conv_norm_forward(
     r = torch.nn.functional.conv2d(y, weight, padding=1)
     if norm.training:
         count, r_mean, m2 = moments(r)
-        update_running(norm, count, r_mean, m2)
+        update_running(norm, count, r_mean if bias is None else r_mean + bias, m2)
         return y if keep else None, mask, r, r_mean, torch.rsqrt(m2 / count + norm.eps)
     assert norm.running_mean is not None and norm.running_var is not None
-    return y if keep else None, mask, r, norm.running_mean.clone(), torch.rsqrt(norm.running_var + norm.eps)
+    r_mean = norm.running_mean.clone() if bias is None else norm.running_mean - bias
+    return y if keep else None, mask, r, r_mean, torch.rsqrt(norm.running_var + norm.eps)
 
 
 def conv_norm_backward(

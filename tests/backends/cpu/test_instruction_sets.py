@@ -58,7 +58,7 @@ def chain_and_direct(x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
     """Results of a convolution between two batch norms, and of a strided one with its input gradient."""
     vectors = torch.linspace(-0.5, 0.5, x.shape[1]), torch.ones(x.shape[1])
     call = ForwardCall(x, residual=x, act="relu", save_mask=True)
-    y, mask, r, mean, invstd = cpu.conv_norm_forward(call, *vectors, True, weight, ForwardCall(None))
+    y, mask, r, mean, invstd = cpu.conv_norm_forward(call, *vectors, True, weight, None, ForwardCall(None))
     behind = BackwardCall(dy, r, None, None, mean, invstd)
     before = BackwardCall(None, x, None, None, *vectors, mask, "relu")
     g, sums, *_ = cpu.grad_before_act(behind)
