@@ -334,9 +334,10 @@ def test_the_table_of_rules_is_what_the_backend_reads(tmp_path: Path) -> None:
     table = tmp_path / "rules.json"
     table.write_text('{"B": {"single_read_from": 3, "source": "s"}}')
     rule = rules.best(rules.pairs(strategies({1: (2.0, 1.0), 8: (1.0, 2.0)})))
-    entries = json.loads(rules.table_with("A", rule, "make gpu-check, 2026-11-29", table))
+    entries = json.loads(rules.table_with("A", rule, "make gpu-check, 2026-11-29", [66, 32, 15], table))
     read = {name: cuda.Rule(**entry) for name, entry in entries.items()}
     assert list(read) == ["A", "B"] and read["A"].single_read_from == 8 and read["B"] == cuda.Rule(3, "s")
+    assert read["A"].clusters == [66, 32, 15] and read["B"].clusters is None
     assert "2 calls, 1.000 times" in read["A"].source
     assert rules.TABLE.exists() and all(cuda.Rule(**entry) for entry in json.loads(rules.TABLE.read_text()).values())
 
@@ -430,6 +431,6 @@ def test_the_whole_command_on_a_stand_in(tmp_path: Path) -> None:
     table = text[text.index("== Targets") :]
     assert "not measured" not in table and table.count("held") + table.count("missed") >= len(targets.TARGETS)
     entry = cuda.Rule(**json.loads((out / rules.TABLE.name).read_text())["NVIDIA H200"])
-    assert "calls" in entry.source
+    assert "calls" in entry.source and entry.clusters == [66, 32, 16]
     resumed = command("--out", tmp_path / "other", "--resume", file, "--minutes", 600)
     assert "\n== build" not in resumed and "\n== graphs" not in resumed
