@@ -99,8 +99,12 @@ def clusters_of(index: int, properties) -> Sequence[int]:
     """How many clusters of 2, 4 and 8 blocks a device with these properties runs at once (csrc/cuda/kernels.h).
 
     Plans of NCHW tensors depend on them, and so do the last bits of results. If the table does not have them, CUDA is
-    asked once in a process, and the answer serves all devices of this name.
+    asked once in a process, and the answer serves all devices of this name. PTX for an earlier capability than 9.0 has
+    no cluster instructions, even if the device has them, so the numbers are 0 then.
     """
+    compiled = _serving(properties)
+    if compiled is None or compiled < (9, 0):
+        return 0, 0, 0
     if recorded := rule_of(properties.name).clusters:
         return recorded
     if properties.name not in _queried:
@@ -114,14 +118,13 @@ def introduce(index: int, single_read_from: int | None = None) -> None:
     ``single_read_from`` replaces the value of the device's :class:`Rule`.
     """
     properties = torch.cuda.get_device_properties(index)
-    rule, compiled = rule_of(properties.name), _serving(properties)
+    rule = rule_of(properties.name)
     _native.cuda_device(
         index,
         multiprocessors=properties.multi_processor_count,
         shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
         threads=512,
-        # PTX for an earlier capability has no cluster instructions, even if the device has them.
-        clusters=clusters_of(index, properties) if compiled is not None and compiled >= (9, 0) else (0, 0, 0),
+        clusters=clusters_of(index, properties),
         single_read_from=rule.single_read_from if single_read_from is None else single_read_from,
     )
 
