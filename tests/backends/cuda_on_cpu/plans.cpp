@@ -5,8 +5,9 @@
 namespace {
 template <class T>
 bnkern::RowsPlan rows_plan(const bnkern::Shape& shape, const bnkern::CudaDevice& device, int tensors, bool single) {
-  return tensors == 1 ? bnkern::plan_rows<T, 1>(shape, device, true, single)
-                      : bnkern::plan_rows<T, 2>(shape, device, true, single);
+  const bool octets = shape.c % 8 == 0;
+  return tensors == 1 ? bnkern::plan_rows<T, 1>(shape, device, octets, single)
+                      : bnkern::plan_rows<T, 2>(shape, device, octets, single);
 }
 }  // namespace
 
