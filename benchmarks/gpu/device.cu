@@ -1,9 +1,9 @@
 // Two checks of a device that need no torch: device CUBIN...
 //
 // 1. How many blocks and clusters of the batch norm kernels the device holds at once. The cubins are those of the
-//    native module. The kernels are bf16, without records: those of one kernel per call, and then those of two, of which
-//    the plans expect two blocks of 256 threads for each multiprocessor. Some multiprocessors may be unable to run a
-//    block of a cluster of 8, so a grid of 16 clusters can take two waves.
+//    native module. The kernels are bf16, without records: those of one kernel per call, and then those of two, of
+//    which the plans expect two blocks of 256 threads for each multiprocessor. Some multiprocessors may be unable to
+//    run a block of a cluster of 8, so a grid of 16 clusters can take two waves.
 // 2. Whether the fragments of mma.sync and ldmatrix.trans lie in the registers as the PTX manual says (sections on
 //    m16n8k16 and ldmatrix). The products are of small integers, so they are exact.
 //
