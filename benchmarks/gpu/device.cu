@@ -1,8 +1,9 @@
 // Two checks of a device that need no torch: device CUBIN...
 //
 // 1. How many blocks and clusters of the batch norm kernels the device holds at once. The cubins are those of the
-//    native module. The kernels are bf16, one kernel per call, without records. Some multiprocessors may be
-//    unable to run a block of a cluster of 8, so a grid of 16 clusters can take two waves.
+//    native module. The kernels are bf16, without records: those of one kernel per call, and then those of two, of
+//    which the plans expect two blocks of 256 threads for each multiprocessor. Some multiprocessors may be unable to
+//    run a block of a cluster of 8, so a grid of 16 clusters can take two waves.
 // 2. Whether the fragments of mma.sync and ldmatrix.trans lie in the registers as the PTX manual says (sections on
 //    m16n8k16 and ldmatrix). The products are of small integers, so they are exact.
 //
@@ -47,6 +48,14 @@ constexpr Kernel kKernels[] = {
     {"planes_backward", "planes_backward_kernelINS_8BFloat16ELb1ELb1ELb0ELb1EE", true},
     {"rows_forward", "rows_forward_kernelINS_8BFloat16ELb0EE", false},
     {"rows_backward", "rows_backward_kernelINS_8BFloat16ELb0EE", false},
+    {"planes_moments", "planes_forward_kernelINS_8BFloat16ELb1ELb0ELb0ELb1EE", false},
+    {"planes_normalize", "planes_forward_kernelINS_8BFloat16ELb0ELb1ELb0ELb1EE", false},
+    {"planes_grad_sums", "planes_backward_kernelINS_8BFloat16ELb1ELb0ELb0ELb1EE", false},
+    {"planes_grad_input", "planes_backward_kernelINS_8BFloat16ELb0ELb1ELb0ELb1EE", false},
+    {"rows_moments", "rows_moments_kernelINS_8BFloat16ELi8EE", false},
+    {"rows_normalize", "rows_normalize_kernelINS_8BFloat16ELb0EE", false},
+    {"rows_grad_sums", "rows_grad_sums_kernelINS_8BFloat16ELi8ELb0EE", false},
+    {"rows_grad_input", "rows_grad_input_kernelINS_8BFloat16ELb0EE", false},
 };
 
 void print_occupancy(const char* cubin) {

@@ -44,7 +44,10 @@ def table(occupancy: list[dict]) -> list[str]:
 
 
 def main(out: Path) -> int:
-    from bnkern import _native  # not at the top: the tables are also made where the module could not be built
+    import torch  # not at the top, nor bnkern: the tables are also made where the module could not be built
+
+    from bnkern import _native
+    from bnkern.backends import cuda
 
     folder = BUILD / "device"
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +60,7 @@ def main(out: Path) -> int:
     process = subprocess.run([program, *cubins], stdout=subprocess.PIPE, text=True)
     print(process.stdout)
     result = read(process.stdout)
+    result["clusters"] = list(cuda.clusters_of(0, torch.cuda.get_device_properties(0)))
     out.write_text(json.dumps(result, indent=1) + "\n")
     return process.returncode
 

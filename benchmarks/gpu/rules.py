@@ -4,10 +4,13 @@ The rule is one size: a tensor of at least so many bytes is served by one kernel
 over all measured calls: forward and backward, both layouts, warm and cold. The loss of a call is its time by the rule
 over the time of its faster strategy, and losses are joined by their geometric mean. A loss well above 1 means that one
 size is not enough, and that the rule should depend on the layout or the call too.
+
+The table also has the number of clusters that the device runs at once, so that the bits of its results do not depend on
+a query.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
@@ -56,11 +59,12 @@ def best(measured: list[Pair]) -> Rule:
     return min((Rule(size, loss(size, measured), measured) for size in sizes), key=lambda rule: rule.loss)
 
 
-def table_with(model: str, rule: Rule, source: str, table: Path = TABLE) -> str:
-    """The text of the committed table with the rule of a device model."""
+def table_with(model: str, rule: Rule, source: str, clusters: Sequence[int] | None, table: Path = TABLE) -> str:
+    """The text of the committed table with the rule of a device model, and its number of clusters if it is known."""
     others = json.loads(table.read_text())
     entry = {
         "single_read_from": rule.single_read_from,
         "source": f"{source}: {len(rule.pairs)} calls, {rule.loss:.3f} times the time of each call's faster strategy",
+        "clusters": clusters,
     }
     return json.dumps(dict(sorted((others | {model: entry}).items())), indent=1) + "\n"

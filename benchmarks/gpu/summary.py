@@ -66,8 +66,9 @@ def _rule(out: Path, state: State) -> Iterator[str]:
     pairs = rules.pairs(measured(out))
     rule = rules.best(pairs)
     model, source = _device_of(out)
-    path = out / rules.TABLE.name
-    path.write_text(rules.table_with(model, rule, source))
+    path, devices = out / rules.TABLE.name, attempts(out, "device.json")
+    clusters = json.loads(devices[-1].read_text()).get("clusters") if devices else None
+    path.write_text(rules.table_with(model, rule, source, clusters))
     extremes = {0: "One kernel for every size", rules.NEVER: "Two kernels for every size"}
     description = extremes.get(rule.single_read_from, f"One kernel from {rule.single_read_from} bytes")
     yield f"{description}: {rule.loss:.3f} times the time of each call's faster strategy, over {len(pairs)} calls."
@@ -78,6 +79,10 @@ def _rule(out: Path, state: State) -> Iterator[str]:
             if group:
                 by_rule, best = rules.loss(rule.single_read_from, group), rules.best(group).loss
                 yield f"  {label}, {layout}: {by_rule:.3f}, and {best:.3f} by a rule of its own"
+    numbers = (
+        "not known, because the part device did not write them" if clusters is None else ", ".join(map(str, clusters))
+    )
+    yield f"Clusters of 2, 4 and 8 blocks at once: {numbers}."
     yield f"The table for {rules.TABLE.relative_to(rules.ROOT)} is in {path.name}."
 
 

@@ -71,14 +71,17 @@ def _serving(properties) -> architectures.Capability | None:
 
 
 class Rule(NamedTuple):
-    """When a call is one kernel that keeps its input on the chip, instead of two kernels that each read it."""
+    """What is known of a device model: when a call is one kernel that keeps its input on the chip, instead of two
+    kernels that each read it, and how many clusters of 2, 4 and 8 blocks run at once.
+    """
 
     single_read_from: int  # bytes of one tensor
     source: str
+    clusters: Sequence[int] | None = None  # None: CUDA is asked once in a process
 
 
-# By the name of the device model. `make gpu-check` measures both strategies and writes this table with an entry for its
-# device, which a person reads and commits.
+# By the name of the device model. `make gpu-check` measures both strategies, asks CUDA for the clusters, and writes
+# this table with an entry for its device, which a person reads and commits.
 RULES = {
     name: Rule(**entry) for name, entry in json.loads(Path(__file__).with_name("cuda_rules.json").read_text()).items()
 }
@@ -89,17 +92,21 @@ def rule_of(model: str) -> Rule:
     return RULES.get(model, Rule(0, "not measured on this device: one kernel for every size"))
 
 
-# How many clusters of 2, 4 and 8 blocks a device of this name runs at once (CudaDevice in csrc/cuda/kernels.h). Plans
-# of NCHW tensors depend on them, and so do the last bits of results. If a name is not in the table, CUDA is queried
-# once in a process, and the result serves all devices of this name. The table is empty, because this code has not run
-# on a GPU.
-CLUSTERS: dict[str, tuple[int, int, int]] = {}
 _queried: dict[str, Sequence[int]] = {}
 
 
-def _clusters(index: int, properties) -> Sequence[int]:
-    if properties.name in CLUSTERS:
-        return CLUSTERS[properties.name]
+def clusters_of(index: int, properties) -> Sequence[int]:
+    """How many clusters of 2, 4 and 8 blocks a device with these properties runs at once (csrc/cuda/kernels.h).
+
+    Plans of NCHW tensors depend on them, and so do the last bits of results. If the table does not have them, CUDA is
+    asked once in a process, and the answer serves all devices of this name. PTX for an earlier capability than 9.0 has
+    no cluster instructions, even if the device has them, so the numbers are 0 then.
+    """
+    compiled = _serving(properties)
+    if compiled is None or compiled < (9, 0):
+        return 0, 0, 0
+    if recorded := rule_of(properties.name).clusters:
+        return recorded
     if properties.name not in _queried:
         _queried[properties.name] = _native.cuda_clusters(index, properties.shared_memory_per_block_optin)
     return _queried[properties.name]
@@ -111,14 +118,13 @@ def introduce(index: int, single_read_from: int | None = None) -> None:
     ``single_read_from`` replaces the value of the device's :class:`Rule`.
     """
     properties = torch.cuda.get_device_properties(index)
-    rule, compiled = rule_of(properties.name), _serving(properties)
+    rule = rule_of(properties.name)
     _native.cuda_device(
         index,
         multiprocessors=properties.multi_processor_count,
         shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
         threads=512,
-        # PTX for an earlier capability has no cluster instructions, even if the device has them.
-        clusters=_clusters(index, properties) if compiled is not None and compiled >= (9, 0) else (0, 0, 0),
+        clusters=clusters_of(index, properties),
         single_read_from=rule.single_read_from if single_read_from is None else single_read_from,
     )
 

@@ -19,12 +19,17 @@ namespace bnkern {
 //
 // It has two halves. Loads that do not depend on other blocks belong between them: before arrive() they would delay the
 // arrival, because a release waits for the loads of its thread, and after wait() nothing would hide their latency.
+//
+// The constructor reads the upper bit. It cannot change before this block arrives, so the arrival needs no result.
+// Other work belongs between the constructor and arrive(), because the release waits for this load too.
 class BlocksBarrier {
  public:
-  BNKERN_DEVICE BlocksBarrier(unsigned* word, unsigned expected) : word_(word), expected_(expected) {}
+  BNKERN_DEVICE BlocksBarrier(unsigned* word, unsigned expected) : word_(word), expected_(expected) {
+    if (expected_ > 1 && threadIdx.x == 0) before_ = load_relaxed(word_);
+  }
   BNKERN_DEVICE void arrive(bool first) {
     __syncthreads();
-    if (expected_ > 1 && threadIdx.x == 0) before_ = add_release(word_, first ? kPhase - (expected_ - 1) : 1u);
+    if (expected_ > 1 && threadIdx.x == 0) add_release(word_, first ? kPhase - (expected_ - 1) : 1u);
   }
   BNKERN_DEVICE void wait() const {
     if (expected_ > 1 && threadIdx.x == 0) {

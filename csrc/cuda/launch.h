@@ -278,14 +278,24 @@ BNKERN_DEVICE unsigned add_acquire_release(unsigned* word, unsigned value) {
 #endif
 }
 
-// The same without the acquire, so the thread does not wait for the result.
-BNKERN_DEVICE unsigned add_release(unsigned* word, unsigned value) {
+// The same without the acquire and without a result. For an atomic addition with a result the compiler adds a shuffle
+// among the lanes, for which the first warp would wait.
+BNKERN_DEVICE void add_release(unsigned* word, unsigned value) {
 #ifdef __CUDACC__
-  unsigned before;
-  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
-  return before;
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" : : "l"(word), "r"(value) : "memory");
 #else
-  return cuda_on_cpu::atomic_add(word, value);
+  cuda_on_cpu::atomic_add(word, value);
+#endif
+}
+
+// Loads a word that other blocks may be changing, without an order of memory.
+BNKERN_DEVICE unsigned load_relaxed(const unsigned* word) {
+#ifdef __CUDACC__
+  unsigned value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+#else
+  return *word;
 #endif
 }
 

@@ -291,14 +291,17 @@ struct PlanesPlan {
   int threads, parts, tiles, held;
 };
 
-// Makes the plan. For one launch, it chooses the number of parts with the least estimated time. It compares the numbers
-// up to kMostParts for which the parts fit on the chip and have more than kLeast / 2 octets. The time is the number of
-// waves in which the device runs the clusters, multiplied by the time of a wave. The time of a wave is the number of
-// tiles of a thread, multiplied by the number of threads, plus kFixed for launch, latencies and the exchange. So 16
-// clusters of 8 blocks are chosen only if the device runs all of them at once. If no number of parts fits and there are
-// blocks for less than half of the multiprocessors, two kernels with more parts run instead. The constants have not
-// been tuned by measurements. `sums` is whether the call has the first phase, and `tensors` is the number of tensors
-// that this phase reads.
+// Makes the plan. It chooses the number of parts with the least estimated time, which is the number of waves in which
+// the device runs the blocks or clusters, multiplied by the time of a wave. The time of a wave is the number of tiles
+// of a thread, multiplied by the number of threads, plus kFixed for launch, latencies and the exchange. So 16 clusters
+// of 8 blocks are chosen only if the device runs all of them at once, and no wave is left with a few blocks. The
+// constants have not been tuned by measurements.
+//
+// For one launch, it compares the numbers of parts up to kMostParts for which the parts fit on the chip and have more
+// than kLeast / 2 octets. If none fits and there are blocks for less than half of the multiprocessors, two kernels with
+// more parts run instead. For these it compares the largest numbers of parts that fill a few numbers of waves.
+//
+// `sums` is whether the call has the first phase, and `tensors` is the number of tensors that this phase reads.
 inline PlanesPlan plan_planes(const Shape& shape, std::size_t itemsize, int tensors, const CudaDevice& device,
                               Strategy strategy, bool sums) {
   const std::int64_t octets = shape.n * ((shape.s + 7) / 8), each = octets_of(itemsize);
@@ -316,6 +319,9 @@ inline PlanesPlan plan_planes(const Shape& shape, std::size_t itemsize, int tens
     return 1 + (device.shared_bytes - kReserved) / static_cast<int>(threads * each * 8 * itemsize * tensors);
   };
   const auto fits = [&](std::int64_t parts) { return tiles_of(parts, threads_of(parts)) <= room(threads_of(parts)); };
+  const auto time_of = [&](std::int64_t waves, std::int64_t parts, std::int64_t threads) {
+    return waves * (kFixed * most + tiles_of(parts, threads) * threads);
+  };
   const auto plan = [&](bool single, int threads, std::int64_t parts) {
     const std::int64_t tiles = tiles_of(parts, threads);
     return PlanesPlan{single, threads, static_cast<int>(parts), static_cast<int>(tiles),
@@ -326,8 +332,7 @@ inline PlanesPlan plan_planes(const Shape& shape, std::size_t itemsize, int tens
     for (int i = -1;; ++i, parts *= 2) {
       const std::int64_t at_once = i < 0 ? device.multiprocessors : device.clusters[i];
       if (at_once > 0 && fits(parts)) {
-        const std::int64_t waves = (shape.c + at_once - 1) / at_once, threads = threads_of(parts);
-        const std::int64_t time = waves * (kFixed * most + tiles_of(parts, threads) * threads);
+        const std::int64_t time = time_of((shape.c + at_once - 1) / at_once, parts, threads_of(parts));
         if (best == 0 || time < least) best = parts, least = time;
       }
       if (parts == kMostParts || octets <= parts * kLeast) break;
@@ -335,13 +340,19 @@ inline PlanesPlan plan_planes(const Shape& shape, std::size_t itemsize, int tens
     if (best == 0 && 2 * shape.c * parts >= device.multiprocessors) best = parts;
     if (best > 0) return plan(true, threads_of(best), best);
   }
-  // The number of blocks of a multiprocessor, if there is enough work. Two of 256 threads are resident with 128
-  // registers each, so no block waits for another one to end.
-  constexpr int kBlocks = 2;
+  // A multiprocessor holds two blocks of 256 threads with 128 registers each.
+  constexpr int kBlocks = 2, kMoreWaves = 4;
   const int threads = std::min(256, most);
-  const std::int64_t tiles = tiles_of(1, threads);
-  const std::int64_t share = std::max<std::int64_t>(1, tiles * shape.c / (kBlocks * device.multiprocessors));
-  return plan(false, threads, sums && shape.c > kGroups ? 1 : (tiles + share - 1) / share);
+  const std::int64_t at_once = std::int64_t{kBlocks} * device.multiprocessors, tiles = tiles_of(1, threads);
+  const std::int64_t fewest = (shape.c + at_once - 1) / at_once;
+  std::int64_t best = 1, least = time_of(fewest, 1, threads);
+  for (std::int64_t waves = fewest; waves <= fewest + kMoreWaves && (!sums || shape.c <= kGroups); ++waves) {
+    const std::int64_t most_parts = std::min(tiles, waves * at_once / shape.c);
+    const std::int64_t parts = tiles_of(1, threads * tiles_of(most_parts, threads));  // the fewest with as many tiles
+    if (const std::int64_t time = time_of(waves, parts, threads); time < least) best = parts, least = time;
+    if (most_parts == tiles) break;
+  }
+  return plan(false, threads, best);
 }
 
 // The parameters of the kernels for a call's tensors. Null views are ignored.

@@ -49,12 +49,13 @@ BNKERN_DEVICE void add_tile(Moments<float>& total, const Tile<T, kWide>& tile, c
 }
 
 // Computes the moments of a thread's tiles. `x` is the last tile afterwards, and shared memory has those that are held.
-// The loads of a tile are issued before the moments of the previous one are computed.
+// The loads of a tile are issued before the moments of the previous one are computed. Reads the pivot.
 template <bool kSingle, class T, bool kWide>
-BNKERN_DEVICE Moments<float> moments_of_tiles(const Forward& p, const Planes& planes, int part, Tile<T, kWide>& x) {
+BNKERN_DEVICE Moments<float> moments_of_tiles(const Forward& p, const Planes& planes, int part, Tile<T, kWide>& x,
+                                              float& pivot) {
   OctetCoords<T, kWide> coords(planes, part, 0);
   if constexpr (kWide) x.load(p.x, planes.step, coords);
-  const float pivot = pivot_of<T>(p.x, p.shape);
+  pivot = pivot_of<T>(p.x, p.shape);
   Moments<float> total{0, 0, 0};
 #pragma unroll 1
   for (int tile = 0;; ++tile) {
@@ -207,7 +208,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     coefficients = affine(p, channel, 0, 1);
   };
   if constexpr (kMoments) {
-    const Moments<float> total = merge_block(moments_of_tiles<kSingle>(p, planes, part, x));
+    float pivot;
+    const Moments<float> total = merge_block(moments_of_tiles<kSingle>(p, planes, part, x, pivot));
     if (threadIdx.x == 0) shared->part = {total.mean, total.m2};
     if (cluster) arrive_in_cluster();
     // Everything that does not depend on other blocks is loaded while the block waits.
@@ -221,7 +223,6 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       if (planes.parts > 1 && !last_of_blocks(space.arrivals + channel, planes.parts)) return;
     }
     if (threadIdx.x < 32) {
-      const float pivot = pivot_of<T>(p.x, p.shape);
       const Moments<double> all = merge_parts<T>(planes, pivot, [&](int k) {
         if constexpr (!kSingle) return space.parts.at(k, channel);
         return cluster ? *of_cluster_block(&shared->part, k) : shared->part;

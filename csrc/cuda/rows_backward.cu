@@ -341,8 +341,8 @@ __global__ void __launch_bounds__(512, 1)
   } else {
     sums = sums_of_rows(p, plan, coord, held, coefficients, tile, NoTally{});
   }
-  publish_sums(plan, coord, shared, space.parts, sums);
   BlocksBarrier barrier(space.barriers + coord.group, plan.splits);
+  publish_sums(plan, coord, shared, space.parts, sums);
   barrier.arrive(coord.split == 0);
   barrier.wait();
   join_sums(plan, coord.group, shared, space.parts, [&](int c, PivotSums all) {

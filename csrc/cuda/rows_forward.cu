@@ -58,15 +58,32 @@ BNKERN_DEVICE void add_tile(ThreadMoments<W>* partial, const Vector<T, W> (&tile
   partial->count = count;
 }
 
+// The value to which the means of all parts are relative, for channel c of the group. These means are small numbers, so
+// their rounding to float32 costs nothing even if the channel's mean is large. The channel's owner stores it before the
+// first phase and is the only thread that reads it. The pivot of the split is beside it.
+template <int W>
+BNKERN_DEVICE float& origin(const RowsPlan& plan, const RowsShared& shared, int c) {
+  return shared.means[place<W>(plan, c)].second;
+}
+template <class T, int W>
+BNKERN_DEVICE void store_origin(const Forward& p, const RowsPlan& plan, int group, const RowsShared& shared) {
+  const int owned = plan.chains.owned();
+  if (owned < 0) return;
+  const T* const first = static_cast<const T*>(p.x.data) + clamped_channel(plan, group, owned);
+  origin<W>(plan, shared, owned) = middle_of([&](int k) { return widen(first[(plan.rows - 1) * k / 2 * p.x.outer]); });
+}
+
 // Computes the moments of a thread's rows. `tile` is the last tile afterwards, and `held` has the tiles before
 // held.count. The loads of a tile are issued before the moments of the previous one are computed.
 template <class T, int W, int UNROLL>
 BNKERN_DEVICE ThreadMoments<W> moments_of_rows(const Forward& p, const RowsPlan& plan, const RowsCoord& coord,
-                                               const HeldTiles<T, UNROLL, 1>& held, Vector<T, W> (&tile)[UNROLL]) {
+                                               const RowsShared& shared, const HeldTiles<T, UNROLL, 1>& held,
+                                               Vector<T, W> (&tile)[UNROLL]) {
   ThreadMoments<W> partial{};
   Vector<T, W> first{};
   if (coord.active) first = Vector<T, W>::load(coord.address<const T>(p.x, 0));
   load_tile(tile, p.x, coord, 0);
+  store_origin<T, W>(p, plan, coord.group, shared);
 #pragma unroll
   for (int j = 0; j < W; ++j) partial.pivot[j] = first[j];
 #pragma unroll 1
@@ -85,23 +102,14 @@ BNKERN_DEVICE ThreadMoments<W> moments_of_rows(const Forward& p, const RowsPlan&
   }
 }
 
-// The value to which the means of all parts are relative, for the channel that this thread owns. These means are small
-// numbers, so their rounding to float32 costs nothing even if the channel's mean is large.
-template <class T>
-BNKERN_DEVICE float origin_of(const Forward& p, const RowsPlan& plan, int group) {
-  const int owned = plan.chains.owned();
-  const T* const first = static_cast<const T*>(p.x.data) + clamped_channel(plan, group, owned < 0 ? 0 : owned);
-  return middle_of([&](int k) { return widen(first[(plan.rows - 1) * k / 2 * p.x.outer]); });
-}
-
 // Joins the block's threads and stores the block's part.
 template <int W>
 BNKERN_DEVICE void publish_moments(const RowsPlan& plan, const RowsCoord& coord, const RowsShared& shared,
-                                   const Partials& parts, float origin, const ThreadMoments<W>& partial) {
+                                   const Partials& parts, const ThreadMoments<W>& partial) {
 #pragma unroll
   for (int j = 0; j < W; ++j) {
     shared.pair(j, threadIdx.x) = {partial.mean[j], partial.m2[j]};
-    if (coord.lane == 0) shared.means[j * plan.columns + coord.column] = {partial.pivot[j], 0};
+    if (coord.lane == 0) shared.means[j * plan.columns + coord.column].first = partial.pivot[j];
   }
   const RowsOfSplit rows = coord.last ? plan.of_last : plan.of_split;
   join_threads<W>(
@@ -111,16 +119,17 @@ BNKERN_DEVICE void publish_moments(const RowsPlan& plan, const RowsCoord& coord,
       },
       [&](std::int64_t channel, PivotSums sums) {
         const Moments<double> all = moments_of(rows.count, sums);
-        const double pivot = shared.means[place<W>(plan, static_cast<int>(channel - coord.group * plan.width))].first;
-        parts.at(coord.split, channel) = {static_cast<float>(pivot - origin + all.mean), static_cast<float>(all.m2)};
+        const int c = static_cast<int>(channel - coord.group * plan.width);
+        const double distance = double{shared.means[place<W>(plan, c)].first} - origin<W>(plan, shared, c);
+        parts.at(coord.split, channel) = {static_cast<float>(distance + all.mean), static_cast<float>(all.m2)};
       });
 }
 
 // Joins the parts of all blocks of a group, which must have written them. The owner of a channel calls
 // done(c, moments).
-template <class Done>
+template <int W, class Done>
 BNKERN_DEVICE void join_moments(const RowsPlan& plan, int group, const RowsShared& shared, const Partials& parts,
-                                float origin, Done done) {
+                                Done done) {
   join_blocks(
       plan, group, shared, parts,
       [&](int split, Pair part) {
@@ -129,7 +138,7 @@ BNKERN_DEVICE void join_moments(const RowsPlan& plan, int group, const RowsShare
       },
       [&](int c, PivotSums sums) {
         Moments<double> all = moments_of(plan.all, sums);
-        all.mean += origin;
+        all.mean += origin<W>(plan, shared, c);
         done(c, all);
       });
 }
@@ -147,12 +156,11 @@ __global__ void __launch_bounds__(512, 1)
   const RowsCoord coord(plan, blockIdx.x, blockIdx.y, W);
   const RowsShared shared(plan);
   Vector<T, W> tile[kTile];
-  const ThreadMoments<W> partial = moments_of_rows<T>(p, plan, coord, {}, tile);
-  const float origin = origin_of<T>(p, plan, coord.group);
-  publish_moments(plan, coord, shared, space.parts, origin, partial);
+  const ThreadMoments<W> partial = moments_of_rows<T>(p, plan, coord, shared, {}, tile);
+  publish_moments(plan, coord, shared, space.parts, partial);
   const State state = state_of_owned(p, plan, coord.group);
   if (!last_of_blocks(space.arrivals + coord.group, plan.splits)) return;
-  join_moments(plan, coord.group, shared, space.parts, origin, [&](int c, const Moments<double>& all) {
+  join_moments<W>(plan, coord.group, shared, space.parts, [&](int c, const Moments<double>& all) {
     const std::int64_t channel = std::int64_t(coord.group) * plan.width + c;
     save_statistics(p, channel, plan.all, all, statistics_of(p, plan.all, all), state);
   });
@@ -367,10 +375,9 @@ __global__ void __launch_bounds__(512, 1)
   const HeldTiles<T, kTile, 1> held{shared.tiles, plan.tiles_in_shared};
   const bool saves = coord.split == 0;  // whether this block saves the statistics
   Vector<T, 8> tile[kTile], residual[kTile];
-  const ThreadMoments<8> partial = moments_of_rows<T>(p, plan, coord, held, tile);
-  const float origin = origin_of<T>(p, plan, coord.group);
-  publish_moments(plan, coord, shared, space.parts, origin, partial);
+  const ThreadMoments<8> partial = moments_of_rows<T>(p, plan, coord, shared, held, tile);
   BlocksBarrier barrier(space.barriers + coord.group, plan.splits);
+  publish_moments(plan, coord, shared, space.parts, partial);
   barrier.arrive(saves);
   if (p.residual) load_tile(residual, p.residual, coord, plan.tiles - 1);
   for_channels(plan, coord.group,
@@ -380,7 +387,7 @@ __global__ void __launch_bounds__(512, 1)
   Moments<double> moments{};
   Statistics statistics{};
   barrier.wait();
-  join_moments(plan, coord.group, shared, space.parts, origin, [&](int c, const Moments<double>& all) {
+  join_moments<8>(plan, coord.group, shared, space.parts, [&](int c, const Moments<double>& all) {
     statistics = statistics_of(p, plan.all, all);
     moments = all;
     Affine& coefficients = shared.coefficients[place<8>(plan, c)];

@@ -275,7 +275,7 @@ def test_output_of_the_device_program_is_read() -> None:
     found = device.read((SAMPLES / "device.txt").read_text())
     assert found["layouts"] == {"mma.m16n8k16": 0, "ldmatrix.trans": 0}
     lines = device.table(found["occupancy"])
-    assert len(lines) == 1 + 4 * 2 * 3  # kernels, numbers of threads, sizes of shared memory
+    assert len(lines) == 1 + 12 * 2 * 3  # kernels, numbers of threads, sizes of shared memory
     assert lines[1].endswith("; 66 of 2, 33 of 4, 15 of 8, 7 of 16")
     with pytest.raises(ValueError, match="no results in the output"):
         device.read("layout,mma.m16n8k16,0\n")
@@ -285,7 +285,7 @@ def test_device_checks_name_kernels_of_the_module() -> None:
     if not native.build_info()["cuda"]:
         pytest.skip("built without CUDA")
     kernels = re.findall(r'\{"\w+", "(\w+_kernel\w+)", (?:true|false)\}', device.SOURCE.read_text())
-    assert len(kernels) == 4
+    assert len(kernels) == 12
     module = Path(native.__file__).read_bytes()
     assert [kernel for kernel in kernels if kernel.encode() not in module] == []
 
@@ -334,9 +334,10 @@ def test_the_table_of_rules_is_what_the_backend_reads(tmp_path: Path) -> None:
     table = tmp_path / "rules.json"
     table.write_text('{"B": {"single_read_from": 3, "source": "s"}}')
     rule = rules.best(rules.pairs(strategies({1: (2.0, 1.0), 8: (1.0, 2.0)})))
-    entries = json.loads(rules.table_with("A", rule, "make gpu-check, 2026-11-29", table))
+    entries = json.loads(rules.table_with("A", rule, "make gpu-check, 2026-11-29", [66, 32, 15], table))
     read = {name: cuda.Rule(**entry) for name, entry in entries.items()}
     assert list(read) == ["A", "B"] and read["A"].single_read_from == 8 and read["B"] == cuda.Rule(3, "s")
+    assert read["A"].clusters == [66, 32, 15] and read["B"].clusters is None
     assert "2 calls, 1.000 times" in read["A"].source
     assert rules.TABLE.exists() and all(cuda.Rule(**entry) for entry in json.loads(rules.TABLE.read_text()).values())
 
@@ -430,6 +431,6 @@ def test_the_whole_command_on_a_stand_in(tmp_path: Path) -> None:
     table = text[text.index("== Targets") :]
     assert "not measured" not in table and table.count("held") + table.count("missed") >= len(targets.TARGETS)
     entry = cuda.Rule(**json.loads((out / rules.TABLE.name).read_text())["NVIDIA H200"])
-    assert "calls" in entry.source
+    assert "calls" in entry.source and entry.clusters == [66, 32, 16]
     resumed = command("--out", tmp_path / "other", "--resume", file, "--minutes", 600)
     assert "\n== build" not in resumed and "\n== graphs" not in resumed

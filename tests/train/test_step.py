@@ -1,12 +1,14 @@
 """One step: torch's SGD on the gradients of the network, divergence, and no synchronisation with the host."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnkern import backends
 from bnkern.backends import cpu
 from bnkern.train.loop import build
 from bnkern.train.sgd import Sgd
@@ -226,6 +228,7 @@ class _Launches(TorchDispatchMode):
 def test_operations_of_a_step(precision: str, casts: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNet-20 with its 19 convolutions, 2 projections and 9 blocks.
 
+    A mode that records the step excludes chains, so these are the operations of a step without chains, as on a GPU.
     The casts are those of the loss to float64, of the number of right answers, and in bfloat16 of the logits and their
     gradient. The additions are those of the shortcuts' gradients. Before there was one kernel for the update there were
     19 clones in channels_last, and 50 casts in bfloat16.
@@ -239,6 +242,29 @@ def test_operations_of_a_step(precision: str, casts: int, channels_last: bool, m
     recorded.counts["other"] -= 3 * norms
     kinds = {"convolution": 2 * 21, "batch norm": 2 * norms, "cast": casts, "clone": 0, "addition": 9, "update": 1}
     assert recorded.counts == Counter(kinds | {"other": 34})
+
+
+def test_chains_add_the_gradients_of_their_shortcuts() -> None:
+    """Of the 9 additions of shortcuts' gradients only those of the 2 blocks that change the shape are left."""
+    if backends.choose(None, torch.device("cpu"), torch.float32) is not cpu:
+        pytest.skip("the CPU's backend does not serve here")
+    step = stepper(tiny(depth=20, batch=32, precision="fp32", channels_last=True), images())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        step()
+    assert sum("Chain" in event.name and "Backward" not in event.name for event in profile.events()) >= 3
+    additions = [e for e in profile.events() if e.name in ("aten::add", "aten::add_") and len(e.input_shapes[0]) == 4]
+    assert len(additions) <= 2, additions
+
+
+def test_a_recorded_step_is_one_replay() -> None:
+    """Nothing is done per layer in Python: no module is called, and no operation is dispatched."""
+    step = stepper(tiny(), images())
+    replays = []
+    step._graph = SimpleNamespace(replay=lambda: replays.append(1))
+    step._model = step._sgd = None  # a use of the network or of the parameters would fail
+    with _Reads() as recorded:
+        step()
+    assert replays == [1] and recorded.count == 0
 
 
 def test_a_probe_receives_every_loss_and_the_gradients() -> None:

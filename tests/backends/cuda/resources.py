@@ -43,6 +43,10 @@ class Resources(NamedTuple):
     parts_in_flight: int  # the most loads of 8 bytes, of other blocks' parts, before the first of them is waited for
     ahead: int  # loads of 16 bytes in loops that only moves at the end of the pass, or the next pass, wait for
     while_waiting: int  # loads of 16 bytes between the arrival at a barrier of blocks and the wait
+    scalars_while_waiting: int  # loads of 1, 2 or 4 bytes there: coefficients and running statistics, once per dtype
+    scalars_late: int  # the same from the wait to the first store of 16 bytes
+    shuffles: int
+    arrival: str  # the instruction of the first arrival. Only an ATOM has a result, for which its warp waits
     cluster_barriers: str  # the halves of cluster barriers in order: R and r arrive with release and relaxed, w waits
 
 
@@ -79,7 +83,8 @@ _VECTOR_LOAD = re.compile(r"\bLDG?\.E\.[\w.]*128 R(\d+)")
 _VECTOR_STORE = re.compile(r"\bSTG?\.E\.[\w.]*128")
 _BYTE_LOAD = re.compile(r"\bLDG?\.E\.U8")
 _PART_LOAD = re.compile(r"\bLDG?\.E\.64 R(\d+)")
-_ARRIVAL = re.compile(r"\bATOMG?\.|\bUCGABAR_ARV")
+_SCALAR_LOAD = re.compile(r"\bLDG?\.E(\.[US](8|16))? ")
+_ARRIVAL = re.compile(r"\b(ATOM|RED)G?\.|\b(UCGABAR)_ARV")
 _MOVE = re.compile(r"(@!?U?P\d )?(IMAD\.)?MOV")
 _WAIT = re.compile(r"\bLDG?\.E\.STRONG\.GPU|\bUCGABAR_WAIT")
 
@@ -136,6 +141,13 @@ def _resources(registers: int, stack: int, body: str) -> Resources:
     parts = [index for index, instruction in enumerate(code) if _PART_LOAD.search(instruction)]
     arrival = next((index for index, instruction in enumerate(code) if _ARRIVAL.search(instruction)), len(code))
     wait = next((i for i, instruction in enumerate(code) if i > arrival and _WAIT.search(instruction)), arrival)
+    stores = (index for index, instruction in enumerate(code) if _VECTOR_STORE.search(instruction))
+    store = next((index for index in stores if index > wait), len(code))
+    kind = _ARRIVAL.search(code[arrival]) if arrival < len(code) else None
+
+    def scalars(start: int, end: int) -> int:
+        return sum(bool(_SCALAR_LOAD.search(instruction)) for instruction in code[start:end])
+
     return Resources(
         registers=registers,
         stack=stack,
@@ -148,6 +160,10 @@ def _resources(registers: int, stack: int, body: str) -> Resources:
         parts_in_flight=max((_in_flight(code, _PART_LOAD, 2, index)[0] for index in parts), default=0),
         ahead=_ahead(addresses, code),
         while_waiting=sum(bool(_VECTOR_LOAD.search(instruction)) for instruction in code[arrival:wait]),
+        scalars_while_waiting=scalars(arrival, wait),
+        scalars_late=scalars(wait, store) if wait > arrival else 0,
+        shuffles=sum("SHFL" in instruction for instruction in code),
+        arrival=(kind[1] or kind[2]) if kind else "",
         cluster_barriers=_cluster_barriers(code),
     )
 

@@ -166,6 +166,52 @@ def test_the_residual_is_loaded_while_blocks_wait(architecture: int) -> None:
 
 
 @EVERY_ARCHITECTURE
+def test_coefficients_and_statistics_are_loaded_while_blocks_wait(architecture: int) -> None:
+    """Weight, bias and both running statistics are loaded between arrival and wait, and no scalar after the wait.
+
+    Then only the parts of the other blocks are loaded before the results are stored.
+    """
+    for kernel, values in octet_kernels(architecture):
+        if kernel.records or kernel.phases != (True, True):
+            continue
+        if kernel.family.startswith("rows") or architecture >= 90:
+            assert values.scalars_while_waiting >= (0 if kernel.backward else 4), f"{kernel.name}: {values}"
+            assert values.scalars_late == 0, f"{kernel.name}: {values}"
+
+
+@EVERY_ARCHITECTURE
+def test_no_thread_waits_for_its_arrival(architecture: int) -> None:
+    """Blocks of one kernel arrive at their barrier without a result. With one, a shuffle waits for it before the
+    loads that follow."""
+    for kernel, values in octet_kernels(architecture):
+        if kernel.phases == (True, True) and kernel.family.startswith("rows"):
+            assert values.arrival == "RED", f"{kernel.name}: {values}"
+
+
+@EVERY_ARCHITECTURE
+def test_sums_are_joined_by_shuffles(architecture: int) -> None:
+    """A tree over lanes joins the sums of threads and then those of blocks, two numbers of 64 bits each time."""
+    for kernel, values in octet_kernels(architecture):
+        if kernel.family.startswith("rows") and kernel.phases[0]:
+            assert values.shuffles >= 2 * 4, f"{kernel.name}: {values}"
+
+
+@EVERY_ARCHITECTURE
+def test_two_blocks_of_the_two_kernels_are_resident(architecture: int) -> None:
+    """The plan of two kernels has two blocks of 256 threads for each multiprocessor.
+
+    The registers of rows allow exactly two, those of some kernels of planes three.
+    """
+    for kernel, values in octet_kernels(architecture):
+        if kernel.phases == (True, True):
+            continue
+        blocks = 65_536 // (256 * -(-values.registers // 8) * 8)
+        assert blocks >= 2, f"{kernel.name}: {values}"
+        if architecture == 90 and kernel.family.startswith("rows"):
+            assert blocks == 2, f"{kernel.name}: {values}"
+
+
+@EVERY_ARCHITECTURE
 def test_cluster_barriers(architecture: int) -> None:
     """The last barrier of a cluster is arrived at early and relaxed.
 

@@ -1,7 +1,6 @@
 """Makes torch report a GPU, as tests/benchmarks/stand_in describes. Python imports this file at the start."""
 
 import contextlib
-import functools
 import shutil
 import time
 from pathlib import Path
@@ -136,9 +135,9 @@ def _replace_parts_of_bnkern() -> None:
 
     small = {"depth": 8, "batch": 2}
 
-    refuses, load, loop_step = cuda.refuses, backends._load, steps.loop_step
+    refuses, load, loop_step, synthetic = cuda.refuses, backends._load, steps.loop_step, sets.synthetic
     cuda.refuses = lambda device, dtype: refuses(torch.device("cuda", 0), dtype)
-    cuda.CLUSTERS[H200.name] = (66, 32, 16)  # CUDA cannot be asked
+    cuda._queried[H200.name] = (66, 32, 16)  # CUDA cannot be asked
     backends._load = lambda name: reference if name == "triton" else load(name)
     shapes.SHAPES = {
         name: (min(n, 2), c, *(min(side, 8) for side in space)) for name, (n, c, *space) in shapes.SHAPES.items()
@@ -149,7 +148,7 @@ def _replace_parts_of_bnkern() -> None:
     steps.loop_step = lambda config, *rest, **options: loop_step(config.replace(**small), *rest, **options)
     step.WARM_UP = 1
     config.PRESETS = {name: run.replace(epochs=1, **small) for name, run in config.PRESETS.items()}
-    cifar10.synthetic = sets.synthetic = functools.partial(sets.synthetic, train=16, test=16)
+    cifar10.synthetic = sets.synthetic = lambda train=16, test=16, **seed: synthetic(train, test, **seed)
 
 
 _replace_parts_of_bnkern()
