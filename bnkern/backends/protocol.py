@@ -117,10 +117,16 @@ class OwnConvolutionBackend(Backend, Protocol):
 
 
 class ChainBackend(Backend, Protocol):
-    """A backend with kernels for a 3 x 3 convolution between two batch norms. Only the CPU's backend has them.
+    """A backend with kernels for a 3 x 3 convolution between two batch norms: ``cpu`` and ``cuda_conv``.
 
     ``reference`` documents the functions.
     """
+
+    records_conv_norm: bool  # whether these functions record, and count skipped batches
+
+    def normalize(
+        self, call: ForwardCall, mean: Tensor | None, invstd: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]: ...
 
     def conv_norm_forward(
         self,

@@ -34,6 +34,12 @@ def run_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor:
 
     For images of at most 16,384 values whose width is a multiple of 8, the results and gradients have the bits of the
     modules called one by one. With other sizes sums may be added in another order.
+
+    On CUDA devices there are kernels for the forward, which **have not run on a GPU yet** and must be switched on by
+    :func:`bnkern.use_cuda_chains`. They serve bfloat16 and float16 with 16, 32 or 64 channels that do not change within
+    the chain, and images of at most 16,384 values, without probes. The convolutions' weights must have this dtype: a
+    module in bfloat16, or parameters in float32 with the bfloat16 copies of :mod:`bnkern.train` under autocast, whose
+    batch norms stay in float32.
     """
     y = fused_chain(x, links)
     if y is not None:
@@ -53,7 +59,7 @@ def fused_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor | None:
         and links
         and torch.is_grad_enabled()
         and all(is_chainable(link) for link in links)
-        and not torch.is_autocast_enabled(x.device.type)
+        and _autocast_keeps(x)
         and x.dim() == 4
         and not x.is_neg()
         and x.shape[1] == links[0].conv.in_channels
@@ -64,6 +70,9 @@ def fused_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor | None:
         return None
     channels: list[int] = [links[0].conv.in_channels, *(link.conv.out_channels for link in links)]
     recorded: set[str] = {field for link in links if link.norm.taps for field in link.norm.taps[0].requested(link.norm)}
+    skips = any(link.norm._buffers.get("num_batches_skipped") is not None for link in links)
+    if (recorded or skips) and not kernels.records_conv_norm:
+        return None
     if "samples" in recorded and x.shape[2] * x.shape[3] * max(channels) > 16_384:
         return None
     if not kernels.prefers_conv_norm(x, channels) or not all(_fits(link, x, channels) for link in links):
@@ -94,7 +103,13 @@ def is_chainable(link: ChainLink) -> bool:
 
 
 def _is_plain_parameter(p: Tensor) -> bool:
-    return is_plain(p) and p.dtype is torch.float32 and p.device.type == "cpu"
+    return is_plain(p) and p.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _autocast_keeps(x: Tensor) -> bool:
+    """Whether autocast is off, or casts to the dtype of x. Operands of this dtype are not cast then."""
+    device = x.device.type
+    return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is x.dtype
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:
@@ -104,16 +119,22 @@ def _has_hooks(module: torch.nn.Module) -> bool:
 
 
 def _fits(link: ChainLink, x: Tensor, channels: list[int]) -> bool:
-    """Whether the kernels can read the link's residual, and it has the size of the output."""
-    residual = link.residual
+    """Whether the kernels can read the link's parameters and residual, and the residual has the size of the output."""
+    conv, norm, residual = link
+    if conv.weight.dtype is not x.dtype or conv.weight.device != x.device:
+        return False
+    vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    if any(v is not None and (v.dtype not in (x.dtype, torch.float32) or v.device != x.device) for v in vectors):
+        return False
     if isinstance(residual, int):
-        return channels[residual] == link.conv.out_channels
+        return channels[residual] == conv.out_channels
     if residual is None:
         return True
     return (
         is_plain(residual)
         and residual.dtype is x.dtype
-        and residual.shape == (x.shape[0], link.conv.out_channels, *x.shape[2:])
+        and residual.device == x.device
+        and residual.shape == (x.shape[0], conv.out_channels, *x.shape[2:])
         and residual.is_contiguous(memory_format=torch.channels_last)
     )
 

@@ -65,6 +65,9 @@ RULES = {
             "bnkern.backends.triton.samples",
         )
     ),
+    "bnkern.backends.cuda_conv": Rule(
+        ("bnkern.backends.calls", "bnkern.backends.native", "bnkern.backends.cuda", "bnkern.backends.protocol")
+    ),
     "bnkern.backends.triton*": Rule((*LEAVES, "bnkern.backends.triton*"), ("torch", "triton")),
     "bnkern.backends": Rule(("bnkern.backends.protocol",)),  # imports its backends by name, from the table
     # Batch norm, from the lowest to the highest layer.

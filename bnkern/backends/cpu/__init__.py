@@ -31,6 +31,7 @@ from .convolution import (
     prefers_direct,
     prefers_own_gradient,
     prefers_winograd,
+    records_conv_norm,
 )
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "prefers_direct",
     "prefers_own_gradient",
     "prefers_winograd",
+    "records_conv_norm",
     "refuses",
     "try_forward",
     "update",
