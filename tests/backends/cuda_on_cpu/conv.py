@@ -126,7 +126,7 @@ class BankConflicts(NamedTuple):
     further_passes: int
 
 
-class counting_bank_conflicts:  # noqa: N801 (a context manager)
+class counting_bank_conflicts:
     """Counts the bank conflicts of the launches within. ``result`` is a :class:`BankConflicts` afterwards."""
 
     result: BankConflicts
@@ -141,3 +141,10 @@ class counting_bank_conflicts:  # noqa: N801 (a context manager)
     def __exit__(self, *error: object) -> None:
         self._lib.count_bank_conflicts(False)
         self.result = BankConflicts(*(self._lib.bank_conflicts(which) for which in range(2)))
+
+
+def load_operands(stride: int) -> None:
+    """Loads an operand of a product by one warp. Four lanes read 32 bytes of a row, and rows are ``stride`` apart."""
+    load = kernels().fault_operands
+    load.restype = c_char_p
+    assert load(stride) == b""

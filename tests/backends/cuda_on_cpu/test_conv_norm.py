@@ -12,7 +12,13 @@ from torch import Tensor
 
 from bnkern.backends import reference
 from bnkern.backends.calls import ForwardCall
-from tests.backends.cuda_on_cpu.conv import BankConflicts, Result, conv_norm_forward, counting_bank_conflicts
+from tests.backends.cuda_on_cpu.conv import (
+    BankConflicts,
+    Result,
+    conv_norm_forward,
+    counting_bank_conflicts,
+    load_operands,
+)
 from tests.backends.cuda_on_cpu.native import Device, OnCpu
 from tests.backends.cuda_on_cpu.sandbox import sandboxed
 
@@ -249,10 +255,8 @@ def test_no_bank_conflicts(size: tuple[int, ...], loads: int) -> None:
 
 @sandboxed
 def conflicts_with_stride(stride: int) -> BankConflicts:
-    from tests.backends.cuda_on_cpu.test_faults import call
-
     with counting_bank_conflicts() as count:
-        assert call("operands", stride) == ""
+        load_operands(stride)
     return count.result
 
 
