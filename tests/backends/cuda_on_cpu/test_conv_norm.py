@@ -1,7 +1,6 @@
 """``conv_norm_forward`` on the host: the kernel against the reference in float64, in shuffled orders.
 
-y and its mask must have the bits of the kernels of ``normalize``. r is compared with the convolution of the y that the
-kernel rounded, and the statistics with those of the r that it rounded, so each bound contains one step only.
+y and its mask must have the bits of the kernels of ``normalize``.
 """
 
 import itertools
@@ -21,111 +20,34 @@ from tests.backends.cuda_on_cpu.conv import (
 )
 from tests.backends.cuda_on_cpu.native import Device, OnCpu
 from tests.backends.cuda_on_cpu.sandbox import sandboxed
+from tests.support.conv_norm import CALLS, DTYPES, ODD, STAGES, Problem, check_convolution, check_statistics
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Half a unit in the last place, relative to the value: 8 and 11 bits of significand. fp16 also has subnormal values.
-ROUNDING = {torch.bfloat16: (2**-8, 0.0), torch.float16: (2**-11, 2**-25)}
-# The stages of a CIFAR ResNet, and images whose rows, pixels and tiles are not full. (images, channels, rows, columns)
-STAGES = [(2, 16, 32, 32), (2, 32, 16, 16), (2, 64, 8, 8)]
-ODD = [(3, 16, 7, 7), (2, 32, 5, 9), (5, 64, 5, 9), (1, 64, 16, 16), (1, 16, 1, 3), (9, 32, 2, 1)]
 SEEDS = (1, 2, 3)
 
 
-class Problem:
-    """Operands of a call. ``norm`` "none": the source is y itself, "plain": a norm, "residual": one with a residual."""
-
-    def __init__(
-        self, size: tuple[int, ...], dtype: torch.dtype, norm: str, act: str | None, **options: object
-    ) -> None:
-        generator = torch.Generator().manual_seed(len(norm) + sum(size))
-        n, c, h, w = size
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
-        def images() -> Tensor:
-            return random(n, c, h, w).to(dtype).contiguous(memory_format=torch.channels_last)
-
-        self.weight = (random(c, c, 3, 3) / (3 * c**0.5)).to(dtype)
-        if options.get("weight", "channels_last") == "channels_last":
-            self.weight = self.weight.contiguous(memory_format=torch.channels_last)
-        vectors = options.get("vectors", torch.float32)
-        self.keep = bool(options.get("keep", norm == "residual"))
-        self.mean, self.invstd = (0.3 * random(c), random(c).abs() + 0.5) if norm != "none" else (None, None)
-        self.source: ForwardCall | Tensor = images()
-        if norm != "none":
-            self.source = ForwardCall(
-                self.source,
-                random(c).to(vectors),
-                random(c).to(vectors),
-                images() if norm == "residual" else None,
-                act=act,
-                save_mask=True,
-            )
-        momentum = options.get("momentum", 0.1)
-        running = random(c).to(vectors), random(c).abs().to(vectors), torch.tensor(4)
-        self.norm = ForwardCall(None, None, None, None, *running, momentum=momentum)
-
-    def run(self, seed: int, **options: object) -> Result:
-        operands = (self.source, self.mean, self.invstd, self.keep, self.weight, self.norm)
-        return conv_norm_forward(*operands, seed=seed, **options)
-
-    def convolved(self) -> Tensor:
-        """The convolution's input, by the kernels of ``normalize``."""
-        if isinstance(self.source, Tensor):
-            return self.source
-        return OnCpu().normalize(self.source, self.mean, self.invstd)[0]
+def run(p: Problem, seed: int, **options: object) -> Result:
+    operands = (p.source, p.mean, p.invstd, p.keep, p.weight, p.norm)
+    return conv_norm_forward(*operands, seed=seed, **options)
 
 
 def check(p: Problem, seeds: tuple[int, ...] = SEEDS) -> Result:
-    first, *others = [p.run(seed) for seed in seeds]
+    first, *others = [run(p, seed) for seed in seeds]
     for other in others:
         for name, a, b in zip(Result._fields, first, other, strict=True):
             same = a is b is None or torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
             assert same, f"{name} depends on the order of threads and blocks"
+    y = p.source
     if isinstance(p.source, ForwardCall):
         y, mask = OnCpu().normalize(p.source, p.mean, p.invstd)
         assert (first.y is not None) is p.keep and (first.y is None or same_bits(first.y, y))
         assert (first.mask is None) is (mask is None) and (mask is None or torch.equal(first.mask, mask))
-    check_convolution(p, first.r)
-    check_statistics(p, first)
+    check_convolution(y, p.weight, first.r)
+    check_statistics(p.norm, first.r, first.mean, first.invstd, first[5:])
     return first
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int16), b.view(torch.int16))
-
-
-def check_convolution(p: Problem, r: Tensor) -> None:
-    y, weight = p.convolved().double(), p.weight.double()
-    truth = torch.nn.functional.conv2d(y, weight, padding=1)
-    magnitude = torch.nn.functional.conv2d(y.abs(), weight.abs(), padding=1)
-    # The stored value is rounded once. The sum is rounded to float32 after each of 9 C / 16 products of a fragment.
-    relative, absolute = ROUNDING[r.dtype]
-    bound = relative * 1.01 * truth.abs() + absolute + 2**-24 * (9 * weight.shape[0] // 16) * magnitude
-    assert ((r.double() - truth).abs() <= bound).all()
-    assert r.is_contiguous(memory_format=torch.channels_last)
-
-
-def check_statistics(p: Problem, result: Result) -> None:
-    """Of r as rounded. Sums of at most 1,024 values in float32, by a tree, and double from there on."""
-    r = result.r.double()
-    count, mean, m2 = reference.moments(r)
-    sigma = (m2 / count).sqrt()
-    assert ((result.mean - mean).abs() <= 1e-6 * mean.abs() + 1e-6 * sigma + 1e-12).all()
-    torch.testing.assert_close(result.invstd.double(), torch.rsqrt(m2 / count + p.norm.eps), rtol=1e-5, atol=0)
-    expected = p.norm._replace(**{name: getattr(p.norm, name).clone() for name in ("num_batches_tracked",)})
-    expected = expected._replace(
-        running_mean=p.norm.running_mean.double(), running_var=p.norm.running_var.double()
-    )  # the reference updates these
-    reference.update_running(expected, count, mean, m2)
-    for actual, truth in zip(result[5:7], expected[4:6], strict=True):
-        rounding = {torch.float32: 1e-5}.get(actual.dtype) or ROUNDING[actual.dtype][0]
-        torch.testing.assert_close(actual.double(), truth, rtol=rounding, atol=1e-5)
-    assert result.counter == expected.num_batches_tracked
-
-
-CALLS = [("none", None), ("plain", "relu"), ("residual", "relu"), ("residual", None)]
 
 
 @pytest.mark.parametrize(("norm", "act"), CALLS, ids=str)
@@ -163,14 +85,14 @@ def test_options(dtype: str) -> None:
         check(Problem(size, DTYPES[dtype], "plain", "relu", **options))
     check(Problem(size, DTYPES[dtype], "residual", "relu", keep=False))
     p = Problem(size, DTYPES[dtype], "plain", "relu")
-    expected = p.run(1)
+    expected = run(p, 1)
     wide = torch.full((32, 40, 3, 4), torch.nan, dtype=p.weight.dtype)
     wide[:, 8:, :, 1:] = p.weight
     p.weight = wide[:, 8:, :, 1:]  # other strides, and not aligned
-    for a, b in zip(expected, p.run(2), strict=True):
+    for a, b in zip(expected, run(p, 2), strict=True):
         assert a is b is None or torch.equal(a, b)
     p.norm = ForwardCall(None)
-    assert p.run(1).running_mean is None and torch.equal(p.run(1).r, expected.r)
+    assert run(p, 1).running_mean is None and torch.equal(run(p, 1).r, expected.r)
 
 
 @sandboxed
@@ -179,10 +101,10 @@ def test_special_values() -> None:
     for value in (torch.nan, torch.inf):
         for image in (0, 1):
             p = Problem((3, 16, 5, 6), torch.bfloat16, "none", None)
-            clean = p.run(1)
+            clean = run(p, 1)
             p.weight[3:] = 0  # outputs 3 to 15 are sums of zeros, or NaN
             p.source[image, 2, 2, 3] = value
-            result = p.run(1)
+            result = run(p, 1)
             near = torch.zeros_like(result.r, dtype=torch.bool)
             near[image, :, 1:4, 2:5] = True
             truth = torch.nn.functional.conv2d(p.source.double(), p.weight.double(), padding=1)
@@ -197,7 +119,7 @@ def test_special_values() -> None:
 def test_nan_in_one_channel_of_the_result() -> None:
     """Its statistics are NaN, and those of the other channels keep their bits."""
     p = Problem((3, 32, 7, 7), torch.bfloat16, "plain", "relu")
-    clean = p.run(1)
+    clean = run(p, 1)
     p.weight[5, 0, 1, 1] = torch.nan
     result = check_orders(p)
     for name in ("mean", "invstd", "running_mean", "running_var"):
@@ -207,7 +129,7 @@ def test_nan_in_one_channel_of_the_result() -> None:
 
 
 def check_orders(p: Problem) -> Result:
-    first, second = (p.run(seed) for seed in (1, 2))
+    first, second = (run(p, seed) for seed in (1, 2))
     for a, b in zip(first, second, strict=True):
         assert a is b is None or torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
     return first
@@ -235,7 +157,7 @@ def test_constant_values() -> None:
         p.source.fill_(1.37)
         p.weight.zero_()
         p.weight[:, 0, 1, 1] = 1.91
-        result = p.run(1)
+        result = run(p, 1)
         assert torch.equal(result.mean, result.r.float().amax((0, 2, 3)))
         assert torch.equal(result.invstd, torch.full_like(result.invstd, p.norm.eps**-0.5))
 
@@ -249,7 +171,7 @@ def test_no_bank_conflicts(size: tuple[int, ...], loads: int) -> None:
     The shared memory serves half of such a load, 16 lanes, per cycle, so these are the cycles that an image takes.
     """
     with counting_bank_conflicts() as count:
-        Problem((1, *size[1:]), torch.bfloat16, "plain", "relu").run(1)
+        run(Problem((1, *size[1:]), torch.bfloat16, "plain", "relu"), 1)
     assert count.result == (loads, 0)
 
 
@@ -270,10 +192,10 @@ def test_bank_conflicts_are_found() -> None:
 def test_refusals() -> None:
     p = Problem((1, 64, 8, 8), torch.bfloat16, "none", None)
     with pytest.raises(RuntimeError, match=r"a block needs 1[0-9]{5} bytes of shared memory .* gives it 65536"):
-        p.run(1, device=Device(shared_bytes=64 << 10))
+        run(p, 1, device=Device(shared_bytes=64 << 10))
     with pytest.raises(RuntimeError, match="16, 32 or 64 channels, got 48"):
-        Problem((1, 48, 4, 4), torch.bfloat16, "none", None).run(1)
+        run(Problem((1, 48, 4, 4), torch.bfloat16, "none", None), 1)
     with pytest.raises(RuntimeError, match="at most 16384 values, got 17408"):
-        Problem((1, 16, 34, 32), torch.bfloat16, "none", None).run(1)
+        run(Problem((1, 16, 34, 32), torch.bfloat16, "none", None), 1)
     with pytest.raises(RuntimeError, match="takes bfloat16 and float16"):
-        Problem((1, 16, 4, 4), torch.float32, "none", None).run(1)
+        run(Problem((1, 16, 4, 4), torch.float32, "none", None), 1)
