@@ -5,7 +5,7 @@ of a backend are loaded at its first call.
 """
 
 from . import nn, probes
-from .backends import use_backend
+from .backends import use_backend, use_cuda_chains
 from .conv import GradSigns, conv2d_grad_signs
 from .convert import convert, revert
 from .norm import Moments, add_act, batch_norm, channel_moments, explain
@@ -26,4 +26,5 @@ __all__ = [
     "recompute_statistics",
     "revert",
     "use_backend",
+    "use_cuda_chains",
 ]

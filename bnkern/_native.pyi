@@ -71,6 +71,7 @@ def conv_norm_forward(
     norm: ForwardCall,
     /,
 ) -> ConvNormForward: ...
+def conv_norm_refusal(x: Tensor, /) -> str | None: ...
 def conv_norm_backward(
     behind: BackwardCall,
     sums: Tensor,

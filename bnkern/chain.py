@@ -3,7 +3,8 @@
 A convolution's kernel normalises its input when it loads it, and computes the moments of its output when it stores it.
 Between two convolutions only the raw output of the first one is in memory. In the backward the kernel that computes the
 gradients of a convolution also computes ``grad_input`` of the batch norm behind it and ``grad_sums`` of the one before
-it. Only the CPU's backend has such kernels.
+it. The CPU's backend has such kernels for both directions. On CUDA devices the forward has one, which must be switched
+on (:func:`bnkern.use_cuda_chains`), and the backward calls the kernels of batch norm and torch's convolution.
 """
 
 from collections.abc import Sequence
@@ -35,10 +36,7 @@ class Link(NamedTuple):
 
 def kernels_for(x: Tensor) -> ChainBackend | None:
     """The backend whose kernels compute chains of this input, or None."""
-    if x.device.type != "cpu" or backends.unavailable("cpu", "cpu"):
-        return None
-    kernels = backends.choose(backends.forced(), x.device, x.dtype)
-    return kernels if hasattr(kernels, "prefers_conv_norm") else None  # type: ignore[return-value]
+    return backends.chain_kernels(x.device, x.dtype)
 
 
 def chain(x: Tensor, links: Sequence[Link], kernels: ChainBackend) -> Tensor:
@@ -51,14 +49,16 @@ def chain(x: Tensor, links: Sequence[Link], kernels: ChainBackend) -> Tensor:
     A batch norm in training uses the statistics of the batch and updates the running ones. One in eval mode uses the
     running statistics, as do those whose statistics are frozen.
 
-    For images of at most 16,384 values whose width is a multiple of 8, results and gradients have the bits of
-    :func:`bnkern.batch_norm` and :class:`bnkern.nn.Conv2d`, called one after the other. Saved for backward are x, the
-    raw r_k, the values that are used as a residual or have one, and one bit per element of the latter. Without
+    On the CPU, for images of at most 16,384 values whose width is a multiple of 8, results and gradients have the bits
+    of :func:`bnkern.batch_norm` and :class:`bnkern.nn.Conv2d`, called one after the other. Saved for backward are x,
+    the raw r_k, the values that are used as a residual or have one, and one bit per element of the latter. Without
     gradients no value is kept longer than a later link needs it. Double backward uses torch's formulas.
 
     Args:
-        x: [N, I, H, W], float32 in channels_last on the CPU.
-        links: weights are float32, with multiples of 16 channels, and every norm has act None or "relu".
+        x: [N, I, H, W] in channels_last: float32 on the CPU, bfloat16 or float16 on a CUDA device.
+        links: weights are of the dtype of x, and every norm has act None or "relu". The channels are multiples of 16 on
+            the CPU, and 16, 32 or 64 everywhere in the chain on a CUDA device. There no convolution has
+            a bias, every norm is in training, and a link has no records.
         kernels: the backend of :func:`kernels_for`.
 
     Returns:

@@ -111,6 +111,8 @@ namespace bnkern {
 void launch_cuda(Forward&, PyObject*, const dlpack::Device&) { refuse(); }
 void launch_cuda(Backward&, PyObject*, const dlpack::Device&) { refuse(); }
 void launch_cuda(Update&, PyObject*, const dlpack::Device&) { refuse(); }
+void launch_cuda(CudaConvNorm&, PyObject*, const dlpack::Device&) { refuse(); }
+std::string cuda_refusal(CudaConvNorm&, const dlpack::Device&) { return "the native module was built without CUDA"; }
 }  // namespace bnkern
 #endif
 

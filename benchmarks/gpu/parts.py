@@ -45,6 +45,7 @@ def bench(*arguments: str, budget: float) -> list[str]:
     return [*arguments, f"--budget={budget:g}"]
 
 
+CONV_NORM_TESTS = tests("-m", "gpu", "tests/backends/cuda/test_conv_norm.py")
 SHORT = tests("-m", "gpu", CUDA_TESTS, "-k", "test_every_strategy and bf16")
 # The shared tests: 27,000, of which most compile Triton kernels, so one in eight runs.
 SHARED = tests("-m", "gpu and not slow", "tests", f"--deselect={CUDA_TESTS}", f"--deselect={TRAIN_TESTS}", "--sample=8")
@@ -75,6 +76,8 @@ PARTS = [
     Part("cudnn", 20, bench("conv/bench_cudnn.py", "-k", "graph", budget=0.2), "cuDNN's convolutions by pass"),
     # ---- if time is left, or another day
     Part("host", 20, bench("norm/bench_overhead.py", "-k", "call", budget=0.2), "the host's time of a call"),
+    Part("conv-norm-tests", 40, CONV_NORM_TESTS, "whether batch norm inside a convolution is right"),
+    Part("conv-norm", 20, bench("conv/bench_conv_norm.py", "-k", "graph", budget=0.2), "whether it is kept: targets"),
     Part(
         "batch-norms",
         60,

@@ -31,7 +31,7 @@ KINDS = (
     ("convolution, weight gradient", r"wgrad|convolve_wgrad"),
     ("convolution, input gradient", r"dgrad"),
     ("layout", r"nchwToNhwc|nhwcToNchw|nchw2nhwc|nhwc2nchw|transpose"),
-    ("convolution, forward", r"fprop|implicit_gemm|implicit_convolve|cudnn|xmma|convolve"),
+    ("convolution, forward", r"conv_norm_forward|fprop|implicit_gemm|implicit_convolve|cudnn|xmma|convolve"),
     ("optimiser", r"bnkern.*update|FusedSgd|multi_tensor_apply"),
     ("linear", r"gemm|nvjet|cublas|cutlass|splitK"),
     ("casts and copies", r"copy_kernel|CatArray|Memcpy|memcpy|\bcopy"),

@@ -84,6 +84,14 @@ def recorded(run: Run, network: str) -> float | None:
     return times[-1] if times else None
 
 
+def conv_norm(run: Run) -> float | None:
+    """The time of batch norm inside the convolution over that of cuDNN's convolution and our batch norm, stage 1."""
+    ours, apart = (
+        run.time("conv_norm", shape="stage1", mode="graph", provider=name) for name in ("bnkern", "cudnn and bnkern")
+    )
+    return ours / apart if ours and apart else None
+
+
 def failures(*parts: str) -> Callable[[Run], float | None]:
     def measure(run: Run) -> float | None:
         counts = [run.failed_tests[part] for part in parts if part in run.failed_tests]
@@ -144,6 +152,21 @@ def _targets() -> Iterator[Target]:
         True,
         f"{FIRST}: a factor of 3 and more is left",
         over_bytes,
+    )
+    # The exit rule of csrc/cuda/conv_norm_forward.cu: it is dropped if its first run on hardware misses this.
+    yield Target(
+        "Batch norm inside the convolution, stage 1 forward, over apart",
+        0.5,
+        True,
+        "benchmarks/conv/bench_conv_norm.py, exit rule",
+        conv_norm,
+    )
+    yield Target(
+        "Failed tests of batch norm inside the convolution",
+        0,
+        True,
+        "tests/backends/cuda/test_conv_norm.py",
+        failures("conv-norm-tests"),
     )
     yield Target("Failed tests of the CUDA kernels", 0, True, "tests/backends/cuda/test_gpu.py", failures("cuda-tests"))
     yield Target("Failed tests of training on a GPU", 0, True, "tests/train/test_gpu.py", failures("train-tests"))

@@ -21,7 +21,7 @@ from typing import Literal, cast, overload
 
 import torch
 
-from .protocol import Backend, ConvolutionBackend, ImageBackend, OwnConvolutionBackend
+from .protocol import Backend, ChainBackend, ConvolutionBackend, ImageBackend, OwnConvolutionBackend
 
 # The table has the backends of each device in order of preference. The first one that does not refuse serves the call.
 # On CUDA devices this is CUDA C++: on an H200 a training step takes 0.87 of its time with Triton's kernels, and a call
@@ -87,6 +87,36 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+# Whether the CUDA kernels compute chains. It is global for the same reason.
+_cuda_chains = os.environ.get("BNKERN_CUDA_CHAINS") == "1"
+
+
+@contextlib.contextmanager
+def use_cuda_chains(on: bool = True) -> Iterator[None]:
+    """Let the CUDA kernels compute chains of convolutions and batch norms within, in every thread.
+
+    They are off by default, because **they have not run on a GPU yet**. They serve bfloat16 and float16 in
+    channels_last with 16, 32 or 64 channels and at most 16,384 values an image (:func:`bnkern.nn.run_chain`), and only
+    the forward is a kernel of their own. ``BNKERN_CUDA_CHAINS=1`` in the environment does the same for a whole process.
+    """
+    global _cuda_chains
+    before, _cuda_chains = _cuda_chains, on
+    try:
+        yield
+    finally:
+        _cuda_chains = before
+
+
+def chain_kernels(device: torch.device, dtype: torch.dtype) -> ChainBackend | None:
+    """The backend whose kernels compute chains for tensors of this device and dtype, or None."""
+    if device.type == "cpu" and not unavailable("cpu", "cpu"):
+        kernels = choose(forced(), device, dtype)
+        return cast(ChainBackend, kernels) if hasattr(kernels, "prefers_conv_norm") else None
+    if device.type == "cuda" and _cuda_chains and choose(forced(), device, dtype) is _load("cuda"):
+        return cast(ChainBackend, importlib.import_module(f"{__name__}.cuda_conv"))
+    return None
 
 
 @cache

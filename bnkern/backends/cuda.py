@@ -25,6 +25,7 @@ from .native import _native, update
 
 __all__ = [
     "backward",
+    "compiled_for",
     "forward",
     "grad_input",
     "grad_sums",
@@ -34,6 +35,7 @@ __all__ = [
     "refuses",
     "try_forward",
     "update",
+    "with_memory",
 ]
 
 
@@ -65,6 +67,13 @@ _ARCHITECTURES = _native.build_info()["cuda_archs"]
 def _serving(properties) -> architectures.Capability | None:
     """The capability of the compiled code that a device with these properties runs, or None."""
     return architectures.serving((properties.major, properties.minor), _ARCHITECTURES)
+
+
+def compiled_for(device: torch.device) -> architectures.Capability:
+    """The capability of the compiled code that the device runs. (8, 0) if torch has no GPU, as in tests on the host."""
+    if not torch.cuda.is_available():
+        return 8, 0
+    return _serving(torch.cuda.get_device_properties(device)) or (0, 0)
 
 
 # -------------------------------------------------------------------------------------------- devices and rules
@@ -135,7 +144,7 @@ _introduce_once = functools.cache(introduce)
 # -------------------------------------------------------------------------------------------------- the functions
 
 
-def _with_memory(function: Callable) -> Callable:
+def with_memory(function: Callable) -> Callable:
     """``function``, which is called again after torch's cache is emptied if CUDA has no memory for a workspace.
 
     The workspace does not come from torch's allocator, which may hold all free memory. Torch itself also empties this
@@ -162,13 +171,13 @@ def _out_of_memory() -> torch.OutOfMemoryError:
     return torch.OutOfMemoryError("CUDA has no memory left for the workspace of this stream (about 1 MB)")
 
 
-_try_forward = _with_memory(native.try_forward)
-_forward = _with_memory(native.forward)
-_backward = _with_memory(native.backward)
-moments = _with_memory(native.moments)
-normalize = _with_memory(native.normalize)
-_grad_sums = _with_memory(native.grad_sums)
-_grad_input = _with_memory(native.grad_input)
+_try_forward = with_memory(native.try_forward)
+_forward = with_memory(native.forward)
+_backward = with_memory(native.backward)
+moments = with_memory(native.moments)
+normalize = with_memory(native.normalize)
+_grad_sums = with_memory(native.grad_sums)
+_grad_input = with_memory(native.grad_input)
 
 
 def try_forward(call: ForwardCall) -> Forward | None:

@@ -117,10 +117,17 @@ class OwnConvolutionBackend(Backend, Protocol):
 
 
 class ChainBackend(Backend, Protocol):
-    """A backend with kernels for a 3 x 3 convolution between two batch norms. Only the CPU's backend has them.
+    """A backend with kernels for a 3 x 3 convolution between two batch norms: ``cpu`` and ``cuda_conv``.
 
     ``reference`` documents the functions.
     """
+
+    # Whether these functions record, count skipped batches, and serve eval mode and a convolution's bias.
+    conv_norm_options: bool
+
+    def normalize(
+        self, call: ForwardCall, mean: Tensor | None, invstd: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]: ...
 
     def conv_norm_forward(
         self,

@@ -34,9 +34,16 @@ def run_chain(x: Tensor, links: Sequence[ChainLink]) -> Tensor:
     (``norm_gradient_noise`` for images of at most 16,384 values). The modules of all other links are called, so
     everything that looks at a value between them gets it.
 
-    For images of at most 16,384 values whose width is a multiple of 8, the results and gradients of convolutions
-    without bias have the bits of the modules called one by one. With other sizes sums may be added in another order.
-    The bias of a convolution has no effect on a batch norm in training but on its running mean, so its gradient is 0.
+    On the CPU, for images of at most 16,384 values whose width is a multiple of 8, the results and gradients of
+    convolutions without bias have the bits of the modules called one by one. With other sizes sums may be added in
+    another order. The bias of a convolution has no effect on a batch norm in training but on its running mean, so its
+    gradient is 0.
+
+    On CUDA devices there are kernels for the forward, which **have not run on a GPU yet** and must be switched on by
+    :func:`bnkern.use_cuda_chains`. They serve bfloat16 and float16 in training, with 16, 32 or 64 channels that do not
+    change from one value to the next, convolutions without bias, and images of at most 16,384 values, without probes.
+    The convolutions' weights must have this dtype: a module in bfloat16, or parameters in float32 with the bfloat16
+    copies of :mod:`bnkern.train` under autocast, whose batch norms stay in float32.
     """
 
     def call(k: int, value: Tensor, residual: Tensor | None) -> Tensor:
@@ -71,7 +78,7 @@ def _residual(link: ChainLink, values: Sequence[Tensor]) -> Tensor | None:
 def _kernels_for(x: Tensor) -> ChainBackend | None:
     """The backend with kernels for chains of this input, or None if there is none in the present context."""
     plain = is_plain_eager() and type(x) is Tensor and x.dim() == 4 and not x.is_neg()
-    return kernels_for(x) if plain and not torch.is_autocast_enabled(x.device.type) else None
+    return kernels_for(x) if plain and _autocast_keeps(x) else None
 
 
 def _count_served(values: Sequence[Tensor], links: Sequence[ChainLink], kernels: ChainBackend) -> int:
@@ -86,26 +93,45 @@ def _count_served(values: Sequence[Tensor], links: Sequence[ChainLink], kernels:
             return count
         channels.append(link.conv.out_channels)
         most = max(most, *channels[-2:])
-        if link.norm.taps:
-            samples = samples or "samples" in link.norm.taps[0].requested(link.norm)
-            if not _uses_batch(link.norm) or link.conv.bias is not None or (samples and pixels * most > 16_384):
-                return count
+        samples = samples or (bool(link.norm.taps) and "samples" in link.norm.taps[0].requested(link.norm))
+        if not kernels.conv_norm_options and _needs_options(link):
+            return count
+        if link.norm.taps and (not _uses_batch(link.norm) or link.conv.bias is not None):
+            return count
+        if samples and pixels * most > 16_384:
+            return count
         if isinstance(link.residual, int) and link.residual >= first:
             fits = channels[link.residual - first] == channels[-1]
         else:
-            fits = _fits(_residual(link, values), (x.shape[0], channels[-1], *x.shape[2:]), x.dtype)
-        if not fits or not kernels.prefers_conv_norm(x, channels[-2:]):
+            fits = _fits(_residual(link, values), (x.shape[0], channels[-1], *x.shape[2:]), x)
+        if not fits or not _parameters_fit(link, x) or not kernels.prefers_conv_norm(x, channels[-2:]):
             return count
     return len(links)
 
 
-def _fits(residual: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+def _needs_options(link: ChainLink) -> bool:
+    """Whether the link needs what :attr:`ChainBackend.conv_norm_options` says."""
+    skips = link.norm._buffers.get("num_batches_skipped") is not None
+    return bool(link.norm.taps) or skips or link.conv.bias is not None or not _uses_batch(link.norm)
+
+
+def _fits(residual: Tensor | None, shape: tuple[int, ...], x: Tensor) -> bool:
     """Whether the kernels can read a residual."""
     return residual is None or (
         is_plain(residual)
-        and residual.dtype is dtype
+        and residual.dtype is x.dtype
+        and residual.device == x.device
         and residual.shape == shape
         and residual.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _parameters_fit(link: ChainLink, x: Tensor) -> bool:
+    """Whether the kernels can read the link's parameters."""
+    conv, norm = link.conv, link.norm
+    vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return all(p is None or (p.dtype is x.dtype and p.device == x.device) for p in (conv.weight, conv.bias)) and all(
+        v is None or (v.dtype in (x.dtype, torch.float32) and v.device == x.device) for v in vectors
     )
 
 
@@ -137,7 +163,13 @@ def _uses_batch(norm: BatchNorm2d) -> bool:
 
 
 def _is_plain_parameter(p: Tensor) -> bool:
-    return is_plain(p) and p.dtype is torch.float32 and p.device.type == "cpu"
+    return is_plain(p) and p.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _autocast_keeps(x: Tensor) -> bool:
+    """Whether autocast is off, or casts to the dtype of x. Operands of this dtype are not cast then."""
+    device = x.device.type
+    return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is x.dtype
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:

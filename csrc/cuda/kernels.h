@@ -96,7 +96,27 @@ std::string backward_within(const CudaBackward& p, std::uintptr_t stream);
 WorkspaceSize forward_workspace(const CudaForward& p);
 WorkspaceSize backward_workspace(const CudaBackward& p);
 
-// The same functions for each of the two layouts.
+// A call of conv_norm_forward (bnkern/backends/reference/conv_norm.py) for bf16 and fp16 in channels_last: a 3 x 3
+// convolution of stride and padding 1 between C and C channels, with normalize of its input and moments of its output.
+// All tensors of images are dense, begin at multiples of 16 bytes, and are not empty.
+struct CudaConvNorm {
+  Forward input;       // normalize: x, residual, y and mask as in a call. If mean is null, x is the convolution's input
+  Forward output;      // moments and running statistics of r. Its x is r, which is written, and `spread` becomes invstd
+  const void* weight;  // [C, C, 3, 3] of the same dtype, with any strides in elements
+  std::int64_t weight_output, weight_input, weight_h, weight_w;
+  std::int64_t h, w;  // of an image
+  CudaDevice device;
+  CudaWorkspace workspace;
+};
+// "" or the reason why the kernel does not serve such a call. It reads the shape and the dtype of `output`, h, w and
+// the device.
+std::string conv_norm_refusal(const CudaConvNorm& p);
+// As cuda_forward, forward_within and forward_workspace.
+std::string cuda_conv_norm_forward(CudaConvNorm p, std::uintptr_t stream);
+std::string conv_norm_forward_within(const CudaConvNorm& p, std::uintptr_t stream);
+WorkspaceSize conv_norm_forward_workspace(const CudaConvNorm& p);
+
+// The same functions of batch norm for each of the two layouts.
 std::string rows_forward(const CudaForward& p, std::uintptr_t stream);
 std::string rows_backward(const CudaBackward& p, std::uintptr_t stream);
 WorkspaceSize rows_forward_workspace(const CudaForward& p);

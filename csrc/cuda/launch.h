@@ -206,6 +206,49 @@ BNKERN_DEVICE void store_words(void* p, Words v) {
 #endif
 }
 
+// Eight bytes, which a thread loads or stores at once.
+struct alignas(8) TwoWords {
+  std::uint32_t word[2];
+};
+// Loads an operand of multiply_add() from shared memory. On the host the addresses of a warp's lanes can be recorded,
+// so that the tests find bank conflicts.
+BNKERN_DEVICE TwoWords load_operand(const char* p) {
+#ifdef __CUDACC__
+  return *reinterpret_cast<const TwoWords*>(p);
+#else
+  return cuda_on_cpu::load_operand<TwoWords>(p);
+#endif
+}
+
+// Adds the product of a [16, 16] and b [16, 8] to d [16, 8], by all 32 lanes of a warp. The PTX manual says which
+// values a lane has (m16n8k16 for .f16 and .bf16). With g = lane / 4 and t = lane % 4 they are
+//   a: rows g, g + 8, g, g + 8 of columns 2t and 2t + 1, the last two words 8 columns further
+//   b: rows 2t and 2t + 1 of column g, the second word 8 rows further
+//   d: columns 2t and 2t + 1 of row g, then of row g + 8
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 800
+#define BNKERN_MULTIPLY_ADD(type)                                                     \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.word[0]), "r"(b.word[1]))
+#else
+#define BNKERN_MULTIPLY_ADD(type) __trap()  // the host functions refuse such a device
+#endif
+BNKERN_DEVICE void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], TwoWords b, BFloat16*) {
+  BNKERN_MULTIPLY_ADD("bf16");
+}
+BNKERN_DEVICE void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], TwoWords b, Float16*) {
+  BNKERN_MULTIPLY_ADD("f16");
+}
+#undef BNKERN_MULTIPLY_ADD
+#else
+template <class T>
+void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], TwoWords b, T*) {
+  cuda_on_cpu::multiply_add<T>(d, a, b.word);
+}
+#endif
+
 // Two values, rounded to nearest even. The first one is in the lower half.
 BNKERN_DEVICE std::uint32_t pack_two(float first, float second, BFloat16*) {
 #ifdef __CUDACC__

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "records.h"
+#include "statistics.h"
 
 namespace bnkern {
 
@@ -95,10 +96,6 @@ BNKERN_DEVICE void with_step(int step, F f) {
     f(std::integral_constant<int, 1>{});
   }
 }
-
-struct alignas(8) TwoWords {
-  std::uint32_t word[2];
-};
 
 // Loads the octet at `from`. Its number of elements is a multiple of kElements, and the other values are zero.
 template <int kElements, class T>

@@ -15,6 +15,7 @@
 #include <initializer_list>
 
 #include "records.h"
+#include "statistics.h"
 
 namespace bnkern {
 

@@ -220,18 +220,9 @@ struct ActivationTally {
 template <class T, bool kRecord>
 BNKERN_DEVICE unsigned write_row(const Forward& p, const RowsCoord& coord, const Affine (&coefficients)[8],
                                  const Vector<T, 8>& x, const Vector<T, 8>& residual, int row) {
-  float z[8];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) z[j] = normalized(x[j], coefficients[j]);
-  if (p.residual) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) z[j] += residual[j];
-  }
-  auto octet = Octet<T>::of(z);
-  if (p.act != Activation::none) {
-    const unsigned bits = activate(p.act, &octet);
-    if (p.mask) p.mask[((coord.begin + row) * p.shape.c + coord.channel) / 8] = static_cast<std::uint8_t>(bits);
-  }
+  unsigned bits = 0;
+  const Octet<T> octet = normalized_octet<T>(p, coefficients, x, residual, &bits);
+  if (p.mask) p.mask[((coord.begin + row) * p.shape.c + coord.channel) / 8] = static_cast<std::uint8_t>(bits);
   octet.store(coord.address<T>(p.y, row));
   unsigned active = 0;
   if constexpr (kRecord) {

@@ -65,6 +65,9 @@ RULES = {
             "bnkern.backends.triton.samples",
         )
     ),
+    "bnkern.backends.cuda_conv": Rule(
+        ("bnkern.backends.calls", "bnkern.backends.native", "bnkern.backends.cuda", "bnkern.backends.protocol")
+    ),
     "bnkern.backends.triton*": Rule((*LEAVES, "bnkern.backends.triton*"), ("torch", "triton")),
     "bnkern.backends": Rule(("bnkern.backends.protocol",)),  # imports its backends by name, from the table
     # Batch norm, from the lowest to the highest layer.
@@ -227,7 +230,7 @@ def test_test_modules_are_not_imported(folder: str) -> None:
 def test_the_table_of_backends_names_modules() -> None:
     """The backends are imported by name: each name that exists is a module of backends, and there are no others."""
     existing = {name.split(".")[2] for name in MODULES if name.startswith("bnkern.backends.")}
-    existing -= {"activations", "calls", "layout", "records", "protocol", "native", "architectures"}
+    existing -= {"activations", "calls", "layout", "records", "protocol", "native", "architectures", "cuda_conv"}
     assert existing <= set(backends.NAMES)
     assert {"cpu", "reference"} <= existing
 

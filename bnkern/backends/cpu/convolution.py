@@ -12,6 +12,7 @@ from ..native import _native, plain
 from ..protocol import ConvNormBackward, ConvNormForward
 from ..reference import accumulator
 
+conv_norm_options = True
 Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # sum, abs_sum, sign_sum, nonzero
 
 

@@ -121,6 +121,20 @@ def test_the_update_accesses_whole_vectors(architecture: int) -> None:
 
 
 @EVERY_ARCHITECTURE
+def test_a_convolution_loads_its_operands_together(architecture: int) -> None:
+    """All loads of an image, its residual and the weights are issued before the first of them is waited for.
+
+    A thread has 8 octets of each image, and stores 8 of y and 8 of r.
+    """
+    found = [(kernel, values) for kernel, values in kernels(architecture) if kernel.family == "conv_norm_forward"]
+    assert len(found) == 6
+    for kernel, values in found:
+        weights = {"16": 2, "32": 5, "64": 18}[kernel.arguments[1]]
+        assert values.first_loads == values.vector_loads == 16 + weights, f"{kernel.name}: {values}"
+        assert values.vector_stores == 16, f"{kernel.name}: {values}"
+
+
+@EVERY_ARCHITECTURE
 def test_loads_of_a_tile_are_issued_together(architecture: int) -> None:
     """A thread waits for the first load of its first tile when all loads of the tile have been issued.
 

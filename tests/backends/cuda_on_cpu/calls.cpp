@@ -31,6 +31,12 @@ const char* backward(const bnkern::CudaBackward* p, std::uintptr_t stream) {
 }
 const char* forward_within(const bnkern::CudaForward* p) { return store(bnkern::forward_within(*p, 0)); }
 const char* backward_within(const bnkern::CudaBackward* p) { return store(bnkern::backward_within(*p, 0)); }
+const char* conv_norm_forward_within(const bnkern::CudaConvNorm* p) {
+  return store(bnkern::conv_norm_forward_within(*p, 0));
+}
+void conv_norm_forward_workspace(const bnkern::CudaConvNorm* p, bnkern::WorkspaceSize* size) {
+  *size = bnkern::conv_norm_forward_workspace(*p);
+}
 const char* merge(const bnkern::CudaMerge* p) { return store(bnkern::cuda_merge(*p, 0)); }
 void forward_workspace(const bnkern::CudaForward* p, bnkern::WorkspaceSize* size) {
   *size = bnkern::forward_workspace(*p);
@@ -54,7 +60,7 @@ const char* allow_shared_memory(const void* kernel) {
 int allowed_shared_memory(const void* kernel) { return cuda_on_cpu::allowed_shared_memory(kernel); }
 std::int64_t sizes(int which) {
   constexpr std::int64_t kSizes[] = {sizeof(bnkern::CudaForward), sizeof(bnkern::CudaBackward),
-                                     sizeof(bnkern::CudaMerge)};
+                                     sizeof(bnkern::CudaMerge), sizeof(bnkern::CudaConvNorm)};
   return kSizes[which];
 }
 }

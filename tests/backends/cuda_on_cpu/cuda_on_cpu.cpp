@@ -1,6 +1,8 @@
 // The scheduler of cuda_on_cpu.h: blocks, fibers, and what each fiber waits for.
 #include "cuda_on_cpu.h"
 
+#include "bank_conflicts.h"
+
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -72,7 +74,9 @@ struct Fiber {
   const char* waits_for = nullptr;
   int barrier_or = 0;
   unsigned arrivals = 0, waits = 0;  // at cluster barriers
-  std::uint64_t sent = 0, received[kWarp] = {};
+  LaneValue sent{};
+  std::shared_ptr<const WarpValues> received;
+  std::vector<unsigned> operands;  // offsets in shared memory of the operands that it loaded
   Stack stack;
   ucontext_t context;
   void* fake_stack = nullptr;
@@ -119,6 +123,7 @@ class Scheduler {
     std::size_t at_once = grid_.resident ? pending_.size() : std::min(few, pending_.size());
     while (at_once-- > 0) begin_cluster();
     next();  // returns when no fiber is ready
+    if (BankConflicts::counted() && error_.empty()) count_bank_conflicts();
     return error_;
   }
 
@@ -224,6 +229,16 @@ class Scheduler {
   }
 
   static void enter();
+
+  void count_bank_conflicts() const {
+    for (const auto& block : blocks_)
+      for (std::size_t first = 0; first < block->fibers.size(); first += kWarp) {
+        std::vector<const std::vector<unsigned>*> lanes;
+        for (std::size_t t = first; t < std::min(first + kWarp, block->fibers.size()); ++t)
+          lanes.push_back(&block->fibers[t]->operands);
+        BankConflicts::add(lanes);
+      }
+  }
 
   void finish() {
     progress();
@@ -377,7 +392,7 @@ unsigned poll(const unsigned* word) {
 
 unsigned lane() { return static_cast<unsigned>(scheduler->self().index % kWarp); }
 
-std::uint64_t exchange(unsigned mask, std::uint64_t value, unsigned from) {
+std::shared_ptr<const WarpValues> all_lanes(unsigned mask, const LaneValue& own_value) {
   Fiber& self = scheduler->self();
   Warp& warp = self.block->warps[self.index / kWarp];
   const unsigned own = 1u << lane();
@@ -387,27 +402,35 @@ std::uint64_t exchange(unsigned mask, std::uint64_t value, unsigned from) {
   warp.mask = mask;
   warp.arrived |= own;
   warp.waiting[lane()] = &self;
-  self.sent = value;
+  self.sent = own_value;
   if (warp.arrived != mask) {
     scheduler->wait("a shuffle");
   } else {
+    const auto values = std::make_shared<WarpValues>();
+    for (int i = 0; i < kWarp; ++i)
+      (*values)[i] = mask >> i & 1 ? warp.waiting[i]->sent : LaneValue{~own_value[0], ~own_value[1], ~own_value[2]};
     for (int to = 0; to < kWarp; ++to) {
       if (!(mask >> to & 1)) continue;
-      for (int i = 0; i < kWarp; ++i) warp.waiting[to]->received[i] = mask >> i & 1 ? warp.waiting[i]->sent : ~value;
+      warp.waiting[to]->received = values;
       if (warp.waiting[to] != &self) scheduler->wake(warp.waiting[to]);
     }
     warp.arrived = 0;
     scheduler->yield();
   }
-  return self.received[from % kWarp];
+  return std::move(self.received);
 }
 
 unsigned ballot(unsigned mask, bool value) {
-  exchange(mask, value, 0);
+  const auto values = all_lanes(mask, {value});
   unsigned bits = 0;
   for (int i = 0; i < kWarp; ++i)
-    if (mask >> i & 1) bits |= unsigned(scheduler->self().received[i] & 1) << i;
+    if (mask >> i & 1) bits |= unsigned((*values)[i][0] & 1) << i;
   return bits;
+}
+
+void note_operand(const char* p) {
+  Fiber& self = scheduler->self();
+  if (BankConflicts::counted()) self.operands.push_back(static_cast<unsigned>(p - self.block->shared.get()));
 }
 
 }  // namespace cuda_on_cpu

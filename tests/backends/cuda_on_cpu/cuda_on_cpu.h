@@ -4,11 +4,14 @@
 // are sequentially consistent, so a missing fence between blocks is not detected.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <string>
 
 #include "runtime.h"
@@ -61,17 +64,28 @@ char* of_cluster_block(char* p, unsigned rank);
 unsigned cluster_rank();
 unsigned atomic_add(unsigned* word, unsigned value);
 unsigned poll(const unsigned* word);
-// All lanes of the warp in `mask` pass 8 bytes each. Returns those of `lane`, modulo 32.
-std::uint64_t exchange(unsigned mask, std::uint64_t value, unsigned lane);
+// All lanes of the warp in `mask` pass a value each. Returns the values of all lanes; those of other lanes are noise.
+using LaneValue = std::array<std::uint64_t, 3>;
+using WarpValues = std::array<LaneValue, 32>;
+std::shared_ptr<const WarpValues> all_lanes(unsigned mask, const LaneValue& own);
 unsigned ballot(unsigned mask, bool value);
 unsigned lane();
+
+// Notes that the running thread loads an operand of a matrix product, 8 bytes, from this address in shared memory.
+void note_operand(const char* p);
+template <class T>
+T load_operand(const char* p) {
+  static_assert(sizeof(T) == 8);
+  note_operand(p);
+  return *reinterpret_cast<const T*>(p);
+}
 
 template <class T>
 T shuffled(unsigned mask, T value, unsigned lane) {
   static_assert(sizeof(T) <= 8);
   std::uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
-  bits = exchange(mask, bits, lane);
+  bits = (*all_lanes(mask, {bits}))[lane % 32][0];
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
@@ -87,6 +101,8 @@ std::uint32_t pack_two(float first, float second) {
 
 }  // namespace cuda_on_cpu
 
+#include "multiply_add.h"
+
 #define threadIdx (cuda_on_cpu::place().thread)
 #define blockIdx (cuda_on_cpu::place().block)
 #define blockDim (cuda_on_cpu::place().block_size)
@@ -94,7 +110,7 @@ std::uint32_t pack_two(float first, float second) {
 
 inline void __syncthreads() { cuda_on_cpu::block_barrier(); }
 inline int __syncthreads_or(int value) { return cuda_on_cpu::block_barrier_or(value); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::exchange(mask, 0, 0); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::all_lanes(mask, {}); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, unsigned lane) {
   return cuda_on_cpu::shuffled(mask, value, lane);

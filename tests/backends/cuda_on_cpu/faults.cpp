@@ -80,6 +80,15 @@ void warp_kernel(int* out) {
   out[threadIdx.x] = sum + (odd == 0xaaaaaaaau) + static_cast<int>(__shfl_down_sync(0xffffffffu, threadIdx.x, 1));
 }
 
+// Each lane loads an operand of a product. Four lanes read 32 bytes of a row, and rows are `stride` bytes apart.
+void operands_kernel(int stride) {
+  char* const shared = shared_memory<char>();
+  const int lane = static_cast<int>(threadIdx.x);
+  reinterpret_cast<TwoWords*>(shared)[lane] = {};
+  __syncthreads();
+  load_operand(shared + lane / 4 * stride + lane % 4 * 8);
+}
+
 }  // namespace
 
 extern "C" {
@@ -109,4 +118,7 @@ const char* fault_half_cluster_barrier(int arrivals, int waits) {
   return store(launch({"half cluster barrier", 2, 1, 0, 0, 2}, half_cluster_barrier_kernel, arrivals, waits));
 }
 const char* fault_warp(int* out) { return store(launch({"warp", 1, 32, 0, 0}, warp_kernel, out)); }
+const char* fault_operands(int stride) {
+  return store(launch({"operands", 1, 32, 8 * static_cast<std::size_t>(stride) + 256, 0}, operands_kernel, stride));
+}
 }

@@ -16,7 +16,7 @@ PyObject* native_module() {
   definition.m_name = "native_on_cpu";
   definition.m_size = -1;
   PyObject* const module = PyModule_Create(&definition);
-  if (module && !(bnkern::add_calls(module) && bnkern::add_update(module))) return nullptr;
+  if (module && !(bnkern::add_calls(module) && bnkern::add_conv_norm(module) && bnkern::add_update(module))) return nullptr;
   return module;
 }
 void register_device(const bnkern::CudaDevice* device, std::int64_t single_read_from) {

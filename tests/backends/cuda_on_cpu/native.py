@@ -76,7 +76,9 @@ def load(library: Path) -> ctypes.CDLL:
 def kernels(optimized: bool = False) -> ctypes.CDLL:
     """All of csrc/cuda on the host, with sanitizers in the sandbox, else without; ``optimized`` for measurements."""
     csrc = ROOT / "csrc"
-    call = [csrc / "call" / f"{name}.cpp" for name in ("batch_norm", "cuda", "dlpack", "tensors", "update")]
+    call = [
+        csrc / "call" / f"{name}.cpp" for name in ("batch_norm", "conv_norm", "cuda", "dlpack", "tensors", "update")
+    ]
     sources = [*sorted((csrc / "cuda").glob("*.cu")), *call, csrc / "cpu" / "pool.cpp", *sorted(HERE.glob("*.cpp"))]
     extra_flags = SANITIZERS if INSIDE in os.environ else ["-O3"] if optimized else []
     lib = load(build(sources, FLAGS + extra_flags))

@@ -129,7 +129,7 @@ def _replace_parts_of_bnkern() -> None:
     from benchmarks.cases import shapes, steps, traffic
     from benchmarks.tools import timing
     from bnkern import backends
-    from bnkern.backends import cuda, reference
+    from bnkern.backends import cuda, cuda_conv, reference
     from bnkern.train import cifar10, config, step
     from bnkern.train.cifar10 import sets
 
@@ -139,6 +139,7 @@ def _replace_parts_of_bnkern() -> None:
     cuda.refuses = lambda device, dtype: refuses(torch.device("cuda", 0), dtype)
     cuda._queried[H200.name] = (66, 32, 16)  # CUDA cannot be asked
     backends._load = lambda name: reference if name == "triton" else load(name)
+    cuda_conv.conv_norm_forward = reference.conv_norm_forward
     shapes.SHAPES = {
         name: (min(n, 2), c, *(min(side, 8) for side in space)) for name, (n, c, *space) in shapes.SHAPES.items()
     }
