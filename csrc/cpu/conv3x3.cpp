@@ -38,7 +38,8 @@ BNKERN_INLINE void product(const float* x, std::int64_t any_inputs, const float*
     for (int q = 0; q < kVectors; ++q) sums[t][q].store(y + t * outputs + q * kLanes);
 }
 
-// Computes A' m A for a row of tiles, plus the addend if it is not null.
+// Computes A' m A for a row of tiles, plus the addend if kAdds.
+template <bool kAdds>
 void output_tiles(const Bands& bands, std::int64_t row, const float* m, std::int64_t pitch, std::int64_t channels,
                   const float* addend, float* y) {
   const std::int64_t top = row % bands.down * 2;
@@ -57,7 +58,7 @@ void output_tiles(const Bands& bands, std::int64_t row, const float* m, std::int
       }
       float* const to = first + 2 * tile * channels + c;
       const auto store = [&](V value, std::int64_t offset) {
-        (addend ? value + V::load(addend + (to - y) + offset) : value).store(to + offset);
+        (kAdds ? value + V::load(addend + (to - y) + offset) : value).store(to + offset);
       };
       store(upper[0] + upper[1] + upper[2], 0);
       if (second) store(upper[1] - upper[2] - upper[3], channels);
@@ -138,8 +139,9 @@ class Convolution final : public RowConvolution {
                                                weights_ + element * w_pitch_ + o * p_.inputs,
                                                m + element * m_pitch_ + t * p_.outputs + o, p_.outputs);
       }
+      const auto output = addend_ ? output_tiles<true> : output_tiles<false>;
       for (std::int64_t row = begin; row < end; ++row)
-        output_tiles(bands_, row, m + (row - begin) * bands_.across * p_.outputs, m_pitch_, p_.outputs, addend_, p_.y);
+        output(bands_, row, m + (row - begin) * bands_.across * p_.outputs, m_pitch_, p_.outputs, addend_, p_.y);
     }
   }
 
