@@ -13,8 +13,8 @@
 //
 // A load of 8 bytes serves 16 lanes at a time, which read 32 bytes of each of 4 pixels or outputs. A distance of 32, 96
 // or 160 bytes between those puts the four into different banks. Without the padding of 32 bytes the distances 64 and
-// 128 would take two and four times as long. A step of a warp costs 36 passes for 16 products with 16 channels, 16 for 8
-// with 32, and 12 for 4 with 64, which is more than the products are expected to take.
+// 128 would take two and four times as long. A step of a warp costs 36 passes for 16 products with 16 channels, 16 for
+// 8 with 32, and 12 for 4 with 64, which is more than the products are expected to take.
 #pragma once
 
 #include "device.h"
