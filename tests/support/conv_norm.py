@@ -19,6 +19,11 @@ CALLS = [("none", None), ("plain", "relu"), ("residual", "relu"), ("residual", N
 ROUNDING = {torch.bfloat16: (2**-8, 0.0), torch.float16: (2**-11, 2**-25)}
 
 
+def last(t: Tensor) -> Tensor:
+    """The values of ``t`` in channels_last."""
+    return t.contiguous(memory_format=torch.channels_last)
+
+
 class Problem:
     """Operands of a call. ``norm`` "none": the source is y itself, "plain": a norm, "residual": one with a residual."""
 

@@ -19,12 +19,9 @@ from bnkern.backends.calls import ForwardCall
 from bnkern.nn import Chain, ChainLink, ConvBNAct, run_chain
 from tests.backends.cuda_on_cpu.host import on_the_host
 from tests.backends.cuda_on_cpu.sandbox import sandboxed
+from tests.support.conv_norm import last
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
 
 
 def images(dtype: torch.dtype, *size: int) -> Tensor:
