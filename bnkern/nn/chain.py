@@ -62,13 +62,21 @@ def run_links(x: Tensor, links: Sequence[ChainLink], call: Callable[[int, Tensor
         if kernels is None or count == 0:
             values.append(call(first, values[first], _residual(links[first], values)))
             continue
-        # A value that a later link needs is the last one of its chain.
-        used = [link.residual - first for link in links[first + count :] if isinstance(link.residual, int)]
-        count = min([count, *(k for k in used if k > 0)])
+        count = _without_used_values(links[first:], first, count)
         calls = [_link_call(link, first, values) for link in links[first : first + count]]
         values += [None] * (count - 1)
         values.append(chain(values[first], calls, kernels))
     return values[-1]
+
+
+def _without_used_values(links: Sequence[ChainLink], first: int, count: int) -> int:
+    """The number of links, at most ``count``, after which no link needs a value from within their chain."""
+    while True:
+        used = (link.residual - first for link in links[count:] if isinstance(link.residual, int))
+        shorter = min((k for k in used if 0 < k < count), default=count)
+        if shorter == count:
+            return count
+        count = shorter
 
 
 def _residual(link: ChainLink, values: Sequence[Tensor]) -> Tensor | None:
@@ -84,8 +92,6 @@ def _kernels_for(x: Tensor) -> ChainBackend | None:
 def _count_served(values: Sequence[Tensor], links: Sequence[ChainLink], kernels: ChainBackend) -> int:
     """The number of links from the first one on that the kernels serve as one chain of the last value."""
     x, first = values[-1], len(values) - 1
-    if x.shape[1] != links[0].conv.in_channels:
-        return 0  # the module raises the error
     channels = [x.shape[1]]
     pixels, most, samples = x.shape[2] * x.shape[3], 0, False
     for count, link in enumerate(links):

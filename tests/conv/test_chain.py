@@ -141,15 +141,17 @@ def test_convolutions_with_a_bias(training: bool) -> None:
             assert (actual - expected[name]).abs().max() <= 2e-4 * expected[name].abs().max(), name
 
 
-def test_only_some_links_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Links of three channels, with a hook, and with a residual from within what would be one chain."""
+@pytest.mark.parametrize(("earlier", "lengths"), [(1, [2, 1, 1]), (2, [1, 1, 1, 1])])
+def test_only_some_links_are_served(earlier: int, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link of three channels, one with a hook, one of another class, and residuals from within one chain."""
     torch.manual_seed(0)
     parts = [ConvBNAct(*channels) for channels in ((3, 16), (16, 16), (16, 16), (16, 16), (16, 16), (16, 16))]
     parts = [part.to(memory_format=torch.channels_last) for part in parts]
     parts[4].norm.register_forward_hook(lambda module, args, y: None)
     links = [ChainLink(part.conv, part.norm) for part in parts]
-    links[3] = links[3]._replace(residual=1)
-    links[5] = links[5]._replace(residual=3)  # value 3 ends a chain
+    links[3] = links[3]._replace(residual=earlier)
+    links[5] = links[5]._replace(residual=3)  # value 3 ends a chain, and then value 2 may end one too
+    links.append(ChainLink(nn.Sequential(parts[1].conv), parts[1].norm))
     sizes, results = [], []
     found = fused.chain
     monkeypatch.setattr(fused, "chain", lambda x, links, kernels: sizes.append(len(links)) or found(x, links, kernels))
@@ -159,7 +161,7 @@ def test_only_some_links_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
                 patch.setattr(fused, "kernels_for", lambda x: None)
             y = run_chain(images()[:, :3].contiguous(memory_format=torch.channels_last), links)
         results.append([y, *torch.autograd.grad(y.square().sum(), [p for part in parts for p in part.parameters()])])
-    assert sizes == [2, 1, 1]
+    assert sizes == lengths
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
